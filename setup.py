@@ -1,0 +1,34 @@
+"""Build the compiled modules; everything else about the package stands in pyproject.toml.
+
+PENSTOCK_DEBUG=1 keeps the assertions, the bounds checks and the line numbers of the compiled code.
+"""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("PENSTOCK_DEBUG") == "1"
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                "penstock.smtp._wire",
+                ["ext/wire.pyx"],
+                depends=["ext/scan.h"],
+                include_dirs=["ext"],
+                extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3"],
+                undef_macros=["NDEBUG"] if DEBUG else [],
+            ),
+        ],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "initializedcheck": False,
+            "linetrace": False,
+            "embedsignature": False,
+        },
+    ),
+)
