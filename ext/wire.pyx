@@ -1,0 +1,645 @@
+"""The wire: octets in, tokens out. Splits lines, cuts verb and argument, un-stuffs DATA, counts BDAT, enforces SIZE.
+
+Theory
+------
+A wire owns one buffer. Octets come in by `feed` (a copy) or by `recv` (straight from a socket); `next` looks at them in
+one of four modes and returns what it found:
+
+    COMMAND   a line: `verb` and `argument`            (RFC 5321 4.1.1)
+    LINE      a line as it is, in `argument`           (the exchange of AUTH, RFC 4954 4)
+    TEXT      CHUNK ... TEXT_END                       (DATA, RFC 5321 4.1.1.4 and 4.5.2)
+    OCTETS    CHUNK ... TEXT_END                       (one BDAT chunk, RFC 3030 2)
+
+Rules
+-----
+1. Any split of the input gives the same tokens, but for where one CHUNK ends and the next begins. What cannot be
+   decided yet stays in the buffer: a CR at its end, a dot or dot CR at the start of a line.
+2. A token is made only when somebody asks for it: what stands behind a command stays untouched until the command is
+   answered, because the answer decides how it is to be read.
+3. The end of the data is CR LF . CR LF and nothing else. A LF or a CR alone never starts a line, never ends the data,
+   and never hides a dot.
+4. A text that breaks a rule (`violation`) is read to its end without being kept, so that the reply meets the right
+   command. While the text is refused for its line ends, a sender that ends it with LF . LF is told from one that is
+   still talking: TEXT_BROKEN means that the two sides no longer agree where the text ends.
+5. Every buffer is bounded: an overlong line is dropped octet by octet, text leaves as CHUNKs, and `feed` refuses more
+   than MAX_BUFFER octets that nobody asked for.
+6. No Python object is made for a line of text, and none at all for a body that nobody wants (`discard`).
+7. An idle wire holds no buffer: blocks of one size circulate among all wires (`rest`).
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdlib cimport free, malloc
+from libc.string cimport memchr, memcpy, memmove
+
+
+cdef extern from "sys/socket.h" nogil:
+    ssize_t c_recv "recv"(int fd, void *buffer, size_t size, int flags)
+
+
+cdef extern from "scan.h" nogil:
+    enum: SCAN_MORE, SCAN_DOT, SCAN_BARE_LF, SCAN_BARE_CR, SCAN_NUL, SCAN_LONG, SCAN_HAS_VECTORS
+    unsigned SCAN_BIT(int kind)
+    ctypedef struct scan_result:
+        size_t at
+        size_t column
+        int kind
+    scan_result scan_text(const unsigned char *p, size_t n, size_t column, size_t limit, unsigned report, int vectors)
+
+
+# Tokens. The .pyi gives their meaning.
+NEED_DATA, COMMAND, LINE_TOO_LONG, LINE_BAD_END, LINE_NUL, CHUNK, TEXT_END, TEXT_BROKEN, VIOLATION = range(9)
+
+cdef enum Token:
+    T_NEED_DATA, T_COMMAND, T_LINE_TOO_LONG, T_LINE_BAD_END, T_LINE_NUL, T_CHUNK, T_TEXT_END, T_TEXT_BROKEN, T_VIOLATION
+
+cdef enum Mode:
+    M_COMMAND, M_LINE, M_TEXT, M_OCTETS
+
+# Violations: what is wrong with a text. The first four are the kinds of scan.h.
+BARE_LF = SCAN_BARE_LF
+BARE_CR = SCAN_BARE_CR
+NUL = SCAN_NUL
+LONG_LINE = SCAN_LONG
+TOO_BIG = 6
+cdef int V_TOO_BIG = 6
+
+HAS_VECTORS = bool(SCAN_HAS_VECTORS)
+
+VERBS = (
+    "", "HELO", "EHLO", "LHLO", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP", "QUIT", "VRFY", "EXPN", "HELP",
+    "AUTH", "STARTTLS", "HTTP",
+)
+
+cdef enum:
+    BLOCK = 65536                # octets of a circulating block
+    SPARE_BLOCKS = 64            # blocks kept for the next wires: 4 MiB at most
+    SMALL = 4096                 # a rest of at most this many octets is kept in a block of its own size
+    MAX_BUFFER_OCTETS = 1 << 20
+    MIN_TEXT_LINE = 64
+
+MAX_BUFFER = MAX_BUFFER_OCTETS
+
+cdef unsigned char *spare[SPARE_BLOCKS]
+cdef int spares = 0
+
+
+cdef unsigned char *take_block(size_t capacity) except NULL:
+    global spares
+    cdef unsigned char *block
+    if capacity == BLOCK and spares > 0:
+        spares -= 1
+        return spare[spares]
+    block = <unsigned char *> malloc(capacity)
+    if block == NULL:
+        raise MemoryError
+    return block
+
+
+cdef void give_block(unsigned char *block, size_t capacity) noexcept:
+    global spares
+    if capacity == BLOCK and spares < SPARE_BLOCKS:
+        spare[spares] = block
+        spares += 1
+    else:
+        free(block)
+
+
+cdef int verb_number(const unsigned char *p, size_t n) noexcept:
+    """Return the place of a verb in VERBS, whatever its case; 0 for an unknown one."""
+    cdef unsigned long long word = 0
+    cdef size_t i
+    cdef unsigned char c
+    if n < 3 or n > 8:
+        return 0
+    for i in range(n):
+        c = p[i]
+        if c'a' <= c <= c'z':
+            c -= 32
+        word = word << 8 | c
+    # The verbs as numbers: their letters, the last one lowest.
+    if word == 0x4D41494C:
+        return 4  # MAIL
+    if word == 0x52435054:
+        return 5  # RCPT
+    if word == 0x44415441:
+        return 6  # DATA
+    if word == 0x51554954:
+        return 10  # QUIT
+    if word == 0x45484C4F:
+        return 2  # EHLO
+    if word == 0x48454C4F:
+        return 1  # HELO
+    if word == 0x52534554:
+        return 8  # RSET
+    if word == 0x42444154:
+        return 7  # BDAT
+    if word == 0x4E4F4F50:
+        return 9  # NOOP
+    if word == 0x4C484C4F:
+        return 3  # LHLO
+    if word == 0x56524659:
+        return 11  # VRFY
+    if word == 0x4558504E:
+        return 12  # EXPN
+    if word == 0x48454C50:
+        return 13  # HELP
+    if word == 0x41555448:
+        return 14  # AUTH
+    if word == 0x5354415254544C53:
+        return 15  # STARTTLS
+    # GET, POST, PUT, HEAD, DELETE, CONNECT, OPTIONS, PATCH, TRACE: a browser, or somebody using one as a tool
+    if word in (
+        0x474554, 0x504F5354, 0x505554, 0x48454144, 0x44454C455445, 0x434F4E4E454354, 0x4F5054494F4E53, 0x5041544348,
+        0x5452414345,
+    ):
+        return 16
+    return 0
+
+
+cdef class Wire:
+    """The reading side of one connection. See the .pyi for the meaning of each method."""
+
+    # the input: octets [begin, end) of a block wait to be looked at
+    cdef unsigned char *block
+    cdef size_t capacity, begin, end
+    # commands
+    cdef size_t line_limit      # octets a line may have, CRLF included
+    cdef size_t seen            # octets behind begin that hold no LF
+    cdef bint overlong          # the line has passed its limit: drop octets up to its LF
+    cdef readonly int verb
+    cdef readonly bytes argument
+    # text
+    cdef int mode
+    cdef unsigned report, normalize
+    cdef size_t text_line_limit, column
+    cdef bint at_line_start, dropping, ended, held_cr
+    cdef unsigned long long tail      # the last five octets, while only the end of a refused text is looked for
+    cdef bint watching_tail
+    cdef readonly int violation
+    cdef readonly unsigned long long octets   # of the body so far
+    cdef unsigned long long max_octets
+    cdef unsigned long long remaining # of a BDAT chunk
+    cdef bint last                    # the chunk is the last of its message
+    cdef bint counts_text             # a BDAT chunk is text, so its lines are looked at
+    cdef public bint discard          # nobody wants the body: count it and make no chunks
+    cdef bint vectors
+    cdef readonly bytes chunk
+    # a text that grows while it is normalized goes here
+    cdef unsigned char *grown
+
+    def __cinit__(self):
+        self.block = NULL
+        self.grown = NULL
+
+    def __init__(
+        self,
+        *,
+        unsigned int line_limit=2048,
+        unsigned int text_line_limit=998,
+        unsigned long long max_octets=0,
+        reject=("bare_lf", "bare_cr", "nul", "long_line"),
+        normalize=(),
+        bint vectors=True,
+    ):
+        cdef dict kinds = {
+            "bare_lf": SCAN_BARE_LF, "bare_cr": SCAN_BARE_CR, "nul": SCAN_NUL, "long_line": SCAN_LONG,
+        }
+        if text_line_limit < MIN_TEXT_LINE:
+            raise ValueError(f"text_line_limit is at least {MIN_TEXT_LINE}, not {text_line_limit}")
+        for name in (*reject, *normalize):
+            if name not in kinds:
+                raise ValueError(f"a wire rule is one of {', '.join(kinds)}, not {name!r}")
+        self.line_limit = line_limit
+        self.text_line_limit = text_line_limit
+        self.max_octets = max_octets
+        self.vectors = vectors
+        self.report = SCAN_BIT(SCAN_DOT)
+        self.normalize = 0
+        for name in reject:
+            self.report |= SCAN_BIT(kinds[name])
+        for name in normalize:
+            self.report |= SCAN_BIT(kinds[name])
+            self.normalize |= SCAN_BIT(kinds[name])
+        self.argument = b""
+        self.chunk = b""
+        self.mode = M_COMMAND
+
+    def __dealloc__(self):
+        self.release()
+        free(self.grown)
+
+    # ---- input
+
+    cdef unsigned char *reserve(self, size_t octets) except NULL:
+        """Return room for that many octets behind the waiting ones."""
+        cdef size_t waiting = self.end - self.begin
+        cdef size_t wanted = waiting + octets
+        cdef size_t capacity
+        cdef unsigned char *block
+        if self.block != NULL:
+            if self.capacity - self.end >= octets:
+                return self.block + self.end
+            if self.capacity >= wanted:
+                memmove(self.block, self.block + self.begin, waiting)
+                self.begin = 0
+                self.end = waiting
+                return self.block + waiting
+        if wanted > MAX_BUFFER_OCTETS:
+            raise BufferError(f"a wire holds at most {MAX_BUFFER_OCTETS} octets that were not looked at")
+        capacity = BLOCK if wanted <= BLOCK else wanted
+        block = take_block(capacity)
+        if self.block != NULL:
+            memcpy(block, self.block + self.begin, waiting)
+            give_block(self.block, self.capacity)
+        self.block = block
+        self.capacity = capacity
+        self.begin = 0
+        self.end = waiting
+        return block + waiting
+
+    cdef void release(self) noexcept:
+        if self.block != NULL:
+            give_block(self.block, self.capacity)
+            self.block = NULL
+        self.capacity = self.begin = self.end = 0
+
+    def feed(self, data not None):
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if view.len > 0:
+                memcpy(self.reserve(view.len), view.buf, view.len)
+                self.end += view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def recv(self, int fd, Py_ssize_t octets=BLOCK):
+        cdef ssize_t n
+        # Stay within one block: the kernel keeps what does not fit.
+        cdef size_t waiting = self.end - self.begin
+        cdef size_t room = max(BLOCK - waiting, <size_t> SMALL) if waiting < BLOCK else SMALL
+        if <size_t> octets < room:
+            room = octets
+        if waiting == 0:
+            self.begin = self.end = 0
+        cdef unsigned char *into = self.reserve(room)
+        while True:
+            n = c_recv(fd, into, room, 0)
+            if n >= 0:
+                self.end += n
+                return n
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                return -1
+            raise OSError(errno, "recv failed")
+
+    def rest(self):
+        cdef size_t waiting = self.end - self.begin
+        cdef unsigned char *small
+        if waiting == 0:
+            self.release()
+        elif waiting <= SMALL and self.capacity > SMALL:
+            small = <unsigned char *> malloc(SMALL)
+            if small != NULL:
+                memcpy(small, self.block + self.begin, waiting)
+                give_block(self.block, self.capacity)
+                self.block = small
+                self.capacity = SMALL
+                self.begin = 0
+                self.end = waiting
+
+    def drop_input(self):
+        cdef size_t waiting = self.end - self.begin
+        self.release()
+        self.seen = 0
+        self.overlong = False
+        return waiting
+
+    @property
+    def waiting(self):
+        return self.end - self.begin
+
+    # ---- modes
+
+    def set_line_limit(self, unsigned int octets):
+        self.line_limit = octets
+
+    def expect_commands(self):
+        self.mode = M_COMMAND
+
+    def expect_line(self):
+        self.mode = M_LINE
+
+    def expect_text(self):
+        self.mode = M_TEXT
+        self.at_line_start = True  # as if a CRLF had just passed: that of the DATA command (RFC 5321 4.1.1.4)
+        self.column = 0
+        self.octets = 0
+        self.violation = 0
+        self.dropping = self.watching_tail = self.ended = self.held_cr = False
+
+    def expect_octets(
+        self, unsigned long long octets, *, bint last=True, bint text=True, bint first=True, bint drop=False
+    ):
+        self.mode = M_OCTETS
+        self.remaining = octets
+        self.last = last
+        self.counts_text = text
+        self.ended = False
+        if first:
+            self.column = 0
+            self.octets = 0
+            self.violation = 0
+            self.held_cr = False
+            self.watching_tail = False
+            self.dropping = False
+        if drop:
+            self.dropping = True
+
+    # ---- output
+
+    def next(self):
+        if self.mode == M_TEXT:
+            return self.next_text()
+        if self.mode == M_OCTETS:
+            return self.next_octets()
+        return self.next_line()
+
+    cdef int next_line(self):
+        cdef unsigned char *start = self.block + self.begin
+        cdef size_t waiting = self.end - self.begin
+        cdef unsigned char *lf = NULL
+        cdef size_t length
+        cdef bint has_cr
+        if waiting > self.seen:
+            lf = <unsigned char *> memchr(start + self.seen, c'\n', waiting - self.seen)
+        if lf == NULL:
+            if self.overlong or waiting >= self.line_limit:
+                # Keep nothing of a line that is too long already, but the knowledge that it is.
+                self.overlong = True
+                self.begin = self.end
+                self.seen = 0
+            else:
+                self.seen = waiting
+            return T_NEED_DATA
+        length = lf - start
+        self.begin += length + 1
+        self.seen = 0
+        if self.overlong or length + 1 > self.line_limit:
+            self.overlong = False
+            return T_LINE_TOO_LONG
+        has_cr = length > 0 and start[length - 1] == c'\r'
+        if has_cr:
+            length -= 1
+        elif self.report & SCAN_BIT(SCAN_BARE_LF) and not self.normalize & SCAN_BIT(SCAN_BARE_LF):
+            return T_LINE_BAD_END
+        if memchr(start, 0, length) != NULL:
+            return T_LINE_NUL
+        if memchr(start, c'\r', length) != NULL:
+            return T_LINE_BAD_END
+        if self.mode == M_LINE:
+            self.argument = PyBytes_FromStringAndSize(<char *> start, length)
+            return T_COMMAND
+        return self.cut(start - self.block, start - self.block + length)
+
+    cdef int cut(self, size_t start, size_t stop):
+        """Cut a line into verb and argument."""
+        cdef unsigned char *p = self.block + start
+        cdef size_t length = stop - start
+        cdef size_t i = 0
+        # White space at the end is tolerated (RFC 5321 4.1.1).
+        while length > 0 and (p[length - 1] == c' ' or p[length - 1] == c'\t'):
+            length -= 1
+        while i < length and p[i] != c' ' and p[i] != c'\t':
+            i += 1
+        self.verb = verb_number(p, i)
+        if self.verb == 0:
+            self.argument = PyBytes_FromStringAndSize(<char *> p, length)
+            return T_COMMAND
+        while i < length and (p[i] == c' ' or p[i] == c'\t'):
+            i += 1
+        if i == length:
+            self.argument = b""
+        else:
+            self.argument = PyBytes_FromStringAndSize(<char *> p + i, length - i)
+        return T_COMMAND
+
+    # ---- text
+
+    cdef bint violate(self, int kind) noexcept:
+        """Note what is wrong with the text; from here on it is dropped. Return whether this is news."""
+        self.dropping = True
+        if self.violation != 0:
+            return False
+        self.violation = kind
+        return True
+
+    cdef bint put(self, size_t *out, const unsigned char *octets, size_t n) except -1:
+        """Write octets of the un-stuffed text: in place, or into the grown buffer once there is one."""
+        cdef unsigned char *target = self.grown if self.grown != NULL else self.block
+        if target + out[0] != octets:
+            memmove(target + out[0], octets, n)
+        out[0] += n
+        return True
+
+    cdef bint scan_into(self, size_t *source, size_t *out, size_t stop, unsigned report, int *kind) except -1:
+        """Move text from source to out up to the next octet of interest; normalize what is to be normalized.
+
+        Leaves `kind` as SCAN_MORE, SCAN_DOT or the kind of a violation, and says whether a line starts at source.
+        """
+        cdef scan_result r
+        cdef unsigned char *p
+        cdef bint keep = not self.dropping and not self.discard
+        while True:
+            p = self.block + source[0]
+            r = scan_text(p, stop - source[0], self.column, self.text_line_limit, report, self.vectors)
+            if r.at > 0:
+                # Looked at before the octets move. A CR is never parted from its LF, so both are in this run.
+                self.at_line_start = r.at > 1 and p[r.at - 1] == c'\n' and p[r.at - 2] == c'\r'
+                if keep:
+                    self.put(out, p, r.at)
+            self.octets += r.at
+            source[0] += r.at
+            self.column = r.column
+            kind[0] = r.kind
+            if r.kind == SCAN_MORE or r.kind == SCAN_DOT or not self.normalize & SCAN_BIT(r.kind):
+                return True
+            if keep and self.grown == NULL:
+                self.grow(out[0], stop - source[0])
+            self.at_line_start = False
+            if r.kind == SCAN_BARE_LF:
+                self.mend(source, out, 1, b"\r\n", 2, keep)
+                self.column = 0
+            elif r.kind == SCAN_BARE_CR:
+                self.mend(source, out, 1, b" ", 1, keep)
+                self.column += 1
+            elif r.kind == SCAN_NUL:
+                self.mend(source, out, 1, b"", 0, keep)
+            else:  # SCAN_LONG: fold, as Postfix does
+                self.mend(source, out, 0, b"\r\n ", 3, keep)
+                self.column = 1
+
+    cdef bint grow(self, size_t out, size_t rest) except -1:
+        """Make the grown buffer. Worst case: each octet is a bare LF and becomes two, each 64th is folded."""
+        cdef unsigned char *grown = <unsigned char *> malloc(out + rest * 2 + (rest // (MIN_TEXT_LINE - 1) + 2) * 3)
+        if grown == NULL:
+            raise MemoryError
+        memcpy(grown, self.block, out)
+        self.grown = grown
+        return True
+
+    cdef void mend(self, size_t *source, size_t *out, size_t n, const char *octets, size_t m, bint keep) noexcept:
+        """Put m octets in the place of n."""
+        source[0] += n
+        self.octets += m
+        if keep:
+            memcpy(self.grown + out[0], octets, m)
+            out[0] += m
+
+    cdef bint finish_chunk(self, size_t start, size_t out) except -1:
+        """Make the chunk of [start, out). Return whether there is one."""
+        cdef unsigned char *source = self.grown if self.grown != NULL else self.block
+        cdef bint some = out > start and not self.dropping
+        if some:
+            self.chunk = PyBytes_FromStringAndSize(<char *> source + start, out - start)
+        if self.grown != NULL:
+            free(self.grown)
+            self.grown = NULL
+        return some
+
+    cdef int next_text(self):
+        cdef size_t start = self.begin
+        cdef size_t source = start
+        cdef size_t out = start
+        cdef size_t stop = self.end
+        cdef unsigned char *p
+        cdef int kind = SCAN_MORE
+        cdef bint news = False
+        cdef bint after_dot
+        while source < stop and not self.ended and not self.watching_tail:
+            p = self.block + source
+            after_dot = False
+            if self.at_line_start and p[0] == c'.':
+                if stop - source < 2 or (p[1] == c'\r' and stop - source < 3):
+                    break  # the end of the data, or a stuffed dot: the next octets tell
+                if p[1] == c'\r' and p[2] == c'\n':
+                    source += 3
+                    self.ended = True
+                    break
+                source += 1  # a stuffed dot (RFC 5321 4.5.2)
+                self.at_line_start = False
+                after_dot = True
+            self.scan_into(&source, &out, stop, self.report, &kind)
+            if self.max_octets and self.octets > self.max_octets:
+                news |= self.violate(V_TOO_BIG)
+            if kind == SCAN_MORE:
+                break
+            if kind == SCAN_DOT:
+                self.at_line_start = True
+            else:
+                news |= self.violate(kind)
+                self.watching_tail = True
+                # What stands before the octet, as far as it can be a part of an end of the data.
+                after_dot = after_dot and self.block + source == p + 1
+                self.tail = 0x0D0A2E if after_dot else 0x0D0A if self.at_line_start else 0
+        self.begin = source
+        if self.finish_chunk(start, out):
+            return T_CHUNK
+        if news:
+            return T_VIOLATION
+        if self.watching_tail and not self.ended:
+            return self.watch_tail()
+        if self.ended:
+            self.mode = M_COMMAND
+            self.seen = 0
+            return T_TEXT_END
+        return T_NEED_DATA
+
+    cdef int watch_tail(self):
+        """Drop a refused text up to its end, looking at nothing but the last five octets."""
+        cdef unsigned long long tail = self.tail
+        cdef unsigned char *p = self.block
+        cdef size_t i = self.begin
+        cdef bint lf_matters = self.report & ~self.normalize & SCAN_BIT(SCAN_BARE_LF) != 0
+        cdef int token = T_NEED_DATA
+        while i < self.end:
+            tail = (tail << 8 | p[i]) & 0xFFFFFFFFFF
+            i += 1
+            if p[i - 1] != c'\n':
+                continue
+            if tail == 0x0D0A2E0D0A:  # CR LF . CR LF
+                self.mode = M_COMMAND
+                self.seen = 0
+                token = T_TEXT_END
+                break
+            if lf_matters and (tail & 0xFFFFFF == 0x0A2E0A or tail & 0xFFFFFFFF == 0x0A2E0D0A):
+                token = T_TEXT_BROKEN  # LF . LF or LF . CR LF: for the sender the text is over, for us it is not
+                break
+        self.begin = i
+        self.tail = tail
+        return token
+
+    cdef int next_octets(self):
+        cdef size_t start = self.begin
+        cdef size_t source = start
+        cdef size_t out = start
+        cdef size_t stop = self.end
+        cdef int kind = SCAN_MORE
+        cdef bint news = False
+        if stop - source > self.remaining:
+            stop = source + self.remaining
+        if source < stop:
+            if self.counts_text and not self.dropping:
+                if self.held_cr:
+                    news |= self.take_fellow_of_held_cr(&source, &out)
+                self.scan_into(&source, &out, stop, self.report & ~SCAN_BIT(SCAN_DOT), &kind)
+                if kind != SCAN_MORE:
+                    news |= self.violate(kind)
+                elif source + 1 == stop and stop - start == self.remaining:
+                    # The CR at the end of a chunk: its LF may come with the next one.
+                    self.held_cr = True
+                    self.octets += 1
+                    if not self.discard:
+                        self.put(&out, self.block + source, 1)
+                    source += 1
+            else:
+                self.octets += stop - source
+                out = stop
+                source = stop
+            if self.max_octets and self.octets > self.max_octets:
+                news |= self.violate(V_TOO_BIG)
+            if self.dropping:
+                source = stop
+            self.remaining -= source - start
+            self.begin = source
+        if self.remaining == 0 and self.last and self.held_cr and self.report & SCAN_BIT(SCAN_BARE_CR):
+            self.held_cr = False
+            news |= self.violate(SCAN_BARE_CR)
+        if self.discard:
+            out = start
+        if self.finish_chunk(start, out):
+            return T_CHUNK
+        if news:
+            return T_VIOLATION
+        if self.remaining == 0:
+            self.mode = M_COMMAND
+            self.seen = 0
+            return T_TEXT_END
+        return T_NEED_DATA
+
+    cdef bint take_fellow_of_held_cr(self, size_t *source, size_t *out) except -1:
+        """Look for the LF that belongs to a CR at the end of the last chunk. Return whether a violation is news."""
+        self.held_cr = False
+        if self.block[source[0]] != c'\n':
+            if self.report & SCAN_BIT(SCAN_BARE_CR):
+                return self.violate(SCAN_BARE_CR)
+            return False
+        if not self.discard:
+            self.put(out, self.block + source[0], 1)
+        source[0] += 1
+        self.octets += 1
+        self.column = 0
+        return False
