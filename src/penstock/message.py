@@ -1,0 +1,149 @@
+"""What travels: a path, a recipient, an envelope, a message.
+
+Everything here is immutable once made. The small ones that are made for every command are named tuples (cheap to
+make), the ones made once per message are frozen dataclasses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, NewType, Protocol
+
+MessageId = NewType("MessageId", str)
+"""Names one accepted message for ever: 17 characters of Crockford's base 32, increasing within a process."""
+
+_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+
+def _base32(number: int, width: int) -> str:
+    digits = []
+    for _ in range(width):
+        number, digit = divmod(number, 32)
+        digits.append(_ALPHABET[digit])
+    return "".join(reversed(digits))
+
+
+class MessageIds:
+    """Makes message ids that no other maker makes: start time in microseconds, a random tag, a counter.
+
+    The time and the tag are drawn once, so that an id costs one counter and one string; ids of one maker sort in the
+    order of their making.
+    """
+
+    def __init__(self) -> None:
+        tag = int.from_bytes(os.urandom(2), "big")
+        self._start = _base32(time.time_ns() // 1_000_000, 9) + _base32(tag, 3)[1:]
+        self._numbers = itertools.count()
+
+    def next(self) -> MessageId:
+        """Return the next id."""
+        return MessageId(self._start + _base32(next(self._numbers), 6))
+
+
+class Path(NamedTuple):
+    """A reverse-path or forward-path (RFC 5321 4.1.2) without its angle brackets and without a source route.
+
+    >>> Path("John.Doe@Example.ORG", "John.Doe", "example.org")
+    """
+
+    text: str
+    """The mailbox as the client wrote it; "" is the null reverse-path."""
+    local: str
+    """The local part with quoting removed."""
+    domain: str
+    """The domain in lower case, or the address literal with its brackets; "" for the null path and bare Postmaster."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+NULL_PATH = Path("", "", "")
+"""The null reverse-path `<>` of bounces (RFC 5321 4.5.5)."""
+
+
+class Recipient(NamedTuple):
+    """An accepted forward-path with its DSN wishes (RFC 3461 4.1, 4.2)."""
+
+    path: Path
+    notify: frozenset[str] | None = None
+    """NOTIFY: {"NEVER"} or a subset of {"SUCCESS", "FAILURE", "DELAY"}; None when the client did not say."""
+    orcpt: str | None = None
+    """ORCPT as sent, still xtext-encoded: "rfc822;bob@example.org"."""
+
+    def __str__(self) -> str:
+        return self.path.text
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What MAIL and RCPT said of one message."""
+
+    sender: Path
+    recipients: tuple[Recipient, ...]
+    body_type: str = "7BIT"
+    """BODY= of MAIL: "7BIT", "8BITMIME" (RFC 6152) or "BINARYMIME" (RFC 3030)."""
+    smtputf8: bool = False
+    """SMTPUTF8 was asked for (RFC 6531)."""
+    size: int | None = None
+    """SIZE= of MAIL in octets (RFC 1870), as announced, not as counted."""
+    ret: str | None = None
+    """RET= of MAIL: "FULL" or "HDRS" (RFC 3461 4.3)."""
+    envid: str | None = None
+    """ENVID= of MAIL, still xtext-encoded (RFC 3461 4.4)."""
+    auth: str | None = None
+    """AUTH= of MAIL, decoded (RFC 4954 5): the identity the client vouches for, "" for `<>`."""
+    requiretls: bool = False
+    """REQUIRETLS was asked for (RFC 8689)."""
+
+
+class Body(Protocol):
+    """The text of a message as it was received: dots un-stuffed, otherwise never rewritten.
+
+    In memory or in a temporary file; whoever holds the message may read it any number of times until `close`.
+    """
+
+    @property
+    def size(self) -> int:
+        """Octets of the body."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body in pieces of at most 256 KiB. Reads a file where it lies in one: may block on the disk."""
+
+    def close(self) -> None:
+        """Give back the memory or the file; calling it again does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountedBody:
+    """A body that nobody wanted: it was counted and not kept, and has no chunks."""
+
+    size: int
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield nothing."""
+        return iter(())
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An envelope and a body on their way to a delivery."""
+
+    id: MessageId
+    envelope: Envelope
+    prefix: bytes
+    """Header fields this server adds above the body (`Received:` and findings), each line ending in CRLF."""
+    body: Body
+    received_at: float
+    """Seconds since the epoch."""
+
+    @property
+    def size(self) -> int:
+        """Octets of the prefix and the body."""
+        return len(self.prefix) + self.body.size

@@ -1,0 +1,164 @@
+"""A reply to a client (RFC 5321 4.2), and the catalogue of those that need no data of their own.
+
+A reply is a value: functions return it, nothing raises it. What the peer hears (`text`) and what the log hears
+(`cause`) are two fields, so that a stack trace or a file name never reaches the network.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_CODE = range(200, 600)
+_STATUS = re.compile(r"[245]\.\d{1,3}\.\d{1,3}")
+_MAX_TEXT = 480
+"""A reply line has at most 512 octets with its code, status and CRLF (RFC 5321 4.5.3.1.5)."""
+
+
+def _clean(line: str) -> str:
+    """Return one line of text that is safe on the wire: printable, one line, bounded."""
+    printable = "".join(c if c.isprintable() else "?" for c in line)
+    encoded = printable.encode("utf-8", "replace")
+    if len(encoded) <= _MAX_TEXT:
+        return printable
+    return encoded[:_MAX_TEXT].decode("utf-8", "ignore")
+
+
+class Reply:
+    r"""One reply: a code, an enhanced status code (RFC 3463, 5248), a text, and whether the connection ends after it.
+
+    `text` may have several lines, joined by "\n"; each is sent with the code and the status before it. Characters
+    that are not printable become "?", and a line is cut at 480 octets.
+
+    >>> Reply(550, "5.1.1", "No such user").encoded
+    b'550 5.1.1 No such user\r\n'
+    """
+
+    __slots__ = ("cause", "closes", "code", "encoded", "status", "text")
+
+    code: Final[int]
+    status: Final[str | None]
+    """The enhanced status code; None on 220, 334, 354 and the answers to HELO and EHLO, which carry none."""
+    text: Final[str]
+    closes: Final[bool]
+    """The server closes the connection once this reply is sent."""
+    cause: Final[str]
+    """What the journal says of it; "" when the text says it all."""
+    encoded: Final[bytes]
+    """The whole reply as it goes out on the wire."""
+
+    def __init__(self, code: int, status: str | None, text: str, *, closes: bool = False, cause: str = "") -> None:
+        """Raise ValueError when the code is not 200 to 599, or the status is malformed or of another class."""
+        if code not in _CODE:
+            raise ValueError(f"a reply code is 200 to 599, not {code}")
+        if status is not None and (not _STATUS.fullmatch(status) or status[0] != str(code)[0]):
+            raise ValueError(f"an enhanced status code for {code} looks like '{code // 100}.1.1', not {status!r}")
+        self.code = code
+        self.status = status
+        self.text = text
+        self.closes = closes
+        self.cause = cause
+        lead = f"{status} " if status else ""
+        lines = [f"{lead}{_clean(line)}" for line in text.split("\n")]
+        wire = [f"{code}-{line}\r\n" for line in lines[:-1]] + [f"{code} {lines[-1]}\r\n"]
+        self.encoded = "".join(wire).encode()
+
+    @property
+    def accepts(self) -> bool:
+        """The reply is a 2yz or a 3yz: the command did what it asked for."""
+        return self.code < 400
+
+    @property
+    def is_permanent(self) -> bool:
+        """The reply is a 5yz: the client must not try the same again (RFC 5321 4.2.1)."""
+        return self.code >= 500
+
+    def __repr__(self) -> str:
+        return f"<Reply {self.encoded.decode().strip()!r}{' closes' if self.closes else ''}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reply):
+            return NotImplemented
+        return self.encoded == other.encoded and self.closes == other.closes
+
+    def __hash__(self) -> int:
+        return hash((self.encoded, self.closes))
+
+
+# 2yz
+OK = Reply(250, "2.0.0", "Ok")
+SENDER_OK = Reply(250, "2.1.0", "Sender ok")
+RECIPIENT_OK = Reply(250, "2.1.5", "Recipient ok")
+RESET_OK = Reply(250, "2.0.0", "Reset")
+BYE = Reply(221, "2.0.0", "Bye", closes=True)
+GO_AHEAD_TLS = Reply(220, "2.0.0", "Ready to start TLS")
+AUTHENTICATED = Reply(235, "2.7.0", "Authentication succeeded")
+CANNOT_VERIFY = Reply(252, "2.5.2", "Cannot verify the user, but will take mail for it and attempt delivery")
+CANNOT_EXPAND = Reply(252, "2.5.2", "Cannot expand lists, but will take mail for a list and attempt delivery")
+# 3yz
+GO_AHEAD_DATA = Reply(354, None, "End data with <CR><LF>.<CR><LF>")
+# 4yz
+TRY_LATER = Reply(451, "4.3.0", "Temporary failure, please try again later")
+CHECK_FAILED = Reply(451, "4.7.1", "A check of this server failed, please try again later")
+TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients; send the rest in another transaction")
+TOO_MANY_MESSAGES = Reply(452, "4.5.3", "Too many messages on this connection; open another one")
+DISK_FULL = Reply(452, "4.3.1", "Insufficient system storage, please try again later")
+TOO_BUSY = Reply(421, "4.3.2", "Too many connections, please try again later", closes=True)
+TOO_MANY_FROM_HERE = Reply(421, "4.7.0", "Too many connections from your network, please try again later", closes=True)
+TOO_FAST_FROM_HERE = Reply(
+    421, "4.7.0", "Too many new connections from your network, please try again later", closes=True
+)
+UNEXPECTED = Reply(421, "4.3.0", "Internal error, closing", closes=True)
+SHUTTING_DOWN = Reply(421, "4.3.2", "Service shutting down, please try again later", closes=True)
+IDLE_TIMEOUT = Reply(421, "4.4.2", "Idle for too long, closing", closes=True)
+DATA_TIMEOUT = Reply(421, "4.4.2", "The message took too long, closing", closes=True)
+SESSION_TIMEOUT = Reply(421, "4.4.2", "The session took too long, closing", closes=True)
+TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many errors, closing", closes=True)
+TOO_MANY_UNKNOWN = Reply(421, "4.7.0", "Too many unknown recipients, closing", closes=True)
+TOO_MANY_AUTH_FAILURES = Reply(421, "4.7.0", "Too many failed authentications, closing", closes=True)
+AUTH_THROTTLED = Reply(454, "4.7.0", "Too many failed authentications from your network, please try again later")
+AUTH_UNAVAILABLE = Reply(454, "4.7.0", "Temporary authentication failure")
+TLS_UNAVAILABLE = Reply(454, "4.7.0", "TLS not available due to a temporary reason")
+# 5yz: syntax
+LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
+AUTH_LINE_TOO_LONG = Reply(500, "5.5.6", "Authentication exchange line is too long")
+UNKNOWN_COMMAND = Reply(500, "5.5.1", "Command unrecognized")
+NOT_SMTP = Reply(500, "5.5.1", "This is a mail server, not a web server", closes=True)
+BAD_LINE_END = Reply(500, "5.5.2", "A command line ends in <CR><LF>, and holds neither character otherwise")
+NUL_IN_COMMAND = Reply(500, "5.5.2", "A command holds no NUL")
+BAD_ARGUMENT = Reply(501, "5.5.4", "Syntax error in parameters or arguments")
+NO_ARGUMENT_ALLOWED = Reply(501, "5.5.4", "This command takes no argument")
+BAD_BASE64 = Reply(501, "5.5.2", "Cannot decode base64")
+AUTH_CANCELLED = Reply(501, "5.0.0", "Authentication cancelled")
+INPUT_BEHIND_STARTTLS = Reply(501, "5.5.1", "STARTTLS must be the last command in a group", closes=True)
+NOT_IMPLEMENTED = Reply(502, "5.5.1", "Command not implemented")
+# 5yz: sequence
+HELLO_FIRST = Reply(503, "5.5.1", "Send EHLO or HELO first")
+LHLO_FIRST = Reply(503, "5.5.1", "Send LHLO first")
+EHLO_FIRST = Reply(503, "5.5.1", "Send EHLO first")
+MAIL_FIRST = Reply(503, "5.5.1", "Send MAIL first")
+RCPT_FIRST = Reply(503, "5.5.1", "Send RCPT first")
+NESTED_MAIL = Reply(503, "5.5.1", "A transaction is open already; send RSET to drop it")
+NO_VALID_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
+RCPT_AFTER_BDAT = Reply(503, "5.5.1", "BDAT has begun; recipients come before it")
+DATA_AFTER_BDAT = Reply(503, "5.5.1", "BDAT has begun; DATA cannot be mixed with it")
+BDAT_ENDED = Reply(503, "5.5.1", "This message was refused; send RSET or MAIL")
+BINARYMIME_NEEDS_BDAT = Reply(503, "5.5.1", "BODY=BINARYMIME needs BDAT")
+TLS_ALREADY = Reply(503, "5.5.1", "TLS is active already")
+AUTH_ALREADY = Reply(503, "5.5.1", "Authenticated already")
+AUTH_IN_TRANSACTION = Reply(503, "5.5.1", "AUTH is not allowed during a mail transaction")
+AUTH_NOT_HERE = Reply(503, "5.5.1", "AUTH is not offered here")
+UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Unrecognized authentication mechanism")
+TLS_REQUIRED = Reply(530, "5.7.0", "Send STARTTLS first")
+AUTH_REQUIRED = Reply(530, "5.7.0", "Authentication required")
+AUTH_FAILED = Reply(535, "5.7.8", "Authentication credentials invalid")
+AUTH_NEEDS_TLS = Reply(538, "5.7.11", "Encryption required for this authentication mechanism")
+# 5yz: mail
+RELAY_DENIED = Reply(550, "5.7.1", "Relaying denied")
+TOO_BIG = Reply(552, "5.3.4", "Message too big")
+BARE_LF_IN_TEXT = Reply(550, "5.6.0", "The message has a bare <LF>; lines end in <CR><LF>")
+BARE_CR_IN_TEXT = Reply(550, "5.6.0", "The message has a bare <CR>; lines end in <CR><LF>")
+NUL_IN_TEXT = Reply(550, "5.6.0", "The message has a NUL")
+LONG_LINE_IN_TEXT = Reply(550, "5.6.0", "The message has a line that is too long")
+MAIL_LOOP = Reply(554, "5.4.6", "Too many hops: this message is looping")
+BAD_PARAMETER = Reply(555, "5.5.4", "Parameter not recognized or not offered")

@@ -1,0 +1,46 @@
+"""What HELP says (RFC 5321 4.1.1.8): the list of verbs, and one verb explained."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from penstock.reply import Reply
+
+TOPICS: Final[dict[str, str]] = {
+    "HELO": "HELO <host>: begin a session without extensions (RFC 5321 4.1.1.1)",
+    "EHLO": "EHLO <host>: begin a session and list the extensions (RFC 5321 4.1.1.1)",
+    "LHLO": "LHLO <host>: begin an LMTP session and list the extensions (RFC 2033 4.1)",
+    "MAIL": "MAIL FROM:<address> [SIZE=n] [BODY=7BIT|8BITMIME|BINARYMIME] [SMTPUTF8] [RET=FULL|HDRS]\n"
+    "  [ENVID=xtext] [AUTH=xtext] [REQUIRETLS]: begin a transaction; MAIL FROM:<> for a bounce (RFC 5321 4.1.1.2)",
+    "RCPT": "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;xtext]:\n"
+    "  name a recipient (RFC 5321 4.1.1.3)",
+    "DATA": "DATA: the message follows, up to <CR><LF>.<CR><LF> (RFC 5321 4.1.1.4)",
+    "BDAT": "BDAT <octets> [LAST]: that many octets of the message follow (RFC 3030 2)",
+    "RSET": "RSET: drop the transaction (RFC 5321 4.1.1.5)",
+    "VRFY": "VRFY <user>: verify a user (RFC 5321 4.1.1.6)",
+    "EXPN": "EXPN <list>: expand a list (RFC 5321 4.1.1.7)",
+    "HELP": "HELP [verb]: list the verbs, or explain one (RFC 5321 4.1.1.8)",
+    "NOOP": "NOOP: do nothing (RFC 5321 4.1.1.9)",
+    "QUIT": "QUIT: end the session (RFC 5321 4.1.1.10)",
+    "AUTH": "AUTH <mechanism> [initial-response]: authenticate (RFC 4954)",
+    "STARTTLS": "STARTTLS: begin TLS (RFC 3207)",
+}
+
+_EXPLANATIONS: Final = {verb: Reply(214, "2.0.0", text) for verb, text in TOPICS.items()}
+_UNKNOWN_TOPIC: Final = Reply(504, "5.5.4", "There is no help on that; HELP lists the verbs")
+
+
+def _list_of_verbs(hidden: frozenset[str]) -> Reply:
+    verbs = [verb for verb in TOPICS if verb not in hidden]
+    return Reply(214, "2.0.0", f"Verbs: {' '.join(verbs)}\nHELP <verb> explains one of them")
+
+
+_VERBS_OF_SMTP: Final = _list_of_verbs(frozenset({"LHLO"}))
+_VERBS_OF_LMTP: Final = _list_of_verbs(frozenset({"HELO", "EHLO"}))
+
+
+def help_reply(argument: bytes, *, is_lmtp: bool) -> Reply:
+    """Return the answer to HELP with that argument."""
+    if not argument:
+        return _VERBS_OF_LMTP if is_lmtp else _VERBS_OF_SMTP
+    return _EXPLANATIONS.get(argument.decode("ascii", "replace").upper(), _UNKNOWN_TOPIC)

@@ -1,0 +1,126 @@
+"""The order of commands as a table (RFC 5321 4.1.4, RFC 3030 2, RFC 3207 4, RFC 4954 4).
+
+A state says which verbs are refused in it, and with which reply; what the table does not name is allowed. The session
+looks a verb up by its number (`_wire.VERBS`), so that a rule costs one index.
+
+        greet        HELO/EHLO/LHLO        MAIL          RCPT            DATA            CRLF.CRLF
+    OPENED --> HELLO ------------> READY ------> MAIL ------> RCPT ------------> BODY ------------> READY
+                 ^                   ^                         |  BDAT      BDAT LAST                 ^
+                 |  STARTTLS         |  RSET, EHLO             +------> CHUNKS -----------------------+
+                 +----------- TLS    +---- from anywhere
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+from penstock import reply
+from penstock.reply import Reply
+from penstock.smtp._wire import VERBS
+
+
+class State(IntEnum):
+    """Where a conversation stands."""
+
+    OPENED = 0
+    """Nothing was said; the greeting comes first."""
+    HELLO = 1
+    """Greeted, or TLS has just begun: HELO, EHLO or LHLO comes next."""
+    READY = 2
+    """No transaction is open."""
+    MAIL = 3
+    """MAIL was accepted, no recipient yet."""
+    RCPT = 4
+    """There is a recipient."""
+    BODY = 5
+    """The text behind a 354."""
+    CHUNKS = 6
+    """Between two BDAT of one message."""
+    REFUSED = 7
+    """A BDAT was refused: only a new transaction helps (RFC 3030 2)."""
+    OCTETS = 8
+    """The octets of a BDAT."""
+    AUTH = 9
+    """In the exchange of AUTH."""
+    TLS = 10
+    """Between the 220 to STARTTLS and the end of the handshake."""
+    CLOSED = 11
+    """The last reply was made."""
+
+
+NUMBER: Final = {name: number for number, name in enumerate(VERBS)}
+"""The number of a verb."""
+
+Rules = tuple[Reply | None, ...]
+"""A reply, or None for "allowed", at the number of each verb."""
+
+
+def _rules(**refusals: Reply) -> Rules:
+    return tuple(refusals.get(verb) for verb in VERBS)
+
+
+_NO_TRANSACTION = _rules(RCPT=reply.MAIL_FIRST, DATA=reply.MAIL_FIRST, BDAT=reply.MAIL_FIRST)
+
+RULES: Final[dict[State, Rules]] = {
+    State.HELLO: _rules(
+        MAIL=reply.HELLO_FIRST,
+        RCPT=reply.HELLO_FIRST,
+        DATA=reply.HELLO_FIRST,
+        BDAT=reply.HELLO_FIRST,
+        AUTH=reply.EHLO_FIRST,
+        STARTTLS=reply.EHLO_FIRST,
+    ),
+    State.READY: _NO_TRANSACTION,
+    State.MAIL: _rules(
+        MAIL=reply.NESTED_MAIL,
+        DATA=reply.RCPT_FIRST,
+        BDAT=reply.RCPT_FIRST,
+        AUTH=reply.AUTH_IN_TRANSACTION,
+    ),
+    State.RCPT: _rules(MAIL=reply.NESTED_MAIL, AUTH=reply.AUTH_IN_TRANSACTION),
+    State.CHUNKS: _rules(
+        MAIL=reply.NESTED_MAIL,
+        RCPT=reply.RCPT_AFTER_BDAT,
+        DATA=reply.DATA_AFTER_BDAT,
+        AUTH=reply.AUTH_IN_TRANSACTION,
+    ),
+    State.REFUSED: _rules(RCPT=reply.BDAT_ENDED, DATA=reply.BDAT_ENDED, BDAT=reply.BDAT_ENDED),
+}
+
+_ALLOWED_BEFORE_TLS = frozenset({"", "HELO", "EHLO", "LHLO", "STARTTLS", "NOOP", "RSET", "HELP", "QUIT", "HTTP"})
+_ALLOWED_BEFORE_AUTH = _ALLOWED_BEFORE_TLS | {"AUTH"}
+
+
+def require(allowed: frozenset[str], refusal: Reply) -> dict[State, Rules]:
+    """Return the table in which every verb that is not allowed meets the refusal, whatever the state."""
+    overlay = tuple(None if verb in allowed else refusal for verb in VERBS)
+    return {
+        state: tuple(over or rule for over, rule in zip(overlay, rules, strict=True)) for state, rules in RULES.items()
+    }
+
+
+RULES_BEFORE_TLS: Final = require(_ALLOWED_BEFORE_TLS, reply.TLS_REQUIRED)
+"""The table of a listener that requires TLS, before it (RFC 3207 4)."""
+RULES_BEFORE_AUTH: Final = require(_ALLOWED_BEFORE_AUTH, reply.AUTH_REQUIRED)
+"""The table of a listener that requires authentication, before it (RFC 4954 6)."""
+
+LINE_LIMIT: Final = 512
+"""Octets of a command line with its CRLF (RFC 5321 4.5.3.1.4)."""
+AUTH_LINE_LIMIT: Final = 12_288
+"""Octets of a line of an AUTH exchange, and of the AUTH command (RFC 4954 4)."""
+LONGER_LINES: Final = {
+    # SIZE 26 (RFC 1870 3), BODY 17 (RFC 6152 2), SMTPUTF8 10 (RFC 6531 3.1), AUTH 500 (RFC 4954 3),
+    # RET and ENVID 9 + 107 (RFC 3461 4.3, 4.4), REQUIRETLS 11 (RFC 8689 2)
+    "MAIL": 26 + 17 + 10 + 500 + 116 + 11,
+    # NOTIFY 29 and ORCPT 507 (RFC 3461 4.1, 4.2)
+    "RCPT": 29 + 507,
+    "AUTH": AUTH_LINE_LIMIT - LINE_LIMIT,
+}
+"""What the extensions add to the line of a verb."""
+ARGUMENT_LIMIT: Final = tuple(
+    # the verb, one space and the CRLF are no part of the argument; an unknown line is all argument
+    LINE_LIMIT + LONGER_LINES.get(verb, 0) - (len(verb) + 1 if verb else 0) - 2
+    for verb in VERBS
+)
+"""Octets the argument of each verb may have."""

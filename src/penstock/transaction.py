@@ -1,0 +1,126 @@
+"""What is known so far of one connection and of the mail transaction open on it.
+
+The session writes here as replies move its state; checks, hooks and the trace header read it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from penstock.message import NULL_PATH, Envelope, Path, Recipient
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The two ends of a connection. An address of "" is a unix socket."""
+
+    address: str
+    """IP address of the client: what PROXY said where a trusted proxy said it, otherwise the socket's own."""
+    port: int
+    local_address: str = ""
+    local_port: int = 0
+    proxy: str = ""
+    """IP address of the proxy between us, "" without one."""
+
+    @property
+    def literal(self) -> str:
+        """The address literal of RFC 5321 4.1.3: "[192.0.2.1]" or "[IPv6:2001:db8::1]"; "[unix]" without one."""
+        if not self.address:
+            return "[unix]"
+        return f"[IPv6:{self.address}]" if ":" in self.address else f"[{self.address}]"
+
+    @property
+    def network(self) -> str:
+        """What limits per client count by: the IPv4 address, the IPv6 /64, "" for a unix socket."""
+        if ":" not in self.address:
+            return self.address
+        high = int(ipaddress.IPv6Address(self.address.partition("%")[0])) >> 64 << 64
+        return f"{ipaddress.IPv6Address(high)}/64"
+
+
+class TlsInfo(NamedTuple):
+    """What the handshake agreed on."""
+
+    version: str
+    """"TLSv1.3"."""
+    cipher: str
+    """"TLS_AES_256_GCM_SHA384"."""
+    bits: int
+    """Secret bits of the cipher."""
+    sni: str | None = None
+    """The server name the client asked for."""
+
+
+class MailParameters(NamedTuple):
+    """The checked ESMTP parameters of MAIL; the fields mean what they mean in `Envelope`."""
+
+    size: int | None = None
+    body_type: str = "7BIT"
+    smtputf8: bool = False
+    ret: str | None = None
+    envid: str | None = None
+    auth: str | None = None
+    requiretls: bool = False
+
+
+NO_PARAMETERS = MailParameters()
+
+
+@dataclass(slots=True)
+class Transaction:
+    """The facts about a connection, and those about its open mail transaction, which `reset` forgets."""
+
+    peer: Peer
+    listener: str = ""
+    """The name of the listener that accepted the connection."""
+    hello: str = ""
+    """The argument of HELO, EHLO or LHLO; "" before it."""
+    is_esmtp: bool = False
+    """The client said EHLO or LHLO."""
+    is_lmtp: bool = False
+    tls: TlsInfo | None = None
+    identity: str | None = None
+    """The authenticated user name."""
+
+    sender: Path | None = None
+    """The reverse-path once MAIL was accepted; None outside of a transaction."""
+    parameters: MailParameters = NO_PARAMETERS
+    recipients: list[Recipient] = field(default_factory=list)
+    findings: dict[str, object] = field(default_factory=dict)
+    """What checks and hooks want the later ones to know; forgotten with the transaction."""
+
+    def reset(self) -> None:
+        """Forget the mail transaction, keep the connection (RFC 5321 4.1.1.5)."""
+        self.sender = None
+        self.parameters = NO_PARAMETERS
+        if self.recipients:
+            self.recipients = []
+        if self.findings:
+            self.findings = {}
+
+    def envelope(self) -> Envelope:
+        """Return the envelope of the open transaction."""
+        size, body_type, smtputf8, ret, envid, auth, requiretls = self.parameters
+        return Envelope(
+            self.sender if self.sender is not None else NULL_PATH,
+            tuple(self.recipients),
+            body_type,
+            smtputf8,
+            size,
+            ret,
+            envid,
+            auth,
+            requiretls,
+        )
+
+    @property
+    def protocol(self) -> str:
+        """The `with` keyword of the Received field (RFC 3848, RFC 6531 4.3): "ESMTPSA", "UTF8LMTPS", "SMTP" ..."""
+        if not self.is_esmtp:
+            return "SMTP"
+        base = "LMTP" if self.is_lmtp else "SMTP" if self.parameters.smtputf8 else "ESMTP"
+        if self.parameters.smtputf8:
+            base = f"UTF8{base}"
+        return f"{base}{'S' if self.tls else ''}{'A' if self.identity is not None else ''}"
