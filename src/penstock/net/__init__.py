@@ -1,0 +1,1 @@
+"""SOCKETS: streams, TLS, listeners, the PROXY protocol."""

@@ -1,0 +1,151 @@
+"""Listening sockets: bind, accept in batches, survive a shortage of descriptors."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+BACKLOG = 4096
+"""Connections the kernel keeps waiting; it cuts this to net.core.somaxconn."""
+_BATCH = 64
+"""Connections accepted before the sessions get their turn."""
+_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_PAUSE = 0.1
+"""Seconds without accepting when descriptors run out: those who wait stay in the kernel's queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Where to listen: "127.0.0.1:2525", "[::1]:2525", "localhost:2525", ":2525" (everywhere) or "unix:/run/lmtp"."""
+
+    host: str
+    port: int
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> ListenAddress:
+        """Raise ValueError when the text has none of these forms."""
+        if text.startswith("unix:"):
+            if text == "unix:":
+                raise ValueError("a unix socket needs a path: unix:/run/penstock/lmtp")
+            return cls("", 0, text.removeprefix("unix:"))
+        host, colon, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            raise ValueError(f"an IPv6 address stands in brackets: [{host}]:{port}")
+        if not colon or not port.isdecimal() or int(port) > 65_535:
+            raise ValueError(f"a listen address looks like 127.0.0.1:2525, [::1]:2525 or unix:/path, not {text!r}")
+        return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine can reach it."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Bind a unix socket, in the place of one that nobody listens on any more."""
+    place = Path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if place.exists() and stat.S_ISSOCK(place.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) != 0:
+                    place.unlink()
+        sock.bind(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def bind(address: ListenAddress) -> list[socket.socket]:
+    """Return the listening sockets of an address: one for each IP address its name stands for.
+
+    Raise OSError, which names the address, when one can not be bound. Port 0 takes a free port.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        if address.path:
+            sockets.append(_bind_unix(address.path))
+        else:
+            found = socket.getaddrinfo(
+                address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            for family, _, _, _, place in dict.fromkeys(found):
+                sock = socket.socket(family, socket.SOCK_STREAM)
+                sockets.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(place)
+        for sock in sockets:
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+    except OSError as exc:
+        for sock in sockets:
+            sock.close()
+        raise OSError(exc.errno, f"cannot listen on {address}: {exc.strerror or exc}") from exc
+    return sockets
+
+
+def name_of(sock: socket.socket) -> str:
+    """Return where a socket listens, in the form that `ListenAddress.parse` reads."""
+    place = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return str(ListenAddress("", 0, str(place)))
+    return str(ListenAddress(place[0], place[1]))
+
+
+async def accept_forever(
+    listener: socket.socket,
+    handle: Callable[[socket.socket], None],
+    report_shortage: Callable[[OSError], None],
+) -> None:
+    """Accept connections, in batches, until cancelled. `handle` takes each socket over and must not raise."""
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        for _ in range(_BATCH):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as exc:
+                if exc.errno in _SHORTAGE:
+                    report_shortage(exc)
+                    await trio.sleep(_PAUSE)
+                    break
+                # Any other error belongs to the one connection that was to be accepted (accept(2)).
+                continue
+            handle(sock)
+
+
+def close_listener(listener: socket.socket) -> None:
+    """Stop listening; a unix socket leaves no file behind."""
+    if listener.fileno() < 0:
+        return
+    path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
+    trio.lowlevel.notify_closing(listener)
+    listener.close()
+    if path:
+        with suppress(OSError):
+            Path(path).unlink()

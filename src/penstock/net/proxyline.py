@@ -1,0 +1,106 @@
+"""The PROXY protocol, versions 1 and 2: who the client is when a proxy stands between (HAProxy, proxy-protocol.txt).
+
+`parse` is given all that came so far and says who the client is, that more is needed, or that this is no PROXY header.
+It never looks at more than `MAX_HEADER` octets.
+
+Roads not taken: the library proxy-protocol of PyPI parses both versions, but its reading is written for asyncio, and
+its parsers take a header of unbounded length on trust.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+MAX_V1: Final = 107
+"""Octets of the longest line of version 1, with its CR LF (section 2.1)."""
+MAX_HEADER: Final = 16 + 4096
+"""Octets of a header of version 2 that we are ready to read: its addresses have at most 216, the rest is for TLVs."""
+_V2_SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
+_V2_FIXED: Final = 16
+
+
+class ProxyError(ValueError):
+    """The octets are no PROXY header."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyLine:
+    """What a PROXY header says."""
+
+    consumed: int
+    """Octets of the header."""
+    is_local: bool
+    """The proxy speaks for itself or does not know (LOCAL, UNKNOWN): the socket's own addresses hold."""
+    source_address: str = ""
+    source_port: int = 0
+    destination_address: str = ""
+    destination_port: int = 0
+
+
+def parse(buffer: bytes) -> ProxyLine | None:
+    """Read a header at the start of the buffer; None when more input is needed. Raise ProxyError."""
+    if buffer.startswith(_V2_SIGNATURE[: len(buffer)]):
+        return _parse_v2(buffer)
+    if buffer.startswith(b"PROXY "[: len(buffer)]):
+        return _parse_v1(buffer)
+    raise ProxyError("no PROXY header")
+
+
+def _parse_v1(buffer: bytes) -> ProxyLine | None:
+    end = buffer.find(b"\r\n", 0, MAX_V1)
+    if end < 0:
+        if len(buffer) >= MAX_V1:
+            raise ProxyError(f"a line of version 1 has at most {MAX_V1} octets")
+        return None
+    words = buffer[:end].decode("ascii", "replace").split(" ")
+    consumed = end + 2
+    if words[1] == "UNKNOWN":
+        return ProxyLine(consumed, is_local=True)
+    if len(words) != 6 or words[1] not in ("TCP4", "TCP6"):
+        raise ProxyError("a line of version 1 is PROXY TCP4|TCP6 SOURCE DESTINATION PORT PORT, or PROXY UNKNOWN")
+    version = 4 if words[1] == "TCP4" else 6
+    try:
+        source, destination = ipaddress.ip_address(words[2]), ipaddress.ip_address(words[3])
+    except ValueError as exc:
+        raise ProxyError(str(exc)) from exc
+    if source.version != version or destination.version != version:
+        raise ProxyError(f"an address is not of {words[1]}")
+    return ProxyLine(consumed, False, str(source), _port(words[4]), str(destination), _port(words[5]))
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65_535):
+        raise ProxyError(f"{text!r} is not a port")
+    return int(text)
+
+
+def _parse_v2(buffer: bytes) -> ProxyLine | None:
+    if len(buffer) < _V2_FIXED:
+        return None
+    version_command, family, length = struct.unpack_from("!BBH", buffer, len(_V2_SIGNATURE))
+    consumed = _V2_FIXED + length
+    if version_command >> 4 != 2 or version_command & 0xF > 1:
+        raise ProxyError("version 2 has the commands LOCAL and PROXY")
+    if consumed > MAX_HEADER:
+        raise ProxyError(f"a header of {consumed} octets is too long")
+    if len(buffer) < consumed:
+        return None
+    octets = {1: 4, 2: 16}.get(family >> 4)
+    if version_command & 0xF == 0 or octets is None:  # LOCAL, or UNSPEC, or a unix socket behind the proxy
+        return ProxyLine(consumed, is_local=True)
+    if length < octets * 2 + 4:
+        raise ProxyError("the header is too short for its addresses")
+    source = buffer[_V2_FIXED : _V2_FIXED + octets]
+    destination = buffer[_V2_FIXED + octets : _V2_FIXED + 2 * octets]
+    source_port, destination_port = struct.unpack_from("!HH", buffer, _V2_FIXED + 2 * octets)
+    return ProxyLine(
+        consumed,
+        False,
+        str(ipaddress.ip_address(source)),
+        source_port,
+        str(ipaddress.ip_address(destination)),
+        destination_port,
+    )

@@ -1,0 +1,139 @@
+"""TLS: contexts, generated certificates, what a handshake agreed on."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import ssl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+import trio
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from penstock.transaction import TlsInfo
+
+_RENEW_BEFORE: Final = datetime.timedelta(days=7)
+_VALID_FOR: Final = datetime.timedelta(days=397)
+"""What browsers and mail clients accept at most."""
+
+
+class TlsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """TLS of a listener (RFC 3207, RFC 8314)."""
+
+    mode: Annotated[
+        Literal["none", "starttls", "implicit"],
+        msgspec.Meta(description="starttls: offered after EHLO; implicit: from the first octet, as on port 465"),
+    ] = "starttls"
+    required: Annotated[
+        bool, msgspec.Meta(description="No mail before TLS: 530 5.7.0. Not for a public port 25 (RFC 3207 4)")
+    ] = False
+    certificate: Annotated[
+        str, msgspec.Meta(description="PEM file of the certificate chain; generated in data_dir when empty")
+    ] = ""
+    key: Annotated[str, msgspec.Meta(description="PEM file of the private key; in the certificate file when empty")] = (
+        ""
+    )
+    minimum: Annotated[
+        Literal["1.2", "1.3"], msgspec.Meta(description="The oldest version accepted (RFC 8996, RFC 9325)")
+    ] = "1.2"
+    ciphers: Annotated[
+        str, msgspec.Meta(description="TLS 1.2 ciphers as OpenSSL names them; Python's choice when empty")
+    ] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedCertificate:
+    """A certificate of our own making, and the authority that clients have to trust for it."""
+
+    certificate: Path
+    """Chain and key in one PEM file, mode 0600."""
+    ca_file: Path
+
+
+def server_context(settings: TlsSettings, certificate: Path, key: Path | None = None) -> ssl.SSLContext:
+    """Return the context of a listener. Raise OSError or ssl.SSLError (an OSError) when a file is of no use."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3 if settings.minimum == "1.3" else ssl.TLSVersion.TLSv1_2
+    if settings.ciphers:
+        context.set_ciphers(settings.ciphers)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+def tls_info(stream: trio.SSLStream[trio.abc.Stream]) -> TlsInfo:
+    """Say what the handshake of a stream agreed on."""
+    name, version, bits = stream.cipher() or ("", "", 0)
+    return TlsInfo(stream.version() or version, name, bits)
+
+
+def end_point_binding(certificate: Path) -> bytes:
+    """Return the tls-server-end-point channel binding of a certificate file (RFC 5929 4.1).
+
+    It is the hash of the certificate with the hash of its signature, and SHA-256 in the place of MD5 and SHA-1.
+    """
+    leaf = x509.load_pem_x509_certificates(certificate.read_bytes())[0]
+    used = leaf.signature_hash_algorithm
+    weak = used is None or isinstance(used, hashes.MD5 | hashes.SHA1)
+    return leaf.fingerprint(hashes.SHA256() if weak or used is None else used)
+
+
+# ---- generated certificates
+
+
+def generated_certificate(folder: Path, names: Sequence[str]) -> GeneratedCertificate:
+    """Return a certificate for these names, made anew when there is none, or it ends soon, or names others.
+
+    Several processes may ask at once: one makes it, the others take it. Raise OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    made = GeneratedCertificate(folder / "server.pem", folder / "ca.pem")
+    with _locked(folder / "lock"):
+        if not _is_good(made, names):
+            ca = trustme.CA(organization_name="Penstock", key_type=trustme.KeyType.ECDSA)
+            leaf = ca.issue_cert(
+                *names,
+                organization_name="Penstock",
+                not_after=datetime.datetime.now(datetime.UTC) + _VALID_FOR,
+                key_type=trustme.KeyType.ECDSA,
+            )
+            _write(made.ca_file, ca.cert_pem.bytes(), 0o644)
+            _write(made.certificate, leaf.private_key_and_cert_chain_pem.bytes(), 0o600)
+    return made
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_good(made: GeneratedCertificate, names: Sequence[str]) -> bool:
+    try:
+        leaf = x509.load_pem_x509_certificates(made.certificate.read_bytes())[0]
+        made.ca_file.stat()
+    except (OSError, ValueError):
+        return False
+    alternatives = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    covered = {str(item.value) for item in alternatives}
+    now = datetime.datetime.now(datetime.UTC)
+    return covered >= set(names) and leaf.not_valid_after_utc - now > _RENEW_BEFORE
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
