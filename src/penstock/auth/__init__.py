@@ -1,0 +1,1 @@
+"""Who a client is: the authenticator seam and the users file."""

@@ -1,0 +1,36 @@
+"""The authenticator seam: who may prove to be whom, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Protocol
+
+import msgspec
+
+from penstock.smtp.sasl import MECHANISMS, ScramKeys
+
+
+class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Authentication on a listener (RFC 4954)."""
+
+    users: Annotated[
+        str, msgspec.Meta(description="The users file, as `penstock user` writes it; relative to data_dir")
+    ] = "users"
+    mechanisms: Annotated[
+        tuple[str, ...],
+        msgspec.Meta(description=f"Mechanisms in the order they are offered: {', '.join(MECHANISMS)}"),
+    ] = MECHANISMS
+    required: Annotated[bool, msgspec.Meta(description="No MAIL before AUTH: 530 5.7.0")] = False
+    without_tls: Annotated[
+        bool,
+        msgspec.Meta(description="Offer PLAIN and LOGIN in the clear, too: for a loopback or a trusted network"),
+    ] = False
+
+
+class Authenticator(Protocol):
+    """Knows users. Both questions take the same time for a name that exists and for one that does not."""
+
+    async def verify(self, name: str, password: str) -> bool:
+        """Say whether the password is that user's. Slow on purpose (argon2, in a thread, few at a time)."""
+
+    def scram_keys(self, name: str) -> ScramKeys:
+        """Return what a SCRAM exchange needs of a user; for an unknown one, keys no password fits, always the same."""

@@ -1,0 +1,1 @@
+"""Where an accepted message goes: the delivery seam and its kinds."""

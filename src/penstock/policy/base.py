@@ -1,0 +1,82 @@
+"""The policy seam: what a hook is given, and what it may answer.
+
+A policy is any object with some of the methods named in `MILESTONES`. Each method may be a plain function or an
+`async def`; a method that is not there costs nothing. A verdict never is an exception:
+
+- `None`: no opinion, the next policy is asked;
+- `ACCEPT`: yes, and the policies behind this one are not asked;
+- a `Reply`: no (4yz, 5yz), said to the client in these words; a 2yz replaces the ordinary text of the acceptance.
+
+A hook that throws, or takes longer than its deadline, counts as a failed check: the client hears 451 and the journal
+gets one line with the cause.
+
+>>> class NoBulkFromAfar:
+...     def on_rcpt(self, transaction, recipient):
+...         if recipient.path.domain == "lists.example.org" and transaction.tls is None:
+...             return Reply(550, "5.7.10", "Use TLS to reach this list")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from enum import Enum
+from typing import Final, Literal, Protocol
+
+from penstock.message import Message, Path, Recipient
+from penstock.reply import Reply
+from penstock.transaction import MailParameters, Peer, Transaction
+
+
+class _Accept(Enum):
+    ACCEPT = "accept"
+
+
+ACCEPT: Final = _Accept.ACCEPT
+"""The verdict that ends the asking with a yes."""
+
+Verdict = Reply | Literal[_Accept.ACCEPT] | None
+Answer = Verdict | Awaitable[Verdict]
+
+MILESTONES = ("on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_message")
+
+
+class ConnectPolicy(Protocol):
+    """Asked before the greeting."""
+
+    def on_connect(self, peer: Peer, listener: str) -> Answer:
+        """Judge a client by its address. A refusal is sent in place of the greeting, and the connection ends."""
+
+
+class HeloPolicy(Protocol):
+    """Asked at HELO, EHLO and LHLO."""
+
+    def on_helo(self, transaction: Transaction, name: str) -> Answer:
+        """Judge the name the client gives itself; `transaction.hello` still holds the one before."""
+
+
+class AuthPolicy(Protocol):
+    """Asked after the password was right, before the 235."""
+
+    def on_auth(self, transaction: Transaction, identity: str, mechanism: str) -> Answer:
+        """Judge an identity that has proved itself."""
+
+
+class MailPolicy(Protocol):
+    """Asked at MAIL."""
+
+    def on_mail(self, transaction: Transaction, sender: Path, parameters: MailParameters) -> Answer:
+        """Judge a reverse-path; `transaction.sender` is not set yet."""
+
+
+class RcptPolicy(Protocol):
+    """Asked at each RCPT that the domains of the listener let through."""
+
+    def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> Answer:
+        """Judge a forward-path; `transaction.recipients` holds those accepted before."""
+
+
+class MessagePolicy(Protocol):
+    """Asked at the end of the data, before the delivery."""
+
+    def on_message(self, transaction: Transaction, message: Message) -> Answer:
+        """Judge a whole message. Reading `message.body.chunks()` may touch the disk: use a thread for large ones."""

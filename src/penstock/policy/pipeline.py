@@ -1,0 +1,127 @@
+"""Asks the policies of a listener at each milestone, in their order.
+
+A milestone that nobody watches is an empty tuple, so that its cost is one `if` of the caller. A policy that throws,
+takes too long or answers nonsense has failed: the client hears 451 and the journal gets one line. One that fails again
+and again is left alone for a while, with the same 451: mail waits for a check, it does not go around it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import trio
+
+from penstock import reply as replies
+from penstock.journal import Journal
+from penstock.message import Message, Path, Recipient
+from penstock.policy.base import ACCEPT
+from penstock.policy.hooks import HookSettings
+from penstock.reply import Reply
+from penstock.transaction import MailParameters, Peer, Transaction
+
+_FAILED: Final = replies.CHECK_FAILED
+
+
+class _Guard:
+    """One policy with its deadline, its bound of concurrency and its breaker."""
+
+    def __init__(self, policy: object, settings: HookSettings, journal: Journal) -> None:
+        self.policy = policy
+        self._settings = settings
+        self._journal = journal
+        self._limiter = trio.CapacityLimiter(settings.concurrency)
+        self._failures = 0
+        self._closed_until = 0.0
+
+    async def ask(self, method: Callable[..., Any], milestone: str, *arguments: object) -> object:
+        """Return the policy's answer, or CHECK_FAILED."""
+        if trio.current_time() < self._closed_until:
+            return _FAILED
+        cause = ""
+        answer: object = None
+        with trio.move_on_after(self._settings.deadline) as scope:
+            try:
+                async with self._limiter:
+                    answer = method(*arguments)
+                    if inspect.isawaitable(answer):
+                        answer = await answer
+            except Exception as exc:  # noqa: BLE001 - whatever a hook throws, the check has failed
+                cause = f"{type(exc).__name__}: {exc}"
+        if scope.cancelled_caught:
+            cause = f"no answer within {self._settings.deadline} s"
+        elif not cause and not (answer is None or answer is ACCEPT or isinstance(answer, Reply)):
+            cause = f"an answer is None, ACCEPT or a Reply, not {answer!r}"
+        if cause:
+            self._fail(milestone, cause)
+            return _FAILED
+        self._failures = 0
+        return answer
+
+    def _fail(self, milestone: str, cause: str) -> None:
+        self._journal.hook_failed(self._settings.hook, milestone, cause)
+        self._failures += 1
+        if self._failures >= self._settings.breaker_failures:
+            self._failures = 0
+            self._closed_until = trio.current_time() + self._settings.breaker_pause
+
+
+_Asked = tuple[_Guard, Callable[..., Any]]
+
+
+class Pipeline:
+    """The policies of a listener. The attributes named like milestones say who watches; empty is nobody."""
+
+    def __init__(self, policies: Sequence[tuple[object, HookSettings]], journal: Journal) -> None:
+        guards = [_Guard(policy, settings, journal) for policy, settings in policies]
+
+        def watching(milestone: str) -> tuple[_Asked, ...]:
+            return tuple(
+                (guard, getattr(guard.policy, milestone)) for guard in guards if hasattr(guard.policy, milestone)
+            )
+
+        self.connect = watching("on_connect")
+        self.helo = watching("on_helo")
+        self.auth = watching("on_auth")
+        self.mail = watching("on_mail")
+        self.rcpt = watching("on_rcpt")
+        self.message = watching("on_message")
+
+    async def on_connect(self, peer: Peer, listener: str) -> Reply | None:
+        """Judge a client by its address. None is a yes."""
+        return await _ask(self.connect, "on_connect", peer, listener)
+
+    async def on_helo(self, transaction: Transaction, name: str) -> Reply | None:
+        """Judge the name a client gives itself."""
+        return await _ask(self.helo, "on_helo", transaction, name)
+
+    async def on_auth(self, transaction: Transaction, identity: str, mechanism: str) -> Reply | None:
+        """Judge an identity that has proved itself."""
+        return await _ask(self.auth, "on_auth", transaction, identity, mechanism)
+
+    async def on_mail(self, transaction: Transaction, sender: Path, parameters: MailParameters) -> Reply | None:
+        """Judge a reverse-path."""
+        return await _ask(self.mail, "on_mail", transaction, sender, parameters)
+
+    async def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> Reply | None:
+        """Judge a forward-path."""
+        return await _ask(self.rcpt, "on_rcpt", transaction, recipient)
+
+    async def on_message(self, transaction: Transaction, message: Message) -> Reply | None:
+        """Judge a whole message."""
+        return await _ask(self.message, "on_message", transaction, message)
+
+
+async def _ask(asked: tuple[_Asked, ...], milestone: str, *arguments: object) -> Reply | None:
+    """Ask one after the other: the first refusal or ACCEPT ends it; an accepting reply is kept unless one refuses."""
+    kept: Reply | None = None
+    for guard, method in asked:
+        answer = await guard.ask(method, milestone, *arguments)
+        if answer is ACCEPT:
+            break
+        if isinstance(answer, Reply):
+            if not answer.accepts:
+                return answer
+            kept = answer
+    return kept
