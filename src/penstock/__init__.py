@@ -1,0 +1,47 @@
+"""Penstock: an SMTP server on trio with a compiled wire.
+
+General layout, in the order of a message's way through the house:
+
+    cli         the command line, one file a command
+    assemble    the only file where concrete parts meet: settings in, a worker out
+    config      TOML to settings; errors name the key
+    inbound     THE LOOP. Read inbound/connection.py first: one connection from its greeting to its end.
+                server.py is a worker, gate.py what the connections of a listener share, limits.py who may come in
+                and how long it may take, body.py where a body waits, trace.py the Received field.
+    policy      what is thought of a client or a message: base.py is the seam, pipeline.py asks, hooks.py loads
+    auth        who a client is: base.py is the seam, users.py the users file
+    delivery    where a message goes: base.py is the seam, maildir.py and discard.py are the kinds
+    net         SOCKETS: stream.py, listen.py, tls.py, proxyline.py
+    smtp        THE LANGUAGE, pure: octets in, events out, replies back. server.py is the session, states.py the order
+                of commands as a table, grammar.py the arguments, offer.py the EHLO keywords, sasl.py the exchanges,
+                _wire (ext/wire.pyx) the octets.
+    transaction what is known so far of a connection
+    journal     one method for each mail event
+    message, reply   what travels, and what is said
+
+A package imports only from those below it here; tests/test_floors.py keeps it so.
+"""
+
+from __future__ import annotations
+
+from penstock.message import Envelope, Message, Path, Recipient
+from penstock.policy.base import ACCEPT, Verdict
+from penstock.reply import Reply
+from penstock.transaction import MailParameters, Peer, TlsInfo, Transaction
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACCEPT",
+    "Envelope",
+    "MailParameters",
+    "Message",
+    "Path",
+    "Peer",
+    "Recipient",
+    "Reply",
+    "TlsInfo",
+    "Transaction",
+    "Verdict",
+    "__version__",
+]

@@ -1,0 +1,192 @@
+"""The only file where concrete parts meet: settings in, a worker out. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.auth.base import Authenticator, AuthSettings
+from penstock.auth.users import UsersAuthenticator, UsersFile
+from penstock.config import DeliverySettings, ListenerSettings, Settings
+from penstock.delivery.base import Delivery
+from penstock.delivery.discard import DiscardDelivery
+from penstock.delivery.maildir import MaildirDelivery
+from penstock.inbound.body import BodySettings, MemoryBudget
+from penstock.inbound.gate import Domains, Gate
+from penstock.inbound.limits import Admission, AuthThrottle, Sweeper
+from penstock.inbound.server import Door, Worker
+from penstock.journal import Journal
+from penstock.message import MessageIds
+from penstock.net.listen import ListenAddress, bind
+from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
+from penstock.policy.hooks import load_hook
+from penstock.policy.pipeline import Pipeline
+from penstock.smtp.offer import Offer
+from penstock.smtp.sasl import ChannelBinding
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the listeners of a worker have in common."""
+
+    hostname: str
+    domains: Domains | None
+    data_dir: Path
+    journal: Journal
+    delivery: Delivery
+    pipeline: Pipeline
+    throttle: AuthThrottle
+    body: BodySettings
+    budget: MemoryBudget
+    ids: MessageIds
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A worker, and what its starter wants to know of it."""
+
+    worker: Worker
+    delivery: Delivery
+    doors: Sequence[Door]
+    ca_file: Path | None
+    """The authority of a generated certificate: what clients have to trust."""
+
+
+def assemble(settings: Settings, journal: Journal, write_journal: Callable[[bytes], None]) -> Parts:
+    """Join the parts that the settings ask for. Binds the sockets; starts nothing.
+
+    Raise OSError when a socket can not be bound or a file not be read or written, ValueError for what is wrong with a
+    file that the settings name (a hook, the users).
+    """
+    data_dir = Path(settings.data_dir).absolute()
+    (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
+    delivery = make_delivery(settings.delivery, data_dir)
+    shared = Shared(
+        hostname=settings.own_hostname,
+        domains=None if settings.domains is None else Domains(settings.domains),
+        data_dir=data_dir,
+        journal=journal,
+        delivery=delivery,
+        pipeline=Pipeline([(load_hook(check.hook, check.arguments), check) for check in settings.check], journal),
+        throttle=AuthThrottle(settings.admission),
+        body=settings.body,
+        budget=MemoryBudget(settings.body.memory_total),
+        ids=MessageIds(),
+    )
+    doors: list[Door] = []
+    ca_file: Path | None = None
+    try:
+        for listener in settings.listener:
+            secrets = read_secrets(listener.tls, shared)
+            ca_file = ca_file or secrets.ca_file
+            gate = make_gate(listener, shared, secrets)
+            doors += [Door(sock, gate) for sock in bind(ListenAddress.parse(listener.address))]
+    except BaseException:
+        for door in doors:
+            door.listener.close()
+        raise
+    worker = Worker(
+        doors,
+        Admission(settings.admission),
+        Sweeper(min(listener.limits.shortest_clock for listener in settings.listener)),
+        journal,
+        write_journal,
+        grace=settings.server.grace,
+    )
+    return Parts(worker, delivery, doors, ca_file)
+
+
+def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
+    """Return the delivery that the settings name."""
+    if settings.kind == "discard":
+        return DiscardDelivery()
+    return MaildirDelivery(settings.maildir, data_dir)
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What TLS of a listener needs, read once at the start."""
+
+    context: ssl.SSLContext | None = None
+    binding: ChannelBinding | None = None
+    ca_file: Path | None = None
+
+
+def read_secrets(settings: TlsSettings, shared: Shared) -> Secrets:
+    """Return the TLS context of a listener, with a generated certificate when it names none."""
+    if settings.mode == "none":
+        return Secrets()
+    ca_file: Path | None = None
+    if settings.certificate:
+        certificate = shared.data_dir / settings.certificate
+        key = shared.data_dir / settings.key if settings.key else None
+    else:
+        names = dict.fromkeys([shared.hostname, "localhost", "127.0.0.1", "::1"])
+        made = generated_certificate(shared.data_dir / "tls", list(names))
+        certificate, key, ca_file = made.certificate, None, made.ca_file
+    binding = ChannelBinding("tls-server-end-point", end_point_binding(certificate))
+    return Secrets(server_context(settings, certificate, key), binding, ca_file)
+
+
+def make_authenticator(settings: AuthSettings | None, data_dir: Path) -> Authenticator | None:
+    """Return who knows the users of a listener; None without AUTH."""
+    return None if settings is None else UsersAuthenticator(UsersFile(data_dir / settings.users))
+
+
+def make_gate(
+    listener: ListenerSettings, shared: Shared, secrets: Secrets, authenticator: Authenticator | None = None
+) -> Gate:
+    """Join what all connections of a listener share."""
+    return Gate(
+        name=listener.name or listener.address,
+        offer=make_offer(listener, shared.hostname),
+        wire=listener.wire,
+        limits=listener.limits,
+        domains=shared.domains,
+        relay_networks=tuple(ipaddress.ip_network(network) for network in listener.relay_networks),
+        proxy_networks=tuple(ipaddress.ip_network(network) for network in listener.proxy_networks),
+        tls=secrets.context,
+        is_implicit_tls=listener.tls.mode == "implicit",
+        binding=secrets.binding,
+        max_hops=listener.max_hops,
+        delivery=shared.delivery,
+        pipeline=shared.pipeline,
+        authenticator=authenticator or make_authenticator(listener.auth, shared.data_dir),
+        auth_throttle=shared.throttle,
+        body=shared.body,
+        budget=shared.budget,
+        folder=shared.data_dir / "tmp",
+        journal=shared.journal,
+        ids=shared.ids,
+    )
+
+
+def make_offer(listener: ListenerSettings, hostname: str) -> Offer:
+    """Return the language of a listener."""
+    limits, extensions, auth = listener.limits, listener.extensions, listener.auth
+    return Offer(
+        hostname=hostname,
+        is_lmtp=listener.kind == "lmtp",
+        max_size=listener.max_size,
+        max_recipients=limits.recipients,
+        max_messages=limits.messages,
+        max_errors=limits.errors,
+        max_unknown=limits.unknown_recipients,
+        max_auth_failures=limits.auth_failures,
+        starttls=listener.tls.mode == "starttls",
+        require_tls=listener.tls.required,
+        require_auth=auth is not None and auth.required,
+        mechanisms=() if auth is None else auth.mechanisms,
+        auth_without_tls=auth is not None and auth.without_tls,
+        pipelining=extensions.pipelining,
+        eightbitmime=extensions.eightbitmime,
+        smtputf8=extensions.smtputf8,
+        chunking=extensions.chunking,
+        binarymime=extensions.binarymime,
+        dsn=extensions.dsn,
+        requiretls=extensions.requiretls,
+        expn=extensions.expn,
+    )

@@ -1,0 +1,310 @@
+"""TOML to settings. Errors name the key; nothing is guessed, nothing is ignored.
+
+The settings of a part are a small frozen class beside the part; here they are joined to the shape of the file, read,
+cross-checked, described. No part imports this module.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+import tomli_w
+
+from penstock.auth.base import AuthSettings
+from penstock.delivery.maildir import MaildirSettings
+from penstock.inbound.body import BodySettings
+from penstock.inbound.gate import WireSettings
+from penstock.inbound.limits import AdmissionSettings, LimitSettings
+from penstock.journal import JournalSettings
+from penstock.net.listen import ListenAddress
+from penstock.net.tls import TlsSettings
+from penstock.policy.hooks import HookSettings
+from penstock.smtp.offer import ExtensionSettings
+
+Struct = msgspec.Struct
+Meta = msgspec.Meta
+
+_HOSTNAME = re.compile(
+    r"(?=.{1,255}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
+)
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration; the text names the key and the right form."""
+
+
+class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where clients come in, and what they are offered there."""
+
+    address: Annotated[
+        str, Meta(description="127.0.0.1:2525, [::1]:2525, :25 (every address) or unix:/run/penstock/lmtp")
+    ] = "127.0.0.1:2525"
+    name: Annotated[str, Meta(description="What the journal calls it; the address when empty")] = ""
+    kind: Annotated[Literal["smtp", "lmtp"], Meta(description="SMTP (RFC 5321) or LMTP (RFC 2033)")] = "smtp"
+    max_size: Annotated[int, Meta(ge=0, description="SIZE: octets a message may have (RFC 1870); 0 is no limit")] = (
+        26_214_400
+    )
+    max_hops: Annotated[
+        int,
+        Meta(ge=0, le=1000, description="Received fields before a message counts as looping; 0 does not look"),
+    ] = 50
+    proxy_networks: Annotated[
+        tuple[str, ...],
+        Meta(description="Networks whose clients must begin with a PROXY header, version 1 or 2"),
+    ] = ()
+    relay_networks: Annotated[tuple[str, ...], Meta(description="Networks whose clients may send to any domain")] = ()
+    tls: TlsSettings = TlsSettings()
+    auth: Annotated[AuthSettings | None, Meta(description="Without this table there is no AUTH")] = None
+    limits: LimitSettings = LimitSettings()
+    wire: WireSettings = WireSettings()
+    extensions: ExtensionSettings = ExtensionSettings()
+
+
+class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where accepted messages go."""
+
+    kind: Annotated[
+        Literal["maildir", "discard"],
+        Meta(description="maildir: on stable storage before the 250; discard: nowhere"),
+    ] = "maildir"
+    maildir: MaildirSettings = MaildirSettings()
+
+
+class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The process as a whole."""
+
+    grace: Annotated[
+        float,
+        Meta(ge=0, le=3600, description="Seconds a message under way has to arrive once the server stops"),
+    ] = 30.0
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A configuration file."""
+
+    hostname: Annotated[
+        str,
+        Meta(description="The name in the greeting and in Received fields; the machine's name when empty"),
+    ] = ""
+    domains: Annotated[
+        tuple[str, ...] | None,
+        Meta(description='Domains anybody may send to; ".example.org" is all names below it. Without it, every domain'),
+    ] = None
+    data_dir: Annotated[str, Meta(description="The folder of all that is kept, relative to the file")] = "penstock-data"
+    listener: Annotated[
+        tuple[ListenerSettings, ...], Meta(min_length=1, description="Where clients come in; repeat for more")
+    ] = (ListenerSettings(),)
+    delivery: DeliverySettings = DeliverySettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    body: BodySettings = BodySettings()
+    check: Annotated[tuple[HookSettings, ...], Meta(description="Policies in Python, asked in this order")] = ()
+    journal: JournalSettings = JournalSettings()
+    server: ServerSettings = ServerSettings()
+
+    @property
+    def own_hostname(self) -> str:
+        """The configured name, or the machine's."""
+        return self.hostname or socket.getfqdn() or "localhost"
+
+
+# ---- reading
+
+
+def load(path: Path) -> Settings:
+    """Read a file. Raise ConfigError, with the file and the key, when it can not be used."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path}: a configuration is UTF-8 text") from exc
+    try:
+        settings = parse(text)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    data_dir = path.absolute().parent / settings.data_dir
+    return msgspec.structs.replace(settings, data_dir=str(data_dir))
+
+
+def parse(text: str) -> Settings:
+    """Read settings from TOML and check them. Raise ConfigError."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"this is not TOML: {exc}") from exc
+    try:
+        settings = msgspec.convert(table, Settings)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(_name_the_key(str(exc))) from exc
+    check(settings)
+    return settings
+
+
+def _name_the_key(text: str) -> str:
+    """Turn msgspec's "... - at `$.listener[0].tls`" into "listener[0].tls: ..."; list the keys there are."""
+    message, _, place = text.partition(" - at `$")
+    key = place.rstrip("`").lstrip(".")
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
+    if unknown:
+        name = unknown.group(1)
+        known = ", ".join(sorted(keys_of(_struct_at(key))))
+        return f"{key + '.' if key else ''}{name}: there is no such key; here may stand: {known}"
+    return f"{key}: {message}" if key else message
+
+
+def _struct_at(key: str) -> type[Struct]:
+    """Return the settings class at a key such as "listener[0].tls"."""
+    struct: type[Struct] = Settings
+    for name in re.sub(r"\[[^]]*\]", "", key).split("."):
+        if name:
+            field = next(field for field in msgspec.structs.fields(struct) if field.name == name)
+            struct = next(_structs_in(field.type))
+    return struct
+
+
+def _structs_in(annotation: object) -> Iterator[type[Struct]]:
+    """Yield the settings classes that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, Struct):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _structs_in(argument)
+
+
+def keys_of(struct: type[Struct]) -> list[str]:
+    """Return the keys of a settings class."""
+    return [field.encode_name for field in msgspec.structs.fields(struct)]
+
+
+# ---- checking what no single key can know
+
+
+def check(settings: Settings, *, allow_open: bool = False) -> None:
+    """Raise ConfigError for values that do not fit together. `allow_open` lets an open relay through: a sink is one."""
+    if settings.hostname and not _HOSTNAME.fullmatch(settings.hostname):
+        raise ConfigError(f"hostname: {settings.hostname!r} is not a host name")
+    for domain in settings.domains or ():
+        if not _HOSTNAME.fullmatch(domain.removeprefix(".")):
+            raise ConfigError(
+                f"domains: {domain!r} is not a domain; write it in ASCII (xn--...) and without a wildcard"
+            )
+    names = [listener.name or listener.address for listener in settings.listener]
+    for number, listener in enumerate(settings.listener):
+        if names.count(names[number]) > 1:
+            raise ConfigError(f"listener[{number}].name: {names[number]!r} is the name of another listener, too")
+        try:
+            _check_listener(listener, settings, allow_open=allow_open)
+        except ConfigError as exc:
+            raise ConfigError(f"listener[{number}].{exc}") from exc
+
+
+def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_open: bool) -> None:
+    try:
+        address = ListenAddress.parse(listener.address)
+    except ValueError as exc:
+        raise ConfigError(f"address: {exc}") from exc
+    for key in ("proxy_networks", "relay_networks"):
+        for network in getattr(listener, key):
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as exc:
+                raise ConfigError(f"{key}: {exc}") from exc
+    is_open = settings.domains is None and not (listener.auth is not None and listener.auth.required)
+    if is_open and not allow_open and not address.is_loopback:
+        raise ConfigError(
+            f"address: {address} can be reached from other machines and takes mail for every domain from anybody: an "
+            'open relay. Set domains = ["example.org", ...], or [listener.auth] required = true'
+        )
+    if listener.auth is not None and listener.tls.mode == "none" and not listener.auth.without_tls:
+        offered = [name for name in listener.auth.mechanisms if name == "SCRAM-SHA-256"]
+        if not offered:
+            raise ConfigError("auth: no mechanism is left without TLS; set [listener.tls] or auth.without_tls = true")
+
+
+# ---- showing
+
+
+def to_toml(settings: Settings, *, only_changed: bool = False) -> str:
+    """Return the settings as TOML: all of them, or those that are not the default."""
+    table = msgspec.to_builtins(settings)
+    if only_changed:
+        table = _difference(table, msgspec.to_builtins(Settings()))
+    return tomli_w.dumps(_without_none(table))
+
+
+def _difference(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        before = default.get(key)
+        if item == before:
+            continue
+        result[key] = _difference(item, before) if isinstance(item, dict) and isinstance(before, dict) else item
+    return result
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def describe() -> str:
+    """Return the reference of all keys, made from the settings classes themselves, as TOML with the defaults."""
+    return "\n".join(_describe(Settings, "")).strip() + "\n"
+
+
+def _describe(struct: type[Struct], place: str) -> Iterator[str]:
+    nested: list[tuple[str, type[Struct], str]] = []
+    for line in (struct.__doc__ or "").strip().split("\n"):
+        yield f"# {line.strip()}".rstrip()
+    if place:
+        yield place
+    for field in msgspec.structs.fields(struct):
+        structs = list(_structs_in(field.type))
+        meta = _meta_of(field.type)
+        if structs:
+            nested.append((field.encode_name, structs[0], meta.description or "" if meta else ""))
+            continue
+        default = field.default if field.default is not msgspec.NODEFAULT else None
+        if default is msgspec.NODEFAULT and field.default_factory is not msgspec.NODEFAULT:
+            default = field.default_factory()
+        yield ""
+        yield f"# {meta.description if meta else ''} {_bounds(meta)}".rstrip()
+        yield (f"{field.encode_name} = {_toml_value(default)}" if default is not None else f"# {field.encode_name} =")
+    for name, inner, text in nested:
+        yield ""
+        if text:
+            yield f"# {text}"
+        path = place.strip("[]")
+        full = f"{path}.{name}" if path else name
+        is_list = not path and name in ("listener", "check")
+        yield from _describe(inner, f"[[{full}]]" if is_list else f"[{full}]")
+
+
+def _meta_of(annotation: object) -> Meta | None:
+    if get_origin(annotation) is Annotated:
+        return next((item for item in get_args(annotation) if isinstance(item, Meta)), None)
+    return None
+
+
+def _bounds(meta: Meta | None) -> str:
+    if meta is None:
+        return ""
+    bounds = [
+        f"{sign} {value}"
+        for sign, value in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
+        if value is not None
+    ]
+    return f"({', '.join(bounds)})" if bounds else ""
+
+
+def _toml_value(value: object) -> str:
+    return tomli_w.dumps({"x": msgspec.to_builtins(value)}).removeprefix("x = ").strip().replace("\n", " ")

@@ -1,0 +1,1 @@
+"""THE LOOP: admission, the conversation, the body, a worker."""

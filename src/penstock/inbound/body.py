@@ -1,0 +1,205 @@
+"""Where a body stays between its first octet and its delivery: in memory, then in a temporary file.
+
+A message keeps at most `memory_per_message` octets in memory, all messages of a worker together at most
+`memory_total`; what is beyond goes to a file without a name, written by a thread in large pieces, so that a slow disk
+holds up one client and not the loop. A crash leaves nothing behind, because the file has no name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import trio
+
+from penstock import reply as replies
+from penstock.message import Body
+from penstock.reply import Reply
+
+CHUNK_OCTETS: Final = 256 * 1024
+"""Octets of a piece that `chunks` yields, and of a write to the file."""
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_RECEIVED: Final = re.compile(rb"(?im)^received[ \t]*:")
+
+
+class BodySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Memory for messages that are being received."""
+
+    memory_per_message: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=1 << 30, description="Octets of a message kept in memory; what is more goes to a file"),
+    ] = CHUNK_OCTETS
+    memory_total: Annotated[
+        int, msgspec.Meta(ge=0, le=1 << 40, description="Octets of all messages of a worker kept in memory")
+    ] = 64 * 1024 * 1024
+
+
+class MemoryBudget:
+    """Octets that all bodies of a worker may keep in memory together."""
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def take(self, octets: int) -> bool:
+        """Take octets from the budget, if they are there."""
+        if self.used + octets > self.limit:
+            return False
+        self.used += octets
+        return True
+
+    def give(self, octets: int) -> None:
+        """Give octets back."""
+        self.used -= octets
+
+
+class MemoryBody:
+    """A body in memory."""
+
+    __slots__ = ("_budget", "_chunks", "size")
+
+    def __init__(self, chunks: list[bytes], size: int, budget: MemoryBudget) -> None:
+        self._chunks = chunks
+        self._budget: MemoryBudget | None = budget
+        self.size = size
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body in the pieces it came in."""
+        return iter(self._chunks)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._budget is not None:
+            self._budget.give(self.size)
+            self._budget = None
+            self._chunks = []
+
+
+class FileBody:
+    """A body in a file without a name. Readers do not disturb each other."""
+
+    __slots__ = ("_descriptor", "size")
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self.size = size
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body in pieces of 256 KiB. Blocks on the disk. Raise ValueError when it was closed."""
+        place = 0
+        while place < self.size:
+            if self._descriptor < 0:
+                raise ValueError("this body was closed")
+            chunk = os.pread(self._descriptor, CHUNK_OCTETS, place)
+            if not chunk:
+                raise OSError(errno.EIO, "the temporary file of a body has become shorter")
+            place += len(chunk)
+            yield chunk
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class BodyCollector:
+    """Takes the chunks of one body in, and turns them into a `Body`."""
+
+    __slots__ = ("_budget", "_chunks", "_descriptor", "_folder", "_held", "_most", "failure", "head", "size")
+
+    def __init__(self, settings: BodySettings, budget: MemoryBudget, folder: Path) -> None:
+        self.size = 0
+        """Octets taken in."""
+        self.head = b""
+        """The start of a body that went to a file: enough to look at its header."""
+        self.failure: Reply | None = None
+        """What to tell the client when the disk failed; the body is lost then."""
+        self._most = settings.memory_per_message
+        self._budget = budget
+        self._folder = folder
+        self._chunks: list[bytes] = []
+        self._held = 0
+        """Octets in `_chunks`, all of them taken from the budget."""
+        self._descriptor = -1
+
+    def add_nowait(self, chunk: bytes) -> bool:
+        """Keep a chunk in memory. Return False when it does not fit there: then `await add(chunk)`."""
+        octets = len(chunk)
+        if self._held + octets > self._most or not self._budget.take(octets):
+            return False
+        self._chunks.append(chunk)
+        self._held += octets
+        self.size += octets
+        return True
+
+    async def add(self, chunk: bytes) -> None:
+        """Keep a chunk, in the file when it does not fit into memory. A disk error is kept in `failure`."""
+        if self.failure is not None or self.add_nowait(chunk):
+            return
+        self.size += len(chunk)
+        await self._spill(chunk)
+
+    async def finish(self) -> Body:
+        """Return the body, which is the caller's to close. A failed one is empty."""
+        if self._descriptor < 0:
+            body = MemoryBody(self._chunks, self._held, self._budget)
+            self._chunks, self._held = [], 0
+            return body
+        if self._chunks:
+            await self._spill(b"")
+        descriptor, self._descriptor = self._descriptor, -1
+        return FileBody(descriptor, 0 if self.failure is not None else self.size)
+
+    def discard(self) -> None:
+        """Forget everything."""
+        self._drop_chunks()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def received_fields(self) -> int:
+        """Count the Received fields of the header: the servers this message has passed (RFC 5321 6.3)."""
+        return count_received(self.head or b"".join(self._chunks))
+
+    async def _spill(self, chunk: bytes) -> None:
+        """Write what is held, and a chunk, to the file."""
+        pieces = [*self._chunks, chunk]
+        if not self.head:
+            self.head = b"".join(pieces)[:CHUNK_OCTETS]
+            header_end = self.head.find(b"\r\n\r\n")
+            self.head = self.head[: header_end + 4] if header_end >= 0 else self.head
+        try:
+            await trio.to_thread.run_sync(self._write, pieces)
+        except OSError as exc:
+            self.failure = replies.DISK_FULL if exc.errno in _FULL else replies.TRY_LATER
+        finally:
+            self._drop_chunks()
+
+    def _write(self, pieces: list[bytes]) -> None:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def _drop_chunks(self) -> None:
+        self._budget.give(self._held)
+        self._chunks = []
+        self._held = 0
+
+
+def count_received(head: bytes) -> int:
+    """Count the `Received:` fields in the header of a message, that is up to the first empty line."""
+    if head.startswith(b"\r\n"):
+        return 0
+    end = head.find(b"\r\n\r\n")
+    return len(_RECEIVED.findall(head, 0, end if end >= 0 else len(head)))

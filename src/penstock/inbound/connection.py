@@ -1,0 +1,528 @@
+"""One connection: read this first.
+
+The loop asks the session for the next event, answers it, and goes on; when the session needs more input, what was
+said is sent in one go and the socket is read. The session knows the language (penstock.smtp.server); what is decided
+here is whether a sender, a recipient, a message is wanted, and what becomes of the message.
+
+Rules
+-----
+1. A milestone that has no hook is answered without a coroutine: handlers return None, or something to await.
+2. Only waiting for the client can be cut short (a clock, the end of the server). A message that is being committed is
+   committed, and its reply is tried, because the client will send again whatever it hears nothing of.
+3. A bug costs one connection: 421 to the client, a trace in the journal (RFC 5321 3.8).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+import trio
+
+from penstock import reply as replies
+from penstock.inbound.body import BodyCollector
+from penstock.inbound.gate import Gate
+from penstock.inbound.limits import Deadlines
+from penstock.inbound.trace import received_field
+from penstock.message import Body, CountedBody, Message
+from penstock.net.proxyline import ProxyError
+from penstock.net.proxyline import parse as parse_proxy
+from penstock.net.stream import AheadStream, SocketStream
+from penstock.net.tls import tls_info
+from penstock.reply import Reply
+from penstock.smtp import sasl
+from penstock.smtp._wire import VERBS
+from penstock.smtp.events import (
+    CLOSED,
+    NEED_DATA,
+    Auth,
+    AuthAborted,
+    AuthResponse,
+    BeginData,
+    BodyChunk,
+    EndOfMessage,
+    Hello,
+    Mail,
+    MessageAborted,
+    Quit,
+    Rcpt,
+    StartTls,
+)
+from penstock.smtp.server import ServerSession
+from penstock.smtp.states import State
+from penstock.transaction import Peer, Transaction
+
+_LAST_WORDS: Final = 5.0
+"""Seconds in which a last reply may be sent after a clock ran out."""
+_LINGER: Final = 1.0
+"""Seconds in which a client that is sent away mid-sentence may read why, before the connection is reset."""
+_LINGER_OCTETS: Final = 1 << 20
+_PROXY_OCTETS: Final = 8192
+_READ_OCTETS: Final = 65_536
+
+
+class Host(Protocol):
+    """What a worker offers its connections."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """The server wants to end: no new transactions."""
+
+    def admit(self, peer: Peer) -> Reply | None:
+        """Count a client in, or say why not."""
+
+    def release(self, peer: Peer) -> None:
+        """Count a client out again."""
+
+
+class Connection:
+    """A client, its stream and its session. `run` is the task of one connection."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        peer: Peer,
+        gate: Gate,
+        host: Host,
+        *,
+        number: int = 0,
+        is_admitted: bool = False,
+    ) -> None:
+        self.deadlines = Deadlines(gate.limits, trio.current_time())
+        self.number = number
+        self._stream = stream
+        self._socket = stream if isinstance(stream, SocketStream) else None
+        self._peer = peer
+        self._gate = gate
+        self._host = host
+        self._wire = gate.wire.make_wire(gate.offer.max_size)
+        self._transaction = Transaction(peer, gate.name)
+        self._session = ServerSession(gate.offer, self._wire, self._transaction)
+        self._scope = trio.CancelScope()
+        self._is_waiting = False
+        self._is_sending = False
+        self._is_admitted = is_admitted
+        self._ahead = b""
+        self._last_words: Reply | None = None
+        self._body: BodyCollector | None = None
+        self._exchange: sasl.Exchange | None = None
+        self._is_in_message = False
+        self._messages = 0
+        self._octets = 0
+
+    # ---- the life of a connection
+
+    async def run(self) -> None:
+        """Serve the client until it leaves, breaks off, or is sent away. Raises nothing but cancellation."""
+        gate = self._gate
+        started = trio.current_time()
+        try:
+            with self._scope:
+                if await self._open():
+                    await self._converse()
+            if self._scope.cancelled_caught:
+                await self._say_last_words()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            self._drop_body(f"connection lost: {exc.__cause__ or exc}")
+        except Exception as exc:  # noqa: BLE001 - rule 3: whatever it is, it costs this connection and no other
+            gate.journal.error(self.number, "connection", exc)
+            self._last_words = replies.UNEXPECTED
+            await self._say_last_words()
+        finally:
+            self._drop_body("the session ended")
+            if self._is_admitted:
+                self._host.release(self._peer)
+                seconds = trio.current_time() - started
+                gate.journal.disconnected(
+                    self.number, self._peer, self._messages, self._session.errors, self._octets, seconds
+                )
+            await self._close()
+
+    def expire(self, last_words: Reply) -> None:
+        """Send the client away with these words: now if it is being waited for, otherwise at the next wait."""
+        if self._last_words is None:
+            self._last_words = last_words
+            if self._is_waiting:
+                self._scope.cancel()
+
+    def stop(self, grace: float) -> None:
+        """Let a message that is under way arrive within `grace` seconds; send every other client away."""
+        if self._session.in_body:
+            self.deadlines.shorten_data(trio.current_time() + grace)
+        else:
+            self.expire(replies.SHUTTING_DOWN)
+
+    async def _open(self) -> bool:
+        """Do what comes before the first command. Return False when there will be none."""
+        gate = self._gate
+        if gate.must_announce(self._peer) and not await self._read_proxy():
+            return False
+        refusal = None if self._is_admitted else self._host.admit(self._peer)
+        if refusal is None:
+            self._is_admitted = True
+            gate.journal.connected(self.number, self._peer, gate.name)
+            if gate.is_implicit_tls:
+                await self._start_tls()
+            if gate.pipeline.connect:
+                refusal = await gate.pipeline.on_connect(self._peer, gate.name)
+                refusal = refusal if refusal is not None and not refusal.accepts else None
+        if refusal is None:
+            self._session.greet()
+            return True
+        gate.journal.rejected_connection(self.number, self._peer, gate.name, refusal)
+        if self._is_admitted or not gate.is_implicit_tls:  # a reply in the clear would only break a handshake
+            self._session.greet(refusal)
+            await self._flush()
+        return False
+
+    async def _converse(self) -> None:
+        """Ask the session for events and answer them, up to the end of the conversation."""
+        session = self._session
+        next_event = session.next_event
+        while True:
+            event = next_event()
+            if event is NEED_DATA:
+                if not await self._listen():
+                    return
+            elif event is CLOSED:
+                await self._flush()
+                return
+            else:
+                pending = _HANDLERS[type(event)](self, event)
+                if pending is not None:
+                    await pending
+
+    async def _listen(self) -> bool:
+        """Send what was said and wait for more. Return False when the client has left."""
+        session = self._session
+        if self._last_words is not None or (self._host.is_stopping and not session.in_body):
+            if self._last_words is not None:
+                self._drop_body(self._last_words.text)
+            session.close_with(self._last_words or replies.SHUTTING_DOWN)
+            return True
+        await self._flush()
+        self._wire.rest()
+        if not session.in_body:
+            self.deadlines.arm_idle(trio.current_time(), session.commands)
+        self._is_waiting = True
+        if self._socket is not None:
+            received = await self._socket.fill(self._wire)
+        else:
+            data = await self._stream.receive_some(_READ_OCTETS)
+            received = len(data)
+            self._wire.feed(data)
+        self._is_waiting = False
+        self._octets += received
+        return received > 0
+
+    async def _flush(self) -> None:
+        data = self._session.data_to_send()
+        if not data:
+            return
+        if self._socket is not None:
+            sent = self._socket.send_nowait(data)
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._is_waiting = self._is_sending = True
+        await self._stream.send_all(data)
+        self._is_waiting = self._is_sending = False
+
+    async def _say_last_words(self) -> None:
+        """Say why the connection ends, unless half a reply or half a handshake is on its way already."""
+        assert self._last_words is not None
+        self._drop_body(self._last_words.text)
+        self._session.close_with(self._last_words)
+        if self._is_sending:
+            return
+        with trio.move_on_after(_LAST_WORDS):
+            try:
+                await self._stream.send_all(self._session.data_to_send())
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return
+
+    async def _close(self) -> None:
+        """Close the stream; a client that is still talking may read the last reply before it is reset."""
+        try:
+            session = self._session
+            if self._socket is not None and session.state is State.CLOSED and not session.has_quit:
+                with trio.move_on_after(_LINGER):
+                    await self._socket.send_eof()
+                    left = _LINGER_OCTETS
+                    while left > 0 and (data := await self._socket.receive_some(_READ_OCTETS)):
+                        left -= len(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+        finally:
+            if self._socket is not None:
+                self._socket.close_nowait()
+            else:
+                with trio.move_on_after(_LINGER, shield=True):
+                    await self._stream.aclose()
+
+    # ---- before the first command
+
+    async def _read_proxy(self) -> bool:
+        """Read the PROXY header of a trusted proxy, and take the client it names for the peer."""
+        buffer = b""
+        while True:
+            self._is_waiting = True
+            data = await self._stream.receive_some(_PROXY_OCTETS)
+            self._is_waiting = False
+            buffer += data
+            try:
+                line = parse_proxy(buffer)
+            except ProxyError as exc:
+                self._gate.journal.rejected_connection(
+                    self.number,
+                    self._peer,
+                    self._gate.name,
+                    Reply(554, "5.5.0", "Bad PROXY header", cause=str(exc)),
+                )
+                return False
+            if line is not None:
+                break
+            if not data:
+                return False
+        rest = buffer[line.consumed :]
+        if self._gate.is_implicit_tls:
+            self._ahead = rest
+        else:
+            self._wire.feed(rest)
+        if not line.is_local:
+            self._peer = self._transaction.peer = Peer(
+                line.source_address,
+                line.source_port,
+                line.destination_address,
+                line.destination_port,
+                proxy=self._peer.address or "unix",
+            )
+        return True
+
+    async def _start_tls(self) -> None:
+        """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
+        gate = self._gate
+        assert gate.tls is not None
+        transport = AheadStream(self._ahead, self._stream) if self._ahead else self._stream
+        stream = trio.SSLStream(transport, gate.tls, server_side=True)
+        self._is_waiting = self._is_sending = True
+        await stream.do_handshake()
+        self._is_waiting = self._is_sending = False
+        self._stream = stream
+        self._socket = None
+        info = tls_info(stream)
+        self._session.tls_started(info)
+        gate.journal.tls(self.number, self._peer, info)
+
+    # ---- HELO MAIL RCPT
+
+    def _on_hello(self, event: Hello) -> Awaitable[None] | None:
+        self._drop_body(event.verb)
+        pipeline = self._gate.pipeline
+        if pipeline.helo:
+            return self._ask(replies.OK, event.name, pipeline.on_helo(self._transaction, event.name))
+        self._session.reply(replies.OK)
+        return None
+
+    def _on_mail(self, event: Mail) -> Awaitable[None] | None:
+        pipeline = self._gate.pipeline
+        if pipeline.mail:
+            verdict = pipeline.on_mail(self._transaction, event.path, event.parameters)
+            return self._ask(replies.SENDER_OK, event.path.text, verdict)
+        self._session.reply(replies.SENDER_OK)
+        return None
+
+    def _on_rcpt(self, event: Rcpt) -> Awaitable[None] | None:
+        gate = self._gate
+        if gate.domains is not None and not gate.may_send(self._transaction, event.recipient.path):
+            self._refuse(replies.RELAY_DENIED, event.recipient.path.text)
+            return None
+        if gate.pipeline.rcpt:
+            verdict = gate.pipeline.on_rcpt(self._transaction, event.recipient)
+            return self._ask(replies.RECIPIENT_OK, event.recipient.path.text, verdict)
+        self._session.reply(replies.RECIPIENT_OK)
+        return None
+
+    async def _ask(self, accepted: Reply, subject: str, verdict: Awaitable[Reply | None]) -> None:
+        """Answer an event with the verdict of the policies, or with the ordinary reply when they have none."""
+        reply = await verdict
+        if reply is None or reply.accepts:
+            self._session.reply(reply or accepted)
+        else:
+            self._refuse(reply, subject)
+
+    def _refuse(self, reply: Reply, subject: str) -> None:
+        """Answer an event with a refusal, and journal it."""
+        self._journal_refusal(reply, subject)
+        self._session.reply(reply)
+
+    def _journal_refusal(self, reply: Reply, subject: str = "") -> None:
+        verb = VERBS[self._session.last_verb]
+        self._gate.journal.refused(self.number, self._peer, verb, reply, self._transaction.sender, subject)
+
+    # ---- the message
+
+    def _on_begin_data(self, event: BeginData) -> None:
+        gate = self._gate
+        self._wire.discard = not gate.keeps_body
+        if gate.keeps_body:
+            self._body = BodyCollector(gate.body, gate.budget, gate.folder)
+        self._is_in_message = True
+        self.deadlines.begin_data(trio.current_time())
+        self._session.reply(replies.GO_AHEAD_DATA)
+
+    def _on_chunk(self, event: BodyChunk) -> Awaitable[None] | None:
+        body = self._body
+        if body is None or body.add_nowait(event.data):
+            return None
+        return body.add(event.data)
+
+    def _on_aborted(self, event: MessageAborted) -> None:
+        self._drop_body(event.cause)
+
+    async def _on_end(self, event: EndOfMessage) -> None:
+        """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
+        gate, session, collector = self._gate, self._session, self._body
+        self.deadlines.end_data(trio.current_time())
+        hops = 0 if collector is None else collector.received_fields()
+        body: Body = CountedBody(event.size) if collector is None else await collector.finish()
+        self._body = None
+        self._is_in_message = False
+        try:
+            message = self._message(body)
+            if collector is not None and collector.failure is not None:
+                reply = collector.failure
+            elif gate.max_hops and hops >= gate.max_hops:
+                reply = replies.MAIL_LOOP  # RFC 5321 6.3
+            else:
+                reply = await self._take(message)
+        finally:
+            body.close()
+        if reply.accepts:
+            self._messages += 1
+            gate.journal.accepted(self.number, self._peer, message, reply)
+        else:
+            self._journal_refusal(reply)
+        if gate.offer.is_lmtp:
+            session.reply_each([reply] * len(self._transaction.recipients))
+        else:
+            session.reply(reply)
+
+    def _message(self, body: Body) -> Message:
+        gate, transaction = self._gate, self._transaction
+        message_id, now = gate.ids.next(), time.time()
+        only = transaction.recipients[0].path if len(transaction.recipients) == 1 else None
+        prefix = received_field(transaction, message_id, gate.offer.hostname, now, only) if gate.keeps_body else b""
+        return Message(message_id, transaction.envelope(), prefix, body, now)
+
+    async def _take(self, message: Message) -> Reply:
+        """Return the reply to a message: what the policies say, or what the delivery says."""
+        gate = self._gate
+        accepted: Reply | None = None
+        if gate.pipeline.message:
+            accepted = await gate.pipeline.on_message(self._transaction, message)
+            if accepted is not None and not accepted.accepts:
+                return accepted
+        try:
+            reply = await gate.delivery.accept(message)
+        except Exception as exc:  # noqa: BLE001 - a delivery that breaks has not taken the message
+            gate.journal.error(self.number, "delivery", exc)
+            return replies.TRY_LATER
+        return accepted if accepted is not None and reply.accepts else reply
+
+    def _drop_body(self, cause: str) -> None:
+        """Forget a message that had begun and will not end."""
+        if not self._is_in_message:
+            return
+        self._is_in_message = False
+        self._gate.journal.lost(self.number, self._peer, self._transaction.sender, cause)
+        if self._body is not None:
+            self._body.discard()
+            self._body = None
+
+    # ---- STARTTLS AUTH
+
+    async def _on_starttls(self, event: StartTls) -> None:
+        self._drop_body("STARTTLS")
+        self._session.reply(replies.GO_AHEAD_TLS)
+        await self._flush()
+        await self._start_tls()
+
+    def _on_auth(self, event: Auth) -> Awaitable[None]:
+        gate = self._gate
+        assert gate.authenticator is not None
+        self._exchange = sasl.start_exchange(
+            event.mechanism, scram_keys=gate.authenticator.scram_keys, binding=gate.binding
+        )
+        return self._step(self._exchange.start, event.initial)
+
+    def _on_auth_response(self, event: AuthResponse) -> Awaitable[None]:
+        assert self._exchange is not None
+        return self._step(self._exchange.respond, event.data)
+
+    def _on_auth_aborted(self, event: AuthAborted) -> None:
+        self._exchange = None
+
+    async def _step(self, take: Callable[[Any], sasl.Step], data: bytes | None) -> None:
+        """Take one step of an authentication, and answer it."""
+        gate, session = self._gate, self._session
+        if gate.auth_throttle.is_blocked(self._peer.network):
+            self._refuse(replies.AUTH_THROTTLED, "")
+            return
+        step = take(data)
+        if isinstance(step, sasl.Challenge):
+            session.challenge(step.data)
+        elif isinstance(step, sasl.Failure):
+            self._fail_auth("", step.reply, step.cause)
+        elif isinstance(step, sasl.Success):
+            await self._prove(step.name)
+        else:
+            assert gate.authenticator is not None
+            if await gate.authenticator.verify(step.name, step.password):
+                await self._prove(step.name)
+            else:
+                self._fail_auth(step.name, replies.AUTH_FAILED, "wrong name or password")
+
+    async def _prove(self, name: str) -> None:
+        """Answer a client that has proved to be somebody."""
+        gate, exchange = self._gate, self._exchange
+        assert exchange is not None
+        if gate.pipeline.auth:
+            verdict = await gate.pipeline.on_auth(self._transaction, name, exchange.mechanism)
+            if verdict is not None and not verdict.accepts:
+                self._fail_auth(name, verdict, "policy")
+                return
+        self._exchange = None
+        gate.auth_throttle.succeeded(self._peer.network)
+        gate.journal.authenticated(self.number, self._peer, name, exchange.mechanism)
+        self._session.authenticated(name)
+
+    def _fail_auth(self, name: str, reply: Reply, cause: str) -> None:
+        gate, exchange = self._gate, self._exchange
+        mechanism = exchange.mechanism if exchange is not None else ""
+        self._exchange = None
+        if reply.code == 535:
+            gate.auth_throttle.failed(self._peer.network)
+        gate.journal.auth_failed(self.number, self._peer, name, mechanism, cause)
+        self._session.reply(reply)
+
+    def _on_quit(self, event: Quit) -> None:
+        self._drop_body("QUIT")
+
+
+# What each event is for; each handler returns None, or something to await.
+_HANDLERS: Final[dict[type, Callable[[Connection, Any], Awaitable[None] | None]]] = {
+    Hello: Connection._on_hello,
+    Mail: Connection._on_mail,
+    Rcpt: Connection._on_rcpt,
+    BeginData: Connection._on_begin_data,
+    BodyChunk: Connection._on_chunk,
+    EndOfMessage: Connection._on_end,
+    MessageAborted: Connection._on_aborted,
+    StartTls: Connection._on_starttls,
+    Auth: Connection._on_auth,
+    AuthResponse: Connection._on_auth_response,
+    AuthAborted: Connection._on_auth_aborted,
+    Quit: Connection._on_quit,
+}

@@ -1,0 +1,184 @@
+"""A worker: listening sockets, the sessions they bring, one sweeper, one journal writer.
+
+Two fates at the end: the listeners are cancelled at once, the sessions get a grace. `stop` may be called from a signal
+handler's task or from a test; `run` returns when the last session is over.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from penstock.inbound.connection import Connection
+from penstock.inbound.gate import Gate
+from penstock.inbound.limits import Admission, Sweeper
+from penstock.journal import Journal
+from penstock.net.listen import accept_forever, close_listener, name_of
+from penstock.net.stream import SocketStream
+from penstock.reply import Reply
+from penstock.transaction import Peer
+
+_JOURNAL_INTERVAL: Final = 0.25
+"""Seconds a journal line may wait before it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A listening socket and the gate behind it."""
+
+    listener: socket.socket
+    gate: Gate
+
+
+def _peer_of(sock: socket.socket) -> Peer:
+    """Return the two ends of an accepted socket. Raise OSError when the client has left already."""
+    if sock.family == socket.AF_UNIX:
+        return Peer("", 0)
+    address, port, *_ = sock.getpeername()
+    local_address, local_port, *_ = sock.getsockname()
+    return Peer(address, port, local_address, local_port)
+
+
+class Worker:
+    """Serves the sessions of some doors in one trio loop."""
+
+    def __init__(
+        self,
+        doors: Sequence[Door],
+        admission: Admission,
+        sweeper: Sweeper,
+        journal: Journal,
+        write_journal: Callable[[bytes], None],
+        *,
+        grace: float = 30.0,
+    ) -> None:
+        """`grace` is the seconds a message under way has to arrive once the worker stops."""
+        self._doors = doors
+        self._admission = admission
+        self._sweeper = sweeper
+        self._journal = journal
+        self._write_journal = write_journal
+        self._grace = grace
+        self._connections: set[Connection] = set()
+        self.sessions = 0
+        """Connections so far, those that were turned away among them."""
+        self._is_stopping = False
+        self._accepting: list[trio.CancelScope] = []
+        self._serving = trio.CancelScope()
+
+    # ---- what connections see
+
+    @property
+    def is_stopping(self) -> bool:
+        """The worker wants to end: no new transactions."""
+        return self._is_stopping
+
+    def admit(self, peer: Peer) -> Reply | None:
+        """Count a client in, or say why not."""
+        return self._admission.admit(peer.network)
+
+    def release(self, peer: Peer) -> None:
+        """Count a client out again."""
+        self._admission.release(peer.network)
+
+    # ---- the life of a worker
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop` was called and the last session is over; `started` once all doors are open."""
+        async with trio.open_nursery() as background:
+            background.start_soon(self._sweeper.run)
+            background.start_soon(self._keep_journal)
+            try:
+                with self._serving:
+                    async with trio.open_nursery() as sessions:
+                        for door in self._doors:
+                            self._journal.listening(name_of(door.listener), door.gate.name)
+                            sessions.start_soon(self._serve_door, door, sessions)
+                        task_status.started()
+            finally:
+                for door in self._doors:
+                    close_listener(door.listener)
+                background.cancel_scope.cancel()
+        self._journal.stopped()
+        self._write_journal(self._journal.drain())
+
+    def stop(self) -> None:
+        """Stop accepting; send idle clients away, and let messages under way arrive within the grace."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        self._journal.stopping(len(self._connections))
+        for scope in self._accepting:
+            scope.cancel()
+        for connection in list(self._connections):
+            connection.stop(self._grace)
+        # Whatever does not end by itself (a hook, a disk that hangs) ends with this.
+        self._serving.deadline = trio.current_time() + self._grace * 2
+
+    def abort(self) -> None:
+        """End every session now, messages under way among them."""
+        self.stop()
+        self._serving.cancel()
+
+    async def _serve_door(self, door: Door, sessions: trio.Nursery) -> None:
+        def handle(sock: socket.socket) -> None:
+            self._handle(sock, door.gate, sessions)
+
+        def report_shortage(exc: OSError) -> None:
+            self._journal.error(0, "accept", exc)
+
+        with trio.CancelScope() as scope:
+            self._accepting.append(scope)
+            await accept_forever(door.listener, handle, report_shortage)
+        close_listener(door.listener)
+
+    def _handle(self, sock: socket.socket, gate: Gate, sessions: trio.Nursery) -> None:
+        """Admit an accepted socket and start its session."""
+        self.sessions += 1
+        try:
+            peer = _peer_of(sock)
+        except OSError:
+            sock.close()
+            return
+        is_admitted = not gate.proxy_networks  # behind a proxy, the client is known later
+        if is_admitted:
+            refusal = self._admission.admit(peer.network)
+            if refusal is not None:
+                self._turn_away(sock, peer, gate, refusal)
+                return
+        stream = SocketStream(sock)
+        connection = Connection(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
+        sessions.start_soon(self._serve, connection)
+
+    def _turn_away(self, sock: socket.socket, peer: Peer, gate: Gate, refusal: Reply) -> None:
+        """Refuse a client before it costs a task: one send, no waiting."""
+        self._journal.rejected_connection(self.sessions, peer, gate.name, refusal)
+        sock.setblocking(False)
+        try:
+            if not gate.is_implicit_tls:
+                sock.send(refusal.encoded)
+        except OSError:
+            pass  # it has left, which is what it was asked for
+        finally:
+            sock.close()
+
+    async def _serve(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        self._sweeper.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._sweeper.remove(connection)
+            self._connections.discard(connection)
+
+    async def _keep_journal(self) -> None:
+        """Write the journal from time to time, away from the sessions that made its lines."""
+        while True:
+            await trio.sleep(_JOURNAL_INTERVAL)
+            lines = self._journal.drain()
+            if lines:
+                self._write_journal(lines)
