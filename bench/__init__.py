@@ -1,0 +1,1 @@
+"""Programs that measure; each prints what, per second, CPU per message and the ratio to its peer."""

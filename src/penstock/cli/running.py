@@ -1,0 +1,101 @@
+"""What `serve` and `sink` share: run a worker under signals, and keep its journal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+import click
+import msgspec
+import trio
+
+from penstock.assemble import Parts, assemble
+from penstock.config import ConfigError, Settings, check
+from penstock.journal import Journal
+from penstock.net.listen import name_of
+
+
+def write_to_stderr(lines: bytes) -> None:
+    """Write journal lines; a pipe that nobody reads any more costs the lines, not the mail."""
+    try:
+        sys.stderr.buffer.write(lines)
+        sys.stderr.buffer.flush()
+    except (BrokenPipeError, ValueError):
+        return
+
+
+def listen_on(settings: Settings, addresses: tuple[str, ...]) -> Settings:
+    """Return the settings with listeners at these addresses, each like the first one of the file."""
+    if not addresses:
+        return settings
+    first = settings.listener[0]
+    listeners = tuple(msgspec.structs.replace(first, address=address, name="") for address in addresses)
+    return msgspec.structs.replace(settings, listener=listeners)
+
+
+def run(
+    settings: Settings,
+    announce: Callable[[Parts], None],
+    *,
+    done: Callable[[Parts], bool] | None = None,
+    allow_open: bool = False,
+) -> None:
+    """Check the settings and run a worker until a signal, or until `done`, which is asked ten times a second.
+
+    Ends the process with code 2 for wrong settings, 1 when the worker can not start.
+    """
+    try:
+        check(settings, allow_open=allow_open)
+    except ConfigError as exc:
+        raise click.UsageError(str(exc)) from exc
+    journal = Journal(settings.journal, is_terminal=sys.stderr.isatty())
+    try:
+        parts = assemble(settings, journal, write_to_stderr)
+    except (OSError, ValueError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    try:
+        trio.run(_serve, parts, announce, done)
+    except* OSError as group:
+        raise click.ClickException(str(group.exceptions[0])) from group
+
+
+async def _serve(parts: Parts, announce: Callable[[Parts], None], done: Callable[[Parts], bool] | None) -> None:
+    async with trio.open_nursery() as nursery:
+        await parts.delivery.start()
+        await nursery.start(_stop_on_signals, parts)
+        await nursery.start(_run_worker, parts, nursery)
+        announce(parts)
+        if done is not None:
+            while not done(parts):  # noqa: ASYNC110 - counting stays cheaper than an event for each message
+                await trio.sleep(0.1)
+            parts.worker.stop()
+
+
+async def _run_worker(
+    parts: Parts, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    try:
+        await parts.worker.run(task_status=task_status)
+    finally:
+        with trio.CancelScope(shield=True):
+            await parts.delivery.aclose()
+    nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signals(parts: Parts, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Stop at SIGTERM or SIGINT; at a second one, do not wait for messages under way."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        count = 0
+        async for _ in signals:
+            count += 1
+            if count == 1:
+                parts.worker.stop()
+            else:
+                parts.worker.abort()
+
+
+def addresses_of(parts: Parts) -> list[str]:
+    """Return where the worker listens."""
+    return [name_of(door.listener) for door in parts.doors]

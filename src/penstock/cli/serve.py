@@ -1,0 +1,53 @@
+"""`penstock serve`: accept mail, judge it, deliver it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from penstock.assemble import Parts
+from penstock.cli.running import addresses_of, listen_on, run
+from penstock.config import ConfigError, Settings, load
+
+
+@click.command()
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML file; see `penstock config describe`.",
+)
+@click.option(
+    "--listen",
+    "addresses",
+    multiple=True,
+    metavar="HOST:PORT",
+    help="Listen here instead (127.0.0.1:2525 without a file; unix:/path for a unix socket). May be repeated.",
+)
+@click.option("--data", "data_dir", metavar="DIR", help="Folder of all that is kept [default: ./penstock-data].")
+def serve(config_file: Path | None, addresses: tuple[str, ...], data_dir: str | None) -> None:
+    """Accept mail and deliver it.
+
+    Without any option this is a complete server: it listens on 127.0.0.1:2525, offers STARTTLS with a certificate of
+    its own making, and delivers into the Maildir ./penstock-data/maildir. A message is on stable storage before its
+    250.
+
+    SIGTERM and SIGINT stop it gently: idle clients hear 421, messages under way may arrive. A second one stops it now.
+    """
+    try:
+        settings = Settings() if config_file is None else load(config_file)
+    except ConfigError as exc:
+        raise click.UsageError(str(exc)) from exc
+    if data_dir is not None or config_file is None:
+        settings = msgspec.structs.replace(settings, data_dir=str(Path(data_dir or settings.data_dir).absolute()))
+    settings = listen_on(settings, addresses)
+
+    def announce(parts: Parts) -> None:
+        where = ", ".join(addresses_of(parts))
+        click.echo(f"penstock: listening on {where}; {settings.delivery.kind} below {settings.data_dir}")
+        if parts.ca_file is not None:
+            click.echo(f"penstock: TLS with a generated certificate; clients trust {parts.ca_file}")
+
+    run(settings, announce)

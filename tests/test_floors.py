@@ -1,0 +1,134 @@
+"""The building is a test: a package imports only from rows below it, and neighbours never meet."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "penstock"
+
+ROWS = [
+    {"cli", "pytest_plugin"},
+    {"supervisor"},
+    {"assemble", "testing"},
+    {"config"},
+    {"inbound", "sink", "load"},
+    {"auth", "policy", "delivery", "relay"},
+    {"net", "spool"},
+    {"smtp"},
+    {"journal"},
+    {"transaction"},
+    {"message", "reply", "metrics"},
+]
+"""From the roof to the cellar."""
+
+PURE = {"message", "reply", "transaction", "smtp"}
+IMPURE_MODULES = {"trio", "socket", "ssl", "sqlite3", "threading", "asyncio", "select", "time", "os"}
+ALLOWED = {("message.py", "os"), ("message.py", "time")}
+"""Message ids begin with the time and a random tag."""
+
+FILES = sorted(path for path in SOURCE.rglob("*.py*") if path.suffix in (".py", ".pyi"))
+LONGEST_FUNCTION = 80
+
+
+def row_of(package: str) -> int:
+    return next(number for number, row in enumerate(ROWS) if package in row)
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the modules a file imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            yield node.module
+            if node.module == "penstock":
+                yield from (f"penstock.{alias.name}" for alias in node.names)
+
+
+def is_public_face(path: Path) -> bool:
+    return path.relative_to(SOURCE).parts in (("__init__.py",), ("__main__.py",))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_file_imports_only_from_floors_below(path: Path) -> None:
+    if is_public_face(path):
+        return
+    here = package_of(path)
+    for module in imports_of(path):
+        parts = module.split(".")
+        if parts[0] != "penstock" or len(parts) == 1 or parts[1].startswith("_"):
+            continue
+        there = parts[1]
+        if there == here:
+            continue
+        if not any(there in row for row in ROWS):
+            assert path.name in ("main.py",) and there == "__version__", f"{path} imports {module}"
+            continue
+        assert row_of(there) > row_of(here), f"{path} imports {module}, which is not below it"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if package_of(path) in PURE], ids=lambda path: str(path.relative_to(SOURCE))
+)
+def test_the_language_touches_no_socket_clock_or_loop(path: Path) -> None:
+    for module in imports_of(path):
+        top = module.split(".")[0]
+        assert top not in IMPURE_MODULES or (path.name, top) in ALLOWED, f"{path} imports {module}"
+
+
+def test_only_assemble_knows_the_concrete_parts() -> None:
+    concrete = {"penstock.delivery.maildir", "penstock.delivery.discard", "penstock.auth.users"}
+    knowing = {
+        str(path.relative_to(SOURCE))
+        for path in FILES
+        for module in imports_of(path)
+        if module in concrete and package_of(path) != module.split(".")[1]
+    }
+    # The configuration takes the settings class; the sink reads the counts; `penstock user` writes the file.
+    assert knowing == {"assemble.py", "config.py", "cli/sink.py", "cli/user.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_function_is_too_long_to_read(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{path.name}:{node.name}"
+
+
+def test_no_async_code_is_compiled() -> None:
+    for path in (SOURCE.parent.parent / "ext").glob("*.pyx"):
+        assert "async def" not in path.read_text(), path
+
+
+def test_the_stub_names_what_the_wire_has() -> None:
+    from penstock.smtp import _wire
+
+    stub = ast.parse((SOURCE / "smtp" / "_wire.pyi").read_text())
+    constants = {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    classes = [n for n in stub.body if isinstance(n, ast.ClassDef)]
+    told = {
+        n.name if isinstance(n, ast.FunctionDef) else n.target.id  # type: ignore[union-attr]  # both have a name
+        for n in classes[0].body
+        if isinstance(n, ast.FunctionDef | ast.AnnAssign)
+    }
+    assert constants | {"Wire"} == {name for name in vars(_wire) if not name.startswith("_")}
+    there = {name for name in vars(_wire.Wire) if not name.startswith("__")}
+    assert told - {"__init__"} == there
+    for name in constants - {"VERBS", "HAS_VECTORS", "MAX_BUFFER"}:
+        value = next(
+            n.value.value
+            for n in stub.body
+            if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == name and isinstance(n.value, ast.Constant)
+        )
+        assert getattr(_wire, name) == value, name
