@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from penstock.smtp import _wire
+
 SOURCE = Path(__file__).parent.parent / "src" / "penstock"
 
 ROWS = [
@@ -72,7 +74,7 @@ def test_a_file_imports_only_from_floors_below(path: Path) -> None:
         if there == here:
             continue
         if not any(there in row for row in ROWS):
-            assert path.name in ("main.py",) and there == "__version__", f"{path} imports {module}"
+            assert path.name == "main.py" and there == "__version__", f"{path} imports {module}"
             continue
         assert row_of(there) > row_of(here), f"{path} imports {module}, which is not below it"
 
@@ -112,8 +114,6 @@ def test_no_async_code_is_compiled() -> None:
 
 
 def test_the_stub_names_what_the_wire_has() -> None:
-    from penstock.smtp import _wire
-
     stub = ast.parse((SOURCE / "smtp" / "_wire.pyi").read_text())
     constants = {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     classes = [n for n in stub.body if isinstance(n, ast.ClassDef)]

@@ -63,6 +63,10 @@ class Reply:
         wire = [f"{code}-{line}\r\n" for line in lines[:-1]] + [f"{code} {lines[-1]}\r\n"]
         self.encoded = "".join(wire).encode()
 
+    def because(self, cause: str) -> Reply:
+        """Return the same reply with a cause for the journal."""
+        return Reply(self.code, self.status, self.text, closes=self.closes, cause=cause)
+
     @property
     def accepts(self) -> bool:
         """The reply is a 2yz or a 3yz: the command did what it asked for."""

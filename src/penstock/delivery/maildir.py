@@ -74,7 +74,7 @@ class MaildirDelivery:
             await trio.to_thread.run_sync(self._deliver, message, copies, limiter=self._limiter)
         except OSError as exc:
             if exc.errno in _FULL:
-                return replies.DISK_FULL
+                return replies.DISK_FULL.because(str(exc))
             raise
         return Reply(250, "2.0.0", f"Ok: delivered as {message.id}")
 

@@ -179,7 +179,8 @@ class BodyCollector:
         try:
             await trio.to_thread.run_sync(self._write, pieces)
         except OSError as exc:
-            self.failure = replies.DISK_FULL if exc.errno in _FULL else replies.TRY_LATER
+            failure = replies.DISK_FULL if exc.errno in _FULL else replies.TRY_LATER
+            self.failure = failure.because(str(exc))
         finally:
             self._drop_chunks()
 

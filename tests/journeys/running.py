@@ -1,0 +1,107 @@
+"""A real server in a process of its own, and real messages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    folder: Path
+    out: Path
+    journal: Path
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def ca_file(self) -> Path:
+        return self.folder / "tls" / "ca.pem"
+
+    def messages(self) -> list[bytes]:
+        """Return what the Maildir holds, in no order."""
+        return [path.read_bytes() for path in (self.folder / "maildir" / "new").iterdir()]
+
+    def stop(self) -> int:
+        """Stop gently; return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def serving(folder: Path, toml: str = "", command: str = "serve", *arguments: str) -> Iterator[Server]:
+    """Run `penstock serve` on a free port, with these settings."""
+    folder.mkdir(exist_ok=True)
+    command_line = [sys.executable, "-m", "penstock", command]
+    if command == "serve":
+        command_line += ["--data", str(folder)]
+    if toml:
+        (folder / "penstock.toml").write_text(toml)
+        command_line += ["--config", str(folder / "penstock.toml")]
+    else:
+        command_line += ["--listen", "127.0.0.1:0"]
+    out, journal = folder / "out", folder / "journal"
+    with out.open("wb") as said, journal.open("wb") as errors:
+        process = subprocess.Popen([*command_line, *arguments], stdout=said, stderr=errors, env=ENVIRONMENT)
+    try:
+        yield Server(process, _port_of(process, out, journal), folder, out, journal)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def _port_of(process: subprocess.Popen[bytes], *places: Path) -> int:
+    """Wait until the server says where it listens: another process tells nobody but its output when it is ready."""
+    deadline = time.monotonic() + 60
+    said = ""
+    while time.monotonic() < deadline and process.poll() is None:
+        said = "".join(place.read_text(errors="replace") for place in places)
+        if match := re.search(r"(?:listening|sink) on 127\.0\.0\.1:(\d+)", said):
+            return int(match[1])
+        time.sleep(0.02)
+    raise AssertionError(f"the server did not start: {said}")
+
+
+def body_of(message: bytes) -> bytes:
+    """Return what stands below the header that servers add to."""
+    return message.partition(b"\r\n\r\n")[2]
+
+
+def digest(body: bytes) -> str:
+    """Return the digest by which bodies are compared."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def hard_bodies(seed: int = 1) -> dict[str, bytes]:
+    """Return bodies that servers are known to get wrong, by name. Lines end in CR LF."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 12))) for _ in range(500)]
+    ordinary = b"".join(" ".join(rng.choices(words, k=11)).encode() + b"\r\n" for _ in range(300))
+    return {
+        "ordinary": ordinary,
+        "dots": b".\r\n..\r\n...\r\n.a\r\n..b\r\n.\r\n.\r\nend .\r\n",
+        "eight bit": "Grüße aus Köln, 你好, ¡hola!\r\n".encode() * 50,
+        "long lines": b"x" * 998 + b"\r\n" + b"." * 997 + b"\r\n",
+        "from lines": b"From here on\r\n>From there\r\n",
+        "empty lines": b"\r\n\r\n\r\ntext\r\n\r\n\r\n",
+        "commands": b"QUIT\r\nMAIL FROM:<x@example.com>\r\nRSET\r\n.QUIT\r\n",
+    }

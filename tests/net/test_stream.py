@@ -1,0 +1,139 @@
+"""The stream keeps trio's contract, and its short cuts do what they say."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import pytest
+import trio
+import trio.testing
+import trustme
+
+from penstock.net.stream import AheadStream, SocketStream
+from penstock.smtp import _wire
+from penstock.smtp._wire import Wire
+
+Pair = tuple[SocketStream, SocketStream]
+
+
+async def make_pair() -> Pair:
+    left, right = socket.socketpair()
+    return SocketStream(left), SocketStream(right)
+
+
+async def make_tcp_pair() -> Pair:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left = socket.create_connection(server.getsockname())
+        right, _ = server.accept()
+    return SocketStream(left), SocketStream(right)
+
+
+async def clog(pair: Pair) -> Pair:
+    for stream in pair:
+        while stream.send_nowait(b"x" * 65536):
+            pass
+    return pair
+
+
+async def make_clogged_pair() -> Pair:
+    return await clog(await make_pair())
+
+
+async def test_the_stream_is_lawful_on_a_unix_socket() -> None:
+    await trio.testing.check_half_closeable_stream(make_pair, make_clogged_pair)
+
+
+async def test_the_stream_is_lawful_on_a_tcp_socket() -> None:
+    await trio.testing.check_half_closeable_stream(make_tcp_pair, None)
+
+
+async def test_tls_stands_on_the_stream() -> None:
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", key_type=trustme.KeyType.ECDSA).configure_cert(server_context)
+    client_context = ssl.create_default_context()
+    authority.configure_trust(client_context)
+    left, right = await make_tcp_pair()
+    server = trio.SSLStream(left, server_context, server_side=True)
+    client = trio.SSLStream(right, client_context, server_hostname="localhost")
+    message = b"y" * 1_000_000
+
+    async def send() -> None:
+        await server.send_all(message)
+        await server.aclose()
+
+    async with client, trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        received = b"".join([chunk async for chunk in client])
+    assert received == message
+
+
+async def test_fill_receives_into_the_wire() -> None:
+    left, right = await make_pair()
+    async with left, right:
+        await left.send_all(b"NOOP\r\n")
+        wire = Wire()
+        assert await right.fill(wire) == 6
+        assert wire.next() == _wire.COMMAND
+        await left.send_eof()
+        assert await right.fill(wire) == 0
+
+
+async def test_fill_waits_and_can_be_cancelled_without_losing_input() -> None:
+    left, right = await make_pair()
+    wire = Wire()
+    async with left, right:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(right.fill, wire)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        await left.send_all(b"QUIT\r\n")
+        assert await right.fill(wire) == 6
+
+
+async def test_a_second_receiver_is_told_off() -> None:
+    left, right = await make_pair()
+    async with left, right, trio.open_nursery() as nursery:
+        nursery.start_soon(right.fill, Wire())
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            await right.receive_some()
+        nursery.cancel_scope.cancel()
+
+
+async def test_closing_wakes_the_receiver() -> None:
+    left, right = await make_pair()
+    async with left:
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trio.ClosedResourceError):
+                    await right.fill(Wire())
+
+            nursery.start_soon(receive)
+            await trio.testing.wait_all_tasks_blocked()
+            right.close_nowait()
+        with pytest.raises(trio.ClosedResourceError):
+            right.send_nowait(b"x")
+
+
+async def test_a_reset_connection_is_broken() -> None:
+    left, right = await make_tcp_pair()
+    left._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    left.close_nowait()
+    async with right:
+        with pytest.raises(trio.BrokenResourceError):
+            await right.fill(Wire())
+
+
+async def test_what_was_read_ahead_comes_first() -> None:
+    left, right = await make_pair()
+    async with left, AheadStream(b"abc", right) as stream:
+        await left.send_all(b"def")
+        assert await stream.receive_some(2) == b"ab"
+        assert await stream.receive_some() == b"c"
+        assert await stream.receive_some() == b"def"
+        await stream.wait_send_all_might_not_block()
+        await stream.send_all(b"ghi")
+        assert await left.receive_some() == b"ghi"

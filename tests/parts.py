@@ -1,0 +1,123 @@
+"""Parts that tests put a connection together of: fakes at its ends, the real ones in between."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from penstock.assemble import Secrets, Shared, make_gate
+from penstock.config import ListenerSettings
+from penstock.delivery.base import Delivery
+from penstock.inbound.body import BodySettings, MemoryBudget
+from penstock.inbound.gate import Domains, Gate
+from penstock.inbound.limits import AdmissionSettings, AuthThrottle
+from penstock.journal import Journal, JournalSettings
+from penstock.message import Message, MessageIds
+from penstock.policy.hooks import HookSettings
+from penstock.policy.pipeline import Pipeline
+from penstock.reply import DISK_FULL, Reply
+from penstock.smtp.sasl import ChannelBinding, ScramKeys
+from penstock.transaction import Peer
+
+PEER = Peer("192.0.2.1", 12345, "192.0.2.25", 25)
+
+
+@dataclass
+class Recorder:
+    """A delivery that keeps what it got, as texts; or refuses, or breaks."""
+
+    kind: str = "keep"
+    needs_body: bool = True
+    delivered: list[dict[str, str]] = field(default_factory=list)
+
+    async def start(self) -> None:
+        """Nothing to open."""
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+    async def accept(self, message: Message) -> Reply:
+        if self.kind == "full":
+            return DISK_FULL
+        if self.kind == "broken":
+            raise OSError("the disk is on fire")
+        envelope = message.envelope
+        self.delivered.append(
+            {
+                "sender": envelope.sender.text,
+                "recipients": " ".join(str(recipient) for recipient in envelope.recipients),
+                "body": b"".join(message.body.chunks()).decode("utf-8", "surrogateescape"),
+                "body_type": envelope.body_type,
+                "smtputf8": str(envelope.smtputf8),
+                "ret": str(envelope.ret),
+                "envid": str(envelope.envid),
+                "auth": str(envelope.auth),
+                "notify": ",".join(sorted(envelope.recipients[0].notify or ())),
+                "orcpt": str(envelope.recipients[0].orcpt),
+                "with": message.prefix.decode().partition(" with ")[2].partition(" id ")[0].rpartition(" with ")[2],
+            }
+        )
+        return Reply(250, "2.0.0", f"Ok: kept as {message.id}")
+
+
+class Alice:
+    """An authenticator that knows alice, whose password is secret."""
+
+    async def verify(self, name: str, password: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        return (name, password) == ("alice", "secret")
+
+    def scram_keys(self, name: str) -> ScramKeys:
+        return ScramKeys(b"0123456789abcdef", b"s" * 32, name.encode().ljust(32)[:32], 4096)
+
+
+class Host:
+    """A worker with room for everybody."""
+
+    def __init__(self) -> None:
+        self.is_stopping = False
+
+    def admit(self, peer: Peer) -> Reply | None:
+        return None
+
+    def release(self, peer: Peer) -> None:
+        pass
+
+
+def gate_of(
+    settings: dict[str, Any],
+    delivery: Delivery,
+    folder: Path,
+    *,
+    tls: ssl.SSLContext | None = None,
+    policies: Sequence[object] = (),
+    journal: Journal | None = None,
+    memory: int = 1 << 20,
+) -> Gate:
+    """Assemble the gate that the settings of a listener ask for, without TLS unless they say so."""
+    (folder / "tmp").mkdir(exist_ok=True)
+    settings = {"tls": {"mode": "none"}, **settings}
+    domains = settings.pop("domains", None)
+    listener = msgspec.convert(settings, ListenerSettings)
+    journal = journal or Journal(JournalSettings())
+    asked = [(policy, HookSettings(hook=type(policy).__name__)) for policy in policies]
+    shared = Shared(
+        hostname="mx.example.org",
+        domains=None if domains is None else Domains(domains),
+        data_dir=folder,
+        journal=journal,
+        delivery=delivery,
+        pipeline=Pipeline(asked, journal),
+        throttle=AuthThrottle(AdmissionSettings()),
+        body=BodySettings(),
+        budget=MemoryBudget(memory),
+        ids=MessageIds(),
+    )
+    secrets = Secrets(tls if listener.tls.mode != "none" else None, ChannelBinding("tls-server-end-point", b"x"))
+    return make_gate(listener, shared, secrets, Alice() if listener.auth else None)
