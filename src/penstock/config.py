@@ -257,36 +257,50 @@ def _without_none(value: Any) -> Any:
 
 
 def describe() -> str:
-    """Return the reference of all keys, made from the settings classes themselves, as TOML with the defaults."""
+    """Return the reference of all keys as TOML with the defaults, made from the settings classes themselves.
+
+    Tables that are not there by default are comments.
+    """
     return "\n".join(_describe(Settings, "")).strip() + "\n"
 
 
 def _describe(struct: type[Struct], place: str) -> Iterator[str]:
-    nested: list[tuple[str, type[Struct], str]] = []
-    for line in (struct.__doc__ or "").strip().split("\n"):
-        yield f"# {line.strip()}".rstrip()
+    """Yield the lines of a table: what it is, its keys, then the tables within it."""
+    yield from (f"# {line.strip()}".rstrip() for line in (struct.__doc__ or "").strip().split("\n"))
     if place:
         yield place
-    for field in msgspec.structs.fields(struct):
-        structs = list(_structs_in(field.type))
-        meta = _meta_of(field.type)
-        if structs:
-            nested.append((field.encode_name, structs[0], meta.description or "" if meta else ""))
-            continue
-        default = field.default if field.default is not msgspec.NODEFAULT else None
-        if default is msgspec.NODEFAULT and field.default_factory is not msgspec.NODEFAULT:
-            default = field.default_factory()
-        yield ""
-        yield f"# {meta.description if meta else ''} {_bounds(meta)}".rstrip()
-        yield (f"{field.encode_name} = {_toml_value(default)}" if default is not None else f"# {field.encode_name} =")
-    for name, inner, text in nested:
-        yield ""
-        if text:
-            yield f"# {text}"
-        path = place.strip("[]")
-        full = f"{path}.{name}" if path else name
-        is_list = not path and name in ("listener", "check")
-        yield from _describe(inner, f"[[{full}]]" if is_list else f"[{full}]")
+    fields = msgspec.structs.fields(struct)
+    for field in fields:
+        if not list(_structs_in(field.type)):
+            yield from _describe_key(field)
+    for field in fields:
+        for inner in _structs_in(field.type):
+            path = f"{place.strip('[]')}.{field.encode_name}".lstrip(".")
+            is_list = get_origin(_without_meta(field.type)) is tuple
+            lines = _describe(inner, f"[[{path}]]" if is_list else f"[{path}]")
+            is_there = bool(_default_of(field))
+            meta = _meta_of(field.type)
+            yield ""
+            if meta is not None and meta.description:
+                yield f"# {meta.description}"
+            yield from (line if is_there or not line or line.startswith("#") else f"#{line}" for line in lines)
+
+
+def _describe_key(field: msgspec.structs.FieldInfo) -> Iterator[str]:
+    meta, default = _meta_of(field.type), _default_of(field)
+    yield ""
+    yield f"# {meta.description if meta else ''} {_bounds(meta)}".rstrip()
+    yield f"{field.encode_name} = {_toml_value(default)}" if default is not None else f"#{field.encode_name} ="
+
+
+def _default_of(field: msgspec.structs.FieldInfo) -> object:
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return None if field.default is msgspec.NODEFAULT else field.default
+
+
+def _without_meta(annotation: object) -> object:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _meta_of(annotation: object) -> Meta | None:

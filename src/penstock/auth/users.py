@@ -30,6 +30,8 @@ _AT_A_TIME: Final = 2
 """Passwords that are being hashed at a time: each costs 19 MiB and a core."""
 ITERATIONS: Final = 4096
 """Of SCRAM (RFC 7677 4)."""
+_SALT_OCTETS: Final = 16
+"""Of every salt, an invented one among them: its length must not tell who exists."""
 
 
 class UsersFileError(ValueError):
@@ -59,7 +61,9 @@ def make_user(name: str, password: str, hasher: argon2.PasswordHasher) -> User:
     if not password or len(password.encode()) > 1024 or "\0" in password:
         raise ValueError("a password has 1 to 1024 octets, and no NUL")
     try:
-        keys = scramp.ScramMechanism("SCRAM-SHA-256").make_auth_info(password, iteration_count=ITERATIONS)
+        keys = scramp.ScramMechanism("SCRAM-SHA-256").make_auth_info(
+            password, iteration_count=ITERATIONS, salt=os.urandom(_SALT_OCTETS)
+        )
     except scramp.ScramException as exc:
         raise ValueError(f"SASLprep (RFC 4013) does not allow this password: {exc}") from exc
     return User(name, hasher.hash(password), ScramKeys(*keys))
@@ -142,7 +146,7 @@ class UsersAuthenticator:
         def invent(purpose: bytes) -> bytes:
             return hmac.digest(self._secret, purpose + name.encode(), hashlib.sha256)
 
-        return ScramKeys(invent(b"salt")[:16], invent(b"stored"), invent(b"server"), ITERATIONS)
+        return ScramKeys(invent(b"salt")[:_SALT_OCTETS], invent(b"stored"), invent(b"server"), ITERATIONS)
 
     def _check(self, password_hash: str, password: str) -> bool:
         try:

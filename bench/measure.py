@@ -1,0 +1,215 @@
+"""What the benches share: servers in processes of their own, their CPU and memory, smtp-source as the client.
+
+CPU is that of the server's process and its children, from /proc, in microseconds, user and system apart. The kernel
+counts it in ticks of 10 ms, so a round has to use some hundred of them to be worth reading.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+_TICK = 1_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Microseconds of CPU."""
+
+    user: int
+    system: int
+
+    @property
+    def total(self) -> int:
+        """User and system."""
+        return self.user + self.system
+
+    def __sub__(self, other: Cpu) -> Cpu:
+        return Cpu(self.user - other.user, self.system - other.system)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return a process and all below it."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += children_of(int(child))
+    return found
+
+
+def cpu_of(pid: int) -> Cpu:
+    """Return the CPU that a process, its children, and those it has waited for have used."""
+    user = system = 0
+    for each in children_of(pid):
+        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        user += (int(fields[11]) + int(fields[13])) * _TICK
+        system += (int(fields[12]) + int(fields[14])) * _TICK
+    return Cpu(user, system)
+
+
+def rss_of(pid: int) -> int:
+    """Return the resident octets of a process and its children, shared pages counted once each."""
+    total = 0
+    for each in children_of(pid):
+        for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server that can be measured."""
+
+    name: str
+    command: Callable[[int, Path], Sequence[str]]
+    """The command line for a port and a folder of its own."""
+    program: str
+    """What has to be installed."""
+
+    @property
+    def is_installed(self) -> bool:
+        """The program is there."""
+        return shutil.which(self.program, path=ENVIRONMENT["PATH"]) is not None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs."""
+
+    pid: int
+    port: int
+    folder: Path
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+    return port
+
+
+@contextmanager
+def running(peer: Peer) -> Iterator[Running]:
+    """Run a peer on a free port until the end of the block."""
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        port = free_port()
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                list(peer.command(port, folder)), stdout=log, stderr=log, env=ENVIRONMENT, cwd=folder
+            )
+        try:
+            _wait_for(port, process, folder / "log")
+            yield Running(process.pid, port, folder)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                sock.settimeout(10)
+                if sock.recv(512).startswith(b"220"):
+                    sock.sendall(b"QUIT\r\n")
+                    return
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of the client against one server."""
+
+    messages: int
+    seconds: float
+    cpu: Cpu
+
+    @property
+    def cpu_per_message(self) -> float:
+        """Microseconds."""
+        return self.cpu.total / self.messages
+
+    @property
+    def rate(self) -> float:
+        """Messages per second."""
+        return self.messages / self.seconds
+
+
+def smtp_source(server: Running, *, messages: int, sessions: int, size: int, extra: Sequence[str] = ()) -> Round:
+    """Send messages with Postfix's smtp-source, and return what that cost the server."""
+    command = ["smtp-source", "-s", str(sessions), "-m", str(messages), "-l", str(size), *extra, server.address]
+    before, started = cpu_of(server.pid), time.monotonic()
+    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=600, capture_output=True)
+    seconds = time.monotonic() - started
+    return Round(messages, seconds, cpu_of(server.pid) - before)
+
+
+def summary(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, the least and the greatest."""
+    return statistics.median(values), min(values), max(values)
+
+
+def machine() -> str:
+    """Name the machine, for the head of a table."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        os.uname().machine,
+    )
+    return f"{os.cpu_count()} x {model}, Linux {os.uname().release.partition('-')[0]}, Python {sys.version.split()[0]}"
+
+
+# ---- the peers that need no more than a command line
+
+
+def _penstock_sink(port: int, _: Path) -> Sequence[str]:
+    return [sys.executable, "-m", "penstock", "sink", "--listen", f"127.0.0.1:{port}"]
+
+
+def _penstock_serve(port: int, folder: Path) -> Sequence[str]:
+    return [
+        sys.executable, "-m", "penstock", "serve", "--listen", f"127.0.0.1:{port}", "--data", str(folder),
+    ]  # fmt: skip
+
+
+def _smtp_sink(port: int, _: Path) -> Sequence[str]:
+    return ["smtp-sink", "-u", "nobody", "-m", "20000", f"127.0.0.1:{port}", "4096"]
+
+
+def _aiosmtpd(port: int, _: Path) -> Sequence[str]:
+    return [sys.executable, "-m", "aiosmtpd", "-n", "-c", "aiosmtpd.handlers.Sink", "-l", f"127.0.0.1:{port}"]
+
+
+PENSTOCK_SINK = Peer("penstock sink", _penstock_sink, sys.executable)
+PENSTOCK_SERVE = Peer("penstock serve", _penstock_serve, sys.executable)
+SMTP_SINK = Peer("smtp-sink", _smtp_sink, "smtp-sink")
+AIOSMTPD = Peer("aiosmtpd", _aiosmtpd, sys.executable)

@@ -1,0 +1,96 @@
+"""Listening: addresses, sockets, a shortage of descriptors."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from penstock.net.listen import ListenAddress, accept_forever, bind, close_listener, name_of
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "is_loopback"),
+    [
+        ("127.0.0.1:2525", "127.0.0.1", 2525, True),
+        ("[::1]:25", "::1", 25, True),
+        ("localhost:0", "localhost", 0, True),
+        (":25", "", 25, False),
+        ("0.0.0.0:25", "0.0.0.0", 25, False),
+        ("[::]:25", "::", 25, False),
+        ("mx.example.org:25", "mx.example.org", 25, False),
+    ],
+)
+def test_addresses(text: str, host: str, port: int, is_loopback: bool) -> None:
+    address = ListenAddress.parse(text)
+    assert (address.host, address.port, address.is_loopback) == (host, port, is_loopback)
+    assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "25", "127.0.0.1", "::1:25", "host:port", "host:65536", "unix:", "host:-1", "host:²"]
+)
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:2525|brackets|needs a path"):
+        ListenAddress.parse(text)
+
+
+def test_a_unix_socket_takes_the_place_of_a_dead_one(tmp_path: Path) -> None:
+    address = ListenAddress.parse(f"unix:{tmp_path / 'lmtp'}")
+    (first,) = bind(address)
+    with pytest.raises(OSError, match="cannot listen on unix:"):
+        bind(address)
+    first.close()
+    (second,) = bind(address)
+    assert name_of(second) == str(address)
+    second.close()
+
+
+async def test_closing_a_unix_listener_removes_its_file(tmp_path: Path) -> None:
+    (listener,) = bind(ListenAddress.parse(f"unix:{tmp_path / 'lmtp'}"))
+    close_listener(listener)
+    close_listener(listener)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_bound_for_each_of_its_addresses() -> None:
+    sockets = bind(ListenAddress.parse("localhost:0"))
+    assert sockets
+    assert all(name_of(sock).rpartition(":")[0] in ("127.0.0.1", "[::1]") for sock in sockets)
+    for sock in sockets:
+        sock.close()
+
+
+class Scarce(socket.socket):
+    """A listener whose process has no descriptors left, for two connections."""
+
+    refusals = 2
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+async def test_accepting_survives_a_shortage_of_descriptors(autojump_clock: trio.testing.MockClock) -> None:
+    listener = Scarce()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    listener.setblocking(False)
+    shortages: list[OSError] = []
+    accepted: list[socket.socket] = []
+    with listener, socket.create_connection(listener.getsockname()):
+        async with trio.open_nursery() as nursery:
+
+            def handle(sock: socket.socket) -> None:
+                accepted.append(sock)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(accept_forever, listener, handle, shortages.append)
+    assert [exc.errno for exc in shortages] == [errno.EMFILE] * 2
+    accepted[0].close()

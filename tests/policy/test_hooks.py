@@ -1,0 +1,69 @@
+"""Hooks are loaded by reference; what is wrong with one is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from penstock.policy.hooks import HookError, load_hook
+
+GOOD = """
+class Policy:
+    def __init__(self, word="x"):
+        self.word = word
+    async def on_rcpt(self, transaction, recipient):
+        return None
+
+policy = Policy("object")
+
+def make(word):
+    return Policy(word)
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "hooks.py"
+    file.write_text(text)
+    return str(file)
+
+
+def test_objects_classes_and_functions_are_policies(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    assert load_hook(f"{file}:policy").word == "object"  # type: ignore[attr-defined]  # a Policy
+    assert load_hook(f"{file}:Policy", {"word": "y"}).word == "y"  # type: ignore[attr-defined]  # a Policy
+    assert load_hook(f"{file}:make", {"word": "z"}).word == "z"  # type: ignore[attr-defined]  # a Policy
+
+
+def test_a_module_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_policies_for_the_test.py").write_text(GOOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_hook("my_policies_for_the_test:policy")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        (GOOD, "missing", "has no missing"),
+        (GOOD, "make", "making it failed: TypeError"),
+        ("thing = 1", "thing", "it has none of on_connect"),
+        ("1/0", "x", "loading it failed: ZeroDivisionError"),
+        ("class P:\n def on_rcptt(self, a, b): ...", "P", "on_rcptt is no milestone"),
+        ("class P:\n def on_rcpt(self, a): ...", "P", "on_rcpt is called with 2 arguments"),
+        ("class P:\n def on_message(self, a, b, c): ...", "P", "on_message is called with 2 arguments"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, name: str, expected: str) -> None:
+    with pytest.raises(HookError, match=expected):
+        load_hook(f"{write(tmp_path, text)}:{name}")
+
+
+@pytest.mark.parametrize("reference", ["", "module", ":name", "module:", "module:a b"])
+def test_a_reference_has_its_form(reference: str) -> None:
+    with pytest.raises(HookError, match=r"package\.module:name"):
+        load_hook(reference)
+
+
+def test_an_object_takes_no_arguments(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="takes no arguments"):
+        load_hook(f"{write(tmp_path, GOOD)}:policy", {"word": "x"})

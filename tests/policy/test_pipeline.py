@@ -1,0 +1,134 @@
+"""The pipeline asks in order, and survives what it asks."""
+
+from __future__ import annotations
+
+import trio
+import trio.testing
+
+from penstock.journal import Journal, JournalSettings
+from penstock.policy.base import ACCEPT, Verdict
+from penstock.policy.hooks import HookSettings
+from penstock.policy.pipeline import Pipeline
+from penstock.reply import CHECK_FAILED, Reply
+from penstock.transaction import Peer
+
+PEER = Peer("192.0.2.1", 1)
+NO = Reply(550, "5.7.1", "No")
+WELCOME = Reply(250, "2.0.0", "Welcome")
+
+
+class Says:
+    """A policy that answers the same each time, and counts."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.asked = 0
+
+    def on_connect(self, peer: Peer, listener: str) -> Verdict:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer  # type: ignore[return-value]  # wrong answers are what is tested
+
+
+class Sleeps:
+    """A policy that takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.running = 0
+        self.most = 0
+
+    async def on_connect(self, peer: Peer, listener: str) -> Verdict:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await trio.sleep(self.seconds)
+        finally:
+            self.running -= 1
+        return None
+
+
+def make(*policies: object, **settings: float) -> tuple[Pipeline, Journal]:
+    journal = Journal(JournalSettings())
+    hook = HookSettings(hook="test:policy", **settings)  # type: ignore[arg-type]  # numbers of both kinds
+    return Pipeline([(policy, hook) for policy in policies], journal), journal
+
+
+async def ask(pipeline: Pipeline) -> Reply | None:
+    return await pipeline.on_connect(PEER, "main")
+
+
+def test_a_milestone_that_nobody_watches_is_empty() -> None:
+    pipeline, _ = make(Says(None))
+    assert len(pipeline.connect) == 1
+    assert pipeline.helo == pipeline.auth == pipeline.mail == pipeline.rcpt == pipeline.message == ()
+
+
+async def test_the_first_refusal_ends_the_asking() -> None:
+    first, second, third = Says(None), Says(NO), Says(None)
+    pipeline, _ = make(first, second, third)
+    assert await ask(pipeline) == NO
+    assert (first.asked, second.asked, third.asked) == (1, 1, 0)
+
+
+async def test_accept_ends_the_asking_with_a_yes() -> None:
+    second = Says(NO)
+    pipeline, _ = make(Says(ACCEPT), second)
+    assert await ask(pipeline) is None
+    assert second.asked == 0
+
+
+async def test_an_accepting_reply_is_kept_unless_somebody_refuses() -> None:
+    assert await ask(make(Says(WELCOME), Says(None))[0]) == WELCOME
+    assert await ask(make(Says(WELCOME), Says(NO))[0]) == NO
+
+
+async def test_a_policy_that_throws_has_failed() -> None:
+    pipeline, journal = make(Says(KeyError("gone")))
+    assert await ask(pipeline) == CHECK_FAILED
+    assert b"KeyError" in journal.drain()
+
+
+async def test_an_answer_of_a_wrong_type_has_failed() -> None:
+    for wrong in (True, "550 no", 550):
+        pipeline, journal = make(Says(wrong))
+        assert await ask(pipeline) == CHECK_FAILED
+        assert b"an answer is None, ACCEPT or a Reply" in journal.drain()
+
+
+async def test_a_policy_that_takes_too_long_has_failed(autojump_clock: trio.testing.MockClock) -> None:
+    pipeline, journal = make(Sleeps(60), deadline=10.0)
+    started = trio.current_time()
+    assert await ask(pipeline) == CHECK_FAILED
+    assert trio.current_time() - started == 10
+    assert b"no answer within 10.0 s" in journal.drain()
+
+
+async def test_calls_of_a_policy_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    policy = Sleeps(1)
+    pipeline, _ = make(policy, concurrency=3)
+    async with trio.open_nursery() as nursery:
+        for _ in range(9):
+            nursery.start_soon(ask, pipeline)
+    assert policy.most == 3
+
+
+async def test_a_policy_that_fails_again_and_again_is_left_alone(autojump_clock: trio.testing.MockClock) -> None:
+    policy = Says(ValueError("no"))
+    pipeline, _ = make(policy, breaker_failures=3, breaker_pause=30.0)
+    for _ in range(10):
+        assert await ask(pipeline) == CHECK_FAILED
+    assert policy.asked == 3
+    await trio.sleep(31)
+    policy.answer = None
+    assert await ask(pipeline) is None
+
+
+async def test_cancellation_goes_through() -> None:
+    pipeline, journal = make(Sleeps(1000))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, pipeline)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert journal.drain() == b""

@@ -1,0 +1,112 @@
+"""The journal: a line for each event, safe to read, bounded."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock import journal as module
+from penstock.journal import Journal, JournalSettings, escape
+from penstock.message import CountedBody, Envelope, Message, MessageId, Path, Recipient
+from penstock.reply import OK, Reply
+from penstock.transaction import Peer, TlsInfo
+
+PEER = Peer("192.0.2.1", 4711)
+
+
+def path(text: str) -> Path:
+    return Path(text, text, "")
+
+
+def fill(journal: Journal, text: str) -> None:
+    """Note one event of each kind, with a text that came from a client."""
+    envelope = Envelope(path(text), tuple(Recipient(path(f"{text}{i}")) for i in range(12)))
+    journal.listening("127.0.0.1:25", "main")
+    journal.connected(1, PEER, "main")
+    journal.rejected_connection(2, PEER, "main", Reply(421, "4.3.2", "Busy", cause=text))
+    journal.tls(1, PEER, TlsInfo("TLSv1.3", text, 256))
+    journal.authenticated(1, PEER, text, "PLAIN")
+    journal.auth_failed(1, PEER, text, "PLAIN", text)
+    journal.refused(1, PEER, "RCPT", Reply(550, "5.1.1", "No", cause=text), path(text), text)
+    journal.accepted(1, PEER, Message(MessageId("ABC"), envelope, b"", CountedBody(10), 0.0), OK)
+    journal.lost(1, PEER, path(text), text)
+    journal.hook_failed("a:b", "on_mail", text)
+    try:
+        raise ValueError(text)
+    except ValueError as exc:
+        journal.error(1, "connection", exc)
+    journal.disconnected(1, PEER, 1, 0, 100, 0.5)
+    journal.stopping(3)
+    journal.stopped()
+
+
+EVENTS = [
+    "listening", "connected", "rejected", "tls", "authenticated", "auth-failed", "refused", "accepted", "lost",
+    "hook-failed", "error", "disconnected", "stopping", "stopped",
+]  # fmt: skip
+
+
+@given(st.text(max_size=300))
+def test_no_text_of_a_client_breaks_a_line_or_moves_the_cursor(text: str) -> None:
+    for form in ("human", "json"):
+        journal = Journal(JournalSettings(format="human" if form == "human" else "json"))
+        fill(journal, text)
+        lines = journal.drain().decode().split("\n")
+        assert lines.pop() == ""
+        assert len(lines) == len(EVENTS)
+        for line in lines:
+            assert all(unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn") for c in line), line
+
+
+def test_json_lines_have_their_fields() -> None:
+    journal = Journal(JournalSettings(format="json"), clock=lambda: 1_700_000_000.25)
+    fill(journal, "x\r\ny")
+    records = [json.loads(line) for line in journal.drain().splitlines()]
+    assert [record["event"] for record in records] == EVENTS
+    accepted = records[EVENTS.index("accepted")]
+    assert accepted["time"] == "2023-11-14T22:13:20.250Z"
+    assert accepted["from"] == r"x\r\ny"
+    assert len(accepted["to"]) == 10
+    assert accepted["recipients"] == 12
+    refused = records[EVENTS.index("refused")]
+    assert refused["reply"] == "550 5.1.1 No"
+    assert refused["cause"] == r"x\r\ny"
+    error = records[EVENTS.index("error")]
+    assert error["error"] == r"ValueError: x\r\ny"
+    assert "test_journal.py" in error["trace"][-1]
+
+
+def test_auto_is_for_humans_on_a_terminal() -> None:
+    for is_terminal, first in ((True, b"0123456789"), (False, b"{")):
+        journal = Journal(JournalSettings(), is_terminal=is_terminal)
+        journal.stopped()
+        assert journal.drain()[:1] in [bytes([octet]) for octet in first]
+
+
+@pytest.mark.parametrize(("events", "count"), [("all", len(EVENTS)), ("mail", 8), ("errors", 2), ("none", 0)])
+def test_events_can_be_left_out(events: Literal["all", "mail", "errors", "none"], count: int) -> None:
+    journal = Journal(JournalSettings(events=events))
+    fill(journal, "x")
+    assert len(journal.drain().splitlines()) == count
+
+
+def test_a_journal_that_nobody_drains_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_WAITING", 10)
+    journal = Journal(JournalSettings(format="json"))
+    for _ in range(25):
+        journal.stopped()
+    lines = journal.drain().splitlines()
+    assert len(lines) == 11
+    assert json.loads(lines[-1])["events"] == 15
+    assert journal.drain() == b""
+
+
+def test_long_values_are_cut() -> None:
+    assert len(escape("x" * 1000)) == 256
+    assert escape("a\\b") == "a\\\\b"
+    assert escape("\u202e\x1b[31m") == r"\u202e\x1b[31m"
