@@ -12,6 +12,7 @@ For any octets, from any state, in any split:
 3. A message is delivered only after a CRLF.CRLF, or the octets of its last BDAT; never two for one.
 4. A closed session stays closed, and says nothing more.
 5. What follows STARTTLS in the same breath is never obeyed.
+6. Text is never obeyed: no octet of a BDAT, in whatever state, and no line between a 354 and its end.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from penstock.smtp.events import (
     MessageAborted,
     Quit,
     StartTls,
+    Verify,
 )
 from penstock.smtp.offer import Offer
 from penstock.smtp.server import ServerSession
@@ -83,10 +85,11 @@ class Play:
 class Driver:
     """Drives a session as a connection does, with simple opinions: `bad` is refused, passwords alternate."""
 
-    def __init__(self, *, is_lmtp: bool = False) -> None:
+    def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False) -> None:
         offer = Offer(
-            hostname="mx", is_lmtp=is_lmtp, max_size=3000, max_recipients=100, max_messages=5, max_errors=12,
-            starttls=True, mechanisms=("PLAIN", "LOGIN"), auth_without_tls=True,
+            hostname="mx", is_lmtp=is_lmtp, max_size=3000, max_recipients=100, max_messages=0 if is_patient else 5,
+            max_errors=1000 if is_patient else 12,
+            starttls=True, mechanisms=("PLAIN", "LOGIN"), auth_without_tls=True, can_verify=True,
         )  # fmt: skip
         self.session = ServerSession(
             offer, Wire(text_line_limit=64, max_octets=3000), Transaction(Peer("192.0.2.1", 1))
@@ -116,6 +119,7 @@ class Driver:
 
     def _answer(self, event: object) -> None:
         session, play = self.session, self.play
+        assert not (isinstance(event, Verify) and event.argument == "canary"), "6. text was obeyed"
         if isinstance(event, BodyChunk):
             self._body += event.data
         elif isinstance(event, MessageAborted):
@@ -151,9 +155,9 @@ class Driver:
             session.reply(replies.RELAY_DENIED if "bad@" in repr(event) else accepted)
 
 
-def play(pieces: list[bytes], *, is_lmtp: bool) -> Play:
-    """Play pieces against a new session."""
-    driver = Driver(is_lmtp=is_lmtp)
+def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False) -> Play:
+    """Play pieces against a new session; a patient one has no budgets of errors and messages."""
+    driver = Driver(is_lmtp=is_lmtp, is_patient=is_patient)
     for piece in [b"", *pieces]:
         driver.feed(piece)
     return driver.play
@@ -207,16 +211,46 @@ def one(seed: int) -> None:
         raise
 
 
+_CANARY = b"VRFY canary\r\n"
+_TRANSACTION = b"RSET\r\nEHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+
+
+def sing(seed: int) -> None:
+    """Play the round of a seed in which text is full of commands that must not be obeyed."""
+    rng = random.Random(seed)
+    octets = STATES[rng.choice(["greeted", "hello", "helo", "mail", "rcpt", "chunks"])]
+    for _ in range(rng.randint(1, 6)):
+        text = b"".join(
+            rng.choice([_CANARY, b".." + _CANARY, b"x\r\n", b"y" * 70, b"\n", b"\0"]) for _ in range(rng.randint(1, 6))
+        )
+        if rng.random() < 0.6:
+            octets += b"BDAT %d%s\r\n" % (len(text), rng.choice([b"", b" LAST"])) + text
+        else:
+            octets += (
+                _TRANSACTION + b"DATA\r\n" + text + rng.choice([b"\n.\r\n", b"\n.\n", b""]) + _CANARY + b"\r\n.\r\n"
+            )
+        octets += rng.choice([b"", b"RSET\r\n", _TRANSACTION, b"MAIL FROM:<a@b>\r\n", b"NOOP\r\n"])
+    cuts = [0, *sorted(rng.randrange(len(octets)) for _ in range(rng.randint(0, 8))), len(octets)]
+    try:
+        play([octets[a:b] for a, b in itertools.pairwise(cuts)], is_patient=True)
+    except Exception:
+        print(f"seed {seed}: {octets!r} cut at {cuts}", file=sys.stderr)
+        raise
+
+
 def main() -> None:
     """Play rounds until the time is over."""
     if "--seed" in sys.argv:
-        one(int(sys.argv[sys.argv.index("--seed") + 1]))
+        seed = int(sys.argv[sys.argv.index("--seed") + 1])
+        one(seed)
+        sing(seed)
         return
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
     end = time.monotonic() + seconds
     seed = first = int(os.environ.get("PENSTOCK_FUZZ_SEED", time.time_ns() % 1_000_000_000))
     while time.monotonic() < end:
         one(seed)
+        sing(seed)
         seed += 1
     print(f"session fuzz: {seed - first} rounds from seed {first}, every invariant held")
 

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.session import STATES, WORDS, check, one
+from tests.fuzz.session import STATES, WORDS, check, one, sing
 
 
 @pytest.mark.parametrize("seed", range(0, 2000, 100))
 def test_the_invariants_hold_for_random_octets(seed: int) -> None:
     for each in range(seed, seed + 100):
         one(each)
+        sing(each)
 
 
 @pytest.mark.parametrize("state", STATES)
