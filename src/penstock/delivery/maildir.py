@@ -129,7 +129,7 @@ def _write_copy(path: Path, message: Message, recipients: Iterable[MailPath]) ->
     head = f"Return-Path: <{message.envelope.sender}>\r\n"  # RFC 5321 4.4: at final delivery, and once
     head += "".join(f"Delivered-To: {recipient}\r\n" for recipient in recipients)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb", buffering=256 * 1024) as file:  # noqa: PTH123 - of a descriptor
+    with open(descriptor, "wb", buffering=64 * 1024) as file:  # noqa: PTH123 - of a descriptor
         file.write(head.encode())
         file.write(message.prefix)
         file.writelines(message.body.chunks())

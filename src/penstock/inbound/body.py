@@ -2,7 +2,8 @@
 
 A message keeps at most `memory_per_message` octets in memory, all messages of a worker together at most
 `memory_total`; what is beyond goes to a file without a name, written by a thread in large pieces, so that a slow disk
-holds up one client and not the loop. A crash leaves nothing behind, because the file has no name.
+holds up one client and not the loop. A crash leaves nothing behind, because the file has no name. A body that goes to
+a file still has a block of the wire and a chunk on its way to the disk: the budget pays for these, too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from penstock import reply as replies
 from penstock.message import Body
 from penstock.reply import Reply
 
-CHUNK_OCTETS: Final = 256 * 1024
-"""Octets of a piece that `chunks` yields, and of a write to the file."""
+CHUNK_OCTETS: Final = 128 * 1024
+"""Octets of a piece that `chunks` yields."""
+_UNDER_WAY: Final = 128 * 1024
+"""Octets that a body in a file has in memory nevertheless."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _RECEIVED: Final = re.compile(rb"(?im)^received[ \t]*:")
 
@@ -33,7 +36,7 @@ class BodySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory_per_message: Annotated[
         int,
         msgspec.Meta(ge=0, le=1 << 30, description="Octets of a message kept in memory; what is more goes to a file"),
-    ] = CHUNK_OCTETS
+    ] = 256 * 1024
     memory_total: Annotated[
         int, msgspec.Meta(ge=0, le=1 << 40, description="Octets of all messages of a worker kept in memory")
     ] = 64 * 1024 * 1024
@@ -54,6 +57,10 @@ class MemoryBudget:
             return False
         self.used += octets
         return True
+
+    def claim(self, octets: int) -> None:
+        """Take octets that are used anyway, whether they are there or not: others find less."""
+        self.used += octets
 
     def give(self, octets: int) -> None:
         """Give octets back."""
@@ -92,7 +99,7 @@ class FileBody:
         self.size = size
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body in pieces of 256 KiB. Blocks on the disk. Raise ValueError when it was closed."""
+        """Yield the body in pieces of 128 KiB. Blocks on the disk. Raise ValueError when it was closed."""
         place = 0
         while place < self.size:
             if self._descriptor < 0:
@@ -113,13 +120,11 @@ class FileBody:
 class BodyCollector:
     """Takes the chunks of one body in, and turns them into a `Body`."""
 
-    __slots__ = ("_budget", "_chunks", "_descriptor", "_folder", "_held", "_most", "failure", "head", "size")
+    __slots__ = ("_budget", "_chunks", "_descriptor", "_folder", "_held", "_hops", "_most", "failure", "size")
 
     def __init__(self, settings: BodySettings, budget: MemoryBudget, folder: Path) -> None:
         self.size = 0
         """Octets taken in."""
-        self.head = b""
-        """The start of a body that went to a file: enough to look at its header."""
         self.failure: Reply | None = None
         """What to tell the client when the disk failed; the body is lost then."""
         self._most = settings.memory_per_message
@@ -129,6 +134,7 @@ class BodyCollector:
         self._held = 0
         """Octets in `_chunks`, all of them taken from the budget."""
         self._descriptor = -1
+        self._hops = 0
 
     def add_nowait(self, chunk: bytes) -> bool:
         """Keep a chunk in memory. Return False when it does not fit there: then `await add(chunk)`."""
@@ -156,6 +162,7 @@ class BodyCollector:
         if self._chunks:
             await self._spill(b"")
         descriptor, self._descriptor = self._descriptor, -1
+        self._budget.give(_UNDER_WAY)
         return FileBody(descriptor, 0 if self.failure is not None else self.size)
 
     def discard(self) -> None:
@@ -164,19 +171,20 @@ class BodyCollector:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self._budget.give(_UNDER_WAY)
 
     def received_fields(self) -> int:
         """Count the Received fields of the header: the servers this message has passed (RFC 5321 6.3)."""
-        return count_received(self.head or b"".join(self._chunks))
+        return self._hops if self._descriptor >= 0 else count_received(b"".join(self._chunks))
 
     async def _spill(self, chunk: bytes) -> None:
         """Write what is held, and a chunk, to the file."""
         pieces = [*self._chunks, chunk]
-        if not self.head:
-            self.head = b"".join(pieces)[:CHUNK_OCTETS]
-            header_end = self.head.find(b"\r\n\r\n")
-            self.head = self.head[: header_end + 4] if header_end >= 0 else self.head
         try:
+            if self._descriptor < 0:
+                self._hops = count_received(b"".join(pieces))  # the header is in what stayed in memory so far
+                self._descriptor = await trio.to_thread.run_sync(self._open)
+                self._budget.claim(_UNDER_WAY)
             await trio.to_thread.run_sync(self._write, pieces)
         except OSError as exc:
             failure = replies.DISK_FULL if exc.errno in _FULL else replies.TRY_LATER
@@ -184,9 +192,10 @@ class BodyCollector:
         finally:
             self._drop_chunks()
 
+    def _open(self) -> int:
+        return os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+
     def _write(self, pieces: list[bytes]) -> None:
-        if self._descriptor < 0:
-            self._descriptor = os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
         for piece in pieces:
             view = memoryview(piece)
             while view:
