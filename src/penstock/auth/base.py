@@ -30,7 +30,15 @@ class Authenticator(Protocol):
     """Knows users. Both questions take the same time for a name that exists and for one that does not."""
 
     async def verify(self, name: str, password: str) -> bool:
-        """Say whether the password is that user's. Slow on purpose (argon2, in a thread, few at a time)."""
+        """Say whether the password is that user's. Slow on purpose (argon2, in a thread, few at a time).
+
+        The name has 1 to 255 octets, the password 1 to 1024. Raise what you like when there is no telling: that is a
+        surprise and not a wrong password, it costs the connection and counts as no guess.
+        """
 
     def scram_keys(self, name: str) -> ScramKeys:
-        """Return what a SCRAM exchange needs of a user; for an unknown one, keys no password fits, always the same."""
+        """Return what a SCRAM exchange needs of a user; for an unknown one, keys no password fits, always the same.
+
+        Invented keys have the shape of real ones: salt length and iterations are what everybody gets to see
+        (RFC 5802 5.1). Quick: it is asked in the loop. Whatever it raises, the client hears 454.
+        """

@@ -452,9 +452,10 @@ class Connection:
     def _on_auth(self, event: Auth) -> Awaitable[None]:
         gate = self._gate
         assert gate.authenticator is not None
-        self._exchange = sasl.start_exchange(
-            event.mechanism, scram_keys=gate.authenticator.scram_keys, binding=gate.binding
-        )
+        # Without -PLUS on offer there is nothing to bind to: a client that says it could ("y") is right (RFC 5802 6).
+        offered = gate.offer.mechanisms_for(tls=self._transaction.tls is not None)
+        binding = gate.binding if "SCRAM-SHA-256-PLUS" in offered else None
+        self._exchange = sasl.start_exchange(event.mechanism, scram_keys=gate.authenticator.scram_keys, binding=binding)
         return self._step(self._exchange.start, event.initial)
 
     def _on_auth_response(self, event: AuthResponse) -> Awaitable[None]:
