@@ -10,17 +10,24 @@ from setuptools import Extension, setup
 
 DEBUG = os.environ.get("PENSTOCK_DEBUG") == "1"
 
+
+def extension(name: str, source: str, *headers: str) -> Extension:
+    """Describe a compiled module of ext/."""
+    return Extension(
+        name,
+        [f"ext/{source}"],
+        depends=[f"ext/{header}" for header in headers],
+        include_dirs=["ext"],
+        extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3"],
+        undef_macros=["NDEBUG"] if DEBUG else [],
+    )
+
+
 setup(
     ext_modules=cythonize(
         [
-            Extension(
-                "penstock.smtp._wire",
-                ["ext/wire.pyx"],
-                depends=["ext/scan.h"],
-                include_dirs=["ext"],
-                extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3"],
-                undef_macros=["NDEBUG"] if DEBUG else [],
-            ),
+            extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
+            extension("penstock.net._poll", "poll.pyx"),
         ],
         compiler_directives={
             "language_level": 3,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from penstock.net import _poll
 from penstock.smtp import _wire
 
 SOURCE = Path(__file__).parent.parent / "src" / "penstock"
@@ -113,22 +115,19 @@ def test_no_async_code_is_compiled() -> None:
         assert "async def" not in path.read_text(), path
 
 
-def test_the_stub_names_what_the_wire_has() -> None:
-    stub = ast.parse((SOURCE / "smtp" / "_wire.pyi").read_text())
-    constants = {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    classes = [n for n in stub.body if isinstance(n, ast.ClassDef)]
-    told = {
-        n.name if isinstance(n, ast.FunctionDef) else n.target.id  # type: ignore[union-attr]  # both have a name
-        for n in classes[0].body
-        if isinstance(n, ast.FunctionDef | ast.AnnAssign)
-    }
-    assert constants | {"Wire"} == {name for name in vars(_wire) if not name.startswith("_")}
-    there = {name for name in vars(_wire.Wire) if not name.startswith("__")}
-    assert told - {"__init__"} == there
-    for name in constants - {"VERBS", "HAS_VECTORS", "MAX_BUFFER"}:
-        value = next(
-            n.value.value
-            for n in stub.body
-            if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == name and isinstance(n.value, ast.Constant)
-        )
-        assert getattr(_wire, name) == value, name
+@pytest.mark.parametrize(("module", "stub"), [(_wire, "smtp/_wire.pyi"), (_poll, "net/_poll.pyi")])
+def test_a_stub_names_what_its_module_has(module: ModuleType, stub: str) -> None:
+    tree = ast.parse((SOURCE / stub).read_text())
+    constants = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    there = {name for name in vars(module) if not name.startswith("_") and name != "reschedule"}
+    assert {*constants, *functions, *classes} == there
+    for name, value in constants.items():
+        if isinstance(value, ast.Constant):
+            assert getattr(module, name) == value.value, name
+    for name, node in classes.items():
+        told = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+        told |= {ast.unparse(each.target) for each in node.body if isinstance(each, ast.AnnAssign)}
+        has = {each for each in vars(getattr(module, name)) if not each.startswith("__")}
+        assert {each for each in told if not each.startswith("__")} == has

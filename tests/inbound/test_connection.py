@@ -270,8 +270,8 @@ async def test_a_large_message_goes_to_a_file_and_comes_back_whole(tmp_path: Pat
 async def test_a_client_that_is_sent_away_reads_why_before_the_reset(tmp_path: Path) -> None:
     left, right = socket.socketpair()
     gate = gate_of({}, Recorder(), tmp_path)
-    connection = Connection(SocketStream(left), PEER, gate, Host())
-    async with SocketStream(right) as client, trio.open_nursery() as nursery:
+    connection = Connection(SocketStream.of(left), PEER, gate, Host())
+    async with SocketStream.of(right) as client, trio.open_nursery() as nursery:
         nursery.start_soon(connection.run)
         assert (await client.receive_some()).startswith(b"220")
         await client.send_all(b"GET / HTTP/1.1\r\n" + b"Header: x\r\n" * 10_000)

@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from penstock.net._poll import accept, close
 from penstock.net.listen import ListenAddress, accept_forever, bind, close_listener, name_of
 
 
@@ -65,32 +66,28 @@ def test_a_name_is_bound_for_each_of_its_addresses() -> None:
         sock.close()
 
 
-class Scarce(socket.socket):
-    """A listener whose process has no descriptors left, for two connections."""
+async def test_accepting_survives_a_shortage_of_descriptors(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (listener,) = bind(ListenAddress.parse("127.0.0.1:0"))
+    refusals = iter(range(2))
 
-    refusals = 2
-
-    def accept(self) -> tuple[socket.socket, object]:
-        if self.refusals:
-            self.refusals -= 1
+    def scarce(fd: int) -> tuple[int, str, int] | None:
+        if next(refusals, None) is not None:
             raise OSError(errno.EMFILE, "Too many open files")
-        return super().accept()
+        return accept(fd)
 
-
-async def test_accepting_survives_a_shortage_of_descriptors(autojump_clock: trio.testing.MockClock) -> None:
-    listener = Scarce()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    listener.setblocking(False)
+    monkeypatch.setattr("penstock.net.listen.accept", scarce)
     shortages: list[OSError] = []
-    accepted: list[socket.socket] = []
-    with listener, socket.create_connection(listener.getsockname()):
+    accepted: list[tuple[int, str, int]] = []
+    with listener, socket.create_connection(listener.getsockname()) as client:
         async with trio.open_nursery() as nursery:
 
-            def handle(sock: socket.socket) -> None:
-                accepted.append(sock)
+            def handle(fd: int, address: str, port: int) -> None:
+                accepted.append((fd, address, port))
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(accept_forever, listener, handle, shortages.append)
-    assert [exc.errno for exc in shortages] == [errno.EMFILE] * 2
-    accepted[0].close()
+        assert [exc.errno for exc in shortages] == [errno.EMFILE] * 2
+        assert accepted[0][1:] == client.getsockname()
+    close(accepted[0][0])

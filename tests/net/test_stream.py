@@ -2,53 +2,75 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import trio
 import trio.testing
 import trustme
 
-from penstock.net.stream import AheadStream, SocketStream
+from penstock.net._poll import Poller
+from penstock.net.stream import AheadStream, SocketStream, watch_sockets
 from penstock.smtp import _wire
 from penstock.smtp._wire import Wire
 
 Pair = tuple[SocketStream, SocketStream]
+Maker = Callable[[], Awaitable[Pair]]
 
 
-async def make_pair() -> Pair:
-    left, right = socket.socketpair()
-    return SocketStream(left), SocketStream(right)
+@pytest.fixture(params=["poller", "trio"])
+async def poller(request: pytest.FixtureRequest, nursery: trio.Nursery) -> AsyncIterator[Poller | None]:
+    """Both ways of waiting: with a poller that is looked after, and without one."""
+    if request.param == "trio":
+        yield None
+        return
+    poller = Poller()
+    nursery.start_soon(watch_sockets, poller)
+    yield poller
+    assert len(poller) == 0, "a stream was not let go"
+    nursery.cancel_scope.cancel()
+    poller.close()
 
 
-async def make_tcp_pair() -> Pair:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        left = socket.create_connection(server.getsockname())
-        right, _ = server.accept()
-    return SocketStream(left), SocketStream(right)
+@pytest.fixture
+def make_pair(poller: Poller | None) -> Maker:
+    async def make() -> Pair:
+        left, right = socket.socketpair()
+        return SocketStream.of(left, poller), SocketStream.of(right, poller)
+
+    return make
 
 
-async def clog(pair: Pair) -> Pair:
-    for stream in pair:
-        while stream.send_nowait(b"x" * 65536):
-            pass
-    return pair
+@pytest.fixture
+def make_tcp_pair(poller: Poller | None) -> Maker:
+    async def make() -> Pair:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            left = socket.create_connection(server.getsockname())
+            right, _ = server.accept()
+        return SocketStream.of(left, poller), SocketStream.of(right, poller)
+
+    return make
 
 
-async def make_clogged_pair() -> Pair:
-    return await clog(await make_pair())
+async def test_the_stream_is_lawful_on_a_unix_socket(make_pair: Maker) -> None:
+    async def make_clogged_pair() -> Pair:
+        pair = await make_pair()
+        for stream in pair:
+            while stream.send_nowait(b"x" * 65536):
+                pass
+        return pair
 
-
-async def test_the_stream_is_lawful_on_a_unix_socket() -> None:
     await trio.testing.check_half_closeable_stream(make_pair, make_clogged_pair)
 
 
-async def test_the_stream_is_lawful_on_a_tcp_socket() -> None:
+async def test_the_stream_is_lawful_on_a_tcp_socket(make_tcp_pair: Maker) -> None:
     await trio.testing.check_half_closeable_stream(make_tcp_pair, None)
 
 
-async def test_tls_stands_on_the_stream() -> None:
+async def test_tls_stands_on_the_stream(make_tcp_pair: Maker) -> None:
     authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost", key_type=trustme.KeyType.ECDSA).configure_cert(server_context)
@@ -69,7 +91,7 @@ async def test_tls_stands_on_the_stream() -> None:
     assert received == message
 
 
-async def test_fill_receives_into_the_wire() -> None:
+async def test_fill_receives_into_the_wire(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, right:
         await left.send_all(b"NOOP\r\n")
@@ -80,7 +102,7 @@ async def test_fill_receives_into_the_wire() -> None:
         assert await right.fill(wire) == 0
 
 
-async def test_fill_waits_and_can_be_cancelled_without_losing_input() -> None:
+async def test_fill_waits_and_can_be_cancelled_without_losing_input(make_pair: Maker) -> None:
     left, right = await make_pair()
     wire = Wire()
     async with left, right:
@@ -92,7 +114,7 @@ async def test_fill_waits_and_can_be_cancelled_without_losing_input() -> None:
         assert await right.fill(wire) == 6
 
 
-async def test_a_second_receiver_is_told_off() -> None:
+async def test_a_second_receiver_is_told_off(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, right, trio.open_nursery() as nursery:
         nursery.start_soon(right.fill, Wire())
@@ -102,7 +124,7 @@ async def test_a_second_receiver_is_told_off() -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_closing_wakes_the_receiver() -> None:
+async def test_closing_wakes_the_receiver(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left:
         async with trio.open_nursery() as nursery:
@@ -118,16 +140,18 @@ async def test_closing_wakes_the_receiver() -> None:
             right.send_nowait(b"x")
 
 
-async def test_a_reset_connection_is_broken() -> None:
+async def test_a_reset_connection_is_broken(make_tcp_pair: Maker) -> None:
     left, right = await make_tcp_pair()
-    left._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    left.close_nowait()
+    linger = socket.socket(fileno=os.dup(left._fd))
+    with linger:
+        linger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        left.close_nowait()
     async with right:
         with pytest.raises(trio.BrokenResourceError):
             await right.fill(Wire())
 
 
-async def test_what_was_read_ahead_comes_first() -> None:
+async def test_what_was_read_ahead_comes_first(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, AheadStream(b"abc", right) as stream:
         await left.send_all(b"def")
@@ -137,3 +161,60 @@ async def test_what_was_read_ahead_comes_first() -> None:
         await stream.wait_send_all_might_not_block()
         await stream.send_all(b"ghi")
         assert await left.receive_some() == b"ghi"
+
+
+async def test_a_firehose_lets_others_have_their_turn(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    wire = Wire()
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with left, right, trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(200):
+            while left.send_nowait(b"NOOP\r\n" * 1000):
+                pass
+            await right.fill(wire)
+            wire.drop_input()
+        nursery.cancel_scope.cancel()
+    assert turns >= 10
+
+
+async def test_a_cancelled_wait_loses_no_wakeup(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    async with left, right:
+        for number in range(200):
+            wire = Wire()
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(right.fill, wire)
+                    await trio.testing.wait_all_tasks_blocked()
+                    left.send_nowait(b"NOOP\r\n")  # the edge and the cancellation race
+                    if number % 2:
+                        await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            if not wire.waiting:
+                with trio.fail_after(5):
+                    assert await right.fill(wire) == 6
+
+
+async def test_a_slow_reader_gets_everything_in_order(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    data = bytes(range(256)) * 8192
+
+    async def send() -> None:
+        await left.send_all(data)
+        await left.send_eof()
+
+    async with left, right, trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        received = b""
+        while chunk := await right.receive_some(10_000):
+            received += chunk
+            await trio.lowlevel.checkpoint()
+    assert received == data

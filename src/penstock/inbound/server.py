@@ -17,8 +17,9 @@ from penstock.inbound.connection import Connection
 from penstock.inbound.gate import Gate
 from penstock.inbound.limits import Admission, Sweeper
 from penstock.journal import Journal
+from penstock.net._poll import HAS_EPOLL, Poller, close, send
 from penstock.net.listen import accept_forever, close_listener, name_of
-from penstock.net.stream import SocketStream
+from penstock.net.stream import SocketStream, watch_sockets
 from penstock.reply import Reply
 from penstock.transaction import Peer
 
@@ -33,14 +34,13 @@ class Door:
     listener: socket.socket
     gate: Gate
 
-
-def _peer_of(sock: socket.socket) -> Peer:
-    """Return the two ends of an accepted socket. Raise OSError when the client has left already."""
-    if sock.family == socket.AF_UNIX:
-        return Peer("", 0)
-    address, port, *_ = sock.getpeername()
-    local_address, local_port, *_ = sock.getsockname()
-    return Peer(address, port, local_address, local_port)
+    @property
+    def local_address(self) -> tuple[str, int]:
+        """The address and port it is bound to; ("", 0) for a unix socket."""
+        if self.listener.family == socket.AF_UNIX:
+            return ("", 0)
+        address, port, *_ = self.listener.getsockname()
+        return (address, port)
 
 
 class Worker:
@@ -67,6 +67,7 @@ class Worker:
         self.sessions = 0
         """Connections so far, those that were turned away among them."""
         self._is_stopping = False
+        self._poller = Poller() if HAS_EPOLL else None
         self._accepting: list[trio.CancelScope] = []
         self._serving = trio.CancelScope()
 
@@ -92,6 +93,8 @@ class Worker:
         async with trio.open_nursery() as background:
             background.start_soon(self._sweeper.run)
             background.start_soon(self._keep_journal)
+            if self._poller is not None:
+                background.start_soon(watch_sockets, self._poller)
             try:
                 with self._serving:
                     async with trio.open_nursery() as sessions:
@@ -103,6 +106,8 @@ class Worker:
                 for door in self._doors:
                     close_listener(door.listener)
                 background.cancel_scope.cancel()
+        if self._poller is not None:
+            self._poller.close()
         self._journal.stopped()
         self._write_journal(self._journal.drain())
 
@@ -125,8 +130,11 @@ class Worker:
         self._serving.cancel()
 
     async def _serve_door(self, door: Door, sessions: trio.Nursery) -> None:
-        def handle(sock: socket.socket) -> None:
-            self._handle(sock, door.gate, sessions)
+        gate = door.gate
+        address, port = door.local_address
+
+        def handle(fd: int, client: str, client_port: int) -> None:
+            self._handle(fd, Peer(client, client_port, address, port), gate, sessions)
 
         def report_shortage(exc: OSError) -> None:
             self._journal.error(0, "accept", exc)
@@ -136,35 +144,30 @@ class Worker:
             await accept_forever(door.listener, handle, report_shortage)
         close_listener(door.listener)
 
-    def _handle(self, sock: socket.socket, gate: Gate, sessions: trio.Nursery) -> None:
+    def _handle(self, fd: int, peer: Peer, gate: Gate, sessions: trio.Nursery) -> None:
         """Admit an accepted socket and start its session."""
         self.sessions += 1
-        try:
-            peer = _peer_of(sock)
-        except OSError:
-            sock.close()
-            return
         is_admitted = not gate.proxy_networks  # behind a proxy, the client is known later
         if is_admitted:
             refusal = self._admission.admit(peer.network)
             if refusal is not None:
-                self._turn_away(sock, peer, gate, refusal)
+                self._turn_away(fd, peer, gate, refusal)
                 return
-        stream = SocketStream(sock)
-        connection = Connection(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
+        connection = Connection(
+            SocketStream(fd, self._poller), peer, gate, self, number=self.sessions, is_admitted=is_admitted
+        )
         sessions.start_soon(self._serve, connection)
 
-    def _turn_away(self, sock: socket.socket, peer: Peer, gate: Gate, refusal: Reply) -> None:
+    def _turn_away(self, fd: int, peer: Peer, gate: Gate, refusal: Reply) -> None:
         """Refuse a client before it costs a task: one send, no waiting."""
         self._journal.rejected_connection(self.sessions, peer, gate.name, refusal)
-        sock.setblocking(False)
         try:
             if not gate.is_implicit_tls:
-                sock.send(refusal.encoded)
+                send(fd, refusal.encoded)
         except OSError:
             pass  # it has left, which is what it was asked for
         finally:
-            sock.close()
+            close(fd)
 
     async def _serve(self, connection: Connection) -> None:
         self._connections.add(connection)

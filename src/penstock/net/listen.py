@@ -13,6 +13,8 @@ from pathlib import Path
 
 import trio
 
+from penstock.net._poll import accept
+
 BACKLOG = 4096
 """Connections the kernel keeps waiting; it cuts this to net.core.somaxconn."""
 _BATCH = 64
@@ -95,6 +97,8 @@ def bind(address: ListenAddress) -> list[socket.socket]:
                 sock = socket.socket(family, socket.SOCK_STREAM)
                 sockets.append(sock)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                # Inherited by what it accepts: replies leave in one send a batch, waiting for more only delays them.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 sock.bind(place)
@@ -118,17 +122,20 @@ def name_of(sock: socket.socket) -> str:
 
 async def accept_forever(
     listener: socket.socket,
-    handle: Callable[[socket.socket], None],
+    handle: Callable[[int, str, int], None],
     report_shortage: Callable[[OSError], None],
 ) -> None:
-    """Accept connections, in batches, until cancelled. `handle` takes each socket over and must not raise."""
+    """Accept connections, in batches, until cancelled.
+
+    `handle` gets the descriptor, the client's IP address ("" on a unix socket) and its port; it takes the descriptor
+    over and must not raise.
+    """
+    descriptor = listener.fileno()
     while True:
-        await trio.lowlevel.wait_readable(listener)
+        await trio.lowlevel.wait_readable(descriptor)
         for _ in range(_BATCH):
             try:
-                sock, _ = listener.accept()
-            except BlockingIOError:
-                break
+                accepted = accept(descriptor)
             except OSError as exc:
                 if exc.errno in _SHORTAGE:
                     report_shortage(exc)
@@ -136,7 +143,9 @@ async def accept_forever(
                     break
                 # Any other error belongs to the one connection that was to be accepted (accept(2)).
                 continue
-            handle(sock)
+            if accepted is None:
+                break
+            handle(*accepted)
 
 
 def close_listener(listener: socket.socket) -> None:

@@ -4,15 +4,31 @@ trio's own SocketStream receives into a new bytes object, and yields to the sche
 neither: its wire has a buffer to receive into (`fill`), and most replies fit into the socket's send buffer at once
 (`send_nowait`). Everything else here keeps the contract of `trio.abc.HalfCloseableStream`, so that `trio.SSLStream`
 can stand on it.
+
+A stream waits in one of two ways. With the `Poller` of its worker the socket is registered once, and the task parks
+until `watch_sockets` wakes it (the theory stands in ext/poll.pyx); without one, which is wherever there is no epoll, it
+waits with `trio.lowlevel.wait_readable`. The tests run both.
 """
 
 from __future__ import annotations
 
 import socket
-from types import TracebackType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import trio
+from trio.lowlevel import (
+    Abort,
+    RaiseCancelT,
+    checkpoint,
+    current_task,
+    reschedule,
+    wait_readable,
+    wait_task_rescheduled,
+    wait_writable,
+)
+
+from penstock.net import _poll
+from penstock.net._poll import Poller, Watch
 
 
 class Receiver(Protocol):
@@ -23,149 +39,238 @@ class Receiver(Protocol):
 
 
 _RECEIVE_OCTETS = 65_536
+_SHORT = 4096
+"""A receive of fewer octets has emptied the socket: there always was room for as many."""
+_TURNS = 16
+"""Receives in a row that a socket gets without waiting, before the other sessions have their turn."""
 
 
-class _OneAtATime:
-    """Detects two tasks in one direction of a stream: a bug of the caller, not something to wait for."""
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-        self._held = False
-
-    def __enter__(self) -> None:
-        if self._held:
-            raise trio.BusyResourceError(self._message)
-        self._held = True
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._held = False
+async def watch_sockets(poller: Poller) -> None:
+    """Wake the tasks whose sockets become ready, until cancelled. Run one of these for each poller."""
+    while True:
+        await wait_readable(poller.fd)
+        poller.poll()
 
 
 class SocketStream(trio.abc.HalfCloseableStream):
-    """A connected stream socket, TCP or unix. Takes the socket over, and closes it."""
+    """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        if sock.family != socket.AF_UNIX:
-            # Replies leave in one send a batch: waiting for more of them (RFC 896) could only delay them.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = sock
-        self._sending = _OneAtATime("another task is sending on this stream")
-        self._receiving = _OneAtATime("another task is receiving on this stream")
+    __slots__ = ("_eof_sent", "_fd", "_poller", "_receiving", "_sending", "_turns", "_watch")
+
+    def __init__(self, fd: int, poller: Poller | None = None) -> None:
+        """Take over a non-blocking socket. Raise OSError when it can not be watched."""
+        self._fd = fd
+        self._poller = poller
+        self._watch: Watch | None = None if poller is None else poller.watch(fd)
+        self._receiving = False
+        self._sending = False
         self._eof_sent = False
+        self._turns = 0
 
-    def _check_open(self) -> None:
-        if self._socket.fileno() < 0:
-            raise trio.ClosedResourceError("this stream was closed")
+    @classmethod
+    def of(cls, sock: socket.socket, poller: Poller | None = None) -> SocketStream:
+        """Return a stream that takes over a Python socket."""
+        sock.setblocking(False)
+        return cls(sock.detach(), poller)
+
+    # ---- waiting
+
+    async def _wait_readable(self) -> None:
+        watch = self._watch
+        if watch is None:
+            await wait_readable(self._fd)
+            return
+        watch.reader = current_task()
+        await wait_task_rescheduled(self._stop_reading)
+
+    def _stop_reading(self, _: RaiseCancelT) -> Abort:
+        assert self._watch is not None
+        self._watch.reader = None
+        return Abort.SUCCEEDED
+
+    async def _wait_writable(self) -> None:
+        watch = self._watch
+        if watch is None:
+            await wait_writable(self._fd)
+        elif watch.is_writable:
+            await checkpoint()
+        else:
+            watch.writer = current_task()
+            await wait_task_rescheduled(self._stop_writing)
+
+    def _stop_writing(self, _: RaiseCancelT) -> Abort:
+        assert self._watch is not None
+        self._watch.writer = None
+        return Abort.SUCCEEDED
 
     # ---- receiving
 
     async def fill(self, receiver: Receiver) -> int:
         """Wait for octets and receive them straight into a wire. Return how many; 0 is the end of the stream.
 
-        Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here.
+        Yields at the latest every 16 calls. Raise BrokenResourceError when the connection is lost,
+        ClosedResourceError when it was closed here.
         """
-        with self._receiving:
+        if self._receiving:
+            self._conflict("receiving")
+        self._receiving = True
+        try:
+            watch = self._watch
             while True:
+                if watch is None or not watch.is_readable:
+                    self._turns = 0
+                    await self._wait_readable()
+                elif self._turns >= _TURNS:
+                    self._turns = 0
+                    await checkpoint()
                 self._check_open()
-                await trio.lowlevel.wait_readable(self._socket)
-                try:
-                    received = receiver.recv(self._socket.fileno())
-                except OSError as exc:
-                    raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+                self._turns += 1
+                received = receiver.recv(self._fd)
+                if watch is not None and received < _SHORT and not watch.has_hung_up:
+                    watch.is_readable = False
                 if received >= 0:
                     return received
+                if watch is not None:
+                    watch.is_readable = False
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+        finally:
+            self._receiving = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes is at least 1")
-        with self._receiving:
-            self._check_open()
-            await trio.lowlevel.checkpoint()
+        self._check_open()
+        await checkpoint()
+        return await self.receive_now(max_bytes or _RECEIVE_OCTETS)
+
+    async def receive_now(self, max_bytes: int) -> bytes:
+        """Receive like `receive_some`, but without yielding when there is something to receive."""
+        if self._receiving:
+            self._conflict("receiving")
+        self._receiving = True
+        try:
+            watch = self._watch
             while True:
                 self._check_open()
-                try:
-                    return self._socket.recv(max_bytes or _RECEIVE_OCTETS)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_readable(self._socket)
-                except OSError as exc:
-                    raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+                if watch is None or watch.is_readable:
+                    data = _poll.recv(self._fd, max_bytes)
+                    if data is not None:
+                        return data
+                    if watch is not None:
+                        watch.is_readable = False
+                await self._wait_readable()
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+        finally:
+            self._receiving = False
 
     # ---- sending
 
-    def send_nowait(self, data: bytes) -> int:
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         """Send what the socket takes at once. Return how many octets that were, perhaps none.
 
         Raise BrokenResourceError when the connection is lost.
         """
-        with self._sending:
-            self._check_sendable()
-            try:
-                return self._socket.send(data)
-            except BlockingIOError:
-                return 0
-            except OSError as exc:
-                raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
+        if self._sending:
+            self._conflict("sending")
+        return self._send(data, 0)
+
+    def _send(self, data: bytes | bytearray | memoryview, start: int) -> int:
+        self._check_sendable()
+        try:
+            sent = _poll.send(self._fd, data, start)
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
+        if sent < 0:
+            if self._watch is not None:
+                self._watch.is_writable = False
+            return 0
+        return sent
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it, waiting for the socket as long as it takes."""
-        with self._sending:
+        self._check_sendable()
+        await checkpoint()
+        await self.send_now(data)
+
+    async def send_now(self, data: bytes | bytearray | memoryview) -> None:
+        """Send like `send_all`, but without yielding when the socket takes everything."""
+        if self._sending:
+            self._conflict("sending")
+        self._sending = True
+        try:
+            sent = self._send(data, 0)
+            while sent < len(data):
+                await self._wait_writable()
+                sent += self._send(data, sent)
+        finally:
+            self._sending = False
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until the socket takes at least one octet."""
+        if self._sending:
+            self._conflict("sending")
+        self._check_sendable()
+        self._sending = True
+        try:
+            await self._wait_writable()
             self._check_sendable()
-            await trio.lowlevel.checkpoint()
-            with memoryview(data) as view:
-                sent = 0
-                while sent < len(view):
-                    self._check_sendable()
-                    try:
-                        sent += self._socket.send(view[sent:])
-                    except BlockingIOError:
-                        await trio.lowlevel.wait_writable(self._socket)
-                    except OSError as exc:
-                        raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
+        finally:
+            self._sending = False
+
+    async def send_eof(self) -> None:
+        """Tell the peer that nothing more comes; it may still send."""
+        if self._sending:
+            self._conflict("sending")
+        self._check_open()
+        await checkpoint()
+        if self._eof_sent:
+            return
+        self._eof_sent = True
+        try:
+            _poll.shutdown(self._fd)
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"the connection is lost: {exc}") from exc
+
+    # ---- conduct
+
+    def _conflict(self, what: str) -> NoReturn:
+        raise trio.BusyResourceError(f"another task is {what} on this stream")
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise trio.ClosedResourceError("this stream was closed")
 
     def _check_sendable(self) -> None:
         self._check_open()
         if self._eof_sent:
             raise trio.ClosedResourceError("the end of this stream was sent")
 
-    async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the socket takes at least one octet."""
-        with self._sending:
-            self._check_sendable()
-            await trio.lowlevel.checkpoint()
-            await trio.lowlevel.wait_writable(self._socket)
-
-    async def send_eof(self) -> None:
-        """Tell the peer that nothing more comes; it may still send."""
-        with self._sending:
-            self._check_open()
-            await trio.lowlevel.checkpoint()
-            if self._eof_sent:
-                return
-            self._eof_sent = True
-            try:
-                self._socket.shutdown(socket.SHUT_WR)
-            except OSError as exc:
-                raise trio.BrokenResourceError(f"the connection is lost: {exc}") from exc
-
     # ---- closing
 
     def close_nowait(self) -> None:
         """Close the socket; whoever waits on it gets ClosedResourceError."""
-        if self._socket.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        watch = self._watch
+        if watch is None:
+            trio.lowlevel.notify_closing(fd)
+        else:
+            assert self._poller is not None
+            self._poller.forget(watch)
+            for task in (watch.reader, watch.writer):
+                if task is not None:
+                    reschedule(task)  # it will find the stream closed
+            watch.reader = watch.writer = None
+        _poll.close(fd)
 
     async def aclose(self) -> None:
         """Close the socket, and yield once."""
         self.close_nowait()
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
 
 
 class AheadStream(trio.abc.Stream):
@@ -179,7 +284,7 @@ class AheadStream(trio.abc.Stream):
         """Receive what was read ahead, then from the stream."""
         if not self._ahead:
             return await self._stream.receive_some(max_bytes)
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
         size = len(self._ahead) if max_bytes is None else max_bytes
         data, self._ahead = self._ahead[:size], self._ahead[size:]
         return data

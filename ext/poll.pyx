@@ -1,0 +1,273 @@
+"""One edge-triggered epoll set for all plaintext sockets of a worker, and the few calls they need.
+
+Theory
+------
+trio's own waiting arms a socket anew for each wait: an epoll_ctl, a table of waiters, a cancel scope's worth of
+bookkeeping. A mail session waits four times for each message, so here a socket is registered once, for both
+directions, edge-triggered, and its readiness is remembered in its `Watch`. Session tasks park with
+`trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for many
+sockets and wakes the tasks that wait for them.
+
+Rules
+-----
+1. An edge is told once. `is_readable` stays set until a receive finds nothing more; nothing but that clears it.
+2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
+   of a cancelled wait takes it out, too. What was readable stays readable for the next one.
+3. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes
+   somebody in vain, who receives nothing and waits again.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+
+from trio.lowlevel import reschedule
+
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <sys/socket.h>
+    #define POLL_BATCH 512
+    #if defined(__linux__)
+    #include <sys/epoll.h>
+    #define POLL_HAS_EPOLL 1
+    #else
+    /* Elsewhere streams wait with trio: there is no set, and only the calls on one socket are of use. */
+    #define POLL_HAS_EPOLL 0
+    #include <stdint.h>
+    #define SOCK_NONBLOCK 0
+    #define SOCK_CLOEXEC 0
+    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
+    #define EPOLLET (1u << 31)
+    struct epoll_event { uint32_t events; union { int fd; uint64_t u64; } data; };
+    static int epoll_create1(int flags) { (void)flags; errno = ENOSYS; return -1; }
+    static int epoll_ctl(int e, int op, int fd, struct epoll_event *v) { (void)e; (void)op; (void)fd; (void)v; return -1; }
+    static int epoll_wait(int e, struct epoll_event *v, int n, int t) { (void)e; (void)v; (void)n; (void)t; return -1; }
+    static int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
+    {
+        int sock = accept(fd, address, length);
+        (void)flags;
+        if (sock >= 0) {
+            fcntl(sock, F_SETFL, fcntl(sock, F_GETFL) | O_NONBLOCK);
+            fcntl(sock, F_SETFD, FD_CLOEXEC);
+        }
+        return sock;
+    }
+    #endif
+    #ifndef MSG_NOSIGNAL
+    #define MSG_NOSIGNAL 0
+    #endif
+    """
+    struct epoll_data "union_data":
+        int fd
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data data
+    int epoll_create1(int flags) nogil
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
+    int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
+    ctypedef unsigned int socklen_t
+    struct sockaddr:
+        uint16_t sa_family
+    struct sockaddr_storage:
+        uint16_t ss_family
+    int c_accept4 "accept4"(int fd, sockaddr *address, socklen_t *length, int flags) nogil
+    ssize_t c_recv "recv"(int fd, void *buffer, size_t size, int flags) nogil
+    ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags) nogil
+    int c_shutdown "shutdown"(int fd, int how) nogil
+    enum:
+        POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
+        EPOLLET, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+
+cdef extern from "netinet/in.h" nogil:
+    struct in_addr:
+        pass
+    struct in6_addr:
+        pass
+    struct sockaddr_in:
+        uint16_t sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_port
+        in6_addr sin6_addr
+    uint16_t ntohs(uint16_t port)
+
+cdef extern from "arpa/inet.h" nogil:
+    const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
+
+cdef extern from "unistd.h" nogil:
+    int c_close "close"(int fd)
+
+HAS_EPOLL = bool(POLL_HAS_EPOLL)
+
+
+cdef class Watch:
+    """The readiness of one socket, and who waits for it."""
+
+    cdef readonly int fd
+    cdef public bint is_readable
+    cdef public bint is_writable
+    cdef public bint has_hung_up
+    cdef public object reader
+    cdef public object writer
+
+    def __init__(self, int fd):
+        self.fd = fd
+        self.is_writable = True
+
+
+cdef class Poller:
+    """The epoll set."""
+
+    cdef readonly int fd
+    cdef dict watches
+    cdef epoll_event events[POLL_BATCH]
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __init__(self):
+        self.watches = {}
+        self.fd = epoll_create1(EPOLL_CLOEXEC)
+        if self.fd < 0:
+            raise OSError(errno, "epoll_create1 failed")
+
+    def __len__(self):
+        return len(self.watches)
+
+    def watch(self, int fd):
+        cdef epoll_event event
+        cdef Watch watch = Watch(fd)
+        event.events = <uint32_t> (EPOLLIN | EPOLLOUT | EPOLLRDHUP) | <uint32_t> EPOLLET
+        event.data.u64 = 0
+        event.data.fd = fd
+        if epoll_ctl(self.fd, EPOLL_CTL_ADD, fd, &event) < 0:
+            raise OSError(errno, "epoll_ctl failed")
+        self.watches[fd] = watch
+        return watch
+
+    def forget(self, Watch watch):
+        # Closing the descriptor takes it out of the set by itself (epoll(7)).
+        if self.watches.get(watch.fd) is watch:
+            del self.watches[watch.fd]
+
+    def poll(self):
+        cdef int found = epoll_wait(self.fd, self.events, POLL_BATCH, 0)
+        cdef int i, woken = 0
+        cdef uint32_t what
+        cdef Watch watch
+        cdef object task
+        if found < 0:
+            if errno == EINTR:
+                return 0
+            raise OSError(errno, "epoll_wait failed")
+        for i in range(found):
+            watch = <Watch> self.watches.get(self.events[i].data.fd)
+            if watch is None:
+                continue
+            what = self.events[i].events
+            if what & <uint32_t> (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+                watch.is_readable = True
+                if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+                    watch.has_hung_up = True
+                if watch.reader is not None:
+                    task = watch.reader
+                    watch.reader = None
+                    reschedule(task)
+                    woken += 1
+            if what & <uint32_t> (EPOLLOUT | EPOLLERR | EPOLLHUP):
+                watch.is_writable = True
+                if watch.writer is not None:
+                    task = watch.writer
+                    watch.writer = None
+                    reschedule(task)
+                    woken += 1
+        return found
+
+    def close(self):
+        if self.fd >= 0:
+            c_close(self.fd)
+            self.fd = -1
+
+
+def accept(int fd):
+    cdef sockaddr_storage address
+    cdef socklen_t length = sizeof(address)
+    cdef char text[64]
+    cdef int sock
+    while True:
+        length = sizeof(address)
+        sock = c_accept4(fd, <sockaddr *> &address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if sock >= 0:
+            break
+        if errno == EAGAIN:
+            return None
+        if errno != EINTR and errno != ECONNABORTED:
+            raise OSError(errno, "accept failed")
+    if address.ss_family == AF_INET:
+        inet_ntop(AF_INET, &(<sockaddr_in *> &address).sin_addr, text, sizeof(text))
+        return sock, text.decode("ascii"), ntohs((<sockaddr_in *> &address).sin_port)
+    if address.ss_family == AF_INET6:
+        inet_ntop(AF_INET6, &(<sockaddr_in6 *> &address).sin6_addr, text, sizeof(text))
+        return sock, text.decode("ascii"), ntohs((<sockaddr_in6 *> &address).sin6_port)
+    return sock, "", 0
+
+
+def send(int fd, data not None, Py_ssize_t start=0):
+    cdef Py_buffer view
+    cdef ssize_t n
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if start < 0 or start > view.len:
+            raise ValueError("start lies outside of the data")
+        while True:
+            n = c_send(fd, <char *> view.buf + start, view.len - start, MSG_NOSIGNAL)
+            if n >= 0:
+                return n
+            if errno == EAGAIN:
+                return -1
+            if errno != EINTR:
+                raise OSError(errno, "send failed")
+    finally:
+        PyBuffer_Release(&view)
+
+
+def recv(int fd, Py_ssize_t octets):
+    cdef bytes data
+    cdef ssize_t n
+    cdef char small[4096]
+    if octets < 1:
+        raise ValueError("octets is at least 1")
+    if octets <= <Py_ssize_t> sizeof(small):
+        while True:
+            n = c_recv(fd, small, octets, 0)
+            if n >= 0:
+                return PyBytes_FromStringAndSize(small, n)
+            if errno == EAGAIN:
+                return None
+            if errno != EINTR:
+                raise OSError(errno, "recv failed")
+    data = PyBytes_FromStringAndSize(NULL, octets)
+    while True:
+        n = c_recv(fd, <char *> data, octets, 0)
+        if n == octets:
+            return data
+        if n >= 0:
+            return data[:n]
+        if errno == EAGAIN:
+            return None
+        if errno != EINTR:
+            raise OSError(errno, "recv failed")
+
+
+def close(int fd):
+    c_close(fd)
+
+
+def shutdown(int fd):
+    if c_shutdown(fd, SHUT_WR) < 0:
+        raise OSError(errno, "shutdown failed")

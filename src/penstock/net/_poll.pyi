@@ -1,0 +1,62 @@
+"""What the compiled poller shows. The theory stands at the top of ext/poll.pyx."""
+
+from typing import Final
+
+from trio.lowlevel import Task
+from typing_extensions import Buffer
+
+HAS_EPOLL: Final[bool]
+"""There is an epoll on this platform; without it a `Poller` can not be made."""
+
+class Watch:
+    """The readiness of one socket, and who waits for it."""
+
+    def __init__(self, fd: int) -> None:
+        """Watch a descriptor that is taken for writable and not for readable."""
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+    is_readable: bool
+    """There was an edge, and no receive has found nothing since: receive before you wait."""
+    is_writable: bool
+    """No send has found the socket full since the last edge."""
+    has_hung_up: bool
+    """The peer has closed, or the connection broke: receive until you find the end."""
+    reader: Task | None
+    """The task to wake when the socket becomes readable."""
+    writer: Task | None
+    """The task to wake when the socket becomes writable."""
+
+class Poller:
+    """The epoll set of a worker."""
+
+    def __init__(self) -> None:
+        """Raise OSError when there are no descriptors left."""
+    @property
+    def fd(self) -> int:
+        """The descriptor of the set: readable when `poll` has something to do."""
+    def __len__(self) -> int:
+        """Return how many sockets are watched."""
+    def watch(self, fd: int) -> Watch:
+        """Register a non-blocking socket, once and for both directions. Raise OSError."""
+    def forget(self, watch: Watch) -> None:
+        """Let go of a socket that is about to be closed."""
+    def poll(self) -> int:
+        """Wake the tasks whose sockets have become ready, at most 512 sockets at a time. Return how many were ready."""
+    def close(self) -> None:
+        """Close the set."""
+
+def accept(fd: int, /) -> tuple[int, str, int] | None:
+    """Accept a connection: descriptor (non-blocking), IP address ("" for a unix socket) and port; None for none."""
+
+def send(fd: int, data: Buffer, start: int = 0) -> int:
+    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError."""
+
+def recv(fd: int, octets: int) -> bytes | None:
+    """Receive up to so many octets: b"" at the end of the stream, None when there is nothing. Raise OSError."""
+
+def close(fd: int) -> None:
+    """Close a descriptor."""
+
+def shutdown(fd: int) -> None:
+    """Tell the peer that nothing more comes. Raise OSError."""
