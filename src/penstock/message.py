@@ -1,7 +1,6 @@
 """What travels: a path, a recipient, an envelope, a message.
 
-Everything here is immutable once made. The small ones that are made for every command are named tuples (cheap to
-make), the ones made once per message are frozen dataclasses.
+Everything here is immutable once made: named tuples, which cost the least of what can not be changed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NewType, Protocol
 
 MessageId = NewType("MessageId", str)
-"""Names one accepted message for ever: 17 characters of Crockford's base 32, increasing within a process."""
+"""Names one accepted message for ever: 20 characters, letters and digits, increasing within a process."""
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
@@ -28,7 +27,7 @@ def _base32(number: int, width: int) -> str:
 
 
 class MessageIds:
-    """Makes message ids that no other maker makes: start time in microseconds, a random tag, a counter.
+    """Makes message ids that no other maker makes: start time in milliseconds, a random tag, a counter.
 
     The time and the tag are drawn once, so that an id costs one counter and one string; ids of one maker sort in the
     order of their making.
@@ -36,12 +35,12 @@ class MessageIds:
 
     def __init__(self) -> None:
         tag = int.from_bytes(os.urandom(2), "big")
-        self._start = _base32(time.time_ns() // 1_000_000, 9) + _base32(tag, 3)[1:]
+        self._start = _base32(time.time_ns() // 1_000_000, 9) + _base32(tag, 4)[1:]
         self._numbers = itertools.count()
 
     def next(self) -> MessageId:
         """Return the next id."""
-        return MessageId(self._start + _base32(next(self._numbers), 6))
+        return MessageId(f"{self._start}{next(self._numbers):08X}")
 
 
 class Path(NamedTuple):
@@ -78,8 +77,7 @@ class Recipient(NamedTuple):
         return self.path.text
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """What MAIL and RCPT said of one message."""
 
     sender: Path
@@ -131,8 +129,7 @@ class CountedBody:
         """Do nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """An envelope and a body on their way to a delivery."""
 
     id: MessageId

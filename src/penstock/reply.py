@@ -13,6 +13,27 @@ _CODE = range(200, 600)
 _STATUS = re.compile(r"[245]\.\d{1,3}\.\d{1,3}")
 _MAX_TEXT = 480
 """A reply line has at most 512 octets with its code, status and CRLF (RFC 5321 4.5.3.1.5)."""
+_SHORT_TEXT = 400
+_checked: set[tuple[int, str | None]] = set()
+"""Codes with statuses that were found right; there are few."""
+
+
+def _check(code: int, status: str | None) -> None:
+    """Raise ValueError unless the code is 200 to 599 and the status is well-formed and of its class."""
+    if code not in _CODE:
+        raise ValueError(f"a reply code is 200 to 599, not {code}")
+    if status is not None and (not _STATUS.fullmatch(status) or status[0] != str(code)[0]):
+        raise ValueError(f"an enhanced status code for {code} looks like '{code // 100}.1.1', not {status!r}")
+    _checked.add((code, status))
+
+
+def _encode(code: int, status: str | None, text: str) -> bytes:
+    """Return a reply as it goes out on the wire."""
+    lead = f"{status} " if status else ""
+    if len(text) <= _SHORT_TEXT and text.isascii() and text.isprintable():
+        return f"{code} {lead}{text}\r\n".encode()  # one plain line, as almost all are
+    lines = [f"{lead}{_clean(line)}\r\n" for line in text.split("\n")]
+    return "".join([*(f"{code}-{line}" for line in lines[:-1]), f"{code} {lines[-1]}"]).encode()
 
 
 def _clean(line: str) -> str:
@@ -49,19 +70,14 @@ class Reply:
 
     def __init__(self, code: int, status: str | None, text: str, *, closes: bool = False, cause: str = "") -> None:
         """Raise ValueError when the code is not 200 to 599, or the status is malformed or of another class."""
-        if code not in _CODE:
-            raise ValueError(f"a reply code is 200 to 599, not {code}")
-        if status is not None and (not _STATUS.fullmatch(status) or status[0] != str(code)[0]):
-            raise ValueError(f"an enhanced status code for {code} looks like '{code // 100}.1.1', not {status!r}")
+        if (code, status) not in _checked:
+            _check(code, status)
         self.code = code
         self.status = status
         self.text = text
         self.closes = closes
         self.cause = cause
-        lead = f"{status} " if status else ""
-        lines = [f"{lead}{_clean(line)}" for line in text.split("\n")]
-        wire = [f"{code}-{line}\r\n" for line in lines[:-1]] + [f"{code} {lines[-1]}\r\n"]
-        self.encoded = "".join(wire).encode()
+        self.encoded = _encode(code, status, text)
 
     def because(self, cause: str) -> Reply:
         """Return the same reply with a cause for the journal."""

@@ -93,45 +93,59 @@ def test_a_right_password_forgives() -> None:
     assert not throttle.is_blocked("192.0.2.1")
 
 
-def test_the_three_clocks() -> None:
-    limits = LimitSettings(command_timeout=10, data_timeout=100, session_timeout=1000)
-    clocks = Deadlines(limits, 0)
-    assert (clocks.next_at, clocks.expired(9), clocks.expired(10)) == (10, None, replies.IDLE_TIMEOUT)
-    clocks.arm_idle(5, 1)
-    assert clocks.next_at == 15
-    clocks.arm_idle(8, 1)  # no new command
-    assert clocks.next_at == 15
-    clocks.begin_data(20)
-    assert (clocks.next_at, clocks.expired(120)) == (120, replies.DATA_TIMEOUT)
-    clocks.shorten_data(200)
-    assert clocks.next_at == 120
+def test_the_idle_clock_starts_again_with_a_whole_command() -> None:
+    clocks = Deadlines(LimitSettings(command_timeout=10), 0)
+    assert clocks.expired(9, 0, 0) is None
+    assert clocks.expired(9.5, 1, 0) is None
+    assert clocks.expired(19, 1, 0) is None
+    assert clocks.expired(19.5, 1, 0) == replies.IDLE_TIMEOUT
+
+
+def test_the_data_clock_belongs_to_one_message() -> None:
+    clocks = Deadlines(LimitSettings(command_timeout=10, data_timeout=100), 0)
+    assert clocks.expired(5, 4, 1) is None
+    assert clocks.expired(104, 4, 1) is None  # the idle clock stands still
+    assert clocks.expired(104.5, 8, 2) is None  # another message, another hundred seconds
+    assert clocks.expired(204, 8, 2) is None
+    assert clocks.expired(204.5, 8, 2) == replies.DATA_TIMEOUT
+    assert clocks.expired(205, 8, 0) is None
+    assert clocks.expired(215, 8, 0) == replies.IDLE_TIMEOUT
+
+
+def test_the_data_clock_can_be_shortened_and_not_lengthened() -> None:
+    clocks = Deadlines(LimitSettings(data_timeout=100), 0)
+    assert clocks.expired(0, 1, 1) is None
     clocks.shorten_data(50)
-    assert clocks.next_at == 50
-    clocks.end_data(40)
-    assert clocks.next_at == 50
-    clocks.begin_data(950)
-    assert (clocks.next_at, clocks.expired(1000)) == (1000, replies.SESSION_TIMEOUT)
+    assert clocks.expired(49, 1, 1) is None
+    assert clocks.expired(50, 1, 1) == replies.DATA_TIMEOUT
+    clocks.shorten_data(500)
+    assert clocks.expired(100, 1, 1) == replies.DATA_TIMEOUT
+
+
+def test_the_session_clock_is_never_armed_again() -> None:
+    clocks = Deadlines(LimitSettings(session_timeout=1000), 0)
+    assert clocks.expired(999, 99, 9) is None
+    assert clocks.expired(1000, 100, 10) == replies.SESSION_TIMEOUT
 
 
 class Watched:
     """A connection as the sweeper sees it."""
 
-    def __init__(self, command_timeout: float) -> None:
-        self.deadlines = Deadlines(LimitSettings(command_timeout=command_timeout), trio.current_time())
-        self.ended: list[tuple[float, Reply]] = []
+    def __init__(self) -> None:
+        self.looked: list[float] = []
 
-    def expire(self, last_words: Reply) -> None:
-        self.ended.append((trio.current_time(), last_words))
+    def check_clocks(self, now: float) -> None:
+        self.looked.append(now)
 
 
-async def test_the_sweeper_ends_those_whose_clock_ran_out(autojump_clock: trio.testing.MockClock) -> None:
-    sweeper = Sweeper(4)
+async def test_the_sweeper_looks_at_all_it_was_given(autojump_clock: trio.testing.MockClock) -> None:
+    sweeper = Sweeper(2)
     started = trio.current_time()
-    first, second, gone = Watched(5), Watched(50), Watched(5)
-    for watched in (first, second, gone):
+    some = [Watched() for _ in range(1200)]
+    for watched in some:
         sweeper.add(watched)
-    sweeper.remove(gone)
-    with trio.move_on_after(20):
+    sweeper.remove(some[0])
+    with trio.move_on_after(2.1):
         await sweeper.run()
-    assert 5 <= first.ended[0][0] - started <= 6.5
-    assert second.ended == gone.ended == []
+    assert some[0].looked == []
+    assert all([now - started for now in watched.looked] == [0.5, 1.0, 1.5, 2.0] for watched in some[1:])

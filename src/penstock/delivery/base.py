@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from penstock.message import Message
 from penstock.reply import Reply
@@ -30,3 +30,11 @@ class Delivery(Protocol):
 
     async def aclose(self) -> None:
         """Finish what was begun and give everything back."""
+
+
+@runtime_checkable
+class DeliversAtOnce(Protocol):
+    """The add-on of a delivery that never waits."""
+
+    def accept_nowait(self, message: Message) -> Reply:
+        """Do what `accept` does, without waiting."""

@@ -22,6 +22,10 @@ class DiscardDelivery:
 
     async def accept(self, message: Message) -> Reply:
         """Accept."""
+        return self.accept_nowait(message)
+
+    def accept_nowait(self, message: Message) -> Reply:
+        """Accept."""
         self.messages += 1
         self.recipients += len(message.envelope.recipients)
         self.octets += message.body.size

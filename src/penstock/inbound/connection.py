@@ -89,7 +89,7 @@ class Connection:
         number: int = 0,
         is_admitted: bool = False,
     ) -> None:
-        self.deadlines = Deadlines(gate.limits, trio.current_time())
+        self._clocks = Deadlines(gate.limits, trio.current_time())
         self.number = number
         self._stream = stream
         self._socket = stream if isinstance(stream, SocketStream) else None
@@ -104,9 +104,12 @@ class Connection:
         self._is_sending = False
         self._is_admitted = is_admitted
         self._ahead = b""
+        self._unsent = b""
         self._last_words: Reply | None = None
         self._body: BodyCollector | None = None
         self._exchange: sasl.Exchange | None = None
+        self._begun = 0
+        """Messages whose text has begun."""
         self._is_in_message = False
         self._messages = 0
         self._octets = 0
@@ -146,10 +149,17 @@ class Connection:
             if self._is_waiting:
                 self._scope.cancel()
 
+    def check_clocks(self, now: float) -> None:
+        """Send the client away when one of its clocks has run out."""
+        message = self._begun if self._is_in_message else 0
+        last_words = self._clocks.expired(now, self._session.commands, message)
+        if last_words is not None:
+            self.expire(last_words)
+
     def stop(self, grace: float) -> None:
         """Let a message that is under way arrive within `grace` seconds; send every other client away."""
-        if self._session.in_body:
-            self.deadlines.shorten_data(trio.current_time() + grace)
+        if self._is_in_message:
+            self._clocks.shorten_data(trio.current_time() + grace)
         else:
             self.expire(replies.SHUTTING_DOWN)
 
@@ -178,12 +188,23 @@ class Connection:
 
     async def _converse(self) -> None:
         """Ask the session for events and answer them, up to the end of the conversation."""
-        session = self._session
-        next_event = session.next_event
+        next_event = self._session.next_event
         while True:
             event = next_event()
             if event is NEED_DATA:
-                if not await self._listen():
+                if self._must_leave():
+                    continue
+                if not self._flush_nowait():
+                    await self._flush()
+                self._wire.rest()
+                self._is_waiting = True
+                if self._socket is not None:
+                    received = await self._socket.fill(self._wire)
+                else:
+                    received = await self._receive()
+                self._is_waiting = False
+                self._octets += received
+                if not received:
                     return
             elif event is CLOSED:
                 await self._flush()
@@ -193,41 +214,44 @@ class Connection:
                 if pending is not None:
                     await pending
 
-    async def _listen(self) -> bool:
-        """Send what was said and wait for more. Return False when the client has left."""
-        session = self._session
-        if self._last_words is not None or (self._host.is_stopping and not session.in_body):
-            if self._last_words is not None:
-                self._drop_body(self._last_words.text)
-            session.close_with(self._last_words or replies.SHUTTING_DOWN)
+    def _must_leave(self) -> bool:
+        """End the session, when that was asked for while it could not be."""
+        if self._last_words is not None:
+            self._drop_body(self._last_words.text)
+            self._session.close_with(self._last_words)
             return True
-        await self._flush()
-        self._wire.rest()
-        if not session.in_body:
-            self.deadlines.arm_idle(trio.current_time(), session.commands)
-        self._is_waiting = True
-        if self._socket is not None:
-            received = await self._socket.fill(self._wire)
-        else:
-            data = await self._stream.receive_some(_READ_OCTETS)
-            received = len(data)
-            self._wire.feed(data)
-        self._is_waiting = False
-        self._octets += received
-        return received > 0
+        if self._host.is_stopping and not self._is_in_message:
+            self._session.close_with(replies.SHUTTING_DOWN)
+            return True
+        return False
 
-    async def _flush(self) -> None:
+    async def _receive(self) -> int:
+        """Receive through TLS, or any other stream. Return the octets received, 0 at the end."""
+        data = await self._stream.receive_some(_READ_OCTETS)
+        self._wire.feed(data)
+        return len(data)
+
+    def _flush_nowait(self) -> bool:
+        """Send what was said, if the socket takes all of it at once; keep what it does not take."""
         data = self._session.data_to_send()
         if not data:
-            return
+            return True
         if self._socket is not None:
             sent = self._socket.send_nowait(data)
             if sent == len(data):
-                return
+                return True
             data = data[sent:]
+        self._unsent = data
+        return False
+
+    async def _flush(self) -> None:
+        """Send what was said, however long that takes."""
+        if not self._unsent and self._flush_nowait():
+            return
         self._is_waiting = self._is_sending = True
-        await self._stream.send_all(data)
+        await self._stream.send_all(self._unsent)
         self._is_waiting = self._is_sending = False
+        self._unsent = b""
 
     async def _say_last_words(self) -> None:
         """Say why the connection ends, unless half a reply or half a handshake is on its way already."""
@@ -369,7 +393,7 @@ class Connection:
         if gate.keeps_body:
             self._body = BodyCollector(gate.body, gate.budget, gate.folder)
         self._is_in_message = True
-        self.deadlines.begin_data(trio.current_time())
+        self._begun += 1
         self._session.reply(replies.GO_AHEAD_DATA)
 
     def _on_chunk(self, event: BodyChunk) -> Awaitable[None] | None:
@@ -381,10 +405,18 @@ class Connection:
     def _on_aborted(self, event: MessageAborted) -> None:
         self._drop_body(event.cause)
 
-    async def _on_end(self, event: EndOfMessage) -> None:
+    def _on_end(self, event: EndOfMessage) -> Awaitable[None] | None:
         """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
-        gate, session, collector = self._gate, self._session, self._body
-        self.deadlines.end_data(trio.current_time())
+        at_once = self._gate.delivers_at_once
+        if at_once is None:
+            return self._judge(event)
+        self._is_in_message = False
+        message = self._message(CountedBody(event.size))
+        self._answer(message, at_once.accept_nowait(message))
+        return None
+
+    async def _judge(self, event: EndOfMessage) -> None:
+        gate, collector = self._gate, self._body
         hops = 0 if collector is None else collector.received_fields()
         body: Body = CountedBody(event.size) if collector is None else await collector.finish()
         self._body = None
@@ -399,15 +431,19 @@ class Connection:
                 reply = await self._take(message)
         finally:
             body.close()
+        self._answer(message, reply)
+
+    def _answer(self, message: Message, reply: Reply) -> None:
+        """Tell the client and the journal what became of a message."""
         if reply.accepts:
             self._messages += 1
-            gate.journal.accepted(self.number, self._peer, message, reply)
+            self._gate.journal.accepted(self.number, self._peer, message, reply)
         else:
             self._journal_refusal(reply)
-        if gate.offer.is_lmtp:
-            session.reply_each([reply] * len(self._transaction.recipients))
+        if self._gate.offer.is_lmtp:
+            self._session.reply_each([reply] * len(self._transaction.recipients))
         else:
-            session.reply(reply)
+            self._session.reply(reply)
 
     def _message(self, body: Body) -> Message:
         gate, transaction = self._gate, self._transaction

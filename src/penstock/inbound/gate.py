@@ -5,14 +5,14 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
 import msgspec
 
 from penstock.auth.base import Authenticator
-from penstock.delivery.base import Delivery
+from penstock.delivery.base import DeliversAtOnce, Delivery
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.limits import AuthThrottle, LimitSettings
 from penstock.journal import Journal
@@ -118,6 +118,17 @@ class Gate:
     journal: Journal
     ids: MessageIds
 
+    keeps_body: bool = field(init=False)
+    """Somebody will read the body, so it has to be kept."""
+    delivers_at_once: DeliversAtOnce | None = field(init=False)
+    """The delivery, when it never waits and nobody wants to see a message before it."""
+
+    def __post_init__(self) -> None:
+        keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
+        at_once = self.delivery if isinstance(self.delivery, DeliversAtOnce) and not keeps else None
+        object.__setattr__(self, "keeps_body", keeps)
+        object.__setattr__(self, "delivers_at_once", at_once)
+
     def must_announce(self, peer: Peer) -> bool:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""
         return bool(self.proxy_networks) and _is_in(peer, self.proxy_networks)
@@ -133,8 +144,3 @@ class Gate:
         if path.domain == Peer(peer.local_address, 0).literal.lower():
             return path.local.lower() == "postmaster"
         return transaction.identity is not None or _is_in(peer, self.relay_networks)
-
-    @property
-    def keeps_body(self) -> bool:
-        """Somebody will read the body, so it has to be kept."""
-        return self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0

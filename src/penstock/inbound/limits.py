@@ -169,62 +169,56 @@ class AuthThrottle:
 class Deadlines:
     """The three clocks of a connection: idle command, whole DATA, whole session (never armed again).
 
-    `next_at` is when the first of them runs out; the sweeper looks at nothing else.
+    They are looked at by the sweeper alone: a session counts its commands and messages and spends nothing on time. A
+    clock may thus run out up to two rounds of the sweeper late, and never early.
     """
 
-    __slots__ = ("_commands", "_data_at", "_idle_at", "_limits", "_session_at", "next_at")
+    __slots__ = ("_commands", "_data_at", "_idle_at", "_limits", "_message", "_session_at", "_shortened_to")
 
     def __init__(self, limits: LimitSettings, now: float) -> None:
         self._limits = limits
-        self._commands = -1
+        self._commands = 0
+        self._message = 0
         self._idle_at = now + limits.command_timeout
         self._data_at = math.inf
+        self._shortened_to = math.inf
         self._session_at = now + limits.session_timeout
-        self._choose()
 
-    def arm_idle(self, now: float, commands: int) -> None:
-        """Start the idle clock again, if there was a whole command since: a client that drips octets is idle."""
-        if commands != self._commands:
-            self._commands = commands
-            self._idle_at = now + self._limits.command_timeout
-            self._choose()
+    def expired(self, now: float, commands: int, message: int) -> Reply | None:
+        """Return the last words for a connection whose clock has run out.
 
-    def begin_data(self, now: float) -> None:
-        """Start the clock of a message, and stop the idle one."""
-        self._data_at = now + self._limits.data_timeout
-        self._idle_at = math.inf
-        self._choose()
-
-    def shorten_data(self, at: float) -> None:
-        """Let the message that is under way end at a time, if it would not end before."""
-        self._data_at = min(self._data_at, at)
-        self._choose()
-
-    def end_data(self, now: float) -> None:
-        """Stop the clock of a message, and start the idle one."""
-        self._data_at = math.inf
-        self._idle_at = now + self._limits.command_timeout
-        self._choose()
-
-    def expired(self, now: float) -> Reply | None:
-        """Return the last words for a connection whose clock has run out."""
+        `commands` is how many lines the client has sent whole: one that drips octets is idle. `message` is the number
+        of the message that is under way, 0 when there is none.
+        """
+        if message:
+            if message != self._message:
+                self._data_at = now + self._limits.data_timeout
+            self._idle_at = now + self._limits.command_timeout  # for what comes behind it
+            limit, words = min(self._data_at, self._shortened_to), replies.DATA_TIMEOUT
+        else:
+            if commands != self._commands:
+                self._idle_at = now + self._limits.command_timeout
+            limit, words = self._idle_at, replies.IDLE_TIMEOUT
+        self._message = message
+        self._commands = commands
         if now >= self._session_at:
             return replies.SESSION_TIMEOUT
-        if now >= self._data_at:
-            return replies.DATA_TIMEOUT
-        return replies.IDLE_TIMEOUT if now >= self._idle_at else None
+        return words if now >= limit else None
 
-    def _choose(self) -> None:
-        self.next_at = min(self._idle_at, self._data_at, self._session_at)
+    def shorten_data(self, at: float) -> None:
+        """Let a message that is under way end at a time, if it would not end before."""
+        self._shortened_to = at
 
 
 class Expires(Protocol):
     """What the sweeper looks after."""
 
-    deadlines: Deadlines
+    def check_clocks(self, now: float, /) -> None:
+        """End the connection when one of its clocks has run out."""
 
-    def expire(self, last_words: Reply, /) -> None:
-        """End the connection with these words."""
+
+_AT_A_TIME: Final = 500
+"""Connections the sweeper looks at before the sessions have their turn."""
 
 
 class Sweeper:
@@ -248,7 +242,7 @@ class Sweeper:
         while True:
             await trio.sleep(self._interval)
             now = trio.current_time()
-            for connection in [c for c in self._watched if c.deadlines.next_at <= now]:
-                last_words = connection.deadlines.expired(now)
-                if last_words is not None:
-                    connection.expire(last_words)
+            for number, connection in enumerate(list(self._watched), 1):
+                connection.check_clocks(now)
+                if number % _AT_A_TIME == 0:
+                    await trio.lowlevel.checkpoint()
