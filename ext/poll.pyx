@@ -8,12 +8,20 @@ directions, edge-triggered, and its readiness is remembered in its `Watch`. Sess
 `trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for many
 sockets and wakes the tasks that wait for them.
 
+Waking a task costs more than most commands of a session do. So a task may leave a `turn` with its Watch before it parks:
+a plain function that is called when octets have come, received into the task's wire, and that returns what is to be
+sent. The task sleeps on until the turn returns None, which means "wake me": something has to be awaited, or the
+conversation is over. What the turns of one `poll` have to say is sent at its end, back to back, so that a client
+process that serves many connections is woken once for all of them.
+
 Rules
 -----
 1. An edge is told once. `is_readable` stays set until a receive finds nothing more; nothing but that clears it.
 2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
    of a cancelled wait takes it out, too. What was readable stays readable for the next one.
-3. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes
+3. A turn that raises wakes its task with the exception. A task that was cancelled has no turn any more.
+4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, behind the others.
+5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes
    somebody in vain, who receives nothing and waits again.
 """
 
@@ -22,6 +30,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
+from outcome import Error, Value
 from trio.lowlevel import reschedule
 
 
@@ -30,7 +39,7 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <sys/socket.h>
-    #define POLL_BATCH 512
+    #define POLL_BATCH 128
     #if defined(__linux__)
     #include <sys/epoll.h>
     #define POLL_HAS_EPOLL 1
@@ -104,6 +113,9 @@ cdef extern from "unistd.h" nogil:
 
 HAS_EPOLL = bool(POLL_HAS_EPOLL)
 
+cdef enum:
+    SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
+
 
 cdef class Watch:
     """The readiness of one socket, and who waits for it."""
@@ -114,6 +126,9 @@ cdef class Watch:
     cdef public bint has_hung_up
     cdef public object reader
     cdef public object writer
+    cdef public object receiver
+    cdef public object turn
+    cdef public bytes unsent
 
     def __init__(self, int fd):
         self.fd = fd
@@ -125,6 +140,7 @@ cdef class Poller:
 
     cdef readonly int fd
     cdef dict watches
+    cdef list again
     cdef epoll_event events[POLL_BATCH]
 
     def __cinit__(self):
@@ -132,6 +148,7 @@ cdef class Poller:
 
     def __init__(self):
         self.watches = {}
+        self.again = []
         self.fd = epoll_create1(EPOLL_CLOEXEC)
         if self.fd < 0:
             raise OSError(errno, "epoll_create1 failed")
@@ -157,41 +174,110 @@ cdef class Poller:
 
     def poll(self):
         cdef int found = epoll_wait(self.fd, self.events, POLL_BATCH, 0)
-        cdef int i, woken = 0
+        cdef int i
         cdef uint32_t what
         cdef Watch watch
-        cdef object task
+        cdef object known
+        cdef list said = []
+        cdef list again = self.again
         if found < 0:
             if errno == EINTR:
                 return 0
             raise OSError(errno, "epoll_wait failed")
+        self.again = []
+        for watch in again:
+            if watch.turn is not None and watch.is_readable:
+                self.take_turn(watch, said)
         for i in range(found):
-            watch = <Watch> self.watches.get(self.events[i].data.fd)
-            if watch is None:
+            known = self.watches.get(self.events[i].data.fd)
+            if known is None:
                 continue
+            watch = <Watch> known
             what = self.events[i].events
             if what & <uint32_t> (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                 watch.is_readable = True
                 if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                     watch.has_hung_up = True
-                if watch.reader is not None:
-                    task = watch.reader
-                    watch.reader = None
-                    reschedule(task)
-                    woken += 1
+                if watch.turn is not None:
+                    self.take_turn(watch, said)
+                elif watch.reader is not None:
+                    wake_reader(watch, None)
             if what & <uint32_t> (EPOLLOUT | EPOLLERR | EPOLLHUP):
                 watch.is_writable = True
                 if watch.writer is not None:
-                    task = watch.writer
+                    known = watch.writer
                     watch.writer = None
-                    reschedule(task)
-                    woken += 1
-        return found
+                    reschedule(known)
+        if said:
+            self.send_all(said)
+        return found + len(again)
+
+    cdef int take_turn(self, Watch watch, list said) except -1:
+        """Receive for a parked task, and let its turn answer."""
+        cdef Py_ssize_t received
+        cdef object answer
+        try:
+            received = watch.receiver.recv(watch.fd)
+            if received < SHORT and not watch.has_hung_up:
+                watch.is_readable = False
+            if received < 0:
+                watch.is_readable = False
+                return 0
+            if received == 0:
+                wake_reader(watch, Value(0))
+                return 0
+            answer = watch.turn(received)
+        except BaseException as exc:
+            wake_reader(watch, Error(exc))
+            return 0
+        if answer is None:
+            wake_reader(watch, Value(received))
+        else:
+            if answer:
+                said.append(watch)
+                said.append(answer)
+            if watch.is_readable:
+                self.again.append(watch)
+        return 0
+
+    cdef int send_all(self, list said) except -1:
+        """Send what the turns had to say. A task whose socket does not take all of it is woken to see to the rest."""
+        cdef Py_ssize_t i, size
+        cdef ssize_t sent
+        cdef Watch watch
+        cdef bytes answer
+        for i in range(0, len(said), 2):
+            watch = <Watch> said[i]
+            answer = <bytes> said[i + 1]
+            if watch.turn is None:
+                continue
+            size = len(answer)
+            sent = c_send(watch.fd, <char *> answer, size, MSG_NOSIGNAL)
+            if sent == size:
+                continue
+            # Full, or broken: sending the rest will tell which.
+            watch.is_writable = sent < 0 and errno != EAGAIN
+            watch.unsent = answer[max(sent, 0):]
+            wake_reader(watch, Value(-1))
+        return 0
 
     def close(self):
         if self.fd >= 0:
             c_close(self.fd)
             self.fd = -1
+
+
+cdef int wake_reader(Watch watch, object result) except -1:
+    """Wake the task that waits for input, with the result of its wait."""
+    cdef object task = watch.reader
+    watch.reader = None
+    watch.turn = None
+    watch.receiver = None
+    if result is None:
+        reschedule(task)
+    else:
+        reschedule(task, result)
+    return 0
 
 
 def accept(int fd):

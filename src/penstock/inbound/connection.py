@@ -104,7 +104,8 @@ class Connection:
         self._is_sending = False
         self._is_admitted = is_admitted
         self._ahead = b""
-        self._unsent = b""
+        self._pending: Awaitable[None] | None = None
+        """What the task has to await before the next event."""
         self._last_words: Reply | None = None
         self._body: BodyCollector | None = None
         self._exchange: sasl.Exchange | None = None
@@ -146,7 +147,7 @@ class Connection:
         """Send the client away with these words: now if it is being waited for, otherwise at the next wait."""
         if self._last_words is None:
             self._last_words = last_words
-            if self._is_waiting:
+            if self._is_waiting and self._pending is None:
                 self._scope.cancel()
 
     def check_clocks(self, now: float) -> None:
@@ -183,75 +184,73 @@ class Connection:
         gate.journal.rejected_connection(self.number, self._peer, gate.name, refusal)
         if self._is_admitted or not gate.is_implicit_tls:  # a reply in the clear would only break a handshake
             self._session.greet(refusal)
-            await self._flush()
+            await self._flush(self._session.data_to_send())
         return False
 
     async def _converse(self) -> None:
-        """Ask the session for events and answer them, up to the end of the conversation."""
-        next_event = self._session.next_event
+        """Answer the client up to the end of the conversation."""
         while True:
+            said = self._turn(0)
+            if said is None:
+                if self._pending is None:
+                    await self._flush(self._session.data_to_send())
+                    return
+                pending, self._pending = self._pending, None
+                await pending
+                continue
+            await self._flush(said)
+            self._is_waiting = True
+            if self._socket is not None:
+                received = await self._socket.attend(self._wire, self._turn)
+            else:
+                received = await self._receive()
+            self._is_waiting = False
+            await trio.lowlevel.checkpoint_if_cancelled()  # not in what follows (rule 2)
+            if not received:
+                return
+
+    def _turn(self, received: int) -> bytes | None:
+        """Answer what has come, as far as that needs no waiting, and return what is to be sent.
+
+        None means that the task has to go on: something is to be awaited (`_pending`), or the conversation is over.
+        """
+        self._octets += received
+        session = self._session
+        next_event = session.next_event
+        while self._pending is None:
             event = next_event()
             if event is NEED_DATA:
-                if self._must_leave():
-                    continue
-                if not self._flush_nowait():
-                    await self._flush()
-                self._wire.rest()
-                self._is_waiting = True
-                if self._socket is not None:
-                    received = await self._socket.fill(self._wire)
-                else:
-                    received = await self._receive()
-                self._is_waiting = False
-                self._octets += received
-                if not received:
-                    return
+                if self._last_words is None and (self._is_in_message or not self._host.is_stopping):
+                    self._wire.rest()
+                    return session.data_to_send()
+                self._leave()
             elif event is CLOSED:
-                await self._flush()
-                return
+                return None
             else:
-                pending = _HANDLERS[type(event)](self, event)
-                if pending is not None:
-                    await pending
+                self._pending = _HANDLERS[type(event)](self, event)
+        return None
 
-    def _must_leave(self) -> bool:
-        """End the session, when that was asked for while it could not be."""
-        if self._last_words is not None:
-            self._drop_body(self._last_words.text)
-            self._session.close_with(self._last_words)
-            return True
-        if self._host.is_stopping and not self._is_in_message:
-            self._session.close_with(replies.SHUTTING_DOWN)
-            return True
-        return False
+    def _leave(self) -> None:
+        """End the session: that was asked for while it could not be, or the server stops."""
+        last_words = self._last_words or replies.SHUTTING_DOWN
+        self._drop_body(last_words.text)
+        self._session.close_with(last_words)
 
     async def _receive(self) -> int:
         """Receive through TLS, or any other stream. Return the octets received, 0 at the end."""
         data = await self._stream.receive_some(_READ_OCTETS)
         self._wire.feed(data)
+        self._octets += len(data)
         return len(data)
 
-    def _flush_nowait(self) -> bool:
-        """Send what was said, if the socket takes all of it at once; keep what it does not take."""
-        data = self._session.data_to_send()
-        if not data:
-            return True
+    async def _flush(self, data: bytes) -> None:
+        """Send, however long that takes."""
         if self._socket is not None:
-            sent = self._socket.send_nowait(data)
-            if sent == len(data):
-                return True
-            data = data[sent:]
-        self._unsent = data
-        return False
-
-    async def _flush(self) -> None:
-        """Send what was said, however long that takes."""
-        if not self._unsent and self._flush_nowait():
-            return
-        self._is_waiting = self._is_sending = True
-        await self._stream.send_all(self._unsent)
-        self._is_waiting = self._is_sending = False
-        self._unsent = b""
+            data = data[self._socket.send_nowait(data) :]
+        if data:
+            self._is_waiting = self._is_sending = True
+            await self._stream.send_all(data)
+            self._is_waiting = self._is_sending = False
 
     async def _say_last_words(self) -> None:
         """Say why the connection ends, unless half a reply or half a handshake is on its way already."""
@@ -482,7 +481,7 @@ class Connection:
     async def _on_starttls(self, event: StartTls) -> None:
         self._drop_body("STARTTLS")
         self._session.reply(replies.GO_AHEAD_TLS)
-        await self._flush()
+        await self._flush(self._session.data_to_send())
         await self._start_tls()
 
     def _on_auth(self, event: Auth) -> Awaitable[None]:

@@ -1,12 +1,19 @@
 """What the compiled poller shows. The theory stands at the top of ext/poll.pyx."""
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from trio.lowlevel import Task
 from typing_extensions import Buffer
 
 HAS_EPOLL: Final[bool]
 """There is an epoll on this platform; without it a `Poller` can not be made."""
+
+class Receiver(Protocol):
+    """What octets are received into: the compiled wire."""
+
+    def recv(self, fd: int, octets: int = ..., /) -> int:
+        """Return the octets received, 0 at the end of the stream, -1 when there is nothing. Raise OSError."""
 
 class Watch:
     """The readiness of one socket, and who waits for it."""
@@ -26,6 +33,15 @@ class Watch:
     """The task to wake when the socket becomes readable."""
     writer: Task | None
     """The task to wake when the socket becomes writable."""
+    receiver: Receiver | None
+    """What `poll` receives into for `turn`."""
+    turn: Callable[[int], bytes | None] | None
+    """Called by `poll` with the octets received, in place of waking `reader`; None from it wakes the task after all.
+
+    The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
+    """
+    unsent: bytes | None
+    """What the socket did not take of an answer of `turn`."""
 
 class Poller:
     """The epoll set of a worker."""
@@ -42,7 +58,7 @@ class Poller:
     def forget(self, watch: Watch) -> None:
         """Let go of a socket that is about to be closed."""
     def poll(self) -> int:
-        """Wake the tasks whose sockets have become ready, at most 512 sockets at a time. Return how many were ready."""
+        """Wake the tasks whose sockets have become ready, at most 128 sockets at a time. Return how many were ready."""
     def close(self) -> None:
         """Close the set."""
 

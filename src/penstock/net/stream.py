@@ -13,7 +13,8 @@ waits with `trio.lowlevel.wait_readable`. The tests run both.
 from __future__ import annotations
 
 import socket
-from typing import NoReturn, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 import trio
 from trio.lowlevel import (
@@ -30,14 +31,11 @@ from trio.lowlevel import (
 from penstock.net import _poll
 from penstock.net._poll import Poller, Watch
 
+if TYPE_CHECKING:
+    from penstock.net._poll import Receiver
 
-class Receiver(Protocol):
-    """What `fill` receives into: the compiled wire."""
-
-    def recv(self, fd: int, octets: int = ..., /) -> int:
-        """Return the octets received, 0 at the end of the stream, -1 when there is nothing to receive."""
-
-
+Turn = Callable[[int], bytes | None]
+"""Answers the octets that came: what is to be sent, b"" for nothing, None when the task has to see to it itself."""
 _RECEIVE_OCTETS = 65_536
 _SHORT = 4096
 """A receive of fewer octets has emptied the socket: there always was room for as many."""
@@ -49,7 +47,8 @@ async def watch_sockets(poller: Poller) -> None:
     """Wake the tasks whose sockets become ready, until cancelled. Run one of these for each poller."""
     while True:
         await wait_readable(poller.fd)
-        poller.poll()
+        while poller.poll():
+            await checkpoint()  # the tasks that were woken have their turn, and so have all others
 
 
 class SocketStream(trio.abc.HalfCloseableStream):
@@ -85,7 +84,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     def _stop_reading(self, _: RaiseCancelT) -> Abort:
         assert self._watch is not None
-        self._watch.reader = None
+        self._watch.reader = self._watch.turn = self._watch.receiver = None
         return Abort.SUCCEEDED
 
     async def _wait_writable(self) -> None:
@@ -136,6 +135,41 @@ class SocketStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
             self._receiving = False
+
+    async def attend(self, receiver: Receiver, turn: Turn) -> int:
+        """Receive into a wire and let `turn` answer, again and again, until it returns None or the stream ends.
+
+        With a poller this task sleeps meanwhile. Return the octets received last, 0 at the end of the stream. Raise
+        what `fill` and `send_now` raise, and what the turn raises.
+        """
+        while True:
+            watch = self._watch
+            if watch is None or watch.is_readable:
+                received = await self.fill(receiver)
+                answer = turn(received) if received else None
+                if answer is None:
+                    return received
+                if answer:
+                    await self.send_now(answer)
+                continue
+            if self._receiving:
+                self._conflict("receiving")
+            self._receiving = True
+            watch.receiver = receiver
+            watch.turn = turn
+            watch.reader = current_task()
+            try:
+                received = int(await wait_task_rescheduled(self._stop_reading))
+            except OSError as exc:
+                raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+            finally:
+                self._receiving = False
+            self._check_open()
+            if received >= 0:
+                return received
+            assert watch.unsent is not None
+            unsent, watch.unsent = watch.unsent, None
+            await self.send_now(unsent)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""
@@ -264,7 +298,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             for task in (watch.reader, watch.writer):
                 if task is not None:
                     reschedule(task)  # it will find the stream closed
-            watch.reader = watch.writer = None
+            watch.reader = watch.writer = watch.turn = watch.receiver = None
         _poll.close(fd)
 
     async def aclose(self) -> None:
