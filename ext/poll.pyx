@@ -114,6 +114,7 @@ cdef extern from "unistd.h" nogil:
 HAS_EPOLL = bool(POLL_HAS_EPOLL)
 
 cdef enum:
+    MOST_ROUNDS = 8 # of a poll that wakes nobody, before trio has its turn
     SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
 
 
@@ -141,6 +142,7 @@ cdef class Poller:
     cdef readonly int fd
     cdef dict watches
     cdef list again
+    cdef bint woken
     cdef epoll_event events[POLL_BATCH]
 
     def __cinit__(self):
@@ -173,6 +175,17 @@ cdef class Poller:
             del self.watches[watch.fd]
 
     def poll(self):
+        cdef int round = 0
+        cdef int found
+        self.woken = False
+        while True:
+            found = self.poll_once()
+            round += 1
+            if found == 0 or self.woken or round == MOST_ROUNDS:
+                return found
+
+    cdef int poll_once(self) except -1:
+        """Ask the kernel once, and see to what has become ready."""
         cdef int found = epoll_wait(self.fd, self.events, POLL_BATCH, 0)
         cdef int i
         cdef uint32_t what
@@ -201,16 +214,30 @@ cdef class Poller:
                 if watch.turn is not None:
                     self.take_turn(watch, said)
                 elif watch.reader is not None:
-                    wake_reader(watch, None)
+                    self.wake_reader(watch, None)
             if what & <uint32_t> (EPOLLOUT | EPOLLERR | EPOLLHUP):
                 watch.is_writable = True
                 if watch.writer is not None:
                     known = watch.writer
                     watch.writer = None
+                    self.woken = True
                     reschedule(known)
         if said:
             self.send_all(said)
         return found + len(again)
+
+    cdef int wake_reader(self, Watch watch, object result) except -1:
+        """Wake the task that waits for input, with the result of its wait."""
+        cdef object task = watch.reader
+        watch.reader = None
+        watch.turn = None
+        watch.receiver = None
+        self.woken = True
+        if result is None:
+            reschedule(task)
+        else:
+            reschedule(task, result)
+        return 0
 
     cdef int take_turn(self, Watch watch, list said) except -1:
         """Receive for a parked task, and let its turn answer."""
@@ -224,14 +251,14 @@ cdef class Poller:
                 watch.is_readable = False
                 return 0
             if received == 0:
-                wake_reader(watch, Value(0))
+                self.wake_reader(watch, Value(0))
                 return 0
             answer = watch.turn(received)
         except BaseException as exc:
-            wake_reader(watch, Error(exc))
+            self.wake_reader(watch, Error(exc))
             return 0
         if answer is None:
-            wake_reader(watch, Value(received))
+            self.wake_reader(watch, Value(received))
         else:
             if answer:
                 said.append(watch)
@@ -258,26 +285,13 @@ cdef class Poller:
             # Full, or broken: sending the rest will tell which.
             watch.is_writable = sent < 0 and errno != EAGAIN
             watch.unsent = answer[max(sent, 0):]
-            wake_reader(watch, Value(-1))
+            self.wake_reader(watch, Value(-1))
         return 0
 
     def close(self):
         if self.fd >= 0:
             c_close(self.fd)
             self.fd = -1
-
-
-cdef int wake_reader(Watch watch, object result) except -1:
-    """Wake the task that waits for input, with the result of its wait."""
-    cdef object task = watch.reader
-    watch.reader = None
-    watch.turn = None
-    watch.receiver = None
-    if result is None:
-        reschedule(task)
-    else:
-        reschedule(task, result)
-    return 0
 
 
 def accept(int fd):

@@ -65,7 +65,8 @@ class Journal:
         self._waiting: deque[tuple[float, str, int, Peer | None, tuple[Any, ...]]] = deque()
         self._dropped = 0
         self._logs_connections = settings.events == "all"
-        self._logs_mail = settings.events in ("all", "mail")
+        self.logs_mail = settings.events in ("all", "mail")
+        """Mail events are wanted: what is noted of them need not be made otherwise."""
         self._logs_errors = settings.events != "none"
 
     # ---- the server
@@ -104,7 +105,7 @@ class Journal:
 
     def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
         """A client was turned away before its first command."""
-        if self._logs_mail:
+        if self.logs_mail:
             self._note("rejected", session, peer, listener, reply)
 
     def tls(self, session: int, peer: Peer, info: TlsInfo) -> None:
@@ -114,12 +115,12 @@ class Journal:
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
         """A client has proved to be somebody."""
-        if self._logs_mail:
+        if self.logs_mail:
             self._note("authenticated", session, peer, name, mechanism)
 
     def auth_failed(self, session: int, peer: Peer, name: str, mechanism: str, cause: str) -> None:
         """A client has not."""
-        if self._logs_mail:
+        if self.logs_mail:
             self._note("auth-failed", session, peer, name, mechanism, cause)
 
     def disconnected(self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float) -> None:
@@ -131,17 +132,17 @@ class Journal:
 
     def refused(self, session: int, peer: Peer, verb: str, reply: Reply, sender: Path | None, subject: str) -> None:
         """A command was refused by a decision (not by the syntax); `subject` is what it was about."""
-        if self._logs_mail:
+        if self.logs_mail:
             self._note("refused", session, peer, verb, reply, sender, subject)
 
     def accepted(self, session: int, peer: Peer, message: Message, reply: Reply) -> None:
         """A message was taken."""
-        if self._logs_mail:
+        if self.logs_mail:
             self._note("accepted", session, peer, message.id, message.envelope, message.body.size, reply)
 
     def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
         """A message that had begun did not end."""
-        if self._logs_mail:
+        if self.logs_mail:
             self._note("lost", session, peer, sender, cause)
 
     # ---- lines

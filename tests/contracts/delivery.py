@@ -58,7 +58,8 @@ async def check_delivery(delivery: Delivery) -> None:
         assert reply.code == 250
         assert reply.status == "2.0.0"
         assert not reply.closes
-    assert {str(message.id) for message in messages} == {reply.text.split()[-1] for reply in replies}
+    if delivery.needs_body:  # what is kept can be found again
+        assert {str(message.id) for message in messages} == {reply.text.split()[-1] for reply in replies}
     for message in messages:
         assert isinstance(message.body, Pieces)
         assert message.body.closed == 0, "the body belongs to the connection"

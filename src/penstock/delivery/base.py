@@ -33,8 +33,8 @@ class Delivery(Protocol):
 
 
 @runtime_checkable
-class DeliversAtOnce(Protocol):
-    """The add-on of a delivery that never waits."""
+class Discards(Protocol):
+    """The add-on of a delivery that keeps nothing and never waits: it is told of a message, not given it."""
 
-    def accept_nowait(self, message: Message) -> Reply:
-        """Do what `accept` does, without waiting."""
+    def discard(self, recipients: int, octets: int) -> Reply:
+        """Do what `accept` does for a message with so many recipients and octets of body."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from penstock.message import Message
 from penstock.reply import Reply
+
+_DISCARDED: Final = Reply(250, "2.0.0", "Ok: discarded")
 
 
 class DiscardDelivery:
@@ -22,14 +26,14 @@ class DiscardDelivery:
 
     async def accept(self, message: Message) -> Reply:
         """Accept."""
-        return self.accept_nowait(message)
+        return self.discard(len(message.envelope.recipients), message.body.size)
 
-    def accept_nowait(self, message: Message) -> Reply:
+    def discard(self, recipients: int, octets: int) -> Reply:
         """Accept."""
         self.messages += 1
-        self.recipients += len(message.envelope.recipients)
-        self.octets += message.body.size
-        return Reply(250, "2.0.0", f"Ok: discarded as {message.id}")
+        self.recipients += recipients
+        self.octets += octets
+        return _DISCARDED
 
     async def aclose(self) -> None:
         """Do nothing."""

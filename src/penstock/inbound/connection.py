@@ -406,12 +406,15 @@ class Connection:
 
     def _on_end(self, event: EndOfMessage) -> Awaitable[None] | None:
         """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
-        at_once = self._gate.delivers_at_once
-        if at_once is None:
+        gate = self._gate
+        if gate.discards is None:
             return self._judge(event)
         self._is_in_message = False
-        message = self._message(CountedBody(event.size))
-        self._answer(message, at_once.accept_nowait(message))
+        reply = gate.discards.discard(len(self._transaction.recipients), event.size)
+        if gate.journal.logs_mail:
+            gate.journal.accepted(self.number, self._peer, self._message(CountedBody(event.size)), reply)
+        self._messages += 1
+        self._say(reply)
         return None
 
     async def _judge(self, event: EndOfMessage) -> None:
@@ -430,15 +433,15 @@ class Connection:
                 reply = await self._take(message)
         finally:
             body.close()
-        self._answer(message, reply)
-
-    def _answer(self, message: Message, reply: Reply) -> None:
-        """Tell the client and the journal what became of a message."""
         if reply.accepts:
             self._messages += 1
-            self._gate.journal.accepted(self.number, self._peer, message, reply)
+            gate.journal.accepted(self.number, self._peer, message, reply)
         else:
             self._journal_refusal(reply)
+        self._say(reply)
+
+    def _say(self, reply: Reply) -> None:
+        """Tell the client what became of its message."""
         if self._gate.offer.is_lmtp:
             self._session.reply_each([reply] * len(self._transaction.recipients))
         else:

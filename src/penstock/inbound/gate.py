@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from penstock.auth.base import Authenticator
-from penstock.delivery.base import DeliversAtOnce, Delivery
+from penstock.delivery.base import Delivery, Discards
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.limits import AuthThrottle, LimitSettings
 from penstock.journal import Journal
@@ -120,14 +120,14 @@ class Gate:
 
     keeps_body: bool = field(init=False)
     """Somebody will read the body, so it has to be kept."""
-    delivers_at_once: DeliversAtOnce | None = field(init=False)
-    """The delivery, when it never waits and nobody wants to see a message before it."""
+    discards: Discards | None = field(init=False)
+    """The delivery, when it keeps nothing and nobody wants to see a message before it."""
 
     def __post_init__(self) -> None:
         keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
-        at_once = self.delivery if isinstance(self.delivery, DeliversAtOnce) and not keeps else None
+        discards = self.delivery if isinstance(self.delivery, Discards) and not keeps else None
         object.__setattr__(self, "keeps_body", keeps)
-        object.__setattr__(self, "delivers_at_once", at_once)
+        object.__setattr__(self, "discards", discards)
 
     def must_announce(self, peer: Peer) -> bool:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""

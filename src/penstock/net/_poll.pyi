@@ -58,7 +58,10 @@ class Poller:
     def forget(self, watch: Watch) -> None:
         """Let go of a socket that is about to be closed."""
     def poll(self) -> int:
-        """Wake the tasks whose sockets have become ready, at most 128 sockets at a time. Return how many were ready."""
+        """See to the sockets that have become ready: take their turns, or wake their tasks.
+
+        Asks the kernel again, up to eight times, until nothing is ready or a task was woken. Return 0 when nothing is.
+        """
     def close(self) -> None:
         """Close the set."""
 

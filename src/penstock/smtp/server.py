@@ -379,7 +379,8 @@ class ServerSession:
             assert isinstance(event, Mail)
             self._mails += 1
             transaction = self.transaction
-            transaction.reset()  # after a refused BDAT there may be something left
+            if self._state is State.REFUSED:
+                transaction.reset()  # a refused BDAT has left its transaction behind
             transaction.sender, transaction.parameters = event
             self._state = State.MAIL
             self._rules = self._table[State.MAIL]
