@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import trustme
+
 ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
 _TICK = 1_000_000 // os.sysconf("SC_CLK_TCK")
 
@@ -205,11 +207,64 @@ def _smtp_sink(port: int, _: Path) -> Sequence[str]:
     return ["smtp-sink", "-u", "nobody", "-m", "20000", f"127.0.0.1:{port}", "4096"]
 
 
-def _aiosmtpd(port: int, _: Path) -> Sequence[str]:
-    return [sys.executable, "-m", "aiosmtpd", "-n", "-c", "aiosmtpd.handlers.Sink", "-l", f"127.0.0.1:{port}"]
+def _aiosmtpd(port: int, folder: Path) -> Sequence[str]:
+    # With the kind of certificate that Penstock makes for itself.
+    issued = trustme.CA(key_type=trustme.KeyType.ECDSA).issue_cert("localhost", key_type=trustme.KeyType.ECDSA)
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(str(certificate))
+    issued.private_key_pem.write_to_path(str(key))
+    return [
+        sys.executable, "-m", "aiosmtpd", "-n", "-c", "aiosmtpd.handlers.Sink", "-l", f"127.0.0.1:{port}",
+        "--tlscert", str(certificate), "--tlskey", str(key), "--no-requiretls",
+    ]  # fmt: skip
+
+
+_POSTFIX_MAIN = """compatibility_level = 3.6
+queue_directory = {folder}/queue
+data_directory = {folder}/data
+command_directory = /usr/sbin
+daemon_directory = /usr/lib/postfix/sbin
+mail_owner = postfix
+setgid_group = postdrop
+inet_interfaces = 127.0.0.1
+mydestination =
+relay_domains = static:ALL
+mynetworks = 127.0.0.0/8
+relay_transport = discard
+default_transport = discard
+smtpd_relay_restrictions = permit_mynetworks, reject
+maillog_file = {folder}/maillog
+maillog_file_prefixes = {folder}
+smtpd_client_connection_rate_limit = 0
+smtpd_client_connection_count_limit = 0
+"""
+_POSTFIX_MASTER = """127.0.0.1:{port} inet n - n - 100 smtpd
+pickup unix n - n 60 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+tlsmgr unix - - n 1000? 1 tlsmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+discard unix - - n - - discard
+anvil unix - - n - 1 anvil
+proxymap unix - - n - - proxymap
+postlog unix-dgram n - n - 1 postlogd
+"""
+
+
+def _postfix(port: int, folder: Path) -> Sequence[str]:
+    for name in ("config", "queue", "data"):
+        (folder / name).mkdir(mode=0o755)
+    shutil.chown(folder / "data", "postfix")
+    (folder / "config" / "main.cf").write_text(_POSTFIX_MAIN.format(folder=folder))
+    (folder / "config" / "master.cf").write_text(_POSTFIX_MASTER.format(port=port))
+    return ["postfix", "-c", str(folder / "config"), "start-fg"]
 
 
 PENSTOCK_SINK = Peer("penstock sink", _penstock_sink, sys.executable)
 PENSTOCK_SERVE = Peer("penstock serve", _penstock_serve, sys.executable)
 SMTP_SINK = Peer("smtp-sink", _smtp_sink, "smtp-sink")
 AIOSMTPD = Peer("aiosmtpd", _aiosmtpd, sys.executable)
+POSTFIX = Peer("postfix", _postfix, "postfix")
+"""Durable, then the discard transport. Needs root."""
