@@ -226,6 +226,19 @@ cdef class Wire:
         self.chunk = b""
         self.mode = M_COMMAND
 
+    def fresh(self):
+        cdef Wire other = Wire.__new__(Wire)
+        other.line_limit = self.line_limit
+        other.text_line_limit = self.text_line_limit
+        other.max_octets = self.max_octets
+        other.vectors = self.vectors
+        other.report = self.report
+        other.normalize = self.normalize
+        other.argument = b""
+        other.chunk = b""
+        other.mode = M_COMMAND
+        return other
+
     def __dealloc__(self):
         self.release()
         free(self.grown)

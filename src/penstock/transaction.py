@@ -12,8 +12,7 @@ from typing import NamedTuple
 from penstock.message import NULL_PATH, Envelope, Path, Recipient
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """The two ends of a connection. An address of "" is a unix socket."""
 
     address: str

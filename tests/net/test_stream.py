@@ -218,3 +218,91 @@ async def test_a_slow_reader_gets_everything_in_order(make_pair: Maker) -> None:
             received += chunk
             await trio.lowlevel.checkpoint()
     assert received == data
+
+
+async def test_a_turn_answers_until_it_has_to_wake_the_task(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    wire = Wire()
+    turns: list[int] = []
+
+    def turn(received: int) -> bytes | None:
+        turns.append(received)
+        wire.drop_input()
+        return b"%d" % len(turns) if len(turns) < 3 else None
+
+    async with left, right, trio.open_nursery() as nursery:
+        results: list[int] = []
+
+        async def attend() -> None:
+            results.append(await right.attend(wire, turn))
+
+        nursery.start_soon(attend)
+        for number in (b"1", b"2"):
+            await left.send_all(b"NOOP\r\n")
+            assert await left.receive_some() == number
+        await left.send_all(b"NOOP\r\n!")
+    assert turns == [6, 6, 7]
+    assert results == [7]
+
+
+async def test_the_end_of_the_stream_ends_the_turns(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    async with left, right:
+        await left.send_eof()
+        assert await right.attend(Wire(), lambda _: b"") == 0
+
+
+async def test_a_turn_that_raises_raises_in_its_task(make_pair: Maker) -> None:
+    def turn(received: int) -> bytes | None:
+        raise LookupError("a bug")
+
+    left, right = await make_pair()
+    async with left, right:
+        await left.send_all(b"x")
+        with pytest.raises(LookupError):
+            await right.attend(Wire(), turn)
+
+
+async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    wire = Wire()
+    answer = bytes(range(256)) * 8192
+
+    def turn(received: int) -> bytes | None:
+        wire.drop_input()
+        return answer
+
+    async with left, right, trio.open_nursery() as nursery:
+        nursery.start_soon(right.attend, wire, turn)
+        for _ in range(2):
+            await left.send_all(b"x")
+            got = b""
+            while len(got) < len(answer):
+                got += await left.receive_some()
+            assert got == answer
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("octets", [1, 200_000])
+async def test_a_sleeper_can_be_nudged_whatever_came_before(make_pair: Maker, octets: int) -> None:
+    left, right = await make_pair()
+    if not right.can_be_nudged:
+        return  # it waits with trio, and is cancelled instead
+    wire = Wire()
+
+    def turn(received: int) -> bytes | None:
+        wire.drop_input()
+        return b""
+
+    results: list[int] = []
+
+    async def attend() -> None:
+        results.append(await right.attend(wire, turn))
+
+    async with left, right, trio.open_nursery() as nursery:
+        nursery.start_soon(attend)
+        await left.send_all(b"x" * octets)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        right.nudge()
+    assert results == [-1]
+    right.nudge()

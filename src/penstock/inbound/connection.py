@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import trio
 
@@ -62,6 +62,13 @@ _PROXY_OCTETS: Final = 8192
 _READ_OCTETS: Final = 65_536
 
 
+T = TypeVar("T")
+
+
+class _SentAway(Exception):  # noqa: N818 - no error, but the end of a wait
+    """The client is to be sent away with `_last_words`."""
+
+
 class Host(Protocol):
     """What a worker offers its connections."""
 
@@ -92,15 +99,16 @@ class Connection:
         self._clocks = Deadlines(gate.limits, trio.current_time())
         self.number = number
         self._stream = stream
-        self._socket = stream if isinstance(stream, SocketStream) else None
+        self._socket = stream if type(stream) is SocketStream else None
         self._peer = peer
         self._gate = gate
         self._host = host
-        self._wire = gate.wire.make_wire(gate.offer.max_size)
+        self._wire = gate.template.fresh()
         self._transaction = Transaction(peer, gate.name)
         self._session = ServerSession(gate.offer, self._wire, self._transaction)
-        self._scope = trio.CancelScope()
-        self._is_waiting = False
+        self._scope: trio.CancelScope | None = None
+        """Cancelled to end a wait for the client, but for the one of `attend`, which is nudged instead."""
+        self._is_attending = False
         self._is_sending = False
         self._is_admitted = is_admitted
         self._ahead = b""
@@ -122,11 +130,10 @@ class Connection:
         gate = self._gate
         started = trio.current_time()
         try:
-            with self._scope:
-                if await self._open():
-                    await self._converse()
-            if self._scope.cancelled_caught:
-                await self._say_last_words()
+            if await self._open():
+                await self._converse()
+        except _SentAway:
+            await self._say_last_words()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             self._drop_body(f"connection lost: {exc.__cause__ or exc}")
         except Exception as exc:  # noqa: BLE001 - rule 3: whatever it is, it costs this connection and no other
@@ -147,8 +154,11 @@ class Connection:
         """Send the client away with these words: now if it is being waited for, otherwise at the next wait."""
         if self._last_words is None:
             self._last_words = last_words
-            if self._is_waiting and self._pending is None:
+            if self._scope is not None:
                 self._scope.cancel()
+            elif self._is_attending and self._pending is None:
+                assert self._socket is not None
+                self._socket.nudge()
 
     def check_clocks(self, now: float) -> None:
         """Send the client away when one of its clocks has run out."""
@@ -199,13 +209,14 @@ class Connection:
                 await pending
                 continue
             await self._flush(said)
-            self._is_waiting = True
-            if self._socket is not None:
-                received = await self._socket.attend(self._wire, self._turn)
+            if self._socket is None:
+                received = await self._wait(self._receive())
+            elif not self._socket.can_be_nudged:
+                received = await self._wait(self._socket.attend(self._wire, self._turn))
             else:
-                received = await self._receive()
-            self._is_waiting = False
-            await trio.lowlevel.checkpoint_if_cancelled()  # not in what follows (rule 2)
+                self._is_attending = True
+                received = await self._socket.attend(self._wire, self._turn)
+                self._is_attending = False
             if not received:
                 return
 
@@ -246,11 +257,26 @@ class Connection:
     async def _flush(self, data: bytes) -> None:
         """Send, however long that takes."""
         if self._socket is not None:
-            data = data[self._socket.send_nowait(data) :]
-        if data:
-            self._is_waiting = self._is_sending = True
-            await self._stream.send_all(data)
-            self._is_waiting = self._is_sending = False
+            sent = self._socket.send_nowait(data)
+            if sent == len(data):
+                return
+            data = data[sent:]
+        if self._last_words is None:
+            await self._wait(self._stream.send_all(data), is_sending=True)
+        else:
+            with trio.move_on_after(_LAST_WORDS):
+                await self._stream.send_all(data)
+
+    async def _wait(self, waiting: Awaitable[T], *, is_sending: bool = False) -> T:
+        """Wait for the client. Raise _SentAway when it is sent away meanwhile."""
+        with trio.CancelScope() as scope:
+            self._scope = scope
+            self._is_sending = is_sending
+            result = await waiting
+            self._scope = None
+            self._is_sending = False
+            return result
+        raise _SentAway
 
     async def _say_last_words(self) -> None:
         """Say why the connection ends, unless half a reply or half a handshake is on its way already."""
@@ -290,9 +316,7 @@ class Connection:
         """Read the PROXY header of a trusted proxy, and take the client it names for the peer."""
         buffer = b""
         while True:
-            self._is_waiting = True
-            data = await self._stream.receive_some(_PROXY_OCTETS)
-            self._is_waiting = False
+            data = await self._wait(self._stream.receive_some(_PROXY_OCTETS))
             buffer += data
             try:
                 line = parse_proxy(buffer)
@@ -329,9 +353,7 @@ class Connection:
         assert gate.tls is not None
         transport = AheadStream(self._ahead, self._stream) if self._ahead else self._stream
         stream = trio.SSLStream(transport, gate.tls, server_side=True)
-        self._is_waiting = self._is_sending = True
-        await stream.do_handshake()
-        self._is_waiting = self._is_sending = False
+        await self._wait(stream.do_handshake(), is_sending=True)
         self._stream = stream
         self._socket = None
         info = tls_info(stream)

@@ -118,6 +118,8 @@ class Gate:
     journal: Journal
     ids: MessageIds
 
+    template: Wire = field(init=False)
+    """What the wires of connections are made like."""
     keeps_body: bool = field(init=False)
     """Somebody will read the body, so it has to be kept."""
     discards: Discards | None = field(init=False)
@@ -126,6 +128,7 @@ class Gate:
     def __post_init__(self) -> None:
         keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
         discards = self.delivery if isinstance(self.delivery, Discards) and not keeps else None
+        object.__setattr__(self, "template", self.wire.make_wire(self.offer.max_size))
         object.__setattr__(self, "keeps_body", keeps)
         object.__setattr__(self, "discards", discards)
 

@@ -6,6 +6,7 @@ Every counter here is bounded: what is remembered of networks is forgotten after
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import math
 from collections.abc import Callable
@@ -110,6 +111,7 @@ class Admission:
     def __init__(self, settings: AdmissionSettings, clock: Callable[[], float] = trio.current_time) -> None:
         self._settings = settings
         self._exempt = [ipaddress.ip_network(network) for network in settings.exempt]
+        self._is_exempt = functools.lru_cache(maxsize=65_536)(self._find_exempt)
         self._of_network: dict[str, int] = {}
         self._recent = _Window(_MINUTE, clock)
         self.total = 0
@@ -139,7 +141,7 @@ class Admission:
         else:
             self._of_network.pop(network, None)
 
-    def _is_exempt(self, network: str) -> bool:
+    def _find_exempt(self, network: str) -> bool:
         if not network:
             return True  # a unix socket
         address = ipaddress.ip_address(network.partition("/")[0])

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+import outcome
 import trio
 from trio.lowlevel import (
     Abort,
@@ -114,44 +115,54 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._conflict("receiving")
         self._receiving = True
         try:
-            watch = self._watch
             while True:
-                if watch is None or not watch.is_readable:
+                if self._watch is None or not self._watch.is_readable:
                     self._turns = 0
                     await self._wait_readable()
                 elif self._turns >= _TURNS:
                     self._turns = 0
                     await checkpoint()
-                self._check_open()
-                self._turns += 1
-                received = receiver.recv(self._fd)
-                if watch is not None and received < _SHORT and not watch.has_hung_up:
-                    watch.is_readable = False
+                received = self._fill_nowait(receiver)
                 if received >= 0:
                     return received
-                if watch is not None:
-                    watch.is_readable = False
-        except OSError as exc:
-            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
             self._receiving = False
+
+    def _fill_nowait(self, receiver: Receiver) -> int:
+        """Receive what there is; -1 for nothing."""
+        self._check_open()
+        self._turns += 1
+        try:
+            received = receiver.recv(self._fd)
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+        watch = self._watch
+        if watch is not None and (received < 0 or (received < _SHORT and not watch.has_hung_up)):
+            watch.is_readable = False
+        return received
 
     async def attend(self, receiver: Receiver, turn: Turn) -> int:
         """Receive into a wire and let `turn` answer, again and again, until it returns None or the stream ends.
 
-        With a poller this task sleeps meanwhile. Return the octets received last, 0 at the end of the stream. Raise
-        what `fill` and `send_now` raise, and what the turn raises.
+        With a poller this task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, -1 when
+        it was nudged. Raise what `fill` and `send_now` raise, and what the turn raises.
         """
+        watch = self._watch
         while True:
-            watch = self._watch
             if watch is None or watch.is_readable:
-                received = await self.fill(receiver)
+                if self._turns >= _TURNS:
+                    self._turns = 0
+                    await checkpoint()
+                received = await self.fill(receiver) if watch is None else self._fill_nowait(receiver)
+                if received < 0:
+                    continue
                 answer = turn(received) if received else None
                 if answer is None:
                     return received
                 if answer:
                     await self.send_now(answer)
                 continue
+            self._turns = 0
             if self._receiving:
                 self._conflict("receiving")
             self._receiving = True
@@ -165,11 +176,24 @@ class SocketStream(trio.abc.HalfCloseableStream):
             finally:
                 self._receiving = False
             self._check_open()
-            if received >= 0:
-                return received
-            assert watch.unsent is not None
             unsent, watch.unsent = watch.unsent, None
+            if unsent is None:
+                return received
             await self.send_now(unsent)
+
+    @property
+    def can_be_nudged(self) -> bool:
+        """A task in `attend` can be woken with `nudge`."""
+        return self._watch is not None
+
+    def nudge(self) -> None:
+        """Wake the task that sleeps in `attend`: -1 is what it returns. Otherwise do nothing."""
+        watch = self._watch
+        if watch is not None and watch.turn is not None:
+            task = watch.reader
+            watch.reader = watch.turn = watch.receiver = None
+            assert task is not None
+            reschedule(task, outcome.Value(-1))
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""

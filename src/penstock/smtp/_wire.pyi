@@ -57,6 +57,9 @@ class Wire:
         "nul" and "long_line" in a text; what neither names is let through. `vectors=False` scans octet by octet.
         """
 
+    def fresh(self) -> Wire:
+        """Return a new wire with the settings of this one: cheaper than reading them again."""
+
     verb: int
     """The place of the last verb in VERBS."""
     argument: bytes
