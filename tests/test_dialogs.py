@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import trio.testing
 from penstock.inbound.connection import Connection
 from penstock.message import Message, Recipient
 from penstock.message import Path as MailPath
+from penstock.net._poll import Poller
+from penstock.net.stream import SocketStream, watch_sockets
 from penstock.reply import Reply
 from penstock.transaction import MailParameters, Peer, Transaction
 from tests.dialog import SPLITTERS, Client, Splitter, octet_by_octet, play, read_dialog
@@ -91,6 +94,37 @@ async def test_dialog(
             nursery.start_soon(connection.run)
             await play(dialog, Client(client_end, client_tls, split), delivery.delivered)
             await client_end.aclose()
+
+
+TLS_DIALOGS = [path for path in DIALOGS if "tls.mode = " in path.read_text() and "tls.required" not in path.read_text()]
+
+
+@pytest.mark.parametrize("way", ["poller", "trio"])
+@pytest.mark.parametrize("path", [*TLS_DIALOGS, *DIALOGS[::10]], ids=lambda path: path.stem)
+async def test_dialog_on_a_socket(
+    path: Path, way: str, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    """The dialogs with TLS, and some others, on real sockets: there a session takes turns, and TLS is a layer."""
+    dialog = read_dialog(path)
+    settings = {key: value for key, value in dialog.settings.items() if key not in ("delivery", "hooks", "split")}
+    if len(settings) + (dialog.settings.get("split") is not None) < len(dialog.settings):
+        return  # told by its parts above
+    delivery = Recorder()
+    gate = gate_of(settings, delivery, tmp_path, tls=server_tls)
+    left, right = socket.socketpair()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            poller = Poller() if way == "poller" else None
+            if poller is not None:
+                nursery.start_soon(watch_sockets, poller)
+            connection = Connection(SocketStream.of(left, poller), PEER, gate, Host())
+            client_end = SocketStream.of(right)
+            nursery.start_soon(connection.run)
+            await play(dialog, Client(client_end, client_tls, SPLITTERS["whole"]), delivery.delivered)
+            await client_end.aclose()
+            while poller is not None and len(poller):
+                await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
 
 
 def test_there_are_enough_dialogs() -> None:

@@ -14,9 +14,11 @@ Rules
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
 
@@ -29,7 +31,7 @@ from penstock.message import Body, CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
 from penstock.net.stream import AheadStream, SocketStream
-from penstock.net.tls import tls_info
+from penstock.net.tls import Agreed, TlsLayer, tls_info
 from penstock.reply import Reply
 from penstock.smtp import sasl
 from penstock.smtp._wire import VERBS
@@ -61,6 +63,9 @@ _LINGER_OCTETS: Final = 1 << 20
 _PROXY_OCTETS: Final = 8192
 _READ_OCTETS: Final = 65_536
 
+
+if TYPE_CHECKING:
+    from penstock.net._poll import Receiver
 
 T = TypeVar("T")
 
@@ -112,6 +117,9 @@ class Connection:
         self._is_sending = False
         self._is_admitted = is_admitted
         self._ahead = b""
+        self._tls: TlsLayer | None = None
+        """TLS on a socket of our own; on another stream it is a trio.SSLStream."""
+        self._receiver: Receiver = self._wire
         self._pending: Awaitable[None] | None = None
         """What the task has to await before the next event."""
         self._last_words: Reply | None = None
@@ -120,6 +128,7 @@ class Connection:
         self._begun = 0
         """Messages whose text has begun."""
         self._is_in_message = False
+        self._has_left = False
         self._messages = 0
         self._octets = 0
 
@@ -134,7 +143,7 @@ class Connection:
                 await self._converse()
         except _SentAway:
             await self._say_last_words()
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as exc:
             self._drop_body(f"connection lost: {exc.__cause__ or exc}")
         except Exception as exc:  # noqa: BLE001 - rule 3: whatever it is, it costs this connection and no other
             gate.journal.error(self.number, "connection", exc)
@@ -194,7 +203,7 @@ class Connection:
         gate.journal.rejected_connection(self.number, self._peer, gate.name, refusal)
         if self._is_admitted or not gate.is_implicit_tls:  # a reply in the clear would only break a handshake
             self._session.greet(refusal)
-            await self._flush(self._session.data_to_send())
+            await self._flush_replies()
         return False
 
     async def _converse(self) -> None:
@@ -202,8 +211,10 @@ class Connection:
         while True:
             said = self._turn(0)
             if said is None:
+                if self._has_left:
+                    return
                 if self._pending is None:
-                    await self._flush(self._session.data_to_send())
+                    await self._flush_replies()
                     return
                 pending, self._pending = self._pending, None
                 await pending
@@ -212,10 +223,10 @@ class Connection:
             if self._socket is None:
                 received = await self._wait(self._receive())
             elif not self._socket.can_be_nudged:
-                received = await self._wait(self._socket.attend(self._wire, self._turn))
+                received = await self._wait(self._socket.attend(self._receiver, self._turn))
             else:
                 self._is_attending = True
-                received = await self._socket.attend(self._wire, self._turn)
+                received = await self._socket.attend(self._receiver, self._turn)
                 self._is_attending = False
             if not received:
                 return
@@ -226,6 +237,9 @@ class Connection:
         None means that the task has to go on: something is to be awaited (`_pending`), or the conversation is over.
         """
         self._octets += received
+        if self._tls is not None and received and not self._tls.decrypt_into(self._wire.feed):
+            self._has_left = True
+            return None
         session = self._session
         next_event = session.next_event
         while self._pending is None:
@@ -233,7 +247,8 @@ class Connection:
             if event is NEED_DATA:
                 if self._last_words is None and (self._is_in_message or not self._host.is_stopping):
                     self._wire.rest()
-                    return session.data_to_send()
+                    said = session.data_to_send()
+                    return said if self._tls is None else self._tls.encrypt(said)
                 self._leave()
             elif event is CLOSED:
                 return None
@@ -254,8 +269,13 @@ class Connection:
         self._octets += len(data)
         return len(data)
 
+    async def _flush_replies(self) -> None:
+        """Send what was said."""
+        said = self._session.data_to_send()
+        await self._flush(said if self._tls is None else self._tls.encrypt(said))
+
     async def _flush(self, data: bytes) -> None:
-        """Send, however long that takes."""
+        """Send, as it is, however long that takes."""
         if self._socket is not None:
             sent = self._socket.send_nowait(data)
             if sent == len(data):
@@ -285,16 +305,15 @@ class Connection:
         self._session.close_with(self._last_words)
         if self._is_sending:
             return
-        with trio.move_on_after(_LAST_WORDS):
-            try:
-                await self._stream.send_all(self._session.data_to_send())
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
+            await self._flush_replies()
 
     async def _close(self) -> None:
         """Close the stream; a client that is still talking may read the last reply before it is reset."""
         try:
             session = self._session
+            if self._tls is not None and self._socket is not None:
+                self._socket.send_nowait(self._tls.end())
             if self._socket is not None and session.state is State.CLOSED and not session.has_quit:
                 with trio.move_on_after(_LINGER):
                     await self._socket.send_eof()
@@ -351,14 +370,35 @@ class Connection:
         """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
         gate = self._gate
         assert gate.tls is not None
-        transport = AheadStream(self._ahead, self._stream) if self._ahead else self._stream
-        stream = trio.SSLStream(transport, gate.tls, server_side=True)
-        await self._wait(stream.do_handshake(), is_sending=True)
-        self._stream = stream
-        self._socket = None
-        info = tls_info(stream)
+        agreed: Agreed
+        if self._socket is not None:
+            agreed = await self._shake_hands(TlsLayer(gate.tls, self._ahead))
+        else:
+            transport = AheadStream(self._ahead, self._stream) if self._ahead else self._stream
+            agreed = self._stream = stream = trio.SSLStream(transport, gate.tls, server_side=True)
+            await self._wait(stream.do_handshake(), is_sending=True)
+        info = tls_info(agreed)
         self._session.tls_started(info)
+        if self._tls is not None:
+            self._tls.decrypt_into(self._wire.feed)  # what came in the breath of the client's Finished
         gate.journal.tls(self.number, self._peer, info)
+
+    async def _shake_hands(self, layer: TlsLayer) -> Agreed:
+        """Do the handshake on a socket of our own."""
+        assert self._socket is not None
+        try:
+            said = layer.shake()
+            if said is not None:
+                await self._flush(said)
+                received = await self._wait(self._socket.attend(layer, layer.shake), is_sending=True)
+                layer.expect_more(received)
+        except (ssl.SSLError, trio.BrokenResourceError) as exc:
+            with suppress(ssl.SSLError, trio.BrokenResourceError):
+                self._socket.send_nowait(layer.encrypt(b""))  # the alert that says why
+            raise trio.BrokenResourceError(f"the handshake failed: {exc}") from exc
+        await self._flush(layer.encrypt(b""))
+        self._tls = self._receiver = layer
+        return layer.object
 
     # ---- HELO MAIL RCPT
 
@@ -506,7 +546,7 @@ class Connection:
     async def _on_starttls(self, event: StartTls) -> None:
         self._drop_body("STARTTLS")
         self._session.reply(replies.GO_AHEAD_TLS)
-        await self._flush(self._session.data_to_send())
+        await self._flush_replies()
         await self._start_tls()
 
     def _on_auth(self, event: Auth) -> Awaitable[None]:

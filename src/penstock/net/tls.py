@@ -1,4 +1,11 @@
-"""TLS: contexts, generated certificates, what a handshake agreed on."""
+"""TLS: contexts, generated certificates, and a layer of TLS for sessions that take turns.
+
+A session on any trio stream has its TLS from trio.SSLStream. One on a socket of our own takes turns without waking its
+task (penstock.net.stream), which SSLStream, all of it coroutines, can not: each command would wake the task, pass two
+locks and several checkpoints, and cost twice what the ciphers do (`python -m bench.peers --cases tls` measures it).
+`TlsLayer` is the same SSLObject between the same two memory BIOs, driven by plain functions. It does not add to the
+protocol: what is received goes in, what is to be sent comes out.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +13,25 @@ import datetime
 import fcntl
 import os
 import ssl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
-import trio
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from penstock.net import _poll
 from penstock.transaction import TlsInfo
 
 _RENEW_BEFORE: Final = datetime.timedelta(days=7)
 _VALID_FOR: Final = datetime.timedelta(days=397)
 """What browsers and mail clients accept at most."""
+_READ: Final = 65_536
+"""Octets received, or decrypted, at a time."""
 
 
 class TlsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,10 +77,78 @@ def server_context(settings: TlsSettings, certificate: Path, key: Path | None = 
     return context
 
 
-def tls_info(stream: trio.SSLStream[trio.abc.Stream]) -> TlsInfo:
-    """Say what the handshake of a stream agreed on."""
-    name, version, bits = stream.cipher() or ("", "", 0)
-    return TlsInfo(stream.version() or version, name, bits)
+class Agreed(Protocol):
+    """What knows the outcome of a handshake: an SSLObject, a trio.SSLStream."""
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Return name, protocol and secret bits of the cipher."""
+
+    def version(self) -> str | None:
+        """Return the version of TLS."""
+
+
+def tls_info(agreed: Agreed) -> TlsInfo:
+    """Say what a handshake agreed on."""
+    name, version, bits = agreed.cipher() or ("", "", 0)
+    return TlsInfo(agreed.version() or version, name, bits)
+
+
+class TlsLayer:
+    """The server's side of TLS between a socket and a wire. Give it to `SocketStream.attend` in place of the wire."""
+
+    def __init__(self, context: ssl.SSLContext, ahead: bytes = b"") -> None:
+        """`ahead` is what was received already."""
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._incoming.write(ahead)
+
+    def recv(self, fd: int, octets: int = _READ, /) -> int:
+        """Receive what is encrypted; see `Wire.recv`."""
+        data = _poll.recv(fd, octets)
+        if data is None:
+            return -1
+        self._incoming.write(data)
+        return len(data)
+
+    def shake(self, _: int = 0) -> bytes | None:
+        """Go on with the handshake: a turn of `attend`. Return what is to be sent, None when it is done.
+
+        What is to be sent then comes from `encrypt`. Raise ssl.SSLError when it fails; `encrypt` has the alert.
+        """
+        try:
+            self.object.do_handshake()
+        except ssl.SSLWantReadError:
+            return self._outgoing.read()
+        return None
+
+    def expect_more(self, received: int) -> None:
+        """Raise ssl.SSLEOFError when the client has left instead of finishing the handshake."""
+        if not received:
+            raise ssl.SSLEOFError("the client has left in the handshake")
+
+    def decrypt_into(self, feed: Callable[[bytes], None]) -> bool:
+        """Decrypt what was received. Return False when the client has ended TLS. Raise ssl.SSLError."""
+        try:
+            while data := self.object.read(_READ):
+                feed(data)
+        except ssl.SSLWantReadError:
+            return True
+        except ssl.SSLZeroReturnError:
+            return False
+        return False
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return what has to be sent for some data, perhaps none, and for TLS itself. Raise ssl.SSLError."""
+        if data:
+            self.object.write(data)
+        return self._outgoing.read()
+
+    def end(self) -> bytes:
+        """Return the close_notify that tells the client that this was all (RFC 8446 6.1)."""
+        with suppress(ssl.SSLError):
+            self.object.unwrap()
+        return self._outgoing.read()
 
 
 def end_point_binding(certificate: Path) -> bytes:
