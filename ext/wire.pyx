@@ -83,27 +83,35 @@ MAX_BUFFER = MAX_BUFFER_OCTETS
 
 cdef unsigned char *spare[SPARE_BLOCKS]
 cdef int spares = 0
+cdef Py_ssize_t in_use = 0
 
 
 cdef unsigned char *take_block(size_t capacity) except NULL:
-    global spares
+    global spares, in_use
     cdef unsigned char *block
     if capacity == BLOCK and spares > 0:
         spares -= 1
+        in_use += 1
         return spare[spares]
     block = <unsigned char *> malloc(capacity)
     if block == NULL:
         raise MemoryError
+    in_use += 1
     return block
 
 
 cdef void give_block(unsigned char *block, size_t capacity) noexcept:
-    global spares
+    global spares, in_use
+    in_use -= 1
     if capacity == BLOCK and spares < SPARE_BLOCKS:
         spare[spares] = block
         spares += 1
     else:
         free(block)
+
+
+def blocks_in_use():
+    return in_use
 
 
 cdef int verb_number(const unsigned char *p, size_t n) noexcept:
@@ -310,6 +318,7 @@ cdef class Wire:
             raise OSError(errno, "recv failed")
 
     def rest(self):
+        global in_use
         cdef size_t waiting = self.end - self.begin
         cdef unsigned char *small
         if waiting == 0:
@@ -317,6 +326,7 @@ cdef class Wire:
         elif waiting <= SMALL and self.capacity > SMALL:
             small = <unsigned char *> malloc(SMALL)
             if small != NULL:
+                in_use += 1
                 memcpy(small, self.block + self.begin, waiting)
                 give_block(self.block, self.capacity)
                 self.block = small

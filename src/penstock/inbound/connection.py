@@ -151,6 +151,7 @@ class Connection:
             await self._say_last_words()
         finally:
             self._drop_body("the session ended")
+            self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
             if self._is_admitted:
                 self._host.release(self._peer)
                 seconds = trio.current_time() - started

@@ -74,6 +74,21 @@ class Worker:
     # ---- what connections see
 
     @property
+    def open_connections(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
+    @property
+    def watched(self) -> int:
+        """Sockets that the poller watches."""
+        return 0 if self._poller is None else len(self._poller)
+
+    @property
+    def admitted(self) -> int:
+        """Connections that count for the limits."""
+        return self._admission.total
+
+    @property
     def is_stopping(self) -> bool:
         """The worker wants to end: no new transactions."""
         return self._is_stopping

@@ -37,6 +37,9 @@ HAS_VECTORS: Final[bool]
 VERBS: Final[tuple[str, ...]]
 """The verbs by number; 0 is an unknown one, "HTTP" any method of HTTP."""
 
+def blocks_in_use() -> int:
+    """Return how many buffers all wires of the process hold: 0 when none has octets waiting."""
+
 class Wire:
     """The reading side of one connection: octets in, tokens out."""
 

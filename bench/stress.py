@@ -1,0 +1,183 @@
+"""`python -m bench.stress`: clients that connect, talk, break off, reset and are cut at random, for a minute.
+
+A whole worker runs in this process, with its poller, TLS and clocks, and delivers into a Maildir. At the end
+everything is counted: descriptors, trio tasks, watched sockets, buffers of wires. What is more than before is a leak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import socket
+import ssl
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import trio
+
+from penstock.assemble import assemble
+from penstock.config import ListenerSettings, Settings
+from penstock.inbound.limits import LimitSettings
+from penstock.inbound.server import Worker
+from penstock.journal import Journal, JournalSettings
+from penstock.smtp import _wire
+
+
+@dataclass
+class Report:
+    """What a stress has done, and what it has left."""
+
+    connections: int = 0
+    delivered: int = 0
+    reset: int = 0
+    leaks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What there is more of than before: the counts before and after."""
+
+
+_TALK = [
+    b"EHLO client.example\r\n",
+    b"MAIL FROM:<a@example.com>\r\n",
+    b"RCPT TO:<b@example.org>\r\n",
+    b"DATA\r\n",
+]
+
+
+async def _client(port: int, rng: random.Random, tls: ssl.SSLContext, report: Report) -> None:
+    """Be one client: send a message, or a part of one, and end in one of several ways."""
+    report.connections += 1
+    plain = await trio.open_tcp_stream("127.0.0.1", port)
+    stream: trio.abc.Stream = plain
+    fate = rng.choice(["whole", "whole", "cut", "reset", "silent", "garbage", "tls", "pipelined"])
+    try:
+        if fate == "silent":
+            await trio.sleep(rng.random() * 0.2)
+        elif fate == "garbage":
+            await stream.send_all(rng.randbytes(rng.randrange(1, 5000)))
+        else:
+            await stream.receive_some(4096)
+            if fate == "tls":
+                await stream.send_all(_TALK[0])
+                await stream.receive_some(4096)
+                await stream.send_all(b"STARTTLS\r\n")
+                await stream.receive_some(4096)
+                stream = trio.SSLStream(stream, tls, server_hostname="localhost")
+            await _talk(stream, rng, fate)
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        pass  # the server has sent it away
+    finally:
+        if fate in ("cut", "reset") or rng.random() < 0.3:
+            report.reset += 1
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await trio.aclose_forcefully(plain)
+
+
+async def _talk(stream: trio.abc.Stream, rng: random.Random, fate: str) -> None:
+    """Send a message, up to a random place of it when it is to be cut."""
+    body = b"Subject: stress\r\n\r\n" + b"x" * 70 + b"\r\n" * rng.randrange(1, 50)
+    if rng.random() < 0.1:
+        body += (b"y" * 900 + b"\r\n") * 1000
+    if fate == "pipelined":
+        await stream.send_all(b"".join(_TALK))
+        await stream.send_all(body + b".\r\nQUIT\r\n")
+        while await stream.receive_some(4096):
+            pass
+        return
+    for line in _TALK:
+        await stream.send_all(line)
+        await stream.receive_some(4096)
+        if fate in ("cut", "reset") and rng.random() < 0.2:
+            return
+    if fate in ("cut", "reset"):
+        await stream.send_all(body[: rng.randrange(len(body))])
+        return
+    await stream.send_all(body + b"\r\n.\r\n")
+    await stream.receive_some(4096)
+    await stream.send_all(b"QUIT\r\n")
+    await stream.receive_some(4096)
+
+
+def _counts() -> dict[str, int]:
+    """Count what could leak."""
+    return {
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+        "tasks": trio.lowlevel.current_statistics().tasks_living,
+        "wire buffers": _wire.blocks_in_use(),
+    }
+
+
+async def stress(folder: Path, seconds: float, clients: int, seed: int) -> Report:
+    """Run the stress and return its report."""
+    limits = LimitSettings(command_timeout=2.0, data_timeout=5.0)
+    listener = ListenerSettings(address="127.0.0.1:0", limits=limits)
+    settings = Settings(hostname="localhost", data_dir=str(folder), listener=(listener,))
+    settings = msgspec.structs.replace(settings, journal=JournalSettings(events="errors"))
+    errors: list[bytes] = []
+    report = Report()
+    parts = assemble(settings, Journal(settings.journal), errors.append)
+    await parts.delivery.start()
+    tls = ssl.create_default_context(cafile=str(parts.ca_file))
+    rng = random.Random(seed)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(parts.worker.run)
+        port = parts.doors[0].listener.getsockname()[1]
+        await _one_by_one(port, tls, report)  # what the first of each kind makes, stays
+        await _all_gone(parts.worker)
+        before = _counts()
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as crowd:
+                for _ in range(clients):
+                    crowd.start_soon(_again_and_again, port, random.Random(rng.random()), tls, report)
+        await _all_gone(parts.worker)
+        after = _counts()
+        report.leaks = {what: (before[what], count) for what, count in after.items() if count > before[what]}
+        if parts.worker.watched:
+            report.leaks["watched sockets"] = (0, parts.worker.watched)
+        if parts.worker.admitted:
+            report.leaks["admitted connections"] = (0, parts.worker.admitted)
+        parts.worker.stop()
+    report.delivered = len(list((folder / "maildir" / "new").iterdir()))
+    if b"".join(errors):
+        report.leaks["errors in the journal"] = (0, len(errors))
+        print(b"".join(errors).decode()[:2000])
+    return report
+
+
+async def _one_by_one(port: int, tls: ssl.SSLContext, report: Report) -> None:
+    for seed in range(30):
+        await _client(port, random.Random(seed), tls, report)
+
+
+async def _again_and_again(port: int, rng: random.Random, tls: ssl.SSLContext, report: Report) -> None:
+    while True:
+        with trio.move_on_after(rng.choice([0.05, 0.5, 3.0])):  # cancelled anywhere
+            await _client(port, rng, tls, report)
+
+
+async def _all_gone(worker: Worker) -> None:
+    """Wait until the clocks have ended the last connection."""
+    with trio.fail_after(30):
+        while worker.open_connections:  # noqa: ASYNC110 - the worker has no event for this
+            await trio.sleep(0.05)
+    await trio.sleep(0.3)  # threads of the last deliveries
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="penstock-stress-") as name:
+        report = trio.run(stress, Path(name), arguments.seconds, arguments.clients, arguments.seed)
+    print(
+        f"{report.connections} connections in {arguments.seconds:.0f} s, {report.reset} of them reset, "
+        f"{report.delivered} messages delivered; leaked: {report.leaks or 'nothing'}"
+    )
+    raise SystemExit(1 if report.leaks else 0)
+
+
+if __name__ == "__main__":
+    main()
