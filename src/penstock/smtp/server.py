@@ -89,6 +89,20 @@ _BAD_LINES: Final[dict[int, Reply]] = {
 _BDAT_WITHOUT_LENGTH: Final = Reply(501, "5.5.4", "BDAT needs the number of octets", closes=True)
 _BDAT_NOT_OFFERED: Final = Reply(502, "5.5.1", "BDAT is not offered here", closes=True)
 _MAX_BDAT_DIGITS: Final = 18
+_BEGIN: Final = BeginData(None)
+# The states, looked up once: Python 3.11 is slow at members of an Enum.
+_AUTH_STATE: Final = State.AUTH
+_BODY: Final = State.BODY
+_CHUNKS: Final = State.CHUNKS
+_CLOSED: Final = State.CLOSED
+_HELLO: Final = State.HELLO
+_MAIL: Final = State.MAIL
+_OCTETS: Final = State.OCTETS
+_OPENED: Final = State.OPENED
+_RCPT: Final = State.RCPT
+_READY: Final = State.READY
+_REFUSED: Final = State.REFUSED
+_TLS_STATE: Final = State.TLS
 
 
 class ServerSession:
@@ -131,9 +145,9 @@ class ServerSession:
         self._auth_failures = 0
         self._mails = 0
         self._out: list[bytes] = []
-        self._state = State.OPENED
+        self._state = _OPENED
         self._table: dict[State, Rules] = RULES
-        self._rules: Rules = RULES[State.HELLO]
+        self._rules: Rules = RULES[_HELLO]
         self._event: Event | None = None
         self._answered: Callable[[ServerSession, Reply], None] | None = None
         self._chunk_is_last = False
@@ -153,16 +167,16 @@ class ServerSession:
     @property
     def in_body(self) -> bool:
         """The text of a message, or the exchange about one, is under way."""
-        return self._state in (State.BODY, State.OCTETS, State.CHUNKS)
+        return self._state in (_BODY, _OCTETS, _CHUNKS)
 
     def greet(self, refusal: Reply | None = None) -> None:
         """Say the greeting of RFC 5321 4.2, or in its place a refusal: 421 or 554, then the session ends."""
         if refusal is not None:
             self._out.append(refusal.encoded)
-            self._state = State.CLOSED
+            self._state = _CLOSED
             return
         self._out.append(self.offer.greeting)
-        self._enter(State.HELLO)
+        self._enter(_HELLO)
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in octets. Drivers that own a socket let the wire receive them instead."""
@@ -182,7 +196,7 @@ class ServerSession:
         if self._answered is not None:
             raise RuntimeError(f"{self._event} was not answered")
         wire_next = self.wire.next
-        while self._state is not State.CLOSED:
+        while self._state is not _CLOSED:
             token = wire_next()
             if token == _COMMAND:
                 event = self._take_line()
@@ -223,7 +237,7 @@ class ServerSession:
             raise RuntimeError("no authentication is under way")
         self._answered = None
         self._out.append(b"334 " + binascii.b2a_base64(data, newline=False) + b"\r\n")
-        self._state = State.AUTH
+        self._state = _AUTH_STATE
         self.wire.expect_line()
 
     def authenticated(self, identity: str, reply: Reply = replies.AUTHENTICATED) -> None:
@@ -243,15 +257,15 @@ class ServerSession:
         transaction.identity = None
         transaction.tls = info
         self._choose_table()
-        if self._state is not State.OPENED:  # implicit TLS has not been greeted yet
-            self._enter(State.HELLO)
+        if self._state is not _OPENED:  # implicit TLS has not been greeted yet
+            self._enter(_HELLO)
 
     def close_with(self, reply: Reply) -> None:
         """End the session from outside, in whatever state: a clock ran out, or the server stops (421)."""
-        if self._state is not State.CLOSED:
+        if self._state is not _CLOSED:
             self._answered = None
             self._out.append(reply.encoded)
-            self._state = State.CLOSED
+            self._state = _CLOSED
 
     # ---- state
 
@@ -271,13 +285,13 @@ class ServerSession:
 
     def _end_transaction(self) -> None:
         self.transaction.reset()
-        self._enter(State.READY)
+        self._enter(_READY)
 
     def _say(self, reply: Reply) -> None:
         """Send a reply; end the session when it says so, or when the budget of errors is used up."""
         self._out.append(reply.encoded)
         if reply.closes:
-            self._state = State.CLOSED
+            self._state = _CLOSED
         elif reply.code >= 500:
             self.errors += 1
             if self.errors > self.offer.max_errors:
@@ -294,7 +308,7 @@ class ServerSession:
     def _take_line(self) -> Event | None:
         wire = self.wire
         self.commands += 1
-        if self._state is State.AUTH:
+        if self._state is _AUTH_STATE:
             return self._take_auth_line(wire.argument)
         verb = self.last_verb = wire.verb
         if len(wire.argument) > ARGUMENT_LIMIT[verb]:
@@ -318,7 +332,7 @@ class ServerSession:
             self._say(Reply(refusal.code, refusal.status, refusal.text, closes=True))
             return None
         self.commands += 1
-        if self._state is State.AUTH:
+        if self._state is _AUTH_STATE:
             return self._abort_auth(replies.AUTH_LINE_TOO_LONG if token == _wire.LINE_TOO_LONG else _BAD_LINES[token])
         self.last_verb = 0
         return self._refuse(_BAD_LINES[token])
@@ -349,7 +363,7 @@ class ServerSession:
         transaction.reset()  # RFC 5321 4.1.4: EHLO is an implicit RSET
         transaction.hello = self._event.name
         transaction.is_esmtp = self._event.verb != "HELO"
-        self._enter(State.READY)
+        self._enter(_READY)
         if transaction.is_esmtp:
             answer = self.offer.ehlo_answer(
                 tls=transaction.tls is not None, authenticated=transaction.identity is not None
@@ -379,11 +393,11 @@ class ServerSession:
             assert isinstance(event, Mail)
             self._mails += 1
             transaction = self.transaction
-            if self._state is State.REFUSED:
+            if self._state is _REFUSED:
                 transaction.reset()  # a refused BDAT has left its transaction behind
             transaction.sender, transaction.parameters = event
-            self._state = State.MAIL
-            self._rules = self._table[State.MAIL]
+            self._state = _MAIL
+            self._rules = self._table[_MAIL]
 
     def _rcpt(self, argument: bytes) -> Event | None:
         transaction = self.transaction
@@ -402,10 +416,10 @@ class ServerSession:
             event = self._event
             assert isinstance(event, Rcpt)
             self.transaction.recipients.append(event.recipient)
-            self._state = State.RCPT
-            self._rules = self._table[State.RCPT]
+            self._state = _RCPT
+            self._rules = self._table[_RCPT]
         elif reply.closes:
-            self._state = State.CLOSED
+            self._state = _CLOSED
         elif reply.is_permanent:
             # Counted apart from errors: a list with a few dead addresses is no attack, a harvest is.
             self.unknown += 1
@@ -420,19 +434,19 @@ class ServerSession:
         parameters = self.transaction.parameters
         if parameters.body_type == "BINARYMIME":
             return self._refuse(replies.BINARYMIME_NEEDS_BDAT)  # RFC 3030 3
-        self._event = event = BeginData(parameters.size)
+        self._event = event = _BEGIN if parameters.size is None else BeginData(parameters.size)
         self._answered = _data_answered
         return event
 
     def _data_answered(self, reply: Reply) -> None:
         self._say(reply)
         if reply.accepts:
-            self._state = State.BODY
+            self._state = _BODY
             self.wire.expect_text()
 
     def _end_text(self) -> Event | None:
         wire = self.wire
-        if self._state is State.OCTETS:
+        if self._state is _OCTETS:
             return self._end_chunk()
         if wire.violation:
             self._refuse_message(VIOLATION_REPLIES[wire.violation])
@@ -470,7 +484,7 @@ class ServerSession:
         if refusal is not None:
             self._swallow(octets, refusal)
             return None
-        if self._state is State.RCPT:
+        if self._state is _RCPT:
             self._event = event = BeginData(octets if is_last else self.transaction.parameters.size)
             self._answered = lambda session, reply: session._bdat_answered(octets, reply)
             return event
@@ -484,7 +498,7 @@ class ServerSession:
             self._swallow(octets, reply)
 
     def _take_chunk(self, octets: int, *, first: bool) -> None:
-        self._state = State.OCTETS
+        self._state = _OCTETS
         self._chunk_refusal = None
         is_text = self.transaction.parameters.body_type != "BINARYMIME"
         self.wire.expect_octets(octets, last=self._chunk_is_last, text=is_text, first=first)
@@ -492,7 +506,7 @@ class ServerSession:
     def _swallow(self, octets: int, refusal: Reply) -> None:
         """Read the octets of a refused BDAT before saying so: they must not be taken for commands."""
         self._chunk_refusal = refusal
-        self._state = State.OCTETS
+        self._state = _OCTETS
         self.wire.expect_octets(octets, first=True, drop=True)
 
     def _end_chunk(self) -> Event | None:
@@ -505,22 +519,22 @@ class ServerSession:
             return None
         if not self._chunk_is_last:
             self._say(Reply(250, "2.0.0", f"{wire.octets} octets received"))
-            self._enter(State.CHUNKS)
+            self._enter(_CHUNKS)
             return None
         return self._ask(EndOfMessage(wire.octets), _message_answered)
 
     def _end_refused_chunk(self, refusal: Reply) -> None:
         transaction = self.transaction
         if transaction.sender is None:  # there is no transaction that could be over
-            self._enter(State.READY if transaction.hello else State.HELLO)
+            self._enter(_READY if transaction.hello else _HELLO)
             self._say(refusal)
         elif not transaction.recipients:
-            self._enter(State.MAIL)
+            self._enter(_MAIL)
             self._say(refusal)
-        elif self._chunk_is_last and self._table[State.REFUSED][_BDAT] is not refusal:
+        elif self._chunk_is_last and self._table[_REFUSED][_BDAT] is not refusal:
             self._refuse_message(refusal)
         else:
-            self._enter(State.REFUSED)
+            self._enter(_REFUSED)
             self._say(refusal)
 
     # ---- RSET NOOP QUIT VRFY EXPN HELP
@@ -528,10 +542,10 @@ class ServerSession:
     def _rset(self, argument: bytes) -> Event | None:
         if argument:
             return self._refuse(replies.NO_ARGUMENT_ALLOWED)
-        had_body = self._state is State.CHUNKS
+        had_body = self._state is _CHUNKS
         self.transaction.reset()
-        if self._state is not State.HELLO:
-            self._enter(State.READY)
+        if self._state is not _HELLO:
+            self._enter(_READY)
         self._say(replies.RESET_OK)
         return MessageAborted("RSET") if had_body else None
 
@@ -584,7 +598,7 @@ class ServerSession:
     def _starttls_answered(self, reply: Reply) -> None:
         self._say(reply)
         if reply.accepts:
-            self._state = State.TLS
+            self._state = _TLS_STATE
 
     # ---- AUTH (RFC 4954)
 
@@ -621,16 +635,16 @@ class ServerSession:
 
     def _abort_auth(self, reply: Reply) -> Event:
         self.wire.expect_commands()
-        self._enter(State.READY)
+        self._enter(_READY)
         self._say(reply)
         return AuthAborted()
 
     def _auth_answered(self, reply: Reply) -> None:
         self.wire.expect_commands()
-        self._enter(State.READY)
+        self._enter(_READY)
         self._out.append(reply.encoded)
         if reply.closes:
-            self._state = State.CLOSED
+            self._state = _CLOSED
         elif reply.code == 535:
             self._auth_failures += 1
             if self._auth_failures >= self.offer.max_auth_failures:
