@@ -11,7 +11,7 @@ sockets and wakes the tasks that wait for them.
 Waking a task costs more than most commands of a session do. So a task may leave a `turn` with its Watch before it parks:
 a plain function that is called when octets have come, received into the task's wire, and that returns what is to be
 sent. The task sleeps on until the turn returns None, which means "wake me": something has to be awaited, or the
-conversation is over. What the turns of one `poll` have to say is sent at its end, back to back, so that a client
+conversation is over. A conversation that has not yet needed a task leaves a function to call in its place (`woken`). What the turns of one `poll` have to say is sent at its end, back to back, so that a client
 process that serves many connections is woken once for all of them.
 
 Rules
@@ -129,6 +129,7 @@ cdef class Watch:
     cdef public object writer
     cdef public object receiver
     cdef public object turn
+    cdef public object woken
     cdef public bytes unsent
 
     def __init__(self, int fd):
@@ -229,11 +230,15 @@ cdef class Poller:
     cdef int wake_reader(self, Watch watch, object result) except -1:
         """Wake the task that waits for input, with the result of its wait."""
         cdef object task = watch.reader
+        cdef object woken = watch.woken
         watch.reader = None
         watch.turn = None
         watch.receiver = None
+        watch.woken = None
         self.woken = True
-        if result is None:
+        if woken is not None:
+            woken(result)
+        elif result is None:
             reschedule(task)
         else:
             reschedule(task, result)

@@ -89,6 +89,15 @@ class Host:
     def release(self, peer: Peer) -> None:
         pass
 
+    def begun(self, connection: object) -> None:
+        pass
+
+    def ended(self, connection: object) -> None:
+        pass
+
+    def spawn(self, connection: object, woken: object) -> None:
+        raise AssertionError("a connection of these tests has its task from the start")
+
 
 def gate_of(
     settings: dict[str, Any],

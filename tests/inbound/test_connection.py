@@ -79,7 +79,7 @@ async def talking(
     sweeper = Sweeper(gate.limits.shortest_clock)
     connection = Connection(server_end, peer, gate, host)
     async with trio.open_nursery() as nursery:
-        sweeper.add(connection)
+        sweeper.watched.add(connection)
         nursery.start_soon(sweeper.run)
 
         async def run() -> None:

@@ -143,8 +143,8 @@ async def test_the_sweeper_looks_at_all_it_was_given(autojump_clock: trio.testin
     started = trio.current_time()
     some = [Watched() for _ in range(1200)]
     for watched in some:
-        sweeper.add(watched)
-    sweeper.remove(some[0])
+        sweeper.watched.add(watched)
+    sweeper.watched.discard(some[0])
     with trio.move_on_after(2.1):
         await sweeper.run()
     assert some[0].looked == []

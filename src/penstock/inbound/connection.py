@@ -9,17 +9,20 @@ Rules
 1. A milestone that has no hook is answered without a coroutine: handlers return None, or something to await.
 2. Only waiting for the client can be cut short (a clock, the end of the server). A message that is being committed is
    committed, and its reply is tried, because the client will send again whatever it hears nothing of.
-3. A bug costs one connection: 421 to the client, a trace in the journal (RFC 5321 3.8).
+3. A connection on a socket of our own has no task until something has to be awaited: its turns are taken by the poller
+   (penstock.net.stream), from the greeting to the 221. Idle clients, and those that only fill a sink, cost no task.
+4. A bug costs one connection: 421 to the client, a trace in the journal (RFC 5321 3.8).
 """
 
 from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+import outcome
 import trio
 
 from penstock import reply as replies
@@ -87,6 +90,15 @@ class Host(Protocol):
     def release(self, peer: Peer) -> None:
         """Count a client out again."""
 
+    def begun(self, connection: Connection) -> None:
+        """Look after a connection."""
+
+    def ended(self, connection: Connection) -> None:
+        """Look after it no longer."""
+
+    def spawn(self, connection: Connection, woken: outcome.Outcome[int]) -> None:
+        """Give a connection that has come without a task one that goes on with `run`."""
+
 
 class Connection:
     """A client, its stream and its session. `run` is the task of one connection."""
@@ -120,7 +132,7 @@ class Connection:
         self._tls: TlsLayer | None = None
         """TLS on a socket of our own; on another stream it is a trio.SSLStream."""
         self._receiver: Receiver = self._wire
-        self._pending: Awaitable[None] | None = None
+        self._pending: Coroutine[Any, Any, None] | None = None
         """What the task has to await before the next event."""
         self._last_words: Reply | None = None
         self._body: BodyCollector | None = None
@@ -129,36 +141,108 @@ class Connection:
         """Messages whose text has begun."""
         self._is_in_message = False
         self._has_left = False
+        self._has_ended = False
+        self._started = time.monotonic()
         self._messages = 0
         self._octets = 0
 
     # ---- the life of a connection
 
-    async def run(self) -> None:
-        """Serve the client until it leaves, breaks off, or is sent away. Raises nothing but cancellation."""
-        gate = self._gate
-        started = trio.current_time()
+    def start(self) -> bool:
+        """Begin the conversation without a task. Return False when it needs one from the start: then call `run`."""
+        gate, stream = self._gate, self._socket
+        if stream is None or not stream.can_be_nudged or not self._is_admitted:
+            return False
+        if gate.is_implicit_tls or gate.pipeline.connect:
+            return False
+        self._host.begun(self)
+        gate.journal.connected(self.number, self._peer, gate.name)
+        self._session.greet()
+        self._is_attending = True
         try:
-            if await self._open():
-                await self._converse()
+            stream.send_nowait(self._session.data_to_send())  # a new socket takes a line
+            stream.attend_alone(self._receiver, self._turn, self._woken)
+        except trio.BrokenResourceError as exc:
+            self._end(f"connection lost: {exc.__cause__ or exc}")
+        return True
+
+    def _woken(self, result: outcome.Outcome[int]) -> None:
+        """Go on when the turns have come to an end: finish here what needs no waiting, else get a task."""
+        self._is_attending = False
+        if isinstance(result, outcome.Error):
+            if isinstance(result.error, OSError):
+                self._end(f"connection lost: {result.error}")
+                return
+        elif self._pending is None:
+            if result.unwrap() == 0:
+                self._end("the client closed the connection")
+                return
+            if self._session.has_quit and self._tls is None:
+                self._say_bye()
+                return
+        self._host.spawn(self, result)
+
+    def _say_bye(self) -> None:
+        """Send the last replies, as much of them as a client takes that has said QUIT and should read them."""
+        assert self._socket is not None
+        with suppress(trio.BrokenResourceError):
+            self._socket.send_nowait(self._session.data_to_send())
+        self._end("QUIT")
+
+    async def run(self, woken: outcome.Outcome[int] | None = None) -> None:
+        """Serve the client until it leaves, breaks off, or is sent away. Raises nothing but cancellation.
+
+        `woken` is what the turns of a conversation have come to that began with `start`.
+        """
+        cause = "the session ended"
+        try:
+            if woken is None:
+                self._host.begun(self)
+                if not await self._open():
+                    return
+            else:
+                woken.unwrap()
+                assert self._socket is not None
+                await self._flush(self._socket.take_unsent())
+            await self._converse()
         except _SentAway:
             await self._say_last_words()
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as exc:
-            self._drop_body(f"connection lost: {exc.__cause__ or exc}")
-        except Exception as exc:  # noqa: BLE001 - rule 3: whatever it is, it costs this connection and no other
-            gate.journal.error(self.number, "connection", exc)
+            cause = f"connection lost: {exc.__cause__ or exc}"
+        except Exception as exc:  # noqa: BLE001 - rule 4: whatever it is, it costs this connection and no other
+            self._gate.journal.error(self.number, "connection", exc)
             self._last_words = replies.UNEXPECTED
             await self._say_last_words()
         finally:
-            self._drop_body("the session ended")
-            self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
-            if self._is_admitted:
-                self._host.release(self._peer)
-                seconds = trio.current_time() - started
-                gate.journal.disconnected(
-                    self.number, self._peer, self._messages, self._session.errors, self._octets, seconds
-                )
-            await self._close()
+            try:
+                self._drop_body(cause)
+                await self._linger()
+            finally:
+                self._end(cause)
+
+    def _end(self, cause: str) -> None:
+        """Close the connection and give everything back. Does nothing the second time."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._drop_body(cause)
+        if self._pending is not None:
+            self._pending.close()
+            self._pending = None
+        self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
+        if self._is_admitted:
+            self._host.release(self._peer)
+            seconds = time.monotonic() - self._started
+            self._gate.journal.disconnected(
+                self.number, self._peer, self._messages, self._session.errors, self._octets, seconds
+            )
+        self._host.ended(self)
+        if self._socket is not None:
+            self._socket.close_nowait()
+
+    def abort(self) -> None:
+        """End a connection that has no task, at once."""
+        self._end("the server stopped")
 
     def expire(self, last_words: Reply) -> None:
         """Send the client away with these words: now if it is being waited for, otherwise at the next wait."""
@@ -309,26 +393,22 @@ class Connection:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
             await self._flush_replies()
 
-    async def _close(self) -> None:
-        """Close the stream; a client that is still talking may read the last reply before it is reset."""
-        try:
-            session = self._session
-            if self._tls is not None and self._socket is not None:
-                self._socket.send_nowait(self._tls.end())
-            if self._socket is not None and session.state is State.CLOSED and not session.has_quit:
-                with trio.move_on_after(_LINGER):
-                    await self._socket.send_eof()
-                    left = _LINGER_OCTETS
-                    while left > 0 and (data := await self._socket.receive_some(_READ_OCTETS)):
-                        left -= len(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+    async def _linger(self) -> None:
+        """Close a stream that is not ours; let a client that is still talking read the last reply before a reset."""
+        stream, session = self._socket, self._session
+        if stream is None:
+            with trio.move_on_after(_LINGER, shield=True):
+                await self._stream.aclose()
             return
-        finally:
-            if self._socket is not None:
-                self._socket.close_nowait()
-            else:
-                with trio.move_on_after(_LINGER, shield=True):
-                    await self._stream.aclose()
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            if self._tls is not None:
+                stream.send_nowait(self._tls.end())
+            if session.state is State.CLOSED and not session.has_quit:
+                with trio.move_on_after(_LINGER):
+                    await stream.send_eof()
+                    left = _LINGER_OCTETS
+                    while left > 0 and (data := await stream.receive_some(_READ_OCTETS)):
+                        left -= len(data)
 
     # ---- before the first command
 
@@ -403,7 +483,7 @@ class Connection:
 
     # ---- HELO MAIL RCPT
 
-    def _on_hello(self, event: Hello) -> Awaitable[None] | None:
+    def _on_hello(self, event: Hello) -> Coroutine[Any, Any, None] | None:
         self._drop_body(event.verb)
         pipeline = self._gate.pipeline
         if pipeline.helo:
@@ -411,7 +491,7 @@ class Connection:
         self._session.reply(replies.OK)
         return None
 
-    def _on_mail(self, event: Mail) -> Awaitable[None] | None:
+    def _on_mail(self, event: Mail) -> Coroutine[Any, Any, None] | None:
         pipeline = self._gate.pipeline
         if pipeline.mail:
             verdict = pipeline.on_mail(self._transaction, event.path, event.parameters)
@@ -419,7 +499,7 @@ class Connection:
         self._session.reply(replies.SENDER_OK)
         return None
 
-    def _on_rcpt(self, event: Rcpt) -> Awaitable[None] | None:
+    def _on_rcpt(self, event: Rcpt) -> Coroutine[Any, Any, None] | None:
         gate = self._gate
         if gate.domains is not None and not gate.may_send(self._transaction, event.recipient.path):
             self._refuse(replies.RELAY_DENIED, event.recipient.path.text)
@@ -458,7 +538,7 @@ class Connection:
         self._begun += 1
         self._session.reply(replies.GO_AHEAD_DATA)
 
-    def _on_chunk(self, event: BodyChunk) -> Awaitable[None] | None:
+    def _on_chunk(self, event: BodyChunk) -> Coroutine[Any, Any, None] | None:
         body = self._body
         if body is None or body.add_nowait(event.data):
             return None
@@ -467,7 +547,7 @@ class Connection:
     def _on_aborted(self, event: MessageAborted) -> None:
         self._drop_body(event.cause)
 
-    def _on_end(self, event: EndOfMessage) -> Awaitable[None] | None:
+    def _on_end(self, event: EndOfMessage) -> Coroutine[Any, Any, None] | None:
         """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
         gate = self._gate
         if gate.discards is None:
@@ -550,7 +630,7 @@ class Connection:
         await self._flush_replies()
         await self._start_tls()
 
-    def _on_auth(self, event: Auth) -> Awaitable[None]:
+    def _on_auth(self, event: Auth) -> Coroutine[Any, Any, None]:
         gate = self._gate
         assert gate.authenticator is not None
         # Without -PLUS on offer there is nothing to bind to: a client that says it could ("y") is right (RFC 5802 6).
@@ -559,7 +639,7 @@ class Connection:
         self._exchange = sasl.start_exchange(event.mechanism, scram_keys=gate.authenticator.scram_keys, binding=binding)
         return self._step(self._exchange.start, event.initial)
 
-    def _on_auth_response(self, event: AuthResponse) -> Awaitable[None]:
+    def _on_auth_response(self, event: AuthResponse) -> Coroutine[Any, Any, None]:
         assert self._exchange is not None
         return self._step(self._exchange.respond, event.data)
 
@@ -614,7 +694,7 @@ class Connection:
 
 
 # What each event is for; each handler returns None, or something to await.
-_HANDLERS: Final[dict[type, Callable[[Connection, Any], Awaitable[None] | None]]] = {
+_HANDLERS: Final[dict[type, Callable[[Connection, Any], Coroutine[Any, Any, None] | None]]] = {
     Hello: Connection._on_hello,
     Mail: Connection._on_mail,
     Rcpt: Connection._on_rcpt,

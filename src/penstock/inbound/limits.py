@@ -10,7 +10,7 @@ import functools
 import ipaddress
 import math
 from collections.abc import Callable
-from typing import Annotated, Final, Protocol
+from typing import Annotated, Any, Final, Protocol
 
 import msgspec
 import trio
@@ -229,22 +229,15 @@ class Sweeper:
     def __init__(self, shortest_clock: float) -> None:
         """Look every second, or four times in the shortest clock."""
         self._interval = max(0.05, min(1.0, shortest_clock / 4))
-        self._watched: set[Expires] = set()
-
-    def add(self, connection: Expires) -> None:
-        """Look after a connection."""
-        self._watched.add(connection)
-
-    def remove(self, connection: Expires) -> None:
-        """Look after it no longer."""
-        self._watched.discard(connection)
+        self.watched: set[Any] = set()
+        """The connections it looks after (each an `Expires`): add and remove as they come and go."""
 
     async def run(self) -> None:
         """Look from time to time, until cancelled."""
         while True:
             await trio.sleep(self._interval)
             now = trio.current_time()
-            for number, connection in enumerate(list(self._watched), 1):
+            for number, connection in enumerate(list(self.watched), 1):
                 connection.check_clocks(now)
                 if number % _AT_A_TIME == 0:
                     await trio.lowlevel.checkpoint()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import outcome
 import trio
 
 from penstock.inbound.connection import Connection
@@ -63,10 +64,13 @@ class Worker:
         self._journal = journal
         self._write_journal = write_journal
         self._grace = grace
-        self._connections: set[Connection] = set()
+        self._connections = sweeper.watched
         self.sessions = 0
         """Connections so far, those that were turned away among them."""
         self._is_stopping = False
+        self._stop_wanted = trio.Event()
+        self._all_gone = trio.Event()
+        self._sessions: trio.Nursery | None = None
         self._poller = Poller() if HAS_EPOLL else None
         self._accepting: list[trio.CancelScope] = []
         self._serving = trio.CancelScope()
@@ -101,6 +105,21 @@ class Worker:
         """Count a client out again."""
         self._admission.release(peer.network)
 
+    def begun(self, connection: Connection) -> None:
+        """Look after a connection."""
+        self._connections.add(connection)
+
+    def ended(self, connection: Connection) -> None:
+        """Look after it no longer."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_gone.set()
+
+    def spawn(self, connection: Connection, woken: outcome.Outcome[int]) -> None:
+        """Give a connection that has come without a task one that goes on with `run`."""
+        assert self._sessions is not None
+        self._sessions.start_soon(connection.run, woken)
+
     # ---- the life of a worker
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -113,11 +132,15 @@ class Worker:
             try:
                 with self._serving:
                     async with trio.open_nursery() as sessions:
+                        self._sessions = sessions
+                        sessions.start_soon(self._outlast)
                         for door in self._doors:
                             self._journal.listening(name_of(door.listener), door.gate.name)
                             sessions.start_soon(self._serve_door, door, sessions)
                         task_status.started()
             finally:
+                for connection in list(self._connections):
+                    connection.abort()
                 for door in self._doors:
                     close_listener(door.listener)
                 background.cancel_scope.cancel()
@@ -131,6 +154,7 @@ class Worker:
         if self._is_stopping:
             return
         self._is_stopping = True
+        self._stop_wanted.set()
         self._journal.stopping(len(self._connections))
         for scope in self._accepting:
             scope.cancel()
@@ -143,6 +167,13 @@ class Worker:
         """End every session now, messages under way among them."""
         self.stop()
         self._serving.cancel()
+
+    async def _outlast(self) -> None:
+        """Keep the nursery open while connections are, which may have no task in it."""
+        await self._stop_wanted.wait()
+        while self._connections:
+            self._all_gone = trio.Event()
+            await self._all_gone.wait()
 
     async def _serve_door(self, door: Door, sessions: trio.Nursery) -> None:
         gate = door.gate
@@ -168,10 +199,10 @@ class Worker:
             if refusal is not None:
                 self._turn_away(fd, peer, gate, refusal)
                 return
-        connection = Connection(
-            SocketStream(fd, self._poller), peer, gate, self, number=self.sessions, is_admitted=is_admitted
-        )
-        sessions.start_soon(self._serve, connection)
+        stream = SocketStream(fd, self._poller)
+        connection = Connection(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
+        if not connection.start():
+            sessions.start_soon(connection.run)
 
     def _turn_away(self, fd: int, peer: Peer, gate: Gate, refusal: Reply) -> None:
         """Refuse a client before it costs a task: one send, no waiting."""
@@ -183,15 +214,6 @@ class Worker:
             pass  # it has left, which is what it was asked for
         finally:
             close(fd)
-
-    async def _serve(self, connection: Connection) -> None:
-        self._connections.add(connection)
-        self._sweeper.add(connection)
-        try:
-            await connection.run()
-        finally:
-            self._sweeper.remove(connection)
-            self._connections.discard(connection)
 
     async def _keep_journal(self) -> None:
         """Write the journal from time to time, away from the sessions that made its lines."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from outcome import Outcome
 from trio.lowlevel import Task
 from typing_extensions import Buffer
 
@@ -40,6 +41,8 @@ class Watch:
 
     The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
     """
+    woken: Callable[[Outcome[int]], None] | None
+    """Called in place of waking `reader`, with what the wait has come to. It must not raise."""
     unsent: bytes | None
     """What the socket did not take of an answer of `turn`."""
 

@@ -181,6 +181,24 @@ class SocketStream(trio.abc.HalfCloseableStream):
                 return received
             await self.send_now(unsent)
 
+    def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[outcome.Outcome[int]], None]) -> None:
+        """Do what `attend` does, but without a task: `woken` is called with what it would have come to.
+
+        For a new stream on a poller. When `woken` gets -1, `take_unsent` may have something to send.
+        """
+        watch = self._watch
+        assert watch is not None
+        assert not watch.is_readable
+        watch.receiver = receiver
+        watch.turn = turn
+        watch.woken = woken
+
+    def take_unsent(self) -> bytes:
+        """Return what the socket did not take of the last answer of a turn."""
+        assert self._watch is not None
+        unsent, self._watch.unsent = self._watch.unsent, None
+        return unsent or b""
+
     @property
     def can_be_nudged(self) -> bool:
         """A task in `attend` can be woken with `nudge`."""
@@ -190,10 +208,13 @@ class SocketStream(trio.abc.HalfCloseableStream):
         """Wake the task that sleeps in `attend`: -1 is what it returns. Otherwise do nothing."""
         watch = self._watch
         if watch is not None and watch.turn is not None:
-            task = watch.reader
-            watch.reader = watch.turn = watch.receiver = None
-            assert task is not None
-            reschedule(task, outcome.Value(-1))
+            task, woken = watch.reader, watch.woken
+            watch.reader = watch.turn = watch.receiver = watch.woken = None
+            if woken is not None:
+                woken(outcome.Value(-1))
+            else:
+                assert task is not None
+                reschedule(task, outcome.Value(-1))
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""
@@ -322,7 +343,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             for task in (watch.reader, watch.writer):
                 if task is not None:
                     reschedule(task)  # it will find the stream closed
-            watch.reader = watch.writer = watch.turn = watch.receiver = None
+            watch.reader = watch.writer = watch.turn = watch.receiver = watch.woken = None
         _poll.close(fd)
 
     async def aclose(self) -> None:
