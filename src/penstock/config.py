@@ -111,7 +111,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def own_hostname(self) -> str:
         """The configured name, or the machine's."""
-        return self.hostname or socket.getfqdn() or "localhost"
+        if self.hostname:
+            return self.hostname
+        found = socket.getfqdn()
+        return found if "." in found else socket.gethostname()
 
 
 # ---- reading

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -53,6 +54,8 @@ def run(
         check(settings, allow_open=allow_open)
     except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each connection
     journal = Journal(settings.journal, is_terminal=sys.stderr.isatty())
     try:
         parts = assemble(settings, journal, write_to_stderr)
