@@ -174,7 +174,7 @@ class Connection:
                 self._end(f"connection lost: {result.error}")
                 return
         elif self._pending is None:
-            if result.unwrap() == 0:
+            if isinstance(result, outcome.Value) and result.value == 0:
                 self._end("the client closed the connection")
                 return
             if self._session.has_quit and self._tls is None:
