@@ -130,3 +130,23 @@ def gate_of(
     )
     secrets = Secrets(tls if listener.tls.mode != "none" else None, ChannelBinding("tls-server-end-point", b"x"))
     return make_gate(listener, shared, secrets, Alice() if listener.auth else None)
+
+
+class Replies:
+    """Reads replies from a stream."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+        self._stream = stream
+        self._buffer = b""
+
+    async def next(self) -> str:
+        """Return the last line of the next reply; "" at the end."""
+        while True:
+            while b"\r\n" not in self._buffer:
+                data = await self._stream.receive_some(65536)
+                if not data:
+                    return ""
+                self._buffer += data
+            line, _, self._buffer = self._buffer.partition(b"\r\n")
+            if line[3:4] != b"-":
+                return line.decode()

@@ -19,7 +19,7 @@ from penstock.message import Message
 from penstock.net.stream import SocketStream
 from penstock.reply import Reply
 from penstock.transaction import Peer
-from tests.parts import PEER, Host, Recorder, gate_of
+from tests.parts import PEER, Host, Recorder, Replies, gate_of
 
 
 class Talk:
@@ -30,22 +30,14 @@ class Talk:
         self.connection = connection
         self.host = host
         self.recorder = recorder
-        self._buffer = b""
+        self._replies = Replies(stream)
 
     async def send(self, *lines: str) -> None:
         await self.stream.send_all("".join(f"{line}\r\n" for line in lines).encode())
 
     async def reply(self) -> str:
-        """Return the last line of the next reply, "" at the end."""
-        while True:
-            while b"\r\n" not in self._buffer:
-                data = await self.stream.receive_some(65536)
-                if not data:
-                    return ""
-                self._buffer += data
-            line, _, self._buffer = self._buffer.partition(b"\r\n")
-            if line[3:4] != b"-":
-                return line.decode()
+        """Return the last line of the next reply; "" at the end."""
+        return await self._replies.next()
 
     async def ask(self, *lines: str) -> str:
         """Send lines and return the last reply to them."""

@@ -16,6 +16,7 @@ import trio
 from penstock.assemble import Parts, assemble
 from penstock.config import Settings, parse
 from penstock.journal import Journal, JournalSettings
+from tests.parts import Replies
 
 LISTENER = '[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n'
 
@@ -55,19 +56,11 @@ class Client:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
-        self._buffer = b""
+        self._replies = Replies(stream)
 
     async def reply(self) -> str:
         """Return the last line of the next reply; "" at the end."""
-        while True:
-            while b"\r\n" not in self._buffer:
-                data = await self.stream.receive_some(65536)
-                if not data:
-                    return ""
-                self._buffer += data
-            line, _, self._buffer = self._buffer.partition(b"\r\n")
-            if line[3:4] != b"-":
-                return line.decode()
+        return await self._replies.next()
 
     async def ask(self, *lines: str) -> str:
         """Send each line and return the last reply."""
