@@ -53,11 +53,11 @@ def test_swaks_over_lmtp(tmp_path: Path) -> None:
 
 def test_swaks_attachment_of_25_megabytes(tmp_path: Path) -> None:
     attachment = tmp_path / "large.bin"
-    attachment.write_bytes(bytes(range(256)) * 70_000)
+    attachment.write_bytes(bytes(range(256)) * 98_000)
     toml = '[[listener]]\naddress = "127.0.0.1:0"\nmax_size = 50_000_000\n'
     with serving(tmp_path / "data", toml) as server:
         swaks(server, "--attach", f"@{attachment}", "--hide-all")
         (received,) = server.messages()
-        assert len(received) > 24_000_000
+        assert len(received) > 33_000_000
         part = received.partition(b"Content-Transfer-Encoding: BASE64\r\n\r\n")[2].partition(b"\r\n------")[0]
         assert digest(base64.b64decode(part)) == digest(attachment.read_bytes())
