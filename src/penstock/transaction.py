@@ -32,11 +32,19 @@ class Peer(NamedTuple):
 
     @property
     def network(self) -> str:
-        """What limits per client count by: the IPv4 address, the IPv6 /64, "" for a unix socket."""
+        """What limits per client count by: the IPv4 address, the IPv6 /64, "" for a unix socket.
+
+        The IPv6 loopback is itself, and an IPv4 address in IPv6 clothes (RFC 4291 2.5.5.2) the IPv4 address: a /64
+        would put them, and all others like them, into one.
+        """
         if ":" not in self.address:
             return self.address
-        high = int(ipaddress.IPv6Address(self.address.partition("%")[0])) >> 64 << 64
-        return f"{ipaddress.IPv6Address(high)}/64"
+        address = ipaddress.IPv6Address(self.address.partition("%")[0])
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        if address.is_loopback:
+            return str(address)
+        return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
 
 
 class TlsInfo(NamedTuple):

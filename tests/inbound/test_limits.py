@@ -64,6 +64,14 @@ def test_exempt_networks_are_bound_by_the_total_alone() -> None:
     assert [admission.admit("127.0.0.1") for _ in range(2)] == [None, replies.TOO_MANY_FROM_HERE]
 
 
+def test_the_ipv6_loopback_is_exempt_and_mapped_addresses_are_not_one_network() -> None:
+    admission = Admission(AdmissionSettings(per_network=1), Clock())
+    assert [admission.admit(Peer("::1", 1).network) for _ in range(3)] == [None] * 3
+    mapped = [Peer(f"::ffff:192.0.2.{number}", 1).network for number in (1, 2, 2)]
+    assert mapped == ["192.0.2.1", "192.0.2.2", "192.0.2.2"]
+    assert [admission.admit(network) for network in mapped] == [None, None, replies.TOO_MANY_FROM_HERE]
+
+
 def test_what_was_let_go_is_forgotten() -> None:
     admission = Admission(AdmissionSettings(), Clock())
     for number in range(1000):
