@@ -81,6 +81,15 @@ def test_json_lines_have_their_fields() -> None:
     assert "test_journal.py" in error["trace"][-1]
 
 
+def test_no_text_of_a_client_writes_fields_of_its_own() -> None:
+    journal = Journal(JournalSettings(format="human"))
+    journal.lost(1, PEER, path('"a> peer=<b c"@example.org'), 'gone" reply="250 ok \\')
+    line = journal.drain().decode().rstrip("\n")
+    assert line.partition(" peer=")[2] == (
+        r'192.0.2.1 from=<"a\x3e\x20peer=\x3cb\x20c"@example.org> cause="gone\" reply=\"250 ok \\"'
+    )
+
+
 def test_auto_is_for_humans_on_a_terminal() -> None:
     for is_terminal, first in ((True, b"0123456789"), (False, b"{")):
         journal = Journal(JournalSettings(), is_terminal=is_terminal)

@@ -224,17 +224,22 @@ def _json_line(when: float, event: str, session: int, peer: Peer | None, values:
     return msgspec.json.encode({"time": stamp, "event": event, **_fields(event, session, peer, values)}) + b"\n"
 
 
+_IN_BRACKETS: Final = str.maketrans({" ": r"\x20", "<": r"\x3c", ">": r"\x3e"})
+"""A quoted local part may hold all three, and would write fields of its own behind its brackets."""
+
+
 def _human_line(when: float, event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> bytes:
     stamp = time.strftime("%H:%M:%S", time.localtime(when)) + f".{int(when * 1000) % 1000:03d}"
     pairs = []
     for name, value in _fields(event, session, peer, values).items():
         if name in ("from", "to"):
             boxes = [value] if name == "from" else value
-            pairs.append(f"{name}={','.join(f'<{box}>' for box in boxes)}")
+            pairs.append(f"{name}={','.join(f'<{box.translate(_IN_BRACKETS)}>' for box in boxes)}")
         elif isinstance(value, list):
             pairs.append(f"{name}={'|'.join(value)}")
         elif isinstance(value, str) and (" " in value or '"' in value):
-            pairs.append(f'{name}="{value}"')
+            quoted = value.replace('"', r"\"")  # backslashes are doubled by `escape`
+            pairs.append(f'{name}="{quoted}"')
         else:
             pairs.append(f"{name}={value}")
     return f"{stamp} {event:<13} {' '.join(pairs)}\n".encode()

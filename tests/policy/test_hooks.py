@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def test_a_module_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         ("1/0", "x", "loading it failed: ZeroDivisionError"),
         ("class P:\n def on_rcptt(self, a, b): ...", "P", "on_rcptt is no milestone"),
         ("class P:\n def on_rcpt(self, a): ...", "P", "on_rcpt is called with 2 arguments"),
+        ("class P:\n on_mail = 1", "P", "on_mail is called with 3 arguments"),
+        ("async def make(): ...", "make", "a plain def, not an async def"),
         ("class P:\n def on_message(self, a, b, c): ...", "P", "on_message is called with 2 arguments"),
     ],
 )
@@ -62,6 +65,46 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, name: str, expected: s
 def test_a_reference_has_its_form(reference: str) -> None:
     with pytest.raises(HookError, match=r"package\.module:name"):
         load_hook(reference)
+
+
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Policy:
+    word: str = "WORD"
+    def on_helo(self, transaction, name): ...
+"""
+
+
+def test_a_file_may_use_what_looks_its_module_up(tmp_path: Path) -> None:
+    policy = load_hook(f"{write(tmp_path, DATACLASS)}:Policy")
+    assert vars(sys.modules[type(policy).__module__])["Policy"] is type(policy)
+
+
+def test_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    words = []
+    for word in ("one", "two"):
+        (tmp_path / word).mkdir()
+        words.append(load_hook(f"{write(tmp_path / word, DATACLASS.replace('WORD', word))}:Policy"))
+    assert [vars(sys.modules[type(policy).__module__])["Policy"] for policy in words] == list(map(type, words))
+    assert [policy.word for policy in words] == ["one", "two"]  # type: ignore[attr-defined]  # both are a Policy
+
+
+def test_a_file_that_does_not_load_leaves_the_one_before(tmp_path: Path) -> None:
+    known = set(sys.modules)
+    with pytest.raises(HookError):
+        load_hook(f"{write(tmp_path, '1/0')}:Policy")
+    assert not [name for name in set(sys.modules) - known if name.startswith("penstock_hook")]
+    policy = load_hook(f"{write(tmp_path, DATACLASS)}:Policy")
+    with pytest.raises(HookError):
+        load_hook(f"{write(tmp_path, '1/0')}:Policy")
+    assert vars(sys.modules[type(policy).__module__])["Policy"] is type(policy)
+
+
+def test_compiled_code_need_not_tell_its_arguments(tmp_path: Path) -> None:
+    assert load_hook(f"{write(tmp_path, 'class P:' + chr(10) + ' on_helo = dict')}:P")
 
 
 def test_an_object_takes_no_arguments(tmp_path: Path) -> None:

@@ -105,6 +105,47 @@ async def test_a_policy_that_takes_too_long_has_failed(autojump_clock: trio.test
     assert b"no answer within 10.0 s" in journal.drain()
 
 
+class ThrowsWhenCancelled:
+    """A policy whose own nursery has more to say when its time is up."""
+
+    async def on_connect(self, peer: Peer, listener: str) -> Verdict:
+        async def clean_up() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ValueError("while cleaning up")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(clean_up)
+            nursery.start_soon(trio.sleep_forever)
+        return None
+
+
+async def test_a_policy_that_throws_when_its_time_is_up_has_failed(autojump_clock: trio.testing.MockClock) -> None:
+    pipeline, journal = make(ThrowsWhenCancelled(), deadline=10.0)
+    assert await ask(pipeline) == CHECK_FAILED
+    assert b"ValueError: while cleaning up" in journal.drain()
+
+
+class UnprintableError(Exception):
+    """What cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __repr__ = __str__
+
+
+async def test_what_cannot_be_printed_has_failed_all_the_same() -> None:
+    pipeline, journal = make(Says(UnprintableError()))
+    assert await ask(pipeline) == CHECK_FAILED
+    assert b'"UnprintableError"' in journal.drain()
+    wrong = type("Wrong", (), {"__repr__": UnprintableError.__str__})()
+    pipeline, journal = make(Says(wrong))
+    assert await ask(pipeline) == CHECK_FAILED
+    assert journal.drain().count(b"hook-failed") == 1
+
+
 async def test_calls_of_a_policy_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
     policy = Sleeps(1)
     pipeline, _ = make(policy, concurrency=3)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +68,8 @@ def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
     if found is None:
         raise HookError(f"{reference!r}: the module has no {name}")
     policy = found
+    if inspect.iscoroutinefunction(found):
+        raise HookError(f"{reference!r}: a function that makes a policy is a plain def, not an async def")
     if inspect.isclass(found) or inspect.isfunction(found):
         try:
             policy = found(**arguments)
@@ -82,13 +86,28 @@ def _load_module(reference: str, place: str) -> ModuleType:
         if not place.endswith(".py"):
             return importlib.import_module(place)
         path = Path(place)
-        spec = importlib.util.spec_from_file_location(f"penstock_hook_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return _load_file(path)
     except Exception as exc:
         raise HookError(f"{reference!r}: loading it failed: {type(exc).__name__}: {exc}") from exc
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Run a file as a module of its own. Dataclasses and pickle look modules up by name, so it has to have one."""
+    name = f"penstock_hook_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before  # a reload that fails leaves what runs as it is
+        raise
     return module
 
 
@@ -101,6 +120,8 @@ def _check(reference: str, policy: object) -> None:
         method = getattr(policy, name)
         try:
             inspect.signature(method).bind(*[None] * _ARGUMENTS[name])
+        except ValueError:
+            continue  # compiled code may not tell its arguments
         except TypeError as exc:
             raise HookError(
                 f"{reference!r}: {name} is called with {_ARGUMENTS[name]} arguments, see penstock.policy.base: {exc}"

@@ -41,18 +41,20 @@ class _Guard:
             return _FAILED
         cause = ""
         answer: object = None
-        with trio.move_on_after(self._settings.deadline) as scope:
-            try:
+        # The `try` is around the scope: what a hook's own nursery throws while the deadline cancels it comes out of
+        # the scope as a group, once the scope has taken its Cancelled out of it.
+        try:
+            with trio.move_on_after(self._settings.deadline) as scope:
                 async with self._limiter:
                     answer = method(*arguments)
                     if inspect.isawaitable(answer):
                         answer = await answer
-            except Exception as exc:  # noqa: BLE001 - whatever a hook throws, the check has failed
-                cause = f"{type(exc).__name__}: {exc}"
-        if scope.cancelled_caught:
-            cause = f"no answer within {self._settings.deadline} s"
-        elif not cause and not (answer is None or answer is ACCEPT or isinstance(answer, Reply)):
-            cause = f"an answer is None, ACCEPT or a Reply, not {answer!r}"
+            if scope.cancelled_caught:
+                cause = f"no answer within {self._settings.deadline} s"
+            elif not (answer is None or answer is ACCEPT or isinstance(answer, Reply)):
+                cause = f"an answer is None, ACCEPT or a Reply, not {answer!r}"
+        except Exception as exc:  # noqa: BLE001 - whatever a hook throws, the check has failed
+            cause = _cause_of(exc)
         if cause:
             self._fail(milestone, cause)
             return _FAILED
@@ -65,6 +67,16 @@ class _Guard:
         if self._failures >= self._settings.breaker_failures:
             self._failures = 0
             self._closed_until = trio.current_time() + self._settings.breaker_pause
+
+
+def _cause_of(exc: Exception) -> str:
+    """Return what the journal says of an exception; out of a nursery that held one, of that one."""
+    while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:
+        exc = exc.exceptions[0]
+    try:
+        return f"{type(exc).__name__}: {exc}"
+    except Exception:  # noqa: BLE001 - an exception of a hook may have a __str__ of its own, that throws
+        return type(exc).__name__
 
 
 _Asked = tuple[_Guard, Callable[..., Any]]
