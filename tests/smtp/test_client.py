@@ -1,0 +1,151 @@
+import base64
+import itertools
+
+import pytest
+import scramp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.message import NULL_PATH, Envelope, Path, Recipient
+from penstock.smtp.client import (
+    Answer,
+    AnswerReader,
+    AuthDialog,
+    CannotSendError,
+    Capabilities,
+    ProtocolError,
+    check_sendable,
+    chunked,
+    mail_command,
+    rcpt_command,
+    stuffed,
+)
+from tests.reference.text import read_text
+
+SENDER = Path("a@example.com", "a", "example.com")
+BOB = Recipient(Path("bob@example.org", "bob", "example.org"))
+FULL = Capabilities.of(
+    Answer(250, ("mx", "SIZE 1000", "8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "BINARYMIME", "AUTH PLAIN LOGIN"))
+)
+
+
+def read(data: bytes) -> list[Answer]:
+    reader = AnswerReader()
+    reader.feed(data)
+    return list(iter(reader.next, None))
+
+
+def test_answers_are_the_same_however_they_are_cut() -> None:
+    data = b"220 hello\r\n250-mx\r\n250-SIZE 10\r\n250 DSN\r\n354\r\n"
+    whole = read(data)
+    assert [(answer.code, answer.lines) for answer in whole] == [
+        (220, ("hello",)),
+        (250, ("mx", "SIZE 10", "DSN")),
+        (354, ("",)),
+    ]
+    for place in range(len(data)):
+        reader = AnswerReader()
+        reader.feed(data[:place])
+        found = list(iter(reader.next, None))
+        reader.feed(data[place:])
+        assert found + list(iter(reader.next, None)) == whole
+        assert reader.is_empty
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello\r\n", b"199 no\r\n", b"250-a\r\n251 b\r\n", b"250 " + b"x" * 5000, b"250-a\r\n" * 600, b"\n"]
+)
+def test_what_is_no_answer_is_an_error(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        read(data)
+
+
+def test_the_status_of_an_answer_is_the_enhanced_one_where_there_is_one() -> None:
+    assert Answer(550, ("5.1.1 no such user",)).status == "5.1.1"
+    assert Answer(550, ("no such user",)).status == "5.0.0"
+    assert Answer(450, ("4.2.0",)).status == "4.2.0"
+    assert Answer(550, ("a", "b")).text == "550 a / b"
+
+
+def test_capabilities_are_read_whatever_their_case() -> None:
+    offer = Capabilities.of(Answer(250, ("mx", "size", "pipelining", "auth=plain", "LIMITS RCPTMAX=7 MAILMAX=3")))
+    assert (offer.size, offer.pipelining, offer.mechanisms, offer.max_recipients) == (0, True, ("PLAIN",), 7)
+    assert Capabilities.of(Answer(250, ("mx",))).size is None
+
+
+def test_mail_says_only_what_the_server_understands() -> None:
+    envelope = Envelope(SENDER, (BOB,), "8BITMIME", smtputf8=True, ret="HDRS", envid="x+20y")
+    assert mail_command(envelope, 7, FULL) == (
+        b"MAIL FROM:<a@example.com> SIZE=7 BODY=8BITMIME SMTPUTF8 RET=HDRS ENVID=x+20y\r\n"
+    )
+    assert mail_command(envelope, 7, Capabilities()) == b"MAIL FROM:<a@example.com>\r\n"
+    assert mail_command(Envelope(NULL_PATH, ()), 0, FULL) == b"MAIL FROM:<>\r\n"
+
+
+def test_rcpt_hands_the_wishes_for_notifications_on() -> None:
+    bob = BOB._replace(notify=frozenset({"SUCCESS", "FAILURE"}), orcpt="rfc822;bob@example.org")
+    assert rcpt_command(bob, FULL) == (
+        b"RCPT TO:<bob@example.org> NOTIFY=FAILURE,SUCCESS ORCPT=rfc822;bob@example.org\r\n"
+    )
+    assert rcpt_command(bob, Capabilities()) == b"RCPT TO:<bob@example.org>\r\n"
+
+
+@pytest.mark.parametrize(
+    ("envelope", "size", "offer", "status"),
+    [
+        (Envelope(SENDER, (BOB,)), 1001, FULL, "5.3.4"),
+        (Envelope(Path("ä@x.org", "ä", "x.org"), (BOB,), smtputf8=True), 1, Capabilities(), "5.6.7"),
+        (Envelope(SENDER, (BOB,), "BINARYMIME"), 1, Capabilities(eightbitmime=True), "5.6.3"),
+        (Envelope(SENDER, (BOB,), requiretls=True), 1, FULL, "5.7.30"),
+    ],
+)
+def test_what_the_server_can_not_take_is_not_sent(
+    envelope: Envelope, size: int, offer: Capabilities, status: str
+) -> None:
+    with pytest.raises(CannotSendError) as caught:
+        check_sendable(envelope, size, offer)
+    assert caught.value.status == status
+
+
+def test_an_ascii_message_with_smtputf8_goes_to_a_server_without_it() -> None:
+    check_sendable(Envelope(SENDER, (BOB,), smtputf8=True), 1, Capabilities())
+
+
+texts = st.lists(st.sampled_from([b".", b"\r\n", b"\r", b"\n", b"a", b"..", b"\r\n."])).map(b"".join)
+
+
+@given(texts, st.lists(st.integers(1, 5)))
+def test_a_stuffed_text_is_read_back_as_it_was(text: bytes, cuts: list[int]) -> None:
+    edges = [0, *itertools.accumulate(cuts), len(text)]
+    chunks = [text[start:end] for start, end in itertools.pairwise(sorted(min(edge, len(text)) for edge in edges))]
+    wire = b"".join(stuffed(chunks))
+    whole = text if not text or text.endswith(b"\r\n") else text + b"\r\n"
+    read = read_text(wire)
+    assert (read.outcome, read.body, read.rest) == ("end", whole, b"")
+    assert b"".join(chunked(chunks, len(text))) == b"BDAT %d LAST\r\n" % len(text) + text
+
+
+def test_login_and_plain_are_only_said_in_private() -> None:
+    dialog = AuthDialog("bob", "secret", FULL, is_private=True)
+    assert dialog.start() == b"AUTH PLAIN AGJvYgBzZWNyZXQ=\r\n"
+    with pytest.raises(CannotSendError):
+        AuthDialog("bob", "secret", FULL, is_private=False)
+    login = AuthDialog("bob", "secret", Capabilities(mechanisms=("LOGIN",)), is_private=True)
+    assert login.start() == b"AUTH LOGIN\r\n"
+    assert login.respond(Answer(334, ("VXNlcm5hbWU6",))) == b"Ym9i\r\n"
+    assert login.respond(Answer(334, ("UGFzc3dvcmQ6",))) == b"c2VjcmV0\r\n"
+    with pytest.raises(ProtocolError):
+        login.respond(Answer(334, ("",)))
+
+
+def test_scram_proves_who_both_are() -> None:
+    mechanism = scramp.ScramMechanism("SCRAM-SHA-256")
+    info = mechanism.make_auth_info("secret", iteration_count=4096)
+    server = mechanism.make_server(lambda _: info)
+    dialog = AuthDialog("bob", "secret", Capabilities(mechanisms=("SCRAM-SHA-256",)), is_private=False)
+
+    first = dialog.start().split()[2]
+    server.set_client_first(base64.b64decode(first).decode())
+    final = dialog.respond(Answer(334, (base64.b64encode(server.get_server_first().encode()).decode(),)))
+    server.set_client_final(base64.b64decode(final).decode())
+    assert dialog.respond(Answer(334, (base64.b64encode(server.get_server_final().encode()).decode(),))) == b"\r\n"
