@@ -15,6 +15,7 @@ from penstock.delivery.base import Delivery
 from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery
 from penstock.inbound.body import BodySettings, MemoryBudget
+from penstock.inbound.connection import Connection
 from penstock.inbound.gate import Domains, Gate
 from penstock.inbound.limits import Admission, AuthThrottle, Sweeper
 from penstock.inbound.server import Door, Worker
@@ -55,8 +56,16 @@ class Parts:
     """The authority of a generated certificate: what clients have to trust."""
 
 
-def assemble(settings: Settings, journal: Journal, write_journal: Callable[[bytes], None]) -> Parts:
+def assemble(
+    settings: Settings,
+    journal: Journal,
+    write_journal: Callable[[bytes], None],
+    *,
+    kind: type[Connection] = Connection,
+) -> Parts:
     """Join the parts that the settings ask for. Binds the sockets; starts nothing.
+
+    `kind` is what becomes of the sockets that are accepted.
 
     Raise OSError when a socket can not be bound or a file not be read or written, ValueError for what is wrong with a
     file that the settings name (a hook, the users).
@@ -83,7 +92,7 @@ def assemble(settings: Settings, journal: Journal, write_journal: Callable[[byte
             secrets = read_secrets(listener.tls, shared)
             ca_file = ca_file or secrets.ca_file
             gate = make_gate(listener, shared, secrets)
-            doors += [Door(sock, gate) for sock in bind(ListenAddress.parse(listener.address))]
+            doors += [Door(sock, gate, kind) for sock in bind(ListenAddress.parse(listener.address))]
     except BaseException:
         for door in doors:
             door.listener.close()

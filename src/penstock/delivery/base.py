@@ -38,3 +38,14 @@ class Discards(Protocol):
 
     def discard(self, recipients: int, octets: int) -> Reply:
         """Do what `accept` does for a message with so many recipients and octets of body."""
+
+
+@runtime_checkable
+class HasRoom(Protocol):
+    """The add-on of a delivery that knows whether there is room for a message before it comes."""
+
+    def room_for(self, octets: int) -> Reply | None:
+        """Return the refusal of a MAIL that announces so many octets (0 when it does not say), None when there is room.
+
+        Asked for each MAIL: must not block, and has to cost next to nothing.
+        """

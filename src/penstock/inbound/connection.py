@@ -20,7 +20,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 
 import outcome
 import trio
@@ -102,6 +102,10 @@ class Host(Protocol):
 
 class Connection:
     """A client, its stream and its session. `run` is the task of one connection."""
+
+    handlers: ClassVar[dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]] = {}
+    """What each event is for; each handler returns None, or something to await. A kind of connection that answers
+    otherwise has a table of its own."""
 
     def __init__(
         self,
@@ -338,7 +342,7 @@ class Connection:
             elif event is CLOSED:
                 return None
             else:
-                self._pending = _HANDLERS[type(event)](self, event)
+                self._pending = self.handlers[type(event)](self, event)
         return None
 
     def _leave(self) -> None:
@@ -492,7 +496,13 @@ class Connection:
         return None
 
     def _on_mail(self, event: Mail) -> Coroutine[Any, Any, None] | None:
-        pipeline = self._gate.pipeline
+        gate = self._gate
+        if gate.room is not None:
+            refusal = gate.room.room_for(event.parameters.size or 0)
+            if refusal is not None:
+                self._refuse(refusal, event.path.text)  # RFC 1870 6.1
+                return None
+        pipeline = gate.pipeline
         if pipeline.mail:
             verdict = pipeline.on_mail(self._transaction, event.path, event.parameters)
             return self._ask(replies.SENDER_OK, event.path.text, verdict)
@@ -693,8 +703,7 @@ class Connection:
         self._drop_body("QUIT")
 
 
-# What each event is for; each handler returns None, or something to await.
-_HANDLERS: Final[dict[type, Callable[[Connection, Any], Coroutine[Any, Any, None] | None]]] = {
+Connection.handlers = {
     Hello: Connection._on_hello,
     Mail: Connection._on_mail,
     Rcpt: Connection._on_rcpt,

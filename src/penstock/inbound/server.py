@@ -34,6 +34,8 @@ class Door:
 
     listener: socket.socket
     gate: Gate
+    kind: type[Connection] = Connection
+    """What becomes of the sockets it accepts."""
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -176,11 +178,10 @@ class Worker:
             await self._all_gone.wait()
 
     async def _serve_door(self, door: Door, sessions: trio.Nursery) -> None:
-        gate = door.gate
         address, port = door.local_address
 
         def handle(fd: int, client: str, client_port: int) -> None:
-            self._handle(fd, Peer(client, client_port, address, port), gate, sessions)
+            self._handle(fd, Peer(client, client_port, address, port), door, sessions)
 
         def report_shortage(exc: OSError) -> None:
             self._journal.error(0, "accept", exc)
@@ -190,8 +191,9 @@ class Worker:
             await accept_forever(door.listener, handle, report_shortage)
         close_listener(door.listener)
 
-    def _handle(self, fd: int, peer: Peer, gate: Gate, sessions: trio.Nursery) -> None:
+    def _handle(self, fd: int, peer: Peer, door: Door, sessions: trio.Nursery) -> None:
         """Admit an accepted socket and start its session."""
+        gate = door.gate
         self.sessions += 1
         is_admitted = not gate.proxy_networks  # behind a proxy, the client is known later
         if is_admitted:
@@ -200,7 +202,7 @@ class Worker:
                 self._turn_away(fd, peer, gate, refusal)
                 return
         stream = SocketStream(fd, self._poller)
-        connection = Connection(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
+        connection = door.kind(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
         if not connection.start():
             sessions.start_soon(connection.run)
 
