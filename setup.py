@@ -28,7 +28,9 @@ setup(
         [
             extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
             extension("penstock.net._poll", "poll.pyx"),
+            extension("penstock._histogram", "histogram.pyx"),
         ],
+        include_path=["src"],  # where `from penstock._histogram cimport ...` finds its .pxd
         compiler_directives={
             "language_level": 3,
             "boundscheck": DEBUG,

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from penstock import _histogram
 from penstock.net import _poll
 from penstock.smtp import _wire
 
@@ -26,7 +27,7 @@ ROWS = [
     {"smtp"},
     {"journal"},
     {"transaction"},
-    {"message", "reply", "metrics"},
+    {"message", "reply", "metrics", "_histogram"},
 ]
 """From the roof to the cellar."""
 
@@ -118,7 +119,10 @@ def test_no_async_code_is_compiled() -> None:
         assert "async def" not in path.read_text(), path
 
 
-@pytest.mark.parametrize(("module", "stub"), [(_wire, "smtp/_wire.pyi"), (_poll, "net/_poll.pyi")])
+@pytest.mark.parametrize(
+    ("module", "stub"),
+    [(_wire, "smtp/_wire.pyi"), (_poll, "net/_poll.pyi"), (_histogram, "_histogram.pyi")],
+)
 def test_a_stub_names_what_its_module_has(module: ModuleType, stub: str) -> None:
     tree = ast.parse((SOURCE / stub).read_text())
     constants = {ast.unparse(node.target): node.value for node in tree.body if isinstance(node, ast.AnnAssign)}

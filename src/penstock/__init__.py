@@ -16,6 +16,7 @@ General layout, in the order of a message's way through the house:
                 of commands as a table, grammar.py the arguments, offer.py the EHLO keywords, sasl.py the exchanges,
                 _wire (ext/wire.pyx) the octets.
     transaction what is known so far of a connection
+    _histogram  latencies, counted (ext/histogram.pyx)
     journal     one method for each mail event
     message, reply   what travels, and what is said
 
