@@ -11,8 +11,13 @@ sockets and wakes the tasks that wait for them.
 Waking a task costs more than most commands of a session do. So a task may leave a `turn` with its Watch before it parks:
 a plain function that is called when octets have come, received into the task's wire, and that returns what is to be
 sent. The task sleeps on until the turn returns None, which means "wake me": something has to be awaited, or the
-conversation is over. A conversation that has not yet needed a task leaves a function to call in its place (`woken`). What the turns of one `poll` have to say is sent at its end, back to back, so that a client
-process that serves many connections is woken once for all of them.
+conversation is over. A conversation that has not yet needed a task leaves a function to call in its place (`woken`).
+What the turns of one `poll` have to say is sent at its end, back to back, so that a client process that serves many
+connections is woken once for all of them.
+
+A turn may also have to wait for something other than its socket, such as a disk. It marks its Watch as held, and nothing
+is received until somebody calls `resume`: then the next `poll` takes a turn without octets. A bell in the set, an
+eventfd, sees to it that there is a next `poll`; it is rung once for all that are resumed at a time.
 
 Rules
 -----
@@ -23,6 +28,7 @@ Rules
 4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, behind the others.
 5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes
    somebody in vain, who receives nothing and waits again.
+6. Readiness of a held socket is noted, and nothing else: whoever resumes it finds what it has missed.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -42,6 +48,7 @@ cdef extern from *:
     #define POLL_BATCH 128
     #if defined(__linux__)
     #include <sys/epoll.h>
+    #include <sys/eventfd.h>
     #define POLL_HAS_EPOLL 1
     #else
     /* Elsewhere streams wait with trio: there is no set, and only the calls on one socket are of use. */
@@ -49,12 +56,15 @@ cdef extern from *:
     #include <stdint.h>
     #define SOCK_NONBLOCK 0
     #define SOCK_CLOEXEC 0
+    enum { EFD_CLOEXEC, EFD_NONBLOCK };
     enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
     #define EPOLLET (1u << 31)
     struct epoll_event { uint32_t events; union { int fd; uint64_t u64; } data; };
     static int epoll_create1(int flags) { (void)flags; errno = ENOSYS; return -1; }
     static int epoll_ctl(int e, int op, int fd, struct epoll_event *v) { (void)e; (void)op; (void)fd; (void)v; return -1; }
     static int epoll_wait(int e, struct epoll_event *v, int n, int t) { (void)e; (void)v; (void)n; (void)t; return -1; }
+    static int eventfd(unsigned count, int flags) { (void)count; (void)flags; return -1; }
+    static int eventfd_write(int fd, uint64_t count) { (void)fd; (void)count; return -1; }
     static int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
     {
         int sock = accept(fd, address, length);
@@ -79,6 +89,8 @@ cdef extern from *:
     int epoll_create1(int flags) nogil
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
+    int eventfd(unsigned int count, int flags) nogil
+    int eventfd_write(int fd, uint64_t count) nogil
     ctypedef unsigned int socklen_t
     struct sockaddr:
         uint16_t sa_family
@@ -90,7 +102,7 @@ cdef extern from *:
     int c_shutdown "shutdown"(int fd, int how) nogil
     enum:
         POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
-        EPOLLET, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+        EPOLLET, EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
 
 cdef extern from "netinet/in.h" nogil:
     struct in_addr:
@@ -125,6 +137,8 @@ cdef class Watch:
     cdef public bint is_readable
     cdef public bint is_writable
     cdef public bint has_hung_up
+    cdef public bint is_held
+    cdef public bint is_resumed
     cdef public object reader
     cdef public object writer
     cdef public object receiver
@@ -143,30 +157,43 @@ cdef class Poller:
     cdef readonly int fd
     cdef dict watches
     cdef list again
+    cdef list resumed
+    cdef int bell
     cdef bint woken
     cdef epoll_event events[POLL_BATCH]
 
     def __cinit__(self):
         self.fd = -1
+        self.bell = -1
 
     def __init__(self):
         self.watches = {}
         self.again = []
+        self.resumed = []
         self.fd = epoll_create1(EPOLL_CLOEXEC)
         if self.fd < 0:
             raise OSError(errno, "epoll_create1 failed")
+        self.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.bell < 0:
+            c_close(self.fd)
+            raise OSError(errno, "eventfd failed")
+        self.add(self.bell, EPOLLIN)
 
     def __len__(self):
         return len(self.watches)
 
-    def watch(self, int fd):
+    cdef int add(self, int fd, uint32_t what) except -1:
         cdef epoll_event event
-        cdef Watch watch = Watch(fd)
-        event.events = <uint32_t> (EPOLLIN | EPOLLOUT | EPOLLRDHUP) | <uint32_t> EPOLLET
+        event.events = what | <uint32_t> EPOLLET
         event.data.u64 = 0
         event.data.fd = fd
         if epoll_ctl(self.fd, EPOLL_CTL_ADD, fd, &event) < 0:
             raise OSError(errno, "epoll_ctl failed")
+        return 0
+
+    def watch(self, int fd):
+        cdef Watch watch = Watch(fd)
+        self.add(fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP)
         self.watches[fd] = watch
         return watch
 
@@ -174,6 +201,15 @@ cdef class Poller:
         # Closing the descriptor takes it out of the set by itself (epoll(7)).
         if self.watches.get(watch.fd) is watch:
             del self.watches[watch.fd]
+
+    def resume(self, Watch watch):
+        watch.is_held = False
+        watch.is_resumed = True
+        if self.fd < 0:
+            return
+        if not self.resumed:
+            eventfd_write(self.bell, 1)
+        self.resumed.append(watch)
 
     def poll(self):
         cdef int round = 0
@@ -194,13 +230,20 @@ cdef class Poller:
         cdef object known
         cdef list said = []
         cdef list again = self.again
+        cdef list resumed = self.resumed
         if found < 0:
             if errno == EINTR:
                 return 0
             raise OSError(errno, "epoll_wait failed")
+        if resumed:
+            self.resumed = []
+            for watch in resumed:
+                if watch.turn is not None and watch.is_resumed:
+                    watch.is_resumed = False
+                    self.go_on(watch, 0, -1, said)
         self.again = []
         for watch in again:
-            if watch.turn is not None and watch.is_readable:
+            if watch.turn is not None and watch.is_readable and not watch.is_held:
                 self.take_turn(watch, said)
         for i in range(found):
             known = self.watches.get(self.events[i].data.fd)
@@ -212,7 +255,9 @@ cdef class Poller:
                 watch.is_readable = True
                 if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                     watch.has_hung_up = True
-                if watch.turn is not None:
+                if watch.is_held:
+                    pass
+                elif watch.turn is not None:
                     self.take_turn(watch, said)
                 elif watch.reader is not None:
                     self.wake_reader(watch, None)
@@ -225,7 +270,7 @@ cdef class Poller:
                     reschedule(known)
         if said:
             self.send_all(said)
-        return found + len(again)
+        return found + len(again) + len(resumed)
 
     cdef int wake_reader(self, Watch watch, object result) except -1:
         """Wake the task that waits for input, with the result of its wait."""
@@ -247,28 +292,36 @@ cdef class Poller:
     cdef int take_turn(self, Watch watch, list said) except -1:
         """Receive for a parked task, and let its turn answer."""
         cdef Py_ssize_t received
-        cdef object answer
         try:
             received = watch.receiver.recv(watch.fd)
-            if received < SHORT and not watch.has_hung_up:
-                watch.is_readable = False
-            if received < 0:
-                watch.is_readable = False
-                return 0
-            if received == 0:
-                self.wake_reader(watch, Value(0))
-                return 0
+        except BaseException as exc:
+            self.wake_reader(watch, Error(exc))
+            return 0
+        if received < SHORT and not watch.has_hung_up:
+            watch.is_readable = False
+        if received < 0:
+            watch.is_readable = False
+        elif received == 0:
+            self.wake_reader(watch, Value(0))
+        else:
+            self.go_on(watch, received, received, said)
+        return 0
+
+    cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list said) except -1:
+        """Let a turn answer. When it has to be awaited instead, `outcome` is what its wait has come to."""
+        cdef object answer
+        try:
             answer = watch.turn(received)
         except BaseException as exc:
             self.wake_reader(watch, Error(exc))
             return 0
         if answer is None:
-            self.wake_reader(watch, Value(received))
+            self.wake_reader(watch, Value(outcome))
         else:
             if answer:
                 said.append(watch)
                 said.append(answer)
-            if watch.is_readable:
+            if watch.is_readable and not watch.is_held:
                 self.again.append(watch)
         return 0
 
@@ -296,7 +349,8 @@ cdef class Poller:
     def close(self):
         if self.fd >= 0:
             c_close(self.fd)
-            self.fd = -1
+            c_close(self.bell)
+            self.fd = self.bell = -1
 
 
 def accept(int fd):

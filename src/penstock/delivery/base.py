@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from penstock.message import Message
@@ -38,6 +39,22 @@ class Discards(Protocol):
 
     def discard(self, recipients: int, octets: int) -> Reply:
         """Do what `accept` does for a message with so many recipients and octets of body."""
+
+
+@runtime_checkable
+class Defers(Protocol):
+    """The add-on of a delivery that answers later, for many messages at a time: nobody keeps a task waiting for it.
+
+    Such a delivery has `accept` as well, for connections that have a task anyway and for messages that policies judge.
+    """
+
+    def accept_later(self, message: Message, done: Callable[[Reply], None]) -> None:
+        """Do what `accept` does, but call `done` with the reply instead of returning it.
+
+        `done` is called exactly once, in the trio thread, perhaps before this returns. It closes the body, and its
+        reply reaches the client with those of all messages that are settled at the same time. Must not block; whatever
+        it raises means that the message was not taken, and then `done` must not be called.
+        """
 
 
 @runtime_checkable

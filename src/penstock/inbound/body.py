@@ -153,11 +153,18 @@ class BodyCollector:
         self.size += len(chunk)
         await self._spill(chunk)
 
+    def finish_nowait(self) -> Body | None:
+        """Return the body, which is the caller's to close, when it is in memory. Otherwise `await finish()`."""
+        if self._descriptor >= 0:
+            return None
+        body = MemoryBody(self._chunks, self._held, self._budget)
+        self._chunks, self._held = [], 0
+        return body
+
     async def finish(self) -> Body:
         """Return the body, which is the caller's to close. A failed one is empty."""
-        if self._descriptor < 0:
-            body = MemoryBody(self._chunks, self._held, self._budget)
-            self._chunks, self._held = [], 0
+        body = self.finish_nowait()
+        if body is not None:
             return body
         if self._chunks:
             await self._spill(b"")

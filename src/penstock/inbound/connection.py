@@ -10,7 +10,8 @@ Rules
 2. Only waiting for the client can be cut short (a clock, the end of the server). A message that is being committed is
    committed, and its reply is tried, because the client will send again whatever it hears nothing of.
 3. A connection on a socket of our own has no task until something has to be awaited: its turns are taken by the poller
-   (penstock.net.stream), from the greeting to the 221. Idle clients, and those that only fill a sink, cost no task.
+   (penstock.net.stream), from the greeting to the 221. Idle clients, and those that only fill a sink, cost no task;
+   nor does a delivery that answers later (penstock.delivery.base.Defers): until then the client is not read from.
 4. A bug costs one connection: 421 to the client, a trace in the journal (RFC 5321 3.8).
 """
 
@@ -20,12 +21,14 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 
 import outcome
 import trio
 
 from penstock import reply as replies
+from penstock.delivery.base import Defers
 from penstock.inbound.body import BodyCollector
 from penstock.inbound.gate import Gate
 from penstock.inbound.limits import Deadlines
@@ -121,6 +124,7 @@ class Connection:
         self.number = number
         self._stream = stream
         self._socket = stream if type(stream) is SocketStream else None
+        self._can_hold = self._socket is not None and self._socket.can_be_nudged
         self._peer = peer
         self._gate = gate
         self._host = host
@@ -140,6 +144,8 @@ class Connection:
         """What the task has to await before the next event."""
         self._last_words: Reply | None = None
         self._body: BodyCollector | None = None
+        self._committing: Message | None = None
+        """The message that a delivery has, and that nothing was said of yet."""
         self._exchange: sasl.Exchange | None = None
         self._begun = 0
         """Messages whose text has begun."""
@@ -254,7 +260,7 @@ class Connection:
             self._last_words = last_words
             if self._scope is not None:
                 self._scope.cancel()
-            elif self._is_attending and self._pending is None:
+            elif self._is_attending and self._pending is None and self._committing is None:
                 assert self._socket is not None
                 self._socket.nudge()
 
@@ -331,7 +337,7 @@ class Connection:
             return None
         session = self._session
         next_event = session.next_event
-        while self._pending is None:
+        while self._pending is None and self._committing is None:
             event = next_event()
             if event is NEED_DATA:
                 if self._last_words is None and (self._is_in_message or not self._host.is_stopping):
@@ -343,6 +349,10 @@ class Connection:
                 return None
             else:
                 self._pending = self.handlers[type(event)](self, event)
+        if self._pending is None and self._socket is not None:
+            self._socket.hold()
+            self._wire.rest()
+            return b""  # what was said of earlier commands is sent with the reply to the message
         return None
 
     def _leave(self) -> None:
@@ -365,6 +375,8 @@ class Connection:
 
     async def _flush(self, data: bytes) -> None:
         """Send, as it is, however long that takes."""
+        if not data:
+            return
         if self._socket is not None:
             sent = self._socket.send_nowait(data)
             if sent == len(data):
@@ -561,6 +573,8 @@ class Connection:
         """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
         gate = self._gate
         if gate.discards is None:
+            if gate.defers is not None and self._can_hold and self._hand_over(gate.defers, event):
+                return None
             return self._judge(event)
         self._is_in_message = False
         reply = gate.discards.discard(len(self._transaction.recipients), event.size)
@@ -586,12 +600,51 @@ class Connection:
                 reply = await self._take(message)
         finally:
             body.close()
+        self._note(message, reply)
+        self._say(reply)
+
+    def _hand_over(self, defers: Defers, event: EndOfMessage) -> bool:
+        """Give a whole message to a delivery that answers later. Return False when that needs a task."""
+        gate, collector = self._gate, self._body
+        hops = 0 if collector is None else collector.received_fields()
+        body = CountedBody(event.size) if collector is None else collector.finish_nowait()
+        if body is None:
+            return False
+        self._body = None
+        self._is_in_message = False
+        message = self._committing = self._message(body)
+        if gate.max_hops and hops >= gate.max_hops:
+            self._settle(message, replies.MAIL_LOOP)
+            return True
+        try:
+            defers.accept_later(message, partial(self._settle, message))
+        except Exception as exc:  # noqa: BLE001 - a delivery that breaks has not taken the message
+            gate.journal.error(self.number, "delivery", exc)
+            if self._committing is message:
+                self._settle(message, replies.TRY_LATER)
+        return True
+
+    def _settle(self, message: Message, reply: Reply) -> None:
+        """Answer a message that was handed over, whether the client is still there or not."""
+        if self._committing is not message:
+            raise RuntimeError(f"message {message.id} was settled before")
+        self._committing = None
+        message.body.close()
+        self._note(message, reply)
+        if self._has_ended or self._session.state is State.CLOSED:
+            return  # there is nobody left to tell
+        self._say(reply)
+        assert self._socket is not None
+        if self._socket.is_held:
+            self._socket.resume()
+
+    def _note(self, message: Message, reply: Reply) -> None:
+        """Count and journal what became of a message."""
         if reply.accepts:
             self._messages += 1
-            gate.journal.accepted(self.number, self._peer, message, reply)
+            self._gate.journal.accepted(self.number, self._peer, message, reply)
         else:
             self._journal_refusal(reply)
-        self._say(reply)
 
     def _say(self, reply: Reply) -> None:
         """Tell the client what became of its message."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from penstock.auth.base import Authenticator
-from penstock.delivery.base import Delivery, Discards, HasRoom
+from penstock.delivery.base import Defers, Delivery, Discards, HasRoom
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.limits import AuthThrottle, LimitSettings
 from penstock.journal import Journal
@@ -124,15 +124,19 @@ class Gate:
     """Somebody will read the body, so it has to be kept."""
     discards: Discards | None = field(init=False)
     """The delivery, when it keeps nothing and nobody wants to see a message before it."""
+    defers: Defers | None = field(init=False)
+    """The delivery, when it answers later without keeping a task, and nobody wants to see a message before it."""
     room: HasRoom | None = field(init=False)
     """The delivery, when it can say before a message comes that there is no room for it."""
 
     def __post_init__(self) -> None:
         keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
         discards = self.delivery if isinstance(self.delivery, Discards) and not keeps else None
+        defers = self.delivery if isinstance(self.delivery, Defers) and not self.pipeline.message else None
         object.__setattr__(self, "template", self.wire.make_wire(self.offer.max_size))
         object.__setattr__(self, "keeps_body", keeps)
         object.__setattr__(self, "discards", discards)
+        object.__setattr__(self, "defers", defers)
         object.__setattr__(self, "room", self.delivery if isinstance(self.delivery, HasRoom) else None)
 
     def must_announce(self, peer: Peer) -> bool:

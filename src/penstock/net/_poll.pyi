@@ -30,6 +30,10 @@ class Watch:
     """No send has found the socket full since the last edge."""
     has_hung_up: bool
     """The peer has closed, or the connection broke: receive until you find the end."""
+    is_held: bool
+    """The turn waits for something other than the socket: nothing is received, and nobody woken, until `resume`."""
+    is_resumed: bool
+    """That has come: a turn without octets is due."""
     reader: Task | None
     """The task to wake when the socket becomes readable."""
     writer: Task | None
@@ -60,6 +64,11 @@ class Poller:
         """Register a non-blocking socket, once and for both directions. Raise OSError."""
     def forget(self, watch: Watch) -> None:
         """Let go of a socket that is about to be closed."""
+    def resume(self, watch: Watch) -> None:
+        """Let the next `poll` take a turn without octets for a held socket, and see to it that there is one.
+
+        To be called in the thread of `poll`, between turns or within the turn of another socket.
+        """
     def poll(self) -> int:
         """See to the sockets that have become ready: take their turns, or wake their tasks.
 

@@ -145,11 +145,15 @@ class SocketStream(trio.abc.HalfCloseableStream):
         """Receive into a wire and let `turn` answer, again and again, until it returns None or the stream ends.
 
         With a poller this task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, -1 when
-        it was nudged. Raise what `fill` and `send_now` raise, and what the turn raises.
+        it was nudged or resumed. Raise what `fill` and `send_now` raise, and what the turn raises.
         """
         watch = self._watch
+        answer: bytes | None
         while True:
-            if watch is None or watch.is_readable:
+            if watch is not None and watch.is_resumed:
+                watch.is_resumed = False
+                received, answer = -1, turn(0)
+            elif watch is None or (watch.is_readable and not watch.is_held):
                 if self._turns >= _TURNS:
                     self._turns = 0
                     await checkpoint()
@@ -157,29 +161,31 @@ class SocketStream(trio.abc.HalfCloseableStream):
                 if received < 0:
                     continue
                 answer = turn(received) if received else None
-                if answer is None:
-                    return received
-                if answer:
-                    await self.send_now(answer)
-                continue
-            self._turns = 0
-            if self._receiving:
-                self._conflict("receiving")
-            self._receiving = True
-            watch.receiver = receiver
-            watch.turn = turn
-            watch.reader = current_task()
-            try:
-                received = int(await wait_task_rescheduled(self._stop_reading))
-            except OSError as exc:
-                raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
-            finally:
-                self._receiving = False
-            self._check_open()
-            unsent, watch.unsent = watch.unsent, None
-            if unsent is None:
+            else:
+                received = await self._sleep_through_turns(watch, receiver, turn)
+                answer, watch.unsent = watch.unsent, None
+            if answer is None:
                 return received
-            await self.send_now(unsent)
+            if answer:
+                await self.send_now(answer)
+
+    async def _sleep_through_turns(self, watch: Watch, receiver: Receiver, turn: Turn) -> int:
+        """Leave the turns to the poller until it wakes this task. Return what `attend` does."""
+        self._turns = 0
+        if self._receiving:
+            self._conflict("receiving")
+        self._receiving = True
+        watch.receiver = receiver
+        watch.turn = turn
+        watch.reader = current_task()
+        try:
+            received = int(await wait_task_rescheduled(self._stop_reading))
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+        finally:
+            self._receiving = False
+        self._check_open()
+        return received
 
     def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[outcome.Outcome[int]], None]) -> None:
         """Do what `attend` does, but without a task: `woken` is called with what it would have come to.
@@ -201,8 +207,24 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     @property
     def can_be_nudged(self) -> bool:
-        """A task in `attend` can be woken with `nudge`."""
+        """A task in `attend` can be woken with `nudge`, and a turn can `hold` the stream."""
         return self._watch is not None
+
+    @property
+    def is_held(self) -> bool:
+        """A turn has held the stream, and it was not resumed."""
+        return self._watch is not None and self._watch.is_held
+
+    def hold(self) -> None:
+        """Receive nothing until `resume`: for a turn that waits for something else. What it returns is sent."""
+        assert self._watch is not None
+        self._watch.is_held = True
+
+    def resume(self) -> None:
+        """Have a turn without octets taken soon, together with those of all that are resumed now, and receive again."""
+        assert self._watch is not None
+        assert self._poller is not None
+        self._poller.resume(self._watch)
 
     def nudge(self) -> None:
         """Wake the task that sleeps in `attend`: -1 is what it returns. Otherwise do nothing."""
