@@ -17,8 +17,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "penstock"
 
 ROWS = [
     {"cli", "pytest_plugin"},
-    {"supervisor"},
-    {"assemble", "testing"},
+    {"supervisor", "testing"},
+    {"assemble"},
     {"config"},
     {"sink", "load"},
     {"inbound"},

@@ -2,7 +2,8 @@
 
 General layout, in the order of a message's way through the house:
 
-    cli         the command line, one file a command
+    cli         the command line, one file a command; pytest_plugin, the fixtures
+    testing     a server in the process of a test, and its inbox
     assemble    the only file where concrete parts meet: settings in, a worker out
     config      TOML to settings; errors name the key
     inbound     THE LOOP. Read inbound/connection.py first: one connection from its greeting to its end.
@@ -25,10 +26,14 @@ A package imports only from those below it here; tests/test_floors.py keeps it s
 
 from __future__ import annotations
 
-from penstock.message import Envelope, Message, Path, Recipient
-from penstock.policy.base import ACCEPT, Verdict
-from penstock.reply import Reply
-from penstock.transaction import MailParameters, Peer, TlsInfo, Transaction
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from penstock.message import Envelope, Message, Path, Recipient
+    from penstock.policy.base import ACCEPT, Verdict
+    from penstock.reply import Reply
+    from penstock.transaction import MailParameters, Peer, TlsInfo, Transaction
 
 __version__ = "0.1.0"
 
@@ -46,3 +51,20 @@ __all__ = [
     "Verdict",
     "__version__",
 ]
+
+_HOMES = {
+    "message": ("Envelope", "Message", "Path", "Recipient"),
+    "policy.base": ("ACCEPT", "Verdict"),
+    "reply": ("Reply",),
+    "transaction": ("MailParameters", "Peer", "TlsInfo", "Transaction"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is asked for: pytest loads this package into every run, for its plugin."""
+    for module, names in _HOMES.items():
+        if name in names:
+            value: object = getattr(import_module(f"penstock.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'penstock' has no attribute {name!r}")

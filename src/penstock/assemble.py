@@ -23,7 +23,7 @@ from penstock.journal import Journal
 from penstock.message import MessageIds
 from penstock.net.listen import ListenAddress, bind
 from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
-from penstock.policy.hooks import load_hook
+from penstock.policy.hooks import HookSettings, check_policy, load_hook
 from penstock.policy.pipeline import Pipeline
 from penstock.smtp.offer import Offer
 from penstock.smtp.sasl import ChannelBinding
@@ -56,30 +56,42 @@ class Parts:
     """The authority of a generated certificate: what clients have to trust."""
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Parts that the starter brings along, in the place of those the settings name."""
+
+    delivery: Delivery | None = None
+    authenticator: Authenticator | None = None
+    """Of the listeners that have AUTH."""
+    policies: Sequence[object] = ()
+    """Asked behind those of the settings."""
+
+
 def assemble(
     settings: Settings,
     journal: Journal,
     write_journal: Callable[[bytes], None],
     *,
     kind: type[Connection] = Connection,
+    given: Given = Given(),
 ) -> Parts:
     """Join the parts that the settings ask for. Binds the sockets; starts nothing.
 
-    `kind` is what becomes of the sockets that are accepted.
+    `kind` is what becomes of the sockets that are accepted; `given` are parts that are there already.
 
     Raise OSError when a socket can not be bound or a file not be read or written, ValueError for what is wrong with a
     file that the settings name (a hook, the users).
     """
     data_dir = Path(settings.data_dir).absolute()
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
-    delivery = make_delivery(settings.delivery, data_dir)
+    delivery = given.delivery or make_delivery(settings.delivery, data_dir)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=None if settings.domains is None else Domains(settings.domains),
         data_dir=data_dir,
         journal=journal,
         delivery=delivery,
-        pipeline=Pipeline([(load_hook(check.hook, check.arguments), check) for check in settings.check], journal),
+        pipeline=Pipeline(collect_policies(settings.check, given.policies), journal),
         throttle=AuthThrottle(settings.admission),
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
@@ -91,7 +103,7 @@ def assemble(
         for listener in settings.listener:
             secrets = read_secrets(listener.tls, shared)
             ca_file = ca_file or secrets.ca_file
-            gate = make_gate(listener, shared, secrets)
+            gate = make_gate(listener, shared, secrets, given.authenticator if listener.auth else None)
             doors += [Door(sock, gate, kind) for sock in bind(ListenAddress.parse(listener.address))]
     except BaseException:
         for door in doors:
@@ -106,6 +118,16 @@ def assemble(
         grace=settings.server.grace,
     )
     return Parts(worker, delivery, doors, ca_file)
+
+
+def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) -> list[tuple[object, HookSettings]]:
+    """Return the policies that the settings name, then the given ones. Raise HookError for what is none."""
+    policies = [(load_hook(check.hook, check.arguments), check) for check in checks]
+    for policy in given:
+        name = type(policy).__name__
+        check_policy(name, policy)
+        policies.append((policy, HookSettings(hook=name)))
+    return policies
 
 
 def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:

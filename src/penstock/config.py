@@ -10,7 +10,7 @@ import ipaddress
 import re
 import socket
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -142,11 +142,16 @@ def parse(text: str) -> Settings:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"this is not TOML: {exc}") from exc
+    return from_table(table)
+
+
+def from_table(table: Mapping[str, object], *, allow_open: bool = False) -> Settings:
+    """Make settings of a table, as TOML has it, and check them. Raise ConfigError."""
     try:
         settings = msgspec.convert(table, Settings)
     except msgspec.ValidationError as exc:
         raise ConfigError(_name_the_key(str(exc))) from exc
-    check(settings)
+    check(settings, allow_open=allow_open)
     return settings
 
 

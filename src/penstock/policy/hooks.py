@@ -77,7 +77,7 @@ def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
             raise HookError(f"{reference!r}: making it failed: {type(exc).__name__}: {exc}") from exc
     elif arguments:
         raise HookError(f"{reference!r}: it is an object already and takes no arguments")
-    _check(reference, policy)
+    check_policy(reference, policy)
     return policy
 
 
@@ -111,8 +111,8 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _check(reference: str, policy: object) -> None:
-    """Raise HookError when an object is no policy."""
+def check_policy(reference: str, policy: object) -> None:
+    """Raise HookError when an object is no policy; `reference` is what the error calls it."""
     methods = [name for name in dir(policy) if name.startswith("on_")]
     for name in methods:
         if name not in MILESTONES:

@@ -1,0 +1,152 @@
+"""The dialog of a test's server: what was said, for the report of a test that fails.
+
+Commands and replies are noted where the session reads and makes them, so that each reply stands below its command
+although pipelined ones leave together; connections, TLS and failures come from the journal. Passwords are not noted:
+the report of a test is public in many places.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Final
+
+from penstock.journal import Journal, JournalSettings, escape
+from penstock.message import Path
+from penstock.reply import Reply
+from penstock.smtp._wire import VERBS, Wire
+from penstock.smtp.events import Event
+from penstock.smtp.offer import Offer
+from penstock.smtp.server import ServerSession
+from penstock.smtp.states import State
+from penstock.transaction import Peer, TlsInfo, Transaction
+
+MOST_LINES: Final = 1000
+"""Lines a dialog keeps; the oldest are forgotten."""
+
+
+class Dialog:
+    """The last lines of all sessions: "#1 C: MAIL FROM:<alice@example.org>". For any thread."""
+
+    def __init__(self, most: int = MOST_LINES) -> None:
+        self._lock = threading.Lock()
+        self._lines: deque[str] = deque(maxlen=most)
+
+    def note(self, session: int, who: str, text: str) -> None:
+        """Note a line: of the client ("C:"), of the server ("S:"), or about them ("--"). Escaped, and cut at 256."""
+        with self._lock:
+            self._lines.append(f"#{session} {who} {escape(text)}".rstrip())
+
+    def lines(self) -> list[str]:
+        """Return the lines, the oldest first."""
+        with self._lock:
+            return list(self._lines)
+
+    def clear(self) -> None:
+        """Forget all lines."""
+        with self._lock:
+            self._lines.clear()
+
+
+class NotedSession(ServerSession):
+    """A session whose dialog is noted."""
+
+    __slots__ = ("_dialog", "_noted", "_number")
+
+    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, dialog: Dialog, number: int) -> None:
+        super().__init__(offer, wire, transaction)
+        self._dialog = dialog
+        self._number = number
+        self._noted = 0
+        """Replies in the out-buffer that were noted."""
+
+    def data_to_send(self) -> bytes:
+        """Do what a session does, once the rest of the replies is noted."""
+        self._note_replies()
+        self._noted = 0
+        return super().data_to_send()
+
+    def _take_line(self) -> Event | None:
+        self._note_replies()
+        self._dialog.note(self._number, "C:", self._command())
+        return super()._take_line()
+
+    def _take_trouble(self, token: int) -> Event | None:
+        self._note_replies()
+        self._dialog.note(self._number, "C:", "(a line, or a text, that breaks a rule)")
+        return super()._take_trouble(token)
+
+    def _end_text(self) -> Event | None:
+        self._note_replies()
+        self._dialog.note(self._number, "C:", f"({self.wire.octets} octets of text)")
+        return super()._end_text()
+
+    def _command(self) -> str:
+        """Return the command without what is secret in it."""
+        if self._state is State.AUTH:
+            return "(an answer, not shown)"
+        verb = VERBS[self.wire.verb]
+        argument = self.wire.argument.decode("utf-8", "replace")
+        if verb == "AUTH":
+            mechanism, blank, initial = argument.partition(" ")
+            return f"AUTH {mechanism}{' (initial response, not shown)' if blank and initial else ''}"
+        return f"{verb} {argument}" if self.wire.verb else argument  # the argument of an unknown verb is its line
+
+    def _note_replies(self) -> None:
+        for reply in self._out[self._noted :]:
+            for line in reply.decode("utf-8", "replace").splitlines():
+                self._dialog.note(self._number, "S:", "334 (a challenge)" if line.startswith("334") else line)
+        self._noted = len(self._out)
+
+
+class NotedJournal(Journal):
+    """A journal that notes in the dialog what no command and no reply tells, and keeps what went wrong in here."""
+
+    def __init__(self, dialog: Dialog) -> None:
+        super().__init__(JournalSettings(events="none"))
+        self._dialog = dialog
+        self.failures: list[BaseException] = []
+        """What was thrown where nothing should be; the first hundred."""
+
+    def connected(self, session: int, peer: Peer, listener: str) -> None:
+        """Note a client."""
+        self._dialog.note(session, "--", f"connected from {peer.literal}:{peer.port}")
+
+    def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
+        """Note a client that was turned away."""
+        self._dialog.note(session, "--", f"turned away: {reply.code} {reply.text} {reply.cause}")
+
+    def tls(self, session: int, peer: Peer, info: TlsInfo) -> None:
+        """Note what TLS agreed on."""
+        self._dialog.note(session, "--", f"{info.version} with {info.cipher}")
+
+    def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
+        """Note who has proved to be whom."""
+        self._dialog.note(session, "--", f"is {name}, by {mechanism}")
+
+    def auth_failed(self, session: int, peer: Peer, name: str, mechanism: str, cause: str) -> None:
+        """Note why an authentication failed."""
+        self._dialog.note(session, "--", f"{mechanism} failed for {name!r}: {cause}")
+
+    def refused(self, session: int, peer: Peer, verb: str, reply: Reply, sender: Path | None, subject: str) -> None:
+        """Note the cause of a refusal, where the reply does not tell it."""
+        if reply.cause:
+            self._dialog.note(session, "--", f"{verb} {subject} refused: {reply.cause}")
+
+    def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
+        """Note a message that did not end."""
+        self._dialog.note(session, "--", f"the message was lost: {cause}")
+
+    def disconnected(self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float) -> None:
+        """Note the end of a session."""
+        self._dialog.note(session, "--", f"the end, after {messages} messages and {seconds:.3f} s")
+
+    def hook_failed(self, hook: str, milestone: str, cause: str) -> None:
+        """Note what a policy threw: its client hears 451, as in earnest."""
+        self._dialog.note(0, "--", f"{hook}.{milestone} failed: {cause}")
+
+    def error(self, session: int, where: str, exc: BaseException) -> None:
+        """Keep a bug, or what the machine lacked."""
+        self._dialog.note(session, "--", f"{where} failed: {type(exc).__name__}: {exc}")
+        if len(self.failures) < 100:
+            self.failures.append(exc)

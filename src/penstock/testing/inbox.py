@@ -1,0 +1,361 @@
+"""The inbox of a test's server: what was received, and waiting for it without sleeping.
+
+Messages are put in by the server's thread and looked at by the test's. A test that waits is woken by the message
+itself, whatever loop it runs in: a condition for those without one, a thread-safe call into trio or asyncio otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from email import message_from_bytes, policy
+from email.message import EmailMessage
+from functools import cached_property
+from typing import Protocol, TypeVar, overload
+
+import trio
+
+from penstock.journal import escape
+from penstock.message import Envelope, Message, MessageId
+from penstock.reply import Reply
+from penstock.transaction import Peer, TlsInfo, Transaction
+
+T = TypeVar("T")
+
+Predicate = Callable[["ReceivedMessage"], bool]
+
+
+@dataclass(frozen=True)
+class ReceivedMessage:
+    """A message that the server has accepted, and how it came."""
+
+    id: MessageId
+    """The id in the server's reply and its Received field."""
+    raw: bytes
+    """The text as it was received: dots un-stuffed, line ends CR LF, no field of the server's own."""
+    envelope: Envelope
+    """What MAIL and RCPT said, their parameters (SIZE, BODY, SMTPUTF8, NOTIFY, ORCPT, RET, ENVID ...) among it."""
+    peer: Peer
+    """The client's address and port, and ours."""
+    hello: str
+    """The name the client gave itself in EHLO, HELO or LHLO."""
+    protocol: str
+    """How it came, in the words of RFC 3848: "ESMTP", "ESMTPSA" (TLS and AUTH), "LMTP", "UTF8SMTPS" ..."""
+    tls: TlsInfo | None
+    """Version and cipher; None when the message came in the clear."""
+    identity: str | None
+    """The user who had authenticated; None without AUTH."""
+    received_at: float
+    """Seconds since the epoch."""
+
+    @property
+    def sender(self) -> str:
+        """The mailbox of MAIL FROM; "" for the null reverse-path of a bounce."""
+        return self.envelope.sender.text
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """The mailboxes of the accepted RCPT TO, in their order."""
+        return tuple(recipient.path.text for recipient in self.envelope.recipients)
+
+    @cached_property
+    def email(self) -> EmailMessage:
+        """The message as Python's email package reads it (policy.default), read at the first look."""
+        return message_from_bytes(self.raw, policy=policy.default)
+
+    @property
+    def subject(self) -> str:
+        """The Subject field, decoded; "" without one."""
+        return str(self.email["Subject"] or "")
+
+    @property
+    def text(self) -> str:
+        """The plain text of the message, decoded, its line ends LF; "" without one."""
+        return self._part("plain")
+
+    @property
+    def html(self) -> str:
+        """The HTML of the message, decoded, its line ends LF; "" without one."""
+        return self._part("html")
+
+    def _part(self, kind: str) -> str:
+        part = self.email.get_body((kind,))
+        return "" if part is None else str(part.get_content()).replace("\r\n", "\n")
+
+    def _shown_subject(self) -> str:
+        try:
+            return self.subject
+        except Exception as exc:  # noqa: BLE001 - the email package throws much at malformed fields
+            return f"(unreadable: {type(exc).__name__})"
+
+    def describe(self) -> str:
+        """Return two lines that say who sent what to whom, and how."""
+        recipients = ", ".join(f"<{escape(name)}>" for name in self.recipients[:10])
+        more = f" and {len(self.recipients) - 10} more" if len(self.recipients) > 10 else ""
+        by = f", as {escape(self.identity)}" if self.identity is not None else ""
+        over = f", {self.tls.version}" if self.tls is not None else ""
+        return (
+            f"<{escape(self.sender)}> -> {recipients}{more}\n"
+            f"    Subject: {escape(self._shown_subject())} ({len(self.raw)} octets, {self.protocol}{over}{by})"
+        )
+
+
+def received(message: Message, transaction: Transaction) -> ReceivedMessage:
+    """Join a message and what is known of the connection it came by."""
+    return ReceivedMessage(
+        id=message.id,
+        raw=b"".join(message.body.chunks()),
+        envelope=message.envelope,
+        peer=transaction.peer,
+        hello=transaction.hello,
+        protocol=transaction.protocol,
+        tls=transaction.tls,
+        identity=transaction.identity,
+        received_at=message.received_at,
+    )
+
+
+class _Waiter(Protocol):
+    """A task that waits for the inbox to change."""
+
+    def wake(self) -> None:
+        """Let it look again. Called in the server's thread."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait until `wake` was called, or for so long."""
+
+
+class _TrioWaiter:
+    def __init__(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._woken = trio.Event()
+
+    def wake(self) -> None:
+        self._token.run_sync_soon(self._woken.set)
+
+    async def sleep(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._woken.wait()
+
+
+class _AsyncioWaiter:
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        self._loop.call_soon_threadsafe(self._woken.set)
+
+    async def sleep(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), seconds)
+
+
+class Inbox(Sequence[ReceivedMessage]):
+    """The messages of a server in the order they came: a sequence, with waiting. For any thread.
+
+    It holds at most `max_messages` of together at most `max_octets`; the server refuses what is more with 452 4.3.1,
+    rather than forgetting a message that a test may look for.
+    """
+
+    def __init__(self, *, max_messages: int, max_octets: int, context: Callable[[], str] = str) -> None:
+        """`context` is asked for what a wait in vain should tell beside what is there."""
+        if max_messages < 1 or max_octets < 1:
+            raise ValueError("an inbox has room for at least one message and one octet")
+        self._max_messages = max_messages
+        self._max_octets = max_octets
+        self._context = context
+        self._changed = threading.Condition()
+        self._messages: list[ReceivedMessage] = []
+        self._octets = 0
+        self._waiters: set[_Waiter] = set()
+        self._failure: BaseException | None = None
+
+    # ---- the server's side
+
+    def put(self, message: ReceivedMessage) -> Reply:
+        """Take a message and wake those who wait. Return the reply for its client."""
+        with self._changed:
+            if len(self._messages) >= self._max_messages:
+                return Reply(452, "4.3.1", f"The inbox of this test is full: max_messages={self._max_messages}")
+            if self._octets + len(message.raw) > self._max_octets:
+                return Reply(452, "4.3.1", f"The inbox of this test is full: max_octets={self._max_octets}")
+            self._messages.append(message)
+            self._octets += len(message.raw)
+            self._wake()
+        return Reply(250, "2.0.0", f"Ok: received as {message.id}")
+
+    def fail(self, failure: BaseException) -> None:
+        """Let everybody who waits, now or later, hear that nothing will come any more."""
+        with self._changed:
+            self._failure = failure
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        for waiter in self._waiters:
+            with suppress(RuntimeError):  # its loop is over
+                waiter.wake()
+
+    # ---- a sequence
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @overload
+    def __getitem__(self, index: int) -> ReceivedMessage: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ReceivedMessage]: ...
+    def __getitem__(self, index: int | slice) -> ReceivedMessage | list[ReceivedMessage]:
+        with self._changed:
+            return self._messages[index]
+
+    @property
+    def last(self) -> ReceivedMessage:
+        """The message that came last. Raise IndexError when there is none."""
+        with self._changed:
+            if not self._messages:
+                raise IndexError("the inbox is empty")
+            return self._messages[-1]
+
+    @property
+    def octets(self) -> int:
+        """Octets of all messages together."""
+        return self._octets
+
+    def clear(self) -> None:
+        """Forget all messages."""
+        with self._changed:
+            self._messages.clear()
+            self._octets = 0
+
+    def __repr__(self) -> str:
+        return f"<Inbox of {len(self)} message{'s' if len(self) != 1 else ''}>"
+
+    # ---- waiting
+
+    def wait(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:
+        """Wait until at least `count` messages are there, and return all that are, in the order they came.
+
+        `timeout` is in seconds. Raise TimeoutError, which tells what has come instead, and what the server has died of
+        when it has. Blocks the thread: in an async test, use `wait_async`.
+        """
+        return self._wait(lambda: self._at_least(count), timeout, _plural(count))
+
+    def wait_for(
+        self,
+        predicate: Predicate | None = None,
+        *,
+        sender: str | None = None,
+        recipient: str | None = None,
+        subject: str | None = None,
+        timeout: float = 5.0,
+    ) -> ReceivedMessage:
+        """Wait for a message that answers the description, and return the first that does.
+
+        It answers when the predicate says so, `sender` is its sender, `recipient` one of its recipients, and `subject`
+        part of its subject: all of those that are given. Messages that came before count. Raise as `wait` does.
+        """
+        wanted, what = _matcher(predicate, sender, recipient, subject)
+        return self._wait(lambda: self._first(wanted), timeout, what)
+
+    async def wait_async(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:  # noqa: ASYNC109 - is told in the error
+        """Do what `wait` does, in a test that runs in trio or asyncio."""
+        return await self._wait_async(lambda: self._at_least(count), timeout, _plural(count))
+
+    async def wait_for_async(
+        self,
+        predicate: Predicate | None = None,
+        *,
+        sender: str | None = None,
+        recipient: str | None = None,
+        subject: str | None = None,
+        timeout: float = 5.0,  # noqa: ASYNC109 - is told in the error
+    ) -> ReceivedMessage:
+        """Do what `wait_for` does, in a test that runs in trio or asyncio."""
+        wanted, what = _matcher(predicate, sender, recipient, subject)
+        return await self._wait_async(lambda: self._first(wanted), timeout, what)
+
+    def _at_least(self, count: int) -> list[ReceivedMessage] | None:
+        return list(self._messages) if len(self._messages) >= count else None
+
+    def _first(self, wanted: Predicate) -> ReceivedMessage | None:
+        return next((message for message in self._messages if wanted(message)), None)
+
+    def _look(self, look: Callable[[], T | None]) -> T | None:
+        """Return what there is, if it is enough. Raise RuntimeError when no more will come."""
+        found = look()
+        if found is None and self._failure is not None:
+            raise RuntimeError("the server has died, nothing more will come") from self._failure
+        return found
+
+    def _wait(self, look: Callable[[], T | None], timeout: float, what: str) -> T:
+        deadline = _deadline(timeout)
+        with self._changed:
+            while (found := self._look(look)) is None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(self._in_vain(timeout, what))
+                self._changed.wait(left)
+        return found
+
+    async def _wait_async(self, look: Callable[[], T | None], timeout: float, what: str) -> T:  # noqa: ASYNC109
+        deadline = _deadline(timeout)
+        while True:
+            waiter: _Waiter = _TrioWaiter() if trio.lowlevel.in_trio_run() else _AsyncioWaiter()
+            with self._changed:
+                found = self._look(look)
+                if found is not None:
+                    return found
+                self._waiters.add(waiter)
+            try:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(self._in_vain(timeout, what))
+                await waiter.sleep(left)
+            finally:
+                with self._changed:
+                    self._waiters.discard(waiter)
+
+    def _in_vain(self, timeout: float, what: str) -> str:
+        """Return what a wait in vain says."""
+        there = "\n".join(f"{number}. {message.describe()}" for number, message in enumerate(self[-10:], 1))
+        parts = [f"waited {timeout:g} s for {what}; {_plural(len(self))} in the inbox", there, self._context()]
+        return "\n".join(part for part in parts if part)
+
+
+def _deadline(timeout: float) -> float:
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"a timeout is a number of seconds, not {timeout!r}")
+    return time.monotonic() + timeout
+
+
+def _plural(count: int) -> str:
+    return f"{count} message{'s' if count != 1 else ''}"
+
+
+def _matcher(
+    predicate: Predicate | None, sender: str | None, recipient: str | None, subject: str | None
+) -> tuple[Predicate, str]:
+    """Return a predicate of all that is given, and what it looks for in words."""
+    asked = {"sender": sender, "recipient": recipient, "subject": subject}
+    words = [f"{name} {text!r}" for name, text in asked.items() if text is not None]
+    if predicate is not None:
+        words.append(f"{getattr(predicate, '__name__', 'a predicate')}")
+    if not words:
+        raise ValueError("say what to wait for: a predicate, sender, recipient or subject")
+
+    def is_wanted(message: ReceivedMessage) -> bool:
+        return (
+            (sender is None or message.sender == sender)
+            and (recipient is None or recipient in message.recipients)
+            and (subject is None or subject in message.subject)
+            and (predicate is None or predicate(message))
+        )
+
+    return is_wanted, f"a message with {' and '.join(words)}"

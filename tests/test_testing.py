@@ -1,0 +1,478 @@
+"""The server for tests: with real clients, each kind of loop, and what it does when something fails."""
+
+from __future__ import annotations
+
+import asyncio
+import doctest
+import os
+import smtplib
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+import aiosmtplib
+import pytest
+import trio
+
+import penstock.testing
+from penstock import Reply, Transaction
+from penstock.message import Recipient
+from penstock.testing import Authority, Inbox, ReceivedMessage, SmtpServer
+
+ALICE = "alice@example.org"
+BOB = "bob@example.org"
+TEXT = "From: alice@example.org\r\nSubject: Hello\r\n\r\nHow are you?\r\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def send(server: SmtpServer, text: str = TEXT, recipients: tuple[str, ...] = (BOB,)) -> None:
+    with smtplib.SMTP(server.host, server.port) as client:
+        client.sendmail(ALICE, recipients, text)
+
+
+@contextmanager
+def meanwhile(function: Callable[..., object], *arguments: object) -> Iterator[None]:
+    """Do something in another thread, and see to it that it has ended."""
+    thread = threading.Thread(target=function, args=arguments)
+    thread.start()
+    yield
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+# ---- clients
+
+
+def test_smtplib_sends_and_the_message_is_there_before_the_250() -> None:
+    with SmtpServer() as server:
+        send(server)
+        message = server.inbox.last
+    assert (message.sender, message.recipients) == (ALICE, (BOB,))
+    assert message.raw == TEXT.encode()
+    assert (message.subject, message.text, message.html) == ("Hello", "How are you?\n", "")
+    assert isinstance(message.email, EmailMessage)
+    assert (message.tls, message.identity, message.protocol) == (None, None, "ESMTP")
+    assert message.peer.address == "127.0.0.1"
+    assert message.envelope.size == len(message.raw)
+
+
+def test_smtplib_checks_the_certificate_of_starttls(made: Authority) -> None:
+    with SmtpServer(tls="starttls", require_tls=True, authority=made) as server:
+        with smtplib.SMTP("localhost", server.port) as client:
+            with pytest.raises(smtplib.SMTPSenderRefused, match="Send STARTTLS first"):
+                client.sendmail(ALICE, [BOB], TEXT)
+            client.starttls(context=server.ssl_context())
+            client.sendmail(ALICE, [BOB], TEXT)
+        tls = server.inbox.last.tls
+    assert tls is not None
+    assert tls.version == "TLSv1.3"
+
+
+def test_a_client_that_trusts_other_authorities_does_not_trust_this_one(made: Authority) -> None:
+    with (
+        SmtpServer(tls="starttls", authority=made) as server,
+        smtplib.SMTP("localhost", server.port) as client,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        client.starttls(context=ssl.create_default_context())
+
+
+def test_smtplib_begins_with_tls(made: Authority) -> None:
+    with SmtpServer(tls="implicit", authority=made) as server:
+        with smtplib.SMTP_SSL(server.host, server.port, context=server.ssl_context()) as client:
+            client.sendmail(ALICE, [BOB], TEXT)
+        assert server.inbox.last.protocol == "ESMTPS"
+
+
+@pytest.mark.parametrize("tls", ["none", "starttls"])
+def test_smtplib_logs_in(made: Authority, tls: Any) -> None:
+    with SmtpServer(tls=tls, users={"alice": "secret"}, require_auth=True, authority=made) as server:
+        with smtplib.SMTP("localhost", server.port) as client:
+            if tls == "starttls":
+                client.starttls(context=server.ssl_context())
+            with pytest.raises(smtplib.SMTPSenderRefused, match="Authentication required"):
+                client.sendmail(ALICE, [BOB], TEXT)
+            with pytest.raises(smtplib.SMTPAuthenticationError):
+                client.login("alice", "wrong")
+            client.login("alice", "secret")
+            client.sendmail(ALICE, [BOB], TEXT)
+        assert server.inbox.last.identity == "alice"
+
+
+def test_passwords_go_through_tls_only_where_there_is_tls(made: Authority) -> None:
+    with (
+        SmtpServer(tls="starttls", users={"alice": "secret"}, authority=made) as server,
+        smtplib.SMTP("localhost", server.port) as client,
+    ):
+        client.ehlo()
+        assert client.esmtp_features["auth"].split() == ["SCRAM-SHA-256"]
+
+
+def test_smtplib_speaks_lmtp_over_a_unix_socket(tmp_path: Path) -> None:
+    with SmtpServer(lmtp=True, address=f"unix:{tmp_path}/lmtp") as server:
+        assert (server.host, server.port) == (f"{tmp_path}/lmtp", 0)
+        with smtplib.LMTP(server.host) as client:
+            client.sendmail(ALICE, [BOB], TEXT)
+        assert server.inbox.last.protocol == "LMTP"
+
+
+def test_a_message_beyond_the_limit_is_refused() -> None:
+    with SmtpServer(max_size=1000) as server:
+        with pytest.raises(smtplib.SMTPSenderRefused, match="Message too big"):
+            send(server, TEXT + "x\r\n" * 1000)
+        assert len(server.inbox) == 0
+
+
+def test_aiosmtplib_sends_in_asyncio(made: Authority) -> None:
+    async def main(server: SmtpServer) -> ReceivedMessage:
+        message = EmailMessage()
+        message["From"], message["To"], message["Subject"] = ALICE, BOB, "Grüße"
+        message.set_content("Wie geht's?")
+        await aiosmtplib.send(
+            message,
+            hostname="localhost",
+            port=server.port,
+            start_tls=True,
+            tls_context=server.ssl_context(),
+            username="alice",
+            password="secret",
+        )
+        return await server.inbox.wait_for_async(subject="Grüße")
+
+    with SmtpServer(tls="starttls", users={"alice": "secret"}, authority=made) as server:
+        message = asyncio.run(main(server))
+    assert (message.text, message.identity, message.protocol) == ("Wie geht's?\n", "alice", "ESMTPSA")
+
+
+async def test_smtplib_sends_in_a_thread_of_trio() -> None:
+    with SmtpServer() as server:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: trio.to_thread.run_sync(send, server))
+            messages = await server.inbox.wait_async()
+    assert [message.subject for message in messages] == ["Hello"]
+
+
+# ---- the inbox
+
+
+def test_a_wait_ends_when_the_message_comes() -> None:
+    with SmtpServer() as server, meanwhile(send, server), meanwhile(send, server, TEXT.replace("Hello", "Good bye")):
+        assert server.inbox.wait_for(subject="Good").subject == "Good bye"
+        messages = server.inbox.wait(2)
+        assert sorted(message.subject for message in messages) == ["Good bye", "Hello"]
+
+
+def test_asyncio_waits_for_a_message_that_comes_later() -> None:
+    async def main() -> list[ReceivedMessage]:
+        with meanwhile(send, server), meanwhile(send, server):
+            return await server.inbox.wait_async(2)
+
+    with SmtpServer() as server:
+        assert len(asyncio.run(main())) == 2
+
+
+def test_a_wait_in_vain_tells_what_came_instead() -> None:
+    with SmtpServer() as server:
+        with pytest.raises(TimeoutError, match="waited 0 s for 1 message; 0 messages in the inbox\nnobody"):
+            server.inbox.wait(timeout=0)
+        send(server)
+        with pytest.raises(TimeoutError) as caught:
+            server.inbox.wait_for(lambda message: "else" in message.text, recipient="eve@example.org", timeout=0)
+    told = str(caught.value)
+    assert told.startswith("waited 0 s for a message with recipient 'eve@example.org' and <lambda>; 1 message in")
+    assert "<alice@example.org> -> <bob@example.org>\n    Subject: Hello" in told
+    assert "C: RCPT TO:<bob@example.org>\n#1 S: 250 2.1.5 Recipient ok" in told
+
+
+async def test_an_async_wait_in_vain_says_so_in_trio() -> None:
+    with SmtpServer() as server, pytest.raises(TimeoutError, match=r"waited 0\.001 s for 3 messages"):
+        await server.inbox.wait_async(3, timeout=0.001)
+
+
+def test_an_async_wait_in_vain_says_so_in_asyncio() -> None:
+    with SmtpServer() as server, pytest.raises(TimeoutError, match="a message with sender 'nobody'"):
+        asyncio.run(server.inbox.wait_for_async(sender="nobody", timeout=0.001))
+
+
+def test_the_inbox_is_a_sequence_that_can_be_cleared() -> None:
+    with SmtpServer() as server:
+        inbox = server.inbox
+        with pytest.raises(IndexError, match="the inbox is empty"):
+            _ = inbox.last
+        for name in ("one", "two", "three"):
+            send(server, TEXT.replace("Hello", name))
+        assert [message.subject for message in inbox] == ["one", "two", "three"]
+        assert (inbox[0].subject, inbox[-1].subject, len(inbox[1:])) == ("one", "three", 2)
+        assert inbox[1] in inbox
+        assert inbox.octets == sum(len(message.raw) for message in inbox)
+        assert repr(inbox) == "<Inbox of 3 messages>"
+        inbox.clear()
+        assert (len(inbox), inbox.octets) == (0, 0)
+
+
+@pytest.mark.parametrize("room", [{"max_messages": 2}, {"max_octets": 2 * len(TEXT)}])
+def test_a_full_inbox_refuses_what_is_more_and_forgets_nothing(room: dict[str, Any]) -> None:
+    with SmtpServer(**room) as server:
+        send(server)
+        send(server)
+        with pytest.raises(smtplib.SMTPDataError, match="The inbox of this test is full: max_"):
+            send(server)
+        assert len(server.inbox) == 2
+        server.inbox.clear()
+        send(server)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("inf"), float("nan")])
+def test_a_wait_has_a_bound(timeout: float) -> None:
+    with pytest.raises(ValueError, match="a timeout is a number of seconds"):
+        Inbox(max_messages=1, max_octets=1).wait(timeout=timeout)
+
+
+def test_a_wait_for_anything_is_refused() -> None:
+    with pytest.raises(ValueError, match="say what to wait for"):
+        Inbox(max_messages=1, max_octets=1).wait_for()
+
+
+def test_a_message_of_two_kinds_of_text_shows_both() -> None:
+    message = EmailMessage()
+    message["Subject"] = "Both"
+    message.set_content("plain\n")
+    message.add_alternative("<p>html</p>\n", subtype="html")
+    with SmtpServer() as server:
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.send_message(message, ALICE, [BOB])
+        got = server.inbox.last
+    assert (got.text, got.html) == ("plain\n", "<p>html</p>\n")
+
+
+# ---- the dialog
+
+
+def test_the_dialog_has_each_reply_below_its_command_and_no_password() -> None:
+    with SmtpServer(users={"alice": "a very secret word"}) as server:
+        with smtplib.SMTP("localhost", server.port, local_hostname="client.example.org") as client:
+            client.login("alice", "a very secret word")
+            client.docmd("AUTH", "LOGIN")
+            client.docmd("XPASS", "one two")
+            client.sendmail(ALICE, [BOB], TEXT)
+        lines = [line.partition(" ")[2] for line in server.dialog.lines()]
+    start = lines.index("C: AUTH PLAIN (initial response, not shown)")
+    assert lines[start + 1 : start + 3] == ["-- is alice, by PLAIN", "S: 235 2.7.0 Authentication succeeded"]
+    assert lines[lines.index("C: AUTH LOGIN") + 1] == "S: 503 5.5.1 Authenticated already"
+    assert lines[lines.index("C: XPASS one two") + 1] == "S: 500 5.5.1 Command unrecognized"
+    assert lines[lines.index(f"C: ({len(TEXT)} octets of text)") + 1].startswith("S: 250 2.0.0 Ok: received as ")
+    assert "secret" not in "\n".join(lines)
+
+
+def test_the_dialog_stands_in_order_when_commands_are_pipelined() -> None:
+    with SmtpServer() as server:
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.ehlo("client.example.org")
+            client.send(f"MAIL FROM:<{ALICE}>\r\nRCPT TO:<{BOB}>\r\nRCPT TO:<>\r\nRSET\r\n")
+            for _ in range(4):
+                client.getreply()
+        lines = [line.partition(" ")[2] for line in server.dialog.lines()]
+    start = lines.index(f"C: MAIL FROM:<{ALICE}>")
+    assert [line[:7] for line in lines[start : start + 8]] == [
+        "C: MAIL", "S: 250 ", "C: RCPT", "S: 250 ", "C: RCPT", "S: 501 ", "C: RSET", "S: 250 ",
+    ]  # fmt: skip
+
+
+# ---- policies
+
+
+class NoEve:
+    """A policy as a user has it."""
+
+    def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> Reply | None:
+        return Reply(550, "5.1.1", "No Eve here") if recipient.path.local == "eve" else None
+
+
+def test_a_policy_is_tested_as_it_is() -> None:
+    with SmtpServer(policies=[NoEve()]) as server:
+        with smtplib.SMTP(server.host, server.port) as client:
+            refused = client.sendmail(ALICE, [BOB, "eve@example.org"], TEXT)
+        assert refused == {"eve@example.org": (550, b"5.1.1 No Eve here")}
+        assert server.inbox.last.recipients == (BOB,)
+
+
+# ---- its life
+
+
+def descriptors() -> list[str]:
+    return os.listdir("/proc/self/fd")
+
+
+def test_nothing_is_left_of_a_server(made: Authority) -> None:
+    with SmtpServer(tls="starttls", authority=made) as server:  # whatever is made once is made now
+        send(server)
+    threads, before = threading.active_count(), len(descriptors())
+    with SmtpServer(tls="starttls", authority=made, grace=0) as server:
+        idle = smtplib.SMTP(server.host, server.port)
+        inside = smtplib.SMTP("localhost", server.port)
+        inside.starttls(context=server.ssl_context())
+        inside.docmd("MAIL", f"FROM:<{ALICE}>")
+        inside.docmd("RCPT", f"TO:<{BOB}>")
+        inside.docmd("DATA")
+    idle.close()
+    inside.close()
+    assert (threading.active_count(), len(descriptors())) == (threads, before)
+    assert server.inbox.octets == 0
+    assert repr(server).endswith("stopped>")
+
+
+def test_a_sender_that_nobody_waits_for_hears_the_rest() -> None:
+    server = SmtpServer(grace=20).start()
+    with meanwhile(send, server):
+        server.inbox.wait()  # its 250 is still to be read, its QUIT to be said
+        server.stop()
+    assert server.dialog.lines()[-2].endswith("S: 221 2.0.0 Bye")
+
+
+def test_idle_clients_hear_that_the_server_stops() -> None:
+    with SmtpServer() as server:
+        client = smtplib.SMTP(server.host, server.port)
+    with client:
+        assert client.getreply() == (421, b"4.3.2 Service shutting down, please try again later")
+
+
+def test_two_servers_share_nothing() -> None:
+    with SmtpServer() as one, SmtpServer() as other:
+        assert one.port != other.port
+        send(one)
+        assert (len(one.inbox), len(other.inbox)) == (1, 0)
+
+
+def test_a_server_is_started_once() -> None:
+    server = SmtpServer()
+    with pytest.raises(RuntimeError, match="not started"):
+        _ = server.port
+    with server, pytest.raises(RuntimeError, match="make another one"):
+        server.start()
+    with pytest.raises(RuntimeError, match="make another one"):
+        server.start()
+    server.stop()  # again, which is nothing
+
+
+def test_an_address_that_is_taken_is_an_error_of_the_start() -> None:
+    with SmtpServer() as server, pytest.raises(OSError, match=f"127.0.0.1:{server.port}"):
+        SmtpServer(address=f"127.0.0.1:{server.port}").start()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"require_auth": True}, "require_auth=True needs users"),
+        ({"require_tls": True}, "require_tls=True needs tls"),
+        ({"users": {"alice": ""}}, "a user has a name and a password"),
+        ({"max_size": -1}, r"listener\[0\].max_size: Expected `int` >= 0"),
+        ({"tls": "smtps"}, r"listener\[0\].tls.mode: Invalid enum value 'smtps'"),
+        ({"listener": {"limit": {}}}, r"listener\[0\].limit: there is no such key; here may stand: address"),
+        ({"domains": ["*.example.org"]}, "is not a domain"),
+        ({"address": "localhost"}, "a listen address looks like"),
+        ({"grace": 60}, "grace is 0 to 20 seconds"),
+        ({"max_messages": 0}, "room for at least one message"),
+    ],
+)
+def test_wrong_options_are_named_at_once(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SmtpServer(**options)
+
+
+def test_something_that_is_no_policy_is_named_at_the_start() -> None:
+    with pytest.raises(ValueError, match="on_rctp is no milestone"):
+        SmtpServer(policies=[type("Typo", (), {"on_rctp": None})()]).start()
+
+
+def test_further_keys_of_the_listener_are_taken() -> None:
+    with SmtpServer(listener={"extensions": {"pipelining": False}}) as server:
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.ehlo()
+        assert "pipelining" not in client.esmtp_features
+
+
+class BrokenError(RuntimeError):
+    """Something that should not happen."""
+
+
+def test_what_breaks_inside_the_server_breaks_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    def put(inbox: Inbox, message: ReceivedMessage) -> Reply:
+        raise BrokenError("on purpose")
+
+    monkeypatch.setattr(Inbox, "put", put)
+    server = SmtpServer().start()
+    with pytest.raises(smtplib.SMTPDataError, match="Temporary failure"):
+        send(server)
+    with pytest.raises(RuntimeError, match="the server has failed: BrokenError: on purpose") as caught:
+        server.stop()
+    assert isinstance(caught.value.__cause__, BrokenError)
+    assert "failed: BrokenError: on purpose" in server.report()
+
+
+def test_what_the_test_throws_is_not_hidden_by_what_breaks_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Inbox, "put", lambda inbox, message: 1 / 0)
+    with pytest.raises(smtplib.SMTPDataError) as caught, SmtpServer() as server:
+        send(server)
+    assert caught.value.__notes__ == ["the server has failed: ZeroDivisionError: division by zero"]
+
+
+def die(server: SmtpServer) -> None:
+    """Let the loop of a server end as it never should."""
+
+    def throw() -> None:
+        raise BrokenError("the end")
+
+    assert server._thread._token is not None
+    server._thread._token.run_sync_soon(throw)
+
+
+def test_a_server_that_dies_wakes_those_who_wait() -> None:
+    server = SmtpServer().start()
+    die(server)
+    with pytest.raises(RuntimeError, match="the server has died"):
+        server.inbox.wait(timeout=20)
+    with pytest.raises(RuntimeError, match="the server has failed: TrioInternalError"):
+        server.stop()
+
+
+async def wait_until_death(server: SmtpServer) -> None:
+    with pytest.raises(RuntimeError, match="the server has died"):
+        await server.inbox.wait_async(timeout=20)
+
+
+async def test_a_server_that_dies_wakes_a_task_that_waits() -> None:
+    server = SmtpServer().start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait_until_death, server)
+        await trio.testing.wait_all_tasks_blocked()
+        die(server)
+    with pytest.raises(RuntimeError, match="the server has failed"):
+        server.stop()
+
+
+def test_a_server_that_can_not_run_says_why_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(*arguments: object, **keywords: object) -> None:
+        raise BrokenError("no legs")
+
+    monkeypatch.setattr("penstock.inbound.server.Worker.run", run)
+    server = SmtpServer()
+    with pytest.raises(RuntimeError, match="the server has failed"):
+        server.start()
+
+
+# ---- what is written about it
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    for module in (penstock.testing, penstock.testing.server):
+        failed, tried = doctest.testmod(module, extraglobs={"smtplib": smtplib})
+        assert tried
+        assert not failed
