@@ -1,0 +1,333 @@
+"""The fixtures, in runs of pytest of their own: with each kind of test, with Django, and over pytest-xdist."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import penstock.testing  # noqa: F401 - a run within this one must not import compiled modules for the first time
+
+pytest_plugins = ["pytester"]
+
+SEND = """
+import smtplib
+
+def send(server, subject="Hello", recipient="bob@example.org"):
+    with smtplib.SMTP(server.host, server.port) as client:
+        client.sendmail("alice@example.org", [recipient], f"Subject: {subject}\\n\\nHow are you?\\n")
+"""
+
+
+@pytest.fixture
+def tests(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Give a folder for tests, with something that sends."""
+    pytester.makepyfile(sending=SEND)
+    pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider\nfilterwarnings = error\n")
+    return pytester
+
+
+def run(tests: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    """Run pytest within this one, which is quick."""
+    return tests.runpytest_inprocess(*arguments)
+
+
+def run_apart(tests: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    """Run pytest as a user does, in a process of its own."""
+    return tests.runpytest_subprocess(*arguments)
+
+
+def test_each_test_has_a_server_of_its_own(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import pytest
+        from sending import send
+
+        @pytest.mark.parametrize("subject", ["one", "two"])
+        def test_mail_arrives(smtp_server, subject):
+            assert len(smtp_server.inbox) == 0
+            send(smtp_server, subject)
+            assert smtp_server.inbox.last.subject == subject
+    """)
+    run(tests).assert_outcomes(passed=2)
+
+
+def test_the_nearest_marker_wins_option_by_option(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import smtplib
+        import pytest
+        from sending import send
+
+        pytestmark = pytest.mark.smtp_server(max_size=1000, users={"alice": "secret"})
+
+        @pytest.mark.smtp_server(require_auth=True)
+        class TestClass:
+            def test_of_the_class(self, smtp_server):
+                with pytest.raises(smtplib.SMTPSenderRefused, match="Authentication required"):
+                    send(smtp_server)
+
+            @pytest.mark.smtp_server(require_auth=False, max_size=5)
+            def test_of_the_function(self, smtp_server):
+                with pytest.raises(smtplib.SMTPSenderRefused, match="Message too big"):
+                    send(smtp_server)
+
+        def test_of_the_module(smtp_server):
+            send(smtp_server)
+            with smtplib.SMTP(smtp_server.host, smtp_server.port) as client:
+                client.ehlo()
+            assert client.esmtp_features["size"] == "1000"
+    """)
+    run(tests).assert_outcomes(passed=3)
+
+
+def test_wrong_options_are_named(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import pytest
+
+        @pytest.mark.smtp_server("starttls")
+        def test_position(smtp_server):
+            pass
+
+        @pytest.mark.smtp_server(tsl="starttls")
+        def test_misspelt(smtp_server):
+            pass
+
+        @pytest.mark.smtp_server(require_auth=True)
+        def test_unfit(smtp_server):
+            pass
+    """)
+    result = run(tests)
+    result.assert_outcomes(errors=3)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*the marker smtp_server takes keyword arguments only: smtp_server(tls='starttls')*",
+            "*unexpected keyword argument 'tsl'*",
+            "*require_auth=True needs users*",
+        ]
+    )
+
+
+def test_several_servers_and_one_authority(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import smtplib
+        from sending import send
+
+        def test_several(smtp_server_factory, smtp_authority):
+            plain = smtp_server_factory()
+            safe = smtp_server_factory(tls="implicit")
+            send(plain)
+            with smtplib.SMTP_SSL("localhost", safe.port, context=smtp_authority.ssl_context()) as client:
+                client.sendmail("alice@example.org", ["eve@example.org"], "Subject: Safe")
+            assert plain.inbox.last.recipients == ("bob@example.org",)
+            assert safe.inbox.last.tls.version == "TLSv1.3"
+            assert safe.ca_file == smtp_authority.ca_file
+    """)
+    run(tests).assert_outcomes(passed=1)
+
+
+def test_a_failing_test_shows_what_was_received_and_said(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        from sending import send
+
+        def test_passes(smtp_server):
+            send(smtp_server, "not shown")
+
+        def test_fails(smtp_server):
+            send(smtp_server, "A wrong subject")
+            assert smtp_server.inbox.last.subject == "The right subject"
+
+        def test_nobody_sends(smtp_server):
+            smtp_server.inbox.wait(timeout=0)
+    """)
+    result = run(tests)
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*_ test_fails _*",
+            "*- smtp_server -*",
+            "<SmtpServer 127.0.0.1:*>: 1 received",
+            "[[]0[]] <alice@example.org> -> <bob@example.org>",
+            "    Subject: A wrong subject (* octets, ESMTP)",
+            "dialog:",
+            "#1 -- connected from *",
+            "#1 C: RCPT TO:<bob@example.org>",
+            "#1 S: 250 2.1.5 Recipient ok",
+            "*_ test_nobody_sends _*",
+            "E *TimeoutError: waited 0 s for 1 message; 0 messages in the inbox",
+            "*- smtp_server -*",
+            "nobody has connected",
+        ]
+    )
+    result.stdout.no_fnmatch_line("*not shown*")
+
+
+def test_what_breaks_inside_the_server_is_an_error_of_the_test(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import smtplib
+        import pytest
+        from penstock.testing import Inbox
+        from sending import send
+
+        def test_server_breaks(smtp_server, monkeypatch):
+            monkeypatch.setattr(Inbox, "put", lambda inbox, message: 1 / 0)
+            with pytest.raises(smtplib.SMTPDataError):
+                send(smtp_server)
+    """)
+    result = run(tests)
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(
+        ["E *RuntimeError: the server has failed: ZeroDivisionError: division by zero", "*- smtp_server -*"]
+    )
+
+
+def test_processes_of_xdist_do_not_disturb_each_other(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import smtplib
+        import pytest
+
+        @pytest.mark.smtp_server(tls="starttls")
+        @pytest.mark.parametrize("number", range(16))
+        def test_mail_arrives(smtp_server, number):
+            with smtplib.SMTP("localhost", smtp_server.port) as client:
+                client.starttls(context=smtp_server.ssl_context())
+                client.sendmail("alice@example.org", ["bob@example.org"], f"Subject: {number}")
+            assert [message.subject for message in smtp_server.inbox] == [str(number)]
+            assert number != 7
+    """)
+    result = run_apart(tests, "-n", "2")
+    result.assert_outcomes(passed=15, failed=1)
+    result.stdout.fnmatch_lines(["*- smtp_server -*", "    Subject: 7 (* octets, ESMTPS, TLSv1.3)"])
+
+
+def test_anyio_tests_wait_in_asyncio_and_in_trio(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import anyio
+        import pytest
+        from sending import send
+
+        pytestmark = pytest.mark.anyio
+
+        @pytest.fixture(params=["asyncio", "trio"])
+        def anyio_backend(request):
+            return request.param
+
+        async def test_mail_arrives(smtp_server):
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.to_thread.run_sync, send, smtp_server)
+                message = await smtp_server.inbox.wait_for_async(recipient="bob@example.org")
+            assert message.subject == "Hello"
+    """)
+    run(tests, "-p", "anyio").assert_outcomes(passed=2)
+
+
+@pytest.mark.parametrize("mode", ["trio_mode = true", "trio_mode = false"])
+def test_trio_tests_wait_with_and_without_the_mode(tests: pytest.Pytester, mode: str) -> None:
+    tests.makeini(f"[pytest]\n{mode}\n")
+    tests.makepyfile("""
+        import pytest
+        import trio
+        from sending import send
+
+        @pytest.mark.trio
+        async def test_mail_arrives(smtp_server, nursery):
+            nursery.start_soon(trio.to_thread.run_sync, send, smtp_server)
+            (message,) = await smtp_server.inbox.wait_async()
+            assert message.subject == "Hello"
+
+        def test_without_a_loop(smtp_server):
+            send(smtp_server)
+            assert len(smtp_server.inbox) == 1
+    """)
+    run(tests).assert_outcomes(passed=2)
+
+
+def test_aiosmtplib_sends(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        from email.message import EmailMessage
+
+        import aiosmtplib
+        import pytest
+
+        @pytest.fixture
+        def anyio_backend():
+            return "asyncio"
+
+        @pytest.mark.anyio
+        @pytest.mark.smtp_server(tls="starttls", users={"alice": "secret"}, require_auth=True)
+        async def test_a_report_is_mailed(smtp_server):
+            message = EmailMessage()
+            message["From"], message["To"], message["Subject"] = "alice@example.org", "bob@example.org", "Report"
+            message.set_content("All is well.")
+            await aiosmtplib.send(
+                message,
+                hostname="localhost",
+                port=smtp_server.port,
+                username="alice",
+                password="secret",
+                tls_context=smtp_server.ssl_context(),
+            )
+            assert smtp_server.inbox.last.text == "All is well.\\n"
+            assert smtp_server.inbox.last.identity == "alice"
+    """)
+    run(tests).assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(("tls", "protocol"), [("none", "ESMTPA"), ("starttls", "ESMTPSA"), ("implicit", "ESMTPSA")])
+def test_django_sends(tests: pytest.Pytester, tls: str, protocol: str) -> None:
+    tests.makepyfile(f"""
+        import pytest
+        from django.conf import settings
+        from django.core.mail import EmailMultiAlternatives, send_mail
+        from django.test import override_settings
+
+        settings.configure()
+
+        @pytest.fixture
+        def mailbox(smtp_server, monkeypatch):
+            monkeypatch.setenv("SSL_CERT_FILE", str(smtp_server.ca_file))
+            with override_settings(**smtp_server.django_settings()):
+                yield smtp_server.inbox
+
+        @pytest.mark.smtp_server(tls="{tls}", users={{"shop": "secret"}}, require_auth=True)
+        def test_an_order_is_confirmed(mailbox):
+            assert send_mail("Your order", "Thank you.", "shop@example.org", ["bob@example.org"]) == 1
+            mail = EmailMultiAlternatives("Grüße", "plain", "shop@example.org", ["eve@example.org"])
+            mail.attach_alternative("<p>html</p>", "text/html")
+            mail.send()
+            first, second = mailbox
+            assert (first.subject, first.text.strip()) == ("Your order", "Thank you.")
+            assert (second.subject, second.html) == ("Grüße", "<p>html</p>")
+            assert (second.sender, second.identity) == ("shop@example.org", "shop")
+            assert second.protocol == "{protocol}"
+    """)
+    run_apart(tests).assert_outcomes(passed=1)
+
+
+def test_unittest_uses_the_server_without_a_fixture(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import unittest
+        from penstock.testing import SmtpServer
+        from sending import send
+
+        class TestMail(unittest.TestCase):
+            def setUp(self):
+                self.server = self.enterContext(SmtpServer())
+
+            def test_mail_arrives(self):
+                send(self.server)
+                self.assertEqual(self.server.inbox.last.subject, "Hello")
+    """)
+    run(tests).assert_outcomes(passed=1)
+
+
+def test_the_marker_and_the_fixtures_are_listed(tests: pytest.Pytester) -> None:
+    run(tests, "--markers").stdout.fnmatch_lines(["@pytest.mark.smtp_server(*options): the options of *"])
+    run(tests, "--fixtures").stdout.fnmatch_lines_random(
+        ["smtp_authority *session scope*", "smtp_server --*", "smtp_server_factory --*"]
+    )
+
+
+def test_a_run_that_needs_no_server_imports_nothing_of_it() -> None:
+    script = "import sys, pytest, penstock.pytest_plugin; print(*sorted(m for m in sys.modules if 'penstock' in m))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.split() == ["penstock", "penstock.pytest_plugin"]
