@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-import penstock.testing  # noqa: F401 - a run within this one must not import compiled modules for the first time
+import penstock.pytest_plugin
+import penstock.testing  # a run within this one must not import compiled modules for the first time
 
 pytest_plugins = ["pytester"]
 
@@ -300,6 +303,22 @@ def test_django_sends(tests: pytest.Pytester, tls: str, protocol: str) -> None:
             assert (second.sender, second.identity) == ("shop@example.org", "shop")
             assert second.protocol == "{protocol}"
     """)
+    run_apart(tests).assert_outcomes(passed=1)
+
+
+EXAMPLES = re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", penstock.pytest_plugin.__doc__ or "")
+"""The indented texts of the documentation."""
+
+
+def test_the_documentation_has_its_examples() -> None:
+    assert len(EXAMPLES) == 5
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split()[-1])
+def test_the_examples_of_the_documentation_run(tests: pytest.Pytester, example: str) -> None:
+    tests.makepyfile(textwrap.dedent(example))
+    if "django" in example:
+        tests.makeconftest("from django.conf import settings\n\nsettings.configure()\n")
     run_apart(tests).assert_outcomes(passed=1)
 
 

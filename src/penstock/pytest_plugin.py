@@ -1,17 +1,86 @@
-"""Fixtures for tests of what sends mail: a real SMTP server in the test's process.
+r"""Fixtures for tests of what sends mail: a real SMTP server in the test's process.
+
+Every test has a server of its own, on a free port, with an empty inbox. With smtplib:
+
+    import smtplib
 
     def test_a_welcome_is_sent(smtp_server):
-        register("bob@example.org", mail_host=smtp_server.host, mail_port=smtp_server.port)
-        assert smtp_server.inbox.wait_for(recipient="bob@example.org").subject == "Welcome"
+        with smtplib.SMTP(smtp_server.host, smtp_server.port) as client:
+            client.sendmail("shop@example.org", ["bob@example.org"], "Subject: Welcome\n\nHello Bob")
+        message = smtp_server.inbox.last
+        assert (message.sender, message.recipients, message.subject) == (
+            "shop@example.org", ("bob@example.org",), "Welcome"
+        )
+
+With the options of penstock.testing.SmtpServer, in a marker of the test, its class or its module:
+
+    import smtplib
+    import pytest
 
     @pytest.mark.smtp_server(tls="starttls", users={"alice": "secret"}, require_auth=True)
-    def test_mail_is_sent_safely(smtp_server): ...
+    def test_mail_is_sent_safely(smtp_server):
+        with smtplib.SMTP("localhost", smtp_server.port) as client:
+            client.starttls(context=smtp_server.ssl_context())
+            client.login("alice", "secret")
+            client.sendmail("alice@example.org", ["bob@example.org"], "Subject: Safe\n\nHello Bob")
+        assert smtp_server.inbox.last.tls.version == "TLSv1.3"
+        assert smtp_server.inbox.last.identity == "alice"
+
+With Django (with pytest-django, set the same on its fixture `settings`):
+
+    import pytest
+    from django.core.mail import send_mail
+    from django.test import override_settings
+
+    @pytest.fixture
+    def mailbox(smtp_server, monkeypatch):
+        monkeypatch.setenv("SSL_CERT_FILE", str(smtp_server.ca_file))  # whom Django trusts; needed with TLS only
+        with override_settings(**smtp_server.django_settings()):
+            yield smtp_server.inbox
+
+    @pytest.mark.smtp_server(tls="starttls", users={"shop": "secret"})
+    def test_an_order_is_confirmed(mailbox):
+        send_mail("Your order", "Thank you.", "shop@example.org", ["bob@example.org"])
+        assert mailbox.last.text.strip() == "Thank you."
+
+With aiosmtplib, in asyncio (here by anyio; pytest-asyncio does as well):
+
+    import aiosmtplib
+    import pytest
+
+    @pytest.fixture
+    def anyio_backend():
+        return "asyncio"
+
+    @pytest.mark.anyio
+    async def test_a_report_is_mailed(smtp_server):
+        await aiosmtplib.send(
+            "Subject: Report\n\nAll is well.", sender="alice@example.org", recipients=["bob@example.org"],
+            hostname=smtp_server.host, port=smtp_server.port,
+        )
+        message = await smtp_server.inbox.wait_for_async(subject="Report")
+        assert message.text == "All is well.\n"
+
+With trio, where smtplib has its place in a thread:
+
+    import smtplib
+    import pytest
+    import trio
+
+    def send(host, port):
+        with smtplib.SMTP(host, port) as client:
+            client.sendmail("alice@example.org", ["bob@example.org"], "Subject: Report\n\nAll is well.")
+
+    @pytest.mark.trio
+    async def test_a_report_is_mailed(smtp_server, nursery):
+        nursery.start_soon(trio.to_thread.run_sync, send, smtp_server.host, smtp_server.port)
+        (message,) = await smtp_server.inbox.wait_async()
+        assert message.subject == "Report"
 
 When a test fails, its report has a section "smtp_server": what was received, and what was said at the end.
 
-The fixtures are plain ones: they work for tests without a loop and for those of pytest-trio, anyio and pytest-asyncio.
-Every test has a server of its own, on a free port, so that tests may run at the same time (pytest-xdist). Nothing of
-Penstock is imported here before a test asks for a fixture.
+The fixtures are plain ones, so that they need no plugin for a loop, and tests may run at the same time (pytest-xdist).
+Nothing of Penstock is imported here before a test asks for a fixture.
 """
 
 from __future__ import annotations
