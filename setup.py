@@ -27,10 +27,11 @@ setup(
     ext_modules=cythonize(
         [
             extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
+            extension("penstock.smtp._session", "session.pyx"),
             extension("penstock.net._poll", "poll.pyx"),
             extension("penstock._histogram", "histogram.pyx"),
         ],
-        include_path=["src"],  # where `from penstock._histogram cimport ...` finds its .pxd
+        include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd
         compiler_directives={
             "language_level": 3,
             "boundscheck": DEBUG,

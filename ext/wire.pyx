@@ -51,9 +51,6 @@ cdef extern from "scan.h" nogil:
 # Tokens. The .pyi gives their meaning.
 NEED_DATA, COMMAND, LINE_TOO_LONG, LINE_BAD_END, LINE_NUL, CHUNK, TEXT_END, TEXT_BROKEN, VIOLATION = range(9)
 
-cdef enum Token:
-    T_NEED_DATA, T_COMMAND, T_LINE_TOO_LONG, T_LINE_BAD_END, T_LINE_NUL, T_CHUNK, T_TEXT_END, T_TEXT_BROKEN, T_VIOLATION
-
 cdef enum Mode:
     M_COMMAND, M_LINE, M_TEXT, M_OCTETS
 
@@ -168,34 +165,6 @@ cdef int verb_number(const unsigned char *p, size_t n) noexcept:
 
 cdef class Wire:
     """The reading side of one connection. See the .pyi for the meaning of each method."""
-
-    # the input: octets [begin, end) of a block wait to be looked at
-    cdef unsigned char *block
-    cdef size_t capacity, begin, end
-    # commands
-    cdef size_t line_limit      # octets a line may have, CRLF included
-    cdef size_t seen            # octets behind begin that hold no LF
-    cdef bint overlong          # the line has passed its limit: drop octets up to its LF
-    cdef readonly int verb
-    cdef readonly bytes argument
-    # text
-    cdef int mode
-    cdef unsigned report, normalize
-    cdef size_t text_line_limit, column
-    cdef bint at_line_start, dropping, ended, held_cr
-    cdef unsigned long long tail      # the last five octets, while only the end of a refused text is looked for
-    cdef bint watching_tail
-    cdef readonly int violation
-    cdef readonly unsigned long long octets   # of the body so far
-    cdef unsigned long long max_octets
-    cdef unsigned long long remaining # of a BDAT chunk
-    cdef bint last                    # the chunk is the last of its message
-    cdef bint counts_text             # a BDAT chunk is text, so its lines are looked at
-    cdef public bint discard          # nobody wants the body: count it and make no chunks
-    cdef bint vectors
-    cdef readonly bytes chunk
-    # a text that grows while it is normalized goes here
-    cdef unsigned char *grown
 
     def __cinit__(self):
         self.block = NULL
@@ -318,6 +287,10 @@ cdef class Wire:
             raise OSError(errno, "recv failed")
 
     def rest(self):
+        self.settle()
+
+    cdef void settle(self) noexcept:
+        """Do what `rest` does, for compiled callers."""
         global in_use
         cdef size_t waiting = self.end - self.begin
         cdef unsigned char *small
@@ -385,13 +358,17 @@ cdef class Wire:
     # ---- output
 
     def next(self):
+        return self.step()
+
+    cdef int step(self) except -1:
+        """Do what `next` does, for compiled callers."""
         if self.mode == M_TEXT:
             return self.next_text()
         if self.mode == M_OCTETS:
             return self.next_octets()
         return self.next_line()
 
-    cdef int next_line(self):
+    cdef int next_line(self) except -1:
         cdef unsigned char *start = self.block + self.begin
         cdef size_t waiting = self.end - self.begin
         cdef unsigned char *lf = NULL
@@ -428,7 +405,7 @@ cdef class Wire:
             return T_COMMAND
         return self.cut(start - self.block, start - self.block + length)
 
-    cdef int cut(self, size_t start, size_t stop):
+    cdef int cut(self, size_t start, size_t stop) except -1:
         """Cut a line into verb and argument."""
         cdef unsigned char *p = self.block + start
         cdef size_t length = stop - start
@@ -533,7 +510,7 @@ cdef class Wire:
             self.grown = NULL
         return some
 
-    cdef int next_text(self):
+    cdef int next_text(self) except -1:
         cdef size_t start = self.begin
         cdef size_t source = start
         cdef size_t out = start
@@ -581,7 +558,7 @@ cdef class Wire:
             return T_TEXT_END
         return T_NEED_DATA
 
-    cdef int watch_tail(self):
+    cdef int watch_tail(self) noexcept:
         """Drop a refused text up to its end, looking at nothing but the last five octets."""
         cdef unsigned long long tail = self.tail
         cdef unsigned char *p = self.block
@@ -605,7 +582,7 @@ cdef class Wire:
         self.tail = tail
         return token
 
-    cdef int next_octets(self):
+    cdef int next_octets(self) except -1:
         cdef size_t start = self.begin
         cdef size_t source = start
         cdef size_t out = start

@@ -13,6 +13,7 @@ For any octets, from any state, in any split:
 4. A closed session stays closed, and says nothing more.
 5. What follows STARTTLS in the same breath is never obeyed.
 6. Text is never obeyed: no octet of a BDAT, in whatever state, and no line between a 354 and its end.
+7. A session that accepts by itself (`unasked`) says and delivers what one does whose driver accepts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from dataclasses import dataclass, field
 
 from penstock import reply as replies
+from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import (
     CLOSED,
@@ -85,14 +87,14 @@ class Play:
 class Driver:
     """Drives a session as a connection does, with simple opinions: `bad` is refused, passwords alternate."""
 
-    def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False) -> None:
+    def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> None:
         offer = Offer(
             hostname="mx", is_lmtp=is_lmtp, max_size=3000, max_recipients=100, max_messages=0 if is_patient else 5,
             max_errors=1000 if is_patient else 12,
             starttls=True, mechanisms=("PLAIN", "LOGIN"), auth_without_tls=True, can_verify=True,
         )  # fmt: skip
         self.session = ServerSession(
-            offer, Wire(text_line_limit=64, max_octets=3000), Transaction(Peer("192.0.2.1", 1))
+            offer, Wire(text_line_limit=64, max_octets=3000), Transaction(Peer("192.0.2.1", 1)), unasked
         )
         self.play = Play()
         self.session.greet()
@@ -151,13 +153,16 @@ class Driver:
             name = type(event).__name__
             if name == "Hello":
                 self._body = b""
-            accepted = replies.GO_AHEAD_DATA if name == "BeginData" else replies.OK
-            session.reply(replies.RELAY_DENIED if "bad@" in repr(event) else accepted)
+            session.reply(replies.RELAY_DENIED if "bad@" in repr(event) else _ACCEPTED.get(name, replies.OK))
 
 
-def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False) -> Play:
+_ACCEPTED = {"BeginData": replies.GO_AHEAD_DATA, "Mail": replies.SENDER_OK, "Rcpt": replies.RECIPIENT_OK}
+_UNASKED = UNASKED_HELLO | UNASKED_MAIL | UNASKED_RCPT
+
+
+def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> Play:
     """Play pieces against a new session; a patient one has no budgets of errors and messages."""
-    driver = Driver(is_lmtp=is_lmtp, is_patient=is_patient)
+    driver = Driver(is_lmtp=is_lmtp, is_patient=is_patient, unasked=unasked)
     for piece in [b"", *pieces]:
         driver.feed(piece)
     return driver.play
@@ -174,6 +179,9 @@ def check(prefix: bytes, data: bytes, cuts: list[int], *, is_lmtp: bool) -> None
     whole = play([octets], is_lmtp=is_lmtp)
     parted = play([octets[a:b] for a, b in itertools.pairwise(places)], is_lmtp=is_lmtp)
     single = play([octets[i : i + 1] for i in range(len(octets))], is_lmtp=is_lmtp)
+    if b"bad@" not in octets:
+        alone = play([octets], is_lmtp=is_lmtp, unasked=_UNASKED)
+        assert alone == whole, "7. a session that is not asked differs"
     for each in (whole, parted, single):
         check_replies(each)
         ends = (b"\r\n" + octets).count(b"\r\n.\r\n") + octets.upper().count(b"LAST")

@@ -108,7 +108,7 @@ class Connection:
 
     handlers: ClassVar[dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]] = {}
     """What each event is for; each handler returns None, or something to await. A kind of connection that answers
-    otherwise has a table of its own."""
+    otherwise has a table of its own, and is asked about all events."""
 
     def __init__(
         self,
@@ -130,7 +130,8 @@ class Connection:
         self._host = host
         self._wire = gate.template.fresh()
         self._transaction = Transaction(peer, gate.name)
-        self._session = ServerSession(gate.offer, self._wire, self._transaction)
+        unasked = gate.unasked if self.handlers is _HANDLERS else 0
+        self._session = ServerSession(gate.offer, self._wire, self._transaction, unasked)
         self._scope: trio.CancelScope | None = None
         """Cancelled to end a wait for the client, but for the one of `attend`, which is nudged instead."""
         self._is_attending = False
@@ -341,7 +342,6 @@ class Connection:
             event = next_event()
             if event is NEED_DATA:
                 if self._last_words is None and (self._is_in_message or not self._host.is_stopping):
-                    self._wire.rest()
                     said = session.data_to_send()
                     return said if self._tls is None else self._tls.encrypt(said)
                 self._leave()
@@ -756,7 +756,7 @@ class Connection:
         self._drop_body("QUIT")
 
 
-Connection.handlers = {
+_HANDLERS: Final[dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]] = {
     Hello: Connection._on_hello,
     Mail: Connection._on_mail,
     Rcpt: Connection._on_rcpt,
@@ -770,3 +770,4 @@ Connection.handlers = {
     AuthAborted: Connection._on_auth_aborted,
     Quit: Connection._on_quit,
 }
+Connection.handlers = _HANDLERS

@@ -18,6 +18,7 @@ from penstock.inbound.limits import AuthThrottle, LimitSettings
 from penstock.journal import Journal
 from penstock.message import MessageIds, Path
 from penstock.policy.pipeline import Pipeline
+from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.offer import Offer
 from penstock.smtp.sasl import ChannelBinding
@@ -126,6 +127,8 @@ class Gate:
     """The delivery, when it keeps nothing and nobody wants to see a message before it."""
     defers: Defers | None = field(init=False)
     """The delivery, when it answers later without keeping a task, and nobody wants to see a message before it."""
+    unasked: int = field(init=False)
+    """The commands that nobody here has an opinion about: the session accepts them by itself."""
     room: HasRoom | None = field(init=False)
     """The delivery, when it can say before a message comes that there is no room for it."""
 
@@ -137,7 +140,12 @@ class Gate:
         object.__setattr__(self, "keeps_body", keeps)
         object.__setattr__(self, "discards", discards)
         object.__setattr__(self, "defers", defers)
-        object.__setattr__(self, "room", self.delivery if isinstance(self.delivery, HasRoom) else None)
+        room = self.delivery if isinstance(self.delivery, HasRoom) else None
+        unasked = 0 if self.pipeline.helo else UNASKED_HELLO
+        unasked |= 0 if self.pipeline.mail or room is not None else UNASKED_MAIL
+        unasked |= 0 if self.pipeline.rcpt or self.domains is not None else UNASKED_RCPT
+        object.__setattr__(self, "room", room)
+        object.__setattr__(self, "unasked", unasked)
 
     def must_announce(self, peer: Peer) -> bool:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""

@@ -1,8 +1,8 @@
 """The grammar of arguments (RFC 5321 4.1.2): octets in, a checked event or the refusal out. Nothing here raises.
 
-Almost every MAIL and RCPT is `FROM:<dot-string@domain>`, perhaps with SIZE and BODY. One expression recognises those
-and builds the answer at once; all others go the full way, which reads the path first and then, since only they tell
-whether UTF-8 is allowed in the path, the parameters before it judges the path.
+Almost every MAIL and RCPT is `FROM:<dot-string@domain>`, perhaps with SIZE and BODY. Those are read by compiled code
+(ext/session.pyx); all others go the full way, which reads the path first and then, since only they tell whether UTF-8
+is allowed in the path, the parameters before it judges the path.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import idna
 from penstock import reply as replies
 from penstock.message import NULL_PATH, Path, Recipient
 from penstock.reply import Reply
+from penstock.smtp._session import BAD_RECIPIENT, BAD_SENDER, plain_mail, plain_rcpt
 from penstock.smtp.events import Mail, Rcpt
 from penstock.smtp.offer import Offer
 from penstock.transaction import NO_PARAMETERS, MailParameters
 
-BAD_SENDER: Final = Reply(501, "5.1.7", "Bad sender address syntax")
-BAD_RECIPIENT: Final = Reply(501, "5.1.3", "Bad recipient address syntax")
 SENDER_NOT_ASCII: Final = Reply(553, "5.6.7", "A sender address that is not ASCII needs SMTPUTF8")
 RECIPIENT_NOT_ASCII: Final = Reply(553, "5.6.7", "A recipient address that is not ASCII needs SMTPUTF8")
 FROM_EXPECTED: Final = Reply(501, "5.5.4", "Syntax: MAIL FROM:<address> [parameters]")
@@ -50,15 +49,6 @@ _ORCPT: Final = re.compile(r"([A-Za-z0-9-]+);(.+)")
 _HEX: Final = re.compile(r"\+([0-9A-F]{2})")
 _HELLO: Final = re.compile(rb"[\x21-\x7e]{1,255}")
 
-_PLAIN_PATH: Final = rb"<([%(a)s]+(?:\.[%(a)s]+)*)@(%(l)s(?:\.%(l)s)*)>" % {
-    b"a": _ATEXT.encode(),
-    b"l": _LABEL.encode(),
-}
-_PLAIN_MAIL: Final = re.compile(
-    rb"FROM:" + _PLAIN_PATH + rb"(?: +SIZE=([0-9]{1,20}))?(?: +BODY=(7BIT|8BITMIME))?", re.IGNORECASE
-)
-_PLAIN_RCPT: Final = re.compile(rb"TO:" + _PLAIN_PATH, re.IGNORECASE)
-
 
 # ---- HELO EHLO LHLO
 
@@ -73,20 +63,8 @@ def parse_hello_name(argument: bytes) -> str | Reply:
 
 def parse_mail(argument: bytes, offer: Offer, *, esmtp: bool, tls: bool) -> Mail | Reply:
     """Read what follows MAIL (RFC 5321 4.1.1.2)."""
-    plain = _PLAIN_MAIL.fullmatch(argument)
-    if plain is not None:
-        local, domain, size, body = plain.groups()
-        if (size is None and body is None) or (esmtp and (body is None or offer.eightbitmime)):
-            path = _plain_path(local, domain)
-            if path is None:
-                return BAD_SENDER
-            if size is None and body is None:
-                return Mail(path, NO_PARAMETERS)
-            octets = None if size is None else int(size)
-            if octets is not None and octets > offer.max_size > 0:
-                return replies.TOO_BIG  # RFC 1870 6.1
-            return Mail(path, MailParameters(octets, "7BIT" if body is None else body.decode().upper()))
-    return parse_any_mail(argument, offer, esmtp=esmtp, tls=tls)
+    plain = plain_mail(argument, esmtp, offer.eightbitmime, offer.max_size)
+    return parse_any_mail(argument, offer, esmtp=esmtp, tls=tls) if plain is None else plain
 
 
 def parse_any_mail(argument: bytes, offer: Offer, *, esmtp: bool, tls: bool) -> Mail | Reply:
@@ -114,11 +92,8 @@ def parse_any_mail(argument: bytes, offer: Offer, *, esmtp: bool, tls: bool) -> 
 
 def parse_rcpt(argument: bytes, offer: Offer, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
     """Read what follows RCPT (RFC 5321 4.1.1.3). `smtputf8`: the MAIL of the transaction asked for it."""
-    plain = _PLAIN_RCPT.fullmatch(argument)
-    if plain is not None:
-        path = _plain_path(*plain.groups())
-        return BAD_RECIPIENT if path is None else Rcpt(Recipient(path))
-    return parse_any_rcpt(argument, offer, esmtp=esmtp, smtputf8=smtputf8)
+    plain = plain_rcpt(argument)
+    return parse_any_rcpt(argument, offer, esmtp=esmtp, smtputf8=smtputf8) if plain is None else plain
 
 
 def parse_any_rcpt(argument: bytes, offer: Offer, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
@@ -140,14 +115,6 @@ def parse_any_rcpt(argument: bytes, offer: Offer, *, esmtp: bool, smtputf8: bool
 
 
 # ---- paths
-
-
-def _plain_path(local: bytes, domain: bytes) -> Path | None:
-    """Return the path of what the fast expression has matched; None when a part of it is too long."""
-    if len(local) > MAX_LOCAL_PART or len(domain) > MAX_DOMAIN or len(local) + len(domain) + 3 > MAX_PATH:
-        return None
-    name, host = local.decode(), domain.decode()
-    return Path(f"{name}@{host}", name, host.lower())
 
 
 def _split(argument: bytes, word: str, expected: Reply, bad: Reply) -> tuple[str, list[str]] | Reply:

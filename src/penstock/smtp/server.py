@@ -19,6 +19,9 @@ Rules
    two sides see at different places), the session ends: never is text of a body read as a command.
 6. The budgets (errors, unknown recipients, failed authentications, messages) belong to the connection: neither RSET
    nor EHLO nor STARTTLS renews them.
+
+What a session is most of the time, that is EHLO, MAIL, RCPT, DATA and QUIT in their plain form, the intake of lines and
+the replies, is compiled: `SessionCore` (ext/session.pyx), which `ServerSession` inherits. Everything else is here.
 """
 
 from __future__ import annotations
@@ -30,31 +33,27 @@ from typing import Final
 from penstock import reply as replies
 from penstock.reply import Reply
 from penstock.smtp import _wire
+from penstock.smtp._session import SessionCore
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import (
-    CLOSED,
-    NEED_DATA,
     Auth,
     AuthAborted,
     AuthResponse,
     BeginData,
-    BodyChunk,
     EndOfMessage,
     Event,
     Expand,
     Hello,
     Mail,
     MessageAborted,
-    Quit,
     Rcpt,
     StartTls,
     Verify,
 )
-from penstock.smtp.grammar import parse_hello_name, parse_mail, parse_rcpt
+from penstock.smtp.grammar import parse_any_mail, parse_any_rcpt, parse_hello_name
 from penstock.smtp.helptext import help_reply
 from penstock.smtp.offer import Offer
 from penstock.smtp.states import (
-    ARGUMENT_LIMIT,
     AUTH_LINE_LIMIT,
     LINE_LIMIT,
     LONGER_LINES,
@@ -62,15 +61,9 @@ from penstock.smtp.states import (
     RULES,
     RULES_BEFORE_AUTH,
     RULES_BEFORE_TLS,
-    Rules,
     State,
 )
 from penstock.transaction import TlsInfo, Transaction
-
-_COMMAND: Final = _wire.COMMAND
-_NEED_DATA: Final = _wire.NEED_DATA
-_CHUNK: Final = _wire.CHUNK
-_TEXT_END: Final = _wire.TEXT_END
 
 VIOLATION_REPLIES: Final[dict[int, Reply]] = {
     _wire.BARE_LF: replies.BARE_LF_IN_TEXT,
@@ -89,7 +82,6 @@ _BAD_LINES: Final[dict[int, Reply]] = {
 _BDAT_WITHOUT_LENGTH: Final = Reply(501, "5.5.4", "BDAT needs the number of octets", closes=True)
 _BDAT_NOT_OFFERED: Final = Reply(502, "5.5.1", "BDAT is not offered here", closes=True)
 _MAX_BDAT_DIGITS: Final = 18
-_BEGIN: Final = BeginData(None)
 # The states, looked up once: Python 3.11 is slow at members of an Enum.
 _AUTH_STATE: Final = State.AUTH
 _BODY: Final = State.BODY
@@ -105,57 +97,25 @@ _REFUSED: Final = State.REFUSED
 _TLS_STATE: Final = State.TLS
 
 
-class ServerSession:
+class ServerSession(SessionCore):
     """One conversation. See the top of this file for how it is driven."""
 
-    __slots__ = (
-        "_answered",
-        "_auth_failures",
-        "_chunk_is_last",
-        "_chunk_refusal",
-        "_event",
-        "_mails",
-        "_out",
-        "_rules",
-        "_state",
-        "_table",
-        "commands",
-        "errors",
-        "has_quit",
-        "last_verb",
-        "offer",
-        "transaction",
-        "unknown",
-        "wire",
-    )
+    __slots__ = ("_auth_failures", "_chunk_is_last", "_chunk_refusal")
 
-    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction) -> None:
-        self.offer = offer
-        self.wire = wire
-        self.transaction = transaction
-        self.commands = 0
-        """Lines so far, whatever they were: what tells a client that talks from one that drips."""
-        self.errors = 0
-        """Commands answered with 5yz so far."""
-        self.unknown = 0
-        """Recipients refused with 5yz so far."""
-        self.last_verb = 0
-        """The number of the last verb, for the journal."""
-        self.has_quit = False
+    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
+        """`unasked` are the events that the driver takes no interest in, `UNASKED_...` of penstock.smtp._session.
+
+        Where the commands behind them are plain, the session accepts them by itself.
+        """
+        super().__init__(offer, wire, transaction, unasked)
         self._auth_failures = 0
-        self._mails = 0
-        self._out: list[bytes] = []
-        self._state = _OPENED
-        self._table: dict[State, Rules] = RULES
-        self._rules: Rules = RULES[_HELLO]
-        self._event: Event | None = None
-        self._answered: Callable[[ServerSession, Reply], None] | None = None
         self._chunk_is_last = False
         self._chunk_refusal: Reply | None = None
         transaction.is_lmtp = offer.is_lmtp
         longest = AUTH_LINE_LIMIT if offer.mechanisms else LINE_LIMIT + LONGER_LINES["MAIL"]
         wire.set_line_limit(longest)
         self._choose_table()
+        self._rules = RULES[_HELLO]
 
     # ---- the driver's side
 
@@ -181,44 +141,6 @@ class ServerSession:
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in octets. Drivers that own a socket let the wire receive them instead."""
         self.wire.feed(data)
-
-    def data_to_send(self) -> bytes:
-        """Return the replies made since the last call, and forget them."""
-        out = self._out
-        if not out:
-            return b""
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
-        return data
-
-    def next_event(self) -> Event:
-        """Return what the client wants next. Raise RuntimeError while an event waits for its answer."""
-        if self._answered is not None:
-            raise RuntimeError(f"{self._event} was not answered")
-        wire_next = self.wire.next
-        while self._state is not _CLOSED:
-            token = wire_next()
-            if token == _COMMAND:
-                event = self._take_line()
-            elif token == _NEED_DATA:
-                return NEED_DATA
-            elif token == _CHUNK:
-                return BodyChunk(self.wire.chunk)
-            elif token == _TEXT_END:
-                event = self._end_text()
-            else:
-                event = self._take_trouble(token)
-            if event is not None:
-                return event
-        return CLOSED
-
-    def reply(self, reply: Reply) -> None:
-        """Answer the last event; see each event for what its answers mean. Raise RuntimeError without one."""
-        answered = self._answered
-        if answered is None:
-            raise RuntimeError("no event waits for an answer")
-        self._answered = None
-        answered(self, reply)
 
     def reply_each(self, answers: Sequence[Reply]) -> None:
         """Answer EndOfMessage in LMTP: a reply for each accepted recipient, in their order (RFC 2033 4.2)."""
@@ -269,10 +191,6 @@ class ServerSession:
 
     # ---- state
 
-    def _enter(self, state: State) -> None:
-        self._state = state
-        self._rules = self._table[state]
-
     def _choose_table(self) -> None:
         """Choose the table of rules for what TLS and AUTH have brought so far."""
         offer, transaction = self.offer, self.transaction
@@ -283,20 +201,6 @@ class ServerSession:
         else:
             self._table = RULES
 
-    def _end_transaction(self) -> None:
-        self.transaction.reset()
-        self._enter(_READY)
-
-    def _say(self, reply: Reply) -> None:
-        """Send a reply; end the session when it says so, or when the budget of errors is used up."""
-        self._out.append(reply.encoded)
-        if reply.closes:
-            self._state = _CLOSED
-        elif reply.code >= 500:
-            self.errors += 1
-            if self.errors > self.offer.max_errors:
-                self.close_with(replies.TOO_MANY_ERRORS)
-
     def _ask(self, event: Event, answered: Callable[[ServerSession, Reply], None]) -> Event:
         """Hold back all that follows until the driver has answered."""
         self._event = event
@@ -305,18 +209,9 @@ class ServerSession:
 
     # ---- lines
 
-    def _take_line(self) -> Event | None:
-        wire = self.wire
-        self.commands += 1
-        if self._state is _AUTH_STATE:
-            return self._take_auth_line(wire.argument)
-        verb = self.last_verb = wire.verb
-        if len(wire.argument) > ARGUMENT_LIMIT[verb]:
-            return self._refuse(replies.LINE_TOO_LONG)
-        refusal = self._rules[verb]
-        if refusal is not None and verb != _BDAT:  # octets follow a BDAT even where it is refused
-            return self._refuse(refusal)
-        return _HANDLERS[verb](self, wire.argument)
+    def _take_verb(self, verb: int, argument: bytes) -> Event | None:
+        """Take a command that is not plain."""
+        return _HANDLERS[verb](self, argument)
 
     def _refuse(self, reply: Reply) -> Event | None:
         """Answer a command with an error of the client's own making; there is no event to tell of."""
@@ -374,86 +269,26 @@ class ServerSession:
 
     # ---- MAIL RCPT
 
-    def _mail(self, argument: bytes) -> Event | None:
-        offer = self.offer
-        if offer.max_messages and self._mails >= offer.max_messages:
-            return self._refuse(replies.TOO_MANY_MESSAGES)
+    def _parse_mail(self, argument: bytes) -> Mail | Reply:
+        """Read a MAIL that is not plain."""
         transaction = self.transaction
-        mail = parse_mail(argument, offer, esmtp=transaction.is_esmtp, tls=transaction.tls is not None)
-        if isinstance(mail, Reply):
-            return self._refuse(mail)
-        self._event = mail
-        self._answered = _mail_answered
-        return mail
+        return parse_any_mail(argument, self.offer, esmtp=transaction.is_esmtp, tls=transaction.tls is not None)
 
-    def _mail_answered(self, reply: Reply) -> None:
-        self._say(reply)
-        if reply.accepts:
-            event = self._event
-            assert isinstance(event, Mail)
-            self._mails += 1
-            transaction = self.transaction
-            if self._state is _REFUSED:
-                transaction.reset()  # a refused BDAT has left its transaction behind
-            transaction.sender, transaction.parameters = event
-            self._state = _MAIL
-            self._rules = self._table[_MAIL]
-
-    def _rcpt(self, argument: bytes) -> Event | None:
+    def _parse_rcpt(self, argument: bytes) -> Rcpt | Reply:
+        """Read a RCPT that is not plain."""
         transaction = self.transaction
-        if len(transaction.recipients) >= self.offer.max_recipients:
-            return self._refuse(replies.TOO_MANY_RECIPIENTS)  # RFC 5321 4.5.3.1.10
-        rcpt = parse_rcpt(argument, self.offer, esmtp=transaction.is_esmtp, smtputf8=transaction.parameters.smtputf8)
-        if isinstance(rcpt, Reply):
-            return self._refuse(rcpt)
-        self._event = rcpt
-        self._answered = _rcpt_answered
-        return rcpt
+        return parse_any_rcpt(
+            argument, self.offer, esmtp=transaction.is_esmtp, smtputf8=transaction.parameters.smtputf8
+        )
 
-    def _rcpt_answered(self, reply: Reply) -> None:
-        self._out.append(reply.encoded)
-        if reply.code < 300:
-            event = self._event
-            assert isinstance(event, Rcpt)
-            self.transaction.recipients.append(event.recipient)
-            self._state = _RCPT
-            self._rules = self._table[_RCPT]
-        elif reply.closes:
-            self._state = _CLOSED
-        elif reply.is_permanent:
-            # Counted apart from errors: a list with a few dead addresses is no attack, a harvest is.
-            self.unknown += 1
-            if self.unknown > self.offer.max_unknown:
-                self.close_with(replies.TOO_MANY_UNKNOWN)
-
-    # ---- DATA
-
-    def _data(self, argument: bytes) -> Event | None:
-        if argument:
-            return self._refuse(replies.NO_ARGUMENT_ALLOWED)
-        parameters = self.transaction.parameters
-        if parameters.body_type == "BINARYMIME":
-            return self._refuse(replies.BINARYMIME_NEEDS_BDAT)  # RFC 3030 3
-        self._event = event = _BEGIN if parameters.size is None else BeginData(parameters.size)
-        self._answered = _data_answered
-        return event
-
-    def _data_answered(self, reply: Reply) -> None:
-        self._say(reply)
-        if reply.accepts:
-            self._state = _BODY
-            self.wire.expect_text()
+    # ---- the end of a text
 
     def _end_text(self) -> Event | None:
-        wire = self.wire
+        """Handle the end of a chunk, or of a text that broke a rule."""
         if self._state is _OCTETS:
             return self._end_chunk()
-        if wire.violation:
-            self._refuse_message(VIOLATION_REPLIES[wire.violation])
-            return None
-        self._event = event = EndOfMessage(wire.octets)
-        self._answered = _message_answered
-        return event
+        self._refuse_message(VIOLATION_REPLIES[self.wire.violation])
+        return None
 
     def _refuse_message(self, reply: Reply) -> None:
         """Refuse a message whose text has ended, for every recipient (RFC 2033 4.2)."""
@@ -461,13 +296,6 @@ class ServerSession:
         self._end_transaction()
         for _ in range(times):
             self._say(reply)
-
-    def _message_answered(self, reply: Reply) -> None:
-        if self.offer.is_lmtp:
-            self._refuse_message(reply)
-            return
-        self._end_transaction()
-        self._say(reply)
 
     # ---- BDAT (RFC 3030)
 
@@ -551,13 +379,6 @@ class ServerSession:
 
     def _noop(self, argument: bytes) -> None:
         self._say(replies.OK)  # RFC 5321 4.1.1.9: an argument is ignored
-
-    def _quit(self, argument: bytes) -> Event | None:
-        if argument:
-            return self._refuse(replies.NO_ARGUMENT_ALLOWED)
-        self.has_quit = True
-        self._say(replies.BYE)
-        return Quit()
 
     def _vrfy(self, argument: bytes) -> Event | None:
         if not argument:
@@ -659,31 +480,25 @@ def _decode_base64(text: bytes) -> bytes | None:
         return None
 
 
-# The answers of the hot path, looked up once.
-_mail_answered = ServerSession._mail_answered
-_rcpt_answered = ServerSession._rcpt_answered
-_data_answered = ServerSession._data_answered
 _message_answered = ServerSession._message_answered
 _auth_answered = ServerSession._auth_answered
 
 _BDAT: Final = NUMBER["BDAT"]
-_HANDLERS: Final[tuple[Callable[[ServerSession, bytes], Event | None], ...]] = (
-    # in the order of _wire.VERBS
-    ServerSession._unknown_verb,
-    ServerSession._hello,
-    ServerSession._hello,
-    ServerSession._hello,
-    ServerSession._mail,
-    ServerSession._rcpt,
-    ServerSession._data,
-    ServerSession._bdat,
-    ServerSession._rset,
-    ServerSession._noop,
-    ServerSession._quit,
-    ServerSession._vrfy,
-    ServerSession._expn,
-    ServerSession._help,
-    ServerSession._auth,
-    ServerSession._starttls,
-    ServerSession._http,
-)
+_HANDLERS: Final[dict[int, Callable[[ServerSession, bytes], Event | None]]] = {
+    NUMBER[verb]: handler
+    for verb, handler in {
+        "": ServerSession._unknown_verb,
+        "HELO": ServerSession._hello,
+        "EHLO": ServerSession._hello,
+        "LHLO": ServerSession._hello,
+        "BDAT": ServerSession._bdat,
+        "RSET": ServerSession._rset,
+        "NOOP": ServerSession._noop,
+        "VRFY": ServerSession._vrfy,
+        "EXPN": ServerSession._expn,
+        "HELP": ServerSession._help,
+        "AUTH": ServerSession._auth,
+        "STARTTLS": ServerSession._starttls,
+        "HTTP": ServerSession._http,
+    }.items()
+}

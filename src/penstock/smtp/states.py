@@ -54,6 +54,8 @@ NUMBER: Final = {name: number for number, name in enumerate(VERBS)}
 
 Rules = tuple[Reply | None, ...]
 """A reply, or None for "allowed", at the number of each verb."""
+Table = tuple[Rules, ...]
+"""The rules at the number of each state; () where no verb is looked up."""
 
 
 def _rules(**refusals: Reply) -> Rules:
@@ -62,42 +64,49 @@ def _rules(**refusals: Reply) -> Rules:
 
 _NO_TRANSACTION = _rules(RCPT=reply.MAIL_FIRST, DATA=reply.MAIL_FIRST, BDAT=reply.MAIL_FIRST)
 
-RULES: Final[dict[State, Rules]] = {
-    State.HELLO: _rules(
-        MAIL=reply.HELLO_FIRST,
-        RCPT=reply.HELLO_FIRST,
-        DATA=reply.HELLO_FIRST,
-        BDAT=reply.HELLO_FIRST,
-        AUTH=reply.EHLO_FIRST,
-        STARTTLS=reply.EHLO_FIRST,
-    ),
-    State.READY: _NO_TRANSACTION,
-    State.MAIL: _rules(
-        MAIL=reply.NESTED_MAIL,
-        DATA=reply.RCPT_FIRST,
-        BDAT=reply.RCPT_FIRST,
-        AUTH=reply.AUTH_IN_TRANSACTION,
-    ),
-    State.RCPT: _rules(MAIL=reply.NESTED_MAIL, AUTH=reply.AUTH_IN_TRANSACTION),
-    State.CHUNKS: _rules(
-        MAIL=reply.NESTED_MAIL,
-        RCPT=reply.RCPT_AFTER_BDAT,
-        DATA=reply.DATA_AFTER_BDAT,
-        AUTH=reply.AUTH_IN_TRANSACTION,
-    ),
-    State.REFUSED: _rules(RCPT=reply.BDAT_ENDED, DATA=reply.BDAT_ENDED, BDAT=reply.BDAT_ENDED),
-}
+
+def _table(rules: dict[State, Rules]) -> Table:
+    return tuple(rules.get(state, ()) for state in State)
+
+
+RULES: Final = _table(
+    {
+        State.HELLO: _rules(
+            MAIL=reply.HELLO_FIRST,
+            RCPT=reply.HELLO_FIRST,
+            DATA=reply.HELLO_FIRST,
+            BDAT=reply.HELLO_FIRST,
+            AUTH=reply.EHLO_FIRST,
+            STARTTLS=reply.EHLO_FIRST,
+        ),
+        State.READY: _NO_TRANSACTION,
+        State.MAIL: _rules(
+            MAIL=reply.NESTED_MAIL,
+            DATA=reply.RCPT_FIRST,
+            BDAT=reply.RCPT_FIRST,
+            AUTH=reply.AUTH_IN_TRANSACTION,
+        ),
+        State.RCPT: _rules(MAIL=reply.NESTED_MAIL, AUTH=reply.AUTH_IN_TRANSACTION),
+        State.CHUNKS: _rules(
+            MAIL=reply.NESTED_MAIL,
+            RCPT=reply.RCPT_AFTER_BDAT,
+            DATA=reply.DATA_AFTER_BDAT,
+            AUTH=reply.AUTH_IN_TRANSACTION,
+        ),
+        State.REFUSED: _rules(RCPT=reply.BDAT_ENDED, DATA=reply.BDAT_ENDED, BDAT=reply.BDAT_ENDED),
+    }
+)
 
 _ALLOWED_BEFORE_TLS = frozenset({"", "HELO", "EHLO", "LHLO", "STARTTLS", "NOOP", "RSET", "HELP", "QUIT", "HTTP"})
 _ALLOWED_BEFORE_AUTH = _ALLOWED_BEFORE_TLS | {"AUTH"}
 
 
-def require(allowed: frozenset[str], refusal: Reply) -> dict[State, Rules]:
+def require(allowed: frozenset[str], refusal: Reply) -> Table:
     """Return the table in which every verb that is not allowed meets the refusal, whatever the state."""
     overlay = tuple(None if verb in allowed else refusal for verb in VERBS)
-    return {
-        state: tuple(over or rule for over, rule in zip(overlay, rules, strict=True)) for state, rules in RULES.items()
-    }
+    return tuple(
+        tuple(over or rule for over, rule in zip(overlay, rules, strict=True)) if rules else () for rules in RULES
+    )
 
 
 RULES_BEFORE_TLS: Final = require(_ALLOWED_BEFORE_TLS, reply.TLS_REQUIRED)

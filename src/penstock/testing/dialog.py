@@ -14,8 +14,8 @@ from typing import Final
 from penstock.journal import Journal, JournalSettings, escape
 from penstock.message import Path
 from penstock.reply import Reply
+from penstock.smtp import _wire
 from penstock.smtp._wire import VERBS, Wire
-from penstock.smtp.events import Event
 from penstock.smtp.offer import Offer
 from penstock.smtp.server import ServerSession
 from penstock.smtp.states import State
@@ -59,6 +59,7 @@ class NotedSession(ServerSession):
         self._number = number
         self._noted = 0
         """Replies in the out-buffer that were noted."""
+        self.observer = self._observe
 
     def data_to_send(self) -> bytes:
         """Do what a session does, once the rest of the replies is noted."""
@@ -66,20 +67,18 @@ class NotedSession(ServerSession):
         self._noted = 0
         return super().data_to_send()
 
-    def _take_line(self) -> Event | None:
+    def _observe(self, token: int) -> None:
+        """Note what the wire has found."""
+        if token in (_wire.NEED_DATA, _wire.CHUNK):
+            return
         self._note_replies()
-        self._dialog.note(self._number, "C:", self._command())
-        return super()._take_line()
-
-    def _take_trouble(self, token: int) -> Event | None:
-        self._note_replies()
-        self._dialog.note(self._number, "C:", "(a line, or a text, that breaks a rule)")
-        return super()._take_trouble(token)
-
-    def _end_text(self) -> Event | None:
-        self._note_replies()
-        self._dialog.note(self._number, "C:", f"({self.wire.octets} octets of text)")
-        return super()._end_text()
+        if token == _wire.COMMAND:
+            told = self._command()
+        elif token == _wire.TEXT_END:
+            told = f"({self.wire.octets} octets of text)"
+        else:
+            told = "(a line, or a text, that breaks a rule)"
+        self._dialog.note(self._number, "C:", told)
 
     def _command(self) -> str:
         """Return the command without what is secret in it."""

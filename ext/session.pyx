@@ -1,0 +1,547 @@
+"""The commonest path of a session: EHLO, MAIL, RCPT, DATA, the end of the text, QUIT, as nearly all clients say them.
+
+Theory
+------
+A session is pure Python (penstock.smtp.server), and so are its rules. But of a hundred commands ninety-nine are the same
+six, in their plainest form, and what they cost decides what a server costs. `SessionCore` is what `ServerSession`
+inherits: the state, the intake of lines, the replies, and these six. Whatever is not plain it leaves to the methods of
+its heir, which is any other verb, any argument with a quoted string, a literal, UTF-8 or a parameter other than SIZE
+and BODY, and all that is wrong.
+
+Rules
+-----
+1. The plain form is a part of the whole grammar: `plain_mail` and `plain_rcpt` say None to what they do not know, and
+   otherwise exactly what `penstock.smtp.grammar` would. A property test holds them to that.
+2. An event that the driver takes no interest in (`unasked`) is answered here with the reply that accepts it, and never
+   made. Nothing else differs: state, transaction and replies are the same.
+3. No I/O, no clock, no policy; nothing is awaited.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.ref cimport Py_INCREF
+from cpython.tuple cimport PyTuple_SET_ITEM
+
+from penstock.smtp._wire cimport T_CHUNK, T_COMMAND, T_NEED_DATA, T_TEXT_END, Wire
+
+from penstock import reply as replies
+from penstock.message import Path, Recipient
+from penstock.reply import Reply
+from penstock.smtp.events import CLOSED, NEED_DATA, BeginData, BodyChunk, EndOfMessage, Mail, Quit, Rcpt
+from penstock.smtp.states import ARGUMENT_LIMIT, State
+from penstock.transaction import NO_PARAMETERS, MailParameters
+
+
+cdef extern from "Python.h":
+    object PyUnicode_DecodeASCII(const char *text, Py_ssize_t size, const char *errors)
+    object PyType_GenericAlloc(object type, Py_ssize_t items)
+
+# What a driver may take no interest in.
+UNASKED_HELLO = 1
+UNASKED_MAIL = 2
+UNASKED_RCPT = 4
+
+cdef enum:
+    U_HELLO = 1
+    U_MAIL = 2
+    U_RCPT = 4
+    # The verbs of the path, by their place in _wire.VERBS.
+    V_EHLO = 2
+    V_MAIL = 4
+    V_RCPT = 5
+    V_DATA = 6
+    V_BDAT = 7
+    V_QUIT = 10
+    # RFC 5321 4.5.3.1.1, 4.5.3.1.2, 4.5.3.1.3 (with the angle brackets), 2.3.5
+    MAX_LOCAL_PART = 64
+    MAX_DOMAIN = 255
+    MAX_PATH = 256
+    MAX_LABEL = 63
+    MAX_HELLO = 255
+    MAX_SIZE_DIGITS = 20    # RFC 1870 5
+
+cdef object AUTH_STATE = State.AUTH
+cdef object BODY_STATE = State.BODY
+cdef object CLOSED_STATE = State.CLOSED
+cdef object HELLO_STATE = State.HELLO
+cdef object MAIL_STATE = State.MAIL
+cdef object OPENED_STATE = State.OPENED
+cdef object RCPT_STATE = State.RCPT
+cdef object READY_STATE = State.READY
+cdef object REFUSED_STATE = State.REFUSED
+
+cdef tuple argument_limit = ARGUMENT_LIMIT
+cdef object need_data = NEED_DATA
+cdef object closed = CLOSED
+cdef object begin_data = BeginData(None)
+cdef object quit_event = Quit()
+cdef object bad_sender = Reply(501, "5.1.7", "Bad sender address syntax")
+cdef object bad_recipient = Reply(501, "5.1.3", "Bad recipient address syntax")
+cdef object too_big = replies.TOO_BIG
+cdef object sender_ok = replies.SENDER_OK
+cdef object recipient_ok = replies.RECIPIENT_OK
+cdef object path_type = Path
+cdef object recipient_type = Recipient
+cdef object mail_type = Mail
+cdef object rcpt_type = Rcpt
+cdef object no_parameters = NO_PARAMETERS
+
+BAD_SENDER = bad_sender
+BAD_RECIPIENT = bad_recipient
+
+
+# ---- the plain grammar
+
+cdef bint[256] is_atext
+cdef bint[256] is_let_dig
+cdef int octet
+for octet in range(256):
+    is_let_dig[octet] = c'0' <= octet <= c'9' or c'A' <= octet <= c'Z' or c'a' <= octet <= c'z'
+    is_atext[octet] = is_let_dig[octet] or (octet < 128 and octet in b"!#$%&'*+-/=?^_`{|}~")
+
+
+cdef object of_type(object type, tuple items):
+    """Return a named tuple without the detour over its constructor."""
+    cdef object made = PyType_GenericAlloc(type, len(items))
+    cdef Py_ssize_t i
+    for i in range(len(items)):
+        Py_INCREF(items[i])
+        PyTuple_SET_ITEM(made, i, items[i])
+    return made
+
+
+cdef size_t skip_local_part(const unsigned char *p, size_t at, size_t stop) noexcept:
+    """Return where a Dot-string ends (RFC 5321 4.1.2), which begins at `at`; 0 when there is none."""
+    while at < stop and is_atext[p[at]]:
+        at += 1
+        if at < stop and p[at] == c'.':
+            at += 1
+            if at == stop or not is_atext[p[at]]:
+                return 0
+    return at
+
+
+cdef size_t skip_domain(const unsigned char *p, size_t at, size_t stop) noexcept:
+    """Return where a Domain of letters, digits and hyphens ends; 0 when there is none."""
+    cdef size_t label
+    while True:
+        label = at
+        while at < stop and (is_let_dig[p[at]] or p[at] == c'-'):
+            at += 1
+        if at == label or at - label > MAX_LABEL or p[label] == c'-' or p[at - 1] == c'-':
+            return 0
+        if at == stop or p[at] != c'.':
+            return at
+        at += 1
+
+
+cdef object plain_path(const unsigned char *p, size_t begin, size_t stop, size_t *end, object bad):
+    """Read `<local@domain>`, which begins at `begin`. Return the path and where it ends, `bad` when a part is too long.
+
+    None is for what is no plain path.
+    """
+    cdef size_t at, local, domain, i
+    cdef char lower[MAX_DOMAIN]
+    if begin >= stop or p[begin] != c'<':
+        return None
+    local = begin + 1
+    at = skip_local_part(p, local, stop)
+    if at == 0 or at == local or at >= stop or p[at] != c'@':
+        return None
+    domain = at + 1
+    at = skip_domain(p, domain, stop)
+    if at == 0 or at >= stop or p[at] != c'>':
+        return None
+    end[0] = at + 1
+    if domain - local - 1 > MAX_LOCAL_PART or at - domain > MAX_DOMAIN or at + 1 - begin > MAX_PATH:
+        return bad
+    for i in range(at - domain):
+        lower[i] = p[domain + i] + 32 if c'A' <= p[domain + i] <= c'Z' else p[domain + i]
+    return of_type(path_type, (
+        PyUnicode_DecodeASCII(<const char *> p + local, at - local, NULL),
+        PyUnicode_DecodeASCII(<const char *> p + local, domain - local - 1, NULL),
+        PyUnicode_DecodeASCII(lower, at - domain, NULL),
+    ))
+
+
+cdef bint says(const unsigned char *p, size_t at, size_t stop, const char *word, size_t length) noexcept:
+    """Say whether a word, given in upper case, stands at a place, in whatever case."""
+    cdef size_t i
+    if stop - at < length:
+        return False
+    for i in range(length):
+        if (p[at + i] & ~32 if c'a' <= p[at + i] <= c'z' else p[at + i]) != <unsigned char> word[i]:
+            return False
+    return True
+
+
+cdef bint begins_with(const unsigned char *p, size_t *at, size_t stop, const char *word, size_t length) noexcept:
+    """Skip blanks and a word behind them. Where that is not what comes, skip nothing and return False."""
+    cdef size_t place = at[0]
+    while place < stop and p[place] == c' ':
+        place += 1
+    if place == at[0] or not says(p, place, stop, word, length):
+        return False
+    at[0] = place + length
+    return True
+
+
+def plain_mail(bytes argument not None, bint esmtp, bint eightbitmime, unsigned long long max_size):
+    cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
+    cdef size_t stop = PyBytes_GET_SIZE(argument)
+    cdef size_t at = 0, digits
+    cdef object path, size = None, body_type = None
+    if not says(p, 0, stop, b"FROM:", 5):
+        return None
+    path = plain_path(p, 5, stop, &at, bad_sender)
+    if path is None:
+        return None
+    if at < stop and begins_with(p, &at, stop, b"SIZE=", 5):
+        digits = at
+        while at < stop and c'0' <= p[at] <= c'9':
+            at += 1
+        if at == digits or at - digits > MAX_SIZE_DIGITS:
+            return None
+        size = int(argument[digits:at])
+    if at < stop and begins_with(p, &at, stop, b"BODY=8BITMIME", 13):
+        body_type = "8BITMIME"
+    elif at < stop and begins_with(p, &at, stop, b"BODY=7BIT", 9):
+        body_type = "7BIT"
+    if at < stop:
+        return None
+    if size is None and body_type is None:
+        return path if path is bad_sender else of_type(mail_type, (path, no_parameters))
+    if not esmtp or (body_type is not None and not eightbitmime):
+        return None
+    if path is bad_sender:
+        return path
+    if size is not None and size > max_size > 0:
+        return too_big  # RFC 1870 6.1
+    return of_type(mail_type, (path, MailParameters(size, "7BIT" if body_type is None else body_type)))
+
+
+def plain_rcpt(bytes argument not None):
+    cdef object recipient = plain_recipient(argument)
+    if recipient is None or recipient is bad_recipient:
+        return recipient
+    return of_type(rcpt_type, (recipient,))
+
+
+cdef object plain_recipient(bytes argument):
+    """Read what follows RCPT, when it is plain. Return the recipient, the refusal of one that is too long, or None."""
+    cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
+    cdef size_t stop = PyBytes_GET_SIZE(argument)
+    cdef size_t at = 0
+    cdef object path
+    if not says(p, 0, stop, b"TO:", 3):
+        return None
+    path = plain_path(p, 3, stop, &at, bad_recipient)
+    if path is None or at < stop:
+        return None
+    if path is bad_recipient:
+        return path
+    return of_type(recipient_type, (path, None, None))
+
+
+cdef object plain_hello(bytes argument):
+    """Return the name behind EHLO, when it is one that everybody takes: printable and not too long; else None."""
+    cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
+    cdef size_t size = PyBytes_GET_SIZE(argument), i
+    if not 1 <= size <= MAX_HELLO:
+        return None
+    for i in range(size):
+        if not c'\x21' <= p[i] <= c'\x7e':
+            return None
+    return PyUnicode_DecodeASCII(<const char *> p, size, NULL)
+
+
+# ---- the session
+
+cdef class SessionCore:
+    """The state of a session and its commonest path. See penstock.smtp.server, which inherits it."""
+
+    cdef readonly object offer
+    cdef readonly Wire wire
+    cdef readonly object transaction
+    cdef public int commands
+    cdef public int errors
+    cdef public int unknown
+    cdef public int last_verb
+    cdef public bint has_quit
+    cdef public int unasked
+    cdef public object observer
+    cdef public int _mails
+    cdef public list _out
+    cdef public object _state
+    cdef public tuple _table
+    cdef public tuple _rules
+    cdef public object _event
+    cdef public object _answered
+    # what the offer says, looked up once
+    cdef bint is_lmtp, eightbitmime
+    cdef unsigned long long max_size
+    cdef Py_ssize_t max_recipients
+    cdef int max_messages, max_errors, max_unknown
+
+    def __init__(self, offer, Wire wire not None, transaction, int unasked=0):
+        self.offer = offer
+        self.wire = wire
+        self.transaction = transaction
+        self.unasked = unasked
+        self._out = []
+        self._state = OPENED_STATE
+        self.is_lmtp = offer.is_lmtp
+        self.eightbitmime = offer.eightbitmime
+        self.max_size = offer.max_size
+        self.max_recipients = offer.max_recipients
+        self.max_messages = offer.max_messages
+        self.max_errors = offer.max_errors
+        self.max_unknown = offer.max_unknown
+
+    # ---- the driver's side
+
+    def data_to_send(self):
+        cdef list out = self._out
+        cdef object data
+        if not out:
+            return b""
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        return data
+
+    def next_event(self):
+        cdef object event
+        cdef int token
+        if self._answered is not None:
+            raise RuntimeError(f"{self._event} was not answered")
+        while self._state is not CLOSED_STATE:
+            token = self.wire.step()
+            if self.observer is not None:
+                self.observer(token)
+            if token == T_COMMAND:
+                event = self.take_line()
+            elif token == T_NEED_DATA:
+                self.wire.settle()
+                return need_data
+            elif token == T_CHUNK:
+                return BodyChunk(self.wire.chunk)
+            elif token == T_TEXT_END and self._state is BODY_STATE and self.wire.violation == 0:
+                event = self._event = EndOfMessage(self.wire.octets)
+                self._answered = message_answered
+            elif token == T_TEXT_END:
+                event = self._end_text()
+            else:
+                event = self._take_trouble(token)
+            if event is not None:
+                return event
+        return closed
+
+    def reply(self, reply):
+        cdef object answered = self._answered
+        if answered is None:
+            raise RuntimeError("no event waits for an answer")
+        self._answered = None
+        if answered is message_answered:
+            self._message_answered(reply)
+        else:
+            answered(self, reply)
+
+    # ---- state and replies
+
+    def _enter(self, state):
+        self.enter(state)
+
+    cdef int enter(self, object state) except -1:
+        self._state = state
+        self._rules = <tuple> self._table[<int> state]
+        return 0
+
+    def _say(self, reply):
+        self.say(reply)
+
+    cdef int say(self, object reply) except -1:
+        """Send a reply; end the session when it says so, or when the budget of errors is used up."""
+        self._out.append(reply.encoded)
+        if reply.closes:
+            self._state = CLOSED_STATE
+        elif reply.code >= 500:
+            self.errors += 1
+            if self.errors > self.max_errors:
+                self.close_with(replies.TOO_MANY_ERRORS)
+        return 0
+
+    def _end_transaction(self):
+        self.transaction.reset()
+        self.enter(READY_STATE)
+
+    # ---- lines
+
+    cdef object take_line(self):
+        """Take a command in. Return the event that it is, None when it was answered."""
+        cdef bytes argument = self.wire.argument
+        cdef int verb = self.wire.verb
+        cdef object refusal
+        self.commands += 1
+        if self._state is AUTH_STATE:
+            return self._take_auth_line(argument)
+        self.last_verb = verb
+        refusal = self._rules[verb]
+        if len(argument) > <Py_ssize_t> argument_limit[verb]:
+            self.say(replies.LINE_TOO_LONG)
+        elif refusal is not None and verb != V_BDAT:  # octets follow a BDAT even where it is refused
+            self.say(refusal)
+        elif verb == V_RCPT:
+            return self.take_rcpt(argument)
+        elif verb == V_MAIL:
+            return self.take_mail(argument)
+        elif verb == V_DATA:
+            return self.take_data(argument)
+        elif verb == V_EHLO:
+            return self.take_ehlo(argument)
+        elif verb == V_QUIT:
+            return self.take_quit(argument)
+        else:
+            return self._take_verb(verb, argument)
+        return None
+
+    cdef object take_ehlo(self, bytes argument):
+        cdef object name, transaction
+        if not self.unasked & U_HELLO or self.is_lmtp or not (self._state is HELLO_STATE or self._state is READY_STATE):
+            return self._take_verb(V_EHLO, argument)
+        name = plain_hello(argument)
+        if name is None:
+            return self._take_verb(V_EHLO, argument)
+        transaction = self.transaction
+        transaction.reset()  # RFC 5321 4.1.4: EHLO is an implicit RSET
+        transaction.hello = name
+        transaction.is_esmtp = True
+        self.enter(READY_STATE)
+        self._out.append(self.offer.ehlo_answer(
+            tls=transaction.tls is not None, authenticated=transaction.identity is not None
+        ))
+        return None
+
+    cdef object take_mail(self, bytes argument):
+        cdef object mail
+        if self.max_messages and self._mails >= self.max_messages:
+            self.say(replies.TOO_MANY_MESSAGES)
+            return None
+        mail = plain_mail(argument, self.transaction.is_esmtp, self.eightbitmime, self.max_size)
+        if mail is None:
+            mail = self._parse_mail(argument)
+        if type(mail) is not mail_type:
+            self.say(mail)
+            return None
+        if self.unasked & U_MAIL:
+            self._out.append(sender_ok.encoded)
+            self.begin_transaction(mail)
+            return None
+        self._event = mail
+        self._answered = mail_answered
+        return mail
+
+    def _mail_answered(self, reply):
+        self.say(reply)
+        if reply.code < 400:
+            self.begin_transaction(self._event)
+
+    cdef int begin_transaction(self, object mail) except -1:
+        cdef object transaction = self.transaction
+        self._mails += 1
+        if self._state is REFUSED_STATE:
+            transaction.reset()  # a refused BDAT has left its transaction behind
+        transaction.sender = mail[0]
+        transaction.parameters = mail[1]
+        self.enter(MAIL_STATE)
+        return 0
+
+    cdef object take_rcpt(self, bytes argument):
+        cdef object recipient, rcpt
+        cdef list recipients = self.transaction.recipients
+        if len(recipients) >= self.max_recipients:
+            self.say(replies.TOO_MANY_RECIPIENTS)  # RFC 5321 4.5.3.1.10
+            return None
+        recipient = plain_recipient(argument)
+        if recipient is None:
+            rcpt = self._parse_rcpt(argument)
+            if type(rcpt) is not rcpt_type:
+                self.say(rcpt)
+                return None
+            recipient = rcpt[0]
+        elif recipient is bad_recipient:
+            self.say(bad_recipient)
+            return None
+        else:
+            rcpt = None
+        if self.unasked & U_RCPT:
+            self._out.append(recipient_ok.encoded)
+            self.add_recipient(recipient)
+            return None
+        if rcpt is None:
+            rcpt = of_type(rcpt_type, (recipient,))
+        self._event = rcpt
+        self._answered = rcpt_answered
+        return rcpt
+
+    def _rcpt_answered(self, reply):
+        cdef int code = reply.code
+        self._out.append(reply.encoded)
+        if code < 300:
+            self.add_recipient(self._event[0])
+        elif reply.closes:
+            self._state = CLOSED_STATE
+        elif code >= 500:
+            # Counted apart from errors: a list with a few dead addresses is no attack, a harvest is.
+            self.unknown += 1
+            if self.unknown > self.max_unknown:
+                self.close_with(replies.TOO_MANY_UNKNOWN)
+
+    cdef int add_recipient(self, object recipient) except -1:
+        cdef list recipients = self.transaction.recipients
+        recipients.append(recipient)
+        if self._state is not RCPT_STATE:
+            self.enter(RCPT_STATE)
+        return 0
+
+    cdef object take_quit(self, bytes argument):
+        if argument:
+            self.say(replies.NO_ARGUMENT_ALLOWED)
+            return None
+        self.has_quit = True
+        self.say(replies.BYE)
+        return quit_event
+
+    cdef object take_data(self, bytes argument):
+        cdef object parameters = self.transaction.parameters
+        cdef object event
+        if argument:
+            self.say(replies.NO_ARGUMENT_ALLOWED)
+            return None
+        if parameters is no_parameters:
+            event = begin_data
+        elif parameters.body_type == "BINARYMIME":
+            self.say(replies.BINARYMIME_NEEDS_BDAT)  # RFC 3030 3
+            return None
+        else:
+            event = BeginData(parameters.size)
+        self._event = event
+        self._answered = data_answered
+        return event
+
+    def _data_answered(self, reply):
+        self.say(reply)
+        if reply.code < 400:
+            self._state = BODY_STATE
+            self.wire.expect_text()
+
+    def _message_answered(self, reply):
+        if self.is_lmtp:
+            self._refuse_message(reply)
+        else:
+            self._end_transaction()
+            self.say(reply)
+
+
+cdef object mail_answered = SessionCore._mail_answered
+cdef object rcpt_answered = SessionCore._rcpt_answered
+cdef object data_answered = SessionCore._data_answered
+cdef object message_answered = SessionCore._message_answered

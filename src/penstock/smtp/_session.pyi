@@ -1,0 +1,78 @@
+"""What the compiled part of the session shows. The theory stands at the top of ext/session.pyx."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from penstock.reply import Reply
+from penstock.smtp._wire import Wire
+from penstock.smtp.events import Event, Mail, Rcpt
+from penstock.smtp.offer import Offer
+from penstock.smtp.states import Rules, State, Table
+from penstock.transaction import Transaction
+
+UNASKED_HELLO: Final = 1
+"""The driver accepts every Hello."""
+UNASKED_MAIL: Final = 2
+"""The driver accepts every Mail."""
+UNASKED_RCPT: Final = 4
+"""The driver accepts every Rcpt."""
+
+BAD_SENDER: Final[Reply]
+BAD_RECIPIENT: Final[Reply]
+
+def plain_mail(argument: bytes, esmtp: bool, eightbitmime: bool, max_size: int) -> Mail | Reply | None:
+    """Read a plain `FROM:<dot-string@domain> SIZE=n BODY=...`; None is for what is not plain."""
+
+def plain_rcpt(argument: bytes) -> Rcpt | Reply | None:
+    """Read a plain `TO:<dot-string@domain>`; None is for what is not plain."""
+
+class SessionCore:
+    """The state of a session and its commonest path. What is not plain it leaves to ServerSession."""
+
+    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
+        """`unasked` are the events that are accepted without asking."""
+    @property
+    def offer(self) -> Offer:
+        """What the session offers."""
+    @property
+    def wire(self) -> Wire:
+        """Its input."""
+    @property
+    def transaction(self) -> Transaction:
+        """What is known so far."""
+    commands: int
+    """Lines so far, whatever they were: what tells a client that talks from one that drips."""
+    errors: int
+    """Commands answered with 5yz so far."""
+    unknown: int
+    """Recipients refused with 5yz so far."""
+    last_verb: int
+    """The number of the last verb, for the journal."""
+    has_quit: bool
+    unasked: int
+    observer: Callable[[int], None] | None
+    """Called with each token of the wire before it is obeyed: for who wants to tell what was said."""
+    _mails: int
+    _out: list[bytes]
+    _state: State
+    _table: Table
+    _rules: Rules
+    _event: Event | None
+    _answered: Callable[[Any, Reply], None] | None
+    def data_to_send(self) -> bytes:
+        """Return the replies made since the last call, and forget them."""
+    def next_event(self) -> Event:
+        """Return what the client wants next. Raise RuntimeError while an event waits for its answer.
+
+        With NEED_DATA the wire has been put to rest: it holds no more than what it waits for the end of.
+        """
+    def reply(self, reply: Reply) -> None:
+        """Answer the last event; see each event for what its answers mean. Raise RuntimeError without one."""
+    def _enter(self, state: State) -> None: ...
+    def _say(self, reply: Reply) -> None:
+        """Send a reply; end the session when it says so, or when the budget of errors is used up."""
+    def _end_transaction(self) -> None: ...
+    def _mail_answered(self, reply: Reply) -> None: ...
+    def _rcpt_answered(self, reply: Reply) -> None: ...
+    def _data_answered(self, reply: Reply) -> None: ...
+    def _message_answered(self, reply: Reply) -> None: ...
