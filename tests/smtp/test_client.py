@@ -149,3 +149,8 @@ def test_scram_proves_who_both_are() -> None:
     final = dialog.respond(Answer(334, (base64.b64encode(server.get_server_first().encode()).decode(),)))
     server.set_client_final(base64.b64decode(final).decode())
     assert dialog.respond(Answer(334, (base64.b64encode(server.get_server_final().encode()).decode(),))) == b"\r\n"
+
+
+def test_what_a_server_says_is_shown_in_one_printable_line() -> None:
+    assert Answer(550, ("a\x1b[2J", "b\u202ec")).text == "550 a?[2J / b?c"
+    assert len(Answer(550, ("x" * 4000,) * 500).text) == 1000

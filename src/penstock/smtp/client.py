@@ -27,6 +27,8 @@ _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?:[ \t]|$)")
 MAX_LINE: Final = 4096
 """Octets of a line of an answer; RFC 5321 4.5.3.1.5 says 512, servers in the field say more."""
 MAX_LINES: Final = 500
+_MOST_TEXT: Final = 1000
+"""Characters of an answer that logs and reports show."""
 
 
 class ProtocolError(ValueError):
@@ -66,48 +68,63 @@ class Answer(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All of it in one line, as a log or a bounce shows it."""
-        return f"{self.code} {' / '.join(self.lines)}"
+        """All of it in one line, as a bounce shows it: printable, at most 1,000 characters."""
+        lines = self.lines
+        text = f"{self.code} {lines[0]}" if len(lines) == 1 else f"{self.code} {' / '.join(lines[:_MOST_TEXT])}"
+        if len(text) > _MOST_TEXT:
+            text = f"{text[: _MOST_TEXT - 3]}..."
+        return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 class AnswerReader:
     """Cuts what a server sends into answers."""
 
-    __slots__ = ("_buffer", "_code", "_lines")
+    __slots__ = ("_buffer", "_code", "_lines", "_place")
 
     def __init__(self) -> None:
         self._buffer = b""
+        self._place = 0
+        """Where in the buffer the next line begins."""
         self._code = 0
         self._lines: list[str] = []
 
     def feed(self, data: bytes | bytearray) -> None:
         """Take what was received."""
-        self._buffer = self._buffer + data if self._buffer else bytes(data)
+        self._buffer = self._buffer[self._place :] + data
+        self._place = 0
 
     @property
     def is_empty(self) -> bool:
         """Nothing is left over, not even half an answer."""
-        return not self._buffer and not self._lines
+        return self._place == len(self._buffer) and not self._lines
 
     def next(self) -> Answer | None:
         """Return the next answer, None before it is whole. Raise ProtocolError for what is none, or too long."""
         while True:
-            line = _LINE.match(self._buffer)
+            line = _LINE.match(self._buffer, self._place)
             if line is None:
-                if b"\n" in self._buffer or len(self._buffer) > MAX_LINE:
-                    raise ProtocolError(f"this is no answer: {self._buffer[:100]!r}")
+                self._expect_more()
                 return None
-            code, mark, text = line.groups()
-            self._buffer = self._buffer[line.end() :]
-            if self._lines and int(code) != self._code:
-                raise ProtocolError(f"an answer changes its code from {self._code} to {int(code)}")
+            digits, mark, text = line.groups()
+            code = int(digits)
+            self._place = line.end()
             if len(text) > MAX_LINE or len(self._lines) >= MAX_LINES:
                 raise ProtocolError("an answer is too long")
-            self._code = int(code)
+            if not self._lines:
+                if mark != b"-":
+                    return Answer(code, (text.decode("utf-8", "replace"),))
+                self._code = code
+            elif code != self._code:
+                raise ProtocolError(f"an answer changes its code from {self._code} to {code}")
             self._lines.append(text.decode("utf-8", "replace"))
             if mark != b"-":
                 lines, self._lines = tuple(self._lines), []
-                return Answer(self._code, lines)
+                return Answer(code, lines)
+
+    def _expect_more(self) -> None:
+        """Raise ProtocolError when what is there will be no line of an answer, whatever comes."""
+        if b"\n" in self._buffer[self._place :] or len(self._buffer) - self._place > MAX_LINE:
+            raise ProtocolError(f"this is no answer: {self._buffer[self._place :][:100]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,23 +225,41 @@ def rcpt_command(recipient: Recipient, offer: Capabilities) -> bytes:
 # ---- the text
 
 
-def stuffed(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a text for DATA: a dot more on each line that begins with one, and the final dot (RFC 5321 4.5.2).
+class Stuffer:
+    """Makes a text fit for DATA as it comes: a dot more on each line that begins with one (RFC 5321 4.5.2).
 
     A text that does not end with CR LF gets one: there is no way around it with DATA.
     """
-    tail = b"\r\n"  # the last octets before this chunk: a line begins here
-    for chunk in chunks:
+
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        self._tail = b"\r\n"
+        """The last octets so far: a line begins with the first."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Return what is to be sent for the next octets of the text."""
         if not chunk:
-            continue
-        if chunk.startswith(b".") and tail.endswith(b"\r\n"):
-            yield b"."
-        elif chunk.startswith(b"\n.") and tail.endswith(b"\r"):
-            yield b"\n."
-            tail, chunk = b"\r\n", chunk[1:]  # noqa: PLW2901 - the rest begins with the dot
-        yield chunk.replace(b"\r\n.", b"\r\n..")
-        tail = (tail + chunk)[-2:]
-    yield b".\r\n" if tail == b"\r\n" else b"\r\n.\r\n"
+            return b""
+        tail = self._tail
+        self._tail = chunk[-2:] if len(chunk) > 1 else (tail + chunk)[-2:]
+        if chunk.startswith(b".") and tail == b"\r\n":
+            return b"." + chunk.replace(b"\r\n.", b"\r\n..")
+        if chunk.startswith(b"\n.") and tail.endswith(b"\r"):
+            return b"\n." + chunk[1:].replace(b"\r\n.", b"\r\n..")
+        return chunk.replace(b"\r\n.", b"\r\n..")
+
+    def end(self) -> bytes:
+        """Return the final dot."""
+        return b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n"
+
+
+def stuffed(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a whole text for DATA, with its final dot; see `Stuffer`."""
+    stuffer = Stuffer()
+    for chunk in chunks:
+        yield stuffer.feed(chunk)
+    yield stuffer.end()
 
 
 def chunked(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
