@@ -1,0 +1,262 @@
+"""The resolver, against a DNS server on the loopback."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from penstock.net.resolver import ResolveError, Resolver, ResolverSettings, parse_server
+from tests.net.nameserver import Zone, nameserver
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def resolving(zone: Zone, **settings: Any) -> AsyncIterator[Resolver]:
+    own_names, clock = settings.pop("own_names", ()), settings.pop("clock", Clock())
+    async with nameserver(zone) as server:
+        given = msgspec.structs.replace(ResolverSettings(servers=(server,)), **settings)
+        yield Resolver(given, own_names=own_names, random_source=random.Random(1), clock=clock)
+
+
+def zone_of(*lines: str, **fields: Any) -> Zone:
+    """Return a zone of lines such as "example.org MX 10 mx.example.org."."""
+    zone = Zone(**fields)
+    for line in lines:
+        name, kind, record = line.split(" ", 2)
+        zone.add(name, kind, record)
+    return zone
+
+
+async def failure(zone: Zone, domain: str = "example.org", **settings: Any) -> ResolveError:
+    async with resolving(zone, **settings) as resolver:
+        with pytest.raises(ResolveError) as error:
+            await resolver.exchangers(domain)
+        return error.value
+
+
+async def test_exchangers_come_best_first_with_their_addresses() -> None:
+    zone = zone_of(
+        "example.org MX 20 Second.example.org.",
+        "example.org MX 10 first.example.org.",
+        "first.example.org A 192.0.2.1",
+        "first.example.org AAAA 2001:db8::1",
+        "second.example.org A 192.0.2.2",
+    )
+    async with resolving(zone) as resolver:
+        assert await resolver.exchangers("Example.ORG") == [
+            (10, "first.example.org", ("192.0.2.1", "2001:db8::1")),
+            (20, "second.example.org", ("192.0.2.2",)),
+        ]
+    async with resolving(zone, families=("ipv6", "ipv4")) as resolver:
+        assert (await resolver.addresses("first.example.org")) == ("2001:db8::1", "192.0.2.1")
+    async with resolving(zone, families=("ipv6",)) as resolver:
+        assert [exchanger.host for exchanger in await resolver.exchangers("example.org")] == ["first.example.org"]
+
+
+async def test_equal_preferences_take_turns() -> None:
+    zone = zone_of(*(f"example.org MX 10 mx{n}.example.org." for n in range(3)), "example.org MX 5 best.example.org.")
+    for host in ("mx0", "mx1", "mx2", "best"):
+        zone.add(f"{host}.example.org", "A", "192.0.2.1")
+    async with resolving(zone) as resolver:
+        orders = [tuple(each.host for each in await resolver.exchangers("example.org")) for _ in range(50)]
+    assert {order[0] for order in orders} == {"best.example.org"}
+    assert len({order[1:] for order in orders}) == 6
+
+
+async def test_a_domain_without_an_mx_is_its_own_exchanger() -> None:
+    async with resolving(zone_of("example.org A 192.0.2.7")) as resolver:
+        assert await resolver.exchangers("example.org") == [(0, "example.org", ("192.0.2.7",))]
+
+
+@pytest.mark.parametrize("follows", [True, False], ids=["followed for us", "followed by us"])
+@pytest.mark.parametrize("record", ["MX 10 mx.example.net.", "A 192.0.2.9"])
+async def test_an_alias_stands_for_its_target(record: str, *, follows: bool) -> None:
+    zone = zone_of("example.org CNAME example.net.", f"example.net {record}", "mx.example.net A 192.0.2.9")
+    zone.follows = follows
+    async with resolving(zone) as resolver:
+        (exchanger,) = await resolver.exchangers("example.org")
+    assert exchanger.addresses == ("192.0.2.9",)
+    assert exchanger.host in ("mx.example.net", "example.net")
+
+
+async def test_aliases_that_lead_nowhere_or_in_circles() -> None:
+    gone = await failure(zone_of("example.org CNAME gone.example.net."))
+    assert (gone.status, gone.is_permanent) == ("5.1.2", True)
+    circle = zone_of("example.org CNAME b.example.net.", "b.example.net CNAME example.org.", follows=False)
+    assert not (await failure(circle)).is_permanent
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["other.org A 192.0.2.1"], "5.1.2"),
+        (["example.org TXT hello"], "5.1.2"),
+        (["example.org MX 0 ."], "5.1.10"),
+        (["example.org MX 10 gone.example.org."], "5.1.2"),
+        (["example.org MX 10 mx.example.org.", "mx.example.org TXT hello"], "5.4.4"),
+    ],
+    ids=["no such domain", "neither MX nor address", "null MX", "an exchanger that does not exist", "no address"],
+)
+async def test_what_the_dns_says_is_not_there_is_permanent(lines: list[str], status: str) -> None:
+    error = await failure(zone_of(*lines))
+    assert (error.status, error.is_permanent) == (status, True)
+    assert "example.org" in error.text
+
+
+@pytest.mark.parametrize("mishap", ["SERVFAIL", "REFUSED", "silence", "garbage"])
+@pytest.mark.parametrize("name", ["example.org", "mx.example.org"])
+async def test_a_server_that_does_not_answer_says_nothing(mishap: str, name: str) -> None:
+    zone = zone_of("example.org MX 10 mx.example.org.", mishaps={name: mishap})
+    error = await failure(zone, timeout=0.05, lifetime=0.15)
+    assert (error.status, error.is_permanent) == ("4.4.3", False)
+
+
+async def test_one_exchanger_without_an_answer_does_not_hide_the_others() -> None:
+    zone = zone_of(
+        "example.org MX 10 first.example.org.",
+        "example.org MX 20 second.example.org.",
+        "second.example.org A 192.0.2.2",
+        mishaps={"first.example.org": "SERVFAIL"},
+    )
+    async with resolving(zone) as resolver:
+        assert [each.host for each in await resolver.exchangers("example.org")] == ["second.example.org"]
+
+
+async def test_we_never_send_to_ourselves_or_to_whom_we_are_the_better_one() -> None:
+    zone = zone_of(
+        "example.org MX 10 first.example.org.",
+        "example.org MX 20 us.example.org.",
+        "example.org MX 20 equal.example.org.",
+        "example.org MX 30 worse.example.org.",
+        "first.example.org A 192.0.2.1",
+        "us.example.org A 192.0.2.2",
+    )
+    async with resolving(zone, own_names=["US.example.org"]) as resolver:
+        assert [each.host for each in await resolver.exchangers("example.org")] == ["first.example.org"]
+        with pytest.raises(ResolveError, match="for this server itself") as error:
+            await resolver.exchangers("us.example.org")
+        assert error.value.status == "5.4.6"
+    error_when_best = await failure(zone, own_names=["first.example.org"])
+    assert (error_when_best.status, error_when_best.is_permanent) == ("5.4.6", True)
+
+
+async def test_answers_live_as_long_as_their_ttl_within_bounds() -> None:
+    clock, zone = Clock(), zone_of("example.org A 192.0.2.1", ttl=300)
+    async with resolving(zone, clock=clock, families=("ipv4",), ttl_least=10, ttl_most=1000) as resolver:
+        await resolver.addresses("example.org")
+        clock.now += 299
+        await resolver.addresses("example.org")
+        assert len(zone.asked) == 1
+        clock.now += 2
+        zone.ttl = 0
+        await resolver.addresses("example.org")
+        clock.now += 9
+        await resolver.addresses("example.org")
+        assert len(zone.asked) == 2
+        clock.now += 2
+        zone.ttl = 1_000_000
+        await resolver.addresses("example.org")
+        clock.now += 1001
+        await resolver.addresses("example.org")
+        assert len(zone.asked) == 4
+
+
+async def test_what_does_not_exist_is_remembered_too() -> None:
+    clock, zone = Clock(), zone_of("other.org A 192.0.2.1", negative_ttl=60)
+    async with resolving(zone, clock=clock) as resolver:
+        for _ in range(3):
+            with pytest.raises(ResolveError):
+                await resolver.exchangers("example.org")
+        assert zone.asked == [("example.org", "MX")]
+        clock.now += 61
+        zone.add("example.org", "A", "192.0.2.1")
+        assert await resolver.exchangers("example.org")
+
+
+async def test_a_failure_is_not_remembered() -> None:
+    zone = zone_of("example.org A 192.0.2.1", mishaps={"example.org": "SERVFAIL"})
+    async with resolving(zone) as resolver:
+        with pytest.raises(ResolveError):
+            await resolver.exchangers("example.org")
+        zone.mishaps.clear()
+        assert await resolver.exchangers("example.org")
+
+
+async def test_the_cache_keeps_no_more_than_it_may() -> None:
+    zone = zone_of(*(f"d{n}.org A 192.0.2.1" for n in range(5)))
+    async with resolving(zone, families=("ipv4",), cache_entries=2) as resolver:
+        for n in (0, 1, 0, 2, 0, 1):
+            await resolver.addresses(f"d{n}.org")
+    assert [name for name, _ in zone.asked] == ["d0.org", "d1.org", "d2.org", "d1.org"]
+
+
+async def test_those_who_ask_at_the_same_time_ask_once() -> None:
+    zone = zone_of("example.org A 192.0.2.1")
+    async with resolving(zone, families=("ipv4",)) as resolver, trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(resolver.addresses, "example.org")
+    assert len(zone.asked) == 1
+
+
+@pytest.mark.parametrize(("domain", "address"), [("[192.0.2.1]", "192.0.2.1"), ("[ipv6:2001:db8::1]", "2001:db8::1")])
+async def test_an_address_literal_needs_no_dns(domain: str, address: str) -> None:
+    zone = Zone()
+    async with resolving(zone) as resolver:
+        assert await resolver.exchangers(domain) == [(0, address, (address,))]
+    assert zone.asked == []
+
+
+async def test_domains_that_are_none_are_permanent() -> None:
+    for domain in ("[x400:whatever]", "a" * 64 + ".org", "a..org", "\u2024.org"):
+        assert (await failure(Zone(), domain)).status == "5.1.2", domain
+
+
+async def test_a_domain_in_unicode_is_asked_for_in_ascii() -> None:
+    zone = zone_of("xn--bcher-kva.example A 192.0.2.1")
+    async with resolving(zone) as resolver:
+        assert (await resolver.exchangers("Bücher.example"))[0].host == "xn--bcher-kva.example"
+
+
+async def test_servers_that_are_not_there_are_temporary() -> None:
+    with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as sock:
+        await sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    resolver = Resolver(ResolverSettings(servers=(f"127.0.0.1:{port}",), timeout=0.05, lifetime=0.1))
+    with pytest.raises(ResolveError) as error:
+        await resolver.exchangers("example.org")
+    assert not error.value.is_permanent
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("192.0.2.53", ("192.0.2.53", 53)),
+        ("127.0.0.1:5353", ("127.0.0.1", 5353)),
+        ("[::1]:53", ("::1", 53)),
+        ("::1", ("::1", 53)),
+        ("2001:db8::1", ("2001:db8::1", 53)),
+    ],
+)
+def test_servers_are_addresses_with_or_without_a_port(text: str, expected: tuple[str, int]) -> None:
+    assert parse_server(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "localhost", "192.0.2.1:0", "192.0.2.1:99999", "1.2.3", "[192.0.2.1"])
+def test_what_is_no_server_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match=r"looks like 192\.0\.2\.53"):
+        Resolver(ResolverSettings(servers=(text,)))
