@@ -269,6 +269,7 @@ cdef class SessionCore:
     cdef public bint has_quit
     cdef public int unasked
     cdef public object observer
+    cdef public tuple remarkable
     cdef public int _mails
     cdef public list _out
     cdef public object _state
@@ -472,7 +473,9 @@ cdef class SessionCore:
             return None
         else:
             rcpt = None
-        if self.unasked & U_RCPT:
+        if self.unasked & U_RCPT and not (
+            self.remarkable is not None and (<str> (<tuple> recipient[0])[1]).startswith(self.remarkable)
+        ):
             self._out.append(recipient_ok.encoded)
             self.add_recipient(recipient)
             return None

@@ -27,7 +27,7 @@ ROWS = [
     {"smtp"},
     {"journal"},
     {"transaction"},
-    {"message", "reply", "metrics", "sequence", "_histogram", "_tally"},
+    {"message", "reply", "metrics", "schema", "sequence", "_histogram", "_tally"},
 ]
 """From the roof to the cellar."""
 

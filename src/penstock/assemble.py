@@ -215,6 +215,7 @@ def make_offer(listener: ListenerSettings, hostname: str) -> Offer:
         pipelining=extensions.pipelining,
         eightbitmime=extensions.eightbitmime,
         smtputf8=extensions.smtputf8,
+        enhancedstatuscodes=extensions.enhancedstatuscodes,
         chunking=extensions.chunking,
         binarymime=extensions.binarymime,
         dsn=extensions.dsn,

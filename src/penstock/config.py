@@ -9,14 +9,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tomli_w
 
+from penstock import schema
 from penstock.auth.base import AuthSettings
 from penstock.delivery.maildir import MaildirSettings
 from penstock.inbound.body import BodySettings
@@ -26,6 +26,7 @@ from penstock.journal import JournalSettings
 from penstock.net.listen import ListenAddress
 from penstock.net.tls import TlsSettings
 from penstock.policy.hooks import HookSettings
+from penstock.schema import SchemaError
 from penstock.smtp.offer import ExtensionSettings
 
 Struct = msgspec.Struct
@@ -139,55 +140,20 @@ def load(path: Path) -> Settings:
 def parse(text: str) -> Settings:
     """Read settings from TOML and check them. Raise ConfigError."""
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"this is not TOML: {exc}") from exc
+        table = schema.parse_table(text)
+    except SchemaError as exc:
+        raise ConfigError(str(exc)) from exc
     return from_table(table)
 
 
 def from_table(table: Mapping[str, object], *, allow_open: bool = False) -> Settings:
     """Make settings of a table, as TOML has it, and check them. Raise ConfigError."""
     try:
-        settings = msgspec.convert(table, Settings)
-    except msgspec.ValidationError as exc:
-        raise ConfigError(_name_the_key(str(exc))) from exc
+        settings = schema.convert(table, Settings)
+    except SchemaError as exc:
+        raise ConfigError(str(exc)) from exc
     check(settings, allow_open=allow_open)
     return settings
-
-
-def _name_the_key(text: str) -> str:
-    """Turn msgspec's "... - at `$.listener[0].tls`" into "listener[0].tls: ..."; list the keys there are."""
-    message, _, place = text.partition(" - at `$")
-    key = place.rstrip("`").lstrip(".")
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
-    if unknown:
-        name = unknown.group(1)
-        known = ", ".join(sorted(keys_of(_struct_at(key))))
-        return f"{key + '.' if key else ''}{name}: there is no such key; here may stand: {known}"
-    return f"{key}: {message}" if key else message
-
-
-def _struct_at(key: str) -> type[Struct]:
-    """Return the settings class at a key such as "listener[0].tls"."""
-    struct: type[Struct] = Settings
-    for name in re.sub(r"\[[^]]*\]", "", key).split("."):
-        if name:
-            field = next(field for field in msgspec.structs.fields(struct) if field.name == name)
-            struct = next(_structs_in(field.type))
-    return struct
-
-
-def _structs_in(annotation: object) -> Iterator[type[Struct]]:
-    """Yield the settings classes that an annotation names."""
-    if isinstance(annotation, type) and issubclass(annotation, Struct):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _structs_in(argument)
-
-
-def keys_of(struct: type[Struct]) -> list[str]:
-    """Return the keys of a settings class."""
-    return [field.encode_name for field in msgspec.structs.fields(struct)]
 
 
 # ---- checking what no single key can know
@@ -265,68 +231,5 @@ def _without_none(value: Any) -> Any:
 
 
 def describe() -> str:
-    """Return the reference of all keys as TOML with the defaults, made from the settings classes themselves.
-
-    Tables that are not there by default are comments.
-    """
-    return "\n".join(_describe(Settings, "")).strip() + "\n"
-
-
-def _describe(struct: type[Struct], place: str) -> Iterator[str]:
-    """Yield the lines of a table: what it is, its keys, then the tables within it."""
-    yield from (f"# {line.strip()}".rstrip() for line in (struct.__doc__ or "").strip().split("\n"))
-    if place:
-        yield place
-    fields = msgspec.structs.fields(struct)
-    for field in fields:
-        if not list(_structs_in(field.type)):
-            yield from _describe_key(field)
-    for field in fields:
-        for inner in _structs_in(field.type):
-            path = f"{place.strip('[]')}.{field.encode_name}".lstrip(".")
-            is_list = get_origin(_without_meta(field.type)) is tuple
-            lines = _describe(inner, f"[[{path}]]" if is_list else f"[{path}]")
-            is_there = bool(_default_of(field))
-            meta = _meta_of(field.type)
-            yield ""
-            if meta is not None and meta.description:
-                yield f"# {meta.description}"
-            yield from (line if is_there or not line or line.startswith("#") else f"#{line}" for line in lines)
-
-
-def _describe_key(field: msgspec.structs.FieldInfo) -> Iterator[str]:
-    meta, default = _meta_of(field.type), _default_of(field)
-    yield ""
-    yield f"# {meta.description if meta else ''} {_bounds(meta)}".rstrip()
-    yield f"{field.encode_name} = {_toml_value(default)}" if default is not None else f"#{field.encode_name} ="
-
-
-def _default_of(field: msgspec.structs.FieldInfo) -> object:
-    if field.default_factory is not msgspec.NODEFAULT:
-        return field.default_factory()
-    return None if field.default is msgspec.NODEFAULT else field.default
-
-
-def _without_meta(annotation: object) -> object:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _meta_of(annotation: object) -> Meta | None:
-    if get_origin(annotation) is Annotated:
-        return next((item for item in get_args(annotation) if isinstance(item, Meta)), None)
-    return None
-
-
-def _bounds(meta: Meta | None) -> str:
-    if meta is None:
-        return ""
-    bounds = [
-        f"{sign} {value}"
-        for sign, value in ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
-        if value is not None
-    ]
-    return f"({', '.join(bounds)})" if bounds else ""
-
-
-def _toml_value(value: object) -> str:
-    return tomli_w.dumps({"x": msgspec.to_builtins(value)}).removeprefix("x = ").strip().replace("\n", " ")
+    """Return the reference of all keys as TOML with the defaults; tables that are not there by default are comments."""
+    return schema.describe(Settings)

@@ -121,6 +121,7 @@ class Connection:
         is_admitted: bool = False,
     ) -> None:
         self._clocks = Deadlines(gate.limits, trio.current_time())
+        self._handlers = self.handlers
         self.number = number
         self._stream = stream
         self._socket = stream if type(stream) is SocketStream else None
@@ -348,7 +349,7 @@ class Connection:
             elif event is CLOSED:
                 return None
             else:
-                self._pending = self.handlers[type(event)](self, event)
+                self._pending = self._handlers[type(event)](self, event)
         if self._pending is None and self._socket is not None:
             self._socket.hold()
             self._wire.rest()
@@ -463,16 +464,20 @@ class Connection:
             )
         return True
 
+    def _tls_context(self) -> ssl.SSLContext:
+        """Return what the handshake is done with."""
+        assert self._gate.tls is not None
+        return self._gate.tls
+
     async def _start_tls(self) -> None:
         """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
-        gate = self._gate
-        assert gate.tls is not None
+        gate, context = self._gate, self._tls_context()
         agreed: Agreed
         if self._socket is not None:
-            agreed = await self._shake_hands(TlsLayer(gate.tls, self._ahead))
+            agreed = await self._shake_hands(TlsLayer(context, self._ahead))
         else:
             transport = AheadStream(self._ahead, self._stream) if self._ahead else self._stream
-            agreed = self._stream = stream = trio.SSLStream(transport, gate.tls, server_side=True)
+            agreed = self._stream = stream = trio.SSLStream(transport, context, server_side=True)
             await self._wait(stream.do_handshake(), is_sending=True)
         info = tls_info(agreed)
         self._session.tls_started(info)

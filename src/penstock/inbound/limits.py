@@ -207,6 +207,12 @@ class Deadlines:
             return replies.SESSION_TIMEOUT
         return words if now >= limit else None
 
+    def stand_still(self, seconds: float) -> None:
+        """Let all clocks run out so much later: the client was kept waiting on purpose."""
+        self._idle_at += seconds
+        self._data_at += seconds
+        self._session_at += seconds
+
     def shorten_data(self, at: float) -> None:
         """Let a message that is under way end at a time, if it would not end before."""
         self._shortened_to = at

@@ -211,6 +211,20 @@ class SocketStream(trio.abc.HalfCloseableStream):
         return self._watch is not None
 
     @property
+    def has_hung_up(self) -> bool:
+        """The peer is known to have closed its side; without a poller that is found out by receiving only."""
+        return self._watch is not None and self._watch.has_hung_up
+
+    def set_option(self, level: int, name: int, value: int | bytes) -> None:
+        """Set an option of the socket. Raise OSError, ClosedResourceError when it was closed here."""
+        self._check_open()
+        sock = socket.socket(fileno=self._fd)
+        try:
+            sock.setsockopt(level, name, value)
+        finally:
+            sock.detach()
+
+    @property
     def is_held(self) -> bool:
         """A turn has held the stream, and it was not resumed."""
         return self._watch is not None and self._watch.is_held

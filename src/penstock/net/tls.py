@@ -111,6 +111,10 @@ class TlsLayer:
         self._incoming.write(data)
         return len(data)
 
+    def feed(self, data: bytes) -> None:
+        """Take in what is encrypted and was received elsewhere."""
+        self._incoming.write(data)
+
     def shake(self, _: int = 0) -> bytes | None:
         """Go on with the handshake: a turn of `attend`. Return what is to be sent, None when it is done.
 

@@ -52,6 +52,8 @@ class SessionCore:
     unasked: int
     observer: Callable[[int], None] | None
     """Called with each token of the wire before it is obeyed: for who wants to tell what was said."""
+    remarkable: tuple[str, ...] | None
+    """Beginnings of local parts that the driver is asked about, whatever `unasked` says."""
     _mails: int
     _out: list[bytes]
     _state: State

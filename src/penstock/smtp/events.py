@@ -56,6 +56,13 @@ class Expand(NamedTuple):
     argument: str
 
 
+class Command(NamedTuple):
+    """RSET, NOOP, VRFY, EXPN or HELP, where the driver has it `announced`. Answer with `obey`, or with a refusal."""
+
+    verb: str
+    argument: bytes
+
+
 class BeginData(NamedTuple):
     """DATA, or the first BDAT of a message. Answer with GO_AHEAD_DATA for both (no 354 is sent for BDAT)."""
 
@@ -115,6 +122,7 @@ Event = (
     | Rcpt
     | Verify
     | Expand
+    | Command
     | BeginData
     | BodyChunk
     | EndOfMessage

@@ -18,6 +18,9 @@ class ExtensionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     pipelining: Annotated[bool, msgspec.Meta(description="PIPELINING (RFC 2920)")] = True
     eightbitmime: Annotated[bool, msgspec.Meta(description="8BITMIME (RFC 6152)")] = True
     smtputf8: Annotated[bool, msgspec.Meta(description="SMTPUTF8 (RFC 6531)")] = True
+    enhancedstatuscodes: Annotated[
+        bool, msgspec.Meta(description="ENHANCEDSTATUSCODES (RFC 2034); replies have the codes either way")
+    ] = True
     chunking: Annotated[bool, msgspec.Meta(description="CHUNKING: BDAT (RFC 3030)")] = True
     binarymime: Annotated[bool, msgspec.Meta(description="BINARYMIME (RFC 3030); only with CHUNKING")] = True
     dsn: Annotated[bool, msgspec.Meta(description="DSN (RFC 3461)")] = True
@@ -58,6 +61,7 @@ class Offer:
     pipelining: bool = True
     eightbitmime: bool = True
     smtputf8: bool = True
+    enhancedstatuscodes: bool = True
     chunking: bool = True
     binarymime: bool = True
     dsn: bool = True
@@ -94,7 +98,8 @@ class Offer:
             lines.append("8BITMIME")  # RFC 6152
         if self.smtputf8:
             lines.append("SMTPUTF8")  # RFC 6531
-        lines.append("ENHANCEDSTATUSCODES")  # RFC 2034
+        if self.enhancedstatuscodes:
+            lines.append("ENHANCEDSTATUSCODES")  # RFC 2034
         if self.chunking:
             lines.append("CHUNKING")  # RFC 3030
             if self.binarymime:

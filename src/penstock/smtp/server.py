@@ -40,6 +40,7 @@ from penstock.smtp.events import (
     AuthAborted,
     AuthResponse,
     BeginData,
+    Command,
     EndOfMessage,
     Event,
     Expand,
@@ -82,6 +83,9 @@ _BAD_LINES: Final[dict[int, Reply]] = {
 _BDAT_WITHOUT_LENGTH: Final = Reply(501, "5.5.4", "BDAT needs the number of octets", closes=True)
 _BDAT_NOT_OFFERED: Final = Reply(502, "5.5.1", "BDAT is not offered here", closes=True)
 _MAX_BDAT_DIGITS: Final = 18
+CAN_BE_ANNOUNCED: Final = frozenset(NUMBER[verb] for verb in ("RSET", "NOOP", "VRFY", "EXPN", "HELP"))
+"""Verbs that a session sees to by itself, unless its driver wants to be asked."""
+NOTHING_ANNOUNCED: Final[frozenset[int]] = frozenset()
 # The states, looked up once: Python 3.11 is slow at members of an Enum.
 _AUTH_STATE: Final = State.AUTH
 _BODY: Final = State.BODY
@@ -100,7 +104,7 @@ _TLS_STATE: Final = State.TLS
 class ServerSession(SessionCore):
     """One conversation. See the top of this file for how it is driven."""
 
-    __slots__ = ("_auth_failures", "_chunk_is_last", "_chunk_refusal")
+    __slots__ = ("_auth_failures", "_chunk_is_last", "_chunk_refusal", "announced")
 
     def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
         """`unasked` are the events that the driver takes no interest in, `UNASKED_...` of penstock.smtp._session.
@@ -108,6 +112,8 @@ class ServerSession(SessionCore):
         Where the commands behind them are plain, the session accepts them by itself.
         """
         super().__init__(offer, wire, transaction, unasked)
+        self.announced: frozenset[int] = NOTHING_ANNOUNCED
+        """The numbers of verbs that are put to the driver as a Command, of `CAN_BE_ANNOUNCED`."""
         self._auth_failures = 0
         self._chunk_is_last = False
         self._chunk_refusal: Reply | None = None
@@ -182,6 +188,14 @@ class ServerSession(SessionCore):
         if self._state is not _OPENED:  # implicit TLS has not been greeted yet
             self._enter(_HELLO)
 
+    def obey(self) -> Event | None:
+        """Answer Command: do what it asks for. Return the MessageAborted of a RSET that ended a text."""
+        command = self._event
+        if self._answered is None or not isinstance(command, Command):
+            raise RuntimeError("no command waits to be obeyed")
+        self._answered = None
+        return _HANDLERS[NUMBER[command.verb]](self, command.argument)
+
     def close_with(self, reply: Reply) -> None:
         """End the session from outside, in whatever state: a clock ran out, or the server stops (421)."""
         if self._state is not _CLOSED:
@@ -211,6 +225,8 @@ class ServerSession(SessionCore):
 
     def _take_verb(self, verb: int, argument: bytes) -> Event | None:
         """Take a command that is not plain."""
+        if verb in self.announced:
+            return self._ask(Command(_wire.VERBS[verb], argument), ServerSession._say)
         return _HANDLERS[verb](self, argument)
 
     def _refuse(self, reply: Reply) -> Event | None:

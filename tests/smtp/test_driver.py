@@ -1,0 +1,86 @@
+"""What a driver of the session may ask to be asked about."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock import reply as replies
+from penstock.reply import Reply
+from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_RCPT
+from penstock.smtp._wire import Wire
+from penstock.smtp.events import CLOSED, NEED_DATA, BeginData, BodyChunk, Command, MessageAborted, Rcpt
+from penstock.smtp.offer import Offer
+from penstock.smtp.server import CAN_BE_ANNOUNCED, ServerSession
+from penstock.transaction import Peer, Transaction
+
+UNASKED = UNASKED_HELLO | UNASKED_MAIL | UNASKED_RCPT
+
+
+def session_of(unasked: int = 0) -> ServerSession:
+    session = ServerSession(Offer(), Wire(), Transaction(Peer("192.0.2.1", 1)), unasked)
+    session.greet()
+    session.data_to_send()
+    return session
+
+
+@pytest.mark.parametrize("line", [b"NOOP", b"RSET", b"HELP", b"VRFY bob", b"EXPN list"])
+def test_an_announced_command_is_obeyed_as_it_would_have_been(line: bytes) -> None:
+    plain, asked = session_of(), session_of()
+    asked.announced = CAN_BE_ANNOUNCED
+    for session in (plain, asked):
+        session.receive(line + b"\r\n")
+    assert plain.next_event() is NEED_DATA
+    event = asked.next_event()
+    assert event == Command(line[:4].decode(), line[5:])
+    assert asked.obey() is None
+    assert asked.next_event() is NEED_DATA
+    assert asked.data_to_send() == plain.data_to_send()
+
+
+def test_an_announced_command_may_be_refused() -> None:
+    session = session_of()
+    session.announced = CAN_BE_ANNOUNCED
+    session.receive(b"NOOP\r\nRSET\r\n")
+    session.next_event()
+    session.reply(Reply(450, "4.3.0", "Not now"))
+    session.next_event()
+    session.reply(replies.SHUTTING_DOWN)
+    assert session.next_event() is CLOSED
+    assert session.data_to_send() == b"450 4.3.0 Not now\r\n" + replies.SHUTTING_DOWN.encoded
+
+
+def test_an_obeyed_rset_tells_of_the_text_it_has_ended() -> None:
+    session = session_of(UNASKED)
+    session.announced = CAN_BE_ANNOUNCED
+    session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 1\r\nxRSET\r\n")
+    assert isinstance(session.next_event(), BeginData)
+    session.reply(replies.GO_AHEAD_DATA)
+    assert isinstance(session.next_event(), BodyChunk)
+    assert isinstance(session.next_event(), Command)
+    assert isinstance(session.obey(), MessageAborted)
+    assert session.transaction.sender is None
+
+
+def test_only_a_command_is_obeyed() -> None:
+    session = session_of()
+    with pytest.raises(RuntimeError, match="no command"):
+        session.obey()
+    session.receive(b"EHLO c\r\n")
+    session.next_event()
+    with pytest.raises(RuntimeError, match="no command"):
+        session.obey()
+
+
+@pytest.mark.parametrize(
+    ("recipient", "is_asked"),
+    [(b"drop@d", True), (b"drop-x@d", True), (b"450-4.2.2@d", True), (b'"drop x"@d', True), (b"xdrop@d", False)],
+)
+def test_a_remarkable_recipient_is_asked_about(recipient: bytes, is_asked: bool) -> None:
+    session = session_of(UNASKED)
+    session.remarkable = ("drop", "4")
+    session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<" + recipient + b">\r\n")
+    event = session.next_event()
+    assert isinstance(event, Rcpt) is is_asked
+    if is_asked:
+        session.reply(replies.RECIPIENT_OK)
+    assert session.data_to_send().endswith(replies.RECIPIENT_OK.encoded)
