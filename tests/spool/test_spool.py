@@ -1,0 +1,413 @@
+"""The spool: what is put comes out again, whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import outcome
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from penstock.message import Envelope, Recipient
+from penstock.message import Path as MailPath
+from penstock.spool.entry import DUE, Entry, LaneDue, Outcome, Put, Settlement
+from penstock.spool.spool import Spool, SpoolError, SpoolFullError, SpoolSettings
+from penstock.spool.store import Store
+from tests.contracts.delivery import make_message
+
+NOW = 1_000_000.0
+
+
+@asynccontextmanager
+async def opened(folder: Path, now: float = NOW, **changes: Any) -> AsyncIterator[Spool]:
+    spool = Spool(SpoolSettings(**changes), folder, clock=lambda: now)
+    await spool.start()
+    try:
+        yield spool
+    finally:
+        await spool.aclose()
+
+
+def settled(entry: Entry, what: Outcome, reply: str = "", next_try: float = 0.0) -> list[Settlement]:
+    return [Settlement(row.number, entry.lane, what, reply, next_try) for row in entry.rows]
+
+
+def text_of(entry: Entry) -> bytes:
+    return entry.prefix + b"".join(entry.body.chunks())
+
+
+async def take_all(spool: Spool, now: float = NOW) -> list[Entry]:
+    entries: list[Entry] = []
+    for due in await spool.due_lanes(now, 100):
+        entries += await spool.take(due.lane, now, 1000, 1 << 30)
+    return entries
+
+
+async def test_what_is_put_comes_out_as_it_was(tmp_path: Path) -> None:
+    recipients = (
+        Recipient(
+            MailPath('"j. d"@Example.org', "j. d", "example.org"), frozenset({"SUCCESS", "FAILURE"}), "rfc822;x@y"
+        ),
+        Recipient(MailPath("grün@example.org", "grün", "example.org")),
+    )
+    envelope = Envelope(
+        MailPath("", "", ""),
+        recipients,
+        "8BITMIME",
+        smtputf8=True,
+        size=77,
+        ret="HDRS",
+        envid="x+2By",
+        auth="",
+        requiretls=True,
+    )
+    message = make_message(b"Subject: x\r\n", b"\r\n.\0\xff\r\n")._replace(envelope=envelope)
+    async with opened(tmp_path) as spool:
+        await spool.put(message, ["example.org"] * 2)
+        (entry,) = await take_all(spool)
+    assert entry.envelope == envelope
+    assert entry.id == message.id
+    assert entry.received_at == message.received_at
+    assert text_of(entry) == b"Received: by test\r\nSubject: x\r\n\r\n.\0\xff\r\n"
+    assert [row.attempts for row in entry.rows] == [1, 1]
+
+
+async def test_a_message_that_is_put_as_taken_need_not_be_read_back(tmp_path: Path) -> None:
+    message = make_message(b"body", recipients=("a@x", "b@y", "c@x"))
+    async with opened(tmp_path) as spool:
+        first, second = await spool.put(message, ["x", "y", "x"], is_taken=True)
+        assert await take_all(spool) == []
+        assert [str(to) for to in first.envelope.recipients] == ["a@x", "c@x"]
+        assert [str(to) for to in second.envelope.recipients] == ["b@y"]
+        message.body.close()
+        assert text_of(second).endswith(b"body")
+        await spool.settle(settled(first, Outcome.RETURNED, next_try=NOW) + settled(second, Outcome.DELIVERED))
+        (again,) = await take_all(spool)
+    assert again.rows == first.rows
+    assert again.envelope == first.envelope
+
+
+async def test_recipients_wait_in_their_lanes(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"1", recipients=("a@x", "b@y")), ["x", "y"])
+        await spool.put(make_message(b"2", recipients=("c@x",)), ["x"])
+        assert await spool.due_lanes(NOW, 10) == [LaneDue("x", NOW), LaneDue("y", NOW)]
+        assert [text_of(entry)[-1:] for entry in await spool.take("x", NOW, 10, 1 << 30)] == [b"1", b"2"]
+        assert await spool.due_lanes(NOW, 10) == [LaneDue("y", NOW)]
+        assert await spool.take("z", NOW, 10, 1 << 30) == []
+
+
+async def test_a_take_keeps_to_its_bounds_and_gives_at_least_one(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        for number in range(5):
+            await spool.put(make_message(b"%d" % number * 1000), ["x"])
+        assert len(await spool.take("x", NOW, 2, 1 << 30)) == 2
+        assert len(await spool.take("x", NOW, 10, 1)) == 1
+        assert len(await spool.take("x", NOW, 10, 1500)) == 2
+        assert await spool.next_due() is None
+
+
+async def test_a_deferred_recipient_is_due_again_and_not_before(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"])
+        (entry,) = await take_all(spool)
+        await spool.settle(settled(entry, Outcome.DEFERRED, "451 later", NOW + 60))
+        assert await take_all(spool, NOW + 59) == []
+        assert await spool.next_due() == NOW + 60
+        (entry,) = await take_all(spool, NOW + 60)
+        assert entry.rows[0].attempts == 2
+
+
+async def test_a_postponed_lane_waits_and_others_do_not(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"])
+        await spool.put(make_message(b"y"), ["y"])
+        await spool.postpone("x", NOW + 30)
+        assert await spool.due_lanes(NOW, 10) == [LaneDue("y", NOW)]
+        assert await spool.due_lanes(NOW + 30, 10) == [LaneDue("y", NOW), LaneDue("x", NOW + 30)]
+
+
+async def test_a_bounce_enters_with_the_end_of_what_it_tells_of(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"])
+        (entry,) = await take_all(spool)
+        before = spool.transactions
+        await spool.settle(settled(entry, Outcome.FAILED, "550 no"), [(make_message(b"bounce", sender=""), ["back"])])
+        assert spool.transactions == before + 1
+        (bounce,) = await take_all(spool)
+        assert bounce.lane == "back"
+
+
+async def test_those_who_wait_hear_what_became_due(tmp_path: Path) -> None:
+    heard: list[str] = []
+    async with opened(tmp_path) as spool:
+        spool.became_due = heard.extend
+        await spool.put(make_message(b"x"), ["x"])
+        await spool.put(make_message(b"x"), ["taken"], is_taken=True)
+        (entry,) = await take_all(spool)
+        await spool.settle(settled(entry, Outcome.DELIVERED), [(make_message(b"bounce"), ["back"])])
+    assert heard == ["x", "back"]
+
+
+async def test_large_bodies_are_files_that_come_and_go_with_their_message(tmp_path: Path) -> None:
+    body = os.urandom(300_000)
+    async with opened(tmp_path, body_in_file=1000) as spool:
+        (entry,) = await spool.put(make_message(body), ["x"], is_taken=True)
+        (file,) = [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()]
+        assert file.read_bytes() == body
+        assert text_of(entry) == b"Received: by test\r\n" + body
+        await spool.settle(settled(entry, Outcome.DELIVERED))
+        assert not file.exists()
+
+
+async def test_files_without_a_message_are_swept_at_the_start(tmp_path: Path) -> None:
+    async with opened(tmp_path, body_in_file=10) as spool:
+        await spool.put(make_message(b"x" * 100), ["x"])
+    stray = tmp_path / "bodies" / "00000000" / "999"
+    stray.write_bytes(b"left by a crash")
+    spool = Spool(SpoolSettings(), tmp_path)
+    recovered = await spool.start()
+    assert (recovered.messages, recovered.swept) == (1, 1)
+    assert not stray.exists()
+    (entry,) = await take_all(spool)
+    assert text_of(entry).endswith(b"x" * 100)
+    await spool.aclose()
+
+
+async def test_interrupted_attempts_are_due_again_after_a_crash(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"], is_taken=True)
+    spool = Spool(SpoolSettings(), tmp_path)
+    recovered = await spool.start()
+    assert recovered.interrupted == 1
+    (entry,) = await take_all(spool)
+    assert entry.rows[0].attempts == 2
+    await spool.aclose()
+
+
+async def test_a_spool_has_one_server(tmp_path: Path) -> None:
+    async with opened(tmp_path):
+        with pytest.raises(SpoolError, match="another server"):
+            await Spool(SpoolSettings(), tmp_path).start()
+
+
+async def test_a_spool_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    async with opened(tmp_path):
+        pass
+    with sqlite3.connect(tmp_path / "spool.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(SpoolError, match="another version"):
+        await Spool(SpoolSettings(), tmp_path).start()
+
+
+# ---- the committer
+
+
+async def test_many_puts_share_a_transaction(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        before = spool.transactions
+        async with trio.open_nursery() as nursery:
+            for _ in range(200):
+                nursery.start_soon(spool.put, make_message(b"x"), ["x"])
+        assert spool.transactions - before < 100
+        assert len(await spool.take("x", NOW, 1000, 1 << 30)) == 200
+
+
+async def test_a_full_disk_refuses_and_loses_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x" * 100_000), ["x"])
+        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 20").fetchall())
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            await spool.put(make_message(b"y" * 100_000), ["x"])
+        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 1000000").fetchall())
+        await spool.put(make_message(b"z" * 100_000), ["x"])
+        assert [text_of(entry)[-1:] for entry in await take_all(spool)] == [b"x", b"z"]
+
+
+async def test_a_large_body_that_can_not_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, body_in_file=10) as spool:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
+            with pytest.raises(OSError, match="I/O"):
+                await spool.put(make_message(b"x" * 100), ["x"])
+        assert [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()] == []
+        assert await take_all(spool) == []
+
+
+async def test_a_wish_that_fails_costs_nobody_else(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        done: list[outcome.Outcome[object]] = []
+        block = threading.Event()
+        spool._committer.do_later(lambda _: block.wait(30), done.append)  # the three below share the next batch
+        message = make_message(b"x")
+        spool._committer.do_later(lambda _: 1 / 0, done.append)
+        spool.put_later(message, ["x"], lambda exc, _: done.append(outcome.Value(exc)))
+        block.set()
+        while len(done) < 3:
+            await trio.lowlevel.checkpoint()
+        assert isinstance(done[1], outcome.Error)
+        assert done[2] == outcome.Value(None)
+        assert len(await take_all(spool)) == 1
+
+
+async def test_what_waits_to_be_written_is_bounded(tmp_path: Path) -> None:
+    async with opened(tmp_path, waiting=2) as spool:
+        block = threading.Event()
+        heard: list[BaseException | None] = []
+        spool._committer.do_later(lambda _: block.wait(30), lambda _: None)
+        for _ in range(2):
+            spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
+        with pytest.raises(SpoolFullError):
+            spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
+        block.set()
+        while len(heard) < 2:
+            await trio.lowlevel.checkpoint()
+        await spool.put(make_message(b"x"), ["x"])
+    assert heard == [None, None]
+
+
+async def test_a_cancelled_question_disturbs_nobody(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        block = threading.Event()
+        spool._committer.do_later(lambda _: block.wait(30), lambda _: None)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await spool.next_due()
+        block.set()
+        await spool.put(make_message(b"x"), ["x"])
+        assert await spool.next_due() == NOW
+
+
+# ---- a crash, for real
+
+WRITER = """
+import sys, trio
+from pathlib import Path
+from penstock.spool.spool import Spool, SpoolSettings
+from tests.contracts.delivery import make_message
+
+async def main():
+    spool = Spool(SpoolSettings(body_in_file=4000), Path(sys.argv[1]))
+    await spool.start()
+    async def write(number):
+        for again in range(10000):
+            message = make_message(b"%d " % number * (1 + again % 3 * 1000))
+            await spool.put(message, ["x"])
+            print(message.id, flush=True)
+    async with trio.open_nursery() as nursery:
+        for number in range(5):
+            nursery.start_soon(write, number)
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_killed_process_has_lost_nothing_it_had_promised(tmp_path: Path, seed: int) -> None:
+    lines = random.Random(seed).randrange(5, 100)
+    folder = tmp_path / "spool"
+    with subprocess.Popen(  # noqa: ASYNC220 - nothing else is to happen meanwhile
+        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as process:
+        assert process.stdout is not None
+        promised = {process.stdout.readline().decode().strip() for _ in range(lines)}
+        process.send_signal(signal.SIGKILL)
+        promised |= {line.decode().strip() for line in process.stdout if line.endswith(b"\n")}
+    async with opened(folder, now=2e9) as spool:
+        entries = await spool.take("x", 2e9, 100_000, 1 << 40)
+    assert promised <= {str(entry.id) for entry in entries}
+    for entry in entries:
+        assert len(set(text_of(entry).removeprefix(b"Received: by test\r\n").split())) == 1
+
+
+# ---- against a model
+
+LANES = ["x", "y"]
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), st.lists(st.sampled_from(LANES), min_size=1, max_size=3), st.booleans()),
+        st.tuples(st.just("take"), st.sampled_from(LANES), st.integers(1, 4)),
+        st.tuples(st.just("settle"), st.integers(0, 20), st.sampled_from(list(Outcome)), st.integers(0, 3)),
+        st.tuples(st.just("wait"), st.integers(1, 3)),
+        st.tuples(st.just("crash")),
+    ),
+    max_size=30,
+)
+
+
+@given(operations)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_order_of_events_leaves_what_a_list_would_hold(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[Any, ...]]
+) -> None:
+    """The store holds what a dictionary of recipients holds, and never finds due what is not, nor misses what is."""
+    store = Store(tmp_path_factory.mktemp("spool"))
+    store.open()
+    now = NOW
+    due: dict[int, tuple[str, float]] = {}
+    """Row -> lane, when: those that wait."""
+    out: dict[int, str] = {}
+    """Row -> lane: those that are being attempted."""
+    for step in steps:
+        if step[0] == "wait":
+            now += step[1]
+        elif step[0] == "crash":
+            store.close()
+            store.open()
+            due |= {row: (lane, now) for row, lane in out.items()}
+            out.clear()
+            continue
+        with store.transaction():
+            if step[0] == "put":
+                number = store.new_number()
+                recipients = tuple(f"{place}@{lane}" for place, lane in enumerate(step[1]))
+                message = make_message(b"x", recipients=recipients)
+                store.put([Put(number, message, b"x", step[1], step[2])], now)
+                for place, lane in enumerate(step[1]):
+                    row = (number << 20) + place
+                    if step[2]:
+                        out[row] = lane
+                    else:
+                        due[row] = (lane, now)
+            elif step[0] == "take":
+                entries = store.take(step[1], now, step[2], 1 << 30)
+                rows = [row.number for entry in entries for row in entry.rows]
+                could = sorted((when, row) for row, (lane, when) in due.items() if lane == step[1] and when <= now)
+                assert len(rows) == min(step[2], len(could))
+                for row in rows:
+                    lane, when = due.pop(row)
+                    assert lane == step[1]
+                    assert when <= now
+                    out[row] = lane
+            elif step[0] == "settle" and out:
+                row = sorted(out)[step[1] % len(out)]
+                lane = out.pop(row)
+                store.settle([Settlement(row, lane, step[2], "", now + step[3])])
+                if step[2] in (Outcome.DEFERRED, Outcome.RETURNED):
+                    due[row] = (lane, now + step[3])
+            lanes = {lane for lane, when in due.values() if when <= now}
+            assert {found.lane for found in store.due_lanes(now, 10)} >= lanes
+            first = store.next_due()
+            assert (first is None) is (not due)
+            assert first is None or first <= min(when for _, when in due.values())
+            held = {number for (number,) in store._database.execute("SELECT number FROM recipient")}
+            assert held == due.keys() | out.keys()
+            waiting = store._database.execute("SELECT number FROM recipient WHERE state = ?", (DUE,))
+            assert {number for (number,) in waiting} == due.keys()
+            messages = {number for (number,) in store._database.execute("SELECT number FROM message")}
+            assert messages == {row >> 20 for row in held}
+    store.close()
