@@ -3,8 +3,8 @@
 Theory
 ------
 trio's own waiting arms a socket anew for each wait: an epoll_ctl, a table of waiters, a cancel scope's worth of
-bookkeeping. A mail session waits four times for each message, so here a socket is registered once, for both
-directions, edge-triggered, and its readiness is remembered in its `Watch`. Session tasks park with
+bookkeeping. A mail session waits four times for each message, so here a socket is registered once, edge-triggered, and
+its readiness is remembered in its `Watch`; that there is room to send is only asked for by those that had to wait once. Session tasks park with
 `trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for many
 sockets and wakes the tasks that wait for them.
 
@@ -14,6 +14,8 @@ sent. The task sleeps on until the turn returns None, which means "wake me": som
 conversation is over. A conversation that has not yet needed a task leaves a function to call in its place (`woken`).
 What the turns of one `poll` have to say is sent at its end, back to back, so that a client process that serves many
 connections is woken once for all of them.
+
+Listening sockets are in the set, too: a connection that a client opens costs no more than the turn it brings.
 
 A turn may also have to wait for something other than its socket, such as a disk. It marks its Watch as held, and nothing
 is received until somebody calls `resume`: then the next `poll` takes a turn without octets. A bell in the set, an
@@ -33,8 +35,8 @@ Rules
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, errno
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from outcome import Error, Value
 from trio.lowlevel import reschedule
@@ -45,7 +47,14 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
     #include <sys/socket.h>
+    #include <time.h>
     #define POLL_BATCH 128
+    static long long now(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return t.tv_sec * 1000000000LL + t.tv_nsec;
+    }
     #if defined(__linux__)
     #include <sys/epoll.h>
     #include <sys/eventfd.h>
@@ -57,7 +66,7 @@ cdef extern from *:
     #define SOCK_NONBLOCK 0
     #define SOCK_CLOEXEC 0
     enum { EFD_CLOEXEC, EFD_NONBLOCK };
-    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
+    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
     #define EPOLLET (1u << 31)
     struct epoll_event { uint32_t events; union { int fd; uint64_t u64; } data; };
     static int epoll_create1(int flags) { (void)flags; errno = ENOSYS; return -1; }
@@ -86,6 +95,7 @@ cdef extern from *:
     struct epoll_event:
         uint32_t events
         epoll_data data
+    int64_t now() nogil
     int epoll_create1(int flags) nogil
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
@@ -101,7 +111,7 @@ cdef extern from *:
     ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags) nogil
     int c_shutdown "shutdown"(int fd, int how) nogil
     enum:
-        POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
+        POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
         EPOLLET, EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
 
 cdef extern from "netinet/in.h" nogil:
@@ -124,9 +134,11 @@ cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
 
 HAS_EPOLL = bool(POLL_HAS_EPOLL)
+SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
 
 cdef enum:
-    MOST_ROUNDS = 8 # of a poll that wakes nobody, before trio has its turn
+    MOST_TIME = 1_000_000   # nanoseconds of a poll that wakes nobody, before trio has its turn
+    MOST_ACCEPTED = 64  # connections of a listener in a poll: more wait in the kernel while these have their turn
     SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
 
 
@@ -139,6 +151,7 @@ cdef class Watch:
     cdef public bint has_hung_up
     cdef public bint is_held
     cdef public bint is_resumed
+    cdef bint looks_for_room
     cdef public object reader
     cdef public object writer
     cdef public object receiver
@@ -156,6 +169,7 @@ cdef class Poller:
 
     cdef readonly int fd
     cdef dict watches
+    cdef dict doors
     cdef list again
     cdef list resumed
     cdef int bell
@@ -168,6 +182,7 @@ cdef class Poller:
 
     def __init__(self):
         self.watches = {}
+        self.doors = {}
         self.again = []
         self.resumed = []
         self.fd = epoll_create1(EPOLL_CLOEXEC)
@@ -177,25 +192,39 @@ cdef class Poller:
         if self.bell < 0:
             c_close(self.fd)
             raise OSError(errno, "eventfd failed")
-        self.add(self.bell, EPOLLIN)
+        self.control(EPOLL_CTL_ADD, self.bell, EPOLLIN | <uint32_t> EPOLLET)
 
     def __len__(self):
         return len(self.watches)
 
-    cdef int add(self, int fd, uint32_t what) except -1:
+    cdef int control(self, int what, int fd, uint32_t events) except -1:
         cdef epoll_event event
-        event.events = what | <uint32_t> EPOLLET
+        event.events = events
         event.data.u64 = 0
         event.data.fd = fd
-        if epoll_ctl(self.fd, EPOLL_CTL_ADD, fd, &event) < 0:
+        if epoll_ctl(self.fd, what, fd, &event) < 0:
             raise OSError(errno, "epoll_ctl failed")
         return 0
 
     def watch(self, int fd):
         cdef Watch watch = Watch(fd)
-        self.add(fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP)
+        self.control(EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET)
         self.watches[fd] = watch
         return watch
+
+    def look_for_room(self, Watch watch):
+        if not watch.looks_for_room:
+            # Told at once when there is room already: changing what is asked for looks anew (epoll_ctl(2)).
+            self.control(EPOLL_CTL_MOD, watch.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | <uint32_t> EPOLLET)
+            watch.looks_for_room = True
+
+    def listen(self, int fd, accepted not None, shortage not None):
+        self.control(EPOLL_CTL_ADD, fd, EPOLLIN)  # as long as somebody waits, not once: a batch may leave some
+        self.doors[fd] = (accepted, shortage)
+
+    def ignore(self, int fd):
+        if self.doors.pop(fd, None) is not None and self.fd >= 0:
+            epoll_ctl(self.fd, EPOLL_CTL_DEL, fd, &self.events[0])  # one that was closed has left the set by itself
 
     def forget(self, Watch watch):
         # Closing the descriptor takes it out of the set by itself (epoll(7)).
@@ -212,13 +241,12 @@ cdef class Poller:
         self.resumed.append(watch)
 
     def poll(self):
-        cdef int round = 0
+        cdef int64_t end = now() + MOST_TIME
         cdef int found
         self.woken = False
         while True:
             found = self.poll_once()
-            round += 1
-            if found == 0 or self.woken or round == MOST_ROUNDS:
+            if found == 0 or self.woken or now() >= end:
                 return found
 
     cdef int poll_once(self) except -1:
@@ -248,6 +276,7 @@ cdef class Poller:
         for i in range(found):
             known = self.watches.get(self.events[i].data.fd)
             if known is None:
+                self.accept_some(self.events[i].data.fd)
                 continue
             watch = <Watch> known
             what = self.events[i].events
@@ -272,6 +301,27 @@ cdef class Poller:
             self.send_all(said)
         return found + len(again) + len(resumed)
 
+    cdef int accept_some(self, int fd) except -1:
+        """Accept from a listening socket, if it is one. A shortage of descriptors ends that."""
+        cdef object door = self.doors.get(fd)
+        cdef object accepted
+        cdef int i
+        if door is None:
+            return 0
+        for i in range(MOST_ACCEPTED):
+            try:
+                accepted = accept(fd)
+            except OSError as exc:
+                if exc.errno in SHORTAGES:
+                    self.ignore(fd)
+                    door[1](exc)
+                    return 0
+                continue  # any other error belongs to the one connection that was to be accepted (accept(2))
+            if accepted is None:
+                return 0
+            door[0](*accepted)
+        return 0
+
     cdef int wake_reader(self, Watch watch, object result) except -1:
         """Wake the task that waits for input, with the result of its wait."""
         cdef object task = watch.reader
@@ -280,10 +330,12 @@ cdef class Poller:
         watch.turn = None
         watch.receiver = None
         watch.woken = None
-        self.woken = True
         if woken is not None:
-            woken(result)
-        elif result is None:
+            if woken(result):
+                self.woken = True
+            return 0
+        self.woken = True
+        if result is None:
             reschedule(task)
         else:
             reschedule(task, result)

@@ -178,21 +178,22 @@ class Connection:
             self._end(f"connection lost: {exc.__cause__ or exc}")
         return True
 
-    def _woken(self, result: outcome.Outcome[int]) -> None:
-        """Go on when the turns have come to an end: finish here what needs no waiting, else get a task."""
+    def _woken(self, result: outcome.Outcome[int]) -> bool:
+        """Go on when the turns have come to an end: finish here what needs no waiting, else get a task and say so."""
         self._is_attending = False
         if isinstance(result, outcome.Error):
             if isinstance(result.error, OSError):
                 self._end(f"connection lost: {result.error}")
-                return
+                return False
         elif self._pending is None:
             if isinstance(result, outcome.Value) and result.value == 0:
                 self._end("the client closed the connection")
-                return
+                return False
             if self._session.has_quit and self._tls is None:
                 self._say_bye()
-                return
+                return False
         self._host.spawn(self, result)
+        return True
 
     def _say_bye(self) -> None:
         """Send the last replies, as much of them as a client takes that has said QUIT and should read them."""

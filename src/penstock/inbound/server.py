@@ -188,7 +188,7 @@ class Worker:
 
         with trio.CancelScope() as scope:
             self._accepting.append(scope)
-            await accept_forever(door.listener, handle, report_shortage)
+            await accept_forever(door.listener, handle, report_shortage, self._poller)
         close_listener(door.listener)
 
     def _handle(self, fd: int, peer: Peer, door: Door, sessions: trio.Nursery) -> None:
@@ -201,7 +201,14 @@ class Worker:
             if refusal is not None:
                 self._turn_away(fd, peer, gate, refusal)
                 return
-        stream = SocketStream(fd, self._poller)
+        try:
+            stream = SocketStream(fd, self._poller)
+        except OSError as exc:
+            self._journal.error(self.sessions, "accept", exc)
+            if is_admitted:
+                self._admission.release(peer.network)
+            close(fd)
+            return
         connection = door.kind(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
         if not connection.start():
             sessions.start_soon(connection.run)

@@ -10,6 +10,9 @@ from typing_extensions import Buffer
 HAS_EPOLL: Final[bool]
 """There is an epoll on this platform; without it a `Poller` can not be made."""
 
+SHORTAGES: Final[frozenset[int]]
+"""The errors of `accept` that say that there are too few descriptors, or too little memory, for now."""
+
 class Receiver(Protocol):
     """What octets are received into: the compiled wire."""
 
@@ -45,8 +48,11 @@ class Watch:
 
     The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
     """
-    woken: Callable[[Outcome[int]], None] | None
-    """Called in place of waking `reader`, with what the wait has come to. It must not raise."""
+    woken: Callable[[Outcome[int]], bool] | None
+    """Called in place of waking `reader`, with what the wait has come to. Must not raise.
+
+    Says whether it has got a task to run: then `poll` returns, so that trio can run it.
+    """
     unsent: bytes | None
     """What the socket did not take of an answer of `turn`."""
 
@@ -61,7 +67,19 @@ class Poller:
     def __len__(self) -> int:
         """Return how many sockets are watched."""
     def watch(self, fd: int) -> Watch:
-        """Register a non-blocking socket, once and for both directions. Raise OSError."""
+        """Register a non-blocking socket, once. Raise OSError."""
+    def look_for_room(self, watch: Watch) -> None:
+        """Have `is_writable` set, and `writer` woken, when a full socket has room again. Raise OSError."""
+    def listen(
+        self, fd: int, accepted: Callable[[int, str, int], object], shortage: Callable[[OSError], object]
+    ) -> None:
+        """Accept the connections of a listening socket in `poll`, up to 64 at a time.
+
+        `accepted` gets what `accept` returns and must not raise. When descriptors run out, the socket is ignored from
+        then on and `shortage` gets the error. Raise OSError.
+        """
+    def ignore(self, fd: int) -> None:
+        """Accept no more connections of a listening socket; do nothing for one that is ignored already."""
     def forget(self, watch: Watch) -> None:
         """Let go of a socket that is about to be closed."""
     def resume(self, watch: Watch) -> None:
@@ -72,7 +90,8 @@ class Poller:
     def poll(self) -> int:
         """See to the sockets that have become ready: take their turns, or wake their tasks.
 
-        Asks the kernel again, up to eight times, until nothing is ready or a task was woken. Return 0 when nothing is.
+        Asks the kernel again, for up to a millisecond, until nothing is ready or a task was woken. Return 0 when
+        nothing is.
         """
     def close(self) -> None:
         """Close the set."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import socket
 import stat
@@ -13,13 +12,12 @@ from pathlib import Path
 
 import trio
 
-from penstock.net._poll import accept
+from penstock.net._poll import SHORTAGES, Poller, accept
 
 BACKLOG = 4096
 """Connections the kernel keeps waiting; it cuts this to net.core.somaxconn."""
 _BATCH = 64
 """Connections accepted before the sessions get their turn."""
-_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE = 0.1
 """Seconds without accepting when descriptors run out: those who wait stay in the kernel's queue."""
 
@@ -124,20 +122,24 @@ async def accept_forever(
     listener: socket.socket,
     handle: Callable[[int, str, int], None],
     report_shortage: Callable[[OSError], None],
+    poller: Poller | None = None,
 ) -> None:
-    """Accept connections, in batches, until cancelled.
+    """Accept connections, in batches, until cancelled: in the turns of a poller, where there is one.
 
     `handle` gets the descriptor, the client's IP address ("" on a unix socket) and its port; it takes the descriptor
     over and must not raise.
     """
     descriptor = listener.fileno()
+    while poller is not None:
+        await _until_shortage(poller, descriptor, handle, report_shortage)
+        await trio.sleep(_PAUSE)
     while True:
         await trio.lowlevel.wait_readable(descriptor)
         for _ in range(_BATCH):
             try:
                 accepted = accept(descriptor)
             except OSError as exc:
-                if exc.errno in _SHORTAGE:
+                if exc.errno in SHORTAGES:
                     report_shortage(exc)
                     await trio.sleep(_PAUSE)
                     break
@@ -146,6 +148,26 @@ async def accept_forever(
             if accepted is None:
                 break
             handle(*accepted)
+
+
+async def _until_shortage(
+    poller: Poller,
+    descriptor: int,
+    handle: Callable[[int, str, int], None],
+    report_shortage: Callable[[OSError], None],
+) -> None:
+    """Let the poller accept until descriptors run out."""
+    is_short = trio.Event()
+
+    def note(exc: OSError) -> None:
+        report_shortage(exc)
+        is_short.set()
+
+    poller.listen(descriptor, handle, note)
+    try:
+        await is_short.wait()
+    finally:
+        poller.ignore(descriptor)
 
 
 def close_listener(listener: socket.socket) -> None:

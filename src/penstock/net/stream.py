@@ -95,6 +95,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
         elif watch.is_writable:
             await checkpoint()
         else:
+            assert self._poller is not None
+            self._poller.look_for_room(watch)
             watch.writer = current_task()
             await wait_task_rescheduled(self._stop_writing)
 
@@ -187,10 +189,11 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._check_open()
         return received
 
-    def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[outcome.Outcome[int]], None]) -> None:
+    def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[outcome.Outcome[int]], bool]) -> None:
         """Do what `attend` does, but without a task: `woken` is called with what it would have come to.
 
-        For a new stream on a poller. When `woken` gets -1, `take_unsent` may have something to send.
+        It says whether it has got a task to run, so that this gets its turn. For a new stream on a poller.
+        When `woken` gets -1, `take_unsent` may have something to send.
         """
         watch = self._watch
         assert watch is not None
