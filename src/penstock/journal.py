@@ -145,6 +145,18 @@ class Journal:
         if self.logs_mail:
             self._note("lost", session, peer, sender, cause)
 
+    # ---- next hops
+
+    def hop_down(self, hop: str, cause: str, seconds: float) -> None:
+        """A next hop has failed again and again, and is left alone for a while."""
+        if self._logs_errors:
+            self._note("hop-down", 0, None, hop, cause, seconds)
+
+    def hop_up(self, hop: str) -> None:
+        """A next hop that was left alone takes mail again."""
+        if self._logs_errors:
+            self._note("hop-up", 0, None, hop)
+
     # ---- lines
 
     def _note(self, event: str, session: int, peer: Peer | None, *values: Any) -> None:
@@ -182,6 +194,8 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "refused": ("verb", "reply", "from", "subject"),
     "accepted": ("id", "envelope", "size", "reply"),
     "lost": ("from", "cause"),
+    "hop-down": ("hop", "cause", "seconds"),
+    "hop-up": ("hop",),
 }
 
 

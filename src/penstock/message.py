@@ -101,7 +101,8 @@ class Envelope(NamedTuple):
 class Body(Protocol):
     """The text of a message as it was received: dots un-stuffed, otherwise never rewritten.
 
-    In memory or in a temporary file; whoever holds the message may read it any number of times until `close`.
+    In memory or in a temporary file; whoever holds the message may read it any number of times until `close`. One that
+    has `in_memory`, and it is true, is read without a thread.
     """
 
     @property

@@ -71,6 +71,7 @@ class MemoryBody:
     """A body in memory."""
 
     __slots__ = ("_budget", "_chunks", "size")
+    in_memory: Final = True
 
     def __init__(self, chunks: list[bytes], size: int, budget: MemoryBudget) -> None:
         self._chunks = chunks

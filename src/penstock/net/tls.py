@@ -93,14 +93,36 @@ def tls_info(agreed: Agreed) -> TlsInfo:
     return TlsInfo(agreed.version() or version, name, bits)
 
 
-class TlsLayer:
-    """The server's side of TLS between a socket and a wire. Give it to `SocketStream.attend` in place of the wire."""
+def client_context(*, verify: bool, ca_file: str = "") -> ssl.SSLContext:
+    """Return the context of a client: with any certificate, or with one of an authority of the file, or the system's.
 
-    def __init__(self, context: ssl.SSLContext, ahead: bytes = b"") -> None:
-        """`ahead` is what was received already."""
+    Raise OSError or ssl.SSLError (an OSError) when the file is of no use. Reads the disk.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif ca_file:
+        context.load_verify_locations(ca_file)
+    else:
+        context.load_default_certs()
+    return context
+
+
+class TlsLayer:
+    """One side of TLS between a socket and a wire. Give it to `SocketStream.attend` in place of the wire.
+
+    It is the server's, or with a `server_name` that of its client.
+    """
+
+    def __init__(self, context: ssl.SSLContext, ahead: bytes = b"", *, server_name: str | None = None) -> None:
+        """`ahead` is what was received already. Raise ValueError when `server_name` can be no name of a host."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self.object = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.object = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
+        )
         self._incoming.write(ahead)
 
     def recv(self, fd: int, octets: int = _READ, /) -> int:
@@ -127,12 +149,12 @@ class TlsLayer:
         return None
 
     def expect_more(self, received: int) -> None:
-        """Raise ssl.SSLEOFError when the client has left instead of finishing the handshake."""
+        """Raise ssl.SSLEOFError when the peer has left instead of finishing the handshake."""
         if not received:
-            raise ssl.SSLEOFError("the client has left in the handshake")
+            raise ssl.SSLEOFError("the peer has left in the handshake")
 
     def decrypt_into(self, feed: Callable[[bytes], None]) -> bool:
-        """Decrypt what was received. Return False when the client has ended TLS. Raise ssl.SSLError."""
+        """Decrypt what was received. Return False when the peer has ended TLS. Raise ssl.SSLError."""
         try:
             while data := self.object.read(_READ):
                 feed(data)
@@ -149,7 +171,7 @@ class TlsLayer:
         return self._outgoing.read()
 
     def end(self) -> bytes:
-        """Return the close_notify that tells the client that this was all (RFC 8446 6.1)."""
+        """Return the close_notify that tells the peer that this was all (RFC 8446 6.1)."""
         with suppress(ssl.SSLError):
             self.object.unwrap()
         return self._outgoing.read()

@@ -37,6 +37,43 @@ class TlsPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = ""
 
 
+class HopLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of it a next hop gets, and how its failures are met. For each worker."""
+
+    connections: Annotated[int, msgspec.Meta(ge=1, le=10_000, description="Connections to a hop at a time")] = 20
+    messages: Annotated[
+        int, msgspec.Meta(ge=1, le=10_000_000, description="Transactions on a connection before it is closed")
+    ] = 1000
+    recipients: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            le=1000,
+            description="Recipients of a transaction; 100 when the hop does not say what it takes (RFC 9422)",
+        ),
+    ] = 1000
+    idle: Annotated[
+        float, msgspec.Meta(ge=0, le=3600, description="Seconds a connection is kept with nothing to do")
+    ] = 15.0
+    queue: Annotated[
+        int, msgspec.Meta(ge=1, le=1_000_000, description="Messages that may wait for a connection to the hop")
+    ] = 1000
+    wait: Annotated[float, msgspec.Meta(gt=0, le=3600, description="Seconds a message waits for a connection")] = 300.0
+    message_rate: Annotated[float, msgspec.Meta(ge=0, description="Messages a second; 0 is no limit")] = 0.0
+    connection_rate: Annotated[float, msgspec.Meta(ge=0, description="New connections a second; 0 is no limit")] = 0.0
+    chunking: Annotated[bool, msgspec.Meta(description="Use CHUNKING (BDAT, RFC 3030) where it is offered")] = True
+    breaker_failures: Annotated[
+        int, msgspec.Meta(ge=1, le=1000, description="Failures in a row after which a hop is left alone for a while")
+    ] = 3
+    breaker_pause: Annotated[
+        float,
+        msgspec.Meta(ge=0, le=3600, description="Seconds it is left alone at first; each time twice as long"),
+    ] = 10.0
+    breaker_longest: Annotated[float, msgspec.Meta(ge=0, le=86_400, description="Seconds it is left alone at most")] = (
+        600.0
+    )
+
+
 class Hop(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """A next hop: where to connect, and how. The key of its connections; keep it, and use it again."""
 
@@ -52,6 +89,7 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     user: str = ""
     """Who we are to a smart host; "" does not authenticate."""
     password: str = ""
+    limits: HopLimits = HopLimits()
 
     @property
     def name(self) -> str:
@@ -111,3 +149,7 @@ class HopDown(Exception):  # noqa: N818 - a state of the hop, not a mistake of t
         """What happened, or what the hop said; printable."""
         self.status = status
         """An enhanced status code for the recipients that were meant for it, 4.yz.z or 5.yz.z."""
+
+    def as_result(self) -> Result:
+        """Return it as the result for a recipient."""
+        return Result(Outcome.DEFERRED, self.text, self.status, self.hop, is_said=False)

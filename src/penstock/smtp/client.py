@@ -314,6 +314,11 @@ class AuthDialog:
             raise ProtocolError(f"{self.mechanism}: {exc}") from exc
         raise ProtocolError(f"{self.mechanism}: an unexpected challenge")
 
+    def finish(self) -> None:
+        """Raise ProtocolError when the server has said 235 without proving that it knows us (RFC 5802 3)."""
+        if self._scram is not None and self._steps < 2:
+            raise ProtocolError(f"{self.mechanism}: the server did not prove that it knows the password")
+
 
 def _b64(text: str) -> bytes:
     return base64.b64encode(text.encode())

@@ -1,0 +1,87 @@
+"""A message on its way over connections, until there is a result for each of its recipients."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+from penstock.message import Body, Envelope
+from penstock.relay.hop import Delivered, HopDown, Result
+
+Done = Callable[[Delivered | HopDown], None]
+"""Hears what became of a message; called once, in the trio thread. Must not block or raise."""
+
+
+class Job:
+    """A message for one hop. It may take several transactions, on several connections."""
+
+    __slots__ = (
+        "body", "coming", "done", "envelope", "in_memory", "is_abandoned", "left", "prefix", "results", "returns",
+        "since", "size", "waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        prefix: bytes,
+        body: Body | None,
+        size: int,
+        done: Done,
+        *,
+        coming: AsyncIterator[bytes] | None = None,
+    ) -> None:
+        """`coming` is the text of a message that is still being received, in place of `prefix` and `body`."""
+        self.envelope = envelope
+        self.prefix = prefix
+        self.body = body
+        self.size = size
+        self.done = done
+        self.coming = coming
+        self.in_memory = bool(getattr(body, "in_memory", False))
+        """Reading the body does not touch a disk."""
+        self.results: list[Result | None] = [None] * len(envelope.recipients)
+        self.left = len(envelope.recipients)
+        """Recipients without a result."""
+        self.waiting: list[int] = list(range(self.left))
+        """Recipients that no transaction has begun with, by their place in the envelope."""
+        self.returns = 0
+        """How often a connection has turned out to be dead before a word of it was answered."""
+        self.is_abandoned = False
+        """Nobody wants to hear of it any more."""
+        self.since = 0.0
+        """When it began to wait for a connection."""
+
+    def take(self, most: int) -> list[int]:
+        """Take recipients for a transaction, at most so many."""
+        taken, self.waiting = self.waiting[:most], self.waiting[most:]
+        return taken
+
+    def put_back(self, places: list[int]) -> None:
+        """Let recipients wait for another transaction, before the others."""
+        self.waiting = places + self.waiting
+
+    def settle(self, place: int, result: Result) -> None:
+        """Note the result for a recipient. The first one counts."""
+        if self.results[place] is None:
+            self.results[place] = result
+            self.left -= 1
+
+    def settle_rest(self, result: Result) -> None:
+        """Note a result for all recipients that have none."""
+        for place in range(len(self.results)):
+            self.settle(place, result)
+        self.waiting = []
+
+    def finish(self) -> None:
+        """Tell whoever wants to know: every recipient has a result."""
+        if not self.is_abandoned:
+            self.is_abandoned = True
+            self.done([result for result in self.results if result is not None])
+
+    def give_up(self, reason: HopDown) -> None:
+        """Tell that the hop can not be used. Recipients that were tried already keep their results."""
+        if self.left < len(self.results):
+            self.settle_rest(reason.as_result())
+            self.finish()
+        elif not self.is_abandoned:
+            self.is_abandoned = True
+            self.done(reason)
