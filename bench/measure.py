@@ -55,7 +55,10 @@ def cpu_of(pid: int) -> Cpu:
     """Return the CPU that a process, its children, and those it has waited for have used."""
     user = system = 0
     for each in children_of(pid):
-        fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        try:
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile, and its parent has what it used
         user += (int(fields[11]) + int(fields[13])) * _TICK
         system += (int(fields[12]) + int(fields[14])) * _TICK
     return Cpu(user, system)
