@@ -28,6 +28,7 @@ from penstock.net.tls import TlsSettings
 from penstock.policy.hooks import HookSettings
 from penstock.schema import SchemaError
 from penstock.smtp.offer import ExtensionSettings
+from penstock.spool.spool import SpoolSettings
 
 Struct = msgspec.Struct
 Meta = msgspec.Meta
@@ -103,6 +104,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[ListenerSettings, ...], Meta(min_length=1, description="Where clients come in; repeat for more")
     ] = (ListenerSettings(),)
     delivery: DeliverySettings = DeliverySettings()
+    spool: SpoolSettings = SpoolSettings()
     admission: AdmissionSettings = AdmissionSettings()
     body: BodySettings = BodySettings()
     check: Annotated[tuple[HookSettings, ...], Meta(description="Policies in Python, asked in this order")] = ()

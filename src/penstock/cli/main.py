@@ -8,6 +8,7 @@ from penstock import __version__
 from penstock.cli.config import config
 from penstock.cli.serve import serve
 from penstock.cli.sink import sink
+from penstock.cli.spool import spool
 from penstock.cli.user import user
 
 EPILOG = """\b
@@ -31,5 +32,6 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(sink)
+main.add_command(spool)
 main.add_command(config)
 main.add_command(user)

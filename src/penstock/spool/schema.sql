@@ -12,6 +12,9 @@ CREATE TABLE message (
     body        BLOB                    -- NULL: a file of the folder bodies, named by the number
 );
 
+-- Finds a message by its id, and answers what an operator asks of all of them without reading their bodies.
+CREATE INDEX message_id ON message (id, size, received_at);
+
 -- One recipient of a message. The upper bits of its number are the number of its message, the lower 20 its place.
 CREATE TABLE recipient (
     number      INTEGER PRIMARY KEY,

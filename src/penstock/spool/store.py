@@ -29,6 +29,8 @@ from penstock.message import Path as MailPath
 from penstock.spool.bodies import BodyFiles, StoredBody
 from penstock.spool.entry import ATTEMPTING, DUE, Entry, LaneDue, Outcome, Put, Recovered, Row, Settlement
 
+LOCK: Final = "lock"
+"""The file in the folder that a server holds a lock on."""
 PLACES: Final = 20
 """Bits of the number of a recipient that tell its place: a message has at most a million recipients."""
 _VERSION: Final = 1
@@ -173,7 +175,7 @@ class Store:
         return Recovered(messages, interrupted, self.files.sweep(kept))
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:

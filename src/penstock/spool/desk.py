@@ -1,0 +1,324 @@
+"""What an operator does with the spool, from another process, whether the server runs or not.
+
+SQLite lets one process write while others read, and makes writers wait for each other; the server looks at its lanes
+again every few seconds. Recipients that are being attempted are not touched while a server has the spool: what becomes
+of them is its to say.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from penstock.message import Body
+from penstock.spool.bodies import BodyFiles, StoredBody
+from penstock.spool.entry import STATES
+from penstock.spool.store import LOCK, PLACES, SpoolError, connect
+
+_WAIT: Final = 30.0
+"""Seconds to wait for the server to finish a transaction."""
+_OF_MESSAGE: Final = f"recipient.number >> {PLACES} = message.number"
+_PLACE: Final = (1 << PLACES) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which recipients are meant: those that all of it is true of."""
+
+    ids: tuple[str, ...] = ()
+    sender: str = ""
+    """A glob; "<>" is the null sender."""
+    recipient: str = ""
+    """A glob."""
+    domain: str = ""
+    """The recipient's."""
+    state: str = ""
+    """ "due", "attempting" or "held"."""
+    older: float | None = None
+    """Seconds since the message came, at least."""
+    newer: float | None = None
+    """Seconds since the message came, at most."""
+
+    @property
+    def is_empty(self) -> bool:
+        """It is true of everything."""
+        return self == Filter()
+
+    def condition(self, now: float) -> tuple[str, list[object]]:
+        """Return the filter as SQL over message and recipient, and its parameters."""
+        terms: list[tuple[str, object]] = []
+        if self.sender:
+            terms.append(("lower(sender) GLOB ?", "" if self.sender == "<>" else self.sender.lower()))
+        if self.recipient:
+            terms.append(("lower(address) GLOB ?", self.recipient.lower()))
+        if self.domain:
+            terms.append(("lower(address) GLOB ?", f"*@{self.domain.lower()}"))
+        if self.state:
+            terms.append(("state = ?", STATES.index(self.state)))
+        if self.older is not None:
+            terms.append(("received_at <= ?", now - self.older))
+        if self.newer is not None:
+            terms.append(("received_at >= ?", now - self.newer))
+        condition = " AND ".join(["1", *(term for term, _ in terms)])
+        values = [value for _, value in terms]
+        if self.ids:
+            condition += f" AND id IN ({','.join('?' * len(self.ids))})"
+            values += self.ids
+        return condition, values
+
+
+class Listed(NamedTuple):
+    """A recipient, as a list shows it."""
+
+    address: str
+    state: str
+    attempts: int
+    due_at: float
+    last_reply: str
+
+
+class ListedMessage(NamedTuple):
+    """A message, as a list shows it."""
+
+    id: str
+    sender: str
+    received_at: float
+    size: int
+    recipients: list[Listed]
+    """Those that the filter is true of."""
+
+
+class Stats(NamedTuple):
+    """What waits."""
+
+    messages: int
+    recipients: int
+    octets: int
+    """Of the bodies."""
+    due: int
+    """Recipients that could be attempted now."""
+    later: int
+    """Recipients that wait for their next try."""
+    attempting: int
+    held: int
+    oldest: float | None
+    """When the oldest message came."""
+    lanes: list[tuple[str, int]]
+    """The lanes with the most recipients, and how many."""
+
+
+class Desk:
+    """A spool that is looked at and put in order. Use `opened`."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection, clock: Callable[[], float]) -> None:
+        self._folder = folder
+        self._database = database
+        self._files = BodyFiles(folder / "bodies")
+        self._clock = clock
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path, clock: Callable[[], float] = time.time) -> Iterator[Desk]:
+        """Open the spool in a folder. Raise SpoolError when there is none."""
+        path = folder / "spool.db"
+        if not path.exists():
+            raise SpoolError(f"there is no spool in {folder}")
+        with closing(connect(path, timeout=_WAIT)) as database:
+            yield cls(folder, database, clock)
+
+    # ---- looking
+
+    def find(self, what: Filter, limit: int) -> Iterator[ListedMessage]:
+        """Yield messages, the oldest first, at most so many; a limit of 0 is none."""
+        condition, values = what.condition(self._clock())
+        rows = self._database.execute(
+            "SELECT message.number, id, sender, received_at, size, address, state, attempts, due_at, last_reply"
+            f" FROM recipient CROSS JOIN message ON {_OF_MESSAGE} WHERE {condition} ORDER BY recipient.number",
+            values,
+        )
+        found: ListedMessage | None = None
+        number = count = 0
+        for row in rows:
+            if found is None or row[0] != number:
+                if found is not None:
+                    yield found
+                    count += 1
+                    if count == limit:
+                        return
+                number = row[0]
+                found = ListedMessage(row[1], row[2], row[3], row[4], [])
+            found.recipients.append(Listed(row[5], STATES[row[6]], row[7], row[8], row[9]))
+        if found is not None:
+            yield found
+
+    def text(self, message_id: str) -> tuple[bytes, Body]:
+        """Return the fields that were added to a message, and its body. Raise SpoolError when it is not there."""
+        row = self._database.execute(
+            "SELECT number, size, prefix, body FROM message WHERE id = ?", (message_id,)
+        ).fetchone()
+        if row is None:
+            raise SpoolError(f"there is no message {message_id}; it may have been delivered")
+        number, size, prefix, data = row
+        return prefix, self._files.body(number, size) if data is None else StoredBody(data)
+
+    def stats(self, lanes: int = 10) -> Stats:
+        """Count what waits."""
+        execute = self._database.execute
+        messages, octets, oldest = execute(
+            "SELECT count(*), coalesce(sum(size), 0), min(received_at) FROM message INDEXED BY message_id"
+        ).fetchone()
+        counts: dict[int, int] = dict(execute("SELECT state, count(*) FROM recipient GROUP BY state").fetchall())
+        (due,) = execute("SELECT count(*) FROM recipient WHERE state = 0 AND due_at <= ?", (self._clock(),)).fetchone()
+        fullest = execute(
+            "SELECT name, count(*) FROM recipient JOIN lane ON lane.number = recipient.lane"
+            " GROUP BY lane.number ORDER BY 2 DESC LIMIT ?",
+            (lanes,),
+        ).fetchall()
+        return Stats(
+            messages,
+            sum(counts.values()),
+            octets,
+            due,
+            counts.get(0, 0) - due,
+            counts.get(1, 0),
+            counts.get(2, 0),
+            oldest,
+            fullest,
+        )
+
+    # ---- putting in order
+
+    def retry(self, what: Filter) -> int:
+        """Let recipients that wait be due now. Return how many there were."""
+        return self._change("due_at = ?", [self._clock()], "state = 0", what)
+
+    def hold(self, what: Filter) -> int:
+        """Let recipients wait until they are released. Return how many there were."""
+        return self._change("state = 2", [], "state = 0", what)
+
+    def release(self, what: Filter) -> int:
+        """Let recipients that are held be due now. Return how many there were."""
+        return self._change("state = 0, due_at = ?", [self._clock()], "state = 2", what)
+
+    def _change(self, change: str, values: Sequence[object], which: str, what: Filter) -> int:
+        with self._transaction():
+            numbers = self._numbers(which, what)
+            self._for_each(f"UPDATE recipient SET {change} WHERE number = ?", [[*values, number] for number in numbers])
+            self._look_at_lanes()
+        return len(numbers)
+
+    def drop(self, what: Filter) -> int:
+        """Delete recipients, and messages that have none left; nobody is told. Return how many recipients."""
+        which = "state != 1" if self.has_server() else "1"
+        with self._transaction():
+            numbers = self._numbers(which, what)
+            self._for_each("DELETE FROM recipient WHERE number = ?", [[number] for number in numbers])
+            empty = [number for number in sorted({number >> PLACES for number in numbers}) if self._is_empty(number)]
+            filed = self._without_body(empty)
+            self._for_each("DELETE FROM message WHERE number = ?", [[number] for number in empty])
+            self._look_at_lanes()
+        for number in filed:
+            self._files.remove(number)
+        return len(numbers)
+
+    def has_server(self) -> bool:
+        """Say whether a server has the spool."""
+        descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        finally:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+
+    def _numbers(self, which: str, what: Filter) -> list[int]:
+        condition, values = what.condition(self._clock())
+        found = self._database.execute(
+            f"SELECT recipient.number FROM message JOIN recipient ON {_OF_MESSAGE} WHERE {which} AND {condition}",
+            values,
+        )
+        return [number for (number,) in found]
+
+    def _for_each(self, statement: str, values: Sequence[Sequence[object]]) -> None:
+        self._database.executemany(statement, values)
+
+    def _is_empty(self, number: int) -> bool:
+        first = number << PLACES
+        between = (first, first + _PLACE)
+        return self._one("SELECT 1 FROM recipient WHERE number BETWEEN ? AND ? LIMIT 1", between) is None
+
+    def _without_body(self, numbers: Sequence[int]) -> list[int]:
+        statement = "SELECT 1 FROM message WHERE number = ? AND body IS NULL"
+        return [number for number in numbers if self._one(statement, (number,)) is not None]
+
+    def _one(self, statement: str, values: Sequence[Any]) -> object:
+        return self._database.execute(statement, values).fetchone()
+
+    def _look_at_lanes(self) -> None:
+        """Let every lane know when it is due."""
+        self._database.execute(
+            "UPDATE lane SET due_at ="
+            " (SELECT min(due_at) FROM recipient WHERE recipient.lane = lane.number AND state = 0)"
+        )
+
+    # ---- checking
+
+    def check(self) -> Iterator[str]:
+        """Yield what is wrong, a line each; nothing when all is well."""
+        for (line,) in self._database.execute("PRAGMA integrity_check"):
+            if line != "ok":
+                yield f"database: {line}"
+        yield from self._check_rows()
+        yield from self._check_files()
+
+    def _check_rows(self) -> Iterator[str]:
+        questions = {
+            "recipients without a message": "SELECT count(*) FROM recipient WHERE NOT EXISTS"
+            f" (SELECT 1 FROM message WHERE message.number = recipient.number >> {PLACES})",
+            "messages without a recipient": "SELECT count(*) FROM message WHERE NOT EXISTS"
+            f" (SELECT 1 FROM recipient WHERE recipient.number BETWEEN message.number << {PLACES}"
+            f" AND (message.number << {PLACES}) + {_PLACE})",
+            "recipients without a lane": "SELECT count(*) FROM recipient WHERE lane NOT IN (SELECT number FROM lane)",
+            "lanes that would be found due too late": "SELECT count(*) FROM lane WHERE coalesce(due_at, 1e300) >"
+            " (SELECT min(due_at) FROM recipient WHERE recipient.lane = lane.number AND state = 0)",
+            "recipients in an unknown state": "SELECT count(*) FROM recipient WHERE state NOT IN (0, 1, 2)",
+        }
+        for what, question in questions.items():
+            (count,) = self._database.execute(question).fetchone()
+            if count and not (what.startswith("lanes") and self.has_server()):  # a server postpones lanes on purpose
+                yield f"{what}: {count}"
+
+    def _check_files(self) -> Iterator[str]:
+        with self._transaction():
+            expected = dict(self._database.execute("SELECT number, size FROM message WHERE body IS NULL").fetchall())
+        for number, size in expected.items():
+            try:
+                found = self._files.path(number).stat().st_size
+            except OSError:
+                if self._one("SELECT 1 FROM message WHERE number = ?", (number,)) is not None:
+                    yield f"the body of message number {number} is gone"
+                continue
+            if found != size:
+                yield f"the body of message number {number} has {found} octets in place of {size}"
+        if not self.has_server():
+            stray = sum(number not in expected for number in self._files.numbers())
+            if stray:
+                yield f"files of bodies without a message: {stray}; the next start sweeps them"

@@ -1,0 +1,163 @@
+"""The operator's desk: looking at the spool and putting it in order, while a server has it and while none has."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from penstock.cli.main import main
+from penstock.spool.desk import Desk, Filter
+from penstock.spool.entry import Outcome
+from penstock.spool.store import SpoolError
+from tests.contracts.delivery import make_message
+from tests.spool.test_spool import NOW, opened, settled, take_all
+
+
+async def fill(folder: Path) -> list[str]:
+    """Put three messages: one due, one deferred, one to two recipients of which one is being attempted."""
+    ids = []
+    async with opened(folder) as spool:
+        for recipients, sender in (
+            (("a@x.org",), "s@example.com"),
+            (("b@y.org",), ""),
+            (("c@x.org", "d@z.org"), "s@o"),
+        ):
+            message = make_message(b"Subject: one\r\n\r\nbody\r\n", recipients=recipients, sender=sender)
+            ids.append(str(message.id))
+            await spool.put(message, [to.partition("@")[2] for to in recipients])
+        (entry,) = await spool.take("y.org", NOW, 10, 1 << 20)
+        await spool.settle(settled(entry, Outcome.DEFERRED, "451 not now", NOW + 100))
+        await spool.take("z.org", NOW, 10, 1 << 20)
+    return ids
+
+
+def found(folder: Path, **what: object) -> list[str]:
+    with Desk.opened(folder, lambda: NOW) as desk:
+        return [to.address for message in desk.find(Filter(**what), 0) for to in message.recipients]  # type: ignore[arg-type]
+
+
+async def test_filters_find_what_they_say(tmp_path: Path) -> None:
+    ids = await fill(tmp_path)
+    assert found(tmp_path) == ["a@x.org", "b@y.org", "c@x.org", "d@z.org"]
+    assert found(tmp_path, ids=(ids[0], ids[2])) == ["a@x.org", "c@x.org", "d@z.org"]
+    assert found(tmp_path, sender="S@EXAMPLE.*") == ["a@x.org"]
+    assert found(tmp_path, sender="<>") == ["b@y.org"]
+    assert found(tmp_path, recipient="?@x.org") == ["a@x.org", "c@x.org"]
+    assert found(tmp_path, domain="X.org") == ["a@x.org", "c@x.org"]
+    assert found(tmp_path, state="attempting") == ["d@z.org"]
+    assert found(tmp_path, older=NOW + 1) == []
+    assert found(tmp_path, newer=NOW + 1) == ["a@x.org", "b@y.org", "c@x.org", "d@z.org"]
+
+
+async def test_a_limit_counts_messages(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    with Desk.opened(tmp_path) as desk:
+        assert len(list(desk.find(Filter(), 2))) == 2
+        assert len(list(desk.find(Filter(), 3))) == 3
+
+
+async def test_retried_recipients_are_due_for_a_server_that_runs(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with opened(tmp_path) as spool:
+        assert {entry.lane for entry in await take_all(spool)} == {"x.org", "z.org"}
+        with Desk.opened(tmp_path, lambda: NOW) as desk:
+            assert desk.retry(Filter(domain="y.org")) == 1
+            assert desk.retry(Filter(domain="x.org")) == 0, "what is being attempted is left alone"
+        assert [entry.lane for entry in await take_all(spool)] == ["y.org"]
+
+
+async def test_held_recipients_wait_for_their_release(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    with Desk.opened(tmp_path, lambda: NOW) as desk:
+        assert desk.hold(Filter(domain="x.org")) == 2
+    async with opened(tmp_path) as spool:
+        assert {entry.lane for entry in await take_all(spool)} == {"z.org"}
+        with Desk.opened(tmp_path, lambda: NOW) as desk:
+            assert desk.release(Filter(recipient="c@*")) == 1
+        assert [str(to) for entry in await take_all(spool) for to in entry.envelope.recipients] == ["c@x.org"]
+    assert found(tmp_path, state="held") == ["a@x.org"]
+
+
+async def test_dropped_recipients_leave_with_their_message_and_its_file(tmp_path: Path) -> None:
+    async with opened(tmp_path, body_in_file=1) as spool:
+        await spool.put(make_message(b"x" * 100, recipients=("a@x", "b@y")), ["x", "y"])
+    with Desk.opened(tmp_path) as desk:
+        assert desk.drop(Filter(domain="x")) == 1
+        assert [message.recipients[0].address for message in desk.find(Filter(), 0)] == ["b@y"]
+        assert desk.drop(Filter()) == 1
+        assert list(desk.find(Filter(), 0)) == []
+        assert list(desk.check()) == []
+    assert [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()] == []
+
+
+async def test_what_a_server_attempts_is_not_dropped(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"], is_taken=True)
+        with Desk.opened(tmp_path) as desk:
+            assert desk.drop(Filter()) == 0
+    with Desk.opened(tmp_path) as desk:
+        assert desk.drop(Filter()) == 1
+
+
+async def test_a_whole_spool_is_found_whole_and_a_broken_one_broken(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with opened(tmp_path, body_in_file=1) as spool:
+        await spool.put(make_message(b"x" * 100), ["x"])
+    with Desk.opened(tmp_path) as desk:
+        assert list(desk.check()) == []
+    (file,) = [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()]
+    file.write_bytes(b"short")
+    with sqlite3.connect(tmp_path / "spool.db") as database:
+        database.execute("DELETE FROM message WHERE number = 1")
+        database.execute("UPDATE lane SET due_at = NULL")
+    database.close()
+    with Desk.opened(tmp_path) as desk:
+        wrong = "\n".join(desk.check())
+    assert "5 octets in place of 100" in wrong
+    assert "recipients without a message: 1" in wrong
+    assert "found due too late" in wrong
+
+
+def test_there_has_to_be_a_spool(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="there is no spool"), Desk.opened(tmp_path):
+        pass
+
+
+# ---- the command
+
+
+def run(folder: Path, *words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["spool", words[0], "--data", str(folder), *words[1:]])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+async def test_the_command_line_shows_and_changes(tmp_path: Path) -> None:
+    ids = await fill(tmp_path / "spool")
+    assert "<b@y.org> due, 1 attempts" in run(tmp_path, "list")
+    listed = json.loads(run(tmp_path, "list", "--json", "--state", "attempting"))
+    assert [message["id"] for message in listed] == [ids[2]]
+    assert listed[0]["recipients"][0]["address"] == "d@z.org"
+    assert "Subject: one" in run(tmp_path, "show", ids[0])
+    assert run(tmp_path, "show", ids[0], "--body") == "Received: by test\nSubject: one\n\nbody\n"
+    assert json.loads(run(tmp_path, "show", ids[1], "--json"))["header"][1] == ["Subject", "one"]
+    assert run(tmp_path, "hold", "--domain", "x.org") == "2 recipients are held\n"
+    assert json.loads(run(tmp_path, "stats", "--json"))["held"] == 2
+    assert "are held" in run(tmp_path, "stats")
+    assert run(tmp_path, "release", "--all") == "2 recipients are due now\n"
+    assert run(tmp_path, "retry", ids[1]) == "1 recipients are due now\n"
+    assert "whole" in run(tmp_path, "check")
+    assert run(tmp_path, "drop", "--all", "--yes") == "4 recipients were dropped\n"
+
+
+async def test_the_command_line_refuses_what_would_be_a_mistake(tmp_path: Path) -> None:
+    await fill(tmp_path / "spool")
+    assert "say --all" in run(tmp_path, "drop", "--yes", code=2)
+    assert "30s, 10m" in run(tmp_path, "list", "--older", "soon", code=2)
+    assert "no message" in run(tmp_path, "show", "NOSUCH", code=1)
+    assert "there is no spool" in run(tmp_path / "elsewhere", "stats", code=1)
+    assert "Aborted" in run(tmp_path, "drop", "--all", code=1)
