@@ -38,6 +38,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
+from penstock._tally cimport Tally
+
 from outcome import Error, Value
 from trio.lowlevel import reschedule
 
@@ -168,6 +170,7 @@ cdef class Poller:
     """The epoll set."""
 
     cdef readonly int fd
+    cdef public Tally tally
     cdef dict watches
     cdef dict doors
     cdef list again
@@ -245,7 +248,13 @@ cdef class Poller:
         cdef int found
         self.woken = False
         while True:
-            found = self.poll_once()
+            if self.tally is not None:
+                self.tally.begin_round()
+            try:
+                found = self.poll_once()
+            finally:
+                if self.tally is not None:
+                    self.tally.end_round()
             if found == 0 or self.woken or now() >= end:
                 return found
 

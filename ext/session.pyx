@@ -21,7 +21,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_SET_ITEM
 
-from penstock.smtp._wire cimport T_CHUNK, T_COMMAND, T_NEED_DATA, T_TEXT_END, Wire
+from penstock._tally cimport P_BDAT, P_MESSAGE, P_UNASKED, Meter
+from penstock.smtp._wire cimport T_CHUNK, T_COMMAND, T_NEED_DATA, T_TEXT_BROKEN, T_TEXT_END, T_VIOLATION, Wire
 
 from penstock import reply as replies
 from penstock.message import Path, Recipient
@@ -270,6 +271,7 @@ cdef class SessionCore:
     cdef public int unasked
     cdef public object observer
     cdef public tuple remarkable
+    cdef public Meter meter
     cdef public int _mails
     cdef public list _out
     cdef public object _state
@@ -302,11 +304,12 @@ cdef class SessionCore:
 
     def data_to_send(self):
         cdef list out = self._out
-        cdef object data
-        if not out:
-            return b""
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
+        cdef bytes data = b""
+        if out:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+        if self.meter is not None:
+            self.meter.end_turn(len(data))
         return data
 
     def next_event(self):
@@ -314,6 +317,8 @@ cdef class SessionCore:
         cdef int token
         if self._answered is not None:
             raise RuntimeError(f"{self._event} was not answered")
+        if self.meter is not None and not self.meter.in_turn:
+            self.meter.begin_turn()
         while self._state is not CLOSED_STATE:
             token = self.wire.step()
             if self.observer is not None:
@@ -328,9 +333,15 @@ cdef class SessionCore:
             elif token == T_TEXT_END and self._state is BODY_STATE and self.wire.violation == 0:
                 event = self._event = EndOfMessage(self.wire.octets)
                 self._answered = message_answered
+                if self.meter is not None:
+                    self.meter.text_ends(P_MESSAGE)
             elif token == T_TEXT_END:
+                if self.meter is not None:
+                    self.meter.text_ends(P_MESSAGE if self._ends_message() else P_BDAT)
                 event = self._end_text()
             else:
+                if self.meter is not None:
+                    self.note_trouble(token)
                 event = self._take_trouble(token)
             if event is not None:
                 return event
@@ -346,6 +357,14 @@ cdef class SessionCore:
         else:
             answered(self, reply)
 
+    cdef int note_trouble(self, int token) except -1:
+        """Tell the meter what the reply to it is for."""
+        if token == T_TEXT_BROKEN:
+            self.meter.text_ends(P_MESSAGE)
+        elif token != T_VIOLATION and self._state is not AUTH_STATE:
+            self.meter.phase = 0
+        return 0
+
     # ---- state and replies
 
     def _enter(self, state):
@@ -356,12 +375,22 @@ cdef class SessionCore:
         self._rules = <tuple> self._table[<int> state]
         return 0
 
+    def _emit(self, encoded):
+        self.emit(encoded)
+
+    cdef int emit(self, bytes encoded) except -1:
+        """Send a reply as it is. Every reply passes here."""
+        self._out.append(encoded)
+        if self.meter is not None:
+            self.meter.replied(encoded)
+        return 0
+
     def _say(self, reply):
         self.say(reply)
 
     cdef int say(self, object reply) except -1:
         """Send a reply; end the session when it says so, or when the budget of errors is used up."""
-        self._out.append(reply.encoded)
+        self.emit(reply.encoded)
         if reply.closes:
             self._state = CLOSED_STATE
         elif reply.code >= 500:
@@ -369,6 +398,18 @@ cdef class SessionCore:
             if self.errors > self.max_errors:
                 self.close_with(replies.TOO_MANY_ERRORS)
         return 0
+
+    def _text_begins(self):
+        if self.meter is not None:
+            self.meter.text_begins()
+
+    def _answers_unasked(self):
+        if self.meter is not None:
+            self.meter.phase = P_UNASKED
+
+    def _message_taken(self):
+        if self.meter is not None:
+            self.meter.message(self.transaction, self.wire.octets)
 
     def _end_transaction(self):
         self.transaction.reset()
@@ -385,6 +426,8 @@ cdef class SessionCore:
         if self._state is AUTH_STATE:
             return self._take_auth_line(argument)
         self.last_verb = verb
+        if self.meter is not None:
+            self.meter.phase = verb
         refusal = self._rules[verb]
         if len(argument) > <Py_ssize_t> argument_limit[verb]:
             self.say(replies.LINE_TOO_LONG)
@@ -416,7 +459,7 @@ cdef class SessionCore:
         transaction.hello = name
         transaction.is_esmtp = True
         self.enter(READY_STATE)
-        self._out.append(self.offer.ehlo_answer(
+        self.emit(self.offer.ehlo_answer(
             tls=transaction.tls is not None, authenticated=transaction.identity is not None
         ))
         return None
@@ -433,7 +476,7 @@ cdef class SessionCore:
             self.say(mail)
             return None
         if self.unasked & U_MAIL:
-            self._out.append(sender_ok.encoded)
+            self.emit(sender_ok.encoded)
             self.begin_transaction(mail)
             return None
         self._event = mail
@@ -476,7 +519,7 @@ cdef class SessionCore:
         if self.unasked & U_RCPT and not (
             self.remarkable is not None and (<str> (<tuple> recipient[0])[1]).startswith(self.remarkable)
         ):
-            self._out.append(recipient_ok.encoded)
+            self.emit(recipient_ok.encoded)
             self.add_recipient(recipient)
             return None
         if rcpt is None:
@@ -487,7 +530,7 @@ cdef class SessionCore:
 
     def _rcpt_answered(self, reply):
         cdef int code = reply.code
-        self._out.append(reply.encoded)
+        self.emit(reply.encoded)
         if code < 300:
             self.add_recipient(self._event[0])
         elif reply.closes:
@@ -535,8 +578,12 @@ cdef class SessionCore:
         if reply.code < 400:
             self._state = BODY_STATE
             self.wire.expect_text()
+            if self.meter is not None:
+                self.meter.text_begins()
 
     def _message_answered(self, reply):
+        if self.meter is not None and reply.code < 400:
+            self.meter.message(self.transaction, self.wire.octets)
         if self.is_lmtp:
             self._refuse_message(reply)
         else:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock._tally import Tally
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.auth.users import UsersAuthenticator, UsersFile
 from penstock.config import DeliverySettings, ListenerSettings, Settings
@@ -43,6 +44,7 @@ class Shared:
     body: BodySettings
     budget: MemoryBudget
     ids: MessageIds
+    tally: Tally | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class Given:
     """Of the listeners that have AUTH."""
     policies: Sequence[object] = ()
     """Asked behind those of the settings."""
+    tally: Tally | None = None
+    """What counts the replies and the clocks of all sessions."""
 
 
 def assemble(
@@ -96,6 +100,7 @@ def assemble(
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
         ids=MessageIds(),
+        tally=given.tally,
     )
     doors: list[Door] = []
     ca_file: Path | None = None
@@ -116,6 +121,7 @@ def assemble(
         journal,
         write_journal,
         grace=settings.server.grace,
+        tally=given.tally,
     )
     return Parts(worker, delivery, doors, ca_file)
 
@@ -192,6 +198,7 @@ def make_gate(
         folder=shared.data_dir / "tmp",
         journal=shared.journal,
         ids=shared.ids,
+        tally=shared.tally,
     )
 
 

@@ -133,6 +133,7 @@ class Connection:
         self._transaction = Transaction(peer, gate.name)
         unasked = gate.unasked if self.handlers is _HANDLERS else 0
         self._session = ServerSession(gate.offer, self._wire, self._transaction, unasked)
+        self._meter = self._session.meter = None if gate.tally is None else gate.tally.meter()
         self._scope: trio.CancelScope | None = None
         """Cancelled to end a wait for the client, but for the one of `attend`, which is nudged instead."""
         self._is_attending = False
@@ -219,6 +220,8 @@ class Connection:
                 await self._flush(self._socket.take_unsent())
             await self._converse()
         except _SentAway:
+            assert self._last_words is not None
+            cause = self._last_words.text
             await self._say_last_words()
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as exc:
             cause = f"connection lost: {exc.__cause__ or exc}"
@@ -242,6 +245,8 @@ class Connection:
         if self._pending is not None:
             self._pending.close()
             self._pending = None
+        if self._meter is not None:
+            self._meter.ended("QUIT" if self._session.has_quit else cause, self._octets)
         self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
         if self._is_admitted:
             self._host.release(self._peer)
@@ -252,6 +257,11 @@ class Connection:
         self._host.ended(self)
         if self._socket is not None:
             self._socket.close_nowait()
+
+    @property
+    def octets(self) -> int:
+        """Octets that have come so far, as the socket had them."""
+        return self._octets
 
     def abort(self) -> None:
         """End a connection that has no task, at once."""
@@ -474,6 +484,8 @@ class Connection:
         """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
         gate, context = self._gate, self._tls_context()
         agreed: Agreed
+        if self._meter is not None:
+            self._meter.tls_begins()
         if self._socket is not None:
             agreed = await self._shake_hands(TlsLayer(context, self._ahead))
         else:
@@ -481,6 +493,8 @@ class Connection:
             agreed = self._stream = stream = trio.SSLStream(transport, context, server_side=True)
             await self._wait(stream.do_handshake(), is_sending=True)
         info = tls_info(agreed)
+        if self._meter is not None:
+            self._meter.tls_begun()
         self._session.tls_started(info)
         if self._tls is not None:
             self._tls.decrypt_into(self._wire.feed)  # what came in the breath of the client's Finished
@@ -686,6 +700,8 @@ class Connection:
         if not self._is_in_message:
             return
         self._is_in_message = False
+        if self._meter is not None:
+            self._meter.loses(cause)
         self._gate.journal.lost(self.number, self._peer, self._transaction.sender, cause)
         if self._body is not None:
             self._body.discard()

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from penstock._tally import Tally
 from penstock.auth.base import Authenticator
 from penstock.delivery.base import Defers, Delivery, Discards, HasRoom
 from penstock.inbound.body import BodySettings, MemoryBudget
@@ -118,6 +119,8 @@ class Gate:
     """Where bodies go that do not stay in memory."""
     journal: Journal
     ids: MessageIds
+    tally: Tally | None = None
+    """What counts the replies and the clocks of all sessions; None counts nothing."""
 
     template: Wire = field(init=False)
     """What the wires of connections are made like."""

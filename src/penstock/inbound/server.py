@@ -14,6 +14,7 @@ from typing import Final
 import outcome
 import trio
 
+from penstock._tally import Tally
 from penstock.inbound.connection import Connection
 from penstock.inbound.gate import Gate
 from penstock.inbound.limits import Admission, Sweeper
@@ -58,8 +59,12 @@ class Worker:
         write_journal: Callable[[bytes], None],
         *,
         grace: float = 30.0,
+        tally: Tally | None = None,
     ) -> None:
-        """`grace` is the seconds a message under way has to arrive once the worker stops."""
+        """`grace` is the seconds a message under way has to arrive once the worker stops.
+
+        `tally` is that of the gates, when they have one.
+        """
         self._doors = doors
         self._admission = admission
         self._sweeper = sweeper
@@ -74,6 +79,8 @@ class Worker:
         self._all_gone = trio.Event()
         self._sessions: trio.Nursery | None = None
         self._poller = Poller() if HAS_EPOLL else None
+        if self._poller is not None:
+            self._poller.tally = tally
         self._accepting: list[trio.CancelScope] = []
         self._serving = trio.CancelScope()
 
@@ -83,6 +90,11 @@ class Worker:
     def open_connections(self) -> int:
         """Connections that are open."""
         return len(self._connections)
+
+    @property
+    def octets_under_way(self) -> int:
+        """Octets that have come over the connections that are open."""
+        return sum(connection.octets for connection in self._connections)
 
     @property
     def watched(self) -> int:
@@ -216,6 +228,8 @@ class Worker:
     def _turn_away(self, fd: int, peer: Peer, gate: Gate, refusal: Reply) -> None:
         """Refuse a client before it costs a task: one send, no waiting."""
         self._journal.rejected_connection(self.sessions, peer, gate.name, refusal)
+        if gate.tally is not None:
+            gate.tally.turned_away(refusal.encoded)
         try:
             if not gate.is_implicit_tls:
                 send(fd, refusal.encoded)

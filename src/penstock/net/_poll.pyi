@@ -7,6 +7,8 @@ from outcome import Outcome
 from trio.lowlevel import Task
 from typing_extensions import Buffer
 
+from penstock._tally import Tally
+
 HAS_EPOLL: Final[bool]
 """There is an epoll on this platform; without it a `Poller` can not be made."""
 
@@ -64,6 +66,8 @@ class Poller:
     @property
     def fd(self) -> int:
         """The descriptor of the set: readable when `poll` has something to do."""
+    tally: Tally | None
+    """Told of each round, whose begin and end are the clocks of all meters; None when nobody counts."""
     def __len__(self) -> int:
         """Return how many sockets are watched."""
     def watch(self, fd: int) -> Watch:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Final
 
+from penstock._tally import Meter
 from penstock.reply import Reply
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import Event, Mail, Rcpt
@@ -54,6 +55,8 @@ class SessionCore:
     """Called with each token of the wire before it is obeyed: for who wants to tell what was said."""
     remarkable: tuple[str, ...] | None
     """Beginnings of local parts that the driver is asked about, whatever `unasked` says."""
+    meter: Meter | None
+    """Notes what was answered with what, and when; None notes nothing."""
     _mails: int
     _out: list[bytes]
     _state: State
@@ -71,8 +74,13 @@ class SessionCore:
     def reply(self, reply: Reply) -> None:
         """Answer the last event; see each event for what its answers mean. Raise RuntimeError without one."""
     def _enter(self, state: State) -> None: ...
+    def _emit(self, encoded: bytes) -> None:
+        """Send a reply as it is. Every reply passes here."""
     def _say(self, reply: Reply) -> None:
         """Send a reply; end the session when it says so, or when the budget of errors is used up."""
+    def _text_begins(self) -> None: ...
+    def _answers_unasked(self) -> None: ...
+    def _message_taken(self) -> None: ...
     def _end_transaction(self) -> None: ...
     def _mail_answered(self, reply: Reply) -> None: ...
     def _rcpt_answered(self, reply: Reply) -> None: ...

@@ -138,10 +138,10 @@ class ServerSession(SessionCore):
     def greet(self, refusal: Reply | None = None) -> None:
         """Say the greeting of RFC 5321 4.2, or in its place a refusal: 421 or 554, then the session ends."""
         if refusal is not None:
-            self._out.append(refusal.encoded)
+            self._emit(refusal.encoded)
             self._state = _CLOSED
             return
-        self._out.append(self.offer.greeting)
+        self._emit(self.offer.greeting)
         self._enter(_HELLO)
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
@@ -155,6 +155,8 @@ class ServerSession(SessionCore):
         if len(answers) != len(self.transaction.recipients):
             raise ValueError(f"{len(self.transaction.recipients)} recipients need as many replies")
         self._answered = None
+        if any(reply.accepts for reply in answers):
+            self._message_taken()
         self._end_transaction()
         for reply in answers:
             self._say(reply)
@@ -164,7 +166,7 @@ class ServerSession(SessionCore):
         if self._answered is not ServerSession._auth_answered:
             raise RuntimeError("no authentication is under way")
         self._answered = None
-        self._out.append(b"334 " + binascii.b2a_base64(data, newline=False) + b"\r\n")
+        self._emit(b"334 " + binascii.b2a_base64(data, newline=False) + b"\r\n")
         self._state = _AUTH_STATE
         self.wire.expect_line()
 
@@ -199,8 +201,10 @@ class ServerSession(SessionCore):
     def close_with(self, reply: Reply) -> None:
         """End the session from outside, in whatever state: a clock ran out, or the server stops (421)."""
         if self._state is not _CLOSED:
+            if self._answered is None:
+                self._answers_unasked()
             self._answered = None
-            self._out.append(reply.encoded)
+            self._emit(reply.encoded)
             self._state = _CLOSED
 
     # ---- state
@@ -281,7 +285,7 @@ class ServerSession(SessionCore):
             )
         else:
             answer = self.offer.helo_answer
-        self._out.append(answer)
+        self._emit(answer)
 
     # ---- MAIL RCPT
 
@@ -298,6 +302,10 @@ class ServerSession(SessionCore):
         )
 
     # ---- the end of a text
+
+    def _ends_message(self) -> bool:
+        """Say whether the text that has just ended was all of a message."""
+        return self._state is not _OCTETS or (self._chunk_is_last and self._chunk_refusal is None)
 
     def _end_text(self) -> Event | None:
         """Handle the end of a chunk, or of a text that broke a rule."""
@@ -344,6 +352,8 @@ class ServerSession(SessionCore):
     def _take_chunk(self, octets: int, *, first: bool) -> None:
         self._state = _OCTETS
         self._chunk_refusal = None
+        if first:
+            self._text_begins()
         is_text = self.transaction.parameters.body_type != "BINARYMIME"
         self.wire.expect_octets(octets, last=self._chunk_is_last, text=is_text, first=first)
 
@@ -479,7 +489,7 @@ class ServerSession(SessionCore):
     def _auth_answered(self, reply: Reply) -> None:
         self.wire.expect_commands()
         self._enter(_READY)
-        self._out.append(reply.encoded)
+        self._emit(reply.encoded)
         if reply.closes:
             self._state = _CLOSED
         elif reply.code == 535:

@@ -1,0 +1,462 @@
+"""What a sink counts of its sessions: replies by phase, code and status, latencies by phase, and marks that arrived.
+
+Theory
+------
+A receipt may cost a hundredth of the message it is for, so what happens for each command happens here, in C: a session
+has a `Meter`, which notes what is being answered and adds to the `Tally` that all meters have in common. Counts stand
+in a hash table of C integers, latencies in histograms, marks in bitmaps. Everybody else reads the tally once a second.
+
+A phase's clock starts when the server has got the octets that end the command, and stops when the reply is given to
+the kernel. On the poller both are moments of a round: it begins when the kernel has said which sockets are readable,
+and ends when all that the turns had to say is sent. So two clock reads do for all sockets of a round, and what one
+socket had to wait for the others counts, as it does for its client. A session that has a task reads the clock itself.
+
+Rules
+-----
+1. Counts are exact; nothing is sampled. The table has room for 1,024 kinds of reply; those of further kinds are counted
+   as one number.
+2. What was pipelined came at once: each reply's clock starts with the receive that brought its command, so it includes
+   the wait behind the commands before it.
+3. `think` is the client's own time: from a reply (or a greeting, or the end of a handshake) to the next octets.
+4. A mark is a bit in a bitmap of its run: 125 KB for a million. All bitmaps together have at most 64 MiB, and there are
+   at most 64 runs; marks beyond that are counted and not told apart.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcmp, memset
+cimport cython
+
+from penstock._histogram cimport Histogram
+
+cdef extern from *:
+    """
+    #include <time.h>
+    static inline int64_t clock_now(void)
+    {
+        struct timespec at;
+        clock_gettime(CLOCK_MONOTONIC, &at);
+        return (int64_t)at.tv_sec * 1000000000 + at.tv_nsec;
+    }
+    """
+    int64_t clock_now() noexcept nogil
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object text)
+    Py_ssize_t PyUnicode_GET_LENGTH(object text)
+    const unsigned char *PyUnicode_1BYTE_DATA(object text)
+
+PHASES = (
+    "unknown", "HELO", "EHLO", "LHLO", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP", "QUIT", "VRFY", "EXPN", "HELP",
+    "AUTH", "STARTTLS", "HTTP", "message", "text", "tls", "think", "banner", "unasked",
+)
+
+cdef enum:
+    MOST_CAUSES = 64
+    MOST_RUNS = 64
+    MOST_EXAMPLES = 100
+    MOST_RUN = 16           # characters of a run in a mark, see penstock.sequence
+    MOST_DIGITS = 12
+    FIRST_BITS = 8192       # octets of a bitmap to begin with
+
+cdef uint64_t MOST_OCTETS = 64 << 20
+OTHER = "others"
+
+
+cdef int note_cause(dict causes, str cause) except -1:
+    """Count a cause; those of further kinds together."""
+    cdef object n = causes.get(cause)
+    if n is None and len(causes) >= MOST_CAUSES:
+        cause = OTHER
+        n = causes.get(cause)
+    causes[cause] = 1 if n is None else n + 1
+    return 0
+
+
+cdef uint64_t key_of(int phase, const unsigned char *text, Py_ssize_t size) noexcept:
+    """Return what a reply is told apart by: phase, code, subject and detail of its status. 0 where it has none."""
+    cdef uint64_t code = 0, part = 0
+    cdef Py_ssize_t at
+    cdef int parts = 0, digits
+    cdef uint64_t[2] status
+    status[0] = status[1] = 0
+    if size < 3:
+        return <uint64_t> phase << 40 | <uint64_t> 1 << 63
+    for at in range(3):
+        if not c'0' <= text[at] <= c'9':
+            return <uint64_t> phase << 40 | <uint64_t> 1 << 63
+        code = code * 10 + text[at] - c'0'
+    # "250 2.1.0 Sender ok": the class is that of the code, so subject and detail say it all.
+    if size > 6 and text[4] == text[0] and text[5] == c'.':
+        at = 6
+        while parts < 2:
+            part = 0
+            digits = 0
+            while at < size and c'0' <= text[at] <= c'9' and digits < 3:
+                part = part * 10 + text[at] - c'0'
+                digits += 1
+                at += 1
+            if digits == 0 or at == size or text[at] != (c'.' if parts == 0 else c' '):
+                return <uint64_t> 1 << 63 | <uint64_t> phase << 40 | code << 24
+            status[parts] = part + 1
+            parts += 1
+            at += 1
+    return <uint64_t> 1 << 63 | <uint64_t> phase << 40 | code << 24 | status[0] << 12 | status[1]
+
+
+cdef class Tally:
+    """The counts of all sessions of a worker."""
+
+    def __cinit__(self):
+        self.flushed = []
+        self.clear()
+
+    def __init__(self, *, source=None):
+        """See _tally.pyi."""
+        self.source = source
+
+    cdef int clear(self) except -1:
+        self.latencies = tuple([Histogram() for _ in range(PHASE_COUNT)])
+        self.recent_messages = Histogram()
+        self.recent_replies = Histogram()
+        self.book = SequenceBook()
+        self.sequences = self.book
+        self.ends = {}
+        self.lost = {}
+        memset(self.keys, 0, sizeof(self.keys))
+        memset(self.counts, 0, sizeof(self.counts))
+        self.kinds = 0
+        self.further = 0
+        self.sessions = self.received = self.sent = self.replies = self.accepted = 0
+        self.recipients = self.text_octets = self.tls_failed = 0
+        self.peak_sessions = self.open_sessions
+        return 0
+
+    def reset(self):
+        self.clear()
+
+    def forget_recent(self):
+        self.recent_messages.reset()
+        self.recent_replies.reset()
+
+    def meter(self):
+        cdef Meter meter = Meter.__new__(Meter)
+        meter.tally = self
+        meter.phase = P_BANNER
+        meter.began = clock_now()
+        meter.in_turn = True
+        self.sessions += 1
+        self.open_sessions += 1
+        if self.open_sessions > self.peak_sessions:
+            self.peak_sessions = self.open_sessions
+        return meter
+
+    def turned_away(self, bytes encoded not None):
+        self.sessions += 1
+        self.replies += 1
+        self.sent += len(encoded)
+        self.count(P_BANNER, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
+        note_cause(self.ends, "turned away")
+
+    def latency(self, phase):
+        return self.latencies[PHASES.index(phase)]
+
+    def counted(self):
+        cdef list found = []
+        cdef uint64_t key, code, subject, detail
+        cdef int i
+        for i in range(CELLS):
+            key = self.keys[i]
+            if key:
+                code, subject, detail = key >> 24 & 0xFFFF, key >> 12 & 0xFFF, key & 0xFFF
+                status = f"{code // 100}.{subject - 1}.{detail - 1}" if detail else None
+                found.append((PHASES[key >> 40 & 0xFF], code, status, self.counts[i]))
+        found.sort(key=lambda each: (each[0], each[1], each[2] or ""))
+        return found
+
+    # ---- the poller's side
+
+    cdef void begin_round(self) noexcept:
+        self.in_round = True
+        self.round_began = clock_now()
+
+    cdef int end_round(self) except -1:
+        cdef Meter meter
+        cdef int64_t now
+        self.in_round = False
+        if self.flushed:
+            now = clock_now()
+            for meter in self.flushed:
+                meter.is_listed = False
+                meter.settle(now)
+            self.flushed.clear()
+        return 0
+
+    # ---- the meters' side
+
+    cdef void count(self, int phase, const unsigned char *text, Py_ssize_t size) noexcept:
+        cdef uint64_t key = key_of(phase, text, size)
+        cdef uint64_t at = (key * <uint64_t> 0x9E3779B97F4A7C15) >> 53    # the top 11 bits: CELLS of them
+        while self.keys[at] != key:
+            if self.keys[at] == 0:
+                if self.kinds == MOST_KINDS:
+                    self.further += 1
+                    return
+                self.kinds += 1
+                self.keys[at] = key
+                break
+            at = (at + 1) % CELLS
+        self.counts[at] += 1
+
+
+@cython.no_gc
+@cython.freelist(256)
+cdef class Meter:
+    """The clocks of one session. Holds a tally, which never holds it for longer than a round."""
+
+    # ---- the session's side
+
+    cdef void begin_turn(self) noexcept:
+        """Octets have come, or something that was waited for: what is answered now is answered from here on."""
+        cdef Tally tally = self.tally
+        self.in_turn = True
+        self.began = tally.round_began if tally.in_round else clock_now()
+        if self.said:
+            (<Histogram> (<tuple> tally.latencies)[P_THINK]).add(self.began - self.said, 1)
+            self.said = 0
+        if self.awaits_text:
+            self.awaits_text = False
+            self.text_began = self.began
+
+    cdef void replied(self, bytes encoded) noexcept:
+        """A reply was made to what `phase` says."""
+        self.tally.count(self.phase, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
+        self.tally.replies += 1
+        self.owed |= <uint32_t> 1 << self.phase
+        self.owing[self.phase] += 1
+
+    cdef int end_turn(self, Py_ssize_t octets) except -1:
+        """All that was said is about to be sent."""
+        self.in_turn = False
+        if not self.owed:
+            return 0
+        self.tally.sent += octets
+        if not self.tally.in_round:
+            self.settle(clock_now())
+        elif not self.is_listed:
+            self.is_listed = True
+            self.tally.flushed.append(self)
+        return 0
+
+    cdef void settle(self, int64_t now) noexcept:
+        """What was said is sent."""
+        cdef Tally tally = self.tally
+        cdef uint32_t owed = self.owed
+        cdef int64_t ns = now - self.began
+        cdef int phase = 0
+        while owed:
+            if owed & 1:
+                (<Histogram> (<tuple> tally.latencies)[phase]).add(ns, self.owing[phase])
+                if phase == P_MESSAGE:
+                    tally.recent_messages.add(ns, self.owing[phase])
+                tally.recent_replies.add(ns, self.owing[phase])
+                self.owing[phase] = 0
+            owed >>= 1
+            phase += 1
+        self.owed = 0
+        self.said = now
+
+    cdef void text_begins(self) noexcept:
+        self.awaits_text = True
+
+    cdef void text_ends(self, int phase) noexcept:
+        """The last octet of a text has come. What it is answered with is a reply of this phase."""
+        if self.awaits_text:    # it came with the command
+            self.awaits_text = False
+            self.text_began = self.began
+        if phase == P_MESSAGE:
+            (<Histogram> (<tuple> self.tally.latencies)[P_TEXT]).add(self.began - self.text_began, 1)
+        self.phase = phase
+
+    cdef int message(self, object transaction, uint64_t octets) except -1:
+        """A message was accepted."""
+        cdef Tally tally = self.tally
+        cdef object found
+        tally.accepted += 1
+        tally.recipients += len(<list> transaction.recipients)
+        tally.text_octets += octets
+        if tally.source is None:
+            tally.book.note_mark(<str> (<tuple> transaction.sender)[1])
+        else:
+            found = tally.source(transaction)
+            if found is None:
+                tally.book.unmarked += 1
+            else:
+                tally.book.note(found[0], found[1])
+        return 0
+
+    # ---- the connection's side
+
+    def tls_begins(self):
+        self.tls_began = clock_now()
+
+    def tls_begun(self):
+        cdef int64_t now = clock_now()
+        (<Histogram> (<tuple> self.tally.latencies)[P_TLS]).add(now - self.tls_began, 1)
+        self.tls_began = 0
+        if self.phase == P_BANNER:
+            self.began = now
+        else:
+            self.said = now
+
+    def loses(self, str cause not None):
+        self.awaits_text = False
+        note_cause(self.tally.lost, cause)
+
+    def ended(self, str cause not None, uint64_t received):
+        cdef Tally tally = self.tally
+        if self.has_ended:
+            return
+        self.has_ended = True
+        tally.open_sessions -= 1
+        tally.received += received
+        if self.tls_began:
+            tally.tls_failed += 1
+        note_cause(tally.ends, cause)
+
+
+# ---- sequences
+
+cdef class Sequence:
+    """The marks of one run that have arrived."""
+
+    def __cinit__(self, str run not None):
+        self.run = run
+        self.examples = []
+
+    def __dealloc__(self):
+        free(self.bits)
+
+    cdef bint reserve(self, uint64_t number, uint64_t room) noexcept:
+        """Make room for a number in a bitmap that may grow by `room` octets. Return False where that is too little."""
+        cdef size_t needed = number // 8 + 1, size
+        cdef unsigned char *bits
+        if needed <= self.size:
+            return True
+        size = max(self.size * 2, needed, FIRST_BITS)
+        if size - self.size > room:
+            size = needed
+            if size - self.size > room:
+                return False
+        bits = <unsigned char *> realloc(self.bits, size)
+        if bits == NULL:
+            return False
+        memset(bits + self.size, 0, size - self.size)
+        self.bits = bits
+        self.size = size
+        return True
+
+    cdef int take(self, uint64_t number) except -1:
+        cdef unsigned char bit = <unsigned char> (1 << number % 8)
+        self.received += 1
+        if self.bits[number // 8] & bit:
+            self.duplicates += 1
+            if len(self.examples) < MOST_EXAMPLES:
+                self.examples.append(number)
+            return 0
+        self.bits[number // 8] |= bit
+        self.distinct += 1
+        if self.distinct == 1:
+            self.lowest = self.highest = number
+        elif number > self.highest:
+            self.highest = number
+        else:
+            self.out_of_order += 1
+            if number < self.lowest:
+                self.lowest = number
+        return 0
+
+    def __contains__(self, uint64_t number):
+        return number // 8 < self.size and self.bits[number // 8] >> number % 8 & 1
+
+    def missing(self, uint64_t first, uint64_t last, Py_ssize_t most):
+        cdef list examples = []
+        cdef uint64_t number = first, count = 0
+        while number <= last:
+            if number % 8 == 0 and number + 7 <= last and number // 8 < self.size and self.bits[number // 8] == 0xFF:
+                number += 8
+                continue
+            if number // 8 >= self.size and len(examples) >= most:
+                return count + last - number + 1, examples
+            if number // 8 >= self.size or not self.bits[number // 8] >> number % 8 & 1:
+                count += 1
+                if len(examples) < most:
+                    examples.append(number)
+            number += 1
+        return count, examples
+
+
+cdef class SequenceBook:
+    """The runs that have arrived."""
+
+    def __cinit__(self):
+        self.runs = {}
+
+    cdef bint note_mark(self, str text) except -1:
+        """Take the mark at the end of a text, see `penstock.sequence.parse`. Return False where there is none."""
+        cdef const unsigned char *p
+        cdef Py_ssize_t size, at, begin
+        cdef uint64_t number = 0, power = 1
+        cdef Sequence latest = self.latest
+        if not PyUnicode_IS_COMPACT_ASCII(text):
+            self.unmarked += 1
+            return False
+        p = PyUnicode_1BYTE_DATA(text)
+        size = at = PyUnicode_GET_LENGTH(text)
+        while at > 0 and c'0' <= p[at - 1] <= c'9' and size - at <= MOST_DIGITS:
+            at -= 1
+            number += (p[at] - c'0') * power
+            power *= 10
+        if at < 6 or p[at - 1] != c'-' or not 1 <= size - at <= MOST_DIGITS:
+            self.unmarked += 1
+            return False
+        size = at - 1       # the end of the run
+        begin = size
+        while begin > 0 and size - begin <= MOST_RUN and (c'0' <= p[begin - 1] <= c'9' or c'a' <= p[begin - 1] <= c'z'):
+            begin -= 1
+        if not 1 <= size - begin <= MOST_RUN or begin < 4 or memcmp(p + begin - 4, b"seq-", 4) != 0 or (
+            begin > 4 and p[begin - 5] != c'+'
+        ):
+            self.unmarked += 1
+            return False
+        if latest is not None and PyUnicode_GET_LENGTH(latest.run) == size - begin and (
+            PyUnicode_IS_COMPACT_ASCII(latest.run)
+            and memcmp(PyUnicode_1BYTE_DATA(latest.run), p + begin, size - begin) == 0
+            and number // 8 < latest.size
+        ):
+            latest.take(number)
+            return True
+        return self.note(text[begin:size], number)
+
+    cpdef bint note(self, str run, uint64_t number) except -1:
+        """Take a mark. Return False when there is no room to tell it apart."""
+        cdef Sequence found = self.runs.get(run)
+        cdef size_t before
+        if found is None:
+            if len(self.runs) >= MOST_RUNS:
+                self.further += 1
+                return False
+            found = Sequence(run)
+        before = found.size
+        if not found.reserve(number, MOST_OCTETS - self.octets):
+            self.further += 1
+            return False
+        self.octets += found.size - before
+        self.runs[run] = found
+        self.latest = found
+        found.take(number)
+        return True
+
+    def mark(self, str text not None):
+        return self.note_mark(text)
