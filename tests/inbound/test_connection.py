@@ -17,7 +17,7 @@ from penstock.inbound.limits import Sweeper
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message
 from penstock.net.stream import SocketStream
-from penstock.reply import Reply
+from penstock.reply import DISK_FULL, Reply
 from penstock.transaction import Peer
 from tests.parts import PEER, Host, Recorder, Replies, gate_of
 
@@ -269,3 +269,17 @@ async def test_a_client_that_is_sent_away_reads_why_before_the_reset(tmp_path: P
         await client.send_all(b"GET / HTTP/1.1\r\n" + b"Header: x\r\n" * 10_000)
         received = b"".join([chunk async for chunk in client])
         assert received.startswith(b"500 5.5.1")
+
+
+class Cramped(Recorder):
+    """A delivery with room for a thousand octets."""
+
+    def room_for(self, octets: int) -> Reply | None:
+        return DISK_FULL if octets > 1000 else None
+
+
+async def test_a_mail_that_there_is_no_room_for_is_refused_before_it_comes(tmp_path: Path) -> None:
+    async with talking(tmp_path, {}, recorder=Cramped()) as talk:
+        await talk.ask("EHLO client")
+        assert await talk.ask("MAIL FROM:<a@b> SIZE=1001") == DISK_FULL.encoded.decode().strip()
+        assert (await talk.ask("MAIL FROM:<a@b> SIZE=1000")).startswith("250")

@@ -60,6 +60,11 @@ class Spool:
         """Told the lanes of each message that was put and not taken, so that the relay need not poll."""
 
     @property
+    def puts(self) -> int:
+        """Messages put so far."""
+        return self._store.puts
+
+    @property
     def transactions(self) -> int:
         """Transactions so far."""
         return self._committer.transactions

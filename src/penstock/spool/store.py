@@ -147,6 +147,8 @@ class Store:
         self._lock = -1
         self._database: sqlite3.Connection
         self._next_number = 1
+        self.puts = 0
+        """Messages put so far."""
         self._next_lane = 1
 
     # ---- opening and closing
@@ -239,6 +241,7 @@ class Store:
                     dsn = _encode((None if recipient.notify is None else sorted(recipient.notify), recipient.orcpt))
                 recipients += (first + place, lane, state, now, attempts, recipient.path.text, dsn, "", 0)
             self.checkpoints.logged += put.message.body.size + 1000
+        self.puts += len(puts)
         self._insert(_INSERT_MESSAGE, 8, messages)
         self._insert(_INSERT_RECIPIENT, 9, recipients)
         for lane, when in due.items():

@@ -1,0 +1,153 @@
+"""Delivery into the spool: what its 250 promises, and what it says when it can not keep it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from penstock.delivery.base import Defers, HasRoom
+from penstock.delivery.spool import SpoolDelivery
+from penstock.message import Recipient
+from penstock.reply import Reply
+from penstock.spool.entry import Entry
+from penstock.spool.room import Room
+from penstock.spool.spool import Spool, SpoolFullError, SpoolSettings
+from tests.contracts.delivery import check_delivery, make_message
+
+
+class Relay:
+    """A relay that takes what it is told to."""
+
+    def __init__(self) -> None:
+        self.is_eager = False
+        self.offered: list[Entry] = []
+
+    def lane_of(self, recipient: Recipient) -> str:
+        return recipient.path.domain
+
+    def takes(self, octets: int) -> bool:
+        return self.is_eager
+
+    def offer(self, entries: Sequence[Entry]) -> None:
+        self.offered += entries
+
+
+@asynccontextmanager
+async def delivery_into(folder: Path, relay: Relay | None = None) -> AsyncIterator[tuple[SpoolDelivery, Spool]]:
+    spool = Spool(SpoolSettings(body_in_file=100_000), folder)
+    await spool.start()
+    try:
+        yield SpoolDelivery(spool, relay or Relay(), Room(folder, reserve_octets=0, reserve_inodes=0)), spool
+    finally:
+        await spool.aclose()
+
+
+async def later(delivery: SpoolDelivery, body: bytes) -> Reply:
+    replies: list[Reply] = []
+    message = make_message(body)
+
+    def done(reply: Reply) -> None:
+        replies.append(reply)
+        message.body.close()
+
+    delivery.accept_later(message, done)
+    while not replies:
+        await trio.lowlevel.checkpoint()
+    return replies[0]
+
+
+async def test_it_keeps_the_contract(tmp_path: Path) -> None:
+    async with delivery_into(tmp_path) as (delivery, spool):
+        assert isinstance(delivery, Defers)
+        assert isinstance(delivery, HasRoom)
+        await check_delivery(delivery)
+        assert (await later(delivery, b"x")).text.startswith("Ok: spooled as ")
+        assert len(await spool.take("example.org", 4e9, 100, 1 << 20)) == 4
+
+
+async def test_an_eager_relay_gets_the_message_without_reading_it_back(tmp_path: Path) -> None:
+    relay = Relay()
+    relay.is_eager = True
+    async with delivery_into(tmp_path, relay) as (delivery, spool):
+        await later(delivery, b"one")
+        await delivery.accept(make_message(b"two"))
+        await delivery.accept(make_message(b"3" * 200_000))
+        assert [b"".join(entry.body.chunks())[:3] for entry in relay.offered] == [b"one", b"two", b"333"]
+        assert await spool.due_lanes(4e9, 10) == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 452),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 452),
+        (OSError(errno.EIO, "Input/output error"), 451),
+        (sqlite3.OperationalError("disk I/O error"), 451),
+        (SpoolFullError("20000 messages wait"), 452),
+    ],
+)
+async def test_what_could_not_be_written_is_not_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, code: int
+) -> None:
+    async with delivery_into(tmp_path) as (delivery, spool):
+
+        def fail(*_: object) -> None:
+            raise failure
+
+        if isinstance(failure, SpoolFullError):
+            monkeypatch.setattr(spool._committer, "put_later", fail)
+        else:
+            monkeypatch.setattr(spool._store, "put", fail)
+        for reply in (await delivery.accept(make_message(b"x")), await later(delivery, b"x")):
+            assert reply.code == code
+            assert str(failure) in reply.cause
+            assert str(failure) not in reply.text
+        monkeypatch.undo()
+        assert (await delivery.accept(make_message(b"x"))).code == 250, "the spool goes on"
+
+
+async def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
+    async with delivery_into(tmp_path) as (delivery, spool):
+        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 20").fetchall())
+        assert (await later(delivery, b"x" * 90_000)).code == 250
+        assert (await later(delivery, b"x" * 90_000)).code == 452
+
+
+async def test_mail_is_refused_before_the_reserve_is_touched(tmp_path: Path) -> None:
+    found = os.statvfs(tmp_path)
+    free = found.f_bavail * found.f_frsize
+    room = Room(tmp_path, reserve_octets=free // 2, reserve_inodes=0)
+    async with delivery_into(tmp_path) as (_, spool):
+        delivery = SpoolDelivery(spool, Relay(), room)
+        assert delivery.room_for(0) is None
+        assert delivery.room_for(1000) is None
+        refusal = delivery.room_for(free)
+        assert refusal is not None
+        assert (refusal.code, refusal.status) == (452, "4.3.1")
+        room.used(free)
+        assert delivery.room_for(0) is not None
+        room.look()
+        assert delivery.room_for(0) is None
+
+
+def test_inodes_have_a_reserve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs(tmp_path)
+    for files, free, has in ((1000, 10, False), (1000, 500, True), (0, 0, True)):
+        faked = os.statvfs_result((*real[:5], files, free, free, *real[8:10]))
+        monkeypatch.setattr(os, "statvfs", lambda _, faked=faked: faked)
+        assert Room(tmp_path, reserve_octets=0, reserve_inodes=100).takes(0) is has
+
+
+def test_a_file_system_that_can_not_be_looked_at_has_room_until_it_can(tmp_path: Path) -> None:
+    room = Room(tmp_path, reserve_octets=0, reserve_inodes=0)
+    before = room.octets
+    room._folder = tmp_path / "gone"
+    room.look()
+    assert room.octets == before
