@@ -298,7 +298,10 @@ cdef class Poller:
                 elif watch.turn is not None:
                     self.take_turn(watch, said)
                 elif watch.reader is not None:
-                    self.wake_reader(watch, None)
+                    known = watch.reader
+                    watch.reader = None
+                    self.woken = True
+                    reschedule(known)
             if what & <uint32_t> (EPOLLOUT | EPOLLERR | EPOLLHUP):
                 watch.is_writable = True
                 if watch.writer is not None:
@@ -331,8 +334,8 @@ cdef class Poller:
             door[0](*accepted)
         return 0
 
-    cdef int wake_reader(self, Watch watch, object result) except -1:
-        """Wake the task that waits for input, with the result of its wait."""
+    cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1:
+        """End a wait for input: with what it has come to, or with what a receive or a turn has thrown."""
         cdef object task = watch.reader
         cdef object woken = watch.woken
         watch.reader = None
@@ -340,14 +343,11 @@ cdef class Poller:
         watch.receiver = None
         watch.woken = None
         if woken is not None:
-            if woken(result):
+            if woken(received, failure):
                 self.woken = True
             return 0
         self.woken = True
-        if result is None:
-            reschedule(task)
-        else:
-            reschedule(task, result)
+        reschedule(task, Value(received) if failure is None else Error(failure))
         return 0
 
     cdef int take_turn(self, Watch watch, list said) except -1:
@@ -356,14 +356,14 @@ cdef class Poller:
         try:
             received = watch.receiver.recv(watch.fd)
         except BaseException as exc:
-            self.wake_reader(watch, Error(exc))
+            self.wake_reader(watch, -1, exc)
             return 0
         if received < SHORT and not watch.has_hung_up:
             watch.is_readable = False
         if received < 0:
             watch.is_readable = False
         elif received == 0:
-            self.wake_reader(watch, Value(0))
+            self.wake_reader(watch, 0, None)
         else:
             self.go_on(watch, received, received, said)
         return 0
@@ -374,10 +374,10 @@ cdef class Poller:
         try:
             answer = watch.turn(received)
         except BaseException as exc:
-            self.wake_reader(watch, Error(exc))
+            self.wake_reader(watch, -1, exc)
             return 0
         if answer is None:
-            self.wake_reader(watch, Value(outcome))
+            self.wake_reader(watch, outcome, None)
         else:
             if answer:
                 said.append(watch)
@@ -404,7 +404,7 @@ cdef class Poller:
             # Full, or broken: sending the rest will tell which.
             watch.is_writable = sent < 0 and errno != EAGAIN
             watch.unsent = answer[max(sent, 0):]
-            self.wake_reader(watch, Value(-1))
+            self.wake_reader(watch, -1, None)
         return 0
 
     def close(self):

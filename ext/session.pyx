@@ -46,6 +46,7 @@ cdef enum:
     U_MAIL = 2
     U_RCPT = 4
     # The verbs of the path, by their place in _wire.VERBS.
+    V_HELO = 1
     V_EHLO = 2
     V_MAIL = 4
     V_RCPT = 5
@@ -439,29 +440,32 @@ cdef class SessionCore:
             return self.take_mail(argument)
         elif verb == V_DATA:
             return self.take_data(argument)
-        elif verb == V_EHLO:
-            return self.take_ehlo(argument)
+        elif verb == V_EHLO or verb == V_HELO:
+            return self.take_hello(verb, argument)
         elif verb == V_QUIT:
             return self.take_quit(argument)
         else:
             return self._take_verb(verb, argument)
         return None
 
-    cdef object take_ehlo(self, bytes argument):
-        cdef object name, transaction
-        if not self.unasked & U_HELLO or self.is_lmtp or not (self._state is HELLO_STATE or self._state is READY_STATE):
-            return self._take_verb(V_EHLO, argument)
-        name = plain_hello(argument)
+    cdef object take_hello(self, int verb, bytes argument):
+        cdef object name = None, transaction
+        # Behind a part of a message there is a body to forget, of which the driver has to hear.
+        if self.unasked & U_HELLO and not self.is_lmtp and (self._state is HELLO_STATE or self._state is READY_STATE):
+            name = plain_hello(argument)
         if name is None:
-            return self._take_verb(V_EHLO, argument)
+            return self._take_verb(verb, argument)
         transaction = self.transaction
         transaction.reset()  # RFC 5321 4.1.4: EHLO is an implicit RSET
         transaction.hello = name
-        transaction.is_esmtp = True
+        transaction.is_esmtp = verb == V_EHLO
         self.enter(READY_STATE)
-        self.emit(self.offer.ehlo_answer(
-            tls=transaction.tls is not None, authenticated=transaction.identity is not None
-        ))
+        if verb == V_EHLO:
+            self.emit(self.offer.ehlo_answer(
+                tls=transaction.tls is not None, authenticated=transaction.identity is not None
+            ))
+        else:
+            self.emit(self.offer.helo_answer)
         return None
 
     cdef object take_mail(self, bytes argument):

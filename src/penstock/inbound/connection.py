@@ -110,6 +110,33 @@ class Connection:
     """What each event is for; each handler returns None, or something to await. A kind of connection that answers
     otherwise has a table of its own, and is asked about all events."""
 
+    # What most conversations never change stands in the class: a connection sets what is its own.
+    _clocks: Deadlines | None = None
+    """Made when the sweeper first looks: most connections are over by then."""
+    _scope: trio.CancelScope | None = None
+    """Cancelled to end a wait for the client, but for the one of `attend`, which is nudged instead."""
+    _is_attending = False
+    _is_sending = False
+    _ahead = b""
+    _tls: TlsLayer | None = None
+    """TLS on a socket of our own; on another stream it is a trio.SSLStream."""
+    _receiver: Receiver
+    """What octets are received into: the wire, or TLS in front of it."""
+    _pending: Coroutine[Any, Any, None] | None = None
+    """What the task has to await before the next event."""
+    _last_words: Reply | None = None
+    _body: BodyCollector | None = None
+    _committing: Message | None = None
+    """The message that a delivery has, and that nothing was said of yet."""
+    _exchange: sasl.Exchange | None = None
+    _is_in_message = False
+    _begun = 0
+    """Messages whose text has begun."""
+    _has_left = False
+    _has_ended = False
+    _messages = 0
+    _octets = 0
+
     def __init__(
         self,
         stream: trio.abc.Stream,
@@ -120,51 +147,29 @@ class Connection:
         number: int = 0,
         is_admitted: bool = False,
     ) -> None:
-        self._clocks = Deadlines(gate.limits, trio.current_time())
-        self._handlers = self.handlers
         self.number = number
+        self._handlers = self.handlers
         self._stream = stream
         self._socket = stream if type(stream) is SocketStream else None
-        self._can_hold = self._socket is not None and self._socket.can_be_nudged
+        self._takes_turns = self._socket is not None and self._socket.can_be_nudged
+        """The stream is a socket on a poller: turns are taken without a task, which can be nudged and held."""
         self._peer = peer
         self._gate = gate
         self._host = host
-        self._wire = gate.template.fresh()
+        self._wire = self._receiver = gate.template.fresh()
         self._transaction = Transaction(peer, gate.name)
-        unasked = gate.unasked if self.handlers is _HANDLERS else 0
+        unasked = gate.unasked if self._handlers is _HANDLERS else 0
         self._session = ServerSession(gate.offer, self._wire, self._transaction, unasked)
         self._meter = self._session.meter = None if gate.tally is None else gate.tally.meter()
-        self._scope: trio.CancelScope | None = None
-        """Cancelled to end a wait for the client, but for the one of `attend`, which is nudged instead."""
-        self._is_attending = False
-        self._is_sending = False
         self._is_admitted = is_admitted
-        self._ahead = b""
-        self._tls: TlsLayer | None = None
-        """TLS on a socket of our own; on another stream it is a trio.SSLStream."""
-        self._receiver: Receiver = self._wire
-        self._pending: Coroutine[Any, Any, None] | None = None
-        """What the task has to await before the next event."""
-        self._last_words: Reply | None = None
-        self._body: BodyCollector | None = None
-        self._committing: Message | None = None
-        """The message that a delivery has, and that nothing was said of yet."""
-        self._exchange: sasl.Exchange | None = None
-        self._begun = 0
-        """Messages whose text has begun."""
-        self._is_in_message = False
-        self._has_left = False
-        self._has_ended = False
-        self._started = time.monotonic()
-        self._messages = 0
-        self._octets = 0
+        self._started = trio.current_time()
 
     # ---- the life of a connection
 
     def start(self) -> bool:
         """Begin the conversation without a task. Return False when it needs one from the start: then call `run`."""
         gate, stream = self._gate, self._socket
-        if stream is None or not stream.can_be_nudged or not self._is_admitted:
+        if stream is None or not self._takes_turns or not self._is_admitted:
             return False
         if gate.is_implicit_tls or gate.pipeline.connect:
             return False
@@ -179,21 +184,20 @@ class Connection:
             self._end(f"connection lost: {exc.__cause__ or exc}")
         return True
 
-    def _woken(self, result: outcome.Outcome[int]) -> bool:
+    def _woken(self, received: int, failure: BaseException | None) -> bool:
         """Go on when the turns have come to an end: finish here what needs no waiting, else get a task and say so."""
         self._is_attending = False
-        if isinstance(result, outcome.Error):
-            if isinstance(result.error, OSError):
-                self._end(f"connection lost: {result.error}")
-                return False
-        elif self._pending is None:
-            if isinstance(result, outcome.Value) and result.value == 0:
-                self._end("the client closed the connection")
-                return False
+        if failure is None and self._pending is None:
             if self._session.has_quit and self._tls is None:
                 self._say_bye()
                 return False
-        self._host.spawn(self, result)
+            if received == 0:
+                self._end("the client closed the connection")
+                return False
+        elif isinstance(failure, OSError):
+            self._end(f"connection lost: {failure}")
+            return False
+        self._host.spawn(self, outcome.Value(received) if failure is None else outcome.Error(failure))
         return True
 
     def _say_bye(self) -> None:
@@ -241,7 +245,8 @@ class Connection:
         if self._has_ended:
             return
         self._has_ended = True
-        self._drop_body(cause)
+        if self._is_in_message:
+            self._drop_body(cause)
         if self._pending is not None:
             self._pending.close()
             self._pending = None
@@ -250,7 +255,7 @@ class Connection:
         self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
         if self._is_admitted:
             self._host.release(self._peer)
-            seconds = time.monotonic() - self._started
+            seconds = trio.current_time() - self._started
             self._gate.journal.disconnected(
                 self.number, self._peer, self._messages, self._session.errors, self._octets, seconds
             )
@@ -280,14 +285,20 @@ class Connection:
     def check_clocks(self, now: float) -> None:
         """Send the client away when one of its clocks has run out."""
         message = self._begun if self._is_in_message else 0
-        last_words = self._clocks.expired(now, self._session.commands, message)
+        last_words = self._deadlines().expired(now, self._session.commands, message)
         if last_words is not None:
             self.expire(last_words)
+
+    def _deadlines(self) -> Deadlines:
+        """Return the clocks."""
+        if self._clocks is None:
+            self._clocks = Deadlines(self._gate.limits, self._started)
+        return self._clocks
 
     def stop(self, grace: float) -> None:
         """Let a message that is under way arrive within `grace` seconds; send every other client away."""
         if self._is_in_message:
-            self._clocks.shorten_data(trio.current_time() + grace)
+            self._deadlines().shorten_data(trio.current_time() + grace)
         else:
             self.expire(replies.SHUTTING_DOWN)
 
@@ -330,7 +341,7 @@ class Connection:
             await self._flush(said)
             if self._socket is None:
                 received = await self._wait(self._receive())
-            elif not self._socket.can_be_nudged:
+            elif not self._takes_turns:
                 received = await self._wait(self._socket.attend(self._receiver, self._turn))
             else:
                 self._is_attending = True
@@ -593,7 +604,7 @@ class Connection:
         """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
         gate = self._gate
         if gate.discards is None:
-            if gate.defers is not None and self._can_hold and self._hand_over(gate.defers, event):
+            if gate.defers is not None and self._takes_turns and self._hand_over(gate.defers, event):
                 return None
             return self._judge(event)
         self._is_in_message = False

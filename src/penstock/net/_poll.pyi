@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from outcome import Outcome
 from trio.lowlevel import Task
 from typing_extensions import Buffer
 
@@ -50,8 +49,8 @@ class Watch:
 
     The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
     """
-    woken: Callable[[Outcome[int]], bool] | None
-    """Called in place of waking `reader`, with what the wait has come to. Must not raise.
+    woken: Callable[[int, BaseException | None], bool] | None
+    """Called in place of waking `reader`, with what the wait has come to, or what was thrown. Must not raise.
 
     Says whether it has got a task to run: then `poll` returns, so that trio can run it.
     """

@@ -189,8 +189,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._check_open()
         return received
 
-    def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[outcome.Outcome[int]], bool]) -> None:
-        """Do what `attend` does, but without a task: `woken` is called with what it would have come to.
+    def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[int, BaseException | None], bool]) -> None:
+        """Do what `attend` does, but without a task: `woken` is called with what it would have come to, or thrown.
 
         It says whether it has got a task to run, so that this gets its turn. For a new stream on a poller.
         When `woken` gets -1, `take_unsent` may have something to send.
@@ -250,7 +250,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             task, woken = watch.reader, watch.woken
             watch.reader = watch.turn = watch.receiver = watch.woken = None
             if woken is not None:
-                woken(outcome.Value(-1))
+                woken(-1, None)
             else:
                 assert task is not None
                 reschedule(task, outcome.Value(-1))
@@ -296,7 +296,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
         return self._send(data, 0)
 
     def _send(self, data: bytes | bytearray | memoryview, start: int) -> int:
-        self._check_sendable()
+        if self._fd < 0 or self._eof_sent:
+            self._check_sendable()
         try:
             sent = _poll.send(self._fd, data, start)
         except OSError as exc:
