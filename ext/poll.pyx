@@ -90,6 +90,9 @@ cdef extern from *:
     #ifndef MSG_NOSIGNAL
     #define MSG_NOSIGNAL 0
     #endif
+    #ifndef MSG_MORE
+    #define MSG_MORE 0
+    #endif
     """
     struct epoll_data "union_data":
         int fd
@@ -114,7 +117,7 @@ cdef extern from *:
     int c_shutdown "shutdown"(int fd, int how) nogil
     enum:
         POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
-        EPOLLET, EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+        EPOLLET, EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_MORE, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
 
 cdef extern from "netinet/in.h" nogil:
     struct in_addr:
@@ -437,15 +440,16 @@ def accept(int fd):
     return sock, "", 0
 
 
-def send(int fd, data not None, Py_ssize_t start=0):
+def send(int fd, data not None, Py_ssize_t start=0, *, bint last=False):
     cdef Py_buffer view
     cdef ssize_t n
+    cdef int flags = MSG_NOSIGNAL | MSG_MORE if last else MSG_NOSIGNAL
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         if start < 0 or start > view.len:
             raise ValueError("start lies outside of the data")
         while True:
-            n = c_send(fd, <char *> view.buf + start, view.len - start, MSG_NOSIGNAL)
+            n = c_send(fd, <char *> view.buf + start, view.len - start, flags)
             if n >= 0:
                 return n
             if errno == EAGAIN:

@@ -40,11 +40,13 @@ cdef extern from "Python.h":
 UNASKED_HELLO = 1
 UNASKED_MAIL = 2
 UNASKED_RCPT = 4
+UNASKED_QUIT = 8
 
 cdef enum:
     U_HELLO = 1
     U_MAIL = 2
     U_RCPT = 4
+    U_QUIT = 8
     # The verbs of the path, by their place in _wire.VERBS.
     V_HELO = 1
     V_EHLO = 2
@@ -63,6 +65,7 @@ cdef enum:
 
 cdef object AUTH_STATE = State.AUTH
 cdef object BODY_STATE = State.BODY
+cdef object CHUNKS_STATE = State.CHUNKS
 cdef object CLOSED_STATE = State.CLOSED
 cdef object HELLO_STATE = State.HELLO
 cdef object MAIL_STATE = State.MAIL
@@ -553,12 +556,17 @@ cdef class SessionCore:
         return 0
 
     cdef object take_quit(self, bytes argument):
+        cdef object event
         if argument:
             self.say(replies.NO_ARGUMENT_ALLOWED)
             return None
+        if self.unasked & U_QUIT and self._state is not CHUNKS_STATE:
+            event = None  # there is no body to forget
+        else:
+            event = quit_event
         self.has_quit = True
         self.say(replies.BYE)
-        return quit_event
+        return event
 
     cdef object take_data(self, bytes argument):
         cdef object parameters = self.transaction.parameters

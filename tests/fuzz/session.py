@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass, field
 
 from penstock import reply as replies
-from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_RCPT
+from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_QUIT, UNASKED_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import (
     CLOSED,
@@ -157,7 +157,7 @@ class Driver:
 
 
 _ACCEPTED = {"BeginData": replies.GO_AHEAD_DATA, "Mail": replies.SENDER_OK, "Rcpt": replies.RECIPIENT_OK}
-_UNASKED = UNASKED_HELLO | UNASKED_MAIL | UNASKED_RCPT
+_UNASKED = UNASKED_HELLO | UNASKED_MAIL | UNASKED_RCPT | UNASKED_QUIT
 
 
 def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> Play:

@@ -306,3 +306,19 @@ async def test_a_sleeper_can_be_nudged_whatever_came_before(make_pair: Maker, oc
         right.nudge()
     assert results == [-1]
     right.nudge()
+
+
+async def test_the_last_words_arrive_before_the_end(make_tcp_pair: Maker) -> None:
+    left, right = await make_tcp_pair()
+    async with right:
+        left.send_and_close_nowait(b"221 2.0.0 Bye\r\n")
+        with pytest.raises(trio.ClosedResourceError):
+            left.send_nowait(b"x")
+        assert b"".join([chunk async for chunk in right]) == b"221 2.0.0 Bye\r\n"
+
+
+async def test_the_last_words_to_a_peer_that_has_left_are_lost(make_pair: Maker) -> None:
+    left, right = await make_pair()
+    await right.aclose()
+    left.send_and_close_nowait(b"221 2.0.0 Bye\r\n")
+    left.send_and_close_nowait(b"once more")

@@ -203,8 +203,7 @@ class Connection:
     def _say_bye(self) -> None:
         """Send the last replies, as much of them as a client takes that has said QUIT and should read them."""
         assert self._socket is not None
-        with suppress(trio.BrokenResourceError):
-            self._socket.send_nowait(self._session.data_to_send())
+        self._socket.send_and_close_nowait(self._session.data_to_send())
         self._end("QUIT")
 
     async def run(self, woken: outcome.Outcome[int] | None = None) -> None:

@@ -19,7 +19,7 @@ from penstock.inbound.limits import AuthThrottle, LimitSettings
 from penstock.journal import Journal
 from penstock.message import MessageIds, Path
 from penstock.policy.pipeline import Pipeline
-from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_RCPT
+from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_QUIT, UNASKED_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.offer import Offer
 from penstock.smtp.sasl import ChannelBinding
@@ -144,7 +144,7 @@ class Gate:
         object.__setattr__(self, "discards", discards)
         object.__setattr__(self, "defers", defers)
         room = self.delivery if isinstance(self.delivery, HasRoom) else None
-        unasked = 0 if self.pipeline.helo else UNASKED_HELLO
+        unasked = UNASKED_QUIT if self.pipeline.helo else UNASKED_QUIT | UNASKED_HELLO
         unasked |= 0 if self.pipeline.mail or room is not None else UNASKED_MAIL
         unasked |= 0 if self.pipeline.rcpt or self.domains is not None else UNASKED_RCPT
         object.__setattr__(self, "room", room)

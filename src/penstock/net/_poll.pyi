@@ -102,8 +102,11 @@ class Poller:
 def accept(fd: int, /) -> tuple[int, str, int] | None:
     """Accept a connection: descriptor (non-blocking), IP address ("" for a unix socket) and port; None for none."""
 
-def send(fd: int, data: Buffer, start: int = 0) -> int:
-    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError."""
+def send(fd: int, data: Buffer, start: int = 0, *, last: bool = False) -> int:
+    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError.
+
+    `last` is a promise to close the socket next: the data then travels with the end of the stream.
+    """
 
 def recv(fd: int, octets: int) -> bytes | None:
     """Receive up to so many octets: b"" at the end of the stream, None when there is nothing. Raise OSError."""

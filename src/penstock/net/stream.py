@@ -295,6 +295,16 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._conflict("sending")
         return self._send(data, 0)
 
+    def send_and_close_nowait(self, data: bytes) -> None:
+        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
+        try:
+            if data and self._fd >= 0:
+                _poll.send(self._fd, data, last=True)
+        except OSError:
+            pass  # the peer has left: there is nobody to tell
+        finally:
+            self.close_nowait()
+
     def _send(self, data: bytes | bytearray | memoryview, start: int) -> int:
         if self._fd < 0 or self._eof_sent:
             self._check_sendable()

@@ -17,6 +17,8 @@ UNASKED_MAIL: Final = 2
 """The driver accepts every Mail."""
 UNASKED_RCPT: Final = 4
 """The driver accepts every Rcpt."""
+UNASKED_QUIT: Final = 8
+"""The driver need not hear of a Quit where there is no body to forget."""
 
 BAD_SENDER: Final[Reply]
 BAD_RECIPIENT: Final[Reply]
