@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 import trio
 
 import penstock.relay.pool
+from penstock.journal import Journal, JournalSettings
 from penstock.relay.pool import Pool, PoolSettings
-
-MakePool = Callable[..., "object"]
 
 
 @pytest.fixture(params=["poller", "trio"])
@@ -18,9 +17,11 @@ async def pool(
     """A pool that runs, with both ways of waiting."""
     if request.param == "trio":
         monkeypatch.setattr(penstock.relay.pool, "HAS_EPOLL", False)
-    pool = Pool(PoolSettings(), hostname="client.example.org")
+    journal = Journal(JournalSettings(format="human"))
+    pool = Pool(PoolSettings(), hostname="client.example.org", journal=journal)
     await nursery.start(pool.run)
     yield pool
     await pool.aclose()
     assert pool.connections == 0
+    assert b" error " not in (lines := journal.drain()), lines.decode()
     nursery.cancel_scope.cancel()

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Annotated, Final, Protocol, TypeVar
 
@@ -518,30 +518,31 @@ class Conversation:
         assert exchange is not None
         job, block = exchange.job, self._manner.clocks.block
         await self._send(exchange.begin_text())
-        async for chunk in self._chunks(job):
-            self._await("the text", block)
-            await self._send(exchange.feed_text(chunk))
-            self.deadline = math.inf
+        async with aclosing(self._chunks(job)) as chunks:
+            async for chunk in chunks:
+                self._await("the text", block)
+                await self._send(exchange.feed_text(chunk))
+                self.deadline = math.inf  # the next chunk is not the hop's to give
         self._await("the text", block)
         await self._send(exchange.finish_text() + self._look_ahead(exchange))
         self._has_text = False
         self._note_phase()
 
-    async def _chunks(self, job: Job) -> AsyncIterator[bytes]:
+    async def _chunks(self, job: Job) -> AsyncGenerator[bytes, None]:
         """Yield the text of a job. Reads a file in a thread."""
         if job.coming is not None:
-            async for chunk in job.coming:
-                yield chunk
+            async for piece in job.coming:
+                yield piece
             return
         assert job.body is not None
         yield job.prefix
         chunks: Iterator[bytes] = job.body.chunks()
         while True:
             try:
-                chunk = next(chunks, b"") if job.in_memory else await trio.to_thread.run_sync(next, chunks, b"")
+                chunk = _read(chunks) if job.in_memory else await trio.to_thread.run_sync(_read, chunks)
             except (OSError, ValueError) as exc:
                 raise BodyError(f"the body can not be read: {exc}") from exc
-            if not chunk:
+            if chunk is None:
                 return
             yield chunk
 
@@ -610,11 +611,17 @@ class Conversation:
         self._now = self._next = None
 
 
+def _read(chunks: Iterator[bytes]) -> bytes | None:
+    """Return the next chunk of a body, None at its end. May block on the disk."""
+    return next(chunks, None)
+
+
 def _reason(exc: BaseException) -> str:
     """Return what went wrong, printable: a text of OpenSSL or of the system, without our own wrapping."""
     cause = exc.__cause__ or exc
     if isinstance(cause, ssl.SSLCertVerificationError):
         return cause.verify_message
     if isinstance(cause, ssl.SSLError):
-        return (cause.reason or str(cause)).replace("_", " ").lower()
+        reason = getattr(cause, "reason", None)  # an error that was not OpenSSL's has none
+        return (reason or str(cause)).replace("_", " ").lower()
     return getattr(cause, "strerror", None) or str(cause)

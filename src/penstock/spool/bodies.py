@@ -18,6 +18,7 @@ class StoredBody:
     """A body that was read from the database."""
 
     __slots__ = ("_data", "size")
+    in_memory = True
 
     def __init__(self, data: bytes) -> None:
         self._data = data
