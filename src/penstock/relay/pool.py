@@ -47,6 +47,8 @@ _IN_THE_CLEAR: Final = 600.0
 """Seconds in which a hop whose TLS did not work is not asked for it again, where that is allowed."""
 _HOLD: Final = 5.0
 """Seconds without another connection to a hop that has refused one and works with others."""
+_SLOW_START: Final = 5
+"""Connections that are on their way at a time, beyond as many as are open: a hop is not to be overrun."""
 _FORGOTTEN: Final = 3600.0
 """Seconds after which a hop that nobody wants anything of is forgotten."""
 
@@ -278,21 +280,24 @@ class _Station:
         room = self._limits.connections * 2 - busy * 2 - len(self._queue)
         return max(0, min(room, self._messages.has_room(now)))
 
-    def _dispatch(self, now: float) -> None:
-        """Give jobs to connections that rest, and open others for those that are left."""
+    def _dispatch(self, now: float, spared: int = 0) -> None:
+        """Give jobs to connections that rest, and open others for those that are left, but for `spared` ones."""
         resting = self._resting
         while self._queue and resting:
             conversation, _ = resting.popitem()
             if not conversation.begin():
                 return  # the rate is used up; it rests again
-        while len(self._queue) > self._connecting and self._may_connect(now):
+        while len(self._queue) - spared > self._connecting and self._may_connect(now):
             self._connecting += 1
             self._pool.connections += 1
             self.breaker.probe()
             self._pool.start_connection(self)
 
     def _may_connect(self, now: float) -> bool:
-        if self._pool.is_closing or len(self._open) + self._connecting >= self._limits.connections:
+        there = len(self._open) + self._connecting
+        if self._pool.is_closing or there >= self._limits.connections:
+            return False
+        if self._connecting >= _SLOW_START + len(self._open):
             return False
         if now < self._hold_until or self.breaker.blocks(now) or not self._messages.has_room(now):
             return False
@@ -396,6 +401,8 @@ class _Station:
         cause: BaseException | str = "the relay is stopping"
         if self._pool.is_closing:
             conversation.retire()
+        else:
+            self._dispatch(trio.current_time(), spared=1)  # the first of them is for this connection
         try:
             await conversation.serve()
         except (LostError, Closing) as exc:
