@@ -7,9 +7,10 @@ has it, "listener[0].tls.mode", and list the keys there are.
 from __future__ import annotations
 
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, TypeVar, get_args, get_origin
+from typing import Annotated, Final, TypeVar, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -17,6 +18,8 @@ import tomli_w
 Struct = msgspec.Struct
 Meta = msgspec.Meta
 S = TypeVar("S", bound=Struct)
+_WIDTH: Final = 118
+"""Columns of a description."""
 
 
 class SchemaError(ValueError):
@@ -100,14 +103,19 @@ def _describe(struct: type[Struct], place: str) -> Iterator[str]:
             meta = _meta_of(field.type)
             yield ""
             if meta is not None and meta.description:
-                yield f"# {meta.description}"
+                yield from _comment(meta.description)
             yield from (line if is_there or not line or line.startswith("#") else f"#{line}" for line in lines)
+
+
+def _comment(text: str) -> list[str]:
+    """Return a text as comments."""
+    return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
 def _describe_key(field: msgspec.structs.FieldInfo) -> Iterator[str]:
     meta, default = _meta_of(field.type), _default_of(field)
     yield ""
-    yield f"# {meta.description if meta else ''} {_bounds(meta)}".rstrip()
+    yield from _comment(f"{meta.description if meta else ''} {_bounds(meta)}")
     yield f"{field.encode_name} = {_toml_value(default)}" if default is not None else f"#{field.encode_name} ="
 
 

@@ -1,0 +1,1 @@
+"""The load-test target: faults from a plan, and receipts of what arrived."""

@@ -1,0 +1,80 @@
+"""Certificates that are wrong in one way each, signed by the authority of the right one."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import ssl
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import trustme
+
+from penstock.sink.plan import TlsFault
+
+SPOILED_CONTEXTS: Final[frozenset[TlsFault | None]] = frozenset({"wrong-name", "expired", "alert", "tls-1.2"})
+"""The faults of TLS that lie in a context."""
+_WRONG_NAME: Final = "wrong-name.invalid"
+_DAY: Final = datetime.timedelta(days=1)
+
+
+class Certificates:
+    """An authority of our own, the certificate of a server, and contexts that go wrong.
+
+    `put` writes the right certificate where a listener looks for its generated one, so that clients who trust that
+    authority find nothing wrong with the others but what is meant to be.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """`names` are the host names and addresses that clients call the server by."""
+        self._names = tuple(names)
+        self._authority = trustme.CA(organization_name="Penstock", key_type=trustme.KeyType.ECDSA)
+        self._contexts: dict[TlsFault | None, ssl.SSLContext] = {}
+
+    def put(self, folder: Path) -> None:
+        """Write `server.pem` and `ca.pem`. Raise OSError."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        now = datetime.datetime.now(datetime.UTC)
+        leaf = self._issue(*self._names, not_before=now - _DAY, not_after=now + 90 * _DAY)
+        (folder / "ca.pem").write_bytes(self._authority.cert_pem.bytes())
+        descriptor = os.open(folder / "server.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(leaf.private_key_and_cert_chain_pem.bytes())
+
+    def context(self, what: TlsFault | None) -> ssl.SSLContext:
+        """Return a context for the server's side of a handshake, made when it is first asked for."""
+        if what not in self._contexts:
+            self._contexts[what] = self._make(what)
+        return self._contexts[what]
+
+    def _make(self, what: TlsFault | None) -> ssl.SSLContext:
+        now = datetime.datetime.now(datetime.UTC)
+        names = (_WRONG_NAME,) if what == "wrong-name" else self._names
+        end = now - _DAY if what == "expired" else now + 90 * _DAY
+        leaf = self._issue(*names, not_before=now - 30 * _DAY, not_after=end)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:  # ssl reads certificates from files only
+            file = Path(folder) / "leaf.pem"
+            file.touch(mode=0o600)
+            file.write_bytes(leaf.private_key_and_cert_chain_pem.bytes())
+            context.load_cert_chain(file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if what == "tls-1.2":
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+        elif what == "alert":
+            # A client certificate is demanded that no client has. In TLS 1.3 the client's handshake is over when the
+            # server finds out, and sends a fatal alert (RFC 8446 4.4.2.4): the one way to make OpenSSL do so.
+            context.verify_mode = ssl.CERT_REQUIRED
+            self._authority.configure_trust(context)
+        return context
+
+    def _issue(self, *names: str, not_before: datetime.datetime, not_after: datetime.datetime) -> trustme.LeafCert:
+        return self._authority.issue_cert(
+            *names,
+            organization_name="Penstock",
+            not_before=not_before,
+            not_after=not_after,
+            key_type=trustme.KeyType.ECDSA,
+        )

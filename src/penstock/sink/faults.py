@@ -1,0 +1,604 @@
+"""The engine of faults: asked at each phase of each session, it says what goes wrong there. No I/O.
+
+How rules go together
+---------------------
+1. At each phase the rules of that phase are looked at in the order of the plan; before them, what `fail_next` has asked
+   for, and behind them what a magic recipient asks for (penstock.sink.magic).
+2. A rule that holds adds its delay to those of the others, and sets the pace of the connection (read_rate, write_rate,
+   split; the last one counts). Then the next rule is looked at,
+3. unless it has a verdict (reply, dress, end, tls, or a condition's own reply): the first one with a verdict is the
+   last one that is looked at.
+4. What is done: the pace, the delay, the reply or its dress, the end.
+
+What is the same again
+----------------------
+`every`, `probability`, `attempts` and what a delay draws depend on the seed, the name of the rule, and on *what* is
+decided, never on when it is or what came before. So the same seed and the same input give the same faults, in one
+session or in two hundred. What is decided is named by
+
+    connect, banner     the client's address, and which of its connections this is
+    ehlo to auth,       the address, the EHLO name, and how often the two were here together in this phase
+      rset to quit
+    mail                the message's number, else the sender  }
+    rcpt                the number, else the sender, and the recipient } and which attempt, or which of several alike,
+    data, body, dot     the number, else sender and recipients } it is
+
+A message has a number where [identity] finds one: `penstock load` writes it into the sender. Without numbers, messages
+of one sender and the same recipients are alike: how many of them are hit is the same again, which of them is not, and
+could not be told. An attempt counts for itself, so that a message that was hit may pass when it is sent again.
+
+`first` and `after` go by the order of arrival, and so do mailboxes: how many are hit is the same again, which of them
+depends on the order. `since`, `until`, outages, rates and greylists go by the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
+
+import trio
+
+from penstock import sequence
+from penstock.reply import Reply
+from penstock.sequence import Mark
+from penstock.sink.memory import Buckets, Counters, Mailboxes, Triplets
+from penstock.sink.plan import (
+    NO_PLAN,
+    PHASES,
+    DelaySettings,
+    Dress,
+    Ending,
+    IdentitySettings,
+    Per,
+    Phase,
+    PlanSettings,
+    RuleSettings,
+    TlsFault,
+    glob,
+    reply_of,
+)
+
+_ALL: Final = 1 << 64
+_MOST_KEPT: Final = 1000
+_MOST_COUNTED: Final = 10_000
+_MOST_FORCED: Final = 1_000_000
+_PHASE_OF: Final[dict[str, Phase]] = {**{phase: phase for phase in PHASES}, ".": "dot", "lhlo": "ehlo"}
+
+
+class AppliedFault(NamedTuple):
+    """One fault that a client met, for the receipts."""
+
+    rule: str
+    """The name of the rule; "fail-next" and "magic" for those that no plan has."""
+    phase: Phase
+    action: str
+    """What was done: "reply 450 4.2.1", "delay 1.250 s", "reset"."""
+    session: int
+    """The number of the connection."""
+    sender: str = ""
+    recipient: str = ""
+    """The recipient in phase rcpt, behind it the first one."""
+    sequence: str = ""
+    """The mark of the message, where it has one."""
+
+
+class FaultReceipts(Protocol):
+    """Who is told of each fault."""
+
+    def on_fault(self, fault: AppliedFault) -> None:
+        """Note a fault. Called in the session: must not block."""
+
+
+@dataclass
+class FaultLog:
+    """Receipts in memory: counts, and the last thousand faults."""
+
+    counts: Counter[tuple[str, Phase, str]] = field(default_factory=Counter)
+    """How often a rule has done what in which phase. The seconds of a delay are not told apart."""
+    last: deque[AppliedFault] = field(default_factory=lambda: deque(maxlen=_MOST_KEPT))
+
+    def on_fault(self, fault: AppliedFault) -> None:
+        """Count, and keep."""
+        key = (fault.rule, fault.phase, "delay" if fault.action.startswith("delay") else fault.action)
+        if key not in self.counts and len(self.counts) >= _MOST_COUNTED:
+            key = (fault.rule, fault.phase, "other")  # magic recipients name as many replies as they like
+        self.counts[key] += 1
+        self.last.append(fault)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.counts.clear()
+        self.last.clear()
+
+
+@dataclass(slots=True)
+class Occasion:
+    """What a decision is about: all that is known of a session at a phase."""
+
+    phase: Phase
+    address: str
+    """The client's, "" at a unix socket."""
+    session: int = 0
+    hello: str = ""
+    is_tls: bool = False
+    sender: str | None = None
+    """None where there is no message; "" is the null sender."""
+    recipients: tuple[str, ...] = ()
+    """Those accepted so far; in phase rcpt, the one that is asked about."""
+    octets: int = 0
+    """Of the message: announced at rcpt, counted at the dot; 0 when nobody knows."""
+    header: str = ""
+    """The value of the field that [identity] names."""
+    at: int = 0
+    """Octet of the body."""
+
+    def mark(self, identity: IdentitySettings) -> Mark | None:
+        """Return the number of the message."""
+        if self.sender is None:
+            return None
+        read = sequence.parse_counter if identity.any_counter else sequence.parse
+        if identity.where == "sender":
+            return read(self.sender.rpartition("@")[0])
+        if identity.where == "recipient":
+            found = (read(recipient.rpartition("@")[0]) for recipient in self.recipients)
+            return next((each for each in found if each is not None), None)
+        return read(self.header) if identity.where == "header" else None
+
+    def subject(self, per: Per) -> str:
+        """Return whom a limit is counted for."""
+        recipient = self.recipients[0] if self.recipients else ""
+        return {
+            "address": self.address,
+            "sender": (self.sender or "").lower(),
+            "sender-domain": (self.sender or "").rpartition("@")[2].lower(),
+            "recipient": recipient.lower(),
+            "recipient-domain": recipient.rpartition("@")[2].lower(),
+            "everybody": "",
+        }[per]
+
+
+class _Identity(NamedTuple):
+    """By what a decision is known again."""
+
+    draw: tuple[str, ...]
+    """What draws depend on."""
+    number: int
+    """Which occurrence it is, 1 for the first."""
+    start: int | None
+    """Its number in a sequence, None without one."""
+
+
+def _identify(occasion: Occasion, mark: Mark | None, counters: Counters) -> _Identity:
+    """Name what is decided on, and count it."""
+    phase = occasion.phase
+    start: int | None = None
+    if occasion.sender is None:
+        parts: tuple[str, ...] = (occasion.address,)
+        if phase in ("connect", "banner"):
+            start = 1
+        else:
+            parts += (occasion.hello,)
+        return _Identity((phase, *parts), counters.next((phase, *parts)), start)
+    recipients = () if phase == "mail" else occasion.recipients
+    if mark is None:
+        parts = (phase, occasion.sender, *recipients)
+        return _Identity(parts, counters.next((*parts, occasion.at)), None)
+    recipients = recipients if phase == "rcpt" else ()
+    # The run is no part of what is drawn from: the same messages in another run meet the same faults.
+    count = counters.next((phase, mark.run, mark.number, *recipients, occasion.at))
+    return _Identity((phase, f"#{mark.number}", *(_without_run(each) for each in recipients)), count, mark.number)
+
+
+def _without_run(recipient: str) -> str:
+    """Return a recipient without a mark, which has the run in it."""
+    local, _, domain = recipient.rpartition("@")
+    mark = sequence.parse(local)
+    return recipient if mark is None else f"{local.removesuffix(str(mark))}@{domain}"
+
+
+class Draws:
+    """Numbers that depend on the seed and on names alone."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, seed: int) -> None:
+        self._key = seed.to_bytes(8, "big")
+
+    def draw(self, rule: str, purpose: str, identity: _Identity) -> int:
+        """Return 64 bits."""
+        text = "\0".join((rule, purpose, str(identity.number), *identity.draw))
+        return self._hash(text)
+
+    def offset(self, rule: str, identity: _Identity) -> int:
+        """Return 64 bits that are the same for all occurrences."""
+        return self._hash("\0".join((rule, "every", *identity.draw)))
+
+    def _hash(self, text: str) -> int:
+        data = text.encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._key).digest(), "big")
+
+
+def seconds_of(delay: DelaySettings, drawn: int, dice: int) -> float:
+    """Return the seconds of a delay for 64 drawn bits, and 64 more where dice are cast."""
+    part = drawn / _ALL
+    if delay.seconds is not None:
+        seconds = delay.seconds
+    elif delay.uniform is not None:
+        least, most = delay.uniform
+        seconds = least + (most - least) * part
+    elif delay.exponential is not None:
+        seconds = -delay.exponential * math.log1p(-part)
+    else:
+        assert delay.percentiles is not None
+        seconds = _interpolate(delay.percentiles, part * 100)
+    if delay.odds:
+        seconds *= 1 + int(math.log1p(-dice / _ALL) / math.log(delay.odds / 100))
+    return min(seconds, delay.longest)
+
+
+def _interpolate(table: Sequence[tuple[float, float]], rank: float) -> float:
+    before_rank, before = 0.0, table[0][1]
+    for next_rank, seconds in table:
+        if rank <= next_rank:
+            width = next_rank - before_rank
+            return seconds if not width else before + (seconds - before) * (rank - before_rank) / width
+        before_rank, before = next_rank, seconds
+    return before
+
+
+@dataclass(slots=True)
+class Decision:
+    """What goes wrong at a phase."""
+
+    delay: float = 0.0
+    read_rate: int = 0
+    write_rate: int = 0
+    split: bool = False
+    reply: Reply | None = None
+    dress: Dress | None = None
+    end: Ending | None = None
+    tls: TlsFault | None = None
+    keeps: bool = False
+    drawn: int = 0
+    """Bits from the seed, for garbage."""
+    has_verdict: bool = False
+
+    @property
+    def sets_pace(self) -> bool:
+        """The connection gets a pace."""
+        return bool(self.read_rate or self.write_rate or self.split)
+
+
+class Rule:
+    """A rule that is ready to be asked, with what its conditions remember."""
+
+    def __init__(self, name: str, settings: RuleSettings, remember: int) -> None:
+        self.name = name
+        self.phase = settings.phase
+        self.settings = settings
+        match = settings.match
+        self.reply = reply_of(settings.verdict) if settings.verdict else None
+        self.has_verdict = self.reply is not None or settings.has_verdict
+        delay = settings.delay
+        self.is_drawn = delay is not None and (delay.seconds is None or bool(delay.odds))
+        self.needs_identity = (
+            match.every > 1 or match.probability < 1 or bool(match.attempts) or self.is_drawn
+        ) or settings.dress == "garbage"
+        self._networks = tuple(ipaddress.ip_network(network) for network in match.network)
+        self._hello, self._sender, self._recipient = glob(match.hello), glob(match.sender), glob(match.recipient)
+        self._held = 0
+        rate, grey, box = settings.rate, settings.greylist, settings.mailbox
+        self._buckets = None if rate is None else Buckets(rate.count / rate.seconds, rate.burst or rate.count, remember)
+        self._triplets = None if grey is None else Triplets(grey.wait, grey.forget, remember)
+        self.mailboxes = None if box is None else Mailboxes(box.octets, box.messages, remember)
+
+    def holds(
+        self, occasion: Occasion, mark: Mark | None, identity: _Identity | None, draws: Draws, now: float
+    ) -> bool:
+        """Say whether all conditions hold; those that count do so only when the others hold."""
+        return (
+            self._is_for(occasion, mark)
+            and self._is_time(now)
+            and (identity is None or self._is_drawn(identity, draws))
+            and self._is_turn()
+            and self._is_limited(occasion, now)
+        )
+
+    def _is_for(self, occasion: Occasion, mark: Mark | None) -> bool:
+        match = self.settings.match
+        if self._networks:
+            if not occasion.address:
+                return False
+            address = ipaddress.ip_address(occasion.address)
+            if not any(address in network for network in self._networks):
+                return False
+        if self._hello is not None and not self._hello.match(occasion.hello):
+            return False
+        if self._sender is not None and (occasion.sender is None or not self._sender.match(occasion.sender)):
+            return False
+        if self._recipient is not None and not any(map(self._recipient.match, occasion.recipients)):
+            return False
+        if match.tls is not None and match.tls is not occasion.is_tls:
+            return False
+        if match.sequence is None:
+            return True
+        return mark is not None and match.sequence[0] <= mark.number <= match.sequence[1]
+
+    def _is_time(self, now: float) -> bool:
+        match, outage = self.settings.match, self.settings.outage
+        if now < match.since or (match.until and now >= match.until):
+            return False
+        return outage is None or (now >= outage.begin and (now - outage.begin) % outage.every < outage.down)
+
+    def _is_drawn(self, identity: _Identity, draws: Draws) -> bool:
+        match = self.settings.match
+        if match.attempts and identity.number > match.attempts:
+            return False
+        if match.every > 1:
+            start = identity.start if identity.start is not None else draws.offset(self.name, identity)
+            if (start + identity.number - 1) % match.every:
+                return False
+        return match.probability >= 1 or draws.draw(self.name, "probability", identity) < match.probability * _ALL
+
+    def _is_turn(self) -> bool:
+        match = self.settings.match
+        if not match.first and not match.after:
+            return True
+        self._held += 1
+        return self._held > match.after and (not match.first or self._held <= match.after + match.first)
+
+    def _is_limited(self, occasion: Occasion, now: float) -> bool:
+        rate, box = self.settings.rate, self.settings.mailbox
+        if self._buckets is not None:
+            assert rate is not None
+            return not self._buckets.take(occasion.subject(rate.per), now)
+        if self._triplets is not None:
+            key = (occasion.address, (occasion.sender or "").lower(), occasion.recipients[0].lower())
+            return self._triplets.is_new(key, now)
+        if self.mailboxes is not None:
+            assert box is not None
+            return any(self.mailboxes.is_full(key, occasion.octets) for key in mailbox_keys(box.per, occasion))
+        return True
+
+    def seconds(self, identity: _Identity | None, draws: Draws) -> float:
+        """Return how long the client waits."""
+        delay = self.settings.delay
+        if delay is None:
+            return 0.0
+        if identity is None or not self.is_drawn:
+            return min(delay.seconds or 0.0, delay.longest)
+        return seconds_of(delay, draws.draw(self.name, "delay", identity), draws.draw(self.name, "dice", identity))
+
+    def actions(self, delay: float) -> list[str]:
+        """Return what the rule does, in words."""
+        settings = self.settings
+        said = [f"delay {delay:.3f} s"] if settings.delay is not None else []
+        said += [f"read {settings.read_rate}/s"] if settings.read_rate else []
+        said += [f"write {settings.write_rate}/s"] if settings.write_rate else []
+        said += ["split"] if settings.split else []
+        if self.reply is not None:
+            said.append(f"reply {self.reply.code} {self.reply.status or ''}".rstrip())
+        said += [settings.dress] if settings.dress is not None else []
+        said += [settings.end] if settings.end is not None else []
+        said += [f"tls {settings.tls}"] if settings.tls is not None else []
+        return said
+
+
+def mailbox_keys(per: Per, occasion: Occasion) -> set[str]:
+    """Return whose mailboxes a message goes into."""
+    if per == "recipient":
+        return {recipient.lower() for recipient in occasion.recipients}
+    return {recipient.rpartition("@")[2].lower() for recipient in occasion.recipients}
+
+
+class _Forced:
+    """A reply that the next commands of a phase get, whatever the plan says."""
+
+    __slots__ = ("left", "reply")
+
+    def __init__(self, reply: Reply, left: int) -> None:
+        self.reply = reply
+        self.left = left
+
+
+class _Loaded:
+    """A plan with all that its rules remember."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self.settings = settings
+        rules = [
+            Rule(name, rule, settings.remember) for name, rule in zip(settings.names(), settings.rule, strict=True)
+        ]
+        self.rules: dict[Phase, tuple[Rule, ...]] = {
+            phase: tuple(rule for rule in rules if rule.phase == phase) for phase in PHASES
+        }
+        self.mailboxes = tuple(rule for rule in rules if rule.mailboxes is not None)
+        self.draws = Draws(settings.seed)
+        self.counters = Counters(settings.remember)
+        self.started: float | None = None
+
+
+class Follower(Protocol):
+    """A connection that does what the engine says."""
+
+    def follow(self) -> None:
+        """Look again whether faults are wanted. May be called in any thread."""
+
+
+class FaultEngine:
+    """Says what goes wrong. The methods that change it may be called at any time and in any thread."""
+
+    def __init__(
+        self,
+        plan: PlanSettings = NO_PLAN,
+        *,
+        receipts: FaultReceipts | None = None,
+        has_magic: bool = False,
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
+        """`has_magic` lets recipients ask for faults; `clock` counts seconds, and is asked in the sessions' thread."""
+        self.receipts: FaultReceipts = receipts if receipts is not None else FaultLog()
+        self.has_magic = has_magic
+        self._clock = clock
+        self._loaded = _Loaded(plan)
+        self._forced: dict[Phase, deque[_Forced]] = {phase: deque() for phase in PHASES}
+        self._followers: set[Follower] = set()
+
+    # ---- what the outside changes
+
+    @property
+    def plan(self) -> PlanSettings:
+        """The plan in force."""
+        return self._loaded.settings
+
+    @property
+    def is_armed(self) -> bool:
+        """Something may go wrong, so that each session has to ask."""
+        return bool(self._loaded.settings.rule) or any(self._forced.values())
+
+    def load(self, plan: PlanSettings) -> None:
+        """Put a plan in force, for open sessions, too. It begins anew: its start is the next thing that is decided."""
+        self._loaded = _Loaded(plan)
+        self._tell()
+
+    def reset(self) -> None:
+        """Begin the plan anew: counters, limits and the start. What `fail_next` asked for is forgotten."""
+        for waiting in self._forced.values():
+            waiting.clear()
+        self.load(self.plan)
+
+    def fail_next(self, phase: str, reply: Reply | str | int, count: int = 1) -> None:
+        """Give the next `count` commands of a phase this reply: `fail_next("RCPT", 452)`.
+
+        A phase is named as in a plan, in any case, "." is the dot. Raise ValueError for a phase or a reply that there
+        is not, or a count that is not 1 to 1,000,000.
+        """
+        name = _PHASE_OF.get(phase.lower())
+        if name is None or name in ("connect", "body"):
+            known = ", ".join(each for each in PHASES if each not in ("connect", "body"))
+            raise ValueError(f"there is no reply in a phase {phase!r}; a phase is one of {known}")
+        if not 1 <= count <= _MOST_FORCED:
+            raise ValueError(f"a count is 1 to {_MOST_FORCED}, not {count}")
+        said = reply if isinstance(reply, Reply) else reply_of(str(reply))
+        self._forced[name].append(_Forced(said, count))
+        self._tell()
+
+    def pending(self) -> dict[str, int]:
+        """Return how many commands of each phase `fail_next` still waits for."""
+        left = {phase: sum(each.left for each in list(waiting)) for phase, waiting in self._forced.items()}
+        return {phase: count for phase, count in left.items() if count}
+
+    def _tell(self) -> None:
+        for follower in list(self._followers):
+            follower.follow()
+
+    # ---- what sessions ask
+
+    def attach(self, follower: Follower) -> None:
+        """Tell a connection of changes, until `detach`."""
+        self._followers.add(follower)
+
+    def detach(self, follower: Follower) -> None:
+        """Tell it no longer."""
+        self._followers.discard(follower)
+
+    def watches(self, phase: Phase) -> bool:
+        """Say whether anything may go wrong in a phase."""
+        return bool(self._loaded.rules[phase]) or bool(self._forced[phase])
+
+    def stops(self) -> list[int]:
+        """Return the octets of a body at which there is something to decide, in their order."""
+        return sorted({rule.settings.at for rule in self._loaded.rules["body"]})
+
+    @property
+    def header(self) -> str:
+        """The field in which messages have their number; "" when it is elsewhere."""
+        identity = self._loaded.settings.identity
+        return identity.header if identity.where == "header" else ""
+
+    @property
+    def longest_stall(self) -> float:
+        """Seconds after which a stall ends."""
+        return self._loaded.settings.longest_stall
+
+    def decide(self, occasion: Occasion, magic: Sequence[Rule] = ()) -> Decision | None:
+        """Say what goes wrong; None is nothing. `magic` are the rules that the recipients of the message ask for."""
+        phase, loaded = occasion.phase, self._loaded
+        mark = occasion.mark(loaded.settings.identity)
+        forced = self._take_forced(phase)
+        if forced is not None:
+            self._note(occasion, mark, "fail-next", [f"reply {forced.code} {forced.status or ''}".rstrip()])
+            return Decision(reply=forced, has_verdict=True)
+        rules: Sequence[Rule] = (*loaded.rules[phase], *magic) if magic else loaded.rules[phase]
+        if phase == "body":
+            rules = [rule for rule in rules if rule.settings.at == occasion.at]
+        if not rules:
+            return None
+        now = self._clock()
+        if loaded.started is None:
+            loaded.started = now
+        identity = None
+        if any(rule.needs_identity for rule in rules):
+            identity = _identify(occasion, mark, loaded.counters)
+        decision: Decision | None = None
+        for rule in rules:
+            if not rule.holds(occasion, mark, identity, loaded.draws, now - loaded.started):
+                continue
+            decision = decision or Decision()
+            self._apply(rule, decision, occasion, mark, identity)
+            if rule.has_verdict:
+                break
+        return decision
+
+    def _apply(
+        self, rule: Rule, decision: Decision, occasion: Occasion, mark: Mark | None, identity: _Identity | None
+    ) -> None:
+        """Add what a rule does to a decision, and tell the receipts."""
+        settings, draws = rule.settings, self._loaded.draws
+        delay = rule.seconds(identity, draws)
+        decision.delay += delay
+        decision.read_rate = settings.read_rate or decision.read_rate
+        decision.write_rate = settings.write_rate or decision.write_rate
+        decision.split = settings.split or decision.split
+        if rule.has_verdict:
+            decision.has_verdict = True
+            decision.reply = rule.reply
+            decision.dress, decision.end, decision.tls = settings.dress, settings.end, settings.tls
+            decision.keeps = settings.keeps
+            if identity is not None and settings.dress == "garbage":
+                decision.drawn = draws.draw(rule.name, "garbage", identity)
+        self._note(occasion, mark, rule.name, rule.actions(delay))
+
+    def taken(self, occasion: Occasion) -> None:
+        """Put a message that was let through into the mailboxes."""
+        for rule in self._loaded.mailboxes:
+            assert rule.mailboxes is not None
+            assert rule.settings.mailbox is not None
+            for key in mailbox_keys(rule.settings.mailbox.per, occasion):
+                rule.mailboxes.add(key, occasion.octets)
+
+    def _take_forced(self, phase: Phase) -> Reply | None:
+        waiting = self._forced[phase]
+        if not waiting:
+            return None
+        with suppress(IndexError, ValueError):  # another thread may reset meanwhile
+            forced = waiting[0]
+            forced.left -= 1
+            if not forced.left:
+                waiting.remove(forced)
+            return forced.reply
+        return None
+
+    def _note(self, occasion: Occasion, mark: Mark | None, rule: str, actions: Sequence[str]) -> None:
+        recipient = occasion.recipients[0] if occasion.recipients else ""
+        sender = occasion.sender or ""
+        for action in actions:
+            self.receipts.on_fault(
+                AppliedFault(rule, occasion.phase, action, occasion.session, sender, recipient, str(mark or ""))
+            )
