@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -26,30 +27,34 @@ from tests.relay.fake import (
     told,
 )
 
-QUICK = PoolSettings(
-    clocks=ClockSettings(
-        connect=0.2, greeting=0.2, hello=0.2, mail=0.2, rcpt=0.2, data=0.2, block=0.2, final=0.2, quit=0.2
-    )
-)
+CLOCK_OF = {
+    "CONNECT": "greeting", "EHLO": "hello", "MAIL": "mail", "RCPT": "rcpt", "DATA": "data", "TEXT": "final",
+    "TEXT_CUT": "final", "BDAT": "final",
+}  # fmt: skip
 CUTS = [CLOSE, RESET, STALL]
 BEFORE = ["CONNECT", "EHLO"]
 
 
-@pytest.fixture
-async def quick(nursery: trio.Nursery, pool: Pool) -> AsyncIterator[Pool]:
-    """A pool whose clocks run out soon. (`pool` sets the way of waiting, and has the journal.)"""
-    quick = Pool(QUICK, journal=pool.journal)
-    await nursery.start(quick.run)
-    yield quick
-    await quick.aclose()
-    assert quick.connections == 0
+@asynccontextmanager
+async def waiting_for(pool: Pool, step: str, cut: str) -> AsyncIterator[Pool]:
+    """Give the pool, or one whose clock for the step runs out soon when the cut is silence."""
+    if cut != STALL:
+        yield pool
+        return
+    clocks = ClockSettings(**{CLOCK_OF[step]: 0.25})
+    quick = Pool(PoolSettings(clocks=clocks), journal=pool.journal)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(quick.run)
+        yield quick
+        await quick.aclose()
+        assert quick.connections == 0
 
 
 @pytest.mark.parametrize("cut", [*CUTS, f"421 4.3.2 no{CLOSE}", "554 5.3.2 no"])
 @pytest.mark.parametrize("step", BEFORE)
-async def test_before_the_first_transaction_nothing_was_sent(quick: Pool, step: str, cut: str) -> None:
+async def test_before_the_first_transaction_nothing_was_sent(pool: Pool, step: str, cut: str) -> None:
     hop = FakeHop(**{step: [cut] * 9, "HELO": [cut] * 9})
-    async with serving(hop):
+    async with serving(hop), waiting_for(pool, step, cut) as quick:
         with pytest.raises(HopDown):
             await send(quick, hop.hop())
     assert hop.texts == []
@@ -64,10 +69,10 @@ async def test_before_the_first_transaction_nothing_was_sent(quick: Pool, step: 
     ],
 )
 async def test_a_cut_within_a_transaction_defers_and_delivers_nothing_twice(
-    quick: Pool, step: str, offer: tuple[str, ...], cut: str
+    pool: Pool, step: str, offer: tuple[str, ...], cut: str
 ) -> None:
     hop = FakeHop(offer, **{step: [cut]})
-    async with serving(hop):
+    async with serving(hop), waiting_for(pool, step, cut) as quick:
         results = await send(quick, hop.hop(), "a@x.org", "b@x.org")
         assert [one.kind for one in results] == [Outcome.DEFERRED] * 2
         assert all(one.text.startswith("421") for one in results) == cut.startswith("421")
@@ -76,54 +81,54 @@ async def test_a_cut_within_a_transaction_defers_and_delivers_nothing_twice(
             assert all("in doubt" in one.text for one in results) == in_doubt
         assert hop.texts == []
         assert hop.connections == 1, "not at once: the spool decides when"
-        assert told(await send(quick, hop.hop())) == "delivered 250"
+        assert told(await send(pool, hop.hop())) == "delivered 250"
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, STALL, f"421 4.3.2 no{CLOSE}"])
-async def test_a_cut_behind_a_refusal_keeps_the_refusal(quick: Pool, cut: str) -> None:
+async def test_a_cut_behind_a_refusal_keeps_the_refusal(pool: Pool, cut: str) -> None:
     hop = FakeHop(RCPT=["550 5.1.1 no", "250 ok", cut])
-    async with serving(hop):
+    async with serving(hop), waiting_for(pool, "RCPT", cut) as quick:
         results = await send(quick, hop.hop(), "a@x.org", "b@x.org", "c@x.org")
     assert [one.kind for one in results] == [Outcome.FAILED, Outcome.DEFERRED, Outcome.DEFERRED]
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, STALL])
-async def test_an_lmtp_server_that_goes_after_one_answer_leaves_the_others_in_doubt(quick: Pool, cut: str) -> None:
+async def test_an_lmtp_server_that_goes_after_one_answer_leaves_the_others_in_doubt(pool: Pool, cut: str) -> None:
     hop = FakeHop(TEXT=["250 2.0.0 taken", f"{cut}"])
     hop.is_lmtp = True
-    async with serving(hop):
+    async with serving(hop), waiting_for(pool, "TEXT", cut) as quick:
         results = await send(quick, hop.hop(kind="lmtp"), "a@x.org", "b@x.org", "c@x.org")
     assert [one.kind for one in results] == [Outcome.DELIVERED, Outcome.DEFERRED, Outcome.DEFERRED]
     assert all("in doubt" in one.text for one in results[1:])
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, f"421 4.4.2 idle for too long{CLOSE}"])
-async def test_a_connection_that_died_while_it_rested_costs_no_attempt(quick: Pool, cut: str) -> None:
+async def test_a_connection_that_died_while_it_rested_costs_no_attempt(pool: Pool, cut: str) -> None:
     hop = FakeHop(MAIL=["250 ok", cut])
     async with serving(hop):
-        assert told(await send(quick, hop.hop())) == "delivered 250"
-        assert told(await send(quick, hop.hop())) == "delivered 250"
+        assert told(await send(pool, hop.hop())) == "delivered 250"
+        assert told(await send(pool, hop.hop())) == "delivered 250"
     assert hop.connections == 2
     assert hop.texts == [STUFFED, STUFFED]
 
 
-async def test_a_hop_that_always_closes_at_mail_is_not_tried_for_ever(quick: Pool) -> None:
+async def test_a_hop_that_always_closes_at_mail_is_not_tried_for_ever(pool: Pool) -> None:
     hop = FakeHop(MAIL=["250 ok", *[f"421 no{CLOSE}"] * 20])
     async with serving(hop):
-        assert told(await send(quick, hop.hop())) == "delivered 250"
-        assert told(await send(quick, hop.hop())) == "deferred 421"
+        assert told(await send(pool, hop.hop())) == "delivered 250"
+        assert told(await send(pool, hop.hop())) == "deferred 421"
     assert hop.connections == 2
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, f"421 4.3.2 no{CLOSE}"])
-async def test_a_message_behind_one_that_is_cut_goes_on_elsewhere(quick: Pool, cut: str) -> None:
+async def test_a_message_behind_one_that_is_cut_goes_on_elsewhere(pool: Pool, cut: str) -> None:
     hop = FakeHop(TEXT=["250 2.0.0 taken", cut])
     got: list[str] = []
     async with serving(hop):
         there = hop.hop(limits=HopLimits(connections=1))
 
         async def one() -> None:
-            got.append(told(await send(quick, there)))
+            got.append(told(await send(pool, there)))
 
         async with trio.open_nursery() as nursery:
             for _ in range(4):
@@ -134,18 +139,18 @@ async def test_a_message_behind_one_that_is_cut_goes_on_elsewhere(quick: Pool, c
     assert hop.connections == 2
 
 
-async def test_a_text_that_is_refused_before_its_end_is_refused(quick: Pool) -> None:
+async def test_a_text_that_is_refused_before_its_end_is_refused(pool: Pool) -> None:
     large = b"x" * 998 + b"\r\n"
     hop = FakeHop(("PIPELINING",), TEXT_CUT=[f"552 5.3.4 too big{CLOSE}"])
     async with serving(hop):
-        results = await send(quick, hop.hop(), body=Text(*[large * 100] * 100))
+        results = await send(pool, hop.hop(), body=Text(*[large * 100] * 100))
     assert told(results) == "failed 552"
     assert hop.texts == []
 
 
 async def test_a_pool_that_is_cancelled_tells_everybody(pool: Pool, nursery: trio.Nursery) -> None:
     hop = FakeHop(TEXT=[STALL], MAIL=["250 ok", STALL])
-    own = Pool(QUICK)
+    own = Pool()
     outcomes: list[str] = []
     async with serving(hop), trio.open_nursery() as waiting:
         there = hop.hop(limits=HopLimits(connections=1))
@@ -165,9 +170,9 @@ async def test_a_pool_that_is_cancelled_tells_everybody(pool: Pool, nursery: tri
     assert sorted(outcomes) == ["deferred 4.4.2", "down", "down"]
 
 
-async def test_nothing_listens(quick: Pool) -> None:
+async def test_nothing_listens(pool: Pool) -> None:
     hop = FakeHop()
     async with serving(hop):
         pass
     with pytest.raises(HopDown, match="refused"):
-        await send(quick, hop.hop())
+        await send(pool, hop.hop())

@@ -460,7 +460,7 @@ class Conversation:
         exchange = self._now
         assert exchange is not None
         phase, clocks = exchange.phase, self._manner.clocks
-        self._await(phase.value, getattr(clocks, _CLOCKS[phase]))
+        self._await(phase, getattr(clocks, _CLOCKS[phase]))
 
     # ---- what needs the task
 

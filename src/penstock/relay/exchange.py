@@ -17,7 +17,7 @@ A duplicate is better than a loss, and there is no third way in SMTP.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import ClassVar, Final
 
 from penstock.relay.hop import Outcome, Result
@@ -32,7 +32,7 @@ from penstock.smtp.client import (
 )
 
 
-class Phase(Enum):
+class Phase(StrEnum):  # hashed faster than an Enum
     """Where a transaction is: the command whose answer comes next."""
 
     RESET = "RSET"
@@ -294,7 +294,7 @@ class Exchange:
     def _refusal(self, answer: Answer) -> Result:
         """Return what a refusal means. Raise ProtocolError when it is none."""
         if answer.code < 400:
-            raise ProtocolError(f"{answer.code} is no answer to {self.phase.value}")
+            raise ProtocolError(f"{answer.code} is no answer to {self.phase}")
         return Result.of(answer, self._hop)
 
     def _final(self, answer: Answer) -> Result:

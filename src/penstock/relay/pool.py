@@ -157,7 +157,8 @@ class Pool:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `aclose`, or until cancelled: then transactions under way are deferred, in doubt."""
         own = Poller() if self.poller is None and HAS_EPOLL else None
-        self.poller = own or self.poller
+        if own is not None:  # an empty one is false
+            self.poller = own
         try:
             async with trio.open_nursery() as helpers:
                 if own is not None:
