@@ -112,9 +112,9 @@ cdef class Tally:
         self.flushed = []
         self.clear()
 
-    def __init__(self, *, source=None):
-        """See _tally.pyi."""
+    def __init__(self, *, source=None, bint reads_marks=True):
         self.source = source
+        self.reads_marks = reads_marks
 
     cdef int clear(self) except -1:
         self.latencies = tuple([Histogram() for _ in range(PHASE_COUNT)])
@@ -286,6 +286,8 @@ cdef class Meter:
         tally.accepted += 1
         tally.recipients += len(<list> transaction.recipients)
         tally.text_octets += octets
+        if not tally.reads_marks:
+            return 0
         if tally.source is None:
             tally.book.note_mark(<str> (<tuple> transaction.sender)[1])
         else:

@@ -29,6 +29,7 @@ cdef class Tally:
     cdef readonly dict ends, lost
     cdef readonly object sequences
     cdef readonly object source
+    cdef readonly bint reads_marks
     cdef SequenceBook book
     cdef uint64_t keys[CELLS]
     cdef uint64_t counts[CELLS]

@@ -76,11 +76,17 @@ class SequenceBook:
 class Tally:
     """The counts of all sessions of a worker. Takes some 500 KB."""
 
-    def __init__(self, *, source: Callable[[Transaction], tuple[str, int] | None] | None = None) -> None:
+    def __init__(
+        self, *, source: Callable[[Transaction], tuple[str, int] | None] | None = None, reads_marks: bool = True
+    ) -> None:
         """Count nothing yet. `source` finds the mark of an accepted message in its transaction.
 
-        Without one it is the sender's local part, which is read in C.
+        Without one it is the sender's local part, which is read in C. Where `reads_marks` is false, somebody else takes
+        the marks to `sequences`.
         """
+    @property
+    def reads_marks(self) -> bool:
+        """The marks of accepted messages are looked for here."""
     @property
     def source(self) -> Callable[[Transaction], tuple[str, int] | None] | None:
         """What finds the mark of a message."""

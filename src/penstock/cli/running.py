@@ -6,14 +6,15 @@ import gc
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import click
 import msgspec
 import trio
 
-from penstock.assemble import Parts, assemble
+from penstock.assemble import Given, Parts, assemble
 from penstock.config import ConfigError, Settings, check
+from penstock.inbound.connection import Connection
 from penstock.journal import Journal
 from penstock.net.listen import name_of
 
@@ -45,8 +46,14 @@ def run(
     *,
     done: Callable[[Parts], bool] | None = None,
     allow_open: bool = False,
+    given: Given | None = None,
+    kind: type[Connection] = Connection,
+    beside: Callable[[Parts], Awaitable[None]] | None = None,
 ) -> None:
     """Check the settings and run a worker until a signal, or until `done`, which is asked ten times a second.
+
+    `given` and `kind` are those of `assemble`; `beside` runs in the same loop, and is cancelled when the worker has
+    stopped.
 
     Ends the process with code 2 for wrong settings, 1 when the worker can not start.
     """
@@ -58,16 +65,21 @@ def run(
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each connection
     journal = Journal(settings.journal, is_terminal=sys.stderr.isatty())
     try:
-        parts = assemble(settings, journal, write_to_stderr)
+        parts = assemble(settings, journal, write_to_stderr, kind=kind, given=given or Given())
     except (OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     try:
-        trio.run(_serve, parts, announce, done)
+        trio.run(_serve, parts, announce, done, beside)
     except* OSError as group:
         raise click.ClickException(str(group.exceptions[0])) from group
 
 
-async def _serve(parts: Parts, announce: Callable[[Parts], None], done: Callable[[Parts], bool] | None) -> None:
+async def _serve(
+    parts: Parts,
+    announce: Callable[[Parts], None],
+    done: Callable[[Parts], bool] | None,
+    beside: Callable[[Parts], Awaitable[None]] | None,
+) -> None:
     async with trio.open_nursery() as nursery:
         await parts.delivery.start()
         await nursery.start(_stop_on_signals, parts)
@@ -77,6 +89,8 @@ async def _serve(parts: Parts, announce: Callable[[Parts], None], done: Callable
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, 20, 100)
         announce(parts)
+        if beside is not None:
+            nursery.start_soon(beside, parts)
         if done is not None:
             while not done(parts):  # noqa: ASYNC110 - counting stays cheaper than an event for each message
                 await trio.sleep(0.1)

@@ -1,13 +1,15 @@
-"""`penstock sink`: accept everything and forget it, the target of a load test."""
+"""`penstock sink`: accept everything, misbehave if asked to, and say what has arrived: the target of a load test."""
 
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import click
 import msgspec
 
-from penstock.assemble import Parts
+from penstock.assemble import Given, Parts
+from penstock.cli.receiving import Account, Wishes, receipt_options
 from penstock.cli.running import addresses_of, listen_on, run
 from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.delivery.discard import DiscardDelivery
@@ -39,12 +41,14 @@ _LISTENER = ListenerSettings(
     help="Allow an address that other machines can reach: it takes mail for all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-def sink(addresses: tuple[str, ...], messages: int | None, is_open: bool, as_json: bool) -> None:
-    """Accept every message, keep none, and print counts at the end.
+@receipt_options
+def sink(addresses: tuple[str, ...], messages: int | None, is_open: bool, as_json: bool, **wishes: Any) -> None:
+    """Accept every message, and say at the end what has arrived.
 
     All of SMTP is spoken, STARTTLS with a generated certificate among it; bare line ends, NULs and long lines are
     accepted, and the end of the data is CR LF . CR LF all the same. SIGINT and SIGTERM stop it gently.
     """
+    account = Account(Wishes(**wishes))
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = Settings(
             hostname="localhost",
@@ -60,26 +64,33 @@ def sink(addresses: tuple[str, ...], messages: int | None, is_open: bool, as_jso
         def announce(parts: Parts) -> None:
             counted.append(parts)
             click.echo(f"penstock: sink on {', '.join(addresses_of(parts))}", err=True)
+            account.begin(parts)
 
         def is_done(parts: Parts) -> bool:
-            assert isinstance(parts.delivery, DiscardDelivery)
-            return messages is not None and parts.delivery.messages >= messages
+            return messages is not None and _counts(parts, account)["messages"] >= messages
 
-        run(settings, announce, done=is_done, allow_open=is_open)
+        given = Given(delivery=account.delivery, tally=account.tally)
+        run(settings, announce, done=is_done, allow_open=is_open, given=given, beside=lambda _: account.run())
         for parts in counted:
-            click.echo(_report(parts, as_json=as_json))
+            is_complete = account.end()
+            click.echo(_report(_counts(parts, account), as_json=as_json))
+            if not is_complete:
+                raise click.ClickException("messages are missing, or came twice")
 
 
-def _report(parts: Parts, *, as_json: bool) -> str:
+def _counts(parts: Parts, account: Account) -> dict[str, int]:
+    """Return what the sink has taken."""
+    tally, delivery = account.tally, parts.delivery
+    if tally is not None:
+        messages, recipients, octets = tally.accepted, tally.recipients, tally.text_octets
+    else:
+        assert isinstance(delivery, DiscardDelivery)
+        messages, recipients, octets = delivery.messages, delivery.recipients, delivery.octets
+    return {"sessions": parts.worker.sessions, "messages": messages, "recipients": recipients, "octets": octets}
+
+
+def _report(counts: dict[str, int], *, as_json: bool) -> str:
     """Return the counts as a line, or as JSON."""
-    delivery = parts.delivery
-    assert isinstance(delivery, DiscardDelivery)
-    counts = {
-        "sessions": parts.worker.sessions,
-        "messages": delivery.messages,
-        "recipients": delivery.recipients,
-        "octets": delivery.octets,
-    }
     if as_json:
         return msgspec.json.encode(counts).decode()
     return " ".join(f"{name}={count}" for name, count in counts.items())

@@ -1,0 +1,328 @@
+"""What `penstock sink` does about what it receives: count, keep, show, and report at the end."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import click
+import trio
+from rich.console import Console, Group
+from rich.table import Table
+
+from penstock._tally import Tally
+from penstock.assemble import Parts
+from penstock.cli.running import addresses_of
+from penstock.delivery.base import Delivery
+from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
+from penstock.sink.receipts import Expectation, FaultBook, FaultControl, Receipts, RecipientMarks
+from penstock.sink.report import Latency, Report, Sample, encode, json_schema
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MS: Final = 1e6
+
+
+def _show_schema(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if is_asked:
+        click.echo(json_schema(), nl=False)
+        context.exit()
+
+
+_OPTIONS: Final = (
+    click.option(
+        "--report",
+        "report_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Write all receipts to this file at the end, as JSON; - is standard output.",
+    ),
+    click.option(
+        "--describe-report",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_show_schema,
+        help="Print the JSON Schema of the report, and end.",
+    ),
+    click.option(
+        "--expect",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Each run of marked messages has N of them: exit code 1 when one is missing or came twice.",
+    ),
+    click.option(
+        "--sequence-header",
+        metavar="NAME",
+        help="The number of a message is in this header field, not in its sender. Keeps each text until its end.",
+    ),
+    click.option(
+        "--sequence-recipient",
+        metavar="REGEX",
+        help="The number of a message is in a recipient: group `number` or 1, the run in group `run`.",
+    ),
+    click.option(
+        "--keep",
+        multiple=True,
+        metavar="WHAT",
+        help="Keep messages: last:N in memory, maildir:DIR, mbox:FILE or jsonl:FILE. May be repeated.",
+    ),
+    click.option("--web", metavar="HOST:PORT", help="Show a live page and an HTTP API there, such as 127.0.0.1:8025."),
+    click.option(
+        "--web-token",
+        envvar="PENSTOCK_WEB_TOKEN",
+        metavar="TOKEN",
+        help="What the page and the API ask for; needed where other machines reach them [PENSTOCK_WEB_TOKEN].",
+    ),
+    click.option("-c", "--counters", is_flag=True, help="Show the counters each second [always on a terminal]."),
+    click.option("--receipts/--no-receipts", "counts", default=True, help="Count what can be counted [default: yes]."),
+)
+
+
+def receipt_options(command: F) -> F:
+    """Add the options to a command, which gets them as keywords for `Wishes`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+class Wishes(NamedTuple):
+    """What the options say."""
+
+    report_file: Path | None = None
+    expect: int | None = None
+    sequence_header: str | None = None
+    sequence_recipient: str | None = None
+    keep: tuple[str, ...] = ()
+    web: str | None = None
+    web_token: str | None = None
+    counters: bool = False
+    counts: bool = True
+
+
+class Account:
+    """The receipts of one run of a sink. Made before the worker, because the worker counts into it."""
+
+    def __init__(self, wishes: Wishes) -> None:
+        """Bind the socket of the page. Raise click.UsageError for wishes that can not be met."""
+        self._wishes = wishes
+        self._receipts: Receipts | None = None
+        self._sockets: list[socket.socket] = []
+        self._keeping: KeepingDelivery | None = None
+        self.tally: Tally | None = None
+        """None when nothing is to be counted."""
+        try:
+            self._prepare()
+        except ValueError as exc:
+            raise click.UsageError(str(exc)) from exc
+        except OSError as exc:
+            raise click.ClickException(f"{wishes.web}: {exc.strerror}") from exc
+
+    def _prepare(self) -> None:
+        wishes = self._wishes
+        if not wishes.counts:
+            if wishes != Wishes(counts=False, web_token=wishes.web_token):
+                raise ValueError("--no-receipts goes with no other option about them")
+            return
+        if wishes.sequence_header is not None and wishes.sequence_recipient is not None:
+            raise ValueError("--sequence-header and --sequence-recipient exclude each other")
+        header, pattern = wishes.sequence_header, wishes.sequence_recipient
+        source = None if pattern is None else RecipientMarks(pattern)
+        tally = self.tally = Tally(source=source, reads_marks=header is None)
+        marks = None if header is None else HeaderMarks(header, lambda: tally.sequences)
+        if wishes.keep or marks is not None:
+            self._keeping = make_keeping([KeepSettings.parse(each) for each in wishes.keep], marks)
+        if wishes.web is not None:
+            self._sockets = _web().bind_web(wishes.web, wishes.web_token)
+
+    @property
+    def delivery(self) -> Delivery | None:
+        """What keeps the messages, when they are to be kept."""
+        return self._keeping
+
+    def begin(self, parts: Parts, faults: FaultBook | None = None) -> None:
+        """Start counting for a worker, and say where the page is."""
+        if self.tally is None:
+            return
+        wishes = self._wishes
+        places = {
+            "sender": wishes.sequence_header is wishes.sequence_recipient is None,
+            f"header {wishes.sequence_header}": wishes.sequence_header is not None,
+            f"recipient {wishes.sequence_recipient}": wishes.sequence_recipient is not None,
+        }
+        expectation = Expectation(next(name for name, is_it in places.items() if is_it), wishes.expect)
+        self._receipts = Receipts(
+            self.tally, parts.worker, faults=faults, expectation=expectation, listen=addresses_of(parts)
+        )
+        for sock in self._sockets[:1]:
+            click.echo(f"penstock: live page at {_web().url_of(sock)}", err=True)
+
+    async def run(self, faults: FaultControl | None = None) -> None:
+        """Take a sample each second, show the counters, serve the page, until cancelled."""
+        if self._receipts is None:
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._count)
+            if self._sockets:
+                from penstock.sink.web.app import make_app  # noqa: PLC0415 - needs the extra `web`
+
+                shelf = None if self._keeping is None else self._keeping.shelf
+                app = make_app(self._receipts, shelf=shelf, faults=faults, token=self._wishes.web_token)
+                nursery.start_soon(_web().serve_web, app, self._sockets)
+
+    async def _count(self) -> None:
+        assert self._receipts is not None
+        shows, rewrites = self._wishes.counters or sys.stderr.isatty(), sys.stderr.isatty()
+        due = trio.current_time()
+        while True:
+            due += 1
+            await trio.sleep_until(due)
+            sample = self._receipts.take_sample()
+            if shows:
+                line = counters(self._receipts, sample)
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    sys.stderr.write(f"\r\x1b[2K{line}" if rewrites else f"{line}\n")
+                    sys.stderr.flush()
+
+    def end(self) -> bool:
+        """Write the report and show the table. Return False when what was expected has not come."""
+        if self._receipts is None:
+            return True
+        self._receipts.take_sample()
+        report = self._receipts.report()
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[2K")
+        if self._wishes.report_file is not None:
+            _write(self._wishes.report_file, encode(report))
+        if sys.stdout.isatty():
+            Console().print(table_of(report))
+        return as_expected(report)
+
+
+def _web() -> Any:
+    """Return what serves the page. Raise click.UsageError when the extra is not installed."""
+    try:
+        from penstock.sink.web import serve  # noqa: PLC0415 - needs the extra `web`
+    except ImportError as exc:
+        raise click.UsageError(f"--web needs more packages: pip install 'penstock[web]' ({exc})") from exc
+    return serve
+
+
+def _write(file: Path, data: bytes) -> None:
+    if str(file) == "-":
+        click.echo(data, nl=False)
+        return
+    try:
+        file.write_bytes(data)
+    except OSError as exc:
+        raise click.ClickException(f"{file}: {exc.strerror}") from exc
+
+
+def as_expected(report: Report) -> bool:
+    """Say whether each run has all its messages, and none twice; True when nothing was expected."""
+    sequences = report.sequences
+    if sequences.expected is None:
+        return True
+    return bool(sequences.runs) and all(not run.missing and not run.duplicates for run in sequences.runs)
+
+
+# ---- for people
+
+
+def counters(receipts: Receipts, sample: Sample) -> str:
+    """Return one line about the last second and all before it."""
+    tally = receipts.tally
+    return (
+        f"{sample.at:6.0f} s  {sample.messages:7,}/s  messages {tally.accepted:,}  sessions {sample.sessions:,}  "
+        f"replies {sample.replies:,}/s  {octets(sample.received)}/s  "
+        f"p50 {milliseconds(sample.p50)}  p99 {milliseconds(sample.p99)}  faults {sample.faults:,}/s"
+    )
+
+
+def milliseconds(ns: int) -> str:
+    """Return a duration with the digits that matter: "0.031 ms", "12.4 ms", "1.25 s"."""
+    if ns >= 1000 * _MS:
+        return f"{ns / 1e9:.2f} s"
+    value = ns / _MS
+    return f"{value:.3f} ms" if value < 1 else f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms"
+
+
+def octets(count: float) -> str:
+    """Return a number of octets: "4.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def table_of(report: Report) -> Group:
+    """Return the receipts as tables for a terminal."""
+    messages, sessions = report.messages, report.sessions
+    head = Table(title=f"{messages.accepted:,} messages in {report.seconds:,.1f} s", title_style="bold", box=None)
+    head.add_column("", style="dim")
+    head.add_column("", justify="right")
+    for name, value in (
+        ("accepted", f"{messages.accepted:,} for {messages.recipients:,} recipients"),
+        ("refused, lost", f"{messages.refused:,}, {messages.lost:,}"),
+        ("sessions", f"{sessions.total:,}, at most {sessions.peak:,} at a time"),
+        ("handshakes", f"{sessions.tls:,}, {sessions.tls_failed:,} failed"),
+        ("octets", f"{octets(report.octets.received)} received, {octets(report.octets.sent)} sent"),
+        ("a second", f"{messages.accepted / max(report.seconds, 1e-3):,.0f} messages"),
+    ):
+        head.add_row(name, value)
+    return Group(head, _latency_table(report), _reply_table(report), *_sequence_tables(report), *_fault_tables(report))
+
+
+def _latency_table(report: Report) -> Table:
+    table = Table(title="Latencies", box=None, title_style="bold", header_style="dim")
+    table.add_column("phase")
+    for name in ("count", "p50", "p90", "p99", "max"):
+        table.add_column(name, justify="right")
+    for phase, each in report.latencies.items():
+        table.add_row(phase, f"{each.count:,}", *(milliseconds(value) for value in _shown(each)))
+    return table
+
+
+def _shown(latency: Latency) -> tuple[int, ...]:
+    return (latency.p50, latency.p90, latency.p99, latency.max)
+
+
+def _reply_table(report: Report) -> Table:
+    table = Table(title="Replies", box=None, title_style="bold", header_style="dim")
+    for name in ("phase", "code", "status"):
+        table.add_column(name)
+    table.add_column("count", justify="right")
+    for each in report.replies:
+        style = "red" if each.code >= 500 else "yellow" if each.code >= 400 else None
+        table.add_row(each.phase, str(each.code), each.status or "", f"{each.count:,}", style=style)
+    return table
+
+
+def _sequence_tables(report: Report) -> list[Table]:
+    if not report.sequences.runs:
+        return []
+    table = Table(title="Sequences", box=None, title_style="bold", header_style="dim")
+    table.add_column("run")
+    for name in ("distinct", "missing", "duplicates", "out of order", "highest"):
+        table.add_column(name, justify="right")
+    for run in report.sequences.runs:
+        counts = (run.distinct, run.missing, run.duplicates, run.out_of_order, run.highest)
+        style = "red" if run.missing or run.duplicates else None
+        table.add_row(run.run or "(no name)", *(f"{count:,}" for count in counts), style=style)
+    return [table]
+
+
+def _fault_tables(report: Report) -> list[Table]:
+    if not report.faults:
+        return []
+    table = Table(title="Faults", box=None, title_style="bold", header_style="dim")
+    for name in ("rule", "phase", "action"):
+        table.add_column(name)
+    table.add_column("count", justify="right")
+    for each in report.faults:
+        table.add_row(each.rule, each.phase, each.action, f"{each.count:,}")
+    return [table]

@@ -1,0 +1,215 @@
+"""Messages that are kept: the shelf, the files, the delivery."""
+
+from __future__ import annotations
+
+import base64
+import json
+import mailbox
+from pathlib import Path
+
+import pytest
+import trio
+
+from penstock._tally import SequenceBook
+from penstock.message import Envelope, Message, MessageId, Recipient
+from penstock.message import Path as MailPath
+from penstock.reply import Reply
+from penstock.sink.kept import HeaderMarks, JsonLinesStore, KeepSettings, KeptMessage, MboxStore, Shelf, make_keeping
+
+TEXT = b"Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\nX-Seq: 7\r\n\r\nhello\r\nFrom here\r\n>From there\r\n"
+
+
+class TextBody:
+    """A body in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = data
+
+    def chunks(self) -> object:
+        return iter([self._data[:10], self._data[10:]])
+
+    def close(self) -> None:
+        pass
+
+
+def message(number: int = 1, text: bytes = TEXT) -> Message:
+    path = MailPath("a@example.com", "a", "example.com")
+    envelope = Envelope(path, (Recipient(path), Recipient(path)))
+    return Message(MessageId(f"M{number:04}"), envelope, b"Received: x\r\n", TextBody(text), 1_700_000_000.0 + number)  # type: ignore[arg-type]
+
+
+def kept(number: int, size: int = 10) -> KeptMessage:
+    return KeptMessage(f"M{number:04}", number, "a@example.com", ("b@example.org",), size, b"x" * size)
+
+
+def test_a_shelf_forgets_the_oldest_beyond_its_count() -> None:
+    shelf = Shelf(3)
+    for number in range(5):
+        shelf.put(kept(number))
+    assert [each.id for each in shelf.newest(10)] == ["M0004", "M0003", "M0002"]
+    assert shelf.octets == 30
+    assert [each.id for each in shelf.newest(1, before="M0004")] == ["M0003"]
+    assert shelf.get("M0000") is None
+
+
+def test_a_shelf_forgets_the_oldest_beyond_its_octets() -> None:
+    shelf = Shelf(100, octets=40)
+    for number in range(10):
+        shelf.put(kept(number))
+    assert len(shelf) == 4
+    assert shelf.octets == 40
+
+
+def test_a_message_that_is_too_long_for_the_shelf_is_cut() -> None:
+    shelf = Shelf(100, octets=40)
+    shelf.put(kept(1, size=100))
+    (there,) = shelf.newest(1)
+    assert (len(there.raw), there.is_cut, there.size) == (10, True, 100)
+
+
+def test_a_shelf_forgets_what_it_is_told_to() -> None:
+    shelf = Shelf(3)
+    shelf.put(kept(1))
+    shelf.put(kept(2))
+    assert shelf.delete("M0001")
+    assert not shelf.delete("M0001")
+    assert shelf.clear() == 1
+    assert shelf.octets == len(shelf) == 0
+
+
+@pytest.mark.parametrize("text", ["", "last", "last:", "last:0", "last:100001", "last:x", "maildir:", "mbox", "zip:x"])
+def test_a_wish_that_can_not_be_read_shows_the_forms_there_are(text: str) -> None:
+    with pytest.raises(ValueError, match="last:N"):
+        KeepSettings.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("raw", "subject"),
+    [
+        (TEXT, "grüße"),
+        (b"\r\nSubject: in the body\r\n", ""),
+        (b"Subject: two\r\n lines\r\n\r\n", "two lines"),
+        (b"", ""),
+        (b"\xff\xfe: \x00\r\n\r\n", ""),
+    ],
+)
+def test_the_subject_is_decoded_whatever_the_text_is(raw: bytes, subject: str) -> None:
+    assert KeptMessage("M", 0, "", (), len(raw), raw).subject == subject
+
+
+async def keep(what: str, *texts: bytes) -> list[Reply]:
+    """Give messages to a delivery, by both ways in turn, and return its replies."""
+    delivery = make_keeping([KeepSettings.parse(what)], None)
+    replies: list[Reply] = []
+    await delivery.start()
+    for number, text in enumerate(texts):
+        if number % 2:
+            replies.append(await delivery.accept(message(number, text)))
+        else:
+            delivery.accept_later(message(number, text), replies.append)
+    await delivery.aclose()
+    return replies
+
+
+async def test_a_maildir_has_each_message_as_it_came(tmp_path: Path) -> None:
+    replies = await keep(f"maildir:{tmp_path / 'mail'}", TEXT, b"two\r\n", b"three\r\n")
+    assert [reply.code for reply in replies] == [250, 250, 250]
+    assert {path.read_bytes() for path in (tmp_path / "mail" / "new").iterdir()} == {TEXT, b"two\r\n", b"three\r\n"}
+    assert list((tmp_path / "mail" / "tmp").iterdir()) == []
+
+
+async def test_an_mbox_is_read_by_others(tmp_path: Path) -> None:
+    await keep(f"mbox:{tmp_path / 'box'}", TEXT, b"no end of line", TEXT)
+    data = (tmp_path / "box").read_bytes()
+    assert b"\n>From here\n>>From there\n" in data
+    box = mailbox.mbox(tmp_path / "box")
+    assert len(box) == 3
+    assert next(iter(box)).get_from() == "a@example.com Tue Nov 14 22:13:20 2023"
+    box.close()
+
+
+async def test_json_lines_hold_text_or_base64(tmp_path: Path) -> None:
+    await keep(f"jsonl:{tmp_path / 'lines'}", TEXT, b"\xff\xfe")
+    first, second = (json.loads(line) for line in (tmp_path / "lines").read_text().splitlines())
+    assert first["text"].encode() == TEXT
+    assert first["recipients"] == ["a@example.com", "a@example.com"]
+    assert base64.b64decode(second["base64"]) == b"\xff\xfe"
+
+
+async def test_files_grow_behind_what_they_have(tmp_path: Path) -> None:
+    await keep(f"jsonl:{tmp_path / 'lines'}", b"one")
+    await keep(f"jsonl:{tmp_path / 'lines'}", b"two")
+    assert len((tmp_path / "lines").read_text().splitlines()) == 2
+
+
+async def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        await keep(f"mbox:{tmp_path / 'nowhere' / 'box'}", TEXT)
+
+
+async def test_a_message_that_can_not_be_written_is_refused_and_not_shown(tmp_path: Path) -> None:
+    delivery = make_keeping([KeepSettings.parse("mbox:/dev/full")], None)
+    replies: list[Reply] = []
+    store = delivery._stores[0]
+    assert isinstance(store, MboxStore)
+    store._path = tmp_path / "box"
+    await delivery.start()
+    assert store._file is not None
+    store._file.close()
+    store._file = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115, ASYNC230
+    delivery.accept_later(message(), replies.append)
+    await delivery.aclose()
+    assert replies[0].code in (451, 452)
+    assert delivery.shelf is not None
+    assert len(delivery.shelf) == 0
+
+
+async def test_messages_on_the_shelf_are_answered_at_once() -> None:
+    delivery = make_keeping([KeepSettings.parse("last:2")], None)
+    await delivery.start()
+    replies: list[Reply] = []
+    for number in range(3):
+        delivery.accept_later(message(number), replies.append)
+    assert len(replies) == 3
+    assert delivery.shelf is not None
+    assert len(delivery.shelf) == 2
+    await delivery.aclose()
+
+
+async def test_many_messages_are_written_together(tmp_path: Path) -> None:
+    delivery = make_keeping([KeepSettings.parse(f"jsonl:{tmp_path / 'lines'}")], None)
+    await delivery.start()
+    count = 0
+
+    def done(_: Reply) -> None:
+        nonlocal count
+        count += 1
+
+    for number in range(1000):
+        delivery.accept_later(message(number, b"x"), done)
+    with trio.fail_after(30):
+        await delivery.aclose()
+    assert count == len((tmp_path / "lines").read_text().splitlines()) == 1000
+
+
+def test_marks_are_taken_from_a_field_of_the_header() -> None:
+    book = SequenceBook()
+    marks = HeaderMarks("x-seq", lambda: book)
+    marks.take(TEXT)
+    marks.take(b"Subject: x\r\n\r\nX-Seq: 8\r\n")
+    marks.take(b"X-Seq: nothing\r\n\r\n")
+    marks.take(b"X-Seq: seq-k3-9\r\n\r\n")
+    assert {name: run.highest for name, run in book.runs.items()} == {"": 7, "k3": 9}
+    assert book.unmarked == 2
+
+
+@pytest.mark.parametrize("name", ["", "X Seq", "X:Seq", "X\r\n", "ü"])
+def test_a_field_that_can_not_be_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="header field"):
+        HeaderMarks(name, SequenceBook)
+
+
+def test_a_json_line_is_one_line() -> None:
+    line = JsonLinesStore(Path())._encoded(KeptMessage("M", 0.5, "a\nb", ("c",), 1, b"x\ny"))
+    assert line.count(b"\n") == 1
