@@ -9,8 +9,10 @@ import click
 import msgspec
 
 from penstock.assemble import Given, Parts
+from penstock.cli.faulting import Faulting, fault_options
 from penstock.cli.receiving import Account, Wishes, receipt_options
 from penstock.cli.running import addresses_of, listen_on, run
+from penstock.cli.smtpsink import letters_help
 from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.delivery.discard import DiscardDelivery
 from penstock.inbound.gate import WireSettings
@@ -25,7 +27,9 @@ _LISTENER = ListenerSettings(
 )
 
 
-@click.command()
+@click.command(
+    epilog=f"\b\n{letters_help()}", context_settings={"help_option_names": ["--help"], "max_content_width": 110}
+)
 @click.option(
     "--listen",
     "addresses",
@@ -41,14 +45,31 @@ _LISTENER = ListenerSettings(
     help="Allow an address that other machines can reach: it takes mail for all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@fault_options
 @receipt_options
-def sink(addresses: tuple[str, ...], messages: int | None, is_open: bool, as_json: bool, **wishes: Any) -> None:
+@click.pass_context
+def sink(
+    context: click.Context,
+    /,
+    addresses: tuple[str, ...],
+    messages: int | None,
+    sessions: int | None,
+    is_open: bool,
+    as_json: bool,
+    **wishes: Any,
+) -> None:
     """Accept every message, and say at the end what has arrived.
 
     All of SMTP is spoken, STARTTLS with a generated certificate among it; bare line ends, NULs and long lines are
     accepted, and the end of the data is CR LF . CR LF all the same. SIGINT and SIGTERM stop it gently.
     """
+    faulting = Faulting.take(wishes)
+    letters = faulting.letters
+    if letters.given.get("h") == "":
+        click.echo(context.get_help())
+        return
     account = Account(Wishes(**wishes))
+    messages, sessions = messages or letters.messages, sessions or letters.sessions
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = Settings(
             hostname="localhost",
@@ -58,19 +79,29 @@ def sink(addresses: tuple[str, ...], messages: int | None, is_open: bool, as_jso
             journal=JournalSettings(events="errors"),
             domains=None,
         )
-        settings = listen_on(settings, addresses)
+        settings = listen_on(faulting.prepare(settings), (*addresses, *letters.listen()))
         counted: list[Parts] = []
 
         def announce(parts: Parts) -> None:
             counted.append(parts)
             click.echo(f"penstock: sink on {', '.join(addresses_of(parts))}", err=True)
-            account.begin(parts)
+            faulting.begin(parts)
+            account.begin(parts, faulting.desk)
 
         def is_done(parts: Parts) -> bool:
+            if sessions is not None and parts.worker.sessions >= sessions and not parts.worker.open_connections:
+                return True
             return messages is not None and _counts(parts, account)["messages"] >= messages
 
-        given = Given(delivery=account.delivery, tally=account.tally)
-        run(settings, announce, done=is_done, allow_open=is_open, given=given, beside=lambda _: account.run())
+        run(
+            settings,
+            announce,
+            done=is_done,
+            allow_open=is_open,
+            given=Given(delivery=account.delivery, authenticator=faulting.authenticator, tally=account.tally),
+            kind=faulting.kind,
+            beside=lambda _: account.run(faulting.desk),
+        )
         for parts in counted:
             is_complete = account.end()
             click.echo(_report(_counts(parts, account), as_json=as_json))

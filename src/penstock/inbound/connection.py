@@ -609,9 +609,7 @@ class Connection:
         self._is_in_message = False
         reply = gate.discards.discard(len(self._transaction.recipients), event.size)
         if gate.journal.logs_mail:
-            recipients = self._transaction.recipients
-            sender, message_id = self._transaction.sender, gate.ids.next()
-            gate.journal.accepted(self.number, self._peer, message_id, sender, recipients, event.size, reply)
+            gate.journal.accepted(self.number, self._peer, self._message(CountedBody(event.size)), reply)
         self._messages += 1
         self._say(reply)
         return None
@@ -674,10 +672,7 @@ class Connection:
         """Count and journal what became of a message."""
         if reply.accepts:
             self._messages += 1
-            sender, recipients = message.envelope[:2]
-            self._gate.journal.accepted(
-                self.number, self._peer, message.id, sender, recipients, message.body.size, reply
-            )
+            self._gate.journal.accepted(self.number, self._peer, message, reply)
         else:
             self._journal_refusal(reply)
 

@@ -69,11 +69,12 @@ def reply_of(text: str) -> Reply:
     if found is None:
         raise ValueError(f'a reply looks like "450 4.2.2 Mailbox full", "450 Busy" or "450", not {text!r}')
     code, status, words = int(found[1]), found[2], found[3]
-    if status is None and code != 354:
+    if status is None and code not in _WITHOUT_STATUS:
         status = f"{code // 100}.0.0"
     return Reply(code, status, words or _WORDS.get(code, "A fault that was asked for"), closes=code == 421)
 
 
+_WITHOUT_STATUS: Final = frozenset({220, 334, 354})
 _WORDS: Final = {
     220: "Ready",
     250: "Ok",

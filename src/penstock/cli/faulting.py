@@ -1,0 +1,129 @@
+"""What `penstock sink` does about faults: plans, magic recipients, and the letters of smtp-sink."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import msgspec
+
+from penstock.assemble import Parts
+from penstock.auth.base import Authenticator, AuthSettings
+from penstock.cli.smtpsink import LetterWishes, smtp_sink_letters
+from penstock.config import Settings
+from penstock.inbound.connection import Connection
+from penstock.sink.anybody import Anybody
+from penstock.sink.certificates import Certificates
+from penstock.sink.connection import faulty
+from penstock.sink.desk import FaultDesk, describe_faults
+from penstock.sink.faults import FaultEngine, FaultLog
+from penstock.sink.plan import NO_PLAN, PlanError, load_plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ANYBODY: Final = AuthSettings(mechanisms=("PLAIN", "LOGIN"), without_tls=True)
+
+
+def _describe(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if is_asked:
+        click.echo(describe_faults(), nl=False)
+        context.exit()
+
+
+_OPTIONS: Final = (
+    click.option("--faults", "plan_file", type=click.Path(path_type=Path), help="Misbehave as this plan says, a TOML."),
+    click.option(
+        "--seed", type=click.IntRange(0, (1 << 63) - 1), metavar="N", help="What is drawn, is drawn from this number."
+    ),
+    click.option(
+        "--magic/--no-magic",
+        default=True,
+        help="Recipients such as 450-4.2.2@, delay-2s@ or drop@ ask for a fault [default: yes].",
+    ),
+    click.option(
+        "--describe-faults",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_describe,
+        help="Print all there is to know of plans and of magic recipients, and end.",
+    ),
+    click.option("--auth", is_flag=True, help="Offer AUTH PLAIN and LOGIN; every name and password is right."),
+    click.option("--sessions", type=click.IntRange(min=1), metavar="N", help="Stop after so many sessions."),
+)
+
+
+def fault_options(command: F) -> F:
+    """Add the options to a command, which gives them to `Faulting.take`."""
+    command = smtp_sink_letters(command)
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+class Faulting:
+    """The faults of one run of a sink. Made before the worker, whose connections ask the engine."""
+
+    def __init__(
+        self, letters: LetterWishes, plan_file: Path | None, seed: int | None, *, magic: bool, auth: bool
+    ) -> None:
+        """Raise click.UsageError for wishes that can not be met, ClickException for a plan that can not be read."""
+        letters.check()
+        self.letters = letters
+        self._offers_auth = auth
+        self._plan_file, self._seed, self._has_magic = plan_file, seed, magic
+        if auth and "a" in letters.given:
+            raise click.UsageError("-a and --auth exclude each other")
+        self._log = FaultLog()
+        self._engine = FaultEngine(receipts=self._log, has_magic=magic)
+        self._certificates: Certificates | None = None
+        self.desk = FaultDesk(self._engine, self._log, seed=seed)
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Faulting:
+        """Take what is about faults out of the options of a command."""
+        letters = LetterWishes.take(options)
+        plan_file, seed, magic, auth = (options.pop(name) for name in ("plan_file", "seed", "magic", "auth"))
+        return cls(letters, plan_file, seed, magic=magic, auth=auth)
+
+    def prepare(self, settings: Settings) -> Settings:
+        """Load the plan, make the certificates, and return the settings as the letters have them. Raise OSError."""
+        settings = self.letters.apply(settings)
+        try:
+            plan = NO_PLAN if self._plan_file is None else load_plan(self._plan_file)
+        except PlanError as exc:
+            raise click.ClickException(str(exc)) from exc
+        plan = self.letters.plan(plan, settings.hostname)
+        if self._seed is not None:
+            plan = msgspec.structs.replace(plan, seed=self._seed)
+        self._engine.load(plan)
+        names = dict.fromkeys([settings.hostname, "localhost", "127.0.0.1", "::1"])
+        self._certificates = Certificates(list(names))
+        self._certificates.put(Path(settings.data_dir) / "tls")
+        if self._offers_auth:
+            listeners = tuple(msgspec.structs.replace(each, auth=_ANYBODY) for each in settings.listener)
+            settings = msgspec.structs.replace(settings, listener=listeners)
+        for note in self.letters.notes:
+            click.echo(f"penstock: {note}", err=True)
+        return settings
+
+    @property
+    def kind(self) -> type[Connection]:
+        """What becomes of the sockets that are accepted."""
+        return faulty(self._engine, certificates=self._certificates)
+
+    @property
+    def authenticator(self) -> Authenticator | None:
+        """Who knows everybody, where that is asked for."""
+        return Anybody() if self._offers_auth else None
+
+    def begin(self, parts: Parts) -> None:
+        """Set what smtp-sink sets of the sockets."""
+        for door in parts.doors:
+            if self.letters.window is not None:
+                door.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.window)
+            if self.letters.backlog is not None:
+                door.listener.listen(self.letters.backlog)

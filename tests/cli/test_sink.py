@@ -1,0 +1,118 @@
+"""`penstock sink` and its faults, from the command line."""
+
+from __future__ import annotations
+
+import json
+import smtplib
+import ssl
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from penstock.cli.main import main
+from penstock.sink.desk import describe_faults
+from tests.journeys.running import serving
+
+PLAN = """
+[[rule]]
+name = "half"
+phase = "rcpt"
+match.probability = 0.5
+reply = "450 4.2.1 Busy"
+"""
+
+
+def test_faults_are_described() -> None:
+    result = CliRunner().invoke(main, ["sink", "--describe-faults"])
+    assert result.exit_code == 0
+    assert result.output == describe_faults()
+
+
+def refused(tmp_path: Path, *arguments: str) -> set[str]:
+    """Return which of fifty recipients a sink with the plan refuses."""
+    file = tmp_path / "plan.toml"
+    file.write_text(PLAN)
+    with (
+        serving(tmp_path / "data", "", "sink", "--faults", str(file), *arguments) as server,
+        smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+    ):
+        client.ehlo()
+        client.mail("a@example.com")
+        recipients = [f"{number}@example.org" for number in range(50)]
+        return {recipient for recipient in recipients if client.rcpt(recipient)[0] == 450}
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    one, same, other = (refused(tmp_path, "--no-magic", "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == same
+    assert one != other
+    assert 10 < len(one) < 40
+
+
+def test_a_plan_with_a_mistake_stops_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text("[[rule]]\nphase = 'rcpt'\nreplay = '450'")
+    result = CliRunner().invoke(main, ["sink", "--faults", str(file)])
+    assert result.exit_code == 1
+    assert "plan.toml: rule[0].replay: there is no such key; here may stand: at, delay" in result.output
+
+
+def test_faults_are_in_the_receipts(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    with serving(tmp_path / "data", "", "sink", "--report", str(report)) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+            client.sendmail("a@example.com", ["b@example.org", "450-4.2.2@example.org"], "Hello")
+            with pytest.raises(smtplib.SMTPDataError, match="552"):
+                client.sendmail("a@example.com", ["dot-552-5.2.2@example.org"], "Hello")
+        assert server.stop() == 0
+    told = json.loads(report.read_text())
+    assert told["messages"]["accepted"] == 1
+    assert {(each["rule"], each["phase"], each["action"]) for each in told["faults"]} == {
+        ("magic", "rcpt", "reply 450 4.2.2"),
+        ("magic", "dot", "reply 552 5.2.2"),
+    }
+
+
+def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "data", "", "sink", "--no-magic") as server,
+        smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+    ):
+        assert client.sendmail("a@example.com", ["450@example.org", "drop@example.org"], "Hello") == {}
+
+
+def test_anybody_may_authenticate(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "", "sink", "--auth") as server:
+        for mechanism in ("PLAIN", "LOGIN"):
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+                client.ehlo()
+                assert client.esmtp_features["auth"].split() == ["PLAIN", "LOGIN"]
+                client.user, client.password = "anybody", "anything"
+                assert client.auth(mechanism, getattr(client, f"auth_{mechanism.lower()}"))[0] == 235
+
+
+def test_authentication_can_fail(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('[[rule]]\nphase = "auth"\nreply = "535 5.7.8 Wrong"\nmatch.first = 2\n')
+    with (
+        serving(tmp_path / "data", "", "sink", "--auth", "--faults", str(file)) as server,
+        smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+    ):
+        with pytest.raises(smtplib.SMTPAuthenticationError, match="Wrong"):
+            client.login("alice", "secret", initial_response_ok=True)  # which tries both mechanisms
+        assert client.login("alice", "secret")[0] == 235
+
+
+def test_tls_faults_need_a_client_that_looks(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('[[rule]]\nphase = "starttls"\ntls = "expired"\n')
+    with serving(tmp_path / "data", "", "sink", "--faults", str(file)) as server:
+        with smtplib.SMTP("localhost", server.port, timeout=20) as client:
+            with pytest.raises(ssl.SSLCertVerificationError):
+                client.starttls(context=ssl.create_default_context())
+            client.close()
+        with smtplib.SMTP("localhost", server.port, timeout=20) as client:
+            context = ssl._create_unverified_context()
+            client.starttls(context=context)
+            client.sendmail("a@example.com", ["b@example.org"], "Hello")

@@ -1,0 +1,187 @@
+"""Faults of TLS, as a client meets them that trusts the authority of the sink."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from penstock.net.tls import TlsSettings, generated_certificate, server_context
+from tests.sink.playing import CERTIFICATES, EHLO, Talk, talking, took
+
+
+def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return the context of the listener and that of a client that trusts it."""
+    CERTIFICATES.put(folder / "tls")
+    server = server_context(TlsSettings(), folder / "tls" / "server.pem")
+    client = ssl.create_default_context(cafile=str(folder / "tls" / "ca.pem"))
+    return server, client
+
+
+def rule(fault: str, phase: str = "starttls") -> str:
+    return f'longest_stall = 50\n[[rule]]\nphase = "{phase}"\ntls = "{fault}"\n'
+
+
+@asynccontextmanager
+async def secured(
+    folder: Path, plan: str, *, tcp: bool = True, mode: str = "starttls"
+) -> AsyncIterator[tuple[Talk, ssl.SSLContext]]:
+    """Talk up to the reply to STARTTLS."""
+    server, client = contexts(folder)
+    settings = {"tls": {"mode": mode}}
+    async with talking(folder, plan, settings=settings, tls=server, tcp=tcp, greeted=mode == "starttls") as talk:
+        if mode == "starttls":
+            await talk.ask(EHLO)
+        yield talk, client
+
+
+async def handshake(talk: Talk, context: ssl.SSLContext) -> trio.SSLStream[trio.abc.Stream]:
+    stream = trio.SSLStream(talk.stream, context, server_hostname="localhost")
+    await stream.do_handshake()
+    talk.stream = stream
+    return stream
+
+
+async def test_the_certificate_that_is_put_is_the_one_of_the_listener(tmp_path: Path) -> None:
+    CERTIFICATES.put(tmp_path)
+    before = (tmp_path / "server.pem").read_bytes()
+    generated_certificate(tmp_path, ["localhost"])
+    assert (tmp_path / "server.pem").read_bytes() == before
+    assert (tmp_path / "server.pem").stat().st_mode & 0o077 == 0
+
+
+async def test_without_a_fault_the_client_finds_nothing_wrong(tmp_path: Path) -> None:
+    async with secured(tmp_path, "") as (talk, context):
+        assert (await talk.ask("STARTTLS")).startswith("220")
+        await handshake(talk, context)
+        assert (await talk.mail()).startswith("250")
+
+
+async def test_tls_is_refused(tmp_path: Path) -> None:
+    async with secured(tmp_path, rule("refuse")) as (talk, _):
+        assert (await talk.ask("STARTTLS")).startswith("454 4.7.0")
+        assert (await talk.mail()).startswith("250")
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize(("fault", "expected"), [("wrong-name", "Hostname mismatch"), ("expired", "has expired")])
+async def test_a_certificate_is_wrong_in_one_way(tmp_path: Path, fault: str, expected: str, tcp: bool) -> None:
+    async with secured(tmp_path, rule(fault), tcp=tcp) as (talk, context):
+        assert (await talk.ask("STARTTLS")).startswith("220")
+        with pytest.raises(trio.BrokenResourceError) as error:
+            await handshake(talk, context)
+        assert expected in str(error.value.__cause__)
+        assert [each.action for each in talk.log.last] == [f"tls {fault}"]
+
+
+async def test_whoever_does_not_look_is_not_disturbed_by_a_wrong_certificate(tmp_path: Path) -> None:
+    async with secured(tmp_path, rule("expired")) as (talk, context):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        await talk.ask("STARTTLS")
+        await handshake(talk, context)
+        assert (await talk.mail()).startswith("250")
+
+
+async def test_nothing_newer_than_tls_1_2(tmp_path: Path) -> None:
+    async with secured(tmp_path, rule("tls-1.2")) as (talk, context):
+        await talk.ask("STARTTLS")
+        stream = await handshake(talk, context)
+        assert stream.version() == "TLSv1.2"
+        assert (await talk.mail()).startswith("250")
+
+
+async def test_nothing_newer_than_tls_1_2_is_too_old_for_some(tmp_path: Path) -> None:
+    async with secured(tmp_path, rule("tls-1.2")) as (talk, context):
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        await talk.ask("STARTTLS")
+        with pytest.raises(trio.BrokenResourceError):
+            await handshake(talk, context)
+
+
+async def test_a_fatal_alert_behind_the_handshake(tmp_path: Path) -> None:
+    async with secured(tmp_path, rule("alert")) as (talk, context):
+        await talk.ask("STARTTLS")
+        stream = await handshake(talk, context)  # which is over for the client
+        assert stream.version() == "TLSv1.3"
+        with pytest.raises(trio.BrokenResourceError) as error:
+            await talk.ask(EHLO)
+        assert "alert" in str(error.value.__cause__).lower()
+
+
+async def test_an_smtp_reply_in_the_place_of_a_handshake(tmp_path: Path) -> None:
+    async with secured(tmp_path, rule("plaintext")) as (talk, context):
+        await talk.ask("STARTTLS")
+        with pytest.raises(trio.BrokenResourceError) as error:
+            await handshake(talk, context)
+        assert isinstance(error.value.__cause__, ssl.SSLError)
+
+
+async def test_a_handshake_that_stalls(tmp_path: Path, autojump_clock: object) -> None:
+    async with secured(tmp_path, rule("stall"), tcp=False) as (talk, context):
+        await talk.ask("STARTTLS")
+
+        async def shake() -> None:
+            with pytest.raises(trio.BrokenResourceError):
+                await handshake(talk, context)
+
+        assert await took(shake) == (50, None)
+
+
+@pytest.mark.parametrize("fault", ["wrong-name", "plaintext", "refuse"])
+async def test_what_connect_says_spoils_a_later_starttls(tmp_path: Path, fault: str) -> None:
+    async with secured(tmp_path, rule(fault, "connect")) as (talk, context):
+        said = await talk.ask("STARTTLS")
+        if fault == "refuse":
+            assert said.startswith("454")
+            return
+        with pytest.raises(trio.BrokenResourceError):
+            await handshake(talk, context)
+
+
+@pytest.mark.parametrize("fault", ["wrong-name", "expired", "plaintext", "refuse"])
+async def test_implicit_tls_is_spoilt_from_the_beginning(tmp_path: Path, fault: str) -> None:
+    async with secured(tmp_path, rule(fault, "connect"), mode="implicit") as (talk, context):
+        with pytest.raises(trio.BrokenResourceError):
+            await handshake(talk, context)
+
+
+async def test_implicit_tls_without_a_fault(tmp_path: Path) -> None:
+    plan = '[[rule]]\nphase = "banner"\nreply = "421 4.3.2 Not today"'
+    async with secured(tmp_path, plan, mode="implicit") as (talk, context):
+        await handshake(talk, context)
+        assert await talk.reply() == "421 4.3.2 Not today"
+
+
+@pytest.mark.parametrize("does", ["split = true", "read_rate = 100_000_000", "delay = { seconds = 0.001 }"])
+@pytest.mark.parametrize("tcp", [True, False])
+async def test_other_faults_work_inside_of_tls(tmp_path: Path, does: str, tcp: bool) -> None:
+    plan = f'[[rule]]\nphase = "ehlo"\nmatch.tls = true\n{does}\n'
+    plan += '[[rule]]\nphase = "dot"\nmatch.tls = true\nreply = "451 4.3.0 Later"\n'
+    async with secured(tmp_path, plan, tcp=tcp) as (talk, context):
+        await talk.ask("STARTTLS")
+        await handshake(talk, context)
+        for _ in range(2):
+            assert await talk.mail(text="\r\n".join(["x" * 70] * 1000)) == "451 4.3.0 Later"
+        assert (await talk.ask("QUIT")).startswith("221")
+
+
+async def test_a_dressed_reply_to_starttls_goes_on_to_the_handshake(tmp_path: Path) -> None:
+    async with secured(tmp_path, '[[rule]]\nphase = "starttls"\ndress = "bare-lf"') as (talk, context):
+        await talk.send("STARTTLS")
+        assert await talk.line() == b"220 2.0.0 Ready to start TLS\n"
+        await handshake(talk, context)
+        assert (await talk.mail()).startswith("250")
+
+
+async def test_a_drop_inside_of_tls_breaks_it_off(tmp_path: Path) -> None:
+    plan = '[[rule]]\nphase = "mail"\nend = "drop"'
+    async with secured(tmp_path, plan) as (talk, context):
+        await talk.ask("STARTTLS")
+        await handshake(talk, context)
+        with pytest.raises(trio.BrokenResourceError):
+            await talk.ask(EHLO, "MAIL FROM:<a@example.com>")
