@@ -40,6 +40,10 @@ class Server:
         """Return what the Maildir holds, in no order."""
         return [path.read_bytes() for path in (self.folder / "maildir" / "new").iterdir()]
 
+    def said(self, pattern: str) -> re.Match[str]:
+        """Wait until the server's output has something, and return it."""
+        return _wait_for(self.process, pattern, self.out, self.journal)
+
     def stop(self) -> int:
         """Stop gently; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -47,8 +51,10 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, toml: str = "", command: str = "serve", *arguments: str) -> Iterator[Server]:
-    """Run `penstock serve` on a free port, with these settings."""
+def serving(
+    folder: Path, toml: str = "", command: str = "serve", *arguments: str, has_address: bool = False
+) -> Iterator[Server]:
+    """Run `penstock serve` on a free port, with these settings. `has_address`: the arguments say where."""
     folder.mkdir(exist_ok=True)
     command_line = [sys.executable, "-m", "penstock", command]
     if command == "serve":
@@ -56,29 +62,30 @@ def serving(folder: Path, toml: str = "", command: str = "serve", *arguments: st
     if toml:
         (folder / "penstock.toml").write_text(toml)
         command_line += ["--config", str(folder / "penstock.toml")]
-    else:
+    elif not has_address:
         command_line += ["--listen", "127.0.0.1:0"]
     out, journal = folder / "out", folder / "journal"
     with out.open("wb") as said, journal.open("wb") as errors:
         process = subprocess.Popen([*command_line, *arguments], stdout=said, stderr=errors, env=ENVIRONMENT)
     try:
-        yield Server(process, _port_of(process, out, journal), folder, out, journal)
+        found = _wait_for(process, r"(?:listening|sink) on (?:127\.0\.0\.1:(\d+)|unix:)", out, journal)
+        yield Server(process, int(found[1] or 0), folder, out, journal)
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=60)
 
 
-def _port_of(process: subprocess.Popen[bytes], *places: Path) -> int:
-    """Wait until the server says where it listens: another process tells nobody but its output when it is ready."""
+def _wait_for(process: subprocess.Popen[bytes], pattern: str, *places: Path) -> re.Match[str]:
+    """Wait until the server says something: another process tells nobody but its output when it is ready."""
     deadline = time.monotonic() + 60
     said = ""
     while time.monotonic() < deadline and process.poll() is None:
         said = "".join(place.read_text(errors="replace") for place in places)
-        if match := re.search(r"(?:listening|sink) on 127\.0\.0\.1:(\d+)", said):
-            return int(match[1])
+        if match := re.search(pattern, said):
+            return match
         time.sleep(0.02)
-    raise AssertionError(f"the server did not start: {said}")
+    raise AssertionError(f"the server has not said {pattern!r}: {said}")
 
 
 def body_of(message: bytes) -> bytes:

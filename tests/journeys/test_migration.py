@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import mailbox
 import re
+import shlex
 import smtplib
 import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from penstock.net.tls import generated_certificate
@@ -24,6 +28,10 @@ from tests.journeys.running import ENVIRONMENT, Server, serving
 
 ALICE, BOB, EVE = "alice@example.org", "bob@example.org", "eve@example.org"
 TEXT = "From: alice@example.org\r\nSubject: Hello Bob\r\n\r\nHow are you?\r\n"
+SHORT = 0.2
+"""Seconds of a delay that is long enough to be told from none."""
+
+Probe = Callable[[Server], None]
 
 
 @dataclass(frozen=True)
@@ -32,21 +40,22 @@ class Row:
 
     theirs: str
     ours: str
-    """What the table says: an option of the command, or the keys of the configuration."""
-    probe: Callable[[Server], None]
+    """What the table says: an option of a command, or the keys of a configuration or a fault plan."""
+    probe: Probe
     """Tries it on the server of the setup."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A server, and the rows that it has the options of."""
+    """A server, and the rows that it has the options of. FOLDER stands for the server's folder."""
 
     name: str
     rows: tuple[Row, ...]
-    command: str = "serve"
-    arguments: tuple[str, ...] = ()
-    """FOLDER stands for the server's folder."""
+    command: str = "sink"
+    arguments: str = ""
+    has_address: bool = False
     toml: str = ""
+    """The configuration of `penstock serve`."""
     prepare: Callable[[Path], None] = lambda folder: None
 
 
@@ -57,54 +66,114 @@ def plain(server: Server) -> smtplib.SMTP:
     return smtplib.SMTP("127.0.0.1", server.port, timeout=20)
 
 
-def send(server: Server, *recipients: str, text: str = TEXT) -> None:
+@contextmanager
+def greeted(server: Server) -> Iterator[smtplib.SMTP]:
+    """Lend a client that has said EHLO, and need not say QUIT."""
+    client = plain(server)
+    with closing(client):
+        client.ehlo("client.example.org")
+        yield client
+
+
+def send(server: Server, *recipients: str, sender: str = ALICE) -> None:
     with plain(server) as client:
-        client.sendmail(ALICE, recipients or [BOB], text)
+        client.sendmail(sender, recipients or [BOB], TEXT)
+
+
+def greeting_of(server: Server) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
+        return sock.makefile("rb").readline()
 
 
 def takes_mail(server: Server) -> None:
     send(server)
 
 
-def takes_mail_at_its_unix_socket(server: Server) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(server.folder / "socket"))
-        assert sock.makefile("rb").readline().startswith(b"220 ")
-
-
-def offers_no_auth(server: Server) -> None:
-    with plain(server) as client:
-        client.ehlo()
-        assert not client.has_extn("auth")
-
-
-def prints_its_counts(server: Server) -> None:
-    send(server)
-    assert server.stop() == 0
-    counts = r"^sessions=\d+ messages=[1-9]\d* recipients=\d+ octets=\d+$"
-    assert re.search(counts, server.out.read_text(), re.MULTILINE)
-
-
-def ends_after_three(server: Server) -> None:
-    for _ in range(3):
-        send(server)
-    assert server.process.wait(timeout=20) == 0
-    assert "messages=3 " in server.out.read_text()
-
-
-def calls_itself(server: Server) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
-        assert sock.makefile("rb").readline().startswith(b"220 mx.example.org ")
-
-
-def does_not_offer(*extensions: str) -> Callable[[Server], None]:
+def does_not_offer(*extensions: str) -> Probe:
     def probe(server: Server) -> None:
-        with plain(server) as client:
-            client.ehlo()
-            assert client.has_extn("size")
+        with greeted(server) as client:
+            assert client.has_extn("chunking")
             assert not [extension for extension in extensions if client.has_extn(extension)]
 
     return probe
+
+
+def greets_with(text: bytes) -> Probe:
+    def probe(server: Server) -> None:
+        assert text in greeting_of(server)
+
+    return probe
+
+
+def answers(command: str, code: int, text: str = "") -> Probe:
+    """Say that a command gets a reply; 421 is followed by the end."""
+
+    def probe(server: Server) -> None:
+        with greeted(server) as client:
+            found, said = client.docmd(command)
+            assert (found, text in said.decode()) == (code, True), said
+            if code == 421:
+                with pytest.raises(smtplib.SMTPServerDisconnected):
+                    client.noop()
+
+    return probe
+
+
+def hangs_up_at(command: str) -> Probe:
+    def probe(server: Server) -> None:
+        with greeted(server) as client, pytest.raises(smtplib.SMTPServerDisconnected):
+            client.docmd(command)
+
+    return probe
+
+
+def waits_at(command: str, *before: str) -> Probe:
+    """Say that the reply to a command comes after a while, and the others at once: at least, they come before it."""
+
+    def probe(server: Server) -> None:
+        with greeted(server) as client:
+            for each in before:
+                client.docmd(each)
+            began = time.monotonic()
+            client.docmd(command)
+            assert time.monotonic() - began >= SHORT
+
+    return probe
+
+
+def reads_no_text_for_a_while(server: Server) -> None:
+    began = time.monotonic()
+    send(server)
+    assert time.monotonic() - began >= SHORT
+
+
+def refuses_the_text_before_its_end(server: Server) -> None:
+    with greeted(server) as client:
+        client.docmd(f"MAIL FROM:<{ALICE}>")
+        client.docmd(f"RCPT TO:<{BOB}>")
+        assert client.docmd("DATA")[0] == 354
+        assert client.getreply()[0] == 550
+
+
+def knows_no_ehlo(server: Server) -> None:
+    with closing(plain(server)) as client:
+        assert client.ehlo()[0] == 500
+        assert client.helo()[0] == 250
+    send(server)  # as a client that goes back to HELO
+
+
+def serves_lmtp_at_its_socket(server: Server) -> None:
+    with smtplib.LMTP(str(server.folder / "socket")) as client:
+        client.sendmail(ALICE, [BOB, EVE], TEXT)
+        assert client.getreply()[0] == 250  # smtplib has read one reply, and there is one for each recipient
+
+
+def takes_three_connections(server: Server) -> None:
+    opened = [plain(server) for _ in range(3)]
+    with pytest.raises(smtplib.SMTPConnectError, match="Too many connections"):
+        plain(server)
+    for client in opened:
+        client.close()
 
 
 def sends_the_idle_away(server: Server) -> None:
@@ -112,25 +181,101 @@ def sends_the_idle_away(server: Server) -> None:
         assert client.getreply()[0] == 421
 
 
-def speaks_lmtp(server: Server) -> None:
-    with smtplib.LMTP("127.0.0.1", server.port) as client:
-        client.sendmail(ALICE, [BOB, EVE], TEXT)
-        assert client.getreply()[0] == 250  # smtplib has read one reply, and there is one for each recipient
-
-
-def keeps_the_message(server: Server) -> None:
-    before = len(server.messages())
+def shows_counters(server: Server) -> None:
     send(server)
-    messages = server.messages()
-    assert len(messages) == before + 1
-    assert all(message.endswith(TEXT.encode()) for message in messages)
-    assert all(b"Delivered-To: bob@example.org\r\n" in message for message in messages)
+    assert server.stop() == 0
+    server_said = server.out.read_text() + server.journal.read_text()
+    assert re.search(r"messages\W+[1-9]", server_said)
+
+
+def ends_after_three_messages(server: Server) -> None:
+    for _ in range(3):
+        send(server)
+    assert server.process.wait(timeout=20) == 0
+    assert "messages=3 " in server.out.read_text()
+
+
+def ends_after_two_sessions(server: Server) -> None:
+    for _ in range(2):
+        with plain(server):
+            pass
+    assert server.process.wait(timeout=20) == 0
 
 
 def journals(server: Server) -> None:
     send(server)
     assert server.stop() == 0
     assert '"event":"accepted"' in server.journal.read_text()
+
+
+# ---- keeping, the page and the API
+
+
+def kept_in_a_maildir(server: Server) -> None:
+    send(server)
+    assert [message["Subject"] for message in mailbox.Maildir(server.folder / "maildir")][-1:] == ["Hello Bob"]
+
+
+def kept_in_a_file(server: Server) -> None:
+    send(server)
+    assert "Hello Bob" in (server.folder / "mail.mbox").read_text()
+    assert "bob@example.org" in (server.folder / "mail.jsonl").read_text()
+
+
+def asking(server: Server) -> httpx.Client:
+    return httpx.Client(base_url=server.said(r"live page at (http://\S+)")[1], timeout=20)
+
+
+def shows_a_page(server: Server) -> None:
+    with asking(server) as client:
+        assert client.get("/").headers["content-type"].startswith("text/html")
+        assert client.get("/api/health").json() == {"status": "ok"}
+
+
+def keeps_three_messages(server: Server) -> None:
+    with asking(server) as client:
+        for _ in range(4):
+            send(server)
+        assert len(client.get("/api/messages").json()["messages"]) == 3
+
+
+def lists_reads_finds_and_forgets(server: Server) -> None:
+    with asking(server) as client:
+        send(server, EVE)
+        newest = client.get("/api/messages").json()["messages"][0]
+        assert (newest["subject"], newest["recipients"]) == ("Hello Bob", [EVE])
+        assert client.get(f"/api/messages/{newest['id']}").json()
+        assert client.get(f"/api/messages/{newest['id']}/raw").text == TEXT
+        assert client.get(f"/api/messages/{newest['id']}/parts/0").text.strip() == "How are you?"
+        assert [each["id"] for each in client.get("/api/messages?q=eve@").json()["messages"]] == [newest["id"]]
+        assert client.delete("/api/messages").status_code == 200
+        assert client.get("/api/messages").json()["messages"] == []
+
+
+def takes_a_plan_while_it_runs(server: Server) -> None:
+    with asking(server) as client:
+        plan = '[[rule]]\nphase = "mail"\nreply = "451"\nmatch = { probability = 1.0 }\n'
+        assert client.put("/api/plan", content=plan).status_code == 200
+        assert 'phase = "mail"' in client.get("/api/plan").text
+        with pytest.raises(smtplib.SMTPSenderRefused):
+            send(server)
+        assert client.put("/api/plan", content="").status_code == 200
+        send(server)
+
+
+def wants_a_token(server: Server) -> None:
+    with asking(server) as client:
+        assert client.get("/api/receipts").status_code == 401
+        assert client.get("/api/receipts", headers={"Authorization": "Bearer open-sesame"}).status_code == 200
+
+
+def lets_anybody_in(server: Server) -> None:
+    with plain(server) as client:
+        client.login("whoever", "whatever")
+        client.sendmail(ALICE, [BOB], TEXT)
+
+
+# ---- TLS, users, limits and policies of a listener
 
 
 def context_of(server: Server) -> ssl.SSLContext:
@@ -174,8 +319,7 @@ def knows_its_users(server: Server) -> None:
 
 
 def takes_passwords_in_the_clear(server: Server) -> None:
-    with plain(server) as client:
-        client.ehlo()
+    with greeted(server) as client:
         assert {"PLAIN", "LOGIN"} <= set(client.esmtp_features["auth"].split())
 
 
@@ -187,17 +331,10 @@ def takes_a_hundred_recipients(server: Server) -> None:
         }
 
 
-def takes_three_connections(server: Server) -> None:
-    opened = [plain(server) for _ in range(3)]
-    with pytest.raises(smtplib.SMTPConnectError, match="Too many connections"):
-        plain(server)
-    for client in opened:
-        client.close()
-
-
 def write_policy(folder: Path) -> None:
     (folder / "recipients.py").write_text("""
 import re
+import shlex
 from penstock import Reply
 
 class Only:
@@ -212,14 +349,12 @@ class Only:
 
 def takes_matching_recipients_only(server: Server) -> None:
     with plain(server) as client:
-        assert client.sendmail(ALICE, [BOB, "bob@example.com"], TEXT) == {
-            "bob@example.com": (550, b"5.1.1 Not one of ours")
-        }
+        refused = client.sendmail(ALICE, [BOB, "bob@example.com"], TEXT)
+    assert refused == {"bob@example.com": (550, b"5.1.1 Not one of ours")}
 
 
 def refuses_bare_cr(server: Server) -> None:
-    with plain(server) as client:
-        client.ehlo()
+    with greeted(server) as client:
         client.docmd(f"MAIL FROM:<{ALICE}>")
         client.docmd(f"RCPT TO:<{BOB}>")
         client.docmd("DATA")
@@ -227,117 +362,361 @@ def refuses_bare_cr(server: Server) -> None:
         assert client.getreply()[0] == 550
 
 
+# ---- chance, from a seed
+
+MANY = 40
+
+
+def some(happens: Callable[[Server, int], bool]) -> Probe:
+    """Say that something happens to some and not to all of many; the seed makes it the same some each time."""
+
+    def probe(server: Server) -> None:
+        assert 0 < sum(happens(server, number) for number in range(MANY)) < MANY
+
+    return probe
+
+
+def sender_is_refused(server: Server, number: int) -> bool:
+    with greeted(server) as client:
+        return client.docmd(f"MAIL FROM:<sender{number}@example.org>")[0] == 451
+
+
+def recipient_is_refused(server: Server, number: int) -> bool:
+    with greeted(server) as client:
+        client.docmd("MAIL FROM:<>")
+        return client.docmd(f"RCPT TO:<rcpt{number}@example.org>")[0] == 451
+
+
+def login_is_refused(server: Server, number: int) -> bool:
+    with greeted(server) as client:
+        return client.docmd("AUTH PLAIN AGEAYg==")[0] == 535
+
+
+def connection_is_refused(server: Server, number: int) -> bool:
+    with closing(smtplib.SMTP()) as client:
+        try:
+            return client.connect("127.0.0.1", server.port)[0] != 220
+        except (smtplib.SMTPServerDisconnected, ConnectionResetError):
+            return True
+
+
+def connection_is_cut(server: Server, number: int) -> bool:
+    with closing(smtplib.SMTP()) as client:
+        try:
+            client.connect("127.0.0.1", server.port)
+            client.ehlo("client.example.org")
+            return client.docmd("MAIL FROM:<>")[0] != 250
+        except (smtplib.SMTPServerDisconnected, ConnectionResetError):
+            return True
+
+
+CHAOS = """
+[[rule]]
+phase = "mail"
+reply = "451"
+match = { probability = 0.4, sender = ["sender*"] }
+
+[[rule]]
+phase = "rcpt"
+reply = "451"
+match = { probability = 0.4, recipient = ["rcpt*"] }
+
+[[rule]]
+phase = "auth"
+reply = "535"
+match = { probability = 0.4 }
+"""
+
+JIM = """
+[[rule]]
+phase = "connect"
+end = "drop"
+match = { probability = 0.3 }
+
+[[rule]]
+phase = "mail"
+end = "drop"
+match = { probability = 0.4 }
+"""
+
+SLOW = """
+[[rule]]
+phase = "connect"
+read_rate = 400
+"""
+
+
+def write_plan(text: str) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        (folder / "plan.toml").write_text(text)
+
+    return prepare
+
+
+def reads_slowly(server: Server) -> None:
+    began = time.monotonic()
+    send(server)
+    assert time.monotonic() - began >= SHORT
+
+
 # ---- the rows
 
 CONFIGURED = 'hostname = "mx.example.org"\n[[listener]]\naddress = "127.0.0.1:0"\n'
+KEEPING = "--keep last:3 --keep maildir:FOLDER/maildir --keep mbox:FOLDER/mail.mbox --keep jsonl:FOLDER/mail.jsonl"
+PLAN = "--faults FOLDER/plan.toml --seed 1"
+
+
+def same(letter: str, probe: Probe) -> Row:
+    """Return the row of a letter that is the same here."""
+    return Row(f"smtp-sink `{letter}`", f"the same: `penstock sink {letter}`", probe)
+
 
 SETUPS = (
     Setup(
-        "a sink",
-        command="sink",
-        arguments=("--listen", "unix:FOLDER/socket"),
+        "letters of smtp-sink for what is offered",
+        arguments="-4 -8 -a -C -E -F -N -p -T 65000 -h sink.example.org -m 3 -t 1 -c 127.0.0.1:0 100",
+        has_address=True,
         rows=(
-            Row("smtp-sink `127.0.0.1:2525 100`", "`penstock sink --listen 127.0.0.1:2525`", takes_mail),
-            Row("smtp-sink `unix:/path 100`", "`penstock sink --listen unix:/path`", takes_mail_at_its_unix_socket),
-            Row("smtp-sink `-a` (no AUTH)", "as it is: AUTH is offered where it is set up", offers_no_auth),
-            Row("smtp-sink `-C`, `-F`", "as it is: no XCLIENT, no XFORWARD", does_not_offer("xclient", "xforward")),
-            Row("smtp-sink `-c` (counters)", "counts at the end, `--json` for a program", prints_its_counts),
+            same("[inet:][host]:port backlog", takes_mail),
+            same("-4", takes_mail),
+            same("-8", does_not_offer("8bitmime")),
+            same("-a", does_not_offer("auth")),
+            same("-C", does_not_offer("xclient")),
+            same("-E", does_not_offer("enhancedstatuscodes")),
+            same("-F", does_not_offer("xforward")),
+            same("-N", does_not_offer("dsn")),
+            same("-p", does_not_offer("pipelining")),
+            same("-T 65000", takes_mail),
+            same("-h NAME", greets_with(b"220 sink.example.org ")),
+            Row("smtp-sink `-m 3`", "the same, but those beyond hear 421 instead of waiting", takes_three_connections),
+            same("-t 1", sends_the_idle_away),
+            same("-c", shows_counters),
         ),
     ),
     Setup(
-        "a sink with an end",
-        command="sink",
-        arguments=("--messages", "3"),
-        rows=(Row("smtp-sink `-M 3`", "`penstock sink --messages 3`", ends_after_three),),
-    ),
-    Setup(
-        "a language of its own",
-        toml=CONFIGURED
-        + "[listener.extensions]\neightbitmime = false\npipelining = false\ndsn = false\n"
-        + "[listener.limits]\ncommand_timeout = 0.5\n",
+        "letters of smtp-sink for replies",
+        arguments="-f VRFY -B '554 5.9.1 Hard' -r RSET -b '459 4.9.1 Soft' -q NOOP -Q HELP",
         rows=(
-            Row("smtp-sink `-h mx.example.org`", '`hostname = "mx.example.org"`', calls_itself),
-            Row("MailHog `-hostname mx.example.org`", '`hostname = "mx.example.org"`', calls_itself),
-            Row("smtp-sink `-8`", "`[listener.extensions] eightbitmime = false`", does_not_offer("8bitmime")),
-            Row("smtp-sink `-p`", "`[listener.extensions] pipelining = false`", does_not_offer("pipelining")),
-            Row("smtp-sink `-N`", "`[listener.extensions] dsn = false`", does_not_offer("dsn")),
-            Row("smtp-sink `-t 100`", "`[listener.limits] command_timeout = 100`", sends_the_idle_away),
+            same("-f COMMAND,...", answers("VRFY bob", 554)),
+            same("-B REPLY", answers("VRFY bob", 554, "5.9.1 Hard")),
+            same("-r COMMAND,...", answers("RSET", 459)),
+            same("-b REPLY", answers("RSET", 459, "4.9.1 Soft")),
+            same("-q COMMAND,...", hangs_up_at("NOOP")),
+            same("-Q COMMAND,...", answers("HELP", 421)),
         ),
     ),
     Setup(
-        "LMTP",
-        toml=CONFIGURED + 'kind = "lmtp"\n',
-        rows=(Row("smtp-sink `-L`", '`[[listener]] kind = "lmtp"`', speaks_lmtp),),
+        "letters of smtp-sink for delays",
+        arguments=f"-w {SHORT} -W NOOP:{SHORT} -W RSET:{SHORT}:50 -H {SHORT}",
+        rows=(
+            same("-w DELAY", waits_at("DATA", f"MAIL FROM:<{ALICE}>", f"RCPT TO:<{BOB}>")),
+            same("-W COMMAND:DELAY", waits_at("NOOP")),
+            same("-W COMMAND:DELAY:ODDS", waits_at("RSET")),
+            same("-H DELAY", reads_no_text_for_a_while),
+        ),
+    ),
+    Setup("smtp-sink -e", arguments="-e", rows=(same("-e", knows_no_ehlo),)),
+    Setup("smtp-sink -P", arguments="-P", rows=(same("-P", greets_with(b"********")), same("-P", knows_no_ehlo))),
+    Setup("smtp-sink -A", arguments="-A 0", rows=(same("-A DELAY", refuses_the_text_before_its_end),)),
+    Setup(
+        "smtp-sink -L",
+        arguments="-L unix:FOLDER/socket 100",
+        has_address=True,
+        rows=(same("-L", serves_lmtp_at_its_socket), same("unix:PATH backlog", serves_lmtp_at_its_socket)),
+    ),
+    Setup("smtp-sink -M", arguments="-M 3", rows=(same("-M COUNT", ends_after_three_messages),)),
+    Setup("smtp-sink -n", arguments="-n 2", rows=(same("-n COUNT", ends_after_two_sessions),)),
+    Setup(
+        "letters of smtp-sink for the log",
+        arguments="-v -s MAIL",
+        rows=(
+            Row("smtp-sink `-v`", "the same: all events are journaled on standard error", takes_mail),
+            Row("smtp-sink `-s COMMAND,...`", "the same; all mail events are journaled on standard error", journals),
+        ),
     ),
     Setup(
-        "a Maildir",
+        "keeping and showing",
+        arguments=f"{KEEPING} --web 127.0.0.1:0",
         rows=(
-            Row("Mailpit `--smtp 127.0.0.1:1025`", "`penstock serve --listen 127.0.0.1:1025`", takes_mail),
-            Row("MailHog `-smtp-bind-addr 127.0.0.1:1025`", "`penstock serve --listen 127.0.0.1:1025`", takes_mail),
-            Row("smtp-sink `-d`, `-D` (dump files)", "`penstock serve --data DIR`: DIR/maildir", keeps_the_message),
-            Row("Mailpit `--database FILE`", "`penstock serve --data DIR`: DIR/maildir", keeps_the_message),
+            Row("smtp-sink `-d`, `-D`", "`penstock sink --keep maildir:DIR`", kept_in_a_maildir),
             Row(
-                "MailHog `-storage maildir -maildir-path DIR`",
-                "`penstock serve --data DIR`: DIR/maildir",
-                keeps_the_message,
+                "MailHog `-storage maildir -maildir-path DIR`", "`penstock sink --keep maildir:DIR`", kept_in_a_maildir
             ),
-            Row("smtp-sink `-v`, Mailpit `--verbose`", "the journal on standard error", journals),
+            Row("Mailpit `--database FILE`", "`penstock sink --keep mbox:FILE`, `jsonl:FILE`", kept_in_a_file),
+            Row("Mailpit `--smtp ADDRESS`", "`penstock sink --listen ADDRESS`", takes_mail),
+            Row("Mailpit `--listen ADDRESS`", "`penstock sink --web ADDRESS`", shows_a_page),
+            Row("Mailpit `--max 3`", "`penstock sink --keep last:3`", keeps_three_messages),
+            Row("Mailpit `/readyz`, `/livez`", "`GET /api/health`", shows_a_page),
+            Row(
+                "Mailpit `/api/v1/messages`, `/message/ID`, `/message/ID/raw`, `/search`",
+                "`/api/messages`, `/api/messages/ID`, `/api/messages/ID/raw`, `?q=`; in a test, `smtp_server.inbox`",
+                lists_reads_finds_and_forgets,
+            ),
+            Row("Mailpit `PUT /api/v1/chaos`", "`PUT /api/plan`", takes_a_plan_while_it_runs),
+            Row("MailHog `-smtp-bind-addr ADDRESS`", "`penstock sink --listen ADDRESS`", takes_mail),
+            Row("MailHog `-ui-bind-addr`, `-api-bind-addr`", "`penstock sink --web ADDRESS`", shows_a_page),
+            Row("MailHog `-storage memory`", "`penstock sink --keep last:N`", keeps_three_messages),
+            Row(
+                "MailHog `/api/v2/messages`, `/api/v2/search`, `/api/v1/messages/ID/download`",
+                "`/api/messages`, `?q=`, `/api/messages/ID/raw`; in a test, `smtp_server.inbox`",
+                lists_reads_finds_and_forgets,
+            ),
+            Row("MailHog `PUT /api/v2/jim`", "`PUT /api/plan`", takes_a_plan_while_it_runs),
+        ),
+    ),
+    Setup(
+        "a page with a lock",
+        arguments="--web 127.0.0.1:0 --web-token open-sesame --auth",
+        rows=(
+            Row("Mailpit `--ui-auth-file`", "`penstock sink --web-token TOKEN`", wants_a_token),
+            Row("MailHog `-auth-file`", "`penstock sink --web-token TOKEN`", wants_a_token),
+            Row("Mailpit `--smtp-auth-accept-any`", "`penstock sink --auth`", lets_anybody_in),
+            Row("Mailpit `--smtp-auth-allow-insecure`", "`penstock sink --auth`", takes_passwords_in_the_clear),
+        ),
+    ),
+    Setup(
+        "chaos of Mailpit",
+        arguments=f"{PLAN} --auth",
+        prepare=write_plan(CHAOS),
+        rows=(
+            Row(
+                "Mailpit `--chaos-triggers Sender:451:40`",
+                '`phase = "mail"`, `reply = "451"`, `match.probability = 0.4` in `--faults PLAN`',
+                some(sender_is_refused),
+            ),
+            Row(
+                "Mailpit `--chaos-triggers Recipient:451:40`",
+                '`phase = "rcpt"`, `reply = "451"`, `match.probability = 0.4`',
+                some(recipient_is_refused),
+            ),
+            Row(
+                "Mailpit `--chaos-triggers Authentication:535:40`",
+                '`phase = "auth"`, `reply = "535"`, `match.probability = 0.4`',
+                some(login_is_refused),
+            ),
+            Row(
+                "MailHog `-jim-reject-sender=0.4`",
+                '`phase = "mail"`, `reply = "451"`, `match.probability = 0.4`',
+                some(sender_is_refused),
+            ),
+            Row(
+                "MailHog `-jim-reject-recipient=0.4`",
+                '`phase = "rcpt"`, `reply = "451"`, `match.probability = 0.4`',
+                some(recipient_is_refused),
+            ),
+            Row(
+                "MailHog `-jim-reject-auth=0.4`",
+                '`phase = "auth"`, `reply = "535"`, `match.probability = 0.4`',
+                some(login_is_refused),
+            ),
+        ),
+    ),
+    Setup(
+        "Jim of MailHog",
+        arguments=PLAN,
+        prepare=write_plan(JIM),
+        rows=(
+            Row(
+                "MailHog `-jim-accept=0.7`",
+                '`phase = "connect"`, `end = "drop"`, `match.probability = 0.3`',
+                some(connection_is_refused),
+            ),
+            Row(
+                "MailHog `-jim-disconnect=0.4`",
+                '`phase = "mail"` (or another), `end = "drop"`, `match.probability = 0.4`',
+                some(connection_is_cut),
+            ),
+        ),
+    ),
+    Setup(
+        "Jim's slow link",
+        arguments=PLAN,
+        prepare=write_plan(SLOW),
+        rows=(
+            Row(
+                "MailHog `-jim-linkspeed-affect`, `-min`, `-max`",
+                '`phase = "connect"`, `read_rate`, `write_rate`, `match.probability`',
+                reads_slowly,
+            ),
+        ),
+    ),
+    Setup(
+        "a name",
+        command="serve",
+        toml=CONFIGURED,
+        rows=(
+            Row(
+                "MailHog `-hostname mx.example.org`",
+                '`penstock sink -h mx.example.org`; `hostname = "mx.example.org"` of `penstock serve`',
+                greets_with(b"220 mx.example.org "),
+            ),
+            Row("Mailpit `--smtp-strict-rfc-headers`", "as it is in `penstock serve`", refuses_bare_cr),
         ),
     ),
     Setup(
         "STARTTLS",
+        command="serve",
         toml=CONFIGURED + '[listener.tls]\ncertificate = "own/server.pem"\nkey = "own/server.pem"\nrequired = true\n',
         prepare=make_certificate,
         rows=(
             Row(
                 "Mailpit `--smtp-tls-cert`, `--smtp-tls-key`",
-                "`[listener.tls] certificate`, `key` (generated without them)",
+                "`penstock serve`: `[listener.tls] certificate`, `key`; without them, one is generated",
                 shows_its_own_certificate,
             ),
-            Row("Mailpit `--smtp-require-starttls`", "`[listener.tls] required = true`", refuses_without_starttls),
+            Row(
+                "Mailpit `--smtp-require-starttls`",
+                "`penstock serve`: `[listener.tls] required = true`",
+                refuses_without_starttls,
+            ),
         ),
     ),
     Setup(
         "implicit TLS",
+        command="serve",
         toml=CONFIGURED + '[listener.tls]\nmode = "implicit"\ncertificate = "own/server.pem"\n',
         prepare=make_certificate,
-        rows=(Row("Mailpit `--smtp-require-tls`", '`[listener.tls] mode = "implicit"`', begins_with_tls),),
+        rows=(
+            Row(
+                "Mailpit `--smtp-require-tls`", '`penstock serve`: `[listener.tls] mode = "implicit"`', begins_with_tls
+            ),
+        ),
     ),
     Setup(
         "users",
+        command="serve",
         toml=CONFIGURED + "[listener.auth]\nwithout_tls = true\n",
         prepare=add_alice,
         rows=(
-            Row("Mailpit `--smtp-auth-file`", "`[listener.auth]`, `penstock user add NAME`", knows_its_users),
             Row(
-                "Mailpit `--smtp-auth-allow-insecure`",
-                "`[listener.auth] without_tls = true`",
-                takes_passwords_in_the_clear,
+                "Mailpit `--smtp-auth-file`",
+                "`penstock serve`: `[listener.auth]`, and `penstock user add NAME`",
+                knows_its_users,
             ),
         ),
     ),
     Setup(
         "limits",
-        toml=CONFIGURED + "[listener.limits]\nrecipients = 100\n[admission]\nconnections = 3\n",
+        command="serve",
+        toml=CONFIGURED + "[listener.limits]\nrecipients = 100\n",
         rows=(
             Row(
                 "Mailpit `--smtp-max-recipients 100`",
-                "`[listener.limits] recipients = 100`",
+                "`penstock serve`: `[listener.limits] recipients = 100`",
                 takes_a_hundred_recipients,
             ),
-            Row("smtp-sink `-m 3`", "`[admission] connections = 3`; more hear 421", takes_three_connections),
-            Row("Mailpit `--smtp-strict-rfc-headers`", "as it is: a bare CR is refused", refuses_bare_cr),
         ),
     ),
     Setup(
         "a policy",
+        command="serve",
         toml=CONFIGURED
         + "[[check]]\nhook = 'FOLDER/recipients.py:Only'\narguments = { pattern = '@example\\.org$' }\n",
         prepare=write_policy,
         rows=(
             Row(
                 "Mailpit `--smtp-allowed-recipients REGEX`",
-                "`domains`, or a `[[check]]` of your own in Python",
+                "`penstock serve`: `domains`, or a `[[check]]` of your own in Python",
                 takes_matching_recipients_only,
             ),
         ),
@@ -350,21 +729,29 @@ def test_what_the_table_says_is_so(tmp_path: Path, setup: Setup) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     setup.prepare(folder)
-    arguments = [argument.replace("FOLDER", str(folder)) for argument in setup.arguments]
-    with serving(folder, setup.toml.replace("FOLDER", str(folder)), setup.command, *arguments) as server:
+    here = str(folder)
+    arguments = [each.replace("FOLDER", here) for each in shlex.split(setup.arguments)]
+    toml = setup.toml.replace("FOLDER", here)
+    with serving(folder, toml, setup.command, *arguments, has_address=setup.has_address) as server:
         for row in setup.rows:
             row.probe(server)
 
 
-# ---- the interfaces of programs: here the inbox is an object of the test
-
-API_ROWS = (
-    ("Mailpit `GET /api/v1/messages`, MailHog `GET /api/v2/messages`", "`smtp_server.inbox`"),
-    ("Mailpit `GET /api/v1/message/latest`", "`inbox.last`"),
-    ("Mailpit `GET /api/v1/message/ID/raw`", "`inbox[n].raw`"),
-    ("Mailpit `GET /api/v1/search?query=to:bob@...`, MailHog `/api/v2/search`", "`inbox.wait_for(recipient=...)`"),
-    ("Mailpit and MailHog `DELETE /api/v1/messages`", "`inbox.clear()`"),
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("-d %Y%m%d.", "-d of smtp-sink"),
+        ("-D %Y%m%d.", "-D of smtp-sink"),
+        ("-R /var/empty", "-R of smtp-sink"),
+        ("-S From", "-S of smtp-sink"),
+        ("-u nobody-like-this", "-u of smtp-sink"),
+    ],
 )
+def test_a_letter_that_is_not_done_says_what_to_do_instead(arguments: str, told: str) -> None:
+    command = [sys.executable, "-m", "penstock", "sink", *arguments.split(), "127.0.0.1:0", "100"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
+    assert found.returncode == 2
+    assert told in found.stderr
 
 
 def test_the_inbox_does_what_their_interfaces_do() -> None:
@@ -382,11 +769,8 @@ def test_the_inbox_does_what_their_interfaces_do() -> None:
 
 
 def table() -> str:
-    """Return the rows as a table in Markdown, in the order of the programs.
-
-    Keys of the configuration are those of a file for `penstock serve --config FILE`.
-    """
-    rows = [(row.theirs, row.ours) for setup in SETUPS for row in setup.rows] + list(API_ROWS)
+    """Return the rows as a table in Markdown, in the order of the programs."""
+    rows = list(dict.fromkeys((row.theirs, row.ours) for setup in SETUPS for row in setup.rows))
     programs = ["smtp-sink", "Mailpit", "MailHog"]
     rows.sort(key=lambda row: programs.index(row[0].split()[0]))
     return "\n".join(["| there | here |", "|---|---|", *(f"| {theirs} | {ours} |" for theirs, ours in rows)])
