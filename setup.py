@@ -30,6 +30,7 @@ setup(
             extension("penstock.smtp._session", "session.pyx"),
             extension("penstock.net._poll", "poll.pyx"),
             extension("penstock._histogram", "histogram.pyx"),
+            extension("penstock._journal", "journal.pyx"),
             extension("penstock._tally", "tally.pyx"),
         ],
         include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd

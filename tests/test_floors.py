@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from penstock import _histogram, _tally
+from penstock import _histogram, _journal, _tally
 from penstock.net import _poll
 from penstock.smtp import _session, _wire
 
@@ -26,7 +26,7 @@ ROWS = [
     {"net", "spool"},
     {"smtp"},
     {"journal", "_tally"},
-    {"transaction"},
+    {"transaction", "_journal"},
     {"message", "reply", "metrics", "schema", "sequence", "_histogram"},
 ]
 """From the roof to the cellar."""
@@ -132,6 +132,7 @@ def test_no_async_code_is_compiled() -> None:
         (_session, "smtp/_session.pyi"),
         (_poll, "net/_poll.pyi"),
         (_histogram, "_histogram.pyi"),
+        (_journal, "_journal.pyi"),
         (_tally, "_tally.pyi"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from penstock import journal as module
 from penstock.journal import Journal, JournalSettings, escape
-from penstock.message import CountedBody, Envelope, Message, MessageId, Path, Recipient
+from penstock.message import MessageId, Path, Recipient
 from penstock.reply import OK, Reply
 from penstock.transaction import Peer, TlsInfo
 
@@ -25,7 +25,6 @@ def path(text: str) -> Path:
 
 def fill(journal: Journal, text: str) -> None:
     """Note one event of each kind, with a text that came from a client."""
-    envelope = Envelope(path(text), tuple(Recipient(path(f"{text}{i}")) for i in range(12)))
     journal.listening("127.0.0.1:25", "main")
     journal.connected(1, PEER, "main")
     journal.rejected_connection(2, PEER, "main", Reply(421, "4.3.2", "Busy", cause=text))
@@ -33,7 +32,7 @@ def fill(journal: Journal, text: str) -> None:
     journal.authenticated(1, PEER, text, "PLAIN")
     journal.auth_failed(1, PEER, text, "PLAIN", text)
     journal.refused(1, PEER, "RCPT", Reply(550, "5.1.1", "No", cause=text), path(text), text)
-    journal.accepted(1, PEER, Message(MessageId("ABC"), envelope, b"", CountedBody(10), 0.0), OK)
+    journal.accepted(1, PEER, MessageId("ABC"), path(text), [Recipient(path(f"{text}{i}")) for i in range(12)], 10, OK)
     journal.lost(1, PEER, path(text), text)
     journal.hook_failed("a:b", "on_mail", text)
     try:
@@ -88,6 +87,23 @@ def test_no_text_of_a_client_writes_fields_of_its_own() -> None:
     assert line.partition(" peer=")[2] == (
         r'192.0.2.1 from=<"a\x3e\x20peer=\x3cb\x20c"@example.org> cause="gone\" reply=\"250 ok \\"'
     )
+
+
+@given(st.text(max_size=260), st.integers(0, 12), st.floats(0, 1e6))
+def test_a_compiled_line_is_the_line_of_the_long_way(text: str, count: int, seconds: float) -> None:
+    lines = []
+    for peer in (PEER, PEER._replace(proxy="192.0.2.9")):  # with a proxy the long way is taken
+        journal = Journal(JournalSettings(format="json"), clock=lambda: 1_700_000_000.25)
+        journal.connected(1, peer, text)
+        for sender in (path(text), path("a@b"), path(""), None):
+            for reply in (OK, OK.because(text), Reply(354, None, "Go")):
+                journal.accepted(1, peer, MessageId("A"), sender, [Recipient(path(text))] * count, 3, reply)
+        journal.accepted(1, peer, MessageId("A"), path("a@b"), [Recipient(path("c@d"))] * count, 3, OK)
+        journal.disconnected(1, peer, 1, 0, 100, seconds)
+        lines.append([json.loads(line) for line in journal.drain().splitlines()])
+    for compiled, general in zip(*lines, strict=True):
+        assert general.pop("proxy") == "192.0.2.9"
+        assert compiled == general
 
 
 def test_auto_is_for_humans_on_a_terminal() -> None:

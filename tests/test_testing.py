@@ -8,8 +8,9 @@ import os
 import smtplib
 import ssl
 import threading
+import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import trio
 import penstock.testing
 from penstock import Reply, Transaction
 from penstock.message import Recipient
-from penstock.testing import Authority, Inbox, ReceivedMessage, SmtpServer
+from penstock.testing import Authority, Inbox, PlanError, ReceivedMessage, SmtpServer
 
 ALICE = "alice@example.org"
 BOB = "bob@example.org"
@@ -284,6 +285,134 @@ def test_the_dialog_stands_in_order_when_commands_are_pipelined() -> None:
     assert [line[:7] for line in lines[start : start + 8]] == [
         "C: MAIL", "S: 250 ", "C: RCPT", "S: 250 ", "C: RCPT", "S: 501 ", "C: RSET", "S: 250 ",
     ]  # fmt: skip
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize(
+    ("phase", "error"),
+    [
+        ("banner", smtplib.SMTPConnectError),
+        ("MAIL", smtplib.SMTPSenderRefused),
+        ("rcpt", smtplib.SMTPRecipientsRefused),
+        ("Data", smtplib.SMTPDataError),
+        (".", smtplib.SMTPDataError),
+    ],
+)
+def test_the_next_command_fails_as_often_as_asked(phase: str, error: type[Exception]) -> None:
+    with SmtpServer() as server:
+        server.fail_next(phase, 452, status="4.2.2", text="Mailbox full", times=2)
+        for _ in range(2):
+            with pytest.raises(error, match=r"452.*4\.2\.2 Mailbox full"):
+                send(server)
+        send(server)
+        assert len(server.inbox) == 1
+        assert [fault.action for fault in server.applied_faults] == ["reply 452 4.2.2"] * 2
+
+
+def test_failures_wait_for_their_turn_on_an_open_connection() -> None:
+    with SmtpServer() as server, smtplib.SMTP(server.host, server.port) as client:
+        client.ehlo()
+        server.fail_next("RCPT", 450)
+        server.fail_next("RCPT", 550, text="No such user")
+        client.docmd(f"MAIL FROM:<{ALICE}>")
+        replies = [client.docmd(f"RCPT TO:<{BOB}>") for _ in range(3)]
+    assert replies == [
+        (450, b"4.0.0 Mailbox unavailable, please try again later"),
+        (550, b"5.0.0 No such user"),
+        (250, b"2.1.5 Recipient ok"),
+    ]
+
+
+def test_421_ends_the_connection() -> None:
+    with SmtpServer() as server, closing(smtplib.SMTP(server.host, server.port)) as client:
+        server.fail_next("MAIL", 421)
+        client.ehlo()
+        assert client.docmd(f"MAIL FROM:<{ALICE}>")[0] == 421
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            client.noop()
+
+
+PLAN = """
+[[rule]]
+name = "full"
+phase = "rcpt"
+match = { recipient = ["*@full.example"] }
+reply = "452 4.2.2 Mailbox full"
+"""
+
+
+def test_a_plan_is_a_table_a_text_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text(PLAN)
+    for plan in (tomllib.loads(PLAN), PLAN, file):
+        with SmtpServer(faults=plan) as server, smtplib.SMTP(server.host, server.port) as client:
+            refused = client.sendmail(ALICE, [BOB, "bob@full.example"], TEXT)
+            assert refused == {"bob@full.example": (452, b"4.2.2 Mailbox full")}
+            server.faults({})
+            assert client.sendmail(ALICE, [BOB, "bob@full.example"], TEXT) == {}
+            assert [(fault.rule, fault.recipient) for fault in server.applied_faults] == [("full", "bob@full.example")]
+
+
+def test_what_is_wrong_with_a_plan_is_named(tmp_path: Path) -> None:
+    for plan, told in (
+        ({"rule": [{"phase": "rcpt", "replay": "450"}]}, r"rule\[0\].replay: there is no such key"),
+        ("[[rule]]\nphase = 'rctp'\nreply = '450'", r"rule\[0\].phase: Invalid enum value 'rctp'"),
+        (tmp_path / "nowhere.toml", "nowhere.toml: No such file"),
+        ("rule", "this is not TOML"),
+    ):
+        with pytest.raises(PlanError, match=told):
+            SmtpServer(faults=plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("RCTP", 450), "there is no reply in a phase 'RCTP'; a phase is one of banner"),
+        (("RCPT", 999), "a reply looks like"),
+        (("RCPT", 450, 0), "a count is 1 to"),
+    ],
+)
+def test_what_is_wrong_with_a_failure_is_named(arguments: tuple[Any, ...], told: str) -> None:
+    phase, code, *times = arguments
+    with pytest.raises(ValueError, match=told):
+        SmtpServer().fail_next(phase, code, **({"times": times[0]} if times else {}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("expired", "certificate has expired"), ("wrong-name", "Hostname mismatch")]
+)
+def test_a_certificate_is_wrong_in_one_way_only(made: Authority, fault: str, told: str) -> None:
+    plan = {"rule": [{"phase": "starttls", "tls": fault}]}
+    with SmtpServer(tls="starttls", faults=plan, authority=made, grace=0) as server:
+        client = smtplib.SMTP("localhost", server.port)
+        with closing(client), pytest.raises(ssl.SSLCertVerificationError, match=told):
+            client.starttls(context=server.ssl_context())
+        server.faults({})
+        with smtplib.SMTP("localhost", server.port) as client:
+            client.starttls(context=server.ssl_context())
+            client.sendmail(ALICE, [BOB], TEXT)
+        assert server.inbox.last.tls is not None
+
+
+def test_magic_recipients_are_asked_for() -> None:
+    magic = "450-4.2.1@example.org"
+    with SmtpServer() as server:
+        send(server, recipients=(magic,))
+    with SmtpServer(magic_recipients=True) as server, pytest.raises(smtplib.SMTPRecipientsRefused, match=r"4\.2\.1"):
+        send(server, recipients=(magic,))
+
+
+def test_the_report_tells_of_faults_and_of_those_that_nobody_met() -> None:
+    with SmtpServer() as server:
+        server.fail_next("RCPT", 450)
+        server.fail_next("DATA", 451, times=3)
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            send(server)
+        told = server.report()
+    assert "no client came for the failure of 3 data" in told
+    assert "#1 -- fault 'fail-next' in phase rcpt: reply 450 4.0.0" in told
 
 
 # ---- policies

@@ -1,25 +1,28 @@
 """The journal: one method for each mail event, one line for each call.
 
-An event costs the session one tuple in a bounded queue; lines are made of it later, by `drain`, away from the hot
-path. Whatever came from a client is escaped and cut: no octet of a client reaches a log as it is.
+An event costs the session one tuple in a bounded queue; lines are made of some hundred of them at a time, at the latest
+by `drain`, those that a session writes most by compiled code (ext/journal.pyx). Whatever came from a client is escaped
+and cut: no octet of a client reaches a log as it is.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from penstock.message import Message, Path
+from penstock import _journal
+from penstock.message import MessageId, Path, Recipient
 from penstock.reply import Reply
 from penstock.transaction import Peer, TlsInfo
 
 _MOST_WAITING: Final = 65_536
 """Events that may wait for `drain`; those beyond are counted and dropped."""
+_BATCH: Final = 256
+"""Events that wait before lines are made of them."""
 _MOST_TEXT: Final = 256
 """Characters of a value."""
 _MOST_RECIPIENTS: Final = 10
@@ -48,7 +51,7 @@ def escape(text: str) -> str:
     if len(text) > _MOST_TEXT:
         text = text[: _MOST_TEXT - 3] + "..."
     if text.isprintable():
-        return text.replace("\\", "\\\\")
+        return text.replace("\\", "\\\\") if "\\" in text else text
     return "".join(
         c if c.isprintable() and c != "\\" else c.encode("unicode_escape", "backslashreplace").decode() for c in text
     )
@@ -62,7 +65,10 @@ class Journal:
     ) -> None:
         self._human = settings.format == "human" or (settings.format == "auto" and is_terminal)
         self._clock = clock
-        self._waiting: deque[tuple[float, str, int, Peer | None, tuple[Any, ...]]] = deque()
+        self._waiting: list[tuple[float, str, int, Peer | None, tuple[Any, ...]]] = []
+        self._lines: list[bytes] = []
+        self._made = 0
+        """Events in `_lines`."""
         self._dropped = 0
         self._logs_connections = settings.events == "all"
         self.logs_mail = settings.events in ("all", "mail")
@@ -135,10 +141,19 @@ class Journal:
         if self.logs_mail:
             self._note("refused", session, peer, verb, reply, sender, subject)
 
-    def accepted(self, session: int, peer: Peer, message: Message, reply: Reply) -> None:
-        """A message was taken."""
+    def accepted(
+        self,
+        session: int,
+        peer: Peer,
+        message_id: MessageId,
+        sender: Path | None,
+        recipients: Sequence[Recipient],
+        octets: int,
+        reply: Reply,
+    ) -> None:
+        """A message with so many octets of body was taken. Keeps the recipients, which nobody may change any more."""
         if self.logs_mail:
-            self._note("accepted", session, peer, message.id, message.envelope, message.body.size, reply)
+            self._note("accepted", session, peer, message_id, sender, recipients, octets, reply)
 
     def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
         """A message that had begun did not end."""
@@ -160,21 +175,31 @@ class Journal:
     # ---- lines
 
     def _note(self, event: str, session: int, peer: Peer | None, *values: Any) -> None:
-        if len(self._waiting) >= _MOST_WAITING:
+        waiting = self._waiting
+        if len(waiting) >= _BATCH:
+            self._make_lines()
+        if self._made + len(waiting) >= _MOST_WAITING:
             self._dropped += 1
             return
-        self._waiting.append((self._clock(), event, session, peer, values))
+        waiting.append((self._clock(), event, session, peer, values))
+
+    def _make_lines(self) -> None:
+        """Make lines of the events that wait: a batch at a time, while what they are made of is in the cache."""
+        line = _human_line if self._human else _json_line
+        self._lines.append(b"".join([line(*record) for record in self._waiting]))
+        self._made += len(self._waiting)
+        self._waiting.clear()
 
     def drain(self) -> bytes:
         """Return the lines of all events since the last call; b"" when there were none."""
-        if not self._waiting:
-            return b""
-        waiting, self._waiting = self._waiting, deque()
         if self._dropped:
-            waiting.append((self._clock(), "dropped", 0, None, (self._dropped,)))
+            self._waiting.append((self._clock(), "dropped", 0, None, (self._dropped,)))
             self._dropped = 0
-        line = _human_line if self._human else _json_line
-        return b"".join([line(*record) for record in waiting])
+        if self._waiting:
+            self._make_lines()
+        lines, self._lines = self._lines, []
+        self._made = 0
+        return b"".join(lines)
 
 
 # The names of the values of each event, in the order of its method's arguments.
@@ -192,7 +217,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "auth-failed": ("name", "mechanism", "cause"),
     "disconnected": ("messages", "errors", "octets", "seconds"),
     "refused": ("verb", "reply", "from", "subject"),
-    "accepted": ("id", "envelope", "size", "reply"),
+    "accepted": ("id", "from", "to", "size", "reply"),
     "lost": ("from", "cause"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
@@ -212,13 +237,12 @@ def _fields(event: str, session: int, peer: Peer | None, values: tuple[Any, ...]
         if value is None or value == "":
             continue
         if isinstance(value, Reply):
-            fields["reply"] = escape(f"{value.code} {value.status or ''} {value.text}".replace("  ", " "))
+            fields["reply"] = _told(value)
             if value.cause:
                 fields["cause"] = escape(value.cause)
-        elif name == "envelope":
-            fields["from"] = escape(value.sender.text)
-            fields["to"] = [escape(recipient.path.text) for recipient in value.recipients[:_MOST_RECIPIENTS]]
-            fields["recipients"] = len(value.recipients)
+        elif name == "to":
+            fields["to"] = [escape(recipient.path.text) for recipient in value[:_MOST_RECIPIENTS]]
+            fields["recipients"] = len(value)
         elif isinstance(value, BaseException):
             fields["error"] = escape(f"{type(value).__name__}: {value}")
             fields["trace"] = _trace(value)
@@ -233,9 +257,42 @@ def _trace(exc: BaseException) -> list[str]:
     return [escape(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}") for frame in frames]
 
 
+def _told(reply: Reply) -> str:
+    """Return a reply as the client has read it."""
+    return escape(f"{reply.code} {reply.status} {reply.text}" if reply.status else f"{reply.code} {reply.text}")
+
+
+_COMPILED: Final[dict[str, Callable[..., bytes | None]]] = {
+    "accepted": _journal.accepted,
+    "connected": _journal.connected,
+    "disconnected": _journal.disconnected,
+}
+"""The lines that a session writes most."""
+_MILLISECONDS: Final = tuple(f"{i:03d}" for i in range(1000))
+_encoder: Final = msgspec.json.Encoder()
+_seconds: list[dict[int, str]] = [{}, {}]
+
+
+def _stamp(when: float, human: int) -> str:
+    """Return the time of a line with its milliseconds; what a second is called is found out once."""
+    milliseconds = int(when * 1000)
+    second = milliseconds // 1000
+    name = _seconds[human].get(second)
+    if name is None:
+        shape, parts = ("%H:%M:%S.", time.localtime(when)) if human else ("%Y-%m-%dT%H:%M:%S.", time.gmtime(when))
+        name = time.strftime(shape, parts)
+        _seconds[human] = {second: name}
+    return name + _MILLISECONDS[milliseconds % 1000]
+
+
 def _json_line(when: float, event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> bytes:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(when)) + f".{int(when * 1000) % 1000:03d}Z"
-    return msgspec.json.encode({"time": stamp, "event": event, **_fields(event, session, peer, values)}) + b"\n"
+    stamp = _stamp(when, 0) + "Z"
+    compiled = _COMPILED.get(event)
+    if compiled is not None and peer is not None and not peer.proxy:
+        line = compiled(stamp, session, peer.address or "unix", *values)
+        if line is not None:
+            return line
+    return _encoder.encode({"time": stamp, "event": event, **_fields(event, session, peer, values)}) + b"\n"
 
 
 _IN_BRACKETS: Final = str.maketrans({" ": r"\x20", "<": r"\x3c", ">": r"\x3e"})
@@ -243,7 +300,6 @@ _IN_BRACKETS: Final = str.maketrans({" ": r"\x20", "<": r"\x3c", ">": r"\x3e"})
 
 
 def _human_line(when: float, event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> bytes:
-    stamp = time.strftime("%H:%M:%S", time.localtime(when)) + f".{int(when * 1000) % 1000:03d}"
     pairs = []
     for name, value in _fields(event, session, peer, values).items():
         if name in ("from", "to"):
@@ -256,4 +312,4 @@ def _human_line(when: float, event: str, session: int, peer: Peer | None, values
             pairs.append(f'{name}="{quoted}"')
         else:
             pairs.append(f"{name}={value}")
-    return f"{stamp} {event:<13} {' '.join(pairs)}\n".encode()
+    return f"{_stamp(when, 1)} {event:<13} {' '.join(pairs)}\n".encode()

@@ -26,6 +26,28 @@ With the options of penstock.testing.SmtpServer, in a marker of the test, its cl
         assert smtp_server.inbox.last.tls.version == "TLSv1.3"
         assert smtp_server.inbox.last.identity == "alice"
 
+With a server that fails, once or by a whole plan (`penstock sink --describe-faults` prints what may stand in one):
+
+    import smtplib
+    import pytest
+
+    def send(host, port):
+        with smtplib.SMTP(host, port) as client:
+            client.sendmail("shop@example.org", ["bob@example.org"], "Subject: Welcome\n\nHello Bob")
+
+    def test_a_full_mailbox(smtp_server):
+        smtp_server.fail_next("RCPT", 452, status="4.2.2", text="Mailbox full")
+        with pytest.raises(smtplib.SMTPRecipientsRefused):
+            send(smtp_server.host, smtp_server.port)
+        send(smtp_server.host, smtp_server.port)  # another try
+        assert len(smtp_server.inbox) == 1
+
+    @pytest.mark.smtp_server(faults={"rule": [{"phase": "dot", "end": "reset"}]})
+    def test_a_cable_that_is_cut(smtp_server):
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            send(smtp_server.host, smtp_server.port)
+        assert [fault.action for fault in smtp_server.applied_faults] == ["reset"]
+
 With Django (with pytest-django, set the same on its fixture `settings`):
 
     import pytest

@@ -609,7 +609,9 @@ class Connection:
         self._is_in_message = False
         reply = gate.discards.discard(len(self._transaction.recipients), event.size)
         if gate.journal.logs_mail:
-            gate.journal.accepted(self.number, self._peer, self._message(CountedBody(event.size)), reply)
+            recipients = self._transaction.recipients
+            sender, message_id = self._transaction.sender, gate.ids.next()
+            gate.journal.accepted(self.number, self._peer, message_id, sender, recipients, event.size, reply)
         self._messages += 1
         self._say(reply)
         return None
@@ -672,7 +674,10 @@ class Connection:
         """Count and journal what became of a message."""
         if reply.accepts:
             self._messages += 1
-            self._gate.journal.accepted(self.number, self._peer, message, reply)
+            sender, recipients = message.envelope[:2]
+            self._gate.journal.accepted(
+                self.number, self._peer, message.id, sender, recipients, message.body.size, reply
+            )
         else:
             self._journal_refusal(reply)
 

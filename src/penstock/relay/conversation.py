@@ -531,8 +531,11 @@ class Conversation:
     async def _chunks(self, job: Job) -> AsyncGenerator[bytes, None]:
         """Yield the text of a job. Reads a file in a thread."""
         if job.coming is not None:
-            async for piece in job.coming:
-                yield piece
+            try:
+                async for piece in job.coming:
+                    yield piece
+            except OSError as exc:
+                raise BodyError(f"the message did not come to its end: {exc}") from exc
             return
         assert job.body is not None
         yield job.prefix

@@ -122,6 +122,8 @@ class Exchange:
         if not self._pipelines:
             return reset or self._mail
         opening = b"".join([reset, self._mail, *self._rcpts])
+        if self.job.is_question:
+            return opening
         if self._is_at_once:
             return opening + self.text()
         return opening if self.uses_chunks else opening + b"DATA\r\n"
@@ -204,7 +206,10 @@ class Exchange:
         self.is_answered = True
         if 200 <= answer.code < 300:
             return b"" if self._pipelines else self._rcpts[0]
-        self._settle(self._places, self._refusal(answer))
+        refusal = self._refusal(answer)
+        if self.job.is_question:  # that the sender is not wanted says nothing of the recipients
+            refusal = refusal._replace(kind=Outcome.DEFERRED)
+        self._settle(self._places, refusal)
         self._is_refused = True
         if not self._pipelines:
             self.phase = Phase.DONE
@@ -217,6 +222,8 @@ class Exchange:
             pass
         elif 200 <= answer.code < 300:
             self.accepted.append(place)
+            if self.job.is_question:
+                self.job.settle(place, Result.of(answer, self._hop))
         elif self.accepted and self._is_too_many(answer):
             self.job.put_back([place])
         else:
@@ -234,7 +241,10 @@ class Exchange:
 
     def _end_recipients(self) -> bytes:
         """Go on when all recipients were answered."""
-        if self._is_at_once:
+        if self.job.is_question:
+            self.phase = Phase.DONE
+            self.needs_reset = not self._is_refused
+        elif self._is_at_once:
             self.phase = Phase.FINAL
         elif self._pipelines and not self.uses_chunks:
             self.phase = Phase.DATA

@@ -15,8 +15,8 @@ class Job:
     """A message for one hop. It may take several transactions, on several connections."""
 
     __slots__ = (
-        "body", "coming", "done", "envelope", "in_memory", "is_abandoned", "left", "prefix", "results", "returns",
-        "since", "size", "waiting",
+        "body", "coming", "done", "envelope", "in_memory", "is_abandoned", "is_question", "left", "prefix", "results",
+        "returns", "since", "size", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -28,14 +28,21 @@ class Job:
         done: Done,
         *,
         coming: AsyncIterator[bytes] | None = None,
+        is_question: bool = False,
     ) -> None:
-        """`coming` is the text of a message that is still being received, in place of `prefix` and `body`."""
+        """Wait for a connection.
+
+        `coming` is the text of a message that is still being received, in place of `prefix` and `body`; when it raises
+        OSError, the connection is closed before the end of the text. `is_question`: there is no text, only the question
+        whether the hop would take the recipients.
+        """
         self.envelope = envelope
         self.prefix = prefix
         self.body = body
         self.size = size
         self.done = done
         self.coming = coming
+        self.is_question = is_question
         self.in_memory = bool(getattr(body, "in_memory", False))
         """Reading the body does not touch a disk."""
         self.results: list[Result | None] = [None] * len(envelope.recipients)

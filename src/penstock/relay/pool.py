@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import ssl
 from collections import deque
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Final
 
 import msgspec
@@ -128,6 +129,30 @@ class Pool:
         A tenth of the cost of `deliver`. Raise HopDown when that is known at once; then `done` hears nothing.
         """
         self._submit(hop, Job(envelope, prefix, body, size, done))
+
+    def stream(
+        self, hop: Hop, envelope: Envelope, size: int, coming: AsyncIterator[bytes], done: Done
+    ) -> Callable[[], None]:
+        """Hand on a message that is still being received; `size` is what its sender says, 0 when it does not.
+
+        The text is taken as it comes. When `coming` raises OSError, the connection is closed before the end of the
+        text, and nothing is delivered. Return a function that makes `done` hear nothing any more; a message for which
+        there was no connection yet is then not begun with. Raise HopDown when that is known at once.
+        """
+        job = Job(envelope, b"", None, size, done, coming=coming)
+        self._submit(hop, job)
+
+        def forget() -> None:
+            job.is_abandoned = True
+
+        return forget
+
+    async def ask(self, hop: Hop, envelope: Envelope) -> Delivered:
+        """Ask a hop whether it would take mail for the recipients, and send none.
+
+        A recipient that is refused is FAILED or DEFERRED, one that is not is "delivered". Raise HopDown.
+        """
+        return await self._wait_for(hop, Job(envelope, b"", None, 0, _ignore, is_question=True))
 
     def _submit(self, hop: Hop, job: Job) -> None:
         if self._nursery is None or self.is_closing:

@@ -60,6 +60,23 @@ smtplib.SMTPSenderRefused: (530, b'5.7.0 Authentication required', 'alice@exampl
 #1 C: RSET
 #1 S: 250 2.0.0 Reset
 
+Senders have to live with servers that are full, slow or gone. `fail_next` gives the next command (here the dot at the
+end of the text) a reply of your choice; `faults` takes a whole plan, with everything that `penstock sink` can do wrong.
+
+>>> with SmtpServer() as server:
+...     server.fail_next(".", 451, status="4.3.0", text="Not now")
+...     with smtplib.SMTP(server.host, server.port) as client:
+...         for attempt in range(3):
+...             try:
+...                 refused = client.sendmail("alice@example.org", ["bob@example.org"], "Subject: Patience")
+...             except smtplib.SMTPDataError as exc:
+...                 print(exc.smtp_code, exc.smtp_error.decode())
+...             else:
+...                 break
+451 4.3.0 Not now
+>>> attempt, len(server.inbox), server.applied_faults[0].action
+(1, 1, 'reply 451 4.3.0')
+
 The policies that a Penstock server has in Python are tested in the same way: `SmtpServer(policies=[MyPolicy()])`.
 
 For pytest there are fixtures: see penstock.pytest_plugin.
@@ -67,8 +84,11 @@ For pytest there are fixtures: see penstock.pytest_plugin.
 
 from __future__ import annotations
 
+from penstock.sink.faults import AppliedFault
+from penstock.sink.plan import PlanError
 from penstock.testing.dialog import Dialog
 from penstock.testing.inbox import Inbox, ReceivedMessage
-from penstock.testing.server import Authority, SmtpServer
+from penstock.testing.parts import Authority
+from penstock.testing.server import SmtpServer
 
-__all__ = ["Authority", "Dialog", "Inbox", "ReceivedMessage", "SmtpServer"]
+__all__ = ["AppliedFault", "Authority", "Dialog", "Inbox", "PlanError", "ReceivedMessage", "SmtpServer"]

@@ -14,6 +14,7 @@ from typing import Final
 from penstock.journal import Journal, JournalSettings, escape
 from penstock.message import Path
 from penstock.reply import Reply
+from penstock.sink.faults import AppliedFault, FaultLog
 from penstock.smtp import _wire
 from penstock.smtp._wire import VERBS, Wire
 from penstock.smtp.offer import Offer
@@ -149,3 +150,16 @@ class NotedJournal(Journal):
         self._dialog.note(session, "--", f"{where} failed: {type(exc).__name__}: {exc}")
         if len(self.failures) < 100:
             self.failures.append(exc)
+
+
+class NotedFaults(FaultLog):
+    """Receipts of faults that are noted in the dialog: a reply that goes out wrong stands there as it should be."""
+
+    def __init__(self, dialog: Dialog) -> None:
+        super().__init__()
+        self._dialog = dialog
+
+    def on_fault(self, fault: AppliedFault) -> None:
+        """Note it."""
+        super().on_fault(fault)
+        self._dialog.note(fault.session, "--", f"fault {fault.rule!r} in phase {fault.phase}: {fault.action}")

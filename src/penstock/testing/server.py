@@ -7,147 +7,32 @@ sockets, so that what is wrong with the arguments is raised there; the server's 
 
 from __future__ import annotations
 
-import atexit
-import hashlib
-import hmac
-import os
-import shutil
 import ssl
 import tempfile
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import msgspec
-import scramp
-import trio
 
+from penstock import schema
 from penstock.assemble import Given, assemble
 from penstock.config import Settings, from_table
 from penstock.inbound.connection import Connection
 from penstock.inbound.server import Door
-from penstock.message import Message, MessageId
-from penstock.net.tls import GeneratedCertificate, generated_certificate
-from penstock.reply import Reply
-from penstock.smtp.sasl import ScramKeys
-from penstock.testing.dialog import Dialog, NotedJournal, NotedSession
-from penstock.testing.inbox import Inbox, received
+from penstock.sink.connection import faulty
+from penstock.sink.faults import AppliedFault, FaultEngine
+from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
+from penstock.testing.dialog import Dialog, NotedFaults, NotedJournal
+from penstock.testing.inbox import Inbox
+from penstock.testing.parts import Authority, InboxDelivery, Users, authority_of_process, kind_of_connection
 from penstock.testing.thread import WorkerThread
-from penstock.transaction import Transaction
 
-_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 _MOST_GRACE: Final = 20.0
 _SHOWN_LINES: Final = 60
 _SHOWN_MESSAGES: Final = 20
 _LINES_IN_ERRORS: Final = 12
-
-
-class Authority:
-    """A certificate authority, and the certificate it has made for the servers on this machine."""
-
-    def __init__(self, folder: Path, names: Sequence[str] = _NAMES) -> None:
-        """Make both in the folder, or take what another process has made there. Raise OSError.
-
-        `names` are the host names and addresses that clients call the server by.
-        """
-        self.made: GeneratedCertificate = generated_certificate(folder, names)
-
-    @property
-    def ca_file(self) -> Path:
-        """The authority as a PEM file: what clients have to trust."""
-        return self.made.ca_file
-
-    def ssl_context(self) -> ssl.SSLContext:
-        """Return a new context for a client that trusts this authority and no other, and checks the host name."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(self.ca_file)
-        return context
-
-
-_authority_lock = threading.Lock()
-_authority: Authority | None = None
-
-
-def authority_of_process() -> Authority:
-    """Return the authority that servers of this process have in common, made when it is first asked for."""
-    global _authority  # noqa: PLW0603 - made once a process: certificates cost more than servers
-    with _authority_lock:
-        if _authority is None:
-            folder = tempfile.mkdtemp(prefix="penstock-authority-")
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            _authority = Authority(Path(folder))
-        return _authority
-
-
-class _Users:
-    """The authenticator of a test: passwords are compared, not hashed (penstock.auth.base)."""
-
-    def __init__(self, users: Mapping[str, str]) -> None:
-        self._passwords = dict(users)
-        self._keys: dict[str, ScramKeys] = {}
-        self._secret = os.urandom(32)
-
-    async def verify(self, name: str, password: str) -> bool:
-        await trio.lowlevel.checkpoint()
-        known = self._passwords.get(name)
-        return known is not None and hmac.compare_digest(known.encode(), password.encode())
-
-    def scram_keys(self, name: str) -> ScramKeys:
-        if name not in self._passwords:
-            invented = [hmac.digest(self._secret, text + name.encode(), hashlib.sha256) for text in (b"1", b"2", b"3")]
-            return ScramKeys(invented[0][:16], invented[1], invented[2], 4096)
-        if name not in self._keys:
-            mechanism = scramp.ScramMechanism("SCRAM-SHA-256")
-            self._keys[name] = ScramKeys(*mechanism.make_auth_info(self._passwords[name], iteration_count=4096))
-        return self._keys[name]
-
-
-class _InboxDelivery:
-    """The delivery into an inbox (penstock.delivery.base). Its 250 promises that the test can see the message."""
-
-    needs_body = True
-
-    def __init__(self, inbox: Inbox) -> None:
-        self._inbox = inbox
-        self.arriving: dict[MessageId, Transaction] = {}
-        """The transactions of messages on their way here: what came with them beside the envelope."""
-
-    async def start(self) -> None:
-        """Do nothing."""
-
-    async def accept(self, message: Message) -> Reply:
-        """Put the message in the inbox, or refuse it with 452 when that is full."""
-        return self._inbox.put(received(message, self.arriving[message.id]))
-
-    async def aclose(self) -> None:
-        """Do nothing."""
-
-
-def _kind_of_connection(delivery: _InboxDelivery, dialog: Dialog, ended: Callable[[], None]) -> type[Connection]:
-    """Return what the sockets of a server become: connections whose dialog is noted and whose messages are known.
-
-    `ended` is called when one has come to its end.
-    """
-
-    class NotedConnection(Connection):
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            super().__init__(*arguments, **keywords)
-            self._session = NotedSession(self._gate.offer, self._wire, self._transaction, dialog, self.number)
-
-        async def _take(self, message: Message) -> Reply:
-            delivery.arriving[message.id] = self._transaction
-            try:
-                return await super()._take(message)
-            finally:
-                del delivery.arriving[message.id]
-
-        def _end(self, cause: str) -> None:
-            super()._end(cause)
-            ended()
-
-    return NotedConnection
 
 
 def _joined(table: dict[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,10 +44,43 @@ def _joined(table: dict[str, Any], further: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+def _settings_of(
+    listener: Mapping[str, Any], hostname: str, domains: Sequence[str] | None, max_octets: int
+) -> Settings:
+    """Return the settings of a server with one listener. Raise ConfigError (a ValueError) that names the key."""
+    return from_table(
+        {
+            "hostname": hostname,
+            "domains": domains,
+            "listener": [listener],
+            "body": {"memory_per_message": min(max_octets, 1 << 30), "memory_total": max_octets},
+        },
+        allow_open=True,
+    )
+
+
 def _place_of(door: Door) -> tuple[str, int]:
     """Return the address and port of a door, or the path of a unix socket and 0."""
     address, port = door.local_address
     return (address, port) if address else (str(door.listener.getsockname()), 0)
+
+
+FaultPlan = PlanSettings | Mapping[str, Any] | str | Path
+"""A fault plan: its settings, a table as TOML has it, TOML text, or a file of that."""
+
+
+def _plan_of(plan: FaultPlan) -> PlanSettings:
+    """Read a plan. Raise PlanError (a ValueError) that names the key."""
+    if isinstance(plan, PlanSettings):
+        return plan
+    if isinstance(plan, Path):
+        return load_plan(plan)
+    if isinstance(plan, str):
+        return parse_plan(plan)
+    try:
+        return schema.convert(plan, PlanSettings)
+    except schema.SchemaError as exc:
+        raise PlanError(str(exc)) from exc
 
 
 class SmtpServer:
@@ -188,6 +106,8 @@ class SmtpServer:
         max_size: int = 26_214_400,
         domains: Sequence[str] | None = None,
         policies: Sequence[object] = (),
+        faults: FaultPlan = "",
+        magic_recipients: bool = False,
         address: str = "127.0.0.1:0",
         hostname: str = "localhost",
         listener: Mapping[str, Any] | None = None,
@@ -205,6 +125,8 @@ class SmtpServer:
         `max_size`: octets of a message (SIZE); 0 is no limit.
         `domains`: those that may be sent to without AUTH; None is all of them.
         `policies`: objects as penstock.policy.base describes, asked in this order.
+        `faults`: the plan to begin with, see the method `faults`; `magic_recipients` lets recipients ask for a fault,
+        such as `450-4.2.1@example.org` (`penstock sink --describe-faults` has the grammar).
         `address`: "127.0.0.1:0" takes a free port; also "[::1]:0" and "unix:/path/of/socket".
         `hostname`: the server's name in its greeting.
         `listener`: further keys of a [[listener]] table of the configuration, in its form:
@@ -234,20 +156,14 @@ class SmtpServer:
         }
         if users:
             table["auth"] = {"required": require_auth, "without_tls": tls == "none"}
-        self._settings = from_table(
-            {
-                "hostname": hostname,
-                "domains": domains,
-                "listener": [_joined(table, listener or {})],
-                "body": {"memory_per_message": min(max_octets, 1 << 30), "memory_total": max_octets},
-            },
-            allow_open=True,
-        )
+        self._settings = _settings_of(_joined(table, listener or {}), hostname, domains, max_octets)
         self.dialog = Dialog()
         """What was said: `dialog.lines()`. Without passwords, and the last thousand lines."""
         self.inbox = Inbox(max_messages=max_messages, max_octets=max_octets, context=self._last_words)
         """The messages that were received."""
         self._journal = NotedJournal(self.dialog)
+        self._faults = NotedFaults(self.dialog)
+        self._engine = FaultEngine(_plan_of(faults), receipts=self._faults, has_magic=magic_recipients)
         self._thread = WorkerThread(grace=grace, failed=self._fail)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._place: tuple[str, int] | None = None
@@ -301,6 +217,44 @@ class SmtpServer:
             "EMAIL_TIMEOUT": 10,
         }
 
+    # ---- what goes wrong
+
+    def fail_next(self, phase: str, code: int, *, status: str = "", text: str = "", times: int = 1) -> None:
+        """Give the next `times` commands of a phase this reply in the place of the ordinary one.
+
+        `phase` is the verb of a command ("RCPT"), "." for the end of the text, or "banner" for the greeting, in any
+        case. `code` is 200 to 599, and 421 ends the connection; `status` is its enhanced status code ("4.2.2"), and
+        `text` what the client reads: both have an ordinary value. Several wait for their turn in the order they were
+        asked for. Raise ValueError.
+
+        >>> with SmtpServer() as server, smtplib.SMTP(server.host, server.port) as client:
+        ...     server.fail_next("RCPT", 452, status="4.2.2", text="Mailbox full")
+        ...     client.sendmail("alice@example.org", ["bob@example.org", "eve@example.org"], "Subject: Hello")
+        {'bob@example.org': (452, b'4.2.2 Mailbox full')}
+        """
+        said = " ".join(part for part in (str(code), status, text) if part)
+        self._engine.fail_next(phase, reply_of(said), times)
+
+    def faults(self, plan: FaultPlan) -> None:
+        """Put a fault plan in force, for open sessions, too; an empty one is none.
+
+        A plan is a table as TOML has it, TOML text, or the Path of a file: rules of when a client meets a delay, a
+        wrong reply, a reset, a bad certificate ...; `penstock sink --describe-faults` prints all of its keys. The same
+        seed and the same mail meet the same faults. Raise PlanError (a ValueError) that names the key.
+
+        >>> plan = {"rule": [{"phase": "rcpt", "match": {"recipient": ["*@slow.example"]}, "greylist": {"wait": 60}}]}
+        >>> with SmtpServer() as server, smtplib.SMTP(server.host, server.port) as client:
+        ...     server.faults(plan)
+        ...     client.sendmail("alice@example.org", ["bob@slow.example", "eve@fast.example"], "Subject: Hello")
+        {'bob@slow.example': (451, b'4.7.1 Greylisted, please try again later')}
+        """
+        self._engine.load(_plan_of(plan))
+
+    @property
+    def applied_faults(self) -> list[AppliedFault]:
+        """The faults that clients have met, the last thousand of them, the oldest first."""
+        return list(self._faults.last)
+
     def report(self) -> str:
         """Return what was received, what failed, and the last lines of the dialog: for a human to look at."""
         messages = list(self.inbox)
@@ -310,6 +264,9 @@ class SmtpServer:
         first = max(len(messages) - _SHOWN_MESSAGES, 0)
         lines += [f"[{number}] {message.describe()}" for number, message in enumerate(messages[first:], first)]
         lines += [f"failed: {type(exc).__name__}: {exc}" for exc in self._journal.failures]
+        lines += [
+            f"no client came for the failure of {count} {phase}" for phase, count in self._engine.pending().items()
+        ]
         said = self.dialog.lines()
         lines.append("dialog:" if len(said) <= _SHOWN_LINES else f"dialog (the last {_SHOWN_LINES} lines):")
         lines += said[-_SHOWN_LINES:] or ["nobody has connected"]
@@ -325,15 +282,15 @@ class SmtpServer:
         """Open the port and serve. Takes a few milliseconds, and blocks for them. Raise OSError when it can not."""
         if self._place is not None:
             raise RuntimeError("this server was started before; make another one")
-        delivery = _InboxDelivery(self.inbox)
+        delivery = InboxDelivery(self.inbox)
         self._folder = tempfile.TemporaryDirectory(prefix="penstock-test-")
         try:
             parts = assemble(
                 self._settings_in(self._folder.name),
                 self._journal,
                 lambda _lines: None,
-                kind=_kind_of_connection(delivery, self.dialog, self._thread.note_end),
-                given=Given(delivery, _Users(self._users), self._policies),
+                kind=self._kind_of_connection(delivery),
+                given=Given(delivery, Users(self._users), self._policies),
             )
         except BaseException:
             self._folder.cleanup()
@@ -375,6 +332,12 @@ class SmtpServer:
                 raise
             value.add_note(f"{exc}")  # what the test has thrown tells more
 
+    def _kind_of_connection(self, delivery: InboxDelivery) -> type[Connection]:
+        """Return what becomes of the sockets."""
+        noted = kind_of_connection(delivery, self.dialog, self._thread.note_end)
+        has_tls = self._settings.listener[0].tls.mode != "none"
+        return faulty(self._engine, noted, self.authority.certificates if has_tls else None)
+
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
         self.inbox.fail(failure)
@@ -384,7 +347,7 @@ class SmtpServer:
         replace = msgspec.structs.replace
         listener = self._settings.listener[0]
         if listener.tls.mode != "none" and not listener.tls.certificate:
-            tls = replace(listener.tls, certificate=str(self.authority.made.certificate))
+            tls = replace(listener.tls, certificate=str(self.authority.certificate))
             listener = replace(listener, tls=tls)
         return replace(self._settings, data_dir=folder, listener=(listener,))
 

@@ -1,0 +1,176 @@
+"""`python -m bench.session`: what a message costs besides its delivery: the journal, and the wait for a delivery.
+
+One worker in a process of its own with deliveries that do nothing, so that what is left is the cost of getting there:
+
+    discarded           nothing is kept, nothing is journaled
+    journaled           the same with the journal at its default: all events, as JSON, into a file
+    awaited             the body is kept, the delivery is a coroutine that answers at once: a task for each session
+    answered later      the body is kept, the delivery answers in the next round of trio for all that wait (`Defers`)
+
+Played in turn, round by round, by smtp-source with 20 sessions and messages of 4 KB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import trio
+
+from bench.measure import Peer, Round, machine, running, smtp_source, summary
+from penstock.assemble import assemble
+from penstock.config import DeliverySettings, ListenerSettings, Settings
+from penstock.delivery.base import Delivery
+from penstock.delivery.discard import DiscardDelivery
+from penstock.inbound.gate import Gate
+from penstock.inbound.server import Worker
+from penstock.journal import Journal, JournalSettings
+from penstock.message import Message
+from penstock.net.tls import TlsSettings
+from penstock.reply import Reply
+
+_TAKEN = Reply(250, "2.0.0", "Ok: taken")
+_MOST = 0.10
+"""What the journal may add to a message."""
+
+
+class Awaited:
+    """Takes each message, with its body, in a coroutine."""
+
+    needs_body = True
+
+    async def start(self) -> None:
+        """Nothing to open."""
+
+    async def accept(self, _: Message) -> Reply:
+        """Take it."""
+        return _TAKEN
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+
+class Later(Awaited):
+    """Takes each message, with its body, and answers all of a round of trio at its end."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[Reply], None]] = []
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    def accept_later(self, _: Message, done: Callable[[Reply], None]) -> None:
+        """Take it."""
+        if self._token is None:
+            self._token = trio.lowlevel.current_trio_token()
+        if not self._waiting:
+            self._token.run_sync_soon(self._settle)
+        self._waiting.append(done)
+
+    def _settle(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for done in waiting:
+            done(_TAKEN)
+
+
+KINDS: dict[str, tuple[Callable[[], Delivery], JournalSettings]] = {
+    "discarded": (DiscardDelivery, JournalSettings(events="none")),
+    "journaled": (DiscardDelivery, JournalSettings()),
+    "awaited": (Awaited, JournalSettings(events="none")),
+    "answered later": (Later, JournalSettings(events="none")),
+}
+
+
+def _peer(kind: str) -> Peer:
+    root = str(Path(__file__).parent.parent)
+
+    def command(port: int, _: Path) -> Sequence[str]:
+        program = f"import sys; sys.path[0] = {root!r}; from bench.session import serve; serve({kind!r}, {port})"
+        return [sys.executable, "-c", program]
+
+    return Peer(kind, command, sys.executable)
+
+
+def serve(kind: str, port: int) -> None:
+    """Run the worker of a kind until SIGTERM."""
+    make, journal_settings = KINDS[kind]
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        listener = ListenerSettings(address=f"127.0.0.1:{port}", tls=TlsSettings(mode="none"), max_hops=0)
+        settings = Settings(
+            hostname="localhost", data_dir=folder, listener=(listener,), delivery=DeliverySettings(kind="discard")
+        )
+        journal = Journal(journal_settings)
+
+        def write(lines: bytes) -> None:
+            sys.stderr.buffer.write(lines)
+            sys.stderr.buffer.flush()
+
+        parts = assemble(settings, journal, write)
+        for door in parts.doors:
+            _replace_delivery(door.gate, make())
+        trio.run(_run, parts.worker)
+
+
+def _replace_delivery(gate: Gate, delivery: Delivery) -> None:
+    """Give a gate another delivery than settings can name, before anybody has come."""
+    object.__setattr__(gate, "delivery", delivery)
+    gate.__post_init__()
+
+
+async def _run(worker: Worker) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(worker.run)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 100)  # as `serve` does
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                worker.stop()
+                return
+
+
+def measure(rounds: int, messages: int, *, reuse: bool) -> None:
+    """Play the kinds in turn and print what they cost."""
+    results: dict[str, list[Round]] = {kind: [] for kind in KINDS}
+    extra = ("-d",) if reuse else ()
+    with ExitStack() as stack:
+        servers = {kind: stack.enter_context(running(_peer(kind))) for kind in KINDS}
+        for kind in KINDS:
+            smtp_source(servers[kind], messages=2_000, sessions=20, size=4096, extra=extra)
+        for _ in range(rounds):
+            for kind in KINDS:
+                results[kind].append(smtp_source(servers[kind], messages=messages, sessions=20, size=4096, extra=extra))
+    print(
+        f"4 KB, {'20 connections kept' if reuse else 'a new connection each'}, {rounds} rounds of {messages} messages"
+    )
+    for kind, each in results.items():
+        cost, low, high = summary([one.cpu_per_message for one in each])
+        user, _, _ = summary([one.cpu.user / one.messages for one in each])
+        line = f"  {kind:<15} {cost:7.1f} us/message ({low:.1f} to {high:.1f}; user {user:.1f})"
+        if kind != "discarded":
+            more, low, high = summary(
+                [a.cpu_per_message / b.cpu_per_message - 1 for a, b in zip(each, results["discarded"], strict=True)]
+            )
+            line += f"   {more:+.0%} ({low:+.0%} to {high:+.0%})"
+            if kind == "journaled":
+                line += f", target {_MOST:+.0%}: {'reached' if more <= _MOST else 'MISSED'}"
+        print(line, flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--messages", type=int, default=10_000)
+    arguments = parser.parse_args()
+    print(machine(), flush=True)
+    for reuse in (True, False):
+        measure(arguments.rounds, arguments.messages, reuse=reuse)
+
+
+if __name__ == "__main__":
+    main()

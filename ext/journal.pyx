@@ -1,0 +1,152 @@
+"""The lines of the journal that a session writes most, as JSON, straight from their values into octets.
+
+Each function returns the line that `penstock.journal` would make of the same values, or None when one of them is not
+plain: a text that is not printable ASCII, holds a quote or a backslash, or is too long. Then the long way is taken,
+which escapes and cuts.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.string cimport memcpy
+
+
+cdef extern from "Python.h":
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
+
+cdef enum:
+    LINE_OCTETS = 8192
+    MOST_TEXT = 256
+    MOST_RECIPIENTS = 10
+
+
+cdef struct Line:
+    char *at
+    char *end
+    bint is_plain
+
+
+cdef void put(Line *line, const char *octets, Py_ssize_t size) noexcept:
+    if line.end - line.at < size:
+        line.is_plain = False
+    else:
+        memcpy(line.at, octets, size)
+        line.at += size
+
+
+cdef void put_number(Line *line, long long number, int digits=1) noexcept:
+    """Write a number that is not negative, with leading zeros up to so many digits."""
+    cdef char[20] text
+    cdef int at = 20
+    if number < 0:
+        line.is_plain = False
+        return
+    while number > 0 or 20 - at < digits:
+        at -= 1
+        text[at] = c'0' + <char> (number % 10)
+        number //= 10
+    put(line, text + at, 20 - at)
+
+
+cdef int put_text(Line *line, str text) except -1:
+    cdef Py_ssize_t size, i
+    cdef const char *octets
+    if not text.isascii():  # nor has it a UTF-8 form that could fail
+        line.is_plain = False
+        return 0
+    octets = PyUnicode_AsUTF8AndSize(text, &size)
+    if size > MOST_TEXT:
+        line.is_plain = False
+        return 0
+    for i in range(size):
+        if octets[i] < c' ' or octets[i] > c'~' or octets[i] == c'"' or octets[i] == c'\\':
+            line.is_plain = False
+            return 0
+    put(line, octets, size)
+    return 0
+
+
+cdef int begin(Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size, long long session, str address) \
+        except -1:
+    line.at = buffer
+    line.end = buffer + LINE_OCTETS
+    line.is_plain = True
+    put(line, b'{"time":"', 9)
+    put_text(line, stamp)
+    put(line, b'","event":"', 11)
+    put(line, event, size)
+    put(line, b'","session":', 12)
+    put_number(line, session)
+    put(line, b',"peer":"', 9)
+    put_text(line, address)
+    return 0
+
+
+cdef object finished(Line *line, char *buffer):
+    put(line, b"}\n", 2)
+    return PyBytes_FromStringAndSize(buffer, line.at - buffer) if line.is_plain else None
+
+
+def connected(str stamp not None, long long session, str address not None, str listener not None):
+    cdef char buffer[LINE_OCTETS]
+    cdef Line line
+    if not listener:
+        return None
+    begin(&line, buffer, stamp, b"connected", 9, session, address)
+    put(&line, b'","listener":"', 14)
+    put_text(&line, listener)
+    put(&line, b'"', 1)
+    return finished(&line, buffer)
+
+
+def disconnected(
+    str stamp not None, long long session, str address not None, long long messages, long long errors,
+    long long octets, double seconds
+):
+    cdef char buffer[LINE_OCTETS]
+    cdef Line line
+    cdef long long milliseconds = <long long> (seconds * 1000 + 0.5)
+    begin(&line, buffer, stamp, b"disconnected", 12, session, address)
+    put(&line, b'","messages":', 13)
+    put_number(&line, messages)
+    put(&line, b',"errors":', 10)
+    put_number(&line, errors)
+    put(&line, b',"octets":', 10)
+    put_number(&line, octets)
+    put(&line, b',"seconds":', 11)
+    put_number(&line, milliseconds // 1000)
+    put(&line, b".", 1)
+    put_number(&line, milliseconds % 1000, 3)
+    return finished(&line, buffer)
+
+
+def accepted(
+    str stamp not None, long long session, str address not None, str message_id not None, sender, recipients,
+    long long octets, reply
+):
+    cdef char buffer[LINE_OCTETS]
+    cdef Line line
+    cdef Py_ssize_t count = len(recipients), i
+    if reply.cause or sender is None or not sender[0]:
+        return None
+    begin(&line, buffer, stamp, b"accepted", 8, session, address)
+    put(&line, b'","id":"', 8)
+    put_text(&line, message_id)
+    put(&line, b'","from":"', 10)
+    put_text(&line, sender[0])
+    put(&line, b'","to":[', 8)
+    for i in range(min(count, MOST_RECIPIENTS)):
+        put(&line, b'"' if i == 0 else b',"', 1 if i == 0 else 2)
+        put_text(&line, recipients[i][0][0])
+        put(&line, b'"', 1)
+    put(&line, b'],"recipients":', 15)
+    put_number(&line, count)
+    put(&line, b',"size":', 8)
+    put_number(&line, octets)
+    put(&line, b',"reply":"', 10)
+    put_number(&line, reply.code)
+    if reply.status is not None:
+        put(&line, b" ", 1)
+        put_text(&line, reply.status)
+    put(&line, b" ", 1)
+    put_text(&line, reply.text)
+    put(&line, b'"', 1)
+    return finished(&line, buffer)

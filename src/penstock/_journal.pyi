@@ -1,0 +1,26 @@
+"""The compiled lines of the journal. Each is None when one of its values is not plain; see ext/journal.pyx."""
+
+from collections.abc import Sequence
+
+from penstock.message import Path, Recipient
+from penstock.reply import Reply
+
+def connected(stamp: str, session: int, address: str, listener: str) -> bytes | None:
+    """Return the line of a client that was let in."""
+
+def disconnected(
+    stamp: str, session: int, address: str, messages: int, errors: int, octets: int, seconds: float
+) -> bytes | None:
+    """Return the line of a session that is over."""
+
+def accepted(
+    stamp: str,
+    session: int,
+    address: str,
+    message_id: str,
+    sender: Path | None,
+    recipients: Sequence[Recipient],
+    octets: int,
+    reply: Reply,
+) -> bytes | None:
+    """Return the line of a message that was taken."""

@@ -1,0 +1,122 @@
+"""What a session wants of next hops before a message is ours: whether they know a recipient, and passing it on.
+
+Both say what came of it as replies (penstock.reply), so that policies and deliveries need not know the relay.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from penstock.message import NULL_PATH, Envelope, Recipient
+from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
+from penstock.relay.pool import Pool
+from penstock.relay.route import Way
+from penstock.reply import Reply
+
+_MOST_WORDS: Final = 300
+"""Characters of a hop's words in a reply of ours."""
+
+
+class Map(Protocol):
+    """What knows where mail goes (penstock.relay.route)."""
+
+    def lane_of(self, recipient: Recipient) -> str:
+        """Return the lane of a recipient."""
+
+    def way_now(self, lane: str) -> Way | None:
+        """Return the way of a lane when that is known without asking anybody."""
+
+    async def way_of(self, lane: str) -> Way:
+        """Return the way of a lane. Raise an exception when there is none."""
+
+
+class Onward:
+    """Looks ahead to the hop that a recipient's mail would go to."""
+
+    def __init__(self, pool: Pool, routes: Map, *, connections: int = 5) -> None:
+        """Questions have `connections` of their own to each hop, so that they hold up no mail."""
+        self._pool = pool
+        self._routes = routes
+        self._connections = connections
+        self._random = random.Random()  # noqa: S311 - it spreads load
+
+    async def ask(self, recipient: Recipient) -> Reply | None:
+        """Ask whether a recipient is known. None: it is, or its mail stays here. 5yz: it is not. 4yz: nobody can say.
+
+        Only what a hop says to RCPT is a 5yz. Raise ResolveError when the DNS does not say where to ask.
+        """
+        way = await self._routes.way_of(self._routes.lane_of(recipient))
+        if way.is_local:
+            return None
+        path = recipient.path
+        envelope = Envelope(NULL_PATH, (Recipient(path),), smtputf8=not path.text.isascii())
+        said = "there is no next hop"
+        for hop in way.order(self._random):
+            try:
+                (result,) = await self._pool.ask(self._aside(hop), envelope)
+            except HopDown as exc:
+                said = str(exc)
+                continue
+            if result.kind is Outcome.DELIVERED:
+                return None
+            is_refusal = result.kind is Outcome.FAILED and result.is_said
+            return as_reply(result) if is_refusal else unknown(result.text)
+        return unknown(said)
+
+    def _aside(self, hop: Hop) -> Hop:
+        """Return a hop whose connections are for questions."""
+        limits = msgspec.structs.replace(
+            hop.limits, connections=min(self._connections, hop.limits.connections), queue=100, wait=30.0
+        )
+        return msgspec.structs.replace(hop, limits=limits)
+
+    def begin(
+        self,
+        envelope: Envelope,
+        size: int,
+        coming: AsyncIterator[bytes],
+        done: Callable[[Sequence[Reply] | None], None],
+    ) -> Callable[[], None] | None:
+        """Pass on a message that is still being received, when all its recipients have one next hop that has room.
+
+        `done` hears a reply for each recipient, or None when nothing was sent. Return a function after which it hears
+        nothing any more, or None when the message can not be passed on: then `done` hears nothing.
+        """
+        lanes = {self._routes.lane_of(recipient) for recipient in envelope.recipients}
+        ways = [self._routes.way_now(lane) for lane in lanes]
+        first = ways[0]
+        if first is None or first.is_local or any(way is None or way.key != first.key for way in ways):
+            return None
+        hop = next((hop for hop in first.order(self._random) if self._pool.room(hop)), None)
+        if hop is None:
+            return None
+
+        def heard(outcome: Delivered | HopDown) -> None:
+            done(None if isinstance(outcome, HopDown) else [as_reply(result) for result in outcome])
+
+        try:
+            return self._pool.stream(hop, envelope, size, coming, heard)
+        except HopDown:
+            return None
+
+
+def unknown(cause: str) -> Reply:
+    """Return the reply when a hop has nothing to say."""
+    return Reply(451, "4.4.3", "The next hop can not be asked now", cause=cause)
+
+
+def as_reply(result: Result) -> Reply:
+    """Return a result as a reply, in the hop's words; where they are ours, they are the cause."""
+    code = _CODES[result.kind]
+    status = result.status if result.status[0] == str(code)[0] else f"{code // 100}.0.0"
+    if not result.is_said:
+        return Reply(code, status, "The next hop did not take it", cause=result.text)
+    words = result.text[3:].strip().removeprefix(result.status).strip()
+    return Reply(code, status, words[:_MOST_WORDS] or "The next hop said so", cause=f"{result.hop}: {result.text}")
+
+
+_CODES: Final = {Outcome.DELIVERED: 250, Outcome.DEFERRED: 451, Outcome.FAILED: 550}
