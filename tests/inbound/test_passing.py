@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from penstock.relay.ahead import Onward
 
 from penstock.delivery.passthrough import PassthroughDelivery, PassthroughSettings
 from penstock.inbound.passing import PassingConnection
 from penstock.message import Message
-from penstock.relay.ahead import Onward
 from penstock.relay.hop import HopLimits
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
