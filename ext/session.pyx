@@ -274,7 +274,8 @@ cdef class SessionCore:
     cdef public bint has_quit
     cdef public int unasked
     cdef public object observer
-    cdef public tuple remarkable
+    cdef tuple beginnings
+    cdef unsigned long long[2] firsts  # the first characters of the beginnings, one bit for each of ASCII
     cdef public Meter meter
     cdef public int _mails
     cdef public list _out
@@ -523,9 +524,7 @@ cdef class SessionCore:
             return None
         else:
             rcpt = None
-        if self.unasked & U_RCPT and not (
-            self.remarkable is not None and (<str> (<tuple> recipient[0])[1]).startswith(self.remarkable)
-        ):
+        if self.unasked & U_RCPT and not (self.beginnings is not None and self.is_remarkable(recipient[0][1])):
             self.emit(recipient_ok.encoded)
             self.add_recipient(recipient)
             return None
@@ -547,6 +546,28 @@ cdef class SessionCore:
             self.unknown += 1
             if self.unknown > self.max_unknown:
                 self.close_with(replies.TOO_MANY_UNKNOWN)
+
+    @property
+    def remarkable(self):
+        return self.beginnings
+
+    @remarkable.setter
+    def remarkable(self, tuple beginnings):
+        cdef str each
+        cdef unsigned int first
+        self.beginnings = beginnings
+        self.firsts[0] = self.firsts[1] = 0
+        for each in beginnings or ():
+            first = <unsigned int> <Py_UCS4> each[0]
+            if first >= 128:
+                raise ValueError(f"a local part that is remarkable begins in ASCII, not {each!r}")
+            self.firsts[first >> 6] |= 1ull << (first & 63)
+
+    cdef bint is_remarkable(self, str local) except -1:
+        cdef unsigned int first = <unsigned int> <Py_UCS4> local[0] if local else 0
+        if first >= 128 or not self.firsts[first >> 6] >> (first & 63) & 1:
+            return False  # as nearly all are
+        return local.startswith(self.beginnings)
 
     cdef int add_recipient(self, object recipient) except -1:
         cdef list recipients = self.transaction.recipients

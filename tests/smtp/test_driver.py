@@ -84,3 +84,12 @@ def test_a_remarkable_recipient_is_asked_about(recipient: bytes, is_asked: bool)
     if is_asked:
         session.reply(replies.RECIPIENT_OK)
     assert session.data_to_send().endswith(replies.RECIPIENT_OK.encoded)
+
+
+def test_what_is_remarkable_begins_in_ascii() -> None:
+    session = session_of(UNASKED)
+    with pytest.raises(ValueError, match="begins in ASCII, not 'ü'"):
+        session.remarkable = ("ü",)
+    session.remarkable = None
+    session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<drop@d>\r\n")
+    assert session.next_event() is NEED_DATA

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Final
 import trio
 
 from penstock import reply as replies
-from penstock.inbound.connection import Connection
+from penstock.inbound.connection import Connection, Host
+from penstock.inbound.gate import Gate
 from penstock.net.stream import SocketStream
 from penstock.reply import Reply
 from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
@@ -44,6 +45,7 @@ from penstock.smtp.events import (
 )
 from penstock.smtp.server import CAN_BE_ANNOUNCED, NOTHING_ANNOUNCED
 from penstock.smtp.states import State
+from penstock.transaction import Peer
 
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 """SO_LINGER of no seconds: close(2) then resets the connection."""
@@ -69,27 +71,46 @@ class FaultyConnection(Connection):
     armed: ClassVar[Handlers]
     """The handlers that ask the engine."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._calmly_unasked = self._session.unasked
-        self._has_magic = False
-        """A magic recipient was named on this connection."""
-        self._is_pausing = False
-        self._spoiler: TlsFault | None = None
-        self._stops: list[int] = []
-        """Octets of the body at which there is something to decide."""
-        self._passed = 0
-        """Octets of the body that have come."""
-        self._head: bytearray | None = None
-        """The header of the message, when its number stands there."""
-        self.engine.attach(self)
-        self.follow()
+    # As in Connection, what most never change stands in the class.
+    _calmly_unasked: int | None = None
+    """What the session accepts by itself while nothing may go wrong; None before anything did."""
+    _has_magic = False
+    """A magic recipient was named on this connection."""
+    _is_pausing = False
+    _spoiler: TlsFault | None = None
+    _stops: Sequence[int] = ()
+    """Octets of the body at which there is something to decide."""
+    _passed = 0
+    """Octets of the body that have come."""
+    _head: bytearray | None = None
+    """The header of the message, when its number stands there."""
+
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        peer: Peer,
+        gate: Gate,
+        host: Host,
+        *,
+        number: int = 0,
+        is_admitted: bool = False,
+    ) -> None:
+        super().__init__(stream, peer, gate, host, number=number, is_admitted=is_admitted)
+        engine = self.engine
+        if engine.has_magic:
+            self._session.remarkable = REMARKABLE
+        engine.followers.add(self)
+        if engine.is_armed:
+            self.follow()
+        else:
+            self._handlers = self.calm
 
     def follow(self) -> None:
         """Look again whether faults are wanted. May be called in any thread."""
-        session, engine = self._session, self.engine
-        session.remarkable = REMARKABLE if engine.has_magic else None
-        if engine.is_armed or self._has_magic:
+        session = self._session
+        if self._calmly_unasked is None:
+            self._calmly_unasked = session.unasked
+        if self.engine.is_armed or self._has_magic:
             session.unasked = 0
             session.announced = CAN_BE_ANNOUNCED
             self._handlers = self.armed
@@ -100,7 +121,8 @@ class FaultyConnection(Connection):
 
     def start(self) -> bool:
         """Begin without a task, unless the beginning may go wrong."""
-        if self.engine.watches("connect") or self.engine.watches("banner"):
+        engine = self.engine
+        if engine.is_armed and (engine.watches("connect") or engine.watches("banner")):
             return False
         return super().start()
 
@@ -111,7 +133,7 @@ class FaultyConnection(Connection):
 
     def _end(self, cause: str) -> None:
         super()._end(cause)
-        self.engine.detach(self)
+        self.engine.followers.discard(self)
 
     # ---- asking
 
@@ -207,7 +229,7 @@ class FaultyConnection(Connection):
     def _on_begin_or_fault(self, event: BeginData) -> Coroutine[Any, Any, None] | None:
         self._stops = self.engine.stops()
         if self._magic_rules("body") and 0 not in self._stops:
-            self._stops.insert(0, 0)
+            self._stops = [0, *self._stops]
         self._passed = 0
         occasion = self._occasion("data", octets=event.size or 0)
         decision = self.engine.decide(occasion, self._magic_rules("data"))
@@ -246,7 +268,7 @@ class FaultyConnection(Connection):
     async def _pass_stops(self) -> None:
         """Do what goes wrong at the octets that have been reached."""
         while self._stops and self._passed >= self._stops[0] and self._is_in_message:
-            at = self._stops.pop(0)
+            at, *self._stops = self._stops
             decision = self.engine.decide(self._occasion("body", at=at), self._magic_rules("body") if not at else ())
             if decision is not None:
                 await self._suffer(decision, None)

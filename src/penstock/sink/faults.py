@@ -448,7 +448,10 @@ class FaultEngine:
         self._clock = clock
         self._loaded = _Loaded(plan)
         self._forced: dict[Phase, deque[_Forced]] = {phase: deque() for phase in PHASES}
-        self._followers: set[Follower] = set()
+        self.is_armed = bool(plan.rule)
+        """Something may go wrong, so that each session has to ask."""
+        self.followers: set[Follower] = set()
+        """Connections that are open, to be told of changes: each adds itself, and takes itself out."""
 
     # ---- what the outside changes
 
@@ -456,11 +459,6 @@ class FaultEngine:
     def plan(self) -> PlanSettings:
         """The plan in force."""
         return self._loaded.settings
-
-    @property
-    def is_armed(self) -> bool:
-        """Something may go wrong, so that each session has to ask."""
-        return bool(self._loaded.settings.rule) or any(self._forced.values())
 
     def load(self, plan: PlanSettings) -> None:
         """Put a plan in force, for open sessions, too. It begins anew: its start is the next thing that is decided."""
@@ -495,18 +493,11 @@ class FaultEngine:
         return {phase: count for phase, count in left.items() if count}
 
     def _tell(self) -> None:
-        for follower in list(self._followers):
+        self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
+        for follower in list(self.followers):
             follower.follow()
 
     # ---- what sessions ask
-
-    def attach(self, follower: Follower) -> None:
-        """Tell a connection of changes, until `detach`."""
-        self._followers.add(follower)
-
-    def detach(self, follower: Follower) -> None:
-        """Tell it no longer."""
-        self._followers.discard(follower)
 
     def watches(self, phase: Phase) -> bool:
         """Say whether anything may go wrong in a phase."""
@@ -592,6 +583,7 @@ class FaultEngine:
             forced.left -= 1
             if not forced.left:
                 waiting.remove(forced)
+                self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
             return forced.reply
         return None
 

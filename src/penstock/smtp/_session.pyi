@@ -56,7 +56,7 @@ class SessionCore:
     observer: Callable[[int], None] | None
     """Called with each token of the wire before it is obeyed: for who wants to tell what was said."""
     remarkable: tuple[str, ...] | None
-    """Beginnings of local parts that the driver is asked about, whatever `unasked` says."""
+    """Beginnings of local parts that the driver is asked about, whatever `unasked` says. In ASCII, none empty."""
     meter: Meter | None
     """Notes what was answered with what, and when; None notes nothing."""
     _mails: int
