@@ -83,11 +83,18 @@ class Peer:
     """The command line for a port and a folder of its own."""
     program: str
     """What has to be installed."""
+    prepare: Callable[[], bool] | None = None
+    """Installs or builds the rest; says whether it is there."""
+    share: float = 1.0
+    """The part of a case's messages that is enough to measure it: slow ones need few."""
+    most_connections: int | None = None
+    """Connections it can hold, where that is few."""
 
     @property
     def is_installed(self) -> bool:
-        """The program is there."""
-        return shutil.which(self.program, path=ENVIRONMENT["PATH"]) is not None
+        """The program is there, with all it needs."""
+        is_there = shutil.which(self.program, path=ENVIRONMENT["PATH"]) is not None
+        return is_there and (self.prepare is None or self.prepare())
 
 
 @dataclass(frozen=True)
@@ -166,11 +173,25 @@ class Round:
         return self.messages / self.seconds
 
 
-def smtp_source(server: Running, *, messages: int, sessions: int, size: int, extra: Sequence[str] = ()) -> Round:
-    """Send messages with Postfix's smtp-source, and return what that cost the server."""
+class Stalled(Exception):  # noqa: N818 - it is what the table says
+    """A round that did not come to its end."""
+
+
+def smtp_source(
+    server: Running, *, messages: int, sessions: int, size: int, extra: Sequence[str] = (), timeout: float = 600
+) -> Round:
+    """Send messages with Postfix's smtp-source, and return what that cost the server.
+
+    Raise Stalled when that fails, or takes longer than `timeout` seconds.
+    """
     command = ["smtp-source", "-s", str(sessions), "-m", str(messages), "-l", str(size), *extra, server.address]
     before, started = cpu_of(server.pid), time.monotonic()
-    subprocess.run(command, check=True, env=ENVIRONMENT, timeout=600, capture_output=True)
+    try:
+        subprocess.run(command, check=True, env=ENVIRONMENT, timeout=timeout, capture_output=True)
+    except subprocess.TimeoutExpired as exc:
+        raise Stalled(f"stalled: not done after {timeout:.0f} s") from exc
+    except subprocess.CalledProcessError as exc:
+        raise Stalled(f"failed: {exc.stderr.decode(errors='replace').strip()[-200:]}") from exc
     seconds = time.monotonic() - started
     return Round(messages, seconds, cpu_of(server.pid) - before)
 
@@ -210,12 +231,17 @@ def _smtp_sink(port: int, _: Path) -> Sequence[str]:
     return ["smtp-sink", "-u", "nobody", "-m", "20000", f"127.0.0.1:{port}", "4096"]
 
 
-def _aiosmtpd(port: int, folder: Path) -> Sequence[str]:
-    # With the kind of certificate that Penstock makes for itself.
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate of the kind that Penstock makes for itself. Return its file and that of its key."""
     issued = trustme.CA(key_type=trustme.KeyType.ECDSA).issue_cert("localhost", key_type=trustme.KeyType.ECDSA)
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     issued.cert_chain_pems[0].write_to_path(str(certificate))
     issued.private_key_pem.write_to_path(str(key))
+    return certificate, key
+
+
+def _aiosmtpd(port: int, folder: Path) -> Sequence[str]:
+    certificate, key = make_certificate(folder)
     return [
         sys.executable, "-m", "aiosmtpd", "-n", "-c", "aiosmtpd.handlers.Sink", "-l", f"127.0.0.1:{port}",
         "--tlscert", str(certificate), "--tlskey", str(key), "--no-requiretls",
@@ -240,6 +266,9 @@ maillog_file = {folder}/maillog
 maillog_file_prefixes = {folder}
 smtpd_client_connection_rate_limit = 0
 smtpd_client_connection_count_limit = 0
+smtpd_tls_security_level = may
+smtpd_tls_cert_file = {certificate}
+smtpd_tls_key_file = {key}
 """
 _POSTFIX_MASTER = """127.0.0.1:{port} inet n - n - 100 smtpd
 pickup unix n - n 60 1 pickup
@@ -260,14 +289,16 @@ def _postfix(port: int, folder: Path) -> Sequence[str]:
     for name in ("config", "queue", "data"):
         (folder / name).mkdir(mode=0o755)
     shutil.chown(folder / "data", "postfix")
-    (folder / "config" / "main.cf").write_text(_POSTFIX_MAIN.format(folder=folder))
+    certificate, key = make_certificate(folder)
+    main = _POSTFIX_MAIN.format(folder=folder, certificate=certificate, key=key)
+    (folder / "config" / "main.cf").write_text(main)
     (folder / "config" / "master.cf").write_text(_POSTFIX_MASTER.format(port=port))
     return ["postfix", "-c", str(folder / "config"), "start-fg"]
 
 
 PENSTOCK_SINK = Peer("penstock sink", _penstock_sink, sys.executable)
-PENSTOCK_SERVE = Peer("penstock serve", _penstock_serve, sys.executable)
+PENSTOCK_SERVE = Peer("penstock serve", _penstock_serve, sys.executable, share=0.5)
 SMTP_SINK = Peer("smtp-sink", _smtp_sink, "smtp-sink")
-AIOSMTPD = Peer("aiosmtpd", _aiosmtpd, sys.executable)
-POSTFIX = Peer("postfix", _postfix, "postfix")
-"""Durable, then the discard transport. Needs root."""
+AIOSMTPD = Peer("aiosmtpd", _aiosmtpd, sys.executable, share=0.25)
+POSTFIX = Peer("postfix", _postfix, "postfix", share=0.1, most_connections=90)
+"""Durable, then the discard transport; a process for each connection. Needs root."""

@@ -1,6 +1,6 @@
 """`python -m bench.stress`: clients that connect, talk, break off, reset and are cut at random, for a minute.
 
-A whole worker runs in this process, with its poller, TLS and clocks, and delivers into a Maildir. At the end
+A whole worker runs in this process, with its poller, TLS, clocks and spool, and delivers into a Maildir. At the end
 everything is counted: descriptors, trio tasks, watched sockets, buffers of wires. What is more than before is a leak.
 """
 
@@ -17,10 +17,9 @@ from pathlib import Path
 import msgspec
 import trio
 
-from penstock.assemble import assemble
+from penstock.assemble import Parts, assemble
 from penstock.config import ListenerSettings, Settings
 from penstock.inbound.limits import LimitSettings
-from penstock.inbound.server import Worker
 from penstock.journal import Journal, JournalSettings
 from penstock.smtp import _wire
 
@@ -116,20 +115,21 @@ async def stress(folder: Path, seconds: float, clients: int, seed: int) -> Repor
     errors: list[bytes] = []
     report = Report()
     parts = assemble(settings, Journal(settings.journal), errors.append)
-    await parts.delivery.start()
+    assert parts.gateway is not None
     tls = ssl.create_default_context(cafile=str(parts.ca_file))
     rng = random.Random(seed)
     async with trio.open_nursery() as nursery:
+        await nursery.start(parts.gateway.run)
         await nursery.start(parts.worker.run)
         port = parts.doors[0].listener.getsockname()[1]
         await _one_by_one(port, tls, report)  # what the first of each kind makes, stays
-        await _all_gone(parts.worker)
+        await _all_gone(parts)
         before = _counts()
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as crowd:
                 for _ in range(clients):
                     crowd.start_soon(_again_and_again, port, random.Random(rng.random()), tls, report)
-        await _all_gone(parts.worker)
+        await _all_gone(parts)
         after = _counts()
         report.leaks = {what: (before[what], count) for what, count in after.items() if count > before[what]}
         if parts.worker.watched:
@@ -137,6 +137,7 @@ async def stress(folder: Path, seconds: float, clients: int, seed: int) -> Repor
         if parts.worker.admitted:
             report.leaks["admitted connections"] = (0, parts.worker.admitted)
         parts.worker.stop()
+        parts.gateway.stop()
     report.delivered = len(list((folder / "maildir" / "new").iterdir()))
     if b"".join(errors):
         report.leaks["errors in the journal"] = (0, len(errors))
@@ -155,10 +156,11 @@ async def _again_and_again(port: int, rng: random.Random, tls: ssl.SSLContext, r
             await _client(port, rng, tls, report)
 
 
-async def _all_gone(worker: Worker) -> None:
-    """Wait until the clocks have ended the last connection."""
-    with trio.fail_after(30):
-        while worker.open_connections:  # noqa: ASYNC110 - the worker has no event for this
+async def _all_gone(parts: Parts) -> None:
+    """Wait until the clocks have ended the last connection, and the last message is delivered."""
+    assert parts.gateway is not None
+    with trio.fail_after(60):
+        while parts.worker.open_connections or parts.gateway.scheduler.held:  # noqa: ASYNC110 - there is no event
             await trio.sleep(0.05)
     await trio.sleep(0.3)  # threads of the last deliveries
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.delivery.base import Delivery
 from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery
+from penstock.delivery.spool import SpoolDelivery
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.connection import Connection
 from penstock.inbound.gate import Domains, Gate
@@ -23,11 +25,21 @@ from penstock.inbound.server import Door, Worker
 from penstock.journal import Journal
 from penstock.message import MessageIds
 from penstock.net.listen import ListenAddress, bind
+from penstock.net.resolver import Resolver
 from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
 from penstock.policy.pipeline import Pipeline
+from penstock.relay.backoff import Backoff
+from penstock.relay.bounce import Reporter
+from penstock.relay.gateway import Gateway
+from penstock.relay.ledger import Ledger
+from penstock.relay.pool import Pool
+from penstock.relay.route import Routes
+from penstock.relay.scheduler import Scheduler
 from penstock.smtp.offer import Offer
 from penstock.smtp.sasl import ChannelBinding
+from penstock.spool.room import Room
+from penstock.spool.spool import Spool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,8 @@ class Parts:
     doors: Sequence[Door]
     ca_file: Path | None
     """The authority of a generated certificate: what clients have to trust."""
+    gateway: Gateway | None = None
+    """What runs behind the delivery, where that is the spool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +102,13 @@ def assemble(
     """
     data_dir = Path(settings.data_dir).absolute()
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
-    delivery = given.delivery or make_delivery(settings.delivery, data_dir)
+    ids = MessageIds()
+    gateway: Gateway | None = None
+    delivery: Delivery
+    if given.delivery is None and settings.delivery.kind == "spool":
+        gateway, delivery = make_gateway(settings, data_dir, journal, ids)
+    else:
+        delivery = given.delivery or make_delivery(settings.delivery, data_dir)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=None if settings.domains is None else Domains(settings.domains),
@@ -99,7 +119,7 @@ def assemble(
         throttle=AuthThrottle(settings.admission),
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
-        ids=MessageIds(),
+        ids=ids,
         tally=given.tally,
     )
     doors: list[Door] = []
@@ -123,7 +143,7 @@ def assemble(
         grace=settings.server.grace,
         tally=given.tally,
     )
-    return Parts(worker, delivery, doors, ca_file)
+    return Parts(worker, delivery, doors, ca_file, gateway)
 
 
 def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) -> list[tuple[object, HookSettings]]:
@@ -137,10 +157,45 @@ def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) ->
 
 
 def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
-    """Return the delivery that the settings name."""
+    """Return the delivery that the settings name, where that is not the spool."""
     if settings.kind == "discard":
         return DiscardDelivery()
     return MaildirDelivery(settings.maildir, data_dir)
+
+
+def make_gateway(
+    settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds
+) -> tuple[Gateway, SpoolDelivery]:
+    """Join the spool and the relay; return them, and the delivery in front of them. Raise OSError."""
+    relay, hostname = settings.relay, settings.own_hostname
+    folder = data_dir / settings.spool.path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    spool = Spool(settings.spool, folder)
+    room = Room(folder, reserve_octets=settings.spool.reserve_octets, reserve_inodes=settings.spool.reserve_inodes)
+    resolver = Resolver(settings.resolver, own_names=own_names(settings))
+    routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_name=hostname)
+    pool = Pool(relay.pool, hostname=hostname, journal=journal)
+    reporter = Reporter(relay.reports, hostname, ids)
+    ledger = Ledger(spool, Backoff(relay.retry), reporter, routes.lane_of, journal, time.time)
+    local = MaildirDelivery(settings.delivery.maildir, data_dir)
+    scheduler = Scheduler(relay, spool, pool, routes, ledger, journal, local=local)
+    gateway = Gateway(
+        spool=spool,
+        room=room,
+        pool=pool,
+        ledger=ledger,
+        scheduler=scheduler,
+        local=local,
+        journal=journal,
+        grace=settings.server.grace,
+    )
+    return gateway, SpoolDelivery(spool, scheduler, room)
+
+
+def own_names(settings: Settings) -> list[str]:
+    """Return the names and addresses that mail must not be relayed to, because it is we who have them."""
+    addresses = [ListenAddress.parse(listener.address).host for listener in settings.listener]
+    return [settings.own_hostname, *filter(None, addresses)]
 
 
 @dataclass(frozen=True, slots=True)

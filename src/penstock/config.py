@@ -24,8 +24,11 @@ from penstock.inbound.gate import WireSettings
 from penstock.inbound.limits import AdmissionSettings, LimitSettings
 from penstock.journal import JournalSettings
 from penstock.net.listen import ListenAddress
+from penstock.net.resolver import ResolverSettings, parse_server
 from penstock.net.tls import TlsSettings
 from penstock.policy.hooks import HookSettings
+from penstock.relay.route import RouteSettings, check_routes
+from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
 from penstock.smtp.offer import ExtensionSettings
 from penstock.spool.spool import SpoolSettings
@@ -73,9 +76,12 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Where accepted messages go."""
 
     kind: Annotated[
-        Literal["maildir", "discard"],
-        Meta(description="maildir: on stable storage before the 250; discard: nowhere"),
-    ] = "maildir"
+        Literal["spool", "maildir", "discard"],
+        Meta(
+            description="spool: on stable storage before the 250, then where the routes say; maildir: into the Maildir "
+            "before the 250; discard: nowhere"
+        ),
+    ] = "spool"
     maildir: MaildirSettings = MaildirSettings()
 
 
@@ -105,6 +111,12 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = (ListenerSettings(),)
     delivery: DeliverySettings = DeliverySettings()
     spool: SpoolSettings = SpoolSettings()
+    route: Annotated[
+        tuple[RouteSettings, ...],
+        Meta(description="Where mail goes out of the spool; without any, into the Maildir"),
+    ] = ()
+    relay: RelaySettings = RelaySettings()
+    resolver: ResolverSettings = ResolverSettings()
     admission: AdmissionSettings = AdmissionSettings()
     body: BodySettings = BodySettings()
     check: Annotated[tuple[HookSettings, ...], Meta(description="Policies in Python, asked in this order")] = ()
@@ -170,6 +182,15 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             raise ConfigError(
                 f"domains: {domain!r} is not a domain; write it in ASCII (xn--...) and without a wildcard"
             )
+    try:
+        check_routes(settings.route)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    for number, server in enumerate(settings.resolver.servers):
+        try:
+            parse_server(server)
+        except ValueError as exc:
+            raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
     names = [listener.name or listener.address for listener in settings.listener]
     for number, listener in enumerate(settings.listener):
         if names.count(names[number]) > 1:

@@ -28,6 +28,7 @@ _MOST_TEXT: Final = 256
 _MOST_RECIPIENTS: Final = 10
 
 Fields = dict[str, Any]
+Recipients = Sequence[Recipient]
 
 
 class JournalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,6 +161,38 @@ class Journal:
         if self.logs_mail:
             self._note("lost", session, peer, sender, cause)
 
+    # ---- the relay
+
+    def recovered(self, messages: int, interrupted: int, swept: int) -> None:
+        """The spool was opened: what waits in it, what was being attempted when it was closed, files of nobody."""
+        if self._logs_connections:
+            self._note("recovered", 0, None, messages, interrupted, swept)
+
+    def attempted(self, message_id: str, to: Recipients, hop: str, attempts: int) -> None:
+        """A next hop is offered a message, not for the first time."""
+        if self.logs_mail:
+            self._note("attempted", 0, None, message_id, to, hop, attempts)
+
+    def delivered(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, seconds: float) -> None:
+        """Recipients have got their message, so long after it came."""
+        if self.logs_mail:
+            self._note("delivered", 0, None, message_id, to, hop, said, attempts, round(seconds, 3))
+
+    def deferred(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, wait: float) -> None:
+        """Recipients have not got it, and are tried again after a wait."""
+        if self.logs_mail:
+            self._note("deferred", 0, None, message_id, to, hop, said, attempts, round(wait))
+
+    def bounced(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, report: str) -> None:
+        """Recipients will never get it; `report` says whether the sender hears of that."""
+        if self.logs_mail:
+            self._note("bounced", 0, None, message_id, to, hop, said, attempts, report)
+
+    def reported(self, report_id: str, message_id: str, action: str, sender: Path) -> None:
+        """A report on a message goes to its sender, as a message of its own."""
+        if self.logs_mail:
+            self._note("reported", 0, None, report_id, message_id, action, sender)
+
     # ---- next hops
 
     def hop_down(self, hop: str, cause: str, seconds: float) -> None:
@@ -219,6 +252,12 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "refused": ("verb", "reply", "from", "subject"),
     "accepted": ("id", "from", "to", "size", "reply"),
     "lost": ("from", "cause"),
+    "recovered": ("messages", "interrupted", "swept"),
+    "attempted": ("id", "to", "hop", "attempts"),
+    "delivered": ("id", "to", "hop", "said", "attempts", "seconds"),
+    "deferred": ("id", "to", "hop", "said", "attempts", "wait"),
+    "bounced": ("id", "to", "hop", "said", "attempts", "report"),
+    "reported": ("id", "about", "action", "sender"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
 }

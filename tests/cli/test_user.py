@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from penstock.auth.users import UsersFile, make_hasher
-from penstock.cli.user import user
+from penstock.cli.main import main
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(path: Path, *arguments: str, stdin: str | bytes = "") -> Result:
-    return CliRunner().invoke(user, [*arguments, "--file", str(path)], input=stdin)
+    return CliRunner().invoke(main, ["user", *arguments, "--file", str(path)], input=stdin)
 
 
 def has_password(path: Path, name: str, password: str) -> bool:
@@ -118,6 +118,6 @@ def test_a_malformed_file_is_told_by_its_line(path: Path, arguments: tuple[str, 
 
 def test_the_users_file_is_by_default_that_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(user, ["add", "alice", "--password-stdin"], input="secret\n")
+    result = CliRunner().invoke(main, ["user", "add", "alice", "--password-stdin"], input="secret\n")
     assert result.exit_code == 0
     assert UsersFile(tmp_path / "penstock-data" / "users").names() == ["alice"]

@@ -32,7 +32,7 @@ class Relay:
     def lane_of(self, recipient: Recipient) -> str:
         return recipient.path.domain
 
-    def takes(self, octets: int) -> bool:
+    def takes(self, lanes: Sequence[str], octets: int) -> bool:
         return self.is_eager
 
     def offer(self, entries: Sequence[Entry]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -167,3 +168,35 @@ async def test_everything_in_one_breath_is_answered(tmp_path: Path) -> None:
         await talk.stream.send_all("\r\n".join([*TO_DATA, "hello", ".", "QUIT", ""]).encode())
         replies = [await talk.reply() for _ in range(8)]
         assert [reply[:3] for reply in replies] == ["220", "250", "250", "250", "354", "250", "221", ""]
+
+
+def _greet_over_tls(port: int, context: ssl.SSLContext, session: ssl.SSLSession | None, way: str) -> ssl.SSLSocket:
+    """Say EHLO inside TLS, so that the tickets have come, and return the socket. Blocks."""
+    plain = socket.create_connection(("127.0.0.1", port), timeout=20)
+    if way == "starttls":
+        for line in (b"EHLO client\r\n", b"STARTTLS\r\n"):
+            plain.recv(4096)
+            plain.sendall(line)
+        plain.recv(4096)
+    sock = context.wrap_socket(plain, server_hostname="localhost", session=session)
+    sock.sendall(b"EHLO client\r\n")
+    while b"250 " not in sock.recv(4096):
+        pass
+    return sock
+
+
+@pytest.mark.parametrize("way", ["starttls", "implicit"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_client_resumes_its_tls_session(tmp_path: Path, version: ssl.TLSVersion, way: str) -> None:
+    toml = f'[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "{way}"\n'
+    async with running(tmp_path, toml) as server:
+        context = ssl.create_default_context(cafile=str(tmp_path / "tls" / "ca.pem"))
+        context.minimum_version = context.maximum_version = version
+
+        def talk_twice() -> list[bool | None]:
+            with _greet_over_tls(server.port, context, None, way) as first:
+                session, is_first_reused = first.session, first.session_reused
+            with _greet_over_tls(server.port, context, session, way) as second:
+                return [is_first_reused, second.session_reused]
+
+        assert await trio.to_thread.run_sync(talk_twice) == [False, True]

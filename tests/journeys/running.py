@@ -36,9 +36,13 @@ class Server:
     def ca_file(self) -> Path:
         return self.folder / "tls" / "ca.pem"
 
-    def messages(self) -> list[bytes]:
-        """Return what the Maildir holds, in no order."""
-        return [path.read_bytes() for path in (self.folder / "maildir" / "new").iterdir()]
+    def messages(self, count: int = 0) -> list[bytes]:
+        """Return what the Maildir holds, in no order, once that is so many messages, or after a minute in any case."""
+        folder = self.folder / "maildir" / "new"
+        deadline = time.monotonic() + 60
+        while len(list(folder.iterdir())) < count and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [path.read_bytes() for path in folder.iterdir()]
 
     def said(self, pattern: str) -> re.Match[str]:
         """Wait until the server's output has something, and return it."""

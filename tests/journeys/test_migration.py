@@ -212,7 +212,9 @@ def journals(server: Server) -> None:
 
 
 def kept_in_a_maildir(server: Server) -> None:
+    before = len(server.messages())
     send(server)
+    assert len(server.messages(before + 1)) == before + 1
     assert [message["Subject"] for message in mailbox.Maildir(server.folder / "maildir")][-1:] == ["Hello Bob"]
 
 
@@ -530,7 +532,7 @@ SETUPS = (
         "letters of smtp-sink for the log",
         arguments="-v -s MAIL",
         rows=(
-            Row("smtp-sink `-v`", "the same: all events are journaled on standard error", takes_mail),
+            Row("smtp-sink `-v`", "the same; all events are journaled on standard error", takes_mail),
             Row("smtp-sink `-s COMMAND,...`", "the same; all mail events are journaled on standard error", journals),
         ),
     ),
@@ -769,11 +771,14 @@ def test_the_inbox_does_what_their_interfaces_do() -> None:
 
 
 def table() -> str:
-    """Return the rows as a table in Markdown, in the order of the programs."""
+    """Return the rows as a table in Markdown, in the order of the programs; letters that are the same share one."""
     rows = list(dict.fromkeys((row.theirs, row.ours) for setup in SETUPS for row in setup.rows))
+    letters = [theirs.removeprefix("smtp-sink ") for theirs, ours in rows if ours.startswith("the same: `penstock")]
+    rest = [row for row in rows if not row[1].startswith("the same: `penstock")]
     programs = ["smtp-sink", "Mailpit", "MailHog"]
-    rows.sort(key=lambda row: programs.index(row[0].split()[0]))
-    return "\n".join(["| there | here |", "|---|---|", *(f"| {theirs} | {ours} |" for theirs, ours in rows)])
+    rest.sort(key=lambda row: programs.index(row[0].split()[0]))
+    shown = [(f"smtp-sink {', '.join(letters)}", "the same letters of `penstock sink`"), *rest]
+    return "\n".join(["| there | here |", "|---|---|", *(f"| {theirs} | {ours} |" for theirs, ours in shown)])
 
 
 if __name__ == "__main__":

@@ -151,6 +151,8 @@ async def test_we_never_send_to_ourselves_or_to_whom_we_are_the_better_one() -> 
         with pytest.raises(ResolveError, match="for this server itself") as error:
             await resolver.exchangers("us.example.org")
         assert error.value.status == "5.4.6"
+    to_our_address = await failure(zone, "[192.0.2.9]", own_names=["192.0.2.9"])
+    assert to_our_address.status == "5.4.6"
     error_when_best = await failure(zone, own_names=["first.example.org"])
     assert (error_when_best.status, error_when_best.is_permanent) == ("5.4.6", True)
 

@@ -72,6 +72,7 @@ class _Session:
         self.stream: trio.abc.Stream = stream
         self.buffer = b""
         self.accepted = 0
+        self.has_sender = False
 
     async def run(self) -> None:
         hop = self.hop
@@ -93,9 +94,10 @@ class _Session:
                 if (await self.answer("DATA")).startswith("3"):
                     await self.data()
             else:
-                said = await self.answer(verb)
+                said = await self.answer(verb, "503 MAIL first" if verb == "RCPT" and not self.has_sender else "250 ok")
                 if verb == "MAIL":
                     self.accepted = 0
+                    self.has_sender = said.startswith("2")
                 elif verb == "RCPT":
                     self.accepted += said.startswith("2")
                 elif verb == "STARTTLS" and said.startswith("2"):

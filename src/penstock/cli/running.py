@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 import signal
+import sqlite3
 import sys
 from collections.abc import Awaitable, Callable
 
@@ -17,6 +18,7 @@ from penstock.config import ConfigError, Settings, check
 from penstock.inbound.connection import Connection
 from penstock.journal import Journal
 from penstock.net.listen import name_of
+from penstock.spool.spool import SpoolError
 
 _GC_THRESHOLD = 20_000
 """Objects made and not freed before the collector looks: ten thousand connections are no reason to look ten times."""
@@ -70,8 +72,16 @@ def run(
         raise click.ClickException(str(exc)) from exc
     try:
         trio.run(_serve, parts, announce, done, beside)
-    except* OSError as group:
-        raise click.ClickException(str(group.exceptions[0])) from group
+    except* (OSError, SpoolError, sqlite3.Error) as group:
+        raise click.ClickException(_innermost(group)) from group
+    finally:
+        write_to_stderr(journal.drain())  # what the relay had to say after the last session
+
+
+def _innermost(exc: BaseException) -> str:
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return str(exc)
 
 
 async def _serve(
@@ -82,6 +92,8 @@ async def _serve(
 ) -> None:
     async with trio.open_nursery() as nursery:
         await parts.delivery.start()
+        if parts.gateway is not None:
+            await nursery.start(parts.gateway.run)
         await nursery.start(_stop_on_signals, parts)
         await nursery.start(_run_worker, parts, nursery)
         # What the start has made lives as long as the process: the collector need not look at it again and again.
@@ -105,6 +117,9 @@ async def _run_worker(
     finally:
         with trio.CancelScope(shield=True):
             await parts.delivery.aclose()
+    if parts.gateway is not None:
+        parts.gateway.stop()
+        await parts.gateway.over.wait()
     nursery.cancel_scope.cancel()
 
 
@@ -119,6 +134,8 @@ async def _stop_on_signals(parts: Parts, *, task_status: trio.TaskStatus[None] =
                 parts.worker.stop()
             else:
                 parts.worker.abort()
+                if parts.gateway is not None:
+                    parts.gateway.abort()
 
 
 def addresses_of(parts: Parts) -> list[str]:

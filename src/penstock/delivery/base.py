@@ -66,3 +66,30 @@ class HasRoom(Protocol):
 
         Asked for each MAIL: must not block, and has to cost next to nothing.
         """
+
+
+class Flow(Protocol):
+    """A message that is passed on while its client sends it (see `Streams`). After `abort` everything does nothing."""
+
+    def feed_nowait(self, chunk: bytes) -> bool:
+        """Take the next octets of the body. Return False when there is no room: then `await feed(chunk)`."""
+
+    async def feed(self, chunk: bytes) -> None:
+        """Take the next octets of the body, and wait for room, within bounds."""
+
+    async def finish(self, message: Message) -> Reply:
+        """Do what `Delivery.accept` does, now that the message is whole and was judged. It is the one of `open`."""
+
+    def abort(self) -> None:
+        """Forget the message: its client has left, or it was refused. Nothing of it may be delivered."""
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """The add-on of a delivery that begins with a message before its end.
+
+    The body is collected beside, as for any other delivery: `accept` is for messages that were not streamed.
+    """
+
+    def open(self, head: Message) -> Flow | None:
+        """Begin with a message whose body is still to come; None when it can not be streamed. Must not block."""

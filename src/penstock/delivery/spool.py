@@ -23,7 +23,7 @@ class Relay(Protocol):
     def lane_of(self, recipient: Recipient) -> str:
         """Return the lane that a recipient waits in."""
 
-    def takes(self, octets: int) -> bool:
+    def takes(self, lanes: Sequence[str], octets: int) -> bool:
         """Say whether a message of so many octets would be attempted at once, so that it need not be read back."""
 
     def offer(self, entries: Sequence[Entry]) -> None:
@@ -52,7 +52,7 @@ class SpoolDelivery:
     async def accept(self, message: Message) -> Reply:
         """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for its errors."""
         lanes = self._lanes(message)
-        is_taken = self._relay.takes(message.size)
+        is_taken = self._relay.takes(lanes, message.size)
         try:
             entries = await self._spool.put(message, lanes, is_taken=is_taken)
         except (OSError, sqlite3.Error, SpoolFullError) as exc:
@@ -61,13 +61,13 @@ class SpoolDelivery:
 
     def accept_later(self, message: Message, done: Callable[[Reply], None]) -> None:
         """Do the same without a task, for a body that the database takes; a larger one needs `accept`."""
-        relay = self._relay
+        lanes = self._lanes(message)
 
         def written(failure: BaseException | None, entries: list[Entry]) -> None:
             done(_refusal(failure) if failure is not None else self._accepted(message, entries))
 
         try:
-            self._spool.put_later(message, self._lanes(message), written, is_taken=relay.takes(message.size))
+            self._spool.put_later(message, lanes, written, is_taken=self._relay.takes(lanes, message.size))
         except SpoolFullError as exc:
             done(_refusal(exc))
 

@@ -704,11 +704,14 @@ class Connection:
             if accepted is not None and not accepted.accepts:
                 return accepted
         try:
-            reply = await gate.delivery.accept(message)
+            reply = await self._deliver(message)
         except Exception as exc:  # noqa: BLE001 - a delivery that breaks has not taken the message
             gate.journal.error(self.number, "delivery", exc)
             return replies.TRY_LATER
         return accepted if accepted is not None and reply.accepts else reply
+
+    def _deliver(self, message: Message) -> Awaitable[Reply]:
+        return self._gate.delivery.accept(message)
 
     def _drop_body(self, cause: str) -> None:
         """Forget a message that had begun and will not end."""

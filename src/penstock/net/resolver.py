@@ -129,7 +129,7 @@ class Resolver:
         random_source: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`own_names` are those of this server, which it must not send to (RFC 5321 5.1).
+        """`own_names` are names and addresses of this server, which it must not send to (RFC 5321 5.1).
 
         Raise ValueError for servers that are none.
         """
@@ -149,6 +149,8 @@ class Resolver:
         """
         if domain.startswith("["):
             address = _literal(domain)
+            if address in self._own_names:
+                raise ResolveError("5.4.6", f"the mail of {domain} is for this server itself", is_permanent=True)
             return [Exchanger(0, address, (address,))]
         name = _ascii_form(domain)
         hosts = await self._hosts_of(name)

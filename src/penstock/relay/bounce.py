@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import msgspec
 
@@ -67,6 +67,7 @@ class TextBody:
     """A body in memory that nobody counts: that of a report."""
 
     text: bytes
+    in_memory: ClassVar[bool] = True
 
     @property
     def size(self) -> int:

@@ -95,6 +95,7 @@ class Exchange:
         self._hop = hop
         self._is_lmtp = is_lmtp
         self._pipelines = offer.pipelining
+        self._reports = offer.dsn
         self._is_at_once = at_once
         self._places = job.take(min(offer.max_recipients, recipients))
         known = job.envelope.recipients
@@ -309,7 +310,7 @@ class Exchange:
 
     def _final(self, answer: Answer) -> Result:
         """Return what an answer to the text means."""
-        return Result.of(answer, self._hop) if answer.code < 300 else self._refusal(answer)
+        return Result.of(answer, self._hop, reports=self._reports) if answer.code < 300 else self._refusal(answer)
 
     def lose(self, text: str, said: Answer | None = None) -> None:
         """Give up: the connection is lost. Who has no result yet is deferred, whatever the hop has said before.

@@ -126,13 +126,15 @@ class Result(NamedTuple):
     """The name of the hop."""
     is_said: bool = True
     """The text is the hop's; otherwise it is ours."""
+    reports: bool = False
+    """The hop has heard what the sender wants to be told, and will tell it (RFC 3461 5.2.1)."""
 
     @classmethod
-    def of(cls, answer: Answer, hop: str) -> Result:
+    def of(cls, answer: Answer, hop: str, *, reports: bool = False) -> Result:
         """Return what an answer means."""
         code = answer.code
         kind = Outcome.DELIVERED if code < 300 else Outcome.FAILED if code >= 500 else Outcome.DEFERRED
-        return cls(kind, answer.text, answer.status, hop)
+        return cls(kind, answer.text, answer.status, hop, True, reports)
 
 
 Delivered = Sequence[Result]

@@ -100,7 +100,7 @@ class AnswerReader:
 
     def next(self) -> Answer | None:
         """Return the next answer, None before it is whole. Raise ProtocolError for what is none, or too long."""
-        while True:
+        while self._place < len(self._buffer):
             line = _LINE.match(self._buffer, self._place)
             if line is None:
                 self._expect_more()
@@ -120,6 +120,7 @@ class AnswerReader:
             if mark != b"-":
                 lines, self._lines = tuple(self._lines), []
                 return Answer(code, lines)
+        return None
 
     def _expect_more(self) -> None:
         """Raise ProtocolError when what is there will be no line of an answer, whatever comes."""

@@ -165,21 +165,26 @@ class Spool:
 
     # ---- out
 
-    async def due_lanes(self, now: float, limit: int) -> list[LaneDue]:
-        """Return lanes that have something due, the earliest first. An index, never a scan."""
-        return await self._committer.do(lambda store: store.due_lanes(now, limit))
+    async def due_lanes(self, now: float, limit: int, until: float = 0.0) -> list[LaneDue]:
+        """Return lanes that have something due, the earliest first. An index, never a scan.
+
+        They are not found again before `until`, unless something is put into them: whoever asks takes from them.
+        """
+        return await self._committer.do(lambda store: store.due_lanes(now, limit, until))
 
     async def next_due(self) -> float | None:
         """Return when the first lane is due, perhaps too early; None when nothing waits."""
         return await self._committer.do(lambda store: store.next_due())
 
-    async def take(self, lane: str, now: float, limit: int, octets: int) -> list[Entry]:
+    async def take(self, lane: str, now: float, limit: int, octets: int, until: float = 0.0) -> list[Entry]:
         """Take out what a lane has due: at most so many recipients and octets, but at least one message.
+
+        What else is due is not found by `due_lanes` before `until`: whoever takes, takes again.
 
         The attempt is recorded when this returns. A cancelled call may have taken entries nobody gets: they are due
         again at the next start, so cancel it only then.
         """
-        return await self._committer.do(lambda store: store.take(lane, now, limit, octets))
+        return await self._committer.do(lambda store: store.take(lane, now, limit, octets, until))
 
     async def settle(
         self, settlements: Sequence[Settlement], messages: Sequence[tuple[Message, Sequence[str]]] = ()

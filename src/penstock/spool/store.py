@@ -279,11 +279,17 @@ class Store:
             "UPDATE lane SET due_at = ? WHERE number = ? AND (due_at IS NULL OR due_at > ?)", (when, lane, when)
         )
 
-    def due_lanes(self, now: float, limit: int) -> list[LaneDue]:
-        """Return lanes that have something due, the earliest first."""
+    def due_lanes(self, now: float, limit: int, until: float = 0.0) -> list[LaneDue]:
+        """Return lanes that have something due, the earliest first. They are not found again before `until`."""
         found = self._database.execute(
-            "SELECT name, due_at FROM lane WHERE due_at <= ? ORDER BY due_at LIMIT ?", (now, limit)
-        )
+            "SELECT name, due_at FROM lane WHERE due_at <= ? ORDER BY due_at, number LIMIT ?", (now, limit)
+        ).fetchall()
+        if found and until > now:
+            self._database.execute(
+                "UPDATE lane SET due_at = ? WHERE number IN"
+                " (SELECT number FROM lane WHERE due_at <= ? ORDER BY due_at, number LIMIT ?)",
+                (until, now, limit),
+            )
         return [LaneDue(*row) for row in found]
 
     def next_due(self) -> float | None:
@@ -299,19 +305,20 @@ class Store:
             "UPDATE lane SET due_at = ? WHERE number = ? AND due_at < ?", (until, self._lane(name), until)
         )
 
-    def _look_again(self, lane: int) -> None:
+    def _look_again(self, lane: int, now: float, until: float) -> None:
         self._database.execute(
-            "UPDATE lane SET due_at = (SELECT min(due_at) FROM recipient WHERE lane = ? AND state = 0)"
-            " WHERE number = ?",
-            (lane, lane),
+            "UPDATE lane SET due_at = (SELECT CASE WHEN min(due_at) <= ? THEN max(min(due_at), ?) ELSE min(due_at) END"
+            " FROM recipient WHERE lane = ? AND state = 0) WHERE number = ?",
+            (now, until, lane, lane),
         )
 
     # ---- taking
 
-    def take(self, name: str, now: float, limit: int, octets: int) -> list[Entry]:
+    def take(self, name: str, now: float, limit: int, octets: int, until: float = 0.0) -> list[Entry]:
         """Take out what a lane has due: at most so many recipients, and bodies of so many octets, but at least one.
 
-        The attempt is recorded: once the transaction is committed it may be made.
+        The attempt is recorded: once the transaction is committed it may be made. What else is due is not found by
+        `due_lanes` before `until`.
         """
         lane = self._lane(name)
         execute = self._database.execute
@@ -334,7 +341,7 @@ class Store:
             entries.append(entry)
         taken = [row.number for entry in entries for row in entry.rows]
         self._for_each("UPDATE recipient SET state = 1, attempts = attempts + 1 WHERE number IN", taken)
-        self._look_again(lane)
+        self._look_again(lane, now, until)
         return entries
 
     def _entry(self, lane: str, number: int, rows: list[tuple[int, int, str, bytes | None, int]]) -> Entry | None:

@@ -1,0 +1,264 @@
+"""Who starts when: closed loop and open loop, ramps, the clocks, the end.
+
+In a closed loop a session that is free starts the next message. In an open loop messages have intended starts, evenly
+at the rate; one that finds no session free waits for it, and its latency counts from when it was to start. So a server
+that stalls is charged for all the messages that it kept from starting, not for the few that happened to be under way
+(coordinated omission).
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import ssl
+from collections import deque
+from time import perf_counter_ns
+from typing import Final
+
+import trio
+
+from penstock.load.counts import Counts
+from penstock.load.plan import Plan
+from penstock.load.session import Job, Session
+from penstock.load.texts import all_texts
+from penstock.net._poll import Poller
+from penstock.net.stream import watch_sockets
+from penstock.net.tls import client_context
+from penstock.smtp.client import Capabilities
+
+_MOST_WAITING: Final = 1_000_000
+"""Intended starts that may wait for a session; more are dropped, and counted."""
+_TICK: Final = 0.001
+"""Seconds between two looks at what is to start."""
+_RETRY: Final = 0.05
+"""Seconds before a session that could not connect tries again."""
+_FAILURES: Final = 10
+"""Connections in a row that came to nothing, per session, before the run is given up."""
+
+
+class Generator:
+    """A run. `run` returns when it is over."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Raise PlanError, OSError."""
+        plan.check()
+        self.plan = plan
+        self.counts = Counts()
+        self.poller = Poller()
+        self.tls: ssl.SSLContext | None = None
+        if plan.tls != "none":
+            self.tls = client_context(verify=plan.ca_file is not None, ca_file=str(plan.ca_file or ""))
+        self.tls_session: ssl.SSLSession | None = None
+        self.known_offer = (b"", Capabilities())
+        self._texts = all_texts(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
+        self._sessions: list[Session] = []
+        self._idle: list[Session] = []
+        self._started = 0
+        """Messages that were given a session."""
+        self._promised = 0
+        """Sessions that connect, and have not asked for a message yet."""
+        self._intended: deque[int] = deque()
+        self._is_pacing = plan.rate is not None
+        self.is_stopping = False
+        """`stop` was called."""
+        self._open = 0
+        self._failures = 0
+        """Connections in a row that brought no message to an end."""
+        self._over = trio.Event()
+        self._nursery: trio.Nursery
+
+    @property
+    def open_sessions(self) -> int:
+        """Connections that are open."""
+        return self._open
+
+    @property
+    def is_over(self) -> bool:
+        """The last session has ended."""
+        return self._over.is_set()
+
+    def stop(self) -> None:
+        """Start nothing any more; what is under way may end."""
+        self.is_stopping = True
+        self._is_pacing = False
+        self._intended.clear()
+        self._dismiss_idle()
+
+    # ---- what sessions see
+
+    def next_job(self, session: Session) -> Job | None:
+        """Return the next message; None when there is none now."""
+        plan = self.plan
+        if session.is_promised:
+            session.is_promised = False
+            self._promised -= 1
+        if self.is_stopping or (plan.messages is not None and self._started >= plan.messages):
+            return None
+        intended = 0
+        if plan.rate is not None:
+            if not self._intended:
+                return None
+            intended = self._intended.popleft()
+        self._started += 1
+        return Job(self._started, self._texts[self._started % len(self._texts)], intended)
+
+    def wait_for_job(self, session: Session) -> bool:
+        """Have `begin` called when there is a message. Return False when there will be none."""
+        if not self._is_pacing:
+            return False
+        self._idle.append(session)
+        return True
+
+    def ended(self, session: Session) -> None:
+        """A connection is over: begin the next one, where there is work for it."""
+        self._open -= 1
+        if session.is_promised:
+            self._promised -= 1
+        if session in self._idle:
+            self._idle.remove(session)
+        if session.concluded:
+            self._failures = 0
+        else:
+            self._failures += 1
+        if self._failures > _FAILURES * self.plan.sessions:
+            self.stop()
+        if not self._has_work():
+            if self._open == 0:
+                self._over.set()
+            return
+        self._open += 1
+        self._promise(session)
+        if self._failures:
+            self._nursery.start_soon(self._connect_later, session)
+        else:
+            session.connect()
+
+    async def _connect_later(self, session: Session) -> None:
+        await trio.sleep(_RETRY)
+        session.connect()
+
+    def _promise(self, session: Session) -> None:
+        """Keep a message for a session that connects."""
+        session.is_promised = True
+        self._promised += 1
+
+    def spawn(self, session: Session, unsent: bytes) -> None:
+        """Give a session a task that runs `push`."""
+        self._nursery.start_soon(session.push, unsent)
+
+    def _has_work(self) -> bool:
+        if self.is_stopping:
+            return False
+        return self._is_pacing or (
+            len(self._intended) > self._promised
+            if self.plan.rate is not None
+            else self.plan.messages is None or self._started + self._promised < self.plan.messages
+        )
+
+    # ---- the run
+
+    async def run(self) -> Counts:
+        """Send everything, and return what was counted."""
+        plan = self.plan
+        _raise_limit()
+        gc.collect()
+        gc.freeze()
+        sources = plan.sources or ("",)
+        self._sessions = [
+            Session(self, plan.targets[n % len(plan.targets)], sources[n % len(sources)])
+            for n in range(min(plan.sessions, plan.messages or plan.sessions))
+        ]
+        self.counts = Counts()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(watch_sockets, self.poller)
+            nursery.start_soon(self._tick)
+            nursery.start_soon(self._sweep)
+            self._open = len(self._sessions)
+            if plan.duration is not None:
+                nursery.start_soon(self._stop_after, plan.duration)
+            if plan.rate is not None:
+                nursery.start_soon(self._pace, plan.rate)
+            nursery.start_soon(self._start_sessions)
+            await self._over.wait()
+            nursery.cancel_scope.cancel()
+        self.counts.ended = self.counts.begun + (perf_counter_ns() / 1e9 - self.counts.begun)
+        self.counts.tick(0)
+        self.poller.close()
+        gc.unfreeze()
+        return self.counts
+
+    async def _start_sessions(self) -> None:
+        """Start the sessions, one after the other within the ramp of a closed loop."""
+        pause = self.plan.ramp / len(self._sessions) if self.plan.rate is None else 0.0
+        for session in self._sessions:
+            self._promise(session)
+        for number, session in enumerate(self._sessions):
+            session.connect()
+            if pause:
+                await trio.sleep(pause)
+            elif number % 100 == 99:
+                await trio.lowlevel.checkpoint()
+
+    async def _stop_after(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+        self.stop()
+
+    async def _pace(self, rate: float) -> None:
+        """Let messages start at the rate."""
+        begun = perf_counter_ns()
+        number = 0
+        most = self.plan.messages
+        while self._is_pacing:
+            now = perf_counter_ns()
+            while (at := begun + self._intended_at(number, rate)) <= now and (most is None or number < most):
+                number += 1
+                if len(self._intended) >= _MOST_WAITING:
+                    self.counts.dropped += 1
+                    continue
+                self._intended.append(at)
+                if self._idle:
+                    self._idle.pop().begin()
+                else:
+                    self.counts.late += 1
+            if number == most:
+                self._is_pacing = False
+                self._dismiss_idle()
+                return
+            await trio.sleep(_TICK)
+
+    def _intended_at(self, number: int, rate: float) -> int:
+        """Return when a message is to start, in nanoseconds from the begin; the rate grows evenly within the ramp."""
+        ramp = self.plan.ramp
+        in_ramp = rate * ramp / 2
+        if number < in_ramp:
+            return int((2 * number * ramp / rate) ** 0.5 * 1e9)
+        return int((ramp + (number - in_ramp) / rate) * 1e9)
+
+    def _dismiss_idle(self) -> None:
+        """Let sessions that wait say QUIT."""
+        idle, self._idle = self._idle, []
+        for session in idle:
+            session.begin()
+
+    async def _tick(self) -> None:
+        """End the seconds."""
+        while True:
+            await trio.sleep(1)
+            self.counts.tick(self._open)
+
+    async def _sweep(self) -> None:
+        """End the connections that wait too long for an answer."""
+        timeout = self.plan.timeout
+        while True:
+            await trio.sleep(min(1.0, timeout / 4))
+            before = perf_counter_ns() - int(timeout * 1e9)
+            for session in self._sessions:
+                if session.is_waiting and session.asked_at < before:
+                    session.fail("timeout", f"no answer within {timeout:g} s")
+
+
+def _raise_limit() -> None:
+    """Allow as many descriptors as the system lets us have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

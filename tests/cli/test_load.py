@@ -1,0 +1,71 @@
+"""`penstock load`: exit codes, reports, comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.journeys.running import Server, serving
+
+
+@pytest.fixture(scope="module")
+def sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("sink"), "", "sink") as server:
+        yield server
+
+
+def load(*words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock", "load", *words], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_run_ends_with_a_table_and_a_json_report(sink: Server, tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    out = load(sink.address, "--messages", "50", "--reuse", "--auth", "a:secret", "--report", str(report), code=1)
+    assert "not as it should be" in out, "AUTH is not offered there"
+    assert "secret" not in report.read_text()
+    out = load(sink.address, "--messages", "50", "--reuse", "--report", str(report))
+    assert "50 accepted" in out
+    told = json.loads(report.read_bytes())
+    assert (told["report"], told["schema"], told["accepted"]) == ("penstock load", 1, 50)
+    assert told["phases"]["message"]["count"] == 50
+    assert sum(count for phase, code, count in told["replies"] if phase == "dot" and code == 250) == 50
+
+
+def test_a_page_needs_nothing_but_itself(sink: Server, tmp_path: Path) -> None:
+    report = tmp_path / "run.html"
+    load(sink.address, "--messages", "20", "--report", str(report), "--helo", "a<b>&c.example")
+    page = report.read_text()
+    assert "<svg" in page
+    assert "a&lt;b&gt;&amp;c.example" in page
+    assert not re.search(r"<script|<link|src=|@import|url\(|https?://", page)
+
+
+def test_two_reports_are_compared(sink: Server, tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        load(sink.address, "--messages", "20", "--report", str(tmp_path / name))
+    out = load("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert "message p99 ms" in out
+    (tmp_path / "c.json").write_text("{}")
+    assert "no report" in load("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"), code=2)
+
+
+def test_wrong_words_are_named() -> None:
+    assert "HOST:PORT" in load(code=2)
+    assert "a target looks like" in load("127.0.0.1:x", code=2)
+    assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
+    assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)
+
+
+def test_a_dead_target_is_an_error(tmp_path: Path) -> None:
+    out = load(f"unix:{tmp_path}/nobody", "--messages", "1", "--sessions", "1", code=1)
+    assert "enoent" in out

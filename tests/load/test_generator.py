@@ -1,0 +1,272 @@
+"""Runs of the generator against Penstock's own worker, and against servers that misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from penstock.auth.users import UsersFile
+from penstock.load.counts import Counts
+from penstock.load.generator import Generator
+from penstock.load.plan import Plan, Target
+from tests.inbound.test_worker import LISTENER, running
+
+TLS = LISTENER.replace('"none"', '"starttls"')
+
+
+async def run(port: int, **words: Any) -> Counts:
+    plan = Plan(targets=[Target("127.0.0.1", port)], **{"messages": 40, "sessions": 4, "per_connection": 0, **words})
+    with trio.fail_after(60):
+        return await Generator(plan).run()
+
+
+def is_clean(counts: Counts, messages: int = 40) -> bool:
+    """All were sent, all were accepted, and no connection ended otherwise than it should."""
+    return (counts.attempted, counts.accepted, counts.failed, dict(counts.errors)) == (messages, messages, 0, {})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"per_connection": 1},
+        {"per_connection": 3},
+        {"pipelining": True},
+        {"chunking": True},
+        {"pipelining": True, "chunking": True},
+        {"recipients": 5},
+        {"recipients": 5, "pipelining": True},
+        {"size": "300000", "messages": 8},
+        {"size": "300000", "messages": 8, "chunking": True, "header": True},
+        {"rate": 1000.0, "ramp": 0.01},
+        {"ramp": 0.01},
+    ],
+)
+async def test_all_that_is_sent_arrives_once(tmp_path: Path, words: dict[str, Any]) -> None:
+    async with running(tmp_path) as server:
+        counts = await run(server.port, **words)
+    accepted = server.events("accepted")
+    messages = words.get("messages", 40)
+    assert is_clean(counts, messages), counts.as_report()
+    marks = [record["from"].partition("@")[0] for record in accepted]
+    assert sorted(marks) == sorted(f"seq-run-{number}" for number in range(1, messages + 1))
+    assert {record["recipients"] for record in accepted} == {words.get("recipients", 1)}
+    assert sum(record["size"] for record in accepted) == pytest.approx(counts.octets, rel=0.01)
+    assert counts.phases["message"].count == counts.phases["dot"].count == messages
+    per_connection = words.get("per_connection", 0)
+    least = -(-messages // per_connection) if per_connection else 4
+    assert least <= counts.connections < least + 4
+
+
+async def test_a_connection_is_made_for_each_message_and_no_more(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        counts = await run(server.port, per_connection=1, messages=41)
+    assert len(server.events("connected")) == counts.connections == 41
+
+
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+@pytest.mark.parametrize("words", [{}, {"per_connection": 1}, {"resumption": False, "per_connection": 1}])
+async def test_mail_travels_in_tls_and_the_certificate_is_checked(
+    tmp_path: Path, mode: str, words: dict[str, Any]
+) -> None:
+    async with running(tmp_path, TLS.replace("starttls", mode)) as server:
+        counts = await run(server.port, tls=mode, ca_file=tmp_path / "tls" / "ca.pem", messages=8, **words)
+    assert is_clean(counts, 8), counts.as_report()
+    assert len(server.events("tls")) == counts.phases["tls"].count == counts.connections
+
+
+async def test_a_certificate_of_somebody_else_ends_the_run(tmp_path: Path) -> None:
+    async with running(tmp_path, TLS) as server:
+        elsewhere = tmp_path / "elsewhere"
+        async with running(elsewhere, TLS):
+            counts = await run(server.port, tls="starttls", ca_file=elsewhere / "tls" / "ca.pem", sessions=1)
+    assert counts.accepted == 0
+    assert set(counts.errors) == {"tls"}
+
+
+async def test_a_user_authenticates(tmp_path: Path) -> None:
+    UsersFile(tmp_path / "users").add("alice", "secret", replace=False)
+    async with running(tmp_path, f"{TLS}auth.required = true\n") as server:
+        counts = await run(server.port, tls="starttls", user="alice", password="secret", messages=4)
+        assert is_clean(counts, 4), counts.as_report()
+        counts = await run(server.port, tls="starttls", user="alice", password="wrong", sessions=1)
+        assert counts.accepted == 0
+        assert counts.errors["refused"] > 0
+
+
+async def test_lmtp_gets_an_answer_for_each_recipient(tmp_path: Path) -> None:
+    async with running(tmp_path, f'{LISTENER}kind = "lmtp"\n') as server:
+        counts = await run(server.port, lmtp=True, recipients=3, messages=4)
+    assert is_clean(counts, 4)
+    assert counts.phases["dot"].count == 12
+
+
+async def test_refusals_are_counted_by_phase_and_code(tmp_path: Path) -> None:
+    async with running(tmp_path, f'domains = ["example.org"]\n{LISTENER}') as server:
+        counts = await run(server.port)
+        assert (counts.accepted, counts.refused) == (0, 40)
+        assert counts.replies["rcpt", 554] + counts.replies["rcpt", 550] == 40
+        counts = await run(server.port, pipelining=True)
+        assert (counts.accepted, counts.refused) == (0, 40)
+        counts = await run(server.port, recipient="bob@example.org")
+        assert is_clean(counts)
+
+
+async def test_a_duration_ends_the_run(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        counts = await run(server.port, messages=None, duration=0.1)
+    assert counts.accepted == counts.attempted > 0
+
+
+async def test_a_target_that_is_not_there_ends_the_run_with_an_error() -> None:
+    listener = trio.socket.socket()
+    await listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    listener.close()
+    counts = await run(port, sessions=1)
+    assert counts.accepted == 0
+    assert set(counts.errors) <= {"connect refused", "reset"}
+
+
+# ---- servers that misbehave
+
+Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+async def against(handler: Handler, **words: Any) -> Counts:
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+        counts = await run(listeners[0].socket.getsockname()[1], **words)
+        nursery.cancel_scope.cancel()
+    return counts
+
+
+async def serve_simply(stream: trio.SocketStream, before: Callable[[bytes], Awaitable[None]]) -> None:
+    """Be a server that accepts everything; `before` is awaited before each answer."""
+    await stream.send_all(b"220 simple\r\n")
+    in_text, buffer = False, b""
+    try:
+        while data := await stream.receive_some(65_536):
+            buffer += data
+            while b"\r\n" in buffer:
+                line, _, buffer = buffer.partition(b"\r\n")
+                if in_text and line != b".":
+                    continue
+                verb = b"." if in_text else line[:4].upper()
+                in_text = verb == b"DATA"
+                await before(verb)
+                await stream.send_all(
+                    b"354 go on\r\n" if in_text else b"250 ok\r\n" if verb != b"QUIT" else b"221 bye\r\n"
+                )
+    except trio.BrokenResourceError:
+        return
+
+
+async def test_what_waits_behind_a_stall_is_charged_with_it() -> None:
+    """No coordinated omission: one stalled answer delays all the messages that were to start meanwhile."""
+    stalled = [False]
+
+    async def stall_once(verb: bytes) -> None:
+        if verb == b"." and not stalled[0]:
+            stalled[0] = True
+            await trio.sleep(0.2)
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await serve_simply(stream, stall_once)
+
+    counts = await against(handler, sessions=1, rate=1000.0, messages=300)
+    assert counts.accepted == 300
+    assert counts.late > 0
+    dot, message = counts.phases["dot"], counts.phases["message"]
+    assert dot.percentile(90) < 100e6, "most answers came at once"
+    assert message.percentile(50) > dot.percentile(90), "but half of the messages started late"
+    assert message.max >= dot.max
+
+
+async def test_a_server_that_says_nothing_times_out() -> None:
+    async def silent(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1)
+
+    counts = await against(silent, sessions=1, messages=1, timeout=0.1)
+    assert set(counts.errors) == {"timeout"}
+
+
+async def test_a_server_that_hangs_up_in_the_middle_loses_the_message() -> None:
+    async def hang_up(stream: trio.SocketStream) -> None:
+        async def before(verb: bytes) -> None:
+            if verb == b"DATA":
+                await stream.aclose()
+
+        with_end = serve_simply(stream, before)
+        try:
+            await with_end
+        except trio.ClosedResourceError:
+            return
+
+    counts = await against(hang_up, sessions=1, messages=3)
+    assert counts.accepted == 0
+    assert counts.lost == counts.attempted > 0
+    assert set(counts.errors) <= {"closed", "reset"}
+
+
+@pytest.mark.parametrize(
+    ("greeting", "kind"), [(b"421 too busy\r\n", "refused"), (b"SSH-2.0 hello\r\n", "protocol"), (b"", "closed")]
+)
+async def test_a_server_that_does_not_greet_is_told_apart(greeting: bytes, kind: str) -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(greeting)
+        await stream.send_eof()
+        await stream.receive_some(100)
+
+    counts = await against(handler, sessions=1, messages=2)
+    assert set(counts.errors) == {kind}
+
+
+async def test_answers_in_pieces_and_of_many_lines_are_understood() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        pieces = [b"220-one\r\n220 two\r\n", b"250-a\r\n2", b"50-SIZE 100", b"0\r\n250 PIPELINING\r\n"]
+        await stream.send_all(pieces[0])
+        await stream.receive_some(100)
+        for piece in pieces[1:]:
+            await stream.send_all(piece)
+            await trio.testing.wait_all_tasks_blocked()
+        while data := await stream.receive_some(65_536):
+            if data.startswith(b"MAIL"):
+                await stream.send_all(b"250 o")
+                await trio.testing.wait_all_tasks_blocked()
+                await stream.send_all(b"k\r\n250 ok\r\n354 go\r\n")
+            elif data.startswith(b"QUIT"):
+                await stream.send_all(b"221 bye\r\n")
+            elif data.endswith(b"\r\n.\r\n"):
+                await stream.send_all(b"250-taken\r\n250 really\r\n")
+
+    counts = await against(handler, sessions=1, messages=3, pipelining=True)
+    assert is_clean(counts, 3), counts.as_report()
+
+
+async def test_what_the_server_does_not_offer_is_not_used() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        async def before(_: bytes) -> None:
+            await trio.lowlevel.checkpoint()
+
+        await serve_simply(stream, before)
+
+    counts = await against(handler, sessions=1, chunking=True, messages=1)
+    assert set(counts.errors) == {"not offered"}
+
+
+async def test_a_stopped_run_ends_with_what_is_under_way(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        plan = Plan(targets=[Target("127.0.0.1", server.port)], messages=1_000_000, per_connection=0)
+        generator = Generator(plan)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(generator.run)
+            while generator.counts.accepted < 10:
+                await trio.lowlevel.checkpoint()
+            generator.stop()
+    assert generator.counts.accepted == generator.counts.attempted == len(server.events("accepted"))
