@@ -41,6 +41,7 @@ cdef extern from *:
     }
     """
     int64_t clock_now() noexcept nogil
+    int lowest_bit "__builtin_ctz"(uint32_t bits) noexcept nogil
 
 cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object text)
@@ -254,16 +255,15 @@ cdef class Meter:
         cdef Tally tally = self.tally
         cdef uint32_t owed = self.owed
         cdef int64_t ns = now - self.began
-        cdef int phase = 0
+        cdef int phase
         while owed:
-            if owed & 1:
-                (<Histogram> (<tuple> tally.latencies)[phase]).add(ns, self.owing[phase])
-                if phase == P_MESSAGE:
-                    tally.recent_messages.add(ns, self.owing[phase])
-                tally.recent_replies.add(ns, self.owing[phase])
-                self.owing[phase] = 0
-            owed >>= 1
-            phase += 1
+            phase = lowest_bit(owed)
+            owed &= owed - 1
+            (<Histogram> (<tuple> tally.latencies)[phase]).add(ns, self.owing[phase])
+            tally.recent_replies.add(ns, self.owing[phase])
+            if phase == P_MESSAGE:
+                tally.recent_messages.add(ns, self.owing[phase])
+            self.owing[phase] = 0
         self.owed = 0
         self.said = now
 

@@ -14,6 +14,7 @@ import pytest
 PROGRAMS = {
     "test_swaks.py": ["swaks"],
     "test_postfix.py": ["postfix", "smtp-source"],
+    "test_page.py": ["chromium", "chromedriver"],
 }
 """What a file of journeys needs from Debian's packages."""
 

@@ -84,9 +84,9 @@ def sink(
 
         def announce(parts: Parts) -> None:
             counted.append(parts)
-            click.echo(f"penstock: sink on {', '.join(addresses_of(parts))}", err=True)
             faulting.begin(parts)
             account.begin(parts, faulting.desk)
+            click.echo(f"penstock: sink on {', '.join(addresses_of(parts))}", err=True)
 
         def is_done(parts: Parts) -> bool:
             if sessions is not None and parts.worker.sessions >= sessions and not parts.worker.open_connections:
