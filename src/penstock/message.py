@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, NewType, Protocol
+from typing import NamedTuple, NewType, Protocol, runtime_checkable
 
 MessageId = NewType("MessageId", str)
 """Names one accepted message for ever: 20 characters, letters and digits, increasing within a process."""
@@ -114,6 +114,18 @@ class Body(Protocol):
 
     def close(self) -> None:
         """Give back the memory or the file; calling it again does nothing."""
+
+
+@runtime_checkable
+class Linkable(Protocol):
+    """The add-on of a body that lies in a file without a name: it can be given one, and need not be copied."""
+
+    def link(self, path: os.PathLike[str]) -> bool:
+        """Give the file a name, and write its text to stable storage: it outlives this body then.
+
+        The entry in the folder is for the caller to sync. Return False when the file can not have this name, because
+        it lies on another file system for example. Blocks on the disk. Raise OSError when it can not be written.
+        """
 
 
 @dataclass(frozen=True, slots=True)

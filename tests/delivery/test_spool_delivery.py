@@ -115,7 +115,7 @@ async def test_what_could_not_be_written_is_not_accepted(
 
 async def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
     async with delivery_into(tmp_path) as (delivery, spool):
-        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 20").fetchall())
+        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 18").fetchall())
         assert (await later(delivery, b"x" * 90_000)).code == 250
         assert (await later(delivery, b"x" * 90_000)).code == 452
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import signal
@@ -17,14 +19,17 @@ from typing import Any
 import outcome
 import pytest
 import trio
+import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.message import Envelope, Recipient
+from penstock.inbound.body import BodyCollector, BodySettings, FileBody, MemoryBudget
+from penstock.message import Body, Envelope, Recipient
 from penstock.message import Path as MailPath
+from penstock.spool import store
 from penstock.spool.entry import DUE, Entry, LaneDue, Outcome, Put, Settlement
 from penstock.spool.spool import Spool, SpoolError, SpoolFullError, SpoolSettings
-from penstock.spool.store import Store
+from penstock.spool.store import LOCK, Store
 from tests.contracts.delivery import make_message
 
 NOW = 1_000_000.0
@@ -46,6 +51,27 @@ def settled(entry: Entry, what: Outcome, reply: str = "", next_try: float = 0.0)
 
 def text_of(entry: Entry) -> bytes:
     return entry.prefix + b"".join(entry.body.chunks())
+
+
+class Blocked:
+    """Holds the thread of the committer in a transaction until the end of the block."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._begun = threading.Event()
+        self._over = threading.Event()
+
+    async def __aenter__(self) -> None:
+        self._spool._committer.do_later(self._hold, lambda _: None)
+        while not self._begun.is_set():
+            await trio.lowlevel.checkpoint()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _hold(self, _: Store) -> None:
+        self._begun.set()
+        assert self._over.wait(30)
 
 
 async def take_all(spool: Spool, now: float = NOW) -> list[Entry]:
@@ -165,17 +191,74 @@ async def test_large_bodies_are_files_that_come_and_go_with_their_message(tmp_pa
     body = os.urandom(300_000)
     async with opened(tmp_path, body_in_file=1000) as spool:
         (entry,) = await spool.put(make_message(body), ["x"], is_taken=True)
-        (file,) = [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()]
+        (file,) = body_files(tmp_path)
         assert file.read_bytes() == body
         assert text_of(entry) == b"Received: by test\r\n" + body
         await spool.settle(settled(entry, Outcome.DELIVERED))
-        assert not file.exists()
+    assert not file.exists()
+
+
+def body_files(folder: Path) -> list[Path]:
+    return [path for path in (folder / "bodies").rglob("*") if path.is_file()]
+
+
+async def spilled(folder: Path, data: bytes) -> Body:
+    """Return a body that has come in pieces, and is in a file without a name."""
+    collector = BodyCollector(BodySettings(memory_per_message=1000), MemoryBudget(1 << 20), folder)
+    for start in range(0, len(data), 5000):
+        await collector.add(data[start : start + 5000])
+    return await collector.finish()
+
+
+async def test_a_body_that_came_into_a_file_is_not_copied(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    async with opened(tmp_path, body_in_file=1000) as spool:
+        body = await spilled(tmp_path, data)
+        assert isinstance(body, FileBody)
+        inode = os.fstat(body._descriptor).st_ino
+        (entry,) = await spool.put(make_message(b"")._replace(body=body), ["x"], is_taken=True)
+        body.close()
+        (file,) = body_files(tmp_path)
+        assert file.stat().st_ino == inode
+        assert text_of(entry).endswith(data)
+
+
+async def test_a_body_on_another_file_system_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", fail)
+    data = os.urandom(100_000)
+    async with opened(tmp_path, body_in_file=1000) as spool:
+        body = await spilled(tmp_path, data)
+        (entry,) = await spool.put(make_message(b"")._replace(body=body), ["x"], is_taken=True)
+        body.close()
+        assert text_of(entry).endswith(data)
+
+
+async def test_a_large_body_needs_no_task(tmp_path: Path) -> None:
+    heard: list[tuple[BaseException | None, list[Entry]]] = []
+    async with opened(tmp_path, body_in_file=1000) as spool:
+        for _ in range(20):
+            spool.put_later(make_message(b"x" * 2000), ["x"], lambda *what: heard.append(what), is_taken=True)
+    assert [failure for failure, _ in heard] == [None] * 20
+    assert len(body_files(tmp_path)) == 20, "a spool that is closed has written everything"
+
+
+async def test_large_bodies_that_wait_are_bounded(tmp_path: Path) -> None:
+    heard: list[BaseException | None] = []
+    async with opened(tmp_path, body_in_file=1000, waiting=3) as spool:
+        for _ in range(3):
+            spool.put_later(make_message(b"x" * 2000), ["x"], lambda failure, _: heard.append(failure))
+        with pytest.raises(SpoolFullError):
+            spool.put_later(make_message(b"x" * 2000), ["x"], lambda failure, _: heard.append(failure))
+    assert heard == [None] * 3
 
 
 async def test_files_without_a_message_are_swept_at_the_start(tmp_path: Path) -> None:
     async with opened(tmp_path, body_in_file=10) as spool:
         await spool.put(make_message(b"x" * 100), ["x"])
-    stray = tmp_path / "bodies" / "00000000" / "999"
+    stray = tmp_path / "bodies" / "99" / "999"
     stray.write_bytes(b"left by a crash")
     spool = Spool(SpoolSettings(), tmp_path)
     recovered = await spool.start()
@@ -197,20 +280,11 @@ async def test_interrupted_attempts_are_due_again_after_a_crash(tmp_path: Path) 
     await spool.aclose()
 
 
-async def test_a_spool_has_one_server(tmp_path: Path) -> None:
+async def test_a_spool_has_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_LOCK_WAIT", 0.0)
     async with opened(tmp_path):
         with pytest.raises(SpoolError, match="another server"):
             await Spool(SpoolSettings(), tmp_path).start()
-
-
-async def test_a_spool_of_another_version_is_left_alone(tmp_path: Path) -> None:
-    async with opened(tmp_path):
-        pass
-    with sqlite3.connect(tmp_path / "spool.db") as database:
-        database.execute("PRAGMA user_version = 99")
-    database.close()
-    with pytest.raises(SpoolError, match="another version"):
-        await Spool(SpoolSettings(), tmp_path).start()
 
 
 # ---- the committer
@@ -229,10 +303,10 @@ async def test_many_puts_share_a_transaction(tmp_path: Path) -> None:
 async def test_a_full_disk_refuses_and_loses_nothing(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x" * 100_000), ["x"])
-        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 20").fetchall())
+        await spool._committer.do(lambda it: it._database.execute("PRAGMA max_page_count = 18").fetchall())
         with pytest.raises(sqlite3.OperationalError, match="full"):
             await spool.put(make_message(b"y" * 100_000), ["x"])
-        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 1000000").fetchall())
+        await spool._committer.do(lambda it: it._database.execute("PRAGMA max_page_count = 1000000").fetchall())
         await spool.put(make_message(b"z" * 100_000), ["x"])
         assert [text_of(entry)[-1:] for entry in await take_all(spool)] == [b"x", b"z"]
 
@@ -245,52 +319,177 @@ async def test_a_large_body_that_can_not_be_written_leaves_nothing(
             patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "I/O error")))
             with pytest.raises(OSError, match="I/O"):
                 await spool.put(make_message(b"x" * 100), ["x"])
-        assert [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()] == []
+        assert body_files(tmp_path) == []
         assert await take_all(spool) == []
 
 
 async def test_a_wish_that_fails_costs_nobody_else(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         done: list[outcome.Outcome[object]] = []
-        block = threading.Event()
-        spool._committer.do_later(lambda _: block.wait(30), done.append)  # the three below share the next batch
-        message = make_message(b"x")
-        spool._committer.do_later(lambda _: 1 / 0, done.append)
-        spool.put_later(message, ["x"], lambda exc, _: done.append(outcome.Value(exc)))
-        block.set()
-        while len(done) < 3:
+        async with Blocked(spool):  # the two share the next batch
+            spool._committer.do_later(lambda _: 1 / 0, done.append)
+            spool.put_later(make_message(b"x"), ["x"], lambda exc, _: done.append(outcome.Value(exc)))
+        while len(done) < 2:
             await trio.lowlevel.checkpoint()
-        assert isinstance(done[1], outcome.Error)
-        assert done[2] == outcome.Value(None)
+        assert isinstance(done[0], outcome.Error)
+        assert done[1] == outcome.Value(None)
         assert len(await take_all(spool)) == 1
 
 
 async def test_what_waits_to_be_written_is_bounded(tmp_path: Path) -> None:
     async with opened(tmp_path, waiting=2) as spool:
-        block = threading.Event()
         heard: list[BaseException | None] = []
-        spool._committer.do_later(lambda _: block.wait(30), lambda _: None)
-        for _ in range(2):
-            spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
-        with pytest.raises(SpoolFullError):
-            spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
-        block.set()
+        async with Blocked(spool):
+            for _ in range(2):
+                spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
+            with pytest.raises(SpoolFullError):
+                spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
         while len(heard) < 2:
             await trio.lowlevel.checkpoint()
         await spool.put(make_message(b"x"), ["x"])
     assert heard == [None, None]
 
 
+async def test_octets_that_wait_to_be_written_are_bounded(tmp_path: Path) -> None:
+    async with opened(tmp_path, waiting_octets=1 << 20, body_in_file=4 << 20) as spool:
+        async with Blocked(spool):
+            spool.put_later(make_message(b"x" * (2 << 20)), ["x"], lambda *_: None)  # more than the bound, but alone
+            with pytest.raises(SpoolFullError):
+                spool.put_later(make_message(b"x"), ["x"], lambda *_: None)
+        await take_all(spool)
+        await spool.put(make_message(b"x"), ["x"])
+
+
 async def test_a_cancelled_question_disturbs_nobody(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
-        block = threading.Event()
-        spool._committer.do_later(lambda _: block.wait(30), lambda _: None)
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await spool.next_due()
-        block.set()
+        async with Blocked(spool), trio.open_nursery() as nursery:
+            nursery.start_soon(spool.next_due)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
         await spool.put(make_message(b"x"), ["x"])
         assert await spool.next_due() == NOW
+
+
+async def test_a_put_that_is_cancelled_is_heard_of_all_the_same(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        entries: list[Entry] = []
+
+        async def put() -> None:
+            entries.extend(await spool.put(make_message(b"x"), ["x"], is_taken=True))
+
+        async with trio.open_nursery() as nursery, Blocked(spool):
+            nursery.start_soon(put)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert len(entries) == 1
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await spool.put(make_message(b"not begun"), ["x"])
+        assert scope.cancelled_caught
+        assert await take_all(spool) == []
+
+
+async def test_a_cancelled_take_takes_nothing_or_gives_it_out(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"])
+        entries: list[Entry] = []
+
+        async def take() -> None:
+            entries.extend(await spool.take("x", NOW, 10, 1 << 20))
+
+        async with trio.open_nursery() as nursery, Blocked(spool):
+            nursery.start_soon(take)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert len(entries) == 1
+
+
+async def test_a_waiter_with_a_bug_costs_nobody_else(tmp_path: Path) -> None:
+    heard: list[object] = []
+    bugs: list[Exception] = []
+
+    def stumble(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def listen(failure: BaseException | None, _: object) -> None:
+        heard.append(failure)
+
+    async with opened(tmp_path, body_in_file=1000) as spool:
+        spool.report_bug = bugs.append
+        for octets in (10, 2000):
+            spool.put_later(make_message(b"x" * octets), ["x"], stumble)
+            spool.put_later(make_message(b"x" * octets), ["x"], listen)
+    assert heard == [None, None]
+    assert [type(bug) for bug in bugs] == [ZeroDivisionError] * 2
+
+
+async def test_a_closed_spool_says_so(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        pass
+    await spool.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await spool.next_due()
+    with pytest.raises(SpoolFullError):
+        await spool.put(make_message(b"x"), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("messages", "octets", "recipients", "transactions"),
+    [(600, 10, 1, 3), (9, 1 << 20, 1, 2), (12, 10, 1000, 3)],
+    ids=["messages", "octets", "recipients"],
+)
+async def test_a_transaction_is_bounded(
+    tmp_path: Path, messages: int, octets: int, recipients: int, transactions: int
+) -> None:
+    heard: list[BaseException | None] = []
+    to = tuple(f"{number}@x" for number in range(recipients))
+
+    def done(failure: BaseException | None, _: object) -> None:
+        heard.append(failure)
+
+    async with opened(tmp_path, body_in_file=1 << 20) as spool:
+        async with Blocked(spool):
+            before = spool.transactions
+            for _ in range(messages):
+                spool.put_later(make_message(b"x" * octets, recipients=to), ["x"] * recipients, done)
+        while len(heard) < messages:
+            await trio.lowlevel.checkpoint()
+        assert spool.transactions - before == 1 + transactions
+    assert set(heard) == {None}
+
+
+async def test_a_recipient_without_a_message_is_not_found_due_for_ever(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"])
+        await spool.put(make_message(b"y"), ["x"])
+        await spool._committer.do(lambda it: it._database.execute("DELETE FROM message WHERE number = 1"))
+        assert [text_of(entry)[-1:] for entry in await take_all(spool)] == [b"y"]
+        assert await spool.next_due() is None
+
+
+async def test_a_server_waits_for_a_command_that_looks_at_the_lock(tmp_path: Path) -> None:
+    tmp_path.joinpath(LOCK).touch()
+    looking = os.open(tmp_path / LOCK, os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    timer = threading.Timer(0.1, os.close, (looking,))
+    timer.start()
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"])
+    timer.join()
+
+
+async def test_a_spool_that_could_not_be_opened_lets_everything_go(tmp_path: Path) -> None:
+    async with opened(tmp_path):
+        pass
+    with sqlite3.connect(tmp_path / "spool.db") as database:
+        database.execute("PRAGMA user_version = 99")
+    for _ in range(2):
+        with pytest.raises(SpoolError, match="another version"):
+            await Spool(SpoolSettings(), tmp_path).start()
+    database.execute("PRAGMA user_version = 2")
+    database.close()
+    async with opened(tmp_path):
+        pass
 
 
 # ---- a crash, for real
@@ -355,8 +554,9 @@ def test_any_order_of_events_leaves_what_a_list_would_hold(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[Any, ...]]
 ) -> None:
     """The store holds what a dictionary of recipients holds, and never finds due what is not, nor misses what is."""
-    store = Store(tmp_path_factory.mktemp("spool"))
-    store.open()
+    queue = Store(tmp_path_factory.mktemp("spool"))
+    queue.open()
+    queue._database.execute("PRAGMA synchronous = OFF")  # it is not the disk that is tested
     now = NOW
     due: dict[int, tuple[str, float]] = {}
     """Row -> lane, when: those that wait."""
@@ -366,17 +566,18 @@ def test_any_order_of_events_leaves_what_a_list_would_hold(
         if step[0] == "wait":
             now += step[1]
         elif step[0] == "crash":
-            store.close()
-            store.open()
+            queue.close()
+            queue.open()
+            queue._database.execute("PRAGMA synchronous = OFF")
             due |= {row: (lane, now) for row, lane in out.items()}
             out.clear()
             continue
-        with store.transaction():
+        with queue.transaction():
             if step[0] == "put":
-                number = store.new_number()
+                number = queue.new_number()
                 recipients = tuple(f"{place}@{lane}" for place, lane in enumerate(step[1]))
                 message = make_message(b"x", recipients=recipients)
-                store.put([Put(number, message, b"x", step[1], step[2])], now)
+                queue.put([Put(number, message, b"x", step[1], step[2])], now)
                 for place, lane in enumerate(step[1]):
                     row = (number << 20) + place
                     if step[2]:
@@ -384,7 +585,7 @@ def test_any_order_of_events_leaves_what_a_list_would_hold(
                     else:
                         due[row] = (lane, now)
             elif step[0] == "take":
-                entries = store.take(step[1], now, step[2], 1 << 30)
+                entries = queue.take(step[1], now, step[2], 1 << 30)
                 rows = [row.number for entry in entries for row in entry.rows]
                 could = sorted((when, row) for row, (lane, when) in due.items() if lane == step[1] and when <= now)
                 assert len(rows) == min(step[2], len(could))
@@ -396,18 +597,18 @@ def test_any_order_of_events_leaves_what_a_list_would_hold(
             elif step[0] == "settle" and out:
                 row = sorted(out)[step[1] % len(out)]
                 lane = out.pop(row)
-                store.settle([Settlement(row, lane, step[2], "", now + step[3])])
+                queue.settle([Settlement(row, lane, step[2], "", now + step[3])])
                 if step[2] in (Outcome.DEFERRED, Outcome.RETURNED):
                     due[row] = (lane, now + step[3])
             lanes = {lane for lane, when in due.values() if when <= now}
-            assert {found.lane for found in store.due_lanes(now, 10)} >= lanes
-            first = store.next_due()
+            assert {found.lane for found in queue.due_lanes(now, 10)} >= lanes
+            first = queue.next_due()
             assert (first is None) is (not due)
             assert first is None or first <= min(when for _, when in due.values())
-            held = {number for (number,) in store._database.execute("SELECT number FROM recipient")}
+            held = {number for (number,) in queue._database.execute("SELECT number FROM recipient")}
             assert held == due.keys() | out.keys()
-            waiting = store._database.execute("SELECT number FROM recipient WHERE state = ?", (DUE,))
+            waiting = queue._database.execute("SELECT number FROM recipient WHERE state = ?", (DUE,))
             assert {number for (number,) in waiting} == due.keys()
-            messages = {number for (number,) in store._database.execute("SELECT number FROM message")}
+            messages = {number for (number,) in queue._database.execute("SELECT number FROM message")}
             assert messages == {row >> 20 for row in held}
-    store.close()
+    queue.close()

@@ -111,6 +111,16 @@ class FileBody:
             place += len(chunk)
             yield chunk
 
+    def link(self, path: os.PathLike[str]) -> bool:
+        """Give the file a name and sync it; False when it can not have that one. Raise OSError."""
+        try:
+            # The link in /proc is followed only by linkat(2), which os.link uses only when it is given a folder.
+            os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
+        except OSError:
+            return False  # another file system, no /proc, a name that is taken: it can be copied
+        os.fsync(self._descriptor)
+        return True
+
     def close(self) -> None:
         """Let the file go."""
         if self._descriptor >= 0:

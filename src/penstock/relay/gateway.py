@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -64,6 +65,7 @@ class Gateway:
         Raise OSError, sqlite3.Error or SpoolError when the spool can not be opened. What is said by the clients must
         have come to its end before `stop`: the spool is closed then.
         """
+        self.spool.report_bug = partial(self._journal.error, 0, "spool")
         recovered = await self.spool.start()
         try:
             self._journal.recovered(*recovered)

@@ -1,17 +1,30 @@
-"""Bodies that are too large for the database: a file each, synced before its row is written."""
+"""Bodies that are too large for the database: a file each, synced before its row is written.
+
+The folders that the files lie in are made and synced when the spool is opened, and stay: a file is on stable storage
+once it and its own folder are synced, whoever else writes at the same time.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from penstock.message import Body
+import outcome
+import trio
+
+from penstock.message import Body, Linkable
 
 _CHUNK: Final = 128 * 1024
+_FOLDERS: Final = 100
+"""Folders that the files are spread over, so that none grows without end: a million files are 10,000 in each."""
+_THREADS: Final = 8
+"""Files that are being written, synced and removed at a time."""
 
 
 class StoredBody:
@@ -58,14 +71,24 @@ class FiledBody:
 
 
 class BodyFiles:
-    """The folder of the files, each named by the number of its message."""
+    """The folder of the files, each named by the number of its message. All methods block on the disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def prepare(self) -> None:
+        """Make the folders, on stable storage. Raise OSError."""
+        folders = [self._folder / f"{number:02d}" for number in range(_FOLDERS)]
+        if all(folder.is_dir() for folder in folders):
+            return
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sync(self._folder)
+        sync(self._folder.parent)
+
     def path(self, number: int) -> Path:
-        """Return the file of a message: a thousand share a folder, so that none grows without end."""
-        return self._folder / f"{number // 1000:08d}" / str(number)
+        """Return the file of a message."""
+        return self._folder / f"{number % _FOLDERS:02d}" / str(number)
 
     def body(self, number: int, size: int) -> FiledBody:
         """Return the body of a message."""
@@ -74,19 +97,16 @@ class BodyFiles:
     def write(self, number: int, body: Body) -> None:
         """Write a body to stable storage. Raise OSError, and leave nothing behind then."""
         path = self.path(number)
-        is_new = not path.parent.exists()
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
-                for chunk in body.chunks():
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
-            _sync(path.parent)
-            if is_new:
-                _sync(self._folder)
+            if not (isinstance(body, Linkable) and body.link(path)):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
+                    for chunk in body.chunks():
+                        view = memoryview(chunk)
+                        while view:
+                            view = view[file.write(view) :]
+                    os.fsync(file.fileno())
+            sync(path.parent)
         except BaseException:
             self.remove(number)
             raise
@@ -105,18 +125,80 @@ class BodyFiles:
                 yield int(path.name) if path.name.isdecimal() else -1
 
     def sweep(self, kept: Collection[int]) -> int:
-        """Remove the files of messages that are not there, and empty folders. Return how many files that were."""
+        """Remove the files of messages that are not there. Return how many that were."""
         stray = [number for number in self.numbers() if number >= 0 and number not in kept]
         for number in stray:
             self.remove(number)
-        if self._folder.is_dir():
-            for folder in self._folder.iterdir():
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
         return len(stray)
 
 
-def _sync(folder: Path) -> None:
+Done = Callable[[outcome.Outcome[None]], None]
+
+
+class BodyThreads:
+    """The threads that write and remove files, a few at a time. All methods belong to the loop."""
+
+    def __init__(self, files: BodyFiles, report_bug: Callable[[Exception], None]) -> None:
+        """`report_bug` is told what a `done` raises."""
+        self._files = files
+        self._report_bug = report_bug
+        self._token: trio.lowlevel.TrioToken
+        self._wanted: deque[tuple[Callable[[], None], Done]] = deque()
+        self._running = 0
+        self._idle = trio.Event()
+
+    def start(self) -> None:
+        """Take note of the loop."""
+        self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def waiting(self) -> int:
+        """Files that are to be written or removed."""
+        return len(self._wanted) + self._running
+
+    def write_later(self, number: int, body: Body, done: Done) -> None:
+        """Write a body to stable storage, then call `done` in the loop, with an OSError when that has failed."""
+        self._wanted.append((partial(self._files.write, number, body), done))
+        self._begin()
+
+    def remove_later(self, number: int) -> None:
+        """Remove the file of a message that is over."""
+        self._wanted.append((partial(self._files.remove, number), lambda _: None))
+        self._begin()
+
+    async def aclose(self) -> None:
+        """Wait for all that was wanted."""
+        while self.waiting:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    def _begin(self) -> None:
+        while self._wanted and self._running < _THREADS:
+            act, done = self._wanted.popleft()
+            self._running += 1
+            over = partial(self._over_soon, done)
+            try:
+                trio.lowlevel.start_thread_soon(act, over)
+            except RuntimeError as exc:  # no thread to be had
+                over(outcome.Error(exc))
+
+    def _over_soon(self, done: Done, result: outcome.Outcome[None]) -> None:
+        """Tell the loop, from a thread."""
+        self._token.run_sync_soon(self._over, done, result)
+
+    def _over(self, done: Done, result: outcome.Outcome[None]) -> None:
+        self._running -= 1
+        self._begin()
+        if not self.waiting:
+            self._idle.set()
+        try:
+            done(result)
+        except Exception as exc:  # noqa: BLE001 - a bug of one who waits is not to cost the others
+            self._report_bug(exc)
+
+
+def sync(folder: Path) -> None:
+    """Write the entries of a folder to stable storage. Raise OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

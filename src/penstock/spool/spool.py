@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import msgspec
 import outcome
 import trio
 
 from penstock.message import Message
+from penstock.spool.bodies import BodyThreads
 from penstock.spool.committer import Committer, SpoolFullError
 from penstock.spool.entry import Entry, LaneDue, Put, Recovered, Row, Settlement
 from penstock.spool.store import PLACES, SpoolError, Store
 
 __all__ = ["Spool", "SpoolError", "SpoolFullError", "SpoolSettings"]
-
-_FILES_AT_A_TIME: Final = 8
-"""Large bodies that are being written and synced at a time."""
 
 
 class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,12 +51,21 @@ class Spool:
         self._settings = settings
         self._store = Store(folder)
         self._clock = clock
+        self.report_bug: Callable[[Exception], None] = traceback.print_exception
+        """Told what those who put messages raise when they are told what became of them."""
         self._committer = Committer(
-            self._store, clock, most_waiting=settings.waiting, most_octets=settings.waiting_octets
+            self._store,
+            clock,
+            self._tell_of_bug,
+            most_waiting=settings.waiting,
+            most_octets=settings.waiting_octets,
         )
-        self._writers = trio.CapacityLimiter(_FILES_AT_A_TIME)
+        self._threads = BodyThreads(self._store.files, self._tell_of_bug)
         self.became_due: Callable[[Sequence[str]], None] = _nobody_waits
         """Told the lanes of each message that was put and not taken, so that the relay need not poll."""
+
+    def _tell_of_bug(self, exc: Exception) -> None:
+        self.report_bug(exc)
 
     @property
     def puts(self) -> int:
@@ -73,19 +81,18 @@ class Spool:
         """Open the spool and make good what a crash has left. Raise OSError, sqlite3.Error, SpoolError."""
         recovered = await trio.to_thread.run_sync(_open, self._store)
         self._committer.start()
+        self._threads.start()
         return recovered
 
     async def aclose(self) -> None:
         """Write what waits, and close."""
-        await self._committer.aclose()
         with trio.CancelScope(shield=True):
+            await self._threads.aclose()  # what is written goes to the committer
+            await self._committer.aclose()
+            await self._threads.aclose()  # what that could not write is removed
             await trio.to_thread.run_sync(self._store.close)
 
     # ---- in
-
-    def fits(self, message: Message) -> bool:
-        """Say whether a body goes into the database, so that `put_later` is enough."""
-        return message.body.size <= self._settings.body_in_file
 
     def put_later(
         self,
@@ -95,53 +102,57 @@ class Spool:
         *,
         is_taken: bool = False,
     ) -> None:
-        """Write a message whose body `fits`; `lanes` has the lane of each recipient.
+        """Write a message; `lanes` has the lane of each recipient. Its body is not to be closed before `done`.
 
-        `done` is called in the loop: with the exception that kept it from being written (OSError, sqlite3.Error), or
-        with None once it is on stable storage. With `is_taken` it is written as being attempted, and `done` gets the
-        entries to attempt, one a lane; their bodies are that of the message. Raise SpoolFullError.
+        `done` is called in the loop: with the exception that kept it from being written (OSError, sqlite3.Error,
+        SpoolFullError), or with None once it is on stable storage. With `is_taken` it is written as being attempted,
+        and `done` gets the entries to attempt, one a lane; a body of the database is in them, and one in a file is read
+        from the file. Raise SpoolFullError.
         """
-        put = Put(self._store.new_number(), message, b"".join(message.body.chunks()), lanes, is_taken)
+        is_filed = message.body.size > self._settings.body_in_file
+        number = self._store.new_number()
+        put = Put(number, message, None if is_filed else b"".join(message.body.chunks()), lanes, is_taken)
 
         def written(result: outcome.Outcome[Any]) -> None:
             if isinstance(result, outcome.Error):
+                if is_filed:
+                    self._threads.remove_later(number)
                 done(result.error, [])
                 return
             done(None, self._entries(put) if is_taken else [])
             if not is_taken:
                 self.became_due(lanes)
 
-        self._committer.put_later(put, written)
+        if not is_filed:
+            self._committer.put_later(put, written)
+            return
+
+        def filed(result: outcome.Outcome[Any]) -> None:
+            if isinstance(result, outcome.Error):
+                done(result.error, [])
+                return
+            try:
+                self._committer.put_later(put, written)
+            except SpoolFullError as exc:
+                written(outcome.Error(exc))
+
+        self._committer.check_room(0, self._threads.waiting)
+        self._threads.write_later(number, message.body, filed)
 
     async def put(self, message: Message, lanes: Sequence[str], *, is_taken: bool = False) -> list[Entry]:
-        """Do what `put_later` does, for a body of any size. Raise what it tells `done`, and SpoolFullError."""
-        number = self._store.new_number()
-        data: bytes | None = None
-        if self.fits(message):
-            data = b"".join(message.body.chunks())
-        else:
-            await trio.to_thread.run_sync(self._store.files.write, number, message.body, limiter=self._writers)
-        put = Put(number, message, data, lanes, is_taken)
-        try:
-            await self._written(put)
-        except BaseException:
-            if data is None:
-                self._store.files.remove(number)
-            raise
-        if is_taken:
-            return self._entries(put)
-        self.became_due(lanes)
-        return []
+        """Do what `put_later` does and return its entries. Raise what it tells `done`, and SpoolFullError.
 
-    async def _written(self, put: Put) -> None:
-        """Wait until a message is written. Not to be cancelled: whatever was begun is over when this returns."""
+        Not to be cancelled once it has begun: whatever becomes of the message, the caller hears it.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
 
-        def done(result: outcome.Outcome[Any]) -> None:
-            trio.lowlevel.reschedule(task, result)
+        def done(failure: BaseException | None, entries: list[Entry]) -> None:
+            trio.lowlevel.reschedule(task, outcome.Value(entries) if failure is None else outcome.Error(failure))
 
-        self._committer.put_later(put, done)
-        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        self.put_later(message, lanes, done, is_taken=is_taken)
+        entries: list[Entry] = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return entries
 
     def _entries(self, put: Put) -> list[Entry]:
         """Return the entries of a message that was put as taken, one a lane."""
@@ -181,17 +192,16 @@ class Spool:
 
         What else is due is not found by `due_lanes` before `until`: whoever takes, takes again.
 
-        The attempt is recorded when this returns. A cancelled call may have taken entries nobody gets: they are due
-        again at the next start, so cancel it only then.
+        The attempt is recorded when this returns. Not to be cancelled once it has begun: what was taken is given out.
         """
-        return await self._committer.do(lambda store: store.take(lane, now, limit, octets, until))
+        return await self._committer.do(lambda store: store.take(lane, now, limit, octets, until), whole=True)
 
     async def settle(
         self, settlements: Sequence[Settlement], messages: Sequence[tuple[Message, Sequence[str]]] = ()
     ) -> None:
         """Write the ends of attempts, and put the messages that tell of them, in one transaction: both or neither.
 
-        The messages (bounces, notices) have bodies in memory.
+        The messages (bounces, notices) have bodies in memory. Not to be cancelled once it has begun.
         """
         puts = [
             Put(self._store.new_number(), message, b"".join(message.body.chunks()), lanes)
@@ -204,9 +214,8 @@ class Spool:
                 store.put(puts, now)
             return store.settle(settlements)
 
-        filed = await self._committer.do(act)
-        for number in filed:
-            await trio.to_thread.run_sync(self._store.files.remove, number)
+        for number in await self._committer.do(act, whole=True):
+            self._threads.remove_later(number)
         for _, lanes in messages:
             self.became_due(lanes)
 
