@@ -10,6 +10,7 @@ from penstock.cli.load import load
 from penstock.cli.serve import serve
 from penstock.cli.sink import sink
 from penstock.cli.spool import spool
+from penstock.cli.top import top
 from penstock.cli.user import user
 
 EPILOG = """\b
@@ -17,6 +18,7 @@ Examples:
   penstock serve                              a complete server on 127.0.0.1:2525, Maildir below ./penstock-data
   penstock serve --config penstock.toml       as the file says
   penstock sink --messages 10000              take 10,000 messages, forget them, print counts
+  penstock sink --web 127.0.0.1:8025          the same with a live page; `penstock top` shows it in a terminal
   penstock config describe > penstock.toml    every key with its meaning and its default
   penstock user add alice                     a user who may authenticate
 """
@@ -36,4 +38,5 @@ main.add_command(sink)
 main.add_command(load)
 main.add_command(spool)
 main.add_command(config)
+main.add_command(top)
 main.add_command(user)

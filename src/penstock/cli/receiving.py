@@ -274,10 +274,11 @@ def table_of(report: Report) -> Group:
         ("a second", f"{messages.accepted / max(report.seconds, 1e-3):,.0f} messages"),
     ):
         head.add_row(name, value)
-    return Group(head, _latency_table(report), _reply_table(report), *_sequence_tables(report), *_fault_tables(report))
+    return Group(head, latency_table(report), reply_table(report), *_sequence_tables(report), *_fault_tables(report))
 
 
-def _latency_table(report: Report) -> Table:
+def latency_table(report: Report) -> Table:
+    """Return the latencies by phase."""
     table = Table(title="Latencies", box=None, title_style="bold", header_style="dim")
     table.add_column("phase")
     for name in ("count", "p50", "p90", "p99", "max"):
@@ -291,7 +292,8 @@ def _shown(latency: Latency) -> tuple[int, ...]:
     return (latency.p50, latency.p90, latency.p99, latency.max)
 
 
-def _reply_table(report: Report) -> Table:
+def reply_table(report: Report) -> Table:
+    """Return the replies by phase and code, refusals in colour."""
     table = Table(title="Replies", box=None, title_style="bold", header_style="dim")
     for name in ("phase", "code", "status"):
         table.add_column(name)
