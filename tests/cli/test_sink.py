@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import smtplib
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from penstock.cli.main import main
+from penstock.sequence import mark
 from penstock.sink.desk import describe_faults
 from tests.journeys.running import serving
 
@@ -72,6 +74,36 @@ def test_faults_are_in_the_receipts(tmp_path: Path) -> None:
         ("magic", "rcpt", "reply 450 4.2.2"),
         ("magic", "dot", "reply 552 5.2.2"),
     }
+
+
+def test_the_log_tells_each_fault(tmp_path: Path) -> None:
+    """Two runs with the same seed are compared by their logs, whatever the number of sessions."""
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN)
+    logs = []
+    for order in (1, -1):
+        log = tmp_path / f"faults{order}.jsonl"
+        arguments = ("--faults", str(plan), "--seed", "4", "--fault-log", str(log))
+        with serving(tmp_path / "data", "", "sink", *arguments) as server:
+            for number in range(1, 31)[::order]:
+                with (
+                    smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+                    suppress(smtplib.SMTPRecipientsRefused),
+                ):
+                    client.sendmail(f"{mark('run', number)}@x.example", ["b@example.org"], "Hello")
+            assert server.stop() == 0
+        logs.append([json.loads(line) for line in log.read_text().splitlines()])
+    one, other = ({each["sequence"] for each in log} for log in logs)
+    assert one == other
+    assert 5 < len(one) < 25
+    assert logs[0][0]["rule"] == "half"
+    assert logs[0][0]["action"] == "reply 450 4.2.1"
+
+
+def test_a_log_that_can_not_be_written_says_so(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["sink", "--fault-log", str(tmp_path / "no" / "such" / "folder")])
+    assert result.exit_code == 1
+    assert "No such file or directory" in result.output
 
 
 def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ PROGRAMS = {
     "test_swaks.py": ["swaks"],
     "test_postfix.py": ["postfix", "smtp-source"],
     "test_page.py": ["chromium", "chromedriver"],
+    "test_sink_faults.py": ["postfix", "swaks"],
 }
 """What a file of journeys needs from Debian's packages."""
 
@@ -26,7 +27,7 @@ def _find(program: str) -> str | None:
 def missing(name: str) -> list[str]:
     """Return the programs a file needs and this machine has not."""
     found = [program for program in PROGRAMS.get(name, []) if _find(program) is None]
-    if name == "test_postfix.py" and os.geteuid() != 0:
+    if "postfix" in PROGRAMS.get(name, []) and os.geteuid() != 0:
         found.append("root (Postfix starts as nobody else)")
     return found
 

@@ -68,8 +68,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def postfix(next_hop: Server, *, tls: bool) -> Iterator[int]:
-    """Run a Postfix of our own that relays everything to the server; yield its port."""
+def postfix(next_hop: Server, *, tls: bool, settings: str = "") -> Iterator[int]:
+    """Run a Postfix of our own that relays everything to the server; yield its port. `settings` go to its main.cf."""
     # Not below pytest's folder: other users' processes have to get in, and paths of sockets are short.
     folder = Path(tempfile.mkdtemp(prefix="penstock-postfix-"))
     folder.chmod(0o755)
@@ -80,7 +80,7 @@ def postfix(next_hop: Server, *, tls: bool) -> Iterator[int]:
         shutil.chown(folder / "data", "postfix")
         level = "encrypt" if tls else "none"
         main_cf = MAIN_CF.format(folder=folder, next_hop=next_hop.port, tls=level, ca_file=next_hop.ca_file)
-        (folder / "config" / "main.cf").write_text(main_cf)
+        (folder / "config" / "main.cf").write_text(main_cf + settings)
         (folder / "config" / "master.cf").write_text(MASTER_CF.format(port=port))
         control(folder, "start")
         try:

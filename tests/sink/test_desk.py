@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from penstock.sink.desk import FaultDesk, describe_faults, to_toml
-from penstock.sink.faults import FaultEngine, FaultLog, Occasion
+from penstock.sink.desk import FaultDesk, FaultFile, describe_faults, to_toml
+from penstock.sink.faults import AppliedFault, FaultEngine, FaultLog, Occasion
 from penstock.sink.plan import PHASES, PlanSettings, parse_plan
 from penstock.sink.report import FaultCount
 
@@ -81,3 +83,13 @@ def test_the_rules_of_the_description_can_be_used() -> None:
     rule = [line[1:] for line in lines if line.startswith(("#[[rule]]", "#at =", "#keeps", "#split", "#read_rate"))]
     text = "\n".join([*rule, 'phase = "dot"', 'reply = "450"'])
     assert parse_plan(text) == parse_plan('[[rule]]\nphase = "dot"\nreply = "450"')
+
+
+def test_a_log_on_a_full_disk_does_not_stop_the_sink() -> None:
+    log = FaultFile(Path("/dev/full"))
+    fault = AppliedFault("x", "mail", "reply 450", 1, "a@b", "", "")
+    for _ in range(1000):
+        log.on_fault(fault)
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    assert sum(log.counts.values()) == 1000

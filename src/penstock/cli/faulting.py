@@ -18,7 +18,7 @@ from penstock.inbound.connection import Connection
 from penstock.sink.anybody import Anybody
 from penstock.sink.certificates import Certificates
 from penstock.sink.connection import faulty
-from penstock.sink.desk import FaultDesk, describe_faults
+from penstock.sink.desk import FaultDesk, FaultFile, describe_faults
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.plan import NO_PLAN, PlanError, load_plan
 
@@ -42,6 +42,11 @@ _OPTIONS: Final = (
         "--magic/--no-magic",
         default=True,
         help="Recipients such as 450-4.2.2@, delay-2s@ or drop@ ask for a fault [default: yes].",
+    ),
+    click.option(
+        "--fault-log",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="Write each fault to this file, one JSON object a line.",
     ),
     click.option(
         "--describe-faults",
@@ -68,16 +73,26 @@ class Faulting:
     """The faults of one run of a sink. Made before the worker, whose connections ask the engine."""
 
     def __init__(
-        self, letters: LetterWishes, plan_file: Path | None, seed: int | None, *, magic: bool, auth: bool
+        self,
+        letters: LetterWishes,
+        plan_file: Path | None = None,
+        seed: int | None = None,
+        *,
+        fault_log: Path | None = None,
+        magic: bool = True,
+        auth: bool = False,
     ) -> None:
         """Raise click.UsageError for wishes that can not be met, ClickException for a plan that can not be read."""
         letters.check()
         self.letters = letters
         self._offers_auth = auth
-        self._plan_file, self._seed, self._has_magic = plan_file, seed, magic
+        self._plan_file, self._seed = plan_file, seed
         if auth and "a" in letters.given:
             raise click.UsageError("-a and --auth exclude each other")
-        self._log = FaultLog()
+        try:
+            self._log = FaultLog() if fault_log is None else FaultFile(fault_log)
+        except OSError as exc:
+            raise click.ClickException(f"{fault_log}: {exc.strerror}") from exc
         self._engine = FaultEngine(receipts=self._log, has_magic=magic)
         self._certificates: Certificates | None = None
         self.desk = FaultDesk(self._engine, self._log, seed=seed)
@@ -86,8 +101,8 @@ class Faulting:
     def take(cls, options: dict[str, Any]) -> Faulting:
         """Take what is about faults out of the options of a command."""
         letters = LetterWishes.take(options)
-        plan_file, seed, magic, auth = (options.pop(name) for name in ("plan_file", "seed", "magic", "auth"))
-        return cls(letters, plan_file, seed, magic=magic, auth=auth)
+        own = {name: options.pop(name) for name in ("plan_file", "seed", "fault_log", "magic", "auth")}
+        return cls(letters, **own)
 
     def prepare(self, settings: Settings) -> Settings:
         """Load the plan, make the certificates, and return the settings as the letters have them. Raise OSError."""
@@ -127,3 +142,11 @@ class Faulting:
                 door.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.window)
             if self.letters.backlog is not None:
                 door.listener.listen(self.letters.backlog)
+
+    def end(self) -> None:
+        """Finish the log. Raise ClickException when it is not whole."""
+        try:
+            if isinstance(self._log, FaultFile):
+                self._log.close()
+        except OSError as exc:
+            raise click.ClickException(f"--fault-log: {exc.strerror}") from exc

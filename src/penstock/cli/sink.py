@@ -103,6 +103,7 @@ def sink(
             beside=lambda _: account.run(faulting.desk),
         )
         for parts in counted:
+            faulting.end()
             is_complete = account.end()
             click.echo(_report(_counts(parts, account), as_json=as_json))
             if not is_complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import tomli_w
 
 from penstock import schema
 from penstock.sink import faults
-from penstock.sink.faults import FaultEngine, FaultLog
+from penstock.sink.faults import AppliedFault, FaultEngine, FaultLog
 from penstock.sink.magic import GRAMMAR
 from penstock.sink.plan import PlanSettings, parse_plan
 from penstock.sink.report import FaultCount
@@ -55,6 +56,35 @@ class FaultDesk:
         """Start over: the counts, and the plan."""
         self._engine.reset()
         self._log.clear()
+
+
+class FaultFile(FaultLog):
+    """A log that also writes each fault to a file, one JSON object a line: what is compared between two runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Begin the file anew. Raise OSError."""
+        super().__init__()
+        self._file = path.open("wb")
+        self.failure: OSError | None = None
+        """Why there is no more in it; the sink goes on."""
+
+    def on_fault(self, fault: AppliedFault) -> None:
+        """Count, keep, and write."""
+        super().on_fault(fault)
+        if self.failure is None:
+            try:
+                self._file.write(msgspec.json.encode(fault._asdict()) + b"\n")
+            except OSError as exc:
+                self.failure = exc
+
+    def close(self) -> None:
+        """Write what is left. Raise OSError when the file is not whole."""
+        try:
+            self._file.close()
+        except OSError as exc:
+            self.failure = self.failure or exc
+        if self.failure is not None:
+            raise self.failure
 
 
 def to_toml(plan: PlanSettings) -> str:
