@@ -1,0 +1,412 @@
+"""`python -m bench.crash`: what becomes of mail when things are killed, filled up, broken and cut. Seeded and bounded.
+
+A gateway (`penstock serve`, spool, one route) stands between senders and a next hop (another Penstock that delivers
+into a Maildir and syncs before its 250). Senders give each message a number of its own and remember which of them were
+answered with 250. Meanwhile a scenario does harm:
+
+    kill     the gateway is killed with SIGKILL at random moments and started again
+    hop      the next hop is
+    full     the spool lies on a small file system that others fill up and empty again
+    write    each so-manieth write, sync or open below the spool fails with EIO or ENOSPC (an LD_PRELOAD library)
+    cut      both sides are reached through proxies that cut connections at random octets, replies to the dot above all
+
+Then the harm ends and the spool runs empty. Every message with a 250 must have arrived, none may be damaged, and each
+that arrived twice must be one whose delivery was in flight when something was killed or cut: the spool or the journal
+says so. Exit code 1 when one of this does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import random
+import re
+import shutil
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.cutting import CuttingProxy
+from bench.failing import failing_writes
+from bench.measure import ENVIRONMENT, free_port
+
+_SENDERS = 8
+_PATIENCE = 120.0
+"""Seconds in which the spool has to run empty once the harm has ended."""
+_NUMBER = re.compile(rb"^X-Number: (\d+) ([0-9a-f]{64})\r?$", re.MULTILINE)
+
+
+@dataclass
+class Account:
+    """What was sent, and what is known of it. Shared by the senders' threads."""
+
+    seed: int
+    accepted: set[int] = field(default_factory=set)
+    """Numbers answered with 250."""
+    refused: Counter[int] = field(default_factory=Counter)
+    """Other answers, by code."""
+    broken: int = 0
+    """Attempts without an answer."""
+    in_flight: set[int] = field(default_factory=set)
+    """Numbers that were being delivered when something was killed or cut."""
+    _next: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def number(self) -> int:
+        """Return a number for the next message."""
+        with self._lock:
+            self._next += 1
+            return self._next
+
+    @property
+    def sent(self) -> int:
+        """Messages that were tried."""
+        return self._next
+
+
+def text_of(number: int, seed: int) -> bytes:
+    """Return a message that carries its number and its own digest; some are large, some full of dots and 8-bit."""
+    rng = random.Random(f"{seed}/{number}")
+    size = rng.choice([200, 2_000, 2_000, 20_000, 20_000, 300_000])
+    lines = []
+    while size > 0:
+        line = rng.choice([b".", b"..", b"", b"From x", b"\xc3\xa9" * 20, rng.randbytes(24).hex().encode()])
+        lines.append(line)
+        size -= len(line) + 2
+    body = b"\r\n".join(lines) + b"\r\n"
+    digest = hashlib.sha256(body).hexdigest()
+    return b"Subject: crash\r\nX-Number: %d %s\r\n\r\n" % (number, digest.encode()) + body
+
+
+class Program:
+    """A `penstock serve` that can be killed and started again, on the same port."""
+
+    def __init__(self, folder: Path, toml: str, environment: dict[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.port = free_port()
+        self.journal = folder / "journal"
+        self.config = folder / "penstock.toml"
+        self.config.write_text(toml.replace("{port}", str(self.port)))
+        self._environment = {**ENVIRONMENT, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, and wait until it greets."""
+        with self.journal.open("ab") as journal:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "penstock", "serve", "--config", str(self.config)],
+                stdout=journal,
+                stderr=journal,
+                env=self._environment,
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
+                if sock.recv(512).startswith((b"220", b"421")):
+                    return
+            time.sleep(0.05)
+        raise RuntimeError(f"it did not start: {self.journal.read_text(errors='replace')[-2000:]}")
+
+    def kill(self) -> None:
+        """Kill it as a power failure would."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> int:
+        """Stop it gently and return its exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(timeout=60)
+
+    def end(self) -> None:
+        """Kill it if it still runs."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+    def spool(self, *words: str) -> bytes:
+        """Return what `penstock spool` prints."""
+        command = [sys.executable, "-m", "penstock", "spool", *words, "--config", str(self.config)]
+        return subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT).stdout
+
+
+_HOP = """hostname = "hop.example"
+data_dir = "data"
+delivery = { kind = "maildir" }
+journal = { events = "errors" }
+[[listener]]
+address = "127.0.0.1:{port}"
+max_size = 0
+tls.mode = "none"
+"""
+_GATEWAY = """hostname = "gateway.example"
+data_dir = "data"
+journal = { format = "json", events = "mail" }
+delivery = { kind = "spool" }
+spool = { reserve_octets = 0, reserve_inodes = 0 }
+[relay]
+retry = [1.0, 1.0, 2.0, 2.0]
+jitter = 0.1
+expire_after = 86400.0
+[[route]]
+next_hop = "smtp://127.0.0.1:{hop}"
+tls = "none"
+[[listener]]
+address = "127.0.0.1:{port}"
+max_size = 0
+tls.mode = "none"
+"""
+
+
+@dataclass
+class House:
+    """A gateway, its next hop, and the way to them."""
+
+    gateway: Program
+    hop: Program
+    account: Account
+    entrance: int
+    """The port that senders connect to."""
+    rng: random.Random
+    harm: int
+    """How often harm is to be done."""
+
+    def note_in_flight(self) -> None:
+        """Remember what the spool of a gateway that does not run says is being delivered."""
+        for line in json.loads(self.gateway.spool("list", "--state", "attempting", "--limit", "0", "--json")):
+            found = re.match(r"n(\d+)@", line["sender"])
+            assert found is not None, line
+            self.account.in_flight.add(int(found[1]))
+
+
+def _send_until(stop: threading.Event, port: int, account: Account, seed: int) -> None:
+    """Be a sender: a few messages a connection, each a new number; whatever breaks, go on."""
+    rng = random.Random(seed)
+    while not stop.is_set():
+        try:
+            with smtplib.SMTP("127.0.0.1", port, local_hostname="sender.example", timeout=30) as client:
+                for _ in range(rng.randrange(1, 20)):
+                    number = account.number()
+                    recipients = [f"r{i}@example.org" for i in range(rng.choice([1, 1, 1, 3]))]
+                    client.sendmail(f"n{number}@example.com", recipients, text_of(number, account.seed))
+                    account.accepted.add(number)
+                    if stop.is_set():
+                        return
+        except smtplib.SMTPResponseException as exc:
+            account.refused[exc.smtp_code] += 1
+            stop.wait(0.05)
+        except (smtplib.SMTPException, OSError):
+            account.broken += 1
+            stop.wait(0.02)
+
+
+@contextlib.contextmanager
+def _senders(house: House) -> Iterator[None]:
+    stop = threading.Event()
+    threads = [
+        threading.Thread(target=_send_until, args=(stop, house.entrance, house.account, house.rng.randrange(1 << 30)))
+        for _ in range(_SENDERS)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+# ---- the scenarios: each does its harm so often, while mail flows
+
+
+def kill_gateway(house: House) -> None:
+    """Kill the gateway."""
+    for _ in range(house.harm):
+        time.sleep(house.rng.uniform(0.05, 0.8))
+        house.gateway.kill()
+        house.note_in_flight()
+        house.gateway.start()
+
+
+def kill_hop(house: House) -> None:
+    """Kill the next hop."""
+    for _ in range(house.harm):
+        time.sleep(house.rng.uniform(0.1, 0.8))
+        house.hop.kill()
+        time.sleep(house.rng.uniform(0, 0.5))
+        house.hop.start()
+
+
+def fill_disk(house: House) -> None:
+    """Fill the file system that the spool lies on, and empty it again."""
+    ballast = house.gateway.folder / "data" / "ballast"
+    for _ in range(house.harm):
+        with contextlib.suppress(OSError), ballast.open("wb") as file:
+            while True:
+                file.write(bytes(65_536))
+        time.sleep(house.rng.uniform(0.3, 1.0))
+        ballast.unlink()
+        time.sleep(house.rng.uniform(0.3, 1.0))
+
+
+def wait_and_see(house: House) -> None:
+    """Let a harm that comes by itself go on."""
+    time.sleep(house.harm * 0.5)
+
+
+# ---- the accounts
+
+
+def _wait_until_empty(house: House) -> None:
+    """Wait until the gateway has delivered everything."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        if json.loads(house.gateway.spool("stats", "--json"))["messages"] == 0:
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"the spool did not run empty: {house.gateway.spool('stats').decode()}")
+
+
+_IN_DOUBT = re.compile(r'"from": ?"n(\d+)@[^\n]*in doubt')
+
+
+def _arrived(house: House) -> tuple[Counter[int], list[str]]:
+    """Return how often each number has arrived, and what is wrong with those that are damaged."""
+    counts: Counter[int] = Counter()
+    damaged = []
+    for path in (house.hop.folder / "data" / "maildir" / "new").iterdir():
+        data = path.read_bytes()
+        found = _NUMBER.search(data)
+        body = data.partition(b"\r\n\r\n")[2]
+        if found is None or hashlib.sha256(body).hexdigest().encode() != found[2]:
+            damaged.append(path.name)
+        else:
+            counts[int(found[1])] += 1
+    return counts, damaged
+
+
+def settle_accounts(house: House) -> list[str]:
+    """Compare what was promised with what has arrived; print it, and return what is wrong."""
+    account = house.account
+    journal = house.gateway.journal.read_text(errors="replace")
+    account.in_flight.update(int(number) for number in _IN_DOUBT.findall(journal))
+    counts, damaged = _arrived(house)
+    lost = account.accepted - counts.keys()
+    duplicates = {number for number, count in counts.items() if count > 1}
+    unexplained = duplicates - account.in_flight
+    unasked = len(counts.keys() - account.accepted)
+    print(
+        f"  {account.sent} messages tried, {len(account.accepted)} answered with 250, refused {dict(account.refused)}, "
+        f"{account.broken} attempts broken off\n"
+        f"  arrived {len(counts)} ({unasked} of them without a heard 250); lost {len(lost)}, damaged {len(damaged)}; "
+        f"{len(duplicates)} arrived more than once, {len(unexplained)} of them not in flight "
+        f"({len(account.in_flight)} were in flight when harm was done)",
+        flush=True,
+    )
+    return [
+        *(f"lost: {number}" for number in sorted(lost)[:10]),
+        *(f"damaged: {name}" for name in damaged[:10]),
+        *(f"more than once, and not in flight: {number}" for number in sorted(unexplained)[:10]),
+    ]
+
+
+@contextlib.contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    """Mount a small file system; needs root."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+SCENARIOS: dict[str, Callable[[House], None]] = {
+    "kill": kill_gateway,
+    "hop": kill_hop,
+    "full": fill_disk,
+    "write": wait_and_see,
+    "cut": wait_and_see,
+}
+
+
+def play(name: str, harm: int, seed: int, folder: Path) -> list[str]:
+    """Play a scenario and return what is wrong."""
+    rng = random.Random(f"{seed}/{name}")
+    with contextlib.ExitStack() as stack:
+        hop = Program(folder / "hop", _HOP)
+        way_out = stack.enter_context(CuttingProxy(hop.port, rng.randrange(1 << 30))) if name == "cut" else None
+        home = folder / "gateway"
+        if name == "full":
+            stack.enter_context(_small_disk(home / "data"))
+        environment = failing_writes(folder, home / "data" / "spool", rng.randrange(1 << 30)) if name == "write" else {}
+        gateway = Program(home, _GATEWAY.replace("{hop}", str(way_out.port if way_out else hop.port)), environment)
+        way_in = stack.enter_context(CuttingProxy(gateway.port, rng.randrange(1 << 30))) if name == "cut" else None
+        house = House(gateway, hop, Account(seed), way_in.port if way_in else gateway.port, rng, harm)
+        for program in (hop, gateway):
+            stack.callback(program.end)
+            program.start()
+        with _senders(house):
+            SCENARIOS[name](house)
+        for proxy in (way_in, way_out):
+            if proxy is not None:
+                proxy.stop_cutting()
+        if name == "write":
+            failing_writes(folder, None, 0)
+        _wait_until_empty(house)
+        wrong = settle_accounts(house)
+        wrong += [f"`penstock spool check`: {line}" for line in _check(gateway)]
+        for program in (gateway, hop):
+            if program.stop() != 0:
+                wrong.append("a server did not end with exit code 0")
+        return wrong
+
+
+def _check(gateway: Program) -> list[str]:
+    try:
+        gateway.spool("check")
+    except subprocess.CalledProcessError as exc:
+        return [(exc.stdout + exc.stderr).decode()]
+    return []
+
+
+def main() -> None:
+    """Play the scenarios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--harm", type=int, default=50, help="how often harm is done")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scenarios", default=",".join(SCENARIOS))
+    parser.add_argument("--keep", action="store_true", help="keep the folder when something is wrong")
+    arguments = parser.parse_args()
+    failed = False
+    for name in arguments.scenarios.split(","):
+        folder = Path(tempfile.mkdtemp(prefix=f"penstock-crash-{name}-"))
+        print(f"{name}: harm {arguments.harm}, seed {arguments.seed}", flush=True)
+        wrong = play(name, arguments.harm, arguments.seed, folder)
+        for line in wrong:
+            print(f"  WRONG: {line}")
+        failed = failed or bool(wrong)
+        if wrong and arguments.keep:
+            print(f"  kept: {folder}")
+        else:
+            shutil.rmtree(folder)
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A proxy that cuts cables: in the middle of a line, of a body, and between a dot and its answer. Seeded."""
+
+from __future__ import annotations
+
+import random
+import selectors
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+_RESET = struct.pack("ii", 1, 0)
+Fate = Literal["whole", "client", "server", "answer"]
+
+
+@dataclass
+class _Cable:
+    """A connection through the proxy, and what is to become of it."""
+
+    client: socket.socket
+    server: socket.socket
+    fate: Fate
+    """`client`, `server`: cut after `left` octets from there; `answer`: cut when the answer to a dot comes back."""
+    left: int
+    is_reset: bool
+    texts: int = 0
+    tail: bytes = b""
+    ends: set[socket.socket] = field(default_factory=set)
+
+    def passes(self, source: socket.socket, data: bytes) -> bool:
+        """Say whether data may pass; False cuts the cable."""
+        side = "client" if source is self.client else "server"
+        if side == "client":
+            self.texts += (self.tail + data).count(b"\r\n.\r\n") - self.tail.count(b"\r\n.\r\n")
+            self.tail = (self.tail + data)[-4:]
+        if self.fate == "answer":
+            return side == "client" or self.texts <= self.left
+        if self.fate == side:
+            self.left -= len(data)
+            return self.left > 0
+        return True
+
+
+class CuttingProxy:
+    """Passes octets on between clients and a server, and cuts half of the connections somewhere. Use as a context."""
+
+    def __init__(self, server_port: int, seed: int) -> None:
+        self._server_port = server_port
+        self._rng = random.Random(seed)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._listener.setblocking(False)
+        self.port: int = self._listener.getsockname()[1]
+        self.cuts = 0
+        """Connections cut so far."""
+        self._is_cutting = True
+        self._is_over = threading.Event()
+        self._selector = selectors.DefaultSelector()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def stop_cutting(self) -> None:
+        """Let all connections pass from now on."""
+        self._is_cutting = False
+
+    def _run(self) -> None:
+        while not self._is_over.is_set():
+            for key, _ in self._selector.select(timeout=0.1):
+                if key.data is None:
+                    self._accept()
+                else:
+                    self._pass_on(key.fileobj, key.data)
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+        self._selector.close()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        try:
+            server = socket.create_connection(("127.0.0.1", self._server_port), timeout=5)
+        except OSError:
+            client.close()
+            return
+        rng = self._rng
+        fate: Fate = rng.choice(["whole", "whole", "client", "server", "answer"])
+        left = {"client": rng.randrange(1, 200_000), "server": rng.randrange(1, 2_000), "answer": rng.randrange(5)}
+        cable = _Cable(client, server, fate, left.get(fate, 0), rng.random() < 0.5)
+        for sock in (client, server):
+            sock.settimeout(10)  # both ends read: nothing stands still for long
+            self._selector.register(sock, selectors.EVENT_READ, cable)
+
+    def _pass_on(self, source: object, cable: _Cable) -> None:
+        assert isinstance(source, socket.socket)
+        target = cable.server if source is cable.client else cable.client
+        try:
+            data = source.recv(65_536)
+            if not data:
+                target.shutdown(socket.SHUT_WR)
+                self._selector.unregister(source)
+                cable.ends.add(source)
+                if len(cable.ends) == 2:
+                    cable.client.close()
+                    cable.server.close()
+                return
+            if self._is_cutting and not cable.passes(source, data):
+                self._cut(cable)
+                return
+            target.sendall(data)
+        except OSError:
+            self._cut(cable)
+
+    def _cut(self, cable: _Cable) -> None:
+        self.cuts += 1
+        for sock in (cable.client, cable.server):
+            if sock in self._selector.get_map():
+                self._selector.unregister(sock)
+            if cable.is_reset:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            sock.close()
