@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import random
@@ -33,17 +34,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.cutting import CuttingProxy
-from bench.failing import failing_writes
+from bench.failing import FailingWrites
 from bench.measure import ENVIRONMENT, free_port
 
 _SENDERS = 8
 _PATIENCE = 120.0
 """Seconds in which the spool has to run empty once the harm has ended."""
+_DELIVERED_TO = re.compile(rb"^Delivered-To: ([^\r\n]+)", re.MULTILINE)
+_BLUR = 0.1
+"""Seconds that a moment and the journal's clock may differ."""
 _NUMBER = re.compile(rb"^X-Number: (\d+) ([0-9a-f]{64})\r?$", re.MULTILINE)
 
 
@@ -52,8 +56,8 @@ class Account:
     """What was sent, and what is known of it. Shared by the senders' threads."""
 
     seed: int
-    accepted: set[int] = field(default_factory=set)
-    """Numbers answered with 250."""
+    accepted: dict[tuple[int, bytes], None] = field(default_factory=dict)
+    """Numbers and recipients answered with 250."""
     refused: Counter[int] = field(default_factory=Counter)
     """Other answers, by code."""
     broken: int = 0
@@ -157,14 +161,14 @@ _GATEWAY = """hostname = "gateway.example"
 data_dir = "data"
 journal = { format = "json", events = "mail" }
 delivery = { kind = "spool" }
-spool = { reserve_octets = 0, reserve_inodes = 0 }
-[relay]
-retry = [1.0, 1.0, 2.0, 2.0]
-jitter = 0.1
-expire_after = 86400.0
+spool = { reserve_octets = 4_000_000, reserve_inodes = 0 }
+[relay.retry]
+schedule = [1.0]
+jitter = 0.5
 [[route]]
 next_hop = "smtp://127.0.0.1:{hop}"
-tls = "none"
+tls.mode = "none"
+limits = { breaker_pause = 0.2, breaker_longest = 1.0 }
 [[listener]]
 address = "127.0.0.1:{port}"
 max_size = 0
@@ -184,6 +188,8 @@ class House:
     rng: random.Random
     harm: int
     """How often harm is to be done."""
+    moments: list[float] = field(default_factory=list)
+    """When deliveries were broken off, in seconds since the epoch."""
 
     def note_in_flight(self) -> None:
         """Remember what the spool of a gateway that does not run says is being delivered."""
@@ -203,7 +209,7 @@ def _send_until(stop: threading.Event, port: int, account: Account, seed: int) -
                     number = account.number()
                     recipients = [f"r{i}@example.org" for i in range(rng.choice([1, 1, 1, 3]))]
                     client.sendmail(f"n{number}@example.com", recipients, text_of(number, account.seed))
-                    account.accepted.add(number)
+                    account.accepted.update({(number, to.encode()): None for to in recipients})
                     if stop.is_set():
                         return
         except smtplib.SMTPResponseException as exc:
@@ -248,6 +254,7 @@ def kill_hop(house: House) -> None:
     for _ in range(house.harm):
         time.sleep(house.rng.uniform(0.1, 0.8))
         house.hop.kill()
+        house.moments.append(time.time())
         time.sleep(house.rng.uniform(0, 0.5))
         house.hop.start()
 
@@ -282,36 +289,60 @@ def _wait_until_empty(house: House) -> None:
     raise RuntimeError(f"the spool did not run empty: {house.gateway.spool('stats').decode()}")
 
 
-_IN_DOUBT = re.compile(r'"from": ?"n(\d+)@[^\n]*in doubt')
+def _in_flight(journal: Path, moments: Sequence[float]) -> set[int]:
+    """Return the numbers that were on their way at one of these moments: accepted, and the attempt not ended."""
+    numbers: dict[str, tuple[int, float]] = {}
+    flying: set[int] = set()
+    for line in journal.read_bytes().splitlines():
+        record = json.loads(line) if line.startswith(b'{"time"') else {}
+        event, message_id = record.get("event"), record.get("id", "")
+        if event == "accepted":
+            number = int(record["from"].partition("@")[0].removeprefix("n"))
+            numbers[message_id] = (number, _seconds(record["time"]))
+        elif event in ("delivered", "deferred") and message_id in numbers:
+            number, begun = numbers[message_id]
+            ended = _seconds(record["time"])
+            if any(begun - _BLUR <= moment <= ended + _BLUR for moment in moments):
+                flying.add(number)
+            if event == "deferred":
+                numbers[message_id] = (number, ended)  # the next attempt begins after it
+    return flying
 
 
-def _arrived(house: House) -> tuple[Counter[int], list[str]]:
-    """Return how often each number has arrived, and what is wrong with those that are damaged."""
-    counts: Counter[int] = Counter()
+def _seconds(stamp: str) -> float:
+    return datetime.datetime.fromisoformat(stamp).timestamp()
+
+
+Arrivals = Counter[tuple[int, bytes]]
+
+
+def _arrived(house: House) -> tuple[Arrivals, list[str]]:
+    """Return how often each number has arrived for each recipient, and what is damaged."""
+    counts: Arrivals = Counter()
     damaged = []
     for path in (house.hop.folder / "data" / "maildir" / "new").iterdir():
         data = path.read_bytes()
-        found = _NUMBER.search(data)
-        body = data.partition(b"\r\n\r\n")[2]
+        head, _, body = data.partition(b"\r\n\r\n")
+        found = _NUMBER.search(head)
         if found is None or hashlib.sha256(body).hexdigest().encode() != found[2]:
             damaged.append(path.name)
         else:
-            counts[int(found[1])] += 1
+            counts.update((int(found[1]), recipient) for recipient in _DELIVERED_TO.findall(head))
     return counts, damaged
 
 
 def settle_accounts(house: House) -> list[str]:
     """Compare what was promised with what has arrived; print it, and return what is wrong."""
     account = house.account
-    journal = house.gateway.journal.read_text(errors="replace")
-    account.in_flight.update(int(number) for number in _IN_DOUBT.findall(journal))
+    account.in_flight |= _in_flight(house.gateway.journal, house.moments)
     counts, damaged = _arrived(house)
-    lost = account.accepted - counts.keys()
-    duplicates = {number for number, count in counts.items() if count > 1}
-    unexplained = duplicates - account.in_flight
-    unasked = len(counts.keys() - account.accepted)
+    lost = account.accepted.keys() - counts.keys()
+    duplicates = {arrival for arrival, count in counts.items() if count > 1}
+    unexplained = {number for number, _ in duplicates if number not in account.in_flight}
+    unasked = len(counts.keys() - account.accepted.keys())
     print(
-        f"  {account.sent} messages tried, {len(account.accepted)} answered with 250, refused {dict(account.refused)}, "
+        f"  {account.sent} messages tried, {len(account.accepted)} recipients answered with 250, "
+        f"refused {dict(account.refused)}, "
         f"{account.broken} attempts broken off\n"
         f"  arrived {len(counts)} ({unasked} of them without a heard 250); lost {len(lost)}, damaged {len(damaged)}; "
         f"{len(duplicates)} arrived more than once, {len(unexplained)} of them not in flight "
@@ -319,7 +350,7 @@ def settle_accounts(house: House) -> list[str]:
         flush=True,
     )
     return [
-        *(f"lost: {number}" for number in sorted(lost)[:10]),
+        *(f"lost: {number}" for number, _ in sorted(lost)[:10]),
         *(f"damaged: {name}" for name in damaged[:10]),
         *(f"more than once, and not in flight: {number}" for number in sorted(unexplained)[:10]),
     ]
@@ -354,20 +385,27 @@ def play(name: str, harm: int, seed: int, folder: Path) -> list[str]:
         home = folder / "gateway"
         if name == "full":
             stack.enter_context(_small_disk(home / "data"))
-        environment = failing_writes(folder, home / "data" / "spool", rng.randrange(1 << 30)) if name == "write" else {}
-        gateway = Program(home, _GATEWAY.replace("{hop}", str(way_out.port if way_out else hop.port)), environment)
+        failing = FailingWrites(folder, home / "data" / "spool", rng.randrange(1 << 30)) if name == "write" else None
+        gateway = Program(
+            home,
+            _GATEWAY.replace("{hop}", str(way_out.port if way_out else hop.port)),
+            None if failing is None else failing.environment,
+        )
         way_in = stack.enter_context(CuttingProxy(gateway.port, rng.randrange(1 << 30))) if name == "cut" else None
         house = House(gateway, hop, Account(seed), way_in.port if way_in else gateway.port, rng, harm)
         for program in (hop, gateway):
             stack.callback(program.end)
             program.start()
+        if failing is not None:
+            failing.begin()
         with _senders(house):
             SCENARIOS[name](house)
         for proxy in (way_in, way_out):
             if proxy is not None:
                 proxy.stop_cutting()
-        if name == "write":
-            failing_writes(folder, None, 0)
+                house.moments += proxy.moments
+        if failing is not None:
+            failing.end()
         _wait_until_empty(house)
         wrong = settle_accounts(house)
         wrong += [f"`penstock spool check`: {line}" for line in _check(gateway)]

@@ -7,6 +7,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
@@ -52,8 +53,8 @@ class CuttingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
-        self.cuts = 0
-        """Connections cut so far."""
+        self.moments: list[float] = []
+        """When connections were cut, in seconds since the epoch."""
         self._is_cutting = True
         self._is_over = threading.Event()
         self._selector = selectors.DefaultSelector()
@@ -122,7 +123,7 @@ class CuttingProxy:
             self._cut(cable)
 
     def _cut(self, cable: _Cable) -> None:
-        self.cuts += 1
+        self.moments.append(time.time())
         for sock in (cable.client, cable.server):
             if sock in self._selector.get_map():
                 self._selector.unregister(sock)

@@ -90,20 +90,27 @@ int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 """
 
 
-def failing_writes(scratch: Path, folder: Path | None, seed: int) -> dict[str, str]:
-    """Let writes below a folder fail from now on, or, with None, no longer. Return the environment of the program."""
-    switch = scratch / "failing"
-    if folder is None:
-        switch.unlink()
-        return {}
-    switch.touch()
-    source, library = scratch / "failing.c", scratch / "failing.so"
-    source.write_text(_SOURCE)
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", str(library), str(source), "-ldl"], check=True)
-    return {
-        "LD_PRELOAD": str(library),
-        "FAILING_FOLDER": str(folder),
-        "FAILING_SWITCH": str(switch),
-        "FAILING_SEED": str(seed),
-    }
+class FailingWrites:
+    """The library, and the switch. Give `environment` to the program whose writes are to fail."""
+
+    def __init__(self, scratch: Path, folder: Path, seed: int) -> None:
+        """Writes below `folder` fail; the library is built in `scratch`. Raise CalledProcessError."""
+        source, library = scratch / "failing.c", scratch / "failing.so"
+        source.write_text(_SOURCE)
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", str(library), str(source), "-ldl"], check=True)
+        self._switch = scratch / "failing"
+        self.environment = {
+            "LD_PRELOAD": str(library),
+            "FAILING_FOLDER": str(folder),
+            "FAILING_SWITCH": str(self._switch),
+            "FAILING_SEED": str(seed),
+        }
+
+    def begin(self) -> None:
+        """Let writes fail from now on."""
+        self._switch.touch()
+
+    def end(self) -> None:
+        """Let them succeed again."""
+        self._switch.unlink()

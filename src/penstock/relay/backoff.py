@@ -45,8 +45,8 @@ class Backoff:
     def next_try(self, number: int, attempts: int, queued_at: float, now: float) -> float:
         """Return when a recipient is tried again that has been tried `attempts` times.
 
-        The jitter is drawn from the number of the row and its attempts: messages that failed together come back apart,
-        and the same question has the same answer. The last try is at the very end, never after it.
+        The jitter is drawn from the number of the message and its attempts: messages that failed together come back
+        apart, its recipients together, and the same question has the same answer. The last try is at the very end.
         """
         wait = self._schedule[min(attempts, len(self._schedule)) - 1] if attempts > 0 else self._schedule[0]
         if self._jitter:

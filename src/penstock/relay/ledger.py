@@ -130,7 +130,7 @@ class Ledger:
         backoff, queued_at = self._backoff, entry.received_at
         if result.kind is Outcome.DEFERRED:
             if not backoff.is_expired(queued_at, now):
-                next_try = backoff.next_try(row.number, row.attempts, queued_at, now)
+                next_try = backoff.next_try(entry.number, row.attempts, queued_at, now)
                 told = row.delay_told or backoff.is_late(queued_at, now)
                 return Settlement(row.number, entry.lane, End.DEFERRED, result.text, next_try, told), result
             result = result._replace(kind=Outcome.FAILED, status="4.4.7")  # RFC 3463 3.5: delivery time expired

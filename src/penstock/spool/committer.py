@@ -197,6 +197,8 @@ class Committer:
             self._commit(batch)
         except Exception as exc:  # noqa: BLE001 - whatever it is, those who wait have to hear of it
             if _is_disk(exc) or len(batch) == 1:
+                if _is_disk(exc):
+                    self._store.checkpoints.relieve()
                 for wish in batch:
                     wish.result = outcome.Error(exc)
                 return

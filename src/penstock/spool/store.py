@@ -50,6 +50,8 @@ _LOG_KEPT: Final = 64 << 20
 """Octets of its file that the log keeps when it begins anew; a reader that stays for long makes it grow."""
 _LOCK_WAIT: Final = 2.0
 """Seconds to wait for the lock: an operator's command has it for a moment to see whether a server runs."""
+_LOOK_OCTETS: Final = 1 << 20
+"""Octets put into the log before the free space is looked at."""
 
 Parameters = tuple[str, bool, int | None, str | None, str | None, str | None, bool]
 _NO_PARAMETERS: Final[Parameters] = ("7BIT", False, None, None, None, None, False)
@@ -118,16 +120,21 @@ class Checkpoints:
     """
 
     def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+        self._folder = path.parent
         self._database = database
         self._beside = connect(path)
         self._thread: threading.Thread | None = None
+        self._most = _CHECKPOINT_OCTETS
+        self._looked_at = 0
         self.logged = 0
         """Octets that went into the log since it began, about."""
 
     def look(self) -> None:
         """Do what is due. To be called between transactions."""
         if self._thread is None:
-            if self.logged >= _CHECKPOINT_OCTETS:
+            if self.logged - self._looked_at >= _LOOK_OCTETS:
+                self._look_at_disk()
+            if self.logged >= self._most:
                 thread = threading.Thread(target=_checkpoint, args=(self._beside,), name="penstock-checkpoint")
                 with suppress(RuntimeError):  # no thread to be had; asked for again after the next transaction
                     thread.start()
@@ -136,7 +143,22 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
             _checkpoint(self._database)
-            self.logged = 0
+            self.logged = self._looked_at = 0
+
+    def _look_at_disk(self) -> None:
+        """Let the log take an eighth of what is free at most: what it fills, the database can not grow into."""
+        self._looked_at = self.logged
+        with suppress(OSError):
+            found = os.statvfs(self._folder)
+            self._most = min(_CHECKPOINT_OCTETS, found.f_bavail * found.f_frsize // 8)
+
+    def relieve(self) -> None:
+        """Empty the log and give its space back: for a disk that is full, which the log may have filled itself."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        _checkpoint(self._database, "TRUNCATE")
+        self.logged = self._looked_at = 0
 
     def close(self) -> None:
         """Wait for what is under way."""
@@ -145,9 +167,9 @@ class Checkpoints:
         self._beside.close()
 
 
-def _checkpoint(database: sqlite3.Connection) -> None:
+def _checkpoint(database: sqlite3.Connection, how: str = "PASSIVE") -> None:
     with suppress(sqlite3.Error):  # a full disk, say: the log goes on, and the next time is soon
-        database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        database.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
 
 
 class Store:
