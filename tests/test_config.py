@@ -29,6 +29,9 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ("[[listener]]\nproxy_networks = ['1.2.3.4/8']", "listener[0].proxy_networks: 1.2.3.4/8 has host bits set"),
         ("[[listener]]\ntls.mode = 'none'\nauth.mechanisms = ['PLAIN']", "no mechanism is left without TLS"),
         ("[[check]]\ndeadline = 1.0", "check[0]: Object missing required field `hook`"),
+        ("[delivery]\nkind = 'maildir'\n[recipients]\nverify = 'next-hop'", "recipients.verify: delivery.kind"),
+        ("[recipients]\nverify = 'next-hop'\nfile = 'x'", "recipients.verify: recipients.file is there already"),
+        ("[delivery]\npassthrough.buffer = 1", "delivery.passthrough.buffer: Expected `int` >= 4096"),
         ("x = ", "this is not TOML"),
     ],
 )

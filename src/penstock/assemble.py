@@ -13,14 +13,16 @@ from penstock._tally import Tally
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.auth.users import UsersAuthenticator, UsersFile
 from penstock.config import DeliverySettings, ListenerSettings, Settings
-from penstock.delivery.base import Delivery
+from penstock.delivery.base import Delivery, Streams
 from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery
+from penstock.delivery.passthrough import PassthroughDelivery
 from penstock.delivery.spool import SpoolDelivery
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.connection import Connection
 from penstock.inbound.gate import Domains, Gate
 from penstock.inbound.limits import Admission, AuthThrottle, Sweeper
+from penstock.inbound.passing import PassingConnection
 from penstock.inbound.server import Door, Worker
 from penstock.journal import Journal
 from penstock.message import MessageIds
@@ -29,6 +31,8 @@ from penstock.net.resolver import Resolver
 from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
 from penstock.policy.pipeline import Pipeline
+from penstock.policy.recipients import FileRecipients, NextHopRecipients, RecipientSettings
+from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
 from penstock.relay.gateway import Gateway
@@ -103,19 +107,25 @@ def assemble(
     data_dir = Path(settings.data_dir).absolute()
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
     ids = MessageIds()
+    domains = None if settings.domains is None else Domains(settings.domains)
     gateway: Gateway | None = None
+    onward: Onward | None = None
     delivery: Delivery
-    if given.delivery is None and settings.delivery.kind == "spool":
-        gateway, delivery = make_gateway(settings, data_dir, journal, ids)
+    if given.delivery is None and settings.delivery.has_relay:
+        gateway, delivery, onward = make_gateway(settings, data_dir, journal, ids)
     else:
         delivery = given.delivery or make_delivery(settings.delivery, data_dir)
+    if kind is Connection and isinstance(delivery, Streams):
+        kind = PassingConnection
+    policies = make_recipients(settings.recipients, domains, data_dir, onward, journal)
+    policies += collect_policies(settings.check, given.policies)
     shared = Shared(
         hostname=settings.own_hostname,
-        domains=None if settings.domains is None else Domains(settings.domains),
+        domains=domains,
         data_dir=data_dir,
         journal=journal,
         delivery=delivery,
-        pipeline=Pipeline(collect_policies(settings.check, given.policies), journal),
+        pipeline=Pipeline(policies, journal),
         throttle=AuthThrottle(settings.admission),
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
@@ -156,8 +166,28 @@ def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) ->
     return policies
 
 
+def make_recipients(
+    settings: RecipientSettings, domains: Domains | None, data_dir: Path, onward: Onward | None, journal: Journal
+) -> list[tuple[object, HookSettings]]:
+    """Return the policy that knows the recipients, if there is one. Raise OSError or RecipientsError."""
+
+    def is_ours(domain: str) -> bool:
+        return domains is None or domain in domains
+
+    policy: object
+    if settings.file:
+        policy = FileRecipients(data_dir / settings.file, is_ours, journal)
+    elif settings.verify and onward is not None:
+        policy = NextHopRecipients(settings, onward, is_ours)
+    else:
+        return []
+    # It has a deadline and breakers of its own, which know domains.
+    guard = HookSettings(hook="recipients", deadline=settings.deadline + 60, concurrency=1_000_000)
+    return [(policy, guard)]
+
+
 def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
-    """Return the delivery that the settings name, where that is not the spool."""
+    """Return the delivery that the settings name, where that has no relay behind it."""
     if settings.kind == "discard":
         return DiscardDelivery()
     return MaildirDelivery(settings.maildir, data_dir)
@@ -165,8 +195,8 @@ def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
 
 def make_gateway(
     settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds
-) -> tuple[Gateway, SpoolDelivery]:
-    """Join the spool and the relay; return them, and the delivery in front of them. Raise OSError."""
+) -> tuple[Gateway, Delivery, Onward]:
+    """Join the spool and the relay; return them, the delivery in front, and what asks next hops. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
     folder = data_dir / settings.spool.path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -189,7 +219,11 @@ def make_gateway(
         journal=journal,
         grace=settings.server.grace,
     )
-    return gateway, SpoolDelivery(spool, scheduler, room)
+    onward = Onward(pool, routes)
+    delivery: Delivery = SpoolDelivery(spool, scheduler, room)
+    if settings.delivery.kind == "passthrough":
+        delivery = PassthroughDelivery(onward, delivery, settings.delivery.passthrough)
+    return gateway, delivery, onward
 
 
 def own_names(settings: Settings) -> list[str]:

@@ -19,6 +19,7 @@ import tomli_w
 from penstock import schema
 from penstock.auth.base import AuthSettings
 from penstock.delivery.maildir import MaildirSettings
+from penstock.delivery.passthrough import PassthroughSettings
 from penstock.inbound.body import BodySettings
 from penstock.inbound.gate import WireSettings
 from penstock.inbound.limits import AdmissionSettings, LimitSettings
@@ -27,6 +28,7 @@ from penstock.net.listen import ListenAddress
 from penstock.net.resolver import ResolverSettings, parse_server
 from penstock.net.tls import TlsSettings
 from penstock.policy.hooks import HookSettings
+from penstock.policy.recipients import RecipientSettings
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
@@ -76,13 +78,20 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Where accepted messages go."""
 
     kind: Annotated[
-        Literal["spool", "maildir", "discard"],
+        Literal["spool", "passthrough", "maildir", "discard"],
         Meta(
-            description="spool: on stable storage before the 250, then where the routes say; maildir: into the Maildir "
-            "before the 250; discard: nowhere"
+            description="spool: on stable storage before the 250, then where the routes say; passthrough: to the "
+            "next hop before the 250, into the spool when that is slow or down; maildir: into the Maildir before the "
+            "250; discard: nowhere"
         ),
     ] = "spool"
     maildir: MaildirSettings = MaildirSettings()
+    passthrough: PassthroughSettings = PassthroughSettings()
+
+    @property
+    def has_relay(self) -> bool:
+        """Mail goes through the spool, or past it."""
+        return self.kind in ("spool", "passthrough")
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,6 +128,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     resolver: ResolverSettings = ResolverSettings()
     admission: AdmissionSettings = AdmissionSettings()
     body: BodySettings = BodySettings()
+    recipients: RecipientSettings = RecipientSettings()
     check: Annotated[tuple[HookSettings, ...], Meta(description="Policies in Python, asked in this order")] = ()
     journal: JournalSettings = JournalSettings()
     server: ServerSettings = ServerSettings()
@@ -186,6 +196,10 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
         check_routes(settings.route)
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc
+    if settings.recipients.verify and settings.recipients.file:
+        raise ConfigError("recipients.verify: recipients.file is there already; use one of the two")
+    if settings.recipients.verify and not settings.delivery.has_relay:
+        raise ConfigError(f'recipients.verify: delivery.kind = "{settings.delivery.kind}" has no next hop to ask')
     for number, server in enumerate(settings.resolver.servers):
         try:
             parse_server(server)

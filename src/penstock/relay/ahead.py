@@ -83,9 +83,13 @@ class Onward:
     ) -> Callable[[], None] | None:
         """Pass on a message that is still being received, when all its recipients have one next hop that has room.
 
+        One whose sender wants to hear of its success is for the spool, which can say so where the hop does not.
+
         `done` hears a reply for each recipient, or None when nothing was sent. Return a function after which it hears
         nothing any more, or None when the message can not be passed on: then `done` hears nothing.
         """
+        if any(recipient.notify and "SUCCESS" in recipient.notify for recipient in envelope.recipients):
+            return None
         lanes = {self._routes.lane_of(recipient) for recipient in envelope.recipients}
         ways = [self._routes.way_now(lane) for lane in lanes]
         first = ways[0]
