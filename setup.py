@@ -29,6 +29,7 @@ setup(
             extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
             extension("penstock.smtp._session", "session.pyx"),
             extension("penstock.net._poll", "poll.pyx"),
+            extension("penstock.inbound._turns", "turns.pyx"),
             extension("penstock._histogram", "histogram.pyx"),
             extension("penstock._journal", "journal.pyx"),
             extension("penstock._tally", "tally.pyx"),

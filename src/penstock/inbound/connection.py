@@ -29,6 +29,7 @@ import trio
 
 from penstock import reply as replies
 from penstock.delivery.base import Defers
+from penstock.inbound._turns import TurnTaker
 from penstock.inbound.body import BodyCollector
 from penstock.inbound.gate import Gate
 from penstock.inbound.limits import Deadlines
@@ -42,8 +43,6 @@ from penstock.reply import Reply
 from penstock.smtp import sasl
 from penstock.smtp._wire import VERBS
 from penstock.smtp.events import (
-    CLOSED,
-    NEED_DATA,
     Auth,
     AuthAborted,
     AuthResponse,
@@ -103,7 +102,7 @@ class Host(Protocol):
         """Give a connection that has come without a task one that goes on with `run`."""
 
 
-class Connection:
+class Connection(TurnTaker):
     """A client, its stream and its session. `run` is the task of one connection."""
 
     handlers: ClassVar[dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]] = {}
@@ -118,24 +117,14 @@ class Connection:
     _is_attending = False
     _is_sending = False
     _ahead = b""
-    _tls: TlsLayer | None = None
-    """TLS on a socket of our own; on another stream it is a trio.SSLStream."""
     _receiver: Receiver
     """What octets are received into: the wire, or TLS in front of it."""
-    _pending: Coroutine[Any, Any, None] | None = None
-    """What the task has to await before the next event."""
-    _last_words: Reply | None = None
     _body: BodyCollector | None = None
-    _committing: Message | None = None
-    """The message that a delivery has, and that nothing was said of yet."""
     _exchange: sasl.Exchange | None = None
-    _is_in_message = False
     _begun = 0
     """Messages whose text has begun."""
-    _has_left = False
     _has_ended = False
     _messages = 0
-    _octets = 0
 
     def __init__(
         self,
@@ -162,7 +151,7 @@ class Connection:
         self._session = ServerSession(gate.offer, self._wire, self._transaction, unasked)
         self._meter = self._session.meter = None if gate.tally is None else gate.tally.meter()
         self._is_admitted = is_admitted
-        self._started = trio.current_time()
+        self._started = time.monotonic()
 
     # ---- the life of a connection
 
@@ -254,7 +243,7 @@ class Connection:
         self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
         if self._is_admitted:
             self._host.release(self._peer)
-            seconds = trio.current_time() - self._started
+            seconds = time.monotonic() - self._started
             self._gate.journal.disconnected(
                 self.number, self._peer, self._messages, self._session.errors, self._octets, seconds
             )
@@ -284,20 +273,21 @@ class Connection:
     def check_clocks(self, now: float) -> None:
         """Send the client away when one of its clocks has run out."""
         message = self._begun if self._is_in_message else 0
-        last_words = self._deadlines().expired(now, self._session.commands, message)
+        last_words = self._deadlines(now).expired(now, self._session.commands, message)
         if last_words is not None:
             self.expire(last_words)
 
-    def _deadlines(self) -> Deadlines:
-        """Return the clocks."""
+    def _deadlines(self, now: float) -> Deadlines:
+        """Return the clocks, which begin to run when the sweeper first looks."""
         if self._clocks is None:
-            self._clocks = Deadlines(self._gate.limits, self._started)
+            self._clocks = Deadlines(self._gate.limits, now)
         return self._clocks
 
     def stop(self, grace: float) -> None:
         """Let a message that is under way arrive within `grace` seconds; send every other client away."""
         if self._is_in_message:
-            self._deadlines().shorten_data(trio.current_time() + grace)
+            now = trio.current_time()
+            self._deadlines(now).shorten_data(now + grace)
         else:
             self.expire(replies.SHUTTING_DOWN)
 
@@ -348,34 +338,6 @@ class Connection:
                 self._is_attending = False
             if not received:
                 return
-
-    def _turn(self, received: int) -> bytes | None:
-        """Answer what has come, as far as that needs no waiting, and return what is to be sent.
-
-        None means that the task has to go on: something is to be awaited (`_pending`), or the conversation is over.
-        """
-        self._octets += received
-        if self._tls is not None and received and not self._tls.decrypt_into(self._wire.feed):
-            self._has_left = True
-            return None
-        session = self._session
-        next_event = session.next_event
-        while self._pending is None and self._committing is None:
-            event = next_event()
-            if event is NEED_DATA:
-                if self._last_words is None and (self._is_in_message or not self._host.is_stopping):
-                    said = session.data_to_send()
-                    return said if self._tls is None else self._tls.encrypt(said)
-                self._leave()
-            elif event is CLOSED:
-                return None
-            else:
-                self._pending = self._handlers[type(event)](self, event)
-        if self._pending is None and self._socket is not None:
-            self._socket.hold()
-            self._wire.rest()
-            return b""  # what was said of earlier commands is sent with the reply to the message
-        return None
 
     def _leave(self) -> None:
         """End the session: that was asked for while it could not be, or the server stops."""

@@ -74,7 +74,8 @@ class Worker:
         self._connections = sweeper.watched
         self.sessions = 0
         """Connections so far, those that were turned away among them."""
-        self._is_stopping = False
+        self.is_stopping = False
+        """The worker wants to end: no new transactions."""
         self._stop_wanted = trio.Event()
         self._all_gone = trio.Event()
         self._sessions: trio.Nursery | None = None
@@ -105,11 +106,6 @@ class Worker:
     def admitted(self) -> int:
         """Connections that count for the limits."""
         return self._admission.total
-
-    @property
-    def is_stopping(self) -> bool:
-        """The worker wants to end: no new transactions."""
-        return self._is_stopping
 
     def admit(self, peer: Peer) -> Reply | None:
         """Count a client in, or say why not."""
@@ -165,9 +161,9 @@ class Worker:
 
     def stop(self) -> None:
         """Stop accepting; send idle clients away, and let messages under way arrive within the grace."""
-        if self._is_stopping:
+        if self.is_stopping:
             return
-        self._is_stopping = True
+        self.is_stopping = True
         self._stop_wanted.set()
         self._journal.stopping(len(self._connections))
         for scope in self._accepting:

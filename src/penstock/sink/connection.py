@@ -450,7 +450,8 @@ class FaultyConnection(Connection):
             await self._wait(trio.sleep(seconds))  # noqa: ASYNC105 - awaited within
         finally:
             self._is_pausing = False
-            self._deadlines().stand_still(trio.current_time() - began)
+            if self._clocks is not None:  # otherwise they have not begun to run
+                self._clocks.stand_still(trio.current_time() - began)
 
     def _set_pace(self, decision: Decision) -> None:
         """Read and write at a pace from now on. The poller can not, so that the task has to do it."""
