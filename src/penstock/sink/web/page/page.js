@@ -168,7 +168,7 @@ class Plot {
     const sums = stacked ? this.samples.map((_, i) => values.reduce((sum, row) => sum + row[i], 0)) : flat;
     const top = Math.max(1, ...sums);
     const power = 10 ** Math.floor(Math.log10(top / 4));
-    const step = Math.max(1, [1, 2, 2.5, 5, 10].find((each) => each * power * 4 >= top) * power);
+    const step = Math.max(1, [1, 2, 5, 10].find((each) => each * power * 4 >= top) * power);
     const ticks = [];
     for (let n = 0; n < top + step * 0.999; n += step) ticks.push(n);
     const most = ticks[ticks.length - 1];
