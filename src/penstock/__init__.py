@@ -6,13 +6,17 @@ General layout, in the order of a message's way through the house:
     testing     a server in the process of a test, and its inbox
     assemble    the only file where concrete parts meet: settings in, a worker out
     config      TOML to settings; errors name the key
+    sink        the load-test target: plan.py and faults.py misbehave, receipts.py counts, web/ shows
+    load        the generator: plan.py, session.py, generator.py, report.py
     inbound     THE LOOP. Read inbound/connection.py first: one connection from its greeting to its end.
                 server.py is a worker, gate.py what the connections of a listener share, limits.py who may come in
                 and how long it may take, body.py where a body waits, trace.py the Received field.
     policy      what is thought of a client or a message: base.py is the seam, pipeline.py asks, hooks.py loads
     auth        who a client is: base.py is the seam, users.py the users file
-    delivery    where a message goes: base.py is the seam, maildir.py and discard.py are the kinds
-    net         SOCKETS: stream.py, listen.py, tls.py, proxyline.py
+    delivery    where a message goes: base.py is the seam; spool, maildir, passthrough and discard are the kinds
+    relay       SPOOL -> NEXT HOP: scheduler.py, route.py, pool.py, conversation.py, ledger.py, backoff.py, bounce.py
+    spool       DISK: store.py is the database, committer.py makes one fsync of many wishes, desk.py the operator's
+    net         SOCKETS: stream.py, listen.py, connect.py, tls.py, proxyline.py, resolver.py
     smtp        THE LANGUAGE, pure: octets in, events out, replies back. server.py is the session, states.py the order
                 of commands as a table, grammar.py the arguments, offer.py the EHLO keywords, sasl.py the exchanges,
                 _wire (ext/wire.pyx) the octets.
