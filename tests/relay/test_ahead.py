@@ -187,6 +187,8 @@ async def test_what_can_not_be_passed_on_at_once_is_not_begun_with(pool: Pool) -
         heard = Heard()
         for recipients in (("a@local.org",), ("a@dns.org",), ("a@x.org", "b@local.org")):
             assert onward.begin(envelope(*recipients), 0, coming(TEXT), heard) is None
+        to = Recipient(path("a@x.org"), frozenset({"SUCCESS"}))
+        assert onward.begin(envelope()._replace(recipients=(to,)), 0, coming(TEXT), heard) is None
         assert onward.begin(envelope(), 0, coming(TEXT), heard) is not None
         await heard.event.wait()
         assert onward.begin(envelope(), 0, coming(TEXT), heard) is None  # it is left alone now

@@ -6,7 +6,7 @@ import trio
 
 from penstock.relay.hop import Delivered, HopDown, HopLimits
 from penstock.relay.pool import Pool
-from tests.relay.fake import CHUNKING, PREFIX, STUFFED, TEXT, FakeHop, Text, envelope, send, serving, told
+from tests.relay.fake import CHUNKING, ORDINARY, PREFIX, STUFFED, TEXT, FakeHop, Text, envelope, send, serving, told
 
 
 async def test_a_message_is_delivered_and_the_connection_kept(pool: Pool) -> None:
@@ -75,3 +75,25 @@ async def test_many_messages_share_a_few_connections(pool: Pool) -> None:
         await all_there.wait()
     assert hop.connections <= 3
     assert hop.texts == [STUFFED] * 100
+
+
+async def test_one_message_after_the_other_is_for_one_connection(pool: Pool) -> None:
+    for offer in (ORDINARY, CHUNKING, ()):
+        hop = FakeHop(offer)
+        over = trio.Event()
+        left = 20
+        async with serving(hop):
+            there = hop.hop()
+
+            def done(_: Delivered | HopDown) -> None:
+                nonlocal left
+                left -= 1
+                if left:
+                    pool.deliver_later(there, envelope(), PREFIX, Text(TEXT), len(PREFIX + TEXT), done)  # noqa: B023
+                else:
+                    over.set()  # noqa: B023
+
+            pool.deliver_later(there, envelope(), PREFIX, Text(TEXT), len(PREFIX + TEXT), done)
+            await over.wait()
+        assert len(hop.texts) == 20
+        assert hop.connections == 1

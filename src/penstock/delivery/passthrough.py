@@ -20,7 +20,6 @@ the connection to the hop is closed before it, and what the hop has is no messag
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Final, Protocol
 
@@ -110,7 +109,7 @@ class Pipe:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._octets = 0
         self._has_ended = False
         self._is_broken = False
@@ -152,15 +151,16 @@ class Pipe:
         return self
 
     async def __anext__(self) -> bytes:
-        while not self._chunks:
+        while self._is_broken or not self._chunks:
             if self._is_broken:
                 raise ConnectionAbortedError("it was broken off")
             if self._has_ended:
                 self.is_read_to_end = True
                 raise StopAsyncIteration
             await self._changed.wait()
-        chunk = self._chunks.popleft()
-        self._octets -= len(chunk)
+        chunk = b"".join(self._chunks)  # at most a buffer full, in one send
+        self._chunks.clear()
+        self._octets = 0
         self._change()
         return chunk
 

@@ -13,7 +13,7 @@ import msgspec
 
 from penstock._tally import Tally
 from penstock.auth.base import Authenticator
-from penstock.delivery.base import Defers, Delivery, Discards, HasRoom
+from penstock.delivery.base import Defers, Delivery, Discards, HasRoom, Streams
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.limits import AuthThrottle, LimitSettings
 from penstock.journal import Journal
@@ -134,6 +134,8 @@ class Gate:
     """The commands that nobody here has an opinion about: the session accepts them by itself."""
     room: HasRoom | None = field(init=False)
     """The delivery, when it can say before a message comes that there is no room for it."""
+    streams: Streams | None = field(init=False)
+    """The delivery, when it begins with a message before its end."""
 
     def __post_init__(self) -> None:
         keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
@@ -148,6 +150,7 @@ class Gate:
         unasked |= 0 if self.pipeline.mail or room is not None else UNASKED_MAIL
         unasked |= 0 if self.pipeline.rcpt or self.domains is not None else UNASKED_RCPT
         object.__setattr__(self, "room", room)
+        object.__setattr__(self, "streams", self.delivery if isinstance(self.delivery, Streams) else None)
         object.__setattr__(self, "unasked", unasked)
 
     def must_announce(self, peer: Peer) -> bool:

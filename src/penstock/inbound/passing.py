@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Coroutine
 from typing import Any
 
-from penstock.delivery.base import Flow, Streams
+from penstock.delivery.base import Flow
 from penstock.inbound.connection import Connection
 from penstock.message import Body, CountedBody, Message
 from penstock.reply import Reply
@@ -25,10 +25,10 @@ class PassingConnection(Connection):
 
     def _on_begin_data(self, event: BeginData) -> None:
         super()._on_begin_data(event)
-        delivery = self._gate.delivery
-        if isinstance(delivery, Streams):
+        streams = self._gate.streams
+        if streams is not None:
             head = super()._message(CountedBody(0))
-            self._flow = delivery.open(head)
+            self._flow = streams.open(head)
             self._head = head if self._flow is not None else None
 
     def _on_chunk(self, event: BodyChunk) -> Coroutine[Any, Any, None] | None:

@@ -270,6 +270,8 @@ class _Station:
         self._resting: dict[Conversation, None] = {}
         """Those with nothing to do, the one that worked last at the end."""
         self._connecting = 0
+        self._freeing = 0
+        """Connections that are about to ask for the next job."""
         self._plain_until = -math.inf
         """Until when TLS is not asked for, because it did not work."""
         self._hold_until = -math.inf
@@ -313,7 +315,7 @@ class _Station:
             conversation, _ = resting.popitem()
             if not conversation.begin():
                 return  # the rate is used up; it rests again
-        while len(self._queue) - spared > self._connecting and self._may_connect(now):
+        while len(self._queue) - spared - self._freeing > self._connecting and self._may_connect(now):
             self._connecting += 1
             self._pool.connections += 1
             self.breaker.probe()
@@ -344,8 +346,14 @@ class _Station:
         """Take a job back after a transaction."""
         if job.waiting:
             self._queue.appendleft(job)  # at once, and before the others: it has waited for longest
-        else:
+            return
+        self._freeing = (
+            1  # whoever hears of it may have another job, which is for the connection that has done this one
+        )
+        try:
             job.finish()
+        finally:
+            self._freeing = 0
 
     def give_back(self, job: Job) -> None:
         """Take a job back that did not begin after all."""
