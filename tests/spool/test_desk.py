@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.cli.main import main
+from penstock.spool import desk as desk_module
 from penstock.spool.desk import Desk, Filter
 from penstock.spool.entry import Outcome
 from penstock.spool.store import SpoolError
@@ -101,6 +102,36 @@ async def test_what_a_server_attempts_is_not_dropped(tmp_path: Path) -> None:
             assert desk.drop(Filter()) == 0
     with Desk.opened(tmp_path) as desk:
         assert desk.drop(Filter()) == 1
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 100])
+async def test_what_is_read_and_changed_a_part_at_a_time_is_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    monkeypatch.setattr(desk_module, "_PAGE", page)
+    monkeypatch.setattr(desk_module, "_SLICE", page)
+    monkeypatch.setattr(desk_module, "_PAUSE", 0)
+    await fill(tmp_path)
+    assert found(tmp_path) == ["a@x.org", "b@y.org", "c@x.org", "d@z.org"]
+    async with opened(tmp_path) as spool:
+        await take_all(spool)
+        with Desk.opened(tmp_path, lambda: NOW) as desk:
+            await spool.put(make_message(b"x", recipients=("e@x.org", "f@x.org", "g@y.org")), ["x.org"] * 2 + ["y.org"])
+            assert desk.hold(Filter()) == 4, "and not what is being attempted"
+            assert await take_all(spool) == []
+            assert desk.release(Filter()) == 4
+            assert sorted(entry.lane for entry in await take_all(spool)) == ["x.org", "y.org", "y.org"]
+    with Desk.opened(tmp_path) as desk:
+        assert desk.drop(Filter(domain="x.org")) == 4
+        assert desk.drop(Filter()) == 3
+        assert desk.stats().messages == 0
+
+
+async def test_a_domain_is_no_pattern(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x", recipients=("a@[192.0.2.1]", "b@1", "c@sub.x.org")), ["l"] * 3)
+    assert found(tmp_path, domain="[192.0.2.1]") == ["a@[192.0.2.1]"]
+    assert found(tmp_path, domain="x.org") == []
 
 
 async def test_a_whole_spool_is_found_whole_and_a_broken_one_broken(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from penstock.inbound.body import BodyCollector, BodySettings, FileBody, MemoryB
 from penstock.message import Body, Envelope, Recipient
 from penstock.message import Path as MailPath
 from penstock.spool import store
+from penstock.spool.desk import Desk
 from penstock.spool.entry import DUE, Entry, LaneDue, Outcome, Put, Settlement
 from penstock.spool.spool import Spool, SpoolError, SpoolFullError, SpoolSettings
 from penstock.spool.store import LOCK, Store
@@ -486,6 +487,8 @@ async def test_a_spool_that_could_not_be_opened_lets_everything_go(tmp_path: Pat
     for _ in range(2):
         with pytest.raises(SpoolError, match="another version"):
             await Spool(SpoolSettings(), tmp_path).start()
+        with pytest.raises(SpoolError, match="another version"), Desk.opened(tmp_path):
+            pass
     database.execute("PRAGMA user_version = 2")
     database.close()
     async with opened(tmp_path):

@@ -239,8 +239,9 @@ def check(config_file: Path | None, data_dir: str | None) -> None:
     """Say whether the spool is whole; exit code 1 and a line for each thing that is wrong when it is not."""
     with _desk(config_file, data_dir) as desk:
         wrong = list(desk.check())
+        found = desk.stats()
     for line in wrong:
         click.echo(line)
     if wrong:
         raise SystemExit(1)
-    click.echo("the spool is whole")
+    click.echo(f"the spool is whole: {found.messages:,} messages for {found.recipients:,} recipients")

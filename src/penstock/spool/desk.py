@@ -1,8 +1,9 @@
 """What an operator does with the spool, from another process, whether the server runs or not.
 
 SQLite lets one process write while others read, and makes writers wait for each other; the server looks at its lanes
-again every few seconds. Recipients that are being attempted are not touched while a server has the spool: what becomes
-of them is its to say.
+again every few seconds. So what is to be changed is found first, and changed in slices with a pause between them: the
+clients of the server do not notice that a million recipients are put in order. Recipients that are being attempted are
+not touched while a server has the spool: what becomes of them is its to say.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from typing import Any, Final, NamedTuple
 from penstock.message import Body
 from penstock.spool.bodies import BodyFiles, StoredBody
 from penstock.spool.entry import STATES
-from penstock.spool.store import LOCK, PLACES, SpoolError, connect
+from penstock.spool.store import LOCK, PLACES, SpoolError, check_version, connect
 
 _WAIT: Final = 30.0
 """Seconds to wait for the server to finish a transaction."""
-_OF_MESSAGE: Final = f"recipient.number >> {PLACES} = message.number"
 _PLACE: Final = (1 << PLACES) - 1
+_OF_MESSAGE: Final = f"recipient.number BETWEEN message.number << {PLACES} AND (message.number << {PLACES}) + {_PLACE}"
+_SLICE: Final = 1000
+"""Recipients that are changed in one transaction."""
+_PAUSE: Final = 0.02
+"""Seconds between two, for the server to come in."""
+_PAGE: Final = 2000
+"""Recipients that are read at a time: a reader that stays for long keeps the log from beginning anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class Filter:
         if self.recipient:
             terms.append(("lower(address) GLOB ?", self.recipient.lower()))
         if self.domain:
-            terms.append(("lower(address) GLOB ?", f"*@{self.domain.lower()}"))
+            terms.append((f"substr(lower(address), -{len(self.domain) + 1}) = ?", f"@{self.domain.lower()}"))
         if self.state:
             terms.append(("state = ?", STATES.index(self.state)))
         if self.older is not None:
@@ -126,42 +133,55 @@ class Desk:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path, clock: Callable[[], float] = time.time) -> Iterator[Desk]:
-        """Open the spool in a folder. Raise SpoolError when there is none."""
+        """Open the spool in a folder. Raise SpoolError when there is none, or one of another version."""
         path = folder / "spool.db"
         if not path.exists():
             raise SpoolError(f"there is no spool in {folder}")
         with closing(connect(path, timeout=_WAIT)) as database:
+            check_version(database, path)
             yield cls(folder, database, clock)
 
     # ---- looking
 
     def find(self, what: Filter, limit: int) -> Iterator[ListedMessage]:
         """Yield messages, the oldest first, at most so many; a limit of 0 is none."""
-        condition, values = what.condition(self._clock())
-        rows = self._database.execute(
-            "SELECT message.number, id, sender, received_at, size, address, state, attempts, due_at, last_reply"
-            f" FROM recipient CROSS JOIN message ON {_OF_MESSAGE} WHERE {condition} ORDER BY recipient.number",
-            values,
-        )
         found: ListedMessage | None = None
-        number = count = 0
-        for row in rows:
-            if found is None or row[0] != number:
+        count = 0
+        for row in self._rows(what):
+            if found is None or row[1] != found.id:
                 if found is not None:
                     yield found
                     count += 1
                     if count == limit:
                         return
-                number = row[0]
                 found = ListedMessage(row[1], row[2], row[3], row[4], [])
             found.recipients.append(Listed(row[5], STATES[row[6]], row[7], row[8], row[9]))
         if found is not None:
             yield found
 
+    def _rows(self, what: Filter, which: str = "1") -> Iterator[tuple[Any, ...]]:
+        """Yield what is listed of recipients, the number before it, a page at a time. Bodies are not read."""
+        condition, values = what.condition(self._clock())
+        place = -1
+        while True:
+            page = self._database.execute(
+                "SELECT recipient.number, id, sender, received_at, size, address, state, attempts, due_at, last_reply"
+                f" FROM message INDEXED BY message_listed CROSS JOIN recipient NOT INDEXED ON {_OF_MESSAGE}"
+                f" WHERE message.number >= ? AND recipient.number > ? AND {which} AND {condition}"
+                " ORDER BY message.number, recipient.number LIMIT ?",
+                [max(place, 0) >> PLACES, place, *values, _PAGE],
+            ).fetchall()
+            yield from page
+            if len(page) < _PAGE:
+                return
+            place = page[-1][0]
+
     def text(self, message_id: str) -> tuple[bytes, Body]:
         """Return the fields that were added to a message, and its body. Raise SpoolError when it is not there."""
         row = self._database.execute(
-            "SELECT number, size, prefix, body FROM message WHERE id = ?", (message_id,)
+            "SELECT number, size, prefix, body FROM message WHERE number ="
+            " (SELECT number FROM message INDEXED BY message_listed WHERE id = ?)",
+            (message_id,),
         ).fetchone()
         if row is None:
             raise SpoolError(f"there is no message {message_id}; it may have been delivered")
@@ -172,7 +192,7 @@ class Desk:
         """Count what waits."""
         execute = self._database.execute
         messages, octets, oldest = execute(
-            "SELECT count(*), coalesce(sum(size), 0), min(received_at) FROM message INDEXED BY message_id"
+            "SELECT count(*), coalesce(sum(size), 0), min(received_at) FROM message INDEXED BY message_listed"
         ).fetchone()
         counts: dict[int, int] = dict(execute("SELECT state, count(*) FROM recipient GROUP BY state").fetchall())
         (due,) = execute("SELECT count(*) FROM recipient WHERE state = 0 AND due_at <= ?", (self._clock(),)).fetchone()
@@ -208,25 +228,42 @@ class Desk:
         return self._change("state = 0, due_at = ?", [self._clock()], "state = 2", what)
 
     def _change(self, change: str, values: Sequence[object], which: str, what: Filter) -> int:
-        with self._transaction():
-            numbers = self._numbers(which, what)
-            self._for_each(f"UPDATE recipient SET {change} WHERE number = ?", [[*values, number] for number in numbers])
-            self._look_at_lanes()
-        return len(numbers)
+        count = 0
+        for numbers in self._slices(what, which):
+            with self._transaction():
+                among = f"number IN ({','.join('?' * len(numbers))})"
+                changed = self._database.execute(
+                    f"UPDATE recipient SET {change} WHERE {among} AND {which}", [*values, *numbers]
+                )
+                count += changed.rowcount
+                self._look_at_lanes(self._lanes_of(numbers))
+        return count
 
     def drop(self, what: Filter) -> int:
         """Delete recipients, and messages that have none left; nobody is told. Return how many recipients."""
         which = "state != 1" if self.has_server() else "1"
-        with self._transaction():
-            numbers = self._numbers(which, what)
-            self._for_each("DELETE FROM recipient WHERE number = ?", [[number] for number in numbers])
-            empty = [number for number in sorted({number >> PLACES for number in numbers}) if self._is_empty(number)]
-            filed = self._without_body(empty)
-            self._for_each("DELETE FROM message WHERE number = ?", [[number] for number in empty])
-            self._look_at_lanes()
-        for number in filed:
-            self._files.remove(number)
-        return len(numbers)
+        count = 0
+        for numbers in self._slices(what, which):
+            with self._transaction():
+                lanes = self._lanes_of(numbers)
+                among = f"number IN ({','.join('?' * len(numbers))})"
+                count += self._database.execute(f"DELETE FROM recipient WHERE {among} AND {which}", numbers).rowcount
+                messages = sorted({number >> PLACES for number in numbers})
+                empty = [number for number in messages if self._is_empty(number)]
+                filed = self._without_body(empty)
+                self._database.executemany("DELETE FROM message WHERE number = ?", [(number,) for number in empty])
+                self._look_at_lanes(lanes)
+            for number in filed:
+                self._files.remove(number)
+        return count
+
+    def _slices(self, what: Filter, which: str) -> Iterator[list[int]]:
+        """Yield the numbers of recipients, some at a time, with a pause when a server may want to write."""
+        numbers = [row[0] for row in self._rows(what, which)]
+        for start in range(0, len(numbers), _SLICE):
+            if start:
+                time.sleep(_PAUSE)
+            yield numbers[start : start + _SLICE]
 
     def has_server(self) -> bool:
         """Say whether a server has the spool."""
@@ -249,17 +286,6 @@ class Desk:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
 
-    def _numbers(self, which: str, what: Filter) -> list[int]:
-        condition, values = what.condition(self._clock())
-        found = self._database.execute(
-            f"SELECT recipient.number FROM message JOIN recipient ON {_OF_MESSAGE} WHERE {which} AND {condition}",
-            values,
-        )
-        return [number for (number,) in found]
-
-    def _for_each(self, statement: str, values: Sequence[Sequence[object]]) -> None:
-        self._database.executemany(statement, values)
-
     def _is_empty(self, number: int) -> bool:
         first = number << PLACES
         between = (first, first + _PLACE)
@@ -272,11 +298,17 @@ class Desk:
     def _one(self, statement: str, values: Sequence[Any]) -> object:
         return self._database.execute(statement, values).fetchone()
 
-    def _look_at_lanes(self) -> None:
-        """Let every lane know when it is due."""
-        self._database.execute(
-            "UPDATE lane SET due_at ="
-            " (SELECT min(due_at) FROM recipient WHERE recipient.lane = lane.number AND state = 0)"
+    def _lanes_of(self, numbers: Sequence[int]) -> list[int]:
+        among = ",".join("?" * len(numbers))
+        found = self._database.execute(f"SELECT DISTINCT lane FROM recipient WHERE number IN ({among})", numbers)
+        return [lane for (lane,) in found]
+
+    def _look_at_lanes(self, lanes: Sequence[int]) -> None:
+        """Let lanes know when they are due."""
+        self._database.executemany(
+            "UPDATE lane SET due_at = (SELECT min(due_at) FROM recipient WHERE lane = ? AND state = 0)"
+            " WHERE number = ?",
+            [(lane, lane) for lane in lanes],
         )
 
     # ---- checking

@@ -12,8 +12,8 @@ CREATE TABLE message (
     body        BLOB                    -- NULL: a file of the folder bodies, named by the number
 );
 
--- Finds a message by its id, and answers what an operator asks of all of them without reading their bodies.
-CREATE INDEX message_id ON message (id, sender, size, received_at);
+-- Answers what an operator asks of all messages, the oldest first, without reading their bodies.
+CREATE INDEX message_listed ON message (number, id, sender, size, received_at);
 
 -- The messages whose bodies are files: asked for at the start. It costs the others nothing.
 CREATE INDEX message_filed ON message (number) WHERE body IS NULL;

@@ -80,13 +80,15 @@ class SpoolError(Exception):
     """The spool can not be used: another server has it, or it is of another version."""
 
 
-def connect(path: Path, *, timeout: float = 5.0) -> sqlite3.Connection:
+def connect(
+    path: Path, *, timeout: float = 5.0, factory: type[sqlite3.Connection] = sqlite3.Connection
+) -> sqlite3.Connection:
     """Open the database. `timeout` is the seconds to wait for another process that writes.
 
     The connection may change its thread, but only one at a time may use it.
     """
     database = sqlite3.connect(
-        path, timeout=timeout, isolation_level=None, cached_statements=256, check_same_thread=False
+        path, timeout=timeout, isolation_level=None, cached_statements=256, check_same_thread=False, factory=factory
     )
     database.execute("PRAGMA synchronous = FULL")  # a commit is on stable storage when it returns
     database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
@@ -106,9 +108,15 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
         database.execute("PRAGMA journal_mode = WAL")
         schema = resources.files("penstock.spool").joinpath("schema.sql").read_text()
         database.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
-    elif version != _VERSION:
-        raise SpoolError(f"{path} was written by another version of Penstock ({version}; this one reads {_VERSION})")
+    check_version(database, path)
     database.execute("PRAGMA journal_mode = WAL")
+
+
+def check_version(database: sqlite3.Connection, path: Path) -> None:
+    """Raise SpoolError when a spool is of another version."""
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version != _VERSION:
+        raise SpoolError(f"{path} was written by another version of Penstock ({version}; this one reads {_VERSION})")
 
 
 class Checkpoints:
@@ -220,7 +228,7 @@ class Store:
             # are made again, and a next hop that had taken the message gets it twice (RFC 1047).
             interrupted = execute("UPDATE recipient SET state = ? WHERE state = ?", (DUE, ATTEMPTING)).rowcount
             self._settle_lanes()
-            (messages,) = execute("SELECT count(*) FROM message").fetchone()
+            (messages,) = execute("SELECT count(*) FROM message INDEXED BY message_listed").fetchone()
             kept = {number for (number,) in execute("SELECT number FROM message WHERE body IS NULL")}
         return Recovered(messages, interrupted, self.files.sweep(kept))
 
