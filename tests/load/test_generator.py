@@ -188,6 +188,23 @@ async def test_what_waits_behind_a_stall_is_charged_with_it() -> None:
     assert message.max >= dot.max
 
 
+async def test_what_was_to_start_before_the_end_starts_however_late() -> None:
+    """A server that stalls at the end of a run is charged for the messages it kept from starting."""
+    stalled = [False]
+
+    async def stall_once(verb: bytes) -> None:
+        if verb == b"." and not stalled[0]:
+            stalled[0] = True
+            await trio.sleep(0.4)
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await serve_simply(stream, stall_once)
+
+    counts = await against(handler, sessions=1, rate=200.0, messages=None, duration=0.3)
+    assert counts.accepted == counts.attempted >= 40
+    assert counts.phases["message"].max >= 100e6
+
+
 async def test_a_server_that_says_nothing_times_out() -> None:
     async def silent(stream: trio.SocketStream) -> None:
         await stream.receive_some(1)

@@ -78,9 +78,10 @@ class Generator:
         return self._over.is_set()
 
     def stop(self) -> None:
-        """Start nothing any more; what is under way may end."""
+        """Start nothing any more; what is under way may end. Intended starts that wait are dropped, and counted."""
         self.is_stopping = True
         self._is_pacing = False
+        self.counts.dropped += len(self._intended)
         self._intended.clear()
         self._dismiss_idle()
 
@@ -201,8 +202,13 @@ class Generator:
                 await trio.lowlevel.checkpoint()
 
     async def _stop_after(self, seconds: float) -> None:
+        """End the run after its duration; what was to start before, starts (open loop), however late."""
         await trio.sleep(seconds)
-        self.stop()
+        if self.plan.rate is None:
+            self.stop()
+        else:
+            self._is_pacing = False
+            self._dismiss_idle()
 
     async def _pace(self, rate: float) -> None:
         """Let messages start at the rate."""
