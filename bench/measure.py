@@ -248,7 +248,7 @@ def _aiosmtpd(port: int, folder: Path) -> Sequence[str]:
     ]  # fmt: skip
 
 
-_POSTFIX_MAIN = """compatibility_level = 3.6
+POSTFIX_MAIN = """compatibility_level = 3.6
 queue_directory = {folder}/queue
 data_directory = {folder}/data
 command_directory = /usr/sbin
@@ -270,7 +270,7 @@ smtpd_tls_security_level = may
 smtpd_tls_cert_file = {certificate}
 smtpd_tls_key_file = {key}
 """
-_POSTFIX_MASTER = """127.0.0.1:{port} inet n - n - 100 smtpd
+POSTFIX_MASTER = """127.0.0.1:{port} inet n - n - 100 smtpd
 pickup unix n - n 60 1 pickup
 cleanup unix n - n - 0 cleanup
 qmgr unix n - n 300 1 qmgr
@@ -290,9 +290,9 @@ def _postfix(port: int, folder: Path) -> Sequence[str]:
         (folder / name).mkdir(mode=0o755)
     shutil.chown(folder / "data", "postfix")
     certificate, key = make_certificate(folder)
-    main = _POSTFIX_MAIN.format(folder=folder, certificate=certificate, key=key)
+    main = POSTFIX_MAIN.format(folder=folder, certificate=certificate, key=key)
     (folder / "config" / "main.cf").write_text(main)
-    (folder / "config" / "master.cf").write_text(_POSTFIX_MASTER.format(port=port))
+    (folder / "config" / "master.cf").write_text(POSTFIX_MASTER.format(port=port))
     return ["postfix", "-c", str(folder / "config"), "start-fg"]
 
 
