@@ -1,4 +1,4 @@
-"""The lines of the journal that a session writes most, as JSON, straight from their values into octets.
+"""The lines of the journal that are written most, as JSON, straight from their values into octets.
 
 Each function returns the line that `penstock.journal` would make of the same values, or None when one of them is not
 plain: a text that is not printable ASCII, holds a quote or a backslash, or is too long. Then the long way is taken,
@@ -64,8 +64,28 @@ cdef int put_text(Line *line, str text) except -1:
     return 0
 
 
-cdef int begin(Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size, long long session, str address) \
-        except -1:
+cdef int put_recipients(Line *line, recipients) except -1:
+    """Write the first of the recipients, and how many there are."""
+    cdef Py_ssize_t count = len(recipients), i
+    put(line, b'","to":[', 8)
+    for i in range(min(count, MOST_RECIPIENTS)):
+        put(line, b'"' if i == 0 else b',"', 1 if i == 0 else 2)
+        put_text(line, recipients[i][0][0])
+        put(line, b'"', 1)
+    put(line, b'],"recipients":', 15)
+    put_number(line, count)
+    return 0
+
+
+cdef void put_seconds(Line *line, double seconds) noexcept:
+    cdef long long milliseconds = <long long> (seconds * 1000 + 0.5)
+    put(line, b',"seconds":', 11)
+    put_number(line, milliseconds // 1000)
+    put(line, b".", 1)
+    put_number(line, milliseconds % 1000, 3)
+
+
+cdef int start(Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size) except -1:
     line.at = buffer
     line.end = buffer + LINE_OCTETS
     line.is_plain = True
@@ -73,6 +93,12 @@ cdef int begin(Line *line, char *buffer, str stamp, const char *event, Py_ssize_
     put_text(line, stamp)
     put(line, b'","event":"', 11)
     put(line, event, size)
+    return 0
+
+
+cdef int begin(Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size, long long session, str address) \
+        except -1:
+    start(line, buffer, stamp, event, size)
     put(line, b'","session":', 12)
     put_number(line, session)
     put(line, b',"peer":"', 9)
@@ -103,7 +129,6 @@ def disconnected(
 ):
     cdef char buffer[LINE_OCTETS]
     cdef Line line
-    cdef long long milliseconds = <long long> (seconds * 1000 + 0.5)
     begin(&line, buffer, stamp, b"disconnected", 12, session, address)
     put(&line, b'","messages":', 13)
     put_number(&line, messages)
@@ -111,10 +136,7 @@ def disconnected(
     put_number(&line, errors)
     put(&line, b',"octets":', 10)
     put_number(&line, octets)
-    put(&line, b',"seconds":', 11)
-    put_number(&line, milliseconds // 1000)
-    put(&line, b".", 1)
-    put_number(&line, milliseconds % 1000, 3)
+    put_seconds(&line, seconds)
     return finished(&line, buffer)
 
 
@@ -124,7 +146,6 @@ def accepted(
 ):
     cdef char buffer[LINE_OCTETS]
     cdef Line line
-    cdef Py_ssize_t count = len(recipients), i
     if reply.cause or sender is None or not sender[0]:
         return None
     begin(&line, buffer, stamp, b"accepted", 8, session, address)
@@ -132,13 +153,7 @@ def accepted(
     put_text(&line, message_id)
     put(&line, b'","from":"', 10)
     put_text(&line, sender[0])
-    put(&line, b'","to":[', 8)
-    for i in range(min(count, MOST_RECIPIENTS)):
-        put(&line, b'"' if i == 0 else b',"', 1 if i == 0 else 2)
-        put_text(&line, recipients[i][0][0])
-        put(&line, b'"', 1)
-    put(&line, b'],"recipients":', 15)
-    put_number(&line, count)
+    put_recipients(&line, recipients)
     put(&line, b',"size":', 8)
     put_number(&line, octets)
     put(&line, b',"reply":"', 10)
@@ -149,4 +164,26 @@ def accepted(
     put(&line, b" ", 1)
     put_text(&line, reply.text)
     put(&line, b'"', 1)
+    return finished(&line, buffer)
+
+
+def delivered(
+    str stamp not None, str message_id not None, recipients, str hop not None, str said not None, long long attempts,
+    double seconds
+):
+    cdef char buffer[LINE_OCTETS]
+    cdef Line line
+    if not hop or not said:
+        return None
+    start(&line, buffer, stamp, b"delivered", 9)
+    put(&line, b'","id":"', 8)
+    put_text(&line, message_id)
+    put_recipients(&line, recipients)
+    put(&line, b',"hop":"', 8)
+    put_text(&line, hop)
+    put(&line, b'","said":"', 10)
+    put_text(&line, said)
+    put(&line, b'","attempts":', 13)
+    put_number(&line, attempts)
+    put_seconds(&line, seconds)
     return finished(&line, buffer)

@@ -32,6 +32,19 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ("[delivery]\nkind = 'maildir'\n[recipients]\nverify = 'next-hop'", "recipients.verify: delivery.kind"),
         ("[recipients]\nverify = 'next-hop'\nfile = 'x'", "recipients.verify: recipients.file is there already"),
         ("[delivery]\npassthrough.buffer = 1", "delivery.passthrough.buffer: Expected `int` >= 4096"),
+        ("[[route]]\ndomains = ['a.org']\nnext_hop = 'mx'", "route: reports have to go to the senders"),
+        ("[[route]]\nnext_hop = 'smtp:/a'", "route[0].next_hop: a next hop looks like smtp://host:25"),
+        ("[[route]]\nnext_hop = 'mx'\n[route.tls]\nmode = 'maybe'", "route[0].tls.mode: Invalid enum value"),
+        (
+            "[[route]]\nnext_hop = 'mx'\n[route.limits]\nconnections = 0",
+            "route[0].limits.connections: Expected `int` >=",
+        ),
+        (
+            "[[route]]\n[[route.next_hops]]\nurl = 'smtp://a'\nweight = 0",
+            "route[0].next_hops[0].weight: Expected `int`",
+        ),
+        ("[relay.retry]\nschedule = [0.5]", "relay.retry.schedule[0]: Expected `float` >= 1"),
+        ("[resolver]\nservers = ['dns.example.org']", "resolver.servers[0]: a DNS server looks like"),
         ("x = ", "this is not TOML"),
     ],
 )

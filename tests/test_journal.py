@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import journal as module
-from penstock.journal import Journal, JournalSettings, escape
+from penstock.journal import Journal, JournalSettings, _fields, escape
 from penstock.message import MessageId, Path, Recipient
 from penstock.reply import OK, Reply
 from penstock.transaction import Peer, TlsInfo
@@ -104,6 +104,39 @@ def test_a_compiled_line_is_the_line_of_the_long_way(text: str, count: int, seco
     for compiled, general in zip(*lines, strict=True):
         assert general.pop("proxy") == "192.0.2.9"
         assert compiled == general
+
+
+@given(st.text(max_size=260), st.integers(1, 12), st.floats(0, 1e6))
+def test_a_compiled_line_of_the_relay_is_that_of_the_long_way(text: str, count: int, seconds: float) -> None:
+    values = [(MessageId("A"), [Recipient(path(text))] * count, "mx:25", "250 Ok", 3, round(seconds, 3))]
+    values += [(MessageId("A"), [Recipient(path("c@d"))] * count, hop, text, 1, 0.0) for hop in ("mx:25", "", text)]
+    journal = Journal(JournalSettings(format="json"), clock=lambda: 1_700_000_000.25)
+    for each in values:
+        journal.delivered(*each)
+    head = {"time": "2023-11-14T22:13:20.250Z", "event": "delivered"}
+    lines = [json.loads(line) for line in journal.drain().splitlines()]
+    assert lines == [{**head, **_fields("delivered", 0, None, each)} for each in values]
+
+
+def test_each_event_of_the_relay_has_a_line() -> None:
+    journal = Journal(JournalSettings(format="human"))
+    to = [Recipient(path("bob@example.org"))]
+    journal.recovered(5, 2, 1)
+    journal.attempted("A", to, "mx:25", 2)
+    journal.delivered("A", to, "mx:25", "250 Ok", 2, 61.5)
+    journal.deferred("A", to, "mx:25", "450 Busy", 2, 300.4)
+    journal.bounced("A", to, "mx:25", "550 No", 2, "sent")
+    journal.reported("B", "A", "failed", path("a@example.com"))
+    lines = [line.split(maxsplit=1)[1] for line in journal.drain().decode().splitlines()]
+    bob = "to=<bob@example.org> recipients=1 hop=mx:25"
+    assert lines == [
+        "recovered     messages=5 interrupted=2 swept=1",
+        f"attempted     id=A {bob} attempts=2",
+        f'delivered     id=A {bob} said="250 Ok" attempts=2 seconds=61.5',
+        f'deferred      id=A {bob} said="450 Busy" attempts=2 wait=300',
+        f'bounced       id=A {bob} said="550 No" attempts=2 report=sent',
+        "reported      id=B about=A action=failed sender=a@example.com",
+    ]
 
 
 def test_auto_is_for_humans_on_a_terminal() -> None:

@@ -24,3 +24,8 @@ def accepted(
     reply: Reply,
 ) -> bytes | None:
     """Return the line of a message that was taken."""
+
+def delivered(
+    stamp: str, message_id: str, recipients: Sequence[Recipient], hop: str, said: str, attempts: int, seconds: float
+) -> bytes | None:
+    """Return the line of recipients who have got their message."""

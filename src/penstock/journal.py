@@ -307,6 +307,8 @@ _COMPILED: Final[dict[str, Callable[..., bytes | None]]] = {
     "disconnected": _journal.disconnected,
 }
 """The lines that a session writes most."""
+_COMPILED_BARE: Final[dict[str, Callable[..., bytes | None]]] = {"delivered": _journal.delivered}
+"""Those of no session."""
 _MILLISECONDS: Final = tuple(f"{i:03d}" for i in range(1000))
 _encoder: Final = msgspec.json.Encoder()
 _seconds: list[dict[int, str]] = [{}, {}]
@@ -326,11 +328,15 @@ def _stamp(when: float, human: int) -> str:
 
 def _json_line(when: float, event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> bytes:
     stamp = _stamp(when, 0) + "Z"
-    compiled = _COMPILED.get(event)
-    if compiled is not None and peer is not None and not peer.proxy:
-        line = compiled(stamp, session, peer.address or "unix", *values)
-        if line is not None:
-            return line
+    line = None
+    if peer is None:
+        compiled = _COMPILED_BARE.get(event)
+        line = None if compiled is None else compiled(stamp, *values)
+    elif not peer.proxy:
+        compiled = _COMPILED.get(event)
+        line = None if compiled is None else compiled(stamp, session, peer.address or "unix", *values)
+    if line is not None:
+        return line
     return _encoder.encode({"time": stamp, "event": event, **_fields(event, session, peer, values)}) + b"\n"
 
 

@@ -15,6 +15,7 @@ PROGRAMS = {
     "test_swaks.py": ["swaks"],
     "test_postfix.py": ["postfix", "smtp-source"],
     "test_page.py": ["chromium", "chromedriver"],
+    "test_gateway.py": ["smtp-source", "smtp-sink"],
     "test_sink_faults.py": ["postfix", "swaks"],
 }
 """What a file of journeys needs from Debian's packages."""

@@ -33,6 +33,11 @@ class Server:
         return f"127.0.0.1:{self.port}"
 
     @property
+    def python(self) -> str:
+        """The Python that has Penstock."""
+        return sys.executable
+
+    @property
     def ca_file(self) -> Path:
         return self.folder / "tls" / "ca.pem"
 

@@ -160,6 +160,20 @@ def test_mail_relayed_by_postfix_over_bdat_arrives_byte_for_byte(tmp_path: Path)
         assert digest(body_of(received)) == digest(body)
 
 
+def test_mail_passes_from_postfix_through_the_gateway_to_postfix_byte_for_byte(tmp_path: Path) -> None:
+    last_toml = '[delivery]\nkind = "maildir"\n[[listener]]\naddress = "127.0.0.1:0"\n'
+    with serving(tmp_path / "last", last_toml) as last, postfix(last, tls=False) as inner:
+        toml = f'[[listener]]\naddress = "127.0.0.1:0"\n[[route]]\nnext_hop = "smtp://127.0.0.1:{inner}"\n'
+        with serving(tmp_path / "gateway", toml) as gateway, postfix(gateway, tls=False) as outer:
+            bodies = hard_bodies()
+            with smtplib.SMTP("127.0.0.1", outer, timeout=60) as client:
+                for body in bodies.values():
+                    mail = b"Subject: x\r\nMIME-Version: 1.0\r\nContent-Type: text/plain; charset=utf-8\r\n\r\n" + body
+                    client.sendmail("a@example.com", ["b@example.org"], mail, ["BODY=8BITMIME"])
+            received = last.messages(len(bodies))
+            assert sorted(digest(body_of(m)) for m in received) == sorted(map(digest, bodies.values()))
+
+
 def test_smtp_source_finds_nothing_to_complain_about(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "", "sink", "--json") as server:
         for arguments in (["-d"], [], ["-d", "-r", "5"]):

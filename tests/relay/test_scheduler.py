@@ -174,6 +174,14 @@ async def test_what_is_refused_for_now_is_tried_again_by_the_schedule(tmp_path: 
         assert events[-2:] == [("attempted", 3), ("delivered", 3)]
 
 
+async def test_what_is_due_again_soon_is_not_left_for_later(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: BUSY)
+    async with relaying(tmp_path, pool, retry={"schedule": [1]}) as relay:
+        await relay.until(lambda: relay.scheduler._looks_at >= relay.now + 5)  # there is nothing to look for
+        await relay.accept(message_of("bob@example.org"))
+        await relay.until(lambda: relay.scheduler._looks_at == relay.now + 1)
+
+
 async def test_each_recipient_has_an_end_of_its_own(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: [DELIVERED, BUSY, REFUSED] if len(sent.to) == 3 else DELIVERED)
     async with relaying(tmp_path, pool) as relay:

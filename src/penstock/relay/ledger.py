@@ -60,6 +60,8 @@ class Ledger:
         self._lane_of = lane_of
         self._journal = journal
         self._clock = clock
+        self.put_off_until: Callable[[float], None] = _nobody_waits
+        """Told the earliest time at which something is due again that was written."""
         self._settlements: list[Settlement] = []
         self._reports: list[_Report] = []
         self._has_something = trio.Event()
@@ -195,6 +197,9 @@ class Ledger:
         self._writing = 0
         for report in reports:
             report.entry.body.close()
+        again = min((each.next_try for each in settlements if each.next_try), default=None)
+        if again is not None:
+            self.put_off_until(again)
 
     async def _make(self, report: _Report) -> Message:
         """Return the message of a report."""
@@ -214,6 +219,10 @@ class Ledger:
             message = make()
         self._journal.reported(message.id, entry.id, report.action, entry.envelope.sender)
         return message
+
+
+def _nobody_waits(_: float) -> None:
+    """There is no scheduler."""
 
 
 def _action(

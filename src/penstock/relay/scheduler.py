@@ -176,6 +176,8 @@ class Scheduler:
         self._is_running = False
         self._has_room = trio.Event()
         self._look = trio.Event()
+        self._looks_at = 0.0
+        """When the spool is looked at again, in seconds since the epoch."""
         self._paused: set[Lane] = set()
         """Lanes with something due that have to wait for `resume_at`."""
         self._stalled: set[Outlet] = set()
@@ -220,6 +222,7 @@ class Scheduler:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Relay until cancelled. The spool is open, the pool and the ledger run."""
         self._spool.became_due = self.became_due
+        self._ledger.put_off_until = self._expect
         async with trio.open_nursery() as self._nursery:
             self._is_running = True
             for _ in range(_TAKERS):
@@ -510,9 +513,16 @@ class Scheduler:
                 wait = min(wait, _STALL)
             if self._paused:
                 wait = min(wait, min(lane.resume_at for lane in self._paused) - now)
-            with trio.move_on_after(max(wait, _SHORTEST_SLEEP)):
+            wait = max(wait, _SHORTEST_SLEEP)
+            self._looks_at = self._clock() + wait
+            with trio.move_on_after(wait):
                 await self._look.wait()
             self._look = trio.Event()
+
+    def _expect(self, when: float) -> None:
+        """Hear that something is due at a time; look then, if not before."""
+        if when < self._looks_at:
+            self._look.set()
 
     async def _find_due(self) -> float:
         """Note the lanes that are due; return the seconds until the next one is."""
