@@ -284,6 +284,10 @@ cdef class SessionCore:
     cdef public tuple _rules
     cdef public object _event
     cdef public object _answered
+    cdef public object announced
+    cdef public int _auth_failures
+    cdef public bint _chunk_is_last
+    cdef public object _chunk_refusal
     # what the offer says, looked up once
     cdef bint is_lmtp, eightbitmime
     cdef unsigned long long max_size
@@ -304,6 +308,28 @@ cdef class SessionCore:
         self.max_messages = offer.max_messages
         self.max_errors = offer.max_errors
         self.max_unknown = offer.max_unknown
+
+    def fresh(self, Wire wire not None, transaction not None):
+        cdef SessionCore other = type(self).__new__(type(self))
+        other.offer = self.offer
+        other.wire = wire
+        other.transaction = transaction
+        other.unasked = self.unasked
+        other.announced = self.announced
+        other._out = []
+        other._state = OPENED_STATE
+        other._table = self._table
+        other._rules = self._rules
+        other.is_lmtp = self.is_lmtp
+        other.eightbitmime = self.eightbitmime
+        other.max_size = self.max_size
+        other.max_recipients = self.max_recipients
+        other.max_messages = self.max_messages
+        other.max_errors = self.max_errors
+        other.max_unknown = self.max_unknown
+        if other.is_lmtp:
+            transaction.is_lmtp = True
+        return other
 
     # ---- the driver's side
 

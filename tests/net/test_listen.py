@@ -91,3 +91,14 @@ async def test_accepting_survives_a_shortage_of_descriptors(
         assert [exc.errno for exc in shortages] == [errno.EMFILE] * 2
         assert accepted[0][1:] == client.getsockname()
     close(accepted[0][0])
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.10.99.100", "127.255.200.9"])
+def test_the_address_of_a_client_is_written_as_everywhere(address: str) -> None:
+    (listener,) = bind(ListenAddress.parse("0.0.0.0:0"))
+    place = ("127.0.0.1", listener.getsockname()[1])
+    with listener, socket.create_connection(place, source_address=(address, 0)) as client:
+        accepted = accept(listener.fileno())
+        assert accepted is not None
+        assert accepted[1:] == client.getsockname()
+    close(accepted[0])

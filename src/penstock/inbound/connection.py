@@ -56,7 +56,6 @@ from penstock.smtp.events import (
     Rcpt,
     StartTls,
 )
-from penstock.smtp.server import ServerSession
 from penstock.smtp.states import State
 from penstock.transaction import Peer, Transaction
 
@@ -145,10 +144,11 @@ class Connection(TurnTaker):
         self._peer = peer
         self._gate = gate
         self._host = host
-        self._wire = self._receiver = gate.template.fresh()
+        self._wire = self._receiver = gate.session.wire.fresh()
         self._transaction = Transaction(peer, gate.name)
-        unasked = gate.unasked if self._handlers is _HANDLERS else 0
-        self._session = ServerSession(gate.offer, self._wire, self._transaction, unasked)
+        self._session = gate.session.fresh(self._wire, self._transaction)
+        if self._handlers is not _HANDLERS:
+            self._session.unasked = 0
         self._meter = self._session.meter = None if gate.tally is None else gate.tally.meter()
         self._is_admitted = is_admitted
         self._started = time.monotonic()

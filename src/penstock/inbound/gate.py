@@ -23,6 +23,7 @@ from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_QUIT, UN
 from penstock.smtp._wire import Wire
 from penstock.smtp.offer import Offer
 from penstock.smtp.sasl import ChannelBinding
+from penstock.smtp.server import ServerSession
 from penstock.transaction import Peer, Transaction
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -122,16 +123,14 @@ class Gate:
     tally: Tally | None = None
     """What counts the replies and the clocks of all sessions; None counts nothing."""
 
-    template: Wire = field(init=False)
-    """What the wires of connections are made like."""
+    session: ServerSession = field(init=False)
+    """What the sessions of connections are made like, and its wire what their wires are made like."""
     keeps_body: bool = field(init=False)
     """Somebody will read the body, so it has to be kept."""
     discards: Discards | None = field(init=False)
     """The delivery, when it keeps nothing and nobody wants to see a message before it."""
     defers: Defers | None = field(init=False)
     """The delivery, when it answers later without keeping a task, and nobody wants to see a message before it."""
-    unasked: int = field(init=False)
-    """The commands that nobody here has an opinion about: the session accepts them by itself."""
     room: HasRoom | None = field(init=False)
     """The delivery, when it can say before a message comes that there is no room for it."""
     streams: Streams | None = field(init=False)
@@ -141,7 +140,6 @@ class Gate:
         keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
         discards = self.delivery if isinstance(self.delivery, Discards) and not keeps else None
         defers = self.delivery if isinstance(self.delivery, Defers) and not self.pipeline.message else None
-        object.__setattr__(self, "template", self.wire.make_wire(self.offer.max_size))
         object.__setattr__(self, "keeps_body", keeps)
         object.__setattr__(self, "discards", discards)
         object.__setattr__(self, "defers", defers)
@@ -151,7 +149,9 @@ class Gate:
         unasked |= 0 if self.pipeline.rcpt or self.domains is not None else UNASKED_RCPT
         object.__setattr__(self, "room", room)
         object.__setattr__(self, "streams", self.delivery if isinstance(self.delivery, Streams) else None)
-        object.__setattr__(self, "unasked", unasked)
+        wire = self.wire.make_wire(self.offer.max_size)
+        session = ServerSession(self.offer, wire, Transaction(Peer("", 0)), unasked)
+        object.__setattr__(self, "session", session)
 
     def must_announce(self, peer: Peer) -> bool:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""

@@ -1,7 +1,7 @@
 """What the compiled part of the session shows. The theory stands at the top of ext/session.pyx."""
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from penstock._tally import Meter
 from penstock.reply import Reply
@@ -66,6 +66,16 @@ class SessionCore:
     _rules: Rules
     _event: Event | None
     _answered: Callable[[Any, Reply], None] | None
+    announced: frozenset[int]
+    """The numbers of verbs that are put to the driver as a Command, of `CAN_BE_ANNOUNCED`."""
+    _auth_failures: int
+    _chunk_is_last: bool
+    _chunk_refusal: Reply | None
+    def fresh(self, wire: Wire, transaction: Transaction) -> Self:
+        """Return a new session that is made like this one, which has not begun yet.
+
+        Its wire is a fresh one of this one's. Costs a fraction of making a session from an offer.
+        """
     def data_to_send(self) -> bytes:
         """Return the replies made since the last call, and forget them."""
     def next_event(self) -> Event:

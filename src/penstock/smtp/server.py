@@ -104,7 +104,7 @@ _TLS_STATE: Final = State.TLS
 class ServerSession(SessionCore):
     """One conversation. See the top of this file for how it is driven."""
 
-    __slots__ = ("_auth_failures", "_chunk_is_last", "_chunk_refusal", "announced")
+    __slots__ = ()
 
     def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
         """`unasked` are the events that the driver takes no interest in, `UNASKED_...` of penstock.smtp._session.
@@ -112,11 +112,7 @@ class ServerSession(SessionCore):
         Where the commands behind them are plain, the session accepts them by itself.
         """
         super().__init__(offer, wire, transaction, unasked)
-        self.announced: frozenset[int] = NOTHING_ANNOUNCED
-        """The numbers of verbs that are put to the driver as a Command, of `CAN_BE_ANNOUNCED`."""
-        self._auth_failures = 0
-        self._chunk_is_last = False
-        self._chunk_refusal: Reply | None = None
+        self.announced = NOTHING_ANNOUNCED
         transaction.is_lmtp = offer.is_lmtp
         longest = AUTH_LINE_LIMIT if offer.mechanisms else LINE_LIMIT + LONGER_LINES["MAIL"]
         wire.set_line_limit(longest)
