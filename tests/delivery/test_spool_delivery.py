@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from penstock.delivery.base import Defers, HasRoom
 from penstock.delivery.spool import SpoolDelivery
@@ -151,3 +152,16 @@ def test_a_file_system_that_can_not_be_looked_at_has_room_until_it_can(tmp_path:
     room._folder = tmp_path / "gone"
     room.look()
     assert room.octets == before
+
+
+async def test_the_file_system_is_looked_at_again_and_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room(tmp_path, reserve_octets=0, reserve_inodes=0)
+    looked = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    monkeypatch.setattr(room, "look", lambda: token.run_sync_soon(looked.set))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(room.keep_looking)
+        await looked.wait()
+        nursery.cancel_scope.cancel()

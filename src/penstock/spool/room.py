@@ -44,7 +44,7 @@ class Room:
         self.has_inodes = found.f_files == 0 or found.f_favail >= self._reserve_inodes
 
     async def keep_looking(self) -> None:
-        """Look from time to time, until cancelled."""
+        """Look from time to time, until cancelled. A file system that hangs holds up nobody but this."""
         while True:
             await trio.sleep(_INTERVAL)
-            self.look()
+            await trio.to_thread.run_sync(self.look, abandon_on_cancel=True)

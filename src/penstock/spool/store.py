@@ -91,7 +91,6 @@ def connect(
         path, timeout=timeout, isolation_level=None, cached_statements=256, check_same_thread=False, factory=factory
     )
     database.execute("PRAGMA synchronous = FULL")  # a commit is on stable storage when it returns
-    database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
     database.execute("PRAGMA foreign_keys = OFF")
     database.execute("PRAGMA temp_store = MEMORY")
     database.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
@@ -110,6 +109,8 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
         database.executescript(f"BEGIN IMMEDIATE;\n{schema}\nCOMMIT;")
     check_version(database, path)
     database.execute("PRAGMA journal_mode = WAL")
+    # SQLite makes pages of it with the size that it knows, which is 4 KiB until it has read the database.
+    database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
 
 
 def check_version(database: sqlite3.Connection, path: Path) -> None:
