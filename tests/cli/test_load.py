@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.testing import SmtpServer
 from tests.journeys.running import Server, serving
 
 
@@ -69,3 +70,20 @@ def test_wrong_words_are_named() -> None:
 def test_a_dead_target_is_an_error(tmp_path: Path) -> None:
     out = load(f"unix:{tmp_path}/nobody", "--messages", "1", "--sessions", "1", code=1)
     assert "enoent" in out
+
+
+def test_the_words_of_smtp_source_have_their_counterparts() -> None:
+    """smtp-source -s 3 -m 6 -l 2000 -d -r 2 -f a@x.org -t b@y.org -M me.example, and -L."""
+    words = ["--sessions", "3", "--messages", "6", "--size", "2000", "--reuse", "--recipients", "2"]
+    words += ["--from", "a@x.org", "--to", "b@y.org", "--helo", "me.example"]
+    with SmtpServer() as server:
+        load(f"127.0.0.1:{server.port}", *words)
+        assert len(server.inbox) == 6
+        for message in server.inbox:
+            assert message.sender == "a@x.org"
+            assert message.recipients == ("b0@y.org", "b1@y.org")
+            assert message.hello == "me.example"
+            assert abs(len(message.raw) - 2000) < 300
+    with SmtpServer(lmtp=True) as server:
+        load(f"127.0.0.1:{server.port}", "--lmtp", "--messages", "2")
+        assert len(server.inbox) == 2
