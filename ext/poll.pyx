@@ -15,6 +15,9 @@ conversation is over. A conversation that has not yet needed a task leaves a fun
 What the turns of one `poll` have to say is sent at its end, back to back, so that a client process that serves many
 connections is woken once for all of them.
 
+A socket that is still being connected may leave a function in its Watch (`connected`): it is called once, when the
+socket has room for the first time, before the turn of what came with it.
+
 Listening sockets are in the set, too: a connection that a client opens costs no more than the turn it brings.
 
 A turn may also have to wait for something other than its socket, such as a disk. It marks its Watch as held, and nothing
@@ -162,6 +165,7 @@ cdef class Watch:
     cdef public object receiver
     cdef public object turn
     cdef public object woken
+    cdef public object connected
     cdef public bytes unsent
 
     def __init__(self, int fd):
@@ -292,6 +296,10 @@ cdef class Poller:
                 continue
             watch = <Watch> known
             what = self.events[i].events
+            if watch.connected is not None and what & <uint32_t> EPOLLOUT and not what & <uint32_t> EPOLLERR:
+                known = watch.connected
+                watch.connected = None
+                known()
             if what & <uint32_t> (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                 watch.is_readable = True
                 if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):

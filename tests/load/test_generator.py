@@ -14,6 +14,7 @@ from penstock.auth.users import UsersFile
 from penstock.load.counts import Counts
 from penstock.load.generator import Generator
 from penstock.load.plan import Plan, Target
+from penstock.net.tls import TlsSettings, generated_certificate, server_context
 from tests.inbound.test_worker import LISTENER, running
 
 TLS = LISTENER.replace('"none"', '"starttls"')
@@ -58,6 +59,7 @@ async def test_all_that_is_sent_arrives_once(tmp_path: Path, words: dict[str, An
     assert {record["recipients"] for record in accepted} == {words.get("recipients", 1)}
     assert sum(record["size"] for record in accepted) == pytest.approx(counts.octets, rel=0.01)
     assert counts.phases["message"].count == counts.phases["dot"].count == messages
+    assert counts.phases["connect"].count == counts.phases["banner"].count == counts.connections
     per_connection = words.get("per_connection", 0)
     least = -(-messages // per_connection) if per_connection else 4
     assert least <= counts.connections < least + 4
@@ -146,7 +148,11 @@ async def against(handler: Handler, **words: Any) -> Counts:
     return counts
 
 
-async def serve_simply(stream: trio.SocketStream, before: Callable[[bytes], Awaitable[None]]) -> None:
+async def no_wait(_: bytes) -> None:
+    """Let `serve_simply` answer at once."""
+
+
+async def serve_simply(stream: trio.abc.Stream, before: Callable[[bytes], Awaitable[None]]) -> None:
     """Be a server that accepts everything; `before` is awaited before each answer."""
     await stream.send_all(b"220 simple\r\n")
     in_text, buffer = False, b""
@@ -229,6 +235,60 @@ async def test_a_server_that_hangs_up_in_the_middle_loses_the_message() -> None:
     assert counts.accepted == 0
     assert counts.lost == counts.attempted > 0
     assert set(counts.errors) <= {"closed", "reset"}
+
+
+class FullListener:
+    """A listener without room for another connection: the kernel drops what knocks, as on a slow way there."""
+
+    def __init__(self) -> None:
+        self._listener = trio.socket.socket()
+        self._fillers: list[trio.socket.SocketType] = []
+
+    async def __aenter__(self) -> FullListener:
+        await self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(0)
+        self.port: int = self._listener.getsockname()[1]
+        filler = trio.socket.socket()
+        await filler.connect(("127.0.0.1", self.port))
+        self._fillers.append(filler)
+        return self
+
+    async def accept(self) -> trio.SocketStream:
+        """Make room, and return the connection that was kept out."""
+        self._fillers.append((await self._listener.accept())[0])
+        return trio.SocketStream((await self._listener.accept())[0])
+
+    async def __aexit__(self, *_: object) -> None:
+        for sock in (self._listener, *self._fillers):
+            sock.close()
+
+
+async def test_a_server_that_is_not_reached_times_out() -> None:
+    async with FullListener() as server:
+        counts = await run(server.port, sessions=1, messages=1, timeout=0.1)
+    assert set(counts.errors) == {"connect timeout"}
+    assert counts.phases["connect"].count == 0
+
+
+@pytest.mark.parametrize("tls", ["none", "implicit"])
+async def test_a_slow_connection_is_told_apart_from_a_slow_greeting(tmp_path: Path, tls: str) -> None:
+    async with FullListener() as server, trio.open_nursery() as nursery:
+        generator = Generator(Plan(targets=[Target("127.0.0.1", server.port)], sessions=1, messages=1, tls=tls))  # type: ignore[arg-type]
+        nursery.start_soon(generator.run)
+        while generator.counts.connections == 0:
+            await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+        stream: trio.abc.Stream = await server.accept()  # the kernel knocks again after a second
+        if tls == "implicit":
+            certificate = generated_certificate(tmp_path, ["localhost"]).certificate
+            context = server_context(TlsSettings(mode="implicit"), certificate)
+            stream = trio.SSLStream(stream, context, server_side=True)
+        async with stream:
+            await serve_simply(stream, no_wait)
+    counts = generator.counts
+    assert is_clean(counts, 1), counts.as_report()
+    assert counts.phases["connect"].count == 1
+    assert counts.phases["connect"].max > 10 * counts.phases["banner"].max
 
 
 @pytest.mark.parametrize(

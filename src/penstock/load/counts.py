@@ -9,10 +9,23 @@ from typing import Any, Final, NamedTuple
 
 from penstock._histogram import Histogram
 
-PHASES: Final = ("banner", "starttls", "tls", "ehlo", "auth", "mail", "rcpt", "data", "dot", "quit", "message")
-"""banner: from the connect to the greeting; tls: the handshake; dot: from the first octet of the text to its answer;
-message: from the intended start of a message (open loop) or its MAIL (closed loop) to its answer; the others: from a
-command to its answer, in a pipelined group from the group to the answer."""
+PHASES: Final = (
+    "connect",
+    "banner",
+    "starttls",
+    "tls",
+    "ehlo",
+    "auth",
+    "mail",
+    "rcpt",
+    "data",
+    "dot",
+    "quit",
+    "message",
+)
+"""connect: from connect(2) to the connection; banner: from there to the greeting; tls: the handshake; dot: from the
+first octet of the text to its answer; message: from the intended start of a message (open loop) or its MAIL (closed
+loop) to its answer; the others: from a command to its answer, in a pipelined group from the group to the answer."""
 _MOST_SECONDS: Final = 24 * 3600
 _MOST_EXAMPLES: Final = 5
 

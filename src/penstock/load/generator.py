@@ -261,7 +261,7 @@ class Generator:
             before = perf_counter_ns() - int(timeout * 1e9)
             for session in self._sessions:
                 if session.is_waiting and session.asked_at < before:
-                    session.fail("timeout", f"no answer within {timeout:g} s")
+                    session.time_out(timeout)
 
 
 def _raise_limit() -> None:

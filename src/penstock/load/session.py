@@ -10,11 +10,11 @@ The answer of the fast path, one line that came whole, is never parsed beyond it
 from __future__ import annotations
 
 import errno
+import os
 import re
 import socket
 import ssl
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from time import perf_counter_ns
 from typing import Final, NamedTuple, Protocol
 
@@ -38,6 +38,7 @@ _SHAKE: Final[Sequence[str]] = ("the handshake",)
 """No answer, but a handshake is awaited."""
 _HELLO: Final[Sequence[str]] = ("ehlo",)
 _LAST_LINE: Final = re.compile(rb"(?:^|\n)250 [^\n]*\r\n\Z")
+_UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
 _NOTHING: Final[Group] = (b"", ())
 """Nothing is said until `begin` is called."""
 
@@ -88,6 +89,7 @@ class Session:
         self.asked_at = 0
         """When the last group was sent, in nanoseconds of the clock."""
         self.is_open = False
+        self.is_connecting = False
         self.is_promised = False
         """A message is kept for it."""
         self.concluded = 0
@@ -112,7 +114,7 @@ class Session:
     @property
     def is_waiting(self) -> bool:
         """An answer is owed."""
-        return self.is_open and (bool(self._phases) or self._is_shaking)
+        return self.is_open and (self.is_connecting or bool(self._phases) or self._is_shaking)
 
     @property
     def answer(self) -> Answer:
@@ -138,20 +140,43 @@ class Session:
         self.asked_at = perf_counter_ns()
         crew.counts.connections += 1
         try:
-            self._stream = SocketStream.of(self._socket(), crew.poller)
+            sock, is_connected = self._socket()
+            self._stream = SocketStream.of(sock, crew.poller)
+            self.is_connecting = not is_connected
+            if not is_connected:
+                self._stream.when_connected(self._connected)
         except OSError as exc:
             crew.counts.error(_kind_of(exc), f"{self.target}: {exc}")
             crew.ended(self)
             return
         self.is_open = True
+        self._phases = ()
+        self._stream.attend_alone(self, self._turn, self._woken)
+        if is_connected:
+            self._connected()
+
+    def _connected(self) -> None:
+        """Begin the conversation on a connection that is made. Whatever fails is counted."""
+        now = perf_counter_ns()
+        crew = self._crew
+        crew.counts.phases["connect"].record(now - self.asked_at)
+        self.asked_at = now
+        self.is_connecting = False
         if crew.plan.tls == "implicit":
-            self._wrap()
+            try:
+                self._wrap()
+            except trio.BrokenResourceError as exc:
+                self._woken(0, exc)
         else:
             _, self._phases = next(self._script)
-        self._stream.attend_alone(self, self._turn, self._woken)
 
-    def _socket(self) -> socket.socket:
-        """Return a socket that is being connected."""
+    def _socket(self) -> tuple[socket.socket, bool]:
+        """Return a socket that is connected, or being connected, and whether it is. Raise OSError.
+
+        connect(2) says of any TCP connection that it is under way, even where the handshake is over before it returns,
+        as on loopback. Asking it a second time costs one call of the kernel and tells; only those that are under way
+        then cost an event of the poller.
+        """
         target = self.target
         if target.path:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -165,12 +190,16 @@ class Session:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if self._source:
                     sock.bind((self._source, 0))
-            with suppress(BlockingIOError):  # it is under way
-                sock.connect(place)
+            code = sock.connect_ex(place)
+            if code == errno.EINPROGRESS:
+                code = sock.connect_ex(place)
         except BaseException:
             sock.close()
             raise
-        return sock
+        if code not in (0, errno.EISCONN, *_UNDER_WAY):
+            sock.close()
+            raise OSError(code, os.strerror(code))
+        return sock, code not in _UNDER_WAY
 
     def _wrap(self) -> None:
         """Begin a handshake; what is to be sent first comes with the next turn."""
@@ -298,7 +327,8 @@ class Session:
     def _woken(self, received: int, failure: BaseException | None) -> bool:
         """See to it that the turns have come to an end. Return whether there is a task to run."""
         if failure is not None:
-            self._end("refused" if isinstance(failure, _Refused) else _kind_of(failure), str(failure))
+            kind = "refused" if isinstance(failure, _Refused) else _kind_of(failure)
+            self._end(f"connect {kind}" if kind == "timeout" and self.is_connecting else kind, str(failure))
         elif self._is_done:
             self._end("", "")
         elif received == -1:
@@ -320,10 +350,12 @@ class Session:
             if self.is_open:
                 self._woken(received, None)
 
-    def fail(self, kind: str, text: str) -> None:
-        """End the connection from outside."""
-        if self.is_open:
-            self._end(kind, text)
+    def time_out(self, seconds: float) -> None:
+        """End the connection: nothing has come for so long."""
+        if self.is_connecting:
+            self._end("connect timeout", f"no connection within {seconds:g} s")
+        else:
+            self._end("timeout", f"no answer within {seconds:g} s")
 
     def _end(self, kind: str, text: str) -> None:
         """Close the connection, and count how it ended; kind is "" when it ended well."""
@@ -488,6 +520,8 @@ def _kind_of(exc: BaseException) -> str:
         return "not offered"
     if isinstance(cause, ConnectionRefusedError):
         return "connect refused"
+    if isinstance(cause, TimeoutError):
+        return "timeout"
     if isinstance(cause, ConnectionResetError | BrokenPipeError):
         return "reset"
     if isinstance(cause, OSError):

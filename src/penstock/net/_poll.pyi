@@ -54,6 +54,11 @@ class Watch:
 
     Says whether it has got a task to run: then `poll` returns, so that trio can run it.
     """
+    connected: Callable[[], object] | None
+    """Called once when the socket has room, before the turn of what came with it; must not raise.
+
+    Wants `look_for_room`.
+    """
     unsent: bytes | None
     """What the socket did not take of an answer of `turn`."""
 

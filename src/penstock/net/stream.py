@@ -202,6 +202,16 @@ class SocketStream(trio.abc.HalfCloseableStream):
         watch.turn = turn
         watch.woken = woken
 
+    def when_connected(self, connected: Callable[[], object]) -> None:
+        """Have a function called once the connection is made, for a socket of which connect(2) said EINPROGRESS.
+
+        For a stream on a poller. One that fails is readable instead. Raise OSError.
+        """
+        assert self._watch is not None
+        assert self._poller is not None
+        self._watch.connected = connected
+        self._poller.look_for_room(self._watch)
+
     def take_unsent(self) -> bytes:
         """Return what the socket did not take of the last answer of a turn."""
         assert self._watch is not None
@@ -393,7 +403,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             for task in (watch.reader, watch.writer):
                 if task is not None:
                     reschedule(task)  # it will find the stream closed
-            watch.reader = watch.writer = watch.turn = watch.receiver = watch.woken = None
+            watch.reader = watch.writer = watch.turn = watch.receiver = watch.woken = watch.connected = None
         _poll.close(fd)
 
     async def aclose(self) -> None:
