@@ -238,7 +238,7 @@ async def test_a_pool_that_is_closed_takes_nothing_and_ends_what_it_has_begun(po
     hop = FakeHop()
     async with serving(hop), trio.open_nursery() as nursery:
         nursery.start_soon(_deliver, pool, hop)
-        await until(lambda: hop.connections)
+        await until(lambda: any(line.startswith("MAIL") for line in hop.heard))
         await pool.aclose()
         with pytest.raises(HopDown, match="stopping"):
             await send(pool, hop.hop())
