@@ -4,11 +4,18 @@ PENSTOCK_DEBUG=1 keeps the assertions, the bounds checks and the line numbers of
 """
 
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 DEBUG = os.environ.get("PENSTOCK_DEBUG") == "1"
+
+
+def has_new_declarations() -> bool:
+    """Say whether a .pxd is newer than what was translated: Cython does not look at those that stand elsewhere."""
+    translated = [path.stat().st_mtime for path in Path("ext").glob("*.c")]
+    return bool(translated) and min(translated) < max(path.stat().st_mtime for path in Path("src").rglob("*.pxd"))
 
 
 def extension(name: str, source: str, *headers: str) -> Extension:
@@ -32,8 +39,10 @@ setup(
             extension("penstock.inbound._turns", "turns.pyx"),
             extension("penstock._histogram", "histogram.pyx"),
             extension("penstock._journal", "journal.pyx"),
+            extension("penstock._transaction", "transaction.pyx"),
             extension("penstock._tally", "tally.pyx"),
         ],
+        force=has_new_declarations(),
         include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd
         compiler_directives={
             "language_level": 3,

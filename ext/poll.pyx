@@ -8,17 +8,18 @@ its readiness is remembered in its `Watch`; that there is room to send is only a
 `trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for many
 sockets and wakes the tasks that wait for them.
 
-Waking a task costs more than most commands of a session do. So a task may leave a `turn` with its Watch before it parks:
-a plain function that is called when octets have come, received into the task's wire, and that returns what is to be
-sent. The task sleeps on until the turn returns None, which means "wake me": something has to be awaited, or the
-conversation is over. A conversation that has not yet needed a task leaves a function to call in its place (`woken`).
+Waking a task costs more than most commands of a session do. So a task may leave a `Taker` with its Watch before it parks:
+plain functions that are called when octets have come, receive them, and return what is to be sent. The task sleeps on
+until a turn returns None, which means "wake me": something has to be awaited, or the conversation is over. The taker of a
+conversation that has not yet needed a task is woken in its place.
 What the turns of one `poll` have to say is sent at its end, back to back, so that a client process that serves many
 connections is woken once for all of them.
 
 A socket that is still being connected may leave a function in its Watch (`connected`): it is called once, when the
 socket has room for the first time, before the turn of what came with it.
 
-Listening sockets are in the set, too: a connection that a client opens costs no more than the turn it brings.
+Listening sockets are in the set, too: a connection that a client opens costs no more than the turn it brings, and is
+greeted with all others that are answered then.
 
 A turn may also have to wait for something other than its socket, such as a disk. It marks its Watch as held, and nothing
 is received until somebody calls `resume`: then the next `poll` takes a turn without octets. A bell in the set, an
@@ -44,7 +45,8 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from penstock._tally cimport Tally
 
 from outcome import Error, Value
-from trio.lowlevel import reschedule
+import trio
+from trio.lowlevel import notify_closing, reschedule
 
 
 cdef extern from *:
@@ -150,23 +152,41 @@ cdef enum:
     SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
 
 
+cdef class Taker:
+    """Takes the turns of a conversation. Whoever is compiled overrides the three below; others have three methods."""
+
+    cdef Py_ssize_t receive(self, int fd) except -2:
+        """Return the octets received, 0 at the end of the stream, -1 when there is nothing."""
+        return self.recv(fd)
+
+    cdef object take(self, Py_ssize_t received):
+        """Answer so many octets: return what is to be sent, None to be woken."""
+        return self._turn(received)
+
+    cdef bint wake(self, Py_ssize_t received, object failure) except -1:
+        """The turns have come to an end. Return whether there is a task to run now."""
+        return self._woken(received, failure)
+
+
+cdef class TurnsOfTask(Taker):
+    """What a task leaves behind, which is woken by itself."""
+
+    cdef object receiver
+    cdef object turn
+
+    def __init__(self, receiver not None, turn not None):
+        self.receiver = receiver
+        self.turn = turn
+
+    cdef Py_ssize_t receive(self, int fd) except -2:
+        return self.receiver.recv(fd)
+
+    cdef object take(self, Py_ssize_t received):
+        return self.turn(received)
+
+
 cdef class Watch:
     """The readiness of one socket, and who waits for it."""
-
-    cdef readonly int fd
-    cdef public bint is_readable
-    cdef public bint is_writable
-    cdef public bint has_hung_up
-    cdef public bint is_held
-    cdef public bint is_resumed
-    cdef bint looks_for_room
-    cdef public object reader
-    cdef public object writer
-    cdef public object receiver
-    cdef public object turn
-    cdef public object woken
-    cdef public object connected
-    cdef public bytes unsent
 
     def __init__(self, int fd):
         self.fd = fd
@@ -175,16 +195,6 @@ cdef class Watch:
 
 cdef class Poller:
     """The epoll set."""
-
-    cdef readonly int fd
-    cdef public Tally tally
-    cdef dict watches
-    cdef dict doors
-    cdef list again
-    cdef list resumed
-    cdef int bell
-    cdef bint woken
-    cdef epoll_event events[POLL_BATCH]
 
     def __cinit__(self):
         self.fd = -1
@@ -207,7 +217,7 @@ cdef class Poller:
     def __len__(self):
         return len(self.watches)
 
-    cdef int control(self, int what, int fd, uint32_t events) except -1:
+    cdef int control(self, int what, int fd, unsigned int events) except -1:
         cdef epoll_event event
         event.events = events
         event.data.u64 = 0
@@ -216,8 +226,10 @@ cdef class Poller:
             raise OSError(errno, "epoll_ctl failed")
         return 0
 
-    def watch(self, int fd):
-        cdef Watch watch = Watch(fd)
+    cpdef Watch watch(self, int fd):
+        cdef Watch watch = Watch.__new__(Watch)
+        watch.fd = fd
+        watch.is_writable = True
         self.control(EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET)
         self.watches[fd] = watch
         return watch
@@ -233,22 +245,25 @@ cdef class Poller:
         self.doors[fd] = (accepted, shortage)
 
     def ignore(self, int fd):
+        cdef epoll_event unused  # kernels before 2.6.9 wanted one
         if self.doors.pop(fd, None) is not None and self.fd >= 0:
-            epoll_ctl(self.fd, EPOLL_CTL_DEL, fd, &self.events[0])  # one that was closed has left the set by itself
+            epoll_ctl(self.fd, EPOLL_CTL_DEL, fd, &unused)  # one that was closed has left the set by itself
 
-    def forget(self, Watch watch):
+    cpdef int forget(self, Watch watch) except -1:
         # Closing the descriptor takes it out of the set by itself (epoll(7)).
         if self.watches.get(watch.fd) is watch:
             del self.watches[watch.fd]
+        return 0
 
-    def resume(self, Watch watch):
+    cpdef int resume(self, Watch watch) except -1:
         watch.is_held = False
         watch.is_resumed = True
         if self.fd < 0:
-            return
+            return 0
         if not self.resumed:
             eventfd_write(self.bell, 1)
         self.resumed.append(watch)
+        return 0
 
     def poll(self):
         cdef int64_t end = now() + MOST_TIME
@@ -267,35 +282,37 @@ cdef class Poller:
 
     cdef int poll_once(self) except -1:
         """Ask the kernel once, and see to what has become ready."""
-        cdef int found = epoll_wait(self.fd, self.events, POLL_BATCH, 0)
+        cdef epoll_event events[POLL_BATCH]
+        cdef int found = epoll_wait(self.fd, events, POLL_BATCH, 0)
         cdef int i
         cdef uint32_t what
         cdef Watch watch
         cdef object known
-        cdef list said = []
+        cdef list said
         cdef list again = self.again
         cdef list resumed = self.resumed
         if found < 0:
             if errno == EINTR:
                 return 0
             raise OSError(errno, "epoll_wait failed")
+        said = self.said = []
         if resumed:
             self.resumed = []
             for watch in resumed:
-                if watch.turn is not None and watch.is_resumed:
+                if watch.taker is not None and watch.is_resumed:
                     watch.is_resumed = False
                     self.go_on(watch, 0, -1, said)
         self.again = []
         for watch in again:
-            if watch.turn is not None and watch.is_readable and not watch.is_held:
+            if watch.taker is not None and watch.is_readable and not watch.is_held:
                 self.take_turn(watch, said)
         for i in range(found):
-            known = self.watches.get(self.events[i].data.fd)
+            known = self.watches.get(events[i].data.fd)
             if known is None:
-                self.accept_some(self.events[i].data.fd)
+                self.accept_some(events[i].data.fd)
                 continue
             watch = <Watch> known
-            what = self.events[i].events
+            what = events[i].events
             if watch.connected is not None and what & <uint32_t> EPOLLOUT and not what & <uint32_t> EPOLLERR:
                 known = watch.connected
                 watch.connected = None
@@ -306,7 +323,7 @@ cdef class Poller:
                     watch.has_hung_up = True
                 if watch.is_held:
                     pass
-                elif watch.turn is not None:
+                elif watch.taker is not None:
                     self.take_turn(watch, said)
                 elif watch.reader is not None:
                     known = watch.reader
@@ -320,6 +337,7 @@ cdef class Poller:
                     watch.writer = None
                     self.woken = True
                     reschedule(known)
+        self.said = None
         if said:
             self.send_all(said)
         return found + len(again) + len(resumed)
@@ -348,24 +366,21 @@ cdef class Poller:
     cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1:
         """End a wait for input: with what it has come to, or with what a receive or a turn has thrown."""
         cdef object task = watch.reader
-        cdef object woken = watch.woken
+        cdef Taker taker = watch.taker
         watch.reader = None
-        watch.turn = None
-        watch.receiver = None
-        watch.woken = None
-        if woken is not None:
-            if woken(received, failure):
-                self.woken = True
-            return 0
-        self.woken = True
-        reschedule(task, Value(received) if failure is None else Error(failure))
+        watch.taker = None
+        if task is not None:
+            self.woken = True
+            reschedule(task, Value(received) if failure is None else Error(failure))
+        elif taker.wake(received, failure):
+            self.woken = True
         return 0
 
     cdef int take_turn(self, Watch watch, list said) except -1:
-        """Receive for a parked task, and let its turn answer."""
+        """Receive for somebody, and let the turn answer."""
         cdef Py_ssize_t received
         try:
-            received = watch.receiver.recv(watch.fd)
+            received = watch.taker.receive(watch.fd)
         except BaseException as exc:
             self.wake_reader(watch, -1, exc)
             return 0
@@ -383,7 +398,7 @@ cdef class Poller:
         """Let a turn answer. When it has to be awaited instead, `outcome` is what its wait has come to."""
         cdef object answer
         try:
-            answer = watch.turn(received)
+            answer = watch.taker.take(received)
         except BaseException as exc:
             self.wake_reader(watch, -1, exc)
             return 0
@@ -406,7 +421,7 @@ cdef class Poller:
         for i in range(0, len(said), 2):
             watch = <Watch> said[i]
             answer = <bytes> said[i + 1]
-            if watch.turn is None:
+            if watch.taker is None:
                 continue
             size = len(answer)
             sent = c_send(watch.fd, <char *> answer, size, MSG_NOSIGNAL)
@@ -423,6 +438,106 @@ cdef class Poller:
             c_close(self.fd)
             c_close(self.bell)
             self.fd = self.bell = -1
+
+
+cdef class SocketCore:
+    """What `penstock.net.stream.SocketStream` does without waiting."""
+
+    def __init__(self, int fd, Poller poller=None):
+        self._fd = fd
+        self._poller = poller
+        self._watch = None if poller is None else poller.watch(fd)
+
+    # ---- sending
+
+    cpdef Py_ssize_t send_nowait(self, data) except -1:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        return self.send_some(data, 0)
+
+    def _send(self, data, Py_ssize_t start):
+        return self.send_some(data, start)
+
+    cdef Py_ssize_t send_some(self, data, Py_ssize_t start) except -1:
+        cdef Py_ssize_t sent
+        if self._fd < 0:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self._eof_sent:
+            raise trio.ClosedResourceError("the end of this stream was sent")
+        try:
+            sent = send_octets(self._fd, data, start, MSG_NOSIGNAL)
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
+        if sent >= 0:
+            return sent
+        if self._watch is not None:
+            self._watch.is_writable = False
+        return 0
+
+    cpdef int send_and_close_nowait(self, bytes data) except -1:
+        try:
+            if data and self._fd >= 0:
+                send_octets(self._fd, data, 0, MSG_NOSIGNAL | MSG_MORE)
+        except OSError:
+            pass  # the peer has left: there is nobody to tell
+        finally:
+            self.close_nowait()
+        return 0
+
+    # ---- turns
+
+    cpdef int attend_alone(self, Taker taker, bytes said=b"") except -1:
+        cdef Watch watch = self._watch
+        if watch is None or watch.is_readable:
+            raise RuntimeError("only a new stream on a poller is attended without a task")
+        watch.taker = taker
+        if not said:
+            return 0
+        if self._poller.said is not None:
+            self._poller.said.append(watch)
+            self._poller.said.append(said)
+        else:
+            self.send_some(said, 0)  # a new socket takes a line
+        return 0
+
+    def nudge(self):
+        cdef Watch watch = self._watch
+        cdef Taker taker
+        cdef object task
+        if watch is None or watch.taker is None:
+            return
+        task, taker = watch.reader, watch.taker
+        watch.reader = watch.taker = None
+        if task is not None:
+            reschedule(task, Value(-1))
+        else:
+            taker.wake(-1, None)
+
+    cpdef int hold(self) except -1:
+        if self._watch is None:
+            raise RuntimeError("only a stream on a poller can be held")
+        self._watch.is_held = True
+        return 0
+
+    # ---- closing
+
+    cpdef int close_nowait(self) except -1:
+        cdef int fd = self._fd
+        cdef Watch watch = self._watch
+        if fd < 0:
+            return 0
+        self._fd = -1
+        if watch is None:
+            notify_closing(fd)
+        else:
+            self._poller.forget(watch)
+            if watch.reader is not None:
+                reschedule(watch.reader)  # it will find the stream closed
+            if watch.writer is not None:
+                reschedule(watch.writer)
+            watch.reader = watch.writer = watch.taker = watch.connected = None
+        c_close(fd)
+        return 0
 
 
 cdef str dotted(const unsigned char *octets):
@@ -468,10 +583,14 @@ def accept(int fd):
     return sock, "", 0
 
 
-def send(int fd, data not None, Py_ssize_t start=0, *, bint last=False):
+def send(int fd, data not None, Py_ssize_t start=0):
+    return send_octets(fd, data, start, MSG_NOSIGNAL)
+
+
+cdef ssize_t send_octets(int fd, data, Py_ssize_t start, int flags) except -2:
+    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full."""
     cdef Py_buffer view
     cdef ssize_t n
-    cdef int flags = MSG_NOSIGNAL | MSG_MORE if last else MSG_NOSIGNAL
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
         if start < 0 or start > view.len:

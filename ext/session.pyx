@@ -22,14 +22,14 @@ from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_SET_ITEM
 
 from penstock._tally cimport P_BDAT, P_MESSAGE, P_UNASKED, Meter
+from penstock._transaction cimport TransactionCore
 from penstock.smtp._wire cimport T_CHUNK, T_COMMAND, T_NEED_DATA, T_TEXT_BROKEN, T_TEXT_END, T_VIOLATION, Wire
 
 from penstock import reply as replies
-from penstock.message import Path, Recipient
+from penstock.message import NO_PARAMETERS, MailParameters, Path, Recipient
 from penstock.reply import Reply
 from penstock.smtp.events import CLOSED, NEED_DATA, BeginData, BodyChunk, EndOfMessage, Mail, Quit, Rcpt
 from penstock.smtp.states import ARGUMENT_LIMIT, State
-from penstock.transaction import NO_PARAMETERS, MailParameters
 
 
 cdef extern from "Python.h":
@@ -41,6 +41,7 @@ UNASKED_HELLO = 1
 UNASKED_MAIL = 2
 UNASKED_RCPT = 4
 UNASKED_QUIT = 8
+SENDS = -1
 
 cdef enum:
     U_HELLO = 1
@@ -264,43 +265,14 @@ cdef object plain_hello(bytes argument):
 cdef class SessionCore:
     """The state of a session and its commonest path. See penstock.smtp.server, which inherits it."""
 
-    cdef readonly object offer
-    cdef readonly Wire wire
-    cdef readonly object transaction
-    cdef public int commands
-    cdef public int errors
-    cdef public int unknown
-    cdef public int last_verb
-    cdef public bint has_quit
-    cdef public int unasked
-    cdef public object observer
-    cdef tuple beginnings
-    cdef unsigned long long[2] firsts  # the first characters of the beginnings, one bit for each of ASCII
-    cdef public Meter meter
-    cdef public int _mails
-    cdef public list _out
-    cdef public object _state
-    cdef public tuple _table
-    cdef public tuple _rules
-    cdef public object _event
-    cdef public object _answered
-    cdef public object announced
-    cdef public int _auth_failures
-    cdef public bint _chunk_is_last
-    cdef public object _chunk_refusal
-    # what the offer says, looked up once
-    cdef bint is_lmtp, eightbitmime
-    cdef unsigned long long max_size
-    cdef Py_ssize_t max_recipients
-    cdef int max_messages, max_errors, max_unknown
-
-    def __init__(self, offer, Wire wire not None, transaction, int unasked=0):
+    def __init__(self, offer, Wire wire not None, TransactionCore transaction not None, int unasked=0):
         self.offer = offer
         self.wire = wire
         self.transaction = transaction
         self.unasked = unasked
         self._out = []
         self._state = OPENED_STATE
+        self.greeting = offer.greeting
         self.is_lmtp = offer.is_lmtp
         self.eightbitmime = offer.eightbitmime
         self.max_size = offer.max_size
@@ -309,17 +281,24 @@ cdef class SessionCore:
         self.max_errors = offer.max_errors
         self.max_unknown = offer.max_unknown
 
-    def fresh(self, Wire wire not None, transaction not None):
+    def fresh(self, Wire wire not None, TransactionCore transaction not None):
+        return self.made_like(wire, transaction)
+
+    cdef SessionCore made_like(self, Wire wire, TransactionCore transaction):
+        """Return a new session that is made like this one."""
         cdef SessionCore other = type(self).__new__(type(self))
         other.offer = self.offer
         other.wire = wire
         other.transaction = transaction
         other.unasked = self.unasked
         other.announced = self.announced
+        other.beginnings = self.beginnings
+        other.firsts = self.firsts
         other._out = []
         other._state = OPENED_STATE
         other._table = self._table
         other._rules = self._rules
+        other.greeting = self.greeting
         other.is_lmtp = self.is_lmtp
         other.eightbitmime = self.eightbitmime
         other.max_size = self.max_size
@@ -327,15 +306,32 @@ cdef class SessionCore:
         other.max_messages = self.max_messages
         other.max_errors = self.max_errors
         other.max_unknown = self.max_unknown
-        if other.is_lmtp:
-            transaction.is_lmtp = True
+        transaction.is_lmtp = self.is_lmtp
         return other
 
     # ---- the driver's side
 
+    def greet(self, refusal=None):
+        if refusal is None:
+            self.welcome()
+            return
+        self.emit(refusal.encoded)
+        self._state = CLOSED_STATE
+
+    cdef int welcome(self) except -1:
+        """Say the greeting of RFC 5321 4.2."""
+        self.emit(self.greeting)
+        return self.enter(HELLO_STATE)
+
     def data_to_send(self):
+        return self.take_said()
+
+    cdef bytes take_said(self):
+        """Return the replies made since the last call, and forget them."""
         cdef list out = self._out
         cdef bytes data = b""
+        if self.observer is not None:
+            self.observer(SENDS)
         if out:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
@@ -344,6 +340,10 @@ cdef class SessionCore:
         return data
 
     def next_event(self):
+        return self.find_event()
+
+    cdef object find_event(self):
+        """Return what the client wants next."""
         cdef object event
         cdef int token
         if self._answered is not None:
@@ -379,14 +379,21 @@ cdef class SessionCore:
         return closed
 
     def reply(self, reply):
+        self.answer(reply)
+
+    cdef int answer(self, object reply) except -1:
+        """Answer the event that waits for it."""
         cdef object answered = self._answered
         if answered is None:
             raise RuntimeError("no event waits for an answer")
         self._answered = None
         if answered is message_answered:
-            self._message_answered(reply)
+            self.answer_message(reply)
+        elif answered is data_answered:
+            self.answer_data(reply)
         else:
             answered(self, reply)
+        return 0
 
     cdef int note_trouble(self, int token) except -1:
         """Tell the meter what the reply to it is for."""
@@ -443,7 +450,7 @@ cdef class SessionCore:
             self.meter.message(self.transaction, self.wire.octets)
 
     def _end_transaction(self):
-        self.transaction.reset()
+        self.transaction.forget()
         self.enter(READY_STATE)
 
     # ---- lines
@@ -479,14 +486,15 @@ cdef class SessionCore:
         return None
 
     cdef object take_hello(self, int verb, bytes argument):
-        cdef object name = None, transaction
+        cdef object name = None
+        cdef TransactionCore transaction
         # Behind a part of a message there is a body to forget, of which the driver has to hear.
         if self.unasked & U_HELLO and not self.is_lmtp and (self._state is HELLO_STATE or self._state is READY_STATE):
             name = plain_hello(argument)
         if name is None:
             return self._take_verb(verb, argument)
         transaction = self.transaction
-        transaction.reset()  # RFC 5321 4.1.4: EHLO is an implicit RSET
+        transaction.forget()  # RFC 5321 4.1.4: EHLO is an implicit RSET
         transaction.hello = name
         transaction.is_esmtp = verb == V_EHLO
         self.enter(READY_STATE)
@@ -523,10 +531,10 @@ cdef class SessionCore:
             self.begin_transaction(self._event)
 
     cdef int begin_transaction(self, object mail) except -1:
-        cdef object transaction = self.transaction
+        cdef TransactionCore transaction = self.transaction
         self._mails += 1
         if self._state is REFUSED_STATE:
-            transaction.reset()  # a refused BDAT has left its transaction behind
+            transaction.forget()  # a refused BDAT has left its transaction behind
         transaction.sender = mail[0]
         transaction.parameters = mail[1]
         self.enter(MAIL_STATE)
@@ -633,21 +641,30 @@ cdef class SessionCore:
         return event
 
     def _data_answered(self, reply):
+        self.answer_data(reply)
+
+    cdef int answer_data(self, object reply) except -1:
         self.say(reply)
         if reply.code < 400:
             self._state = BODY_STATE
             self.wire.expect_text()
             if self.meter is not None:
                 self.meter.text_begins()
+        return 0
 
     def _message_answered(self, reply):
+        self.answer_message(reply)
+
+    cdef int answer_message(self, object reply) except -1:
         if self.meter is not None and reply.code < 400:
             self.meter.message(self.transaction, self.wire.octets)
         if self.is_lmtp:
             self._refuse_message(reply)
         else:
-            self._end_transaction()
+            self.transaction.forget()
+            self.enter(READY_STATE)
             self.say(reply)
+        return 0
 
 
 cdef object mail_answered = SessionCore._mail_answered

@@ -204,6 +204,10 @@ cdef class Wire:
         self.mode = M_COMMAND
 
     def fresh(self):
+        return self.made_like()
+
+    cdef Wire made_like(self):
+        """Return a wire with the rules of this one."""
         cdef Wire other = Wire.__new__(Wire)
         other.line_limit = self.line_limit
         other.text_line_limit = self.text_line_limit
@@ -266,6 +270,10 @@ cdef class Wire:
             PyBuffer_Release(&view)
 
     def recv(self, int fd, Py_ssize_t octets=BLOCK):
+        return self.receive(fd, octets)
+
+    cdef Py_ssize_t receive(self, int fd, Py_ssize_t octets) except -2:
+        """Do what `recv` does, for compiled callers."""
         cdef ssize_t n
         # Stay within one block: the kernel keeps what does not fit.
         cdef size_t waiting = self.end - self.begin
@@ -308,6 +316,10 @@ cdef class Wire:
                 self.end = waiting
 
     def drop_input(self):
+        return self.drop()
+
+    cdef size_t drop(self) noexcept:
+        """Forget the input. Return how much of it there was."""
         cdef size_t waiting = self.end - self.begin
         self.release()
         self.seen = 0

@@ -14,9 +14,10 @@ import trio
 from penstock.assemble import Secrets, Shared, make_gate
 from penstock.config import ListenerSettings
 from penstock.delivery.base import Delivery
+from penstock.inbound._turns import Host
 from penstock.inbound.body import BodySettings, MemoryBudget
 from penstock.inbound.gate import Domains, Gate
-from penstock.inbound.limits import AdmissionSettings, AuthThrottle
+from penstock.inbound.limits import Admission, AdmissionSettings, AuthThrottle
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message, MessageIds
 from penstock.policy.hooks import HookSettings
@@ -77,22 +78,13 @@ class Alice:
         return ScramKeys(b"0123456789abcdef", b"s" * 32, name.encode().ljust(32)[:32], 4096)
 
 
-class Host:
+class Room(Host):
     """A worker with room for everybody."""
 
     def __init__(self) -> None:
-        self.is_stopping = False
+        super().__init__(set(), Admission(AdmissionSettings()))
 
-    def admit(self, peer: Peer) -> Reply | None:
-        return None
-
-    def release(self, peer: Peer) -> None:
-        pass
-
-    def begun(self, connection: object) -> None:
-        pass
-
-    def ended(self, connection: object) -> None:
+    def ended(self) -> None:
         pass
 
     def spawn(self, connection: object, woken: object) -> None:

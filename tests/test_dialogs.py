@@ -11,14 +11,14 @@ import trio
 import trio.testing
 
 from penstock.inbound.connection import Connection
-from penstock.message import Message, Recipient
+from penstock.message import MailParameters, Message, Recipient
 from penstock.message import Path as MailPath
 from penstock.net._poll import Poller
 from penstock.net.stream import SocketStream, watch_sockets
 from penstock.reply import Reply
-from penstock.transaction import MailParameters, Peer, Transaction
+from penstock.transaction import Peer, Transaction
 from tests.dialog import SPLITTERS, Client, Splitter, octet_by_octet, play, read_dialog
-from tests.parts import PEER, Host, Recorder, gate_of
+from tests.parts import PEER, Recorder, Room, gate_of
 
 DIALOGS = sorted((Path(__file__).parent / "dialogs").glob("*.smtp"))
 
@@ -88,7 +88,7 @@ async def test_dialog(
     hook = settings.pop("hooks", None)
     gate = gate_of(settings, delivery, tmp_path, tls=server_tls, policies=[HOOKS[hook]()] if hook else [])
     client_end, server_end = trio.testing.memory_stream_pair()
-    connection = Connection(server_end, PEER, gate, Host())
+    connection = Connection(server_end, PEER, gate, Room())
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)
@@ -117,7 +117,7 @@ async def test_dialog_on_a_socket(
             poller = Poller() if way == "poller" else None
             if poller is not None:
                 nursery.start_soon(watch_sockets, poller)
-            connection = Connection(SocketStream.of(left, poller), PEER, gate, Host())
+            connection = Connection(SocketStream.of(left, poller), PEER, gate, Room())
             client_end = SocketStream.of(right)
             nursery.start_soon(connection.run)
             await play(dialog, Client(client_end, client_tls, SPLITTERS["whole"]), delivery.delivered)

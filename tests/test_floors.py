@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from penstock import _histogram, _journal, _tally
+from penstock import _histogram, _journal, _tally, _transaction
 from penstock.inbound import _turns
 from penstock.net import _poll
 from penstock.smtp import _session, _wire
@@ -26,7 +26,7 @@ ROWS = [
     {"auth", "policy", "delivery", "relay"},
     {"net", "spool"},
     {"smtp"},
-    {"journal", "_tally"},
+    {"journal", "_tally", "_transaction"},
     {"transaction", "_journal"},
     {"message", "reply", "metrics", "schema", "sequence", "_histogram"},
 ]
@@ -40,8 +40,12 @@ ALLOWED = {("message.py", "os"), ("message.py", "time")}
 FILES = sorted(path for path in SOURCE.rglob("*.py*") if path.suffix in (".py", ".pyi"))
 LONGEST_FUNCTION = 80
 BORROWED = {
-    "inbound/_turns.pyi": {"CLOSED", "NEED_DATA"},
-    "net/_poll.pyi": {"reschedule", "Value", "Error"},
+    "_transaction.pyi": {"NO_PARAMETERS"},
+    "inbound/_turns.pyi": {
+        "CLOSED", "NEED_DATA", "BodyCollector", "BrokenResourceError", "Error", "Peer", "SocketStream", "Transaction",
+        "Value", "close", "monotonic", "replies",
+    },
+    "net/_poll.pyi": {"reschedule", "notify_closing", "trio", "Value", "Error"},
     "smtp/_session.pyi": {
         "ARGUMENT_LIMIT", "CLOSED", "NEED_DATA", "NO_PARAMETERS", "BeginData", "BodyChunk", "EndOfMessage", "Mail",
         "MailParameters", "Path", "Quit", "Rcpt", "Recipient", "Reply", "State", "replies",
@@ -137,6 +141,7 @@ def test_no_async_code_is_compiled() -> None:
         (_histogram, "_histogram.pyi"),
         (_journal, "_journal.pyi"),
         (_tally, "_tally.pyi"),
+        (_transaction, "_transaction.pyi"),
     ],
 )
 def test_a_stub_names_what_its_module_has(module: ModuleType, stub: str) -> None:

@@ -34,10 +34,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from penstock.message import Envelope, Message, Path, Recipient
+    from penstock.message import Envelope, MailParameters, Message, Path, Recipient
     from penstock.policy.base import ACCEPT, Verdict
     from penstock.reply import Reply
-    from penstock.transaction import MailParameters, Peer, TlsInfo, Transaction
+    from penstock.transaction import Peer, TlsInfo, Transaction
 
 __version__ = "0.1.0"
 

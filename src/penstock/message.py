@@ -98,6 +98,21 @@ class Envelope(NamedTuple):
     """REQUIRETLS was asked for (RFC 8689)."""
 
 
+class MailParameters(NamedTuple):
+    """The checked ESMTP parameters of MAIL; the fields mean what they mean in `Envelope`."""
+
+    size: int | None = None
+    body_type: str = "7BIT"
+    smtputf8: bool = False
+    ret: str | None = None
+    envid: str | None = None
+    auth: str | None = None
+    requiretls: bool = False
+
+
+NO_PARAMETERS = MailParameters()
+
+
 class Body(Protocol):
     """The text of a message as it was received: dots un-stuffed, otherwise never rewritten.
 

@@ -6,10 +6,10 @@ The session writes here as replies move its state; checks, hooks and the trace h
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from penstock.message import NULL_PATH, Envelope, Path, Recipient
+from penstock._transaction import TransactionCore
+from penstock.message import NULL_PATH, Envelope
 
 
 class Peer(NamedTuple):
@@ -60,52 +60,13 @@ class TlsInfo(NamedTuple):
     """The server name the client asked for."""
 
 
-class MailParameters(NamedTuple):
-    """The checked ESMTP parameters of MAIL; the fields mean what they mean in `Envelope`."""
+class Transaction(TransactionCore):
+    """The facts about a connection, and those about its open mail transaction, which `reset` forgets.
 
-    size: int | None = None
-    body_type: str = "7BIT"
-    smtputf8: bool = False
-    ret: str | None = None
-    envid: str | None = None
-    auth: str | None = None
-    requiretls: bool = False
+    Its fields are compiled, because each command of a session writes there: `TransactionCore`.
+    """
 
-
-NO_PARAMETERS = MailParameters()
-
-
-@dataclass(slots=True)
-class Transaction:
-    """The facts about a connection, and those about its open mail transaction, which `reset` forgets."""
-
-    peer: Peer
-    listener: str = ""
-    """The name of the listener that accepted the connection."""
-    hello: str = ""
-    """The argument of HELO, EHLO or LHLO; "" before it."""
-    is_esmtp: bool = False
-    """The client said EHLO or LHLO."""
-    is_lmtp: bool = False
-    tls: TlsInfo | None = None
-    identity: str | None = None
-    """The authenticated user name."""
-
-    sender: Path | None = None
-    """The reverse-path once MAIL was accepted; None outside of a transaction."""
-    parameters: MailParameters = NO_PARAMETERS
-    recipients: list[Recipient] = field(default_factory=list)
-    findings: dict[str, object] = field(default_factory=dict)
-    """What checks and hooks want the later ones to know; forgotten with the transaction."""
-
-    def reset(self) -> None:
-        """Forget the mail transaction, keep the connection (RFC 5321 4.1.1.5)."""
-        self.sender = None
-        self.parameters = NO_PARAMETERS
-        if self.recipients:
-            self.recipients = []
-        if self.findings:
-            self.findings = {}
+    __slots__ = ()
 
     def envelope(self) -> Envelope:
         """Return the envelope of the open transaction."""

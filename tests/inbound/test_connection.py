@@ -19,13 +19,13 @@ from penstock.message import Message
 from penstock.net.stream import SocketStream
 from penstock.reply import DISK_FULL, Reply
 from penstock.transaction import Peer
-from tests.parts import PEER, Host, Recorder, Replies, gate_of
+from tests.parts import PEER, Recorder, Replies, Room, gate_of
 
 
 class Talk:
     """The client's end of a connection under test."""
 
-    def __init__(self, stream: trio.abc.Stream, connection: Connection, host: Host, recorder: Recorder) -> None:
+    def __init__(self, stream: trio.abc.Stream, connection: Connection, host: Room, recorder: Recorder) -> None:
         self.stream = stream
         self.connection = connection
         self.host = host
@@ -65,7 +65,7 @@ async def talking(
 ) -> AsyncIterator[Talk]:
     """Run a connection with its sweeper, and talk to it."""
     recorder = recorder or Recorder()
-    host = Host()
+    host = Room()
     gate = gate_of(settings, recorder, folder, journal=journal, policies=policies)
     client_end, server_end = trio.testing.memory_stream_pair()
     sweeper = Sweeper(gate.limits.shortest_clock)
@@ -262,7 +262,7 @@ async def test_a_large_message_goes_to_a_file_and_comes_back_whole(tmp_path: Pat
 async def test_a_client_that_is_sent_away_reads_why_before_the_reset(tmp_path: Path) -> None:
     left, right = socket.socketpair()
     gate = gate_of({}, Recorder(), tmp_path)
-    connection = Connection(SocketStream.of(left), PEER, gate, Host())
+    connection = Connection(SocketStream.of(left), PEER, gate, Room())
     async with SocketStream.of(right) as client, trio.open_nursery() as nursery:
         nursery.start_soon(connection.run)
         assert (await client.receive_some()).startswith(b"220")

@@ -18,7 +18,7 @@ from penstock.relay.ahead import Onward
 from penstock.relay.hop import HopLimits
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
-from tests.parts import PEER, Host, Recorder, Replies, gate_of
+from tests.parts import PEER, Recorder, Replies, Room, gate_of
 from tests.relay.fake import CHUNKING, CLOSE, RESET, STALL, FakeHop, serving
 from tests.relay.test_ahead import Map
 
@@ -73,7 +73,7 @@ async def passing(
         delivery = PassthroughDelivery(onward, spooled, PassthroughSettings(**settings))
         gate = gate_of(listener or {}, delivery, folder, policies=policies)
         client_end, server_end = trio.testing.memory_stream_pair()
-        connection = PassingConnection(server_end, PEER, gate, Host())
+        connection = PassingConnection(server_end, PEER, gate, Room())
         nursery.start_soon(connection.run)
         client = Client(client_end, spooled)
         assert (await client.reply()).startswith("220")

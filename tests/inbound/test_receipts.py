@@ -19,7 +19,7 @@ from penstock.message import Message
 from penstock.reply import Reply
 from penstock.transaction import Transaction
 from tests.inbound.test_worker import LISTENER, TO_DATA, Client, Running, client
-from tests.parts import PEER, Host, Recorder, gate_of
+from tests.parts import PEER, Recorder, Room, gate_of
 
 Counts = dict[str, int]
 
@@ -160,7 +160,7 @@ async def talking(folder: Path, tally: Tally, delivery: Recorder) -> AsyncIterat
     object.__setattr__(gate, "tally", tally)
     ours, theirs = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Connection(ours, PEER, gate, Host()).run)
+        nursery.start_soon(Connection(ours, PEER, gate, Room()).run)
         talk = Client(theirs)  # type: ignore[arg-type]
         await talk.reply()
         yield talk

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.inbound.trace import received_field
-from penstock.message import MessageId, Path
-from penstock.transaction import MailParameters, Peer, TlsInfo, Transaction
+from penstock.message import MailParameters, MessageId, Path
+from penstock.transaction import Peer, TlsInfo, Transaction
 
 WHEN = 1_700_000_000.25
 

@@ -16,6 +16,7 @@ import trio
 
 from penstock.assemble import Parts, assemble
 from penstock.config import Settings, parse
+from penstock.inbound.connection import Connection
 from penstock.journal import Journal, JournalSettings
 from tests.parts import Replies
 
@@ -36,11 +37,18 @@ class Running:
 
 
 @asynccontextmanager
-async def running(folder: Path, toml: str = LISTENER, kind: str = "discard") -> AsyncIterator[Running]:
+async def running(
+    folder: Path,
+    toml: str = LISTENER,
+    kind: str = "discard",
+    *,
+    connections: type[Connection] = Connection,
+    errors: int = 0,
+) -> AsyncIterator[Running]:
     settings: Settings = parse(f'hostname = "mx.example.org"\ndelivery.kind = "{kind}"\n{toml}')
     settings = msgspec.structs.replace(settings, data_dir=str(folder), journal=JournalSettings(format="json"))
     lines: list[bytes] = []
-    parts = assemble(settings, Journal(settings.journal), lines.append)
+    parts = assemble(settings, Journal(settings.journal), lines.append, kind=connections)
     await parts.delivery.start()
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -48,8 +56,7 @@ async def running(folder: Path, toml: str = LISTENER, kind: str = "discard") -> 
             yield Running(parts, lines)
             parts.worker.stop()
     assert parts.worker.open_connections == parts.worker.watched == parts.worker.admitted == 0
-    errors = [line for line in b"".join(lines).splitlines() if b'"event":"error"' in line]
-    assert errors == []
+    assert b"".join(lines).count(b'"event":"error"') == errors
 
 
 class Client:
@@ -147,6 +154,26 @@ async def test_a_client_that_is_one_too_many_hears_421_before_the_greeting(tmp_p
             assert await second.reply() == ""
         assert (await first.ask("NOOP")).startswith("250")
     assert len(server.events("rejected")) == 1
+
+
+@pytest.mark.parametrize("where", ["made", "begun"])
+async def test_a_bug_in_the_making_of_a_connection_costs_that_client_alone(tmp_path: Path, where: str) -> None:
+    class Broken(Connection):
+        def __init__(self, *args: Any) -> None:
+            if where == "made" and args[4] == 1:
+                raise RuntimeError("a bug")
+            super().__init__(*args)
+
+        def start(self) -> bool:
+            if where == "begun" and self.number == 1:
+                raise RuntimeError("a bug")
+            return super().start()
+
+    async with running(tmp_path, connections=Broken, errors=1) as server:
+        async with client(server) as first:
+            assert await first.reply() == ""
+        async with client(server) as second:
+            assert (await second.reply())[:3] == "220"
 
 
 async def test_clients_that_break_off_are_counted_out(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from penstock.sink.connection import faulty
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.plan import parse_plan
 from penstock.transaction import Peer
-from tests.parts import PEER, Host, Recorder, gate_of
+from tests.parts import PEER, Recorder, Room, gate_of
 
 CERTIFICATES = Certificates(["localhost"])
 EHLO, MAIL, RCPT = "EHLO client.example", "MAIL FROM:<a@example.com>", "RCPT TO:<b@example.org>"
@@ -129,7 +129,7 @@ async def talking(
         client_end: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     else:
         client_end, server_end = trio.testing.memory_stream_pair()
-    connection = kind(server_end, peer, gate, Host())
+    connection = kind(server_end, peer, gate, Room())
     async with _serving(connection, Sweeper(1.0)):
         talk = Talk(client_end, engine, recorder)
         if greeted:

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.message import MailParameters
 from penstock.reply import TOO_BIG, Reply
 from penstock.smtp import grammar
 from penstock.smtp.events import Mail, Rcpt
 from penstock.smtp.offer import Offer
-from penstock.transaction import MailParameters
 from tests.reference.grammar import read_mailbox
 
 OFFER = Offer(max_size=1000, mechanisms=("PLAIN",))

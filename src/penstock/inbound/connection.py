@@ -22,7 +22,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import outcome
 import trio
@@ -30,14 +30,12 @@ import trio
 from penstock import reply as replies
 from penstock.delivery.base import Defers
 from penstock.inbound._turns import TurnTaker
-from penstock.inbound.body import BodyCollector
-from penstock.inbound.gate import Gate
 from penstock.inbound.limits import Deadlines
 from penstock.inbound.trace import received_field
 from penstock.message import Body, CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
-from penstock.net.stream import AheadStream, SocketStream
+from penstock.net.stream import AheadStream
 from penstock.net.tls import Agreed, TlsLayer, tls_info
 from penstock.reply import Reply
 from penstock.smtp import sasl
@@ -57,7 +55,7 @@ from penstock.smtp.events import (
     StartTls,
 )
 from penstock.smtp.states import State
-from penstock.transaction import Peer, Transaction
+from penstock.transaction import Peer
 
 _LAST_WORDS: Final = 5.0
 """Seconds in which a last reply may be sent after a clock ran out."""
@@ -69,36 +67,13 @@ _READ_OCTETS: Final = 65_536
 
 
 if TYPE_CHECKING:
-    from penstock.net._poll import Receiver
+    pass
 
 T = TypeVar("T")
 
 
 class _SentAway(Exception):  # noqa: N818 - no error, but the end of a wait
     """The client is to be sent away with `_last_words`."""
-
-
-class Host(Protocol):
-    """What a worker offers its connections."""
-
-    @property
-    def is_stopping(self) -> bool:
-        """The server wants to end: no new transactions."""
-
-    def admit(self, peer: Peer) -> Reply | None:
-        """Count a client in, or say why not."""
-
-    def release(self, peer: Peer) -> None:
-        """Count a client out again."""
-
-    def begun(self, connection: Connection) -> None:
-        """Look after a connection."""
-
-    def ended(self, connection: Connection) -> None:
-        """Look after it no longer."""
-
-    def spawn(self, connection: Connection, woken: outcome.Outcome[int]) -> None:
-        """Give a connection that has come without a task one that goes on with `run`."""
 
 
 class Connection(TurnTaker):
@@ -108,92 +83,9 @@ class Connection(TurnTaker):
     """What each event is for; each handler returns None, or something to await. A kind of connection that answers
     otherwise has a table of its own, and is asked about all events."""
 
-    # What most conversations never change stands in the class: a connection sets what is its own.
-    _clocks: Deadlines | None = None
-    """Made when the sweeper first looks: most connections are over by then."""
-    _scope: trio.CancelScope | None = None
-    """Cancelled to end a wait for the client, but for the one of `attend`, which is nudged instead."""
-    _is_attending = False
-    _is_sending = False
-    _ahead = b""
-    _receiver: Receiver
-    """What octets are received into: the wire, or TLS in front of it."""
-    _body: BodyCollector | None = None
-    _exchange: sasl.Exchange | None = None
-    _begun = 0
-    """Messages whose text has begun."""
-    _has_ended = False
-    _messages = 0
-
-    def __init__(
-        self,
-        stream: trio.abc.Stream,
-        peer: Peer,
-        gate: Gate,
-        host: Host,
-        *,
-        number: int = 0,
-        is_admitted: bool = False,
-    ) -> None:
-        self.number = number
-        self._handlers = self.handlers
-        self._stream = stream
-        self._socket = stream if type(stream) is SocketStream else None
-        self._takes_turns = self._socket is not None and self._socket.can_be_nudged
-        """The stream is a socket on a poller: turns are taken without a task, which can be nudged and held."""
-        self._peer = peer
-        self._gate = gate
-        self._host = host
-        self._wire = self._receiver = gate.session.wire.fresh()
-        self._transaction = Transaction(peer, gate.name)
-        self._session = gate.session.fresh(self._wire, self._transaction)
-        if self._handlers is not _HANDLERS:
-            self._session.unasked = 0
-        self._meter = self._session.meter = None if gate.tally is None else gate.tally.meter()
-        self._is_admitted = is_admitted
-        self._started = time.monotonic()
+    __slots__ = ()
 
     # ---- the life of a connection
-
-    def start(self) -> bool:
-        """Begin the conversation without a task. Return False when it needs one from the start: then call `run`."""
-        gate, stream = self._gate, self._socket
-        if stream is None or not self._takes_turns or not self._is_admitted:
-            return False
-        if gate.is_implicit_tls or gate.pipeline.connect:
-            return False
-        self._host.begun(self)
-        gate.journal.connected(self.number, self._peer, gate.name)
-        self._session.greet()
-        self._is_attending = True
-        try:
-            stream.send_nowait(self._session.data_to_send())  # a new socket takes a line
-            stream.attend_alone(self._receiver, self._turn, self._woken)
-        except trio.BrokenResourceError as exc:
-            self._end(f"connection lost: {exc.__cause__ or exc}")
-        return True
-
-    def _woken(self, received: int, failure: BaseException | None) -> bool:
-        """Go on when the turns have come to an end: finish here what needs no waiting, else get a task and say so."""
-        self._is_attending = False
-        if failure is None and self._pending is None:
-            if self._session.has_quit and self._tls is None:
-                self._say_bye()
-                return False
-            if received == 0:
-                self._end("the client closed the connection")
-                return False
-        elif isinstance(failure, OSError):
-            self._end(f"connection lost: {failure}")
-            return False
-        self._host.spawn(self, outcome.Value(received) if failure is None else outcome.Error(failure))
-        return True
-
-    def _say_bye(self) -> None:
-        """Send the last replies, as much of them as a client takes that has said QUIT and should read them."""
-        assert self._socket is not None
-        self._socket.send_and_close_nowait(self._session.data_to_send())
-        self._end("QUIT")
 
     async def run(self, woken: outcome.Outcome[int] | None = None) -> None:
         """Serve the client until it leaves, breaks off, or is sent away. Raises nothing but cancellation.
@@ -203,7 +95,7 @@ class Connection(TurnTaker):
         cause = "the session ended"
         try:
             if woken is None:
-                self._host.begun(self)
+                self._host.connections.add(self)
                 if not await self._open():
                     return
             else:
@@ -227,29 +119,6 @@ class Connection(TurnTaker):
                 await self._linger()
             finally:
                 self._end(cause)
-
-    def _end(self, cause: str) -> None:
-        """Close the connection and give everything back. Does nothing the second time."""
-        if self._has_ended:
-            return
-        self._has_ended = True
-        if self._is_in_message:
-            self._drop_body(cause)
-        if self._pending is not None:
-            self._pending.close()
-            self._pending = None
-        if self._meter is not None:
-            self._meter.ended("QUIT" if self._session.has_quit else cause, self._octets)
-        self._wire.drop_input()  # its buffer is wanted elsewhere, whoever still holds this connection
-        if self._is_admitted:
-            self._host.release(self._peer)
-            seconds = time.monotonic() - self._started
-            self._gate.journal.disconnected(
-                self.number, self._peer, self._messages, self._session.errors, self._octets, seconds
-            )
-        self._host.ended(self)
-        if self._socket is not None:
-            self._socket.close_nowait()
 
     @property
     def octets(self) -> int:
@@ -543,15 +412,6 @@ class Connection(TurnTaker):
 
     # ---- the message
 
-    def _on_begin_data(self, event: BeginData) -> None:
-        gate = self._gate
-        self._wire.discard = not gate.keeps_body
-        if gate.keeps_body:
-            self._body = BodyCollector(gate.body, gate.budget, gate.folder)
-        self._is_in_message = True
-        self._begun += 1
-        self._session.reply(replies.GO_AHEAD_DATA)
-
     def _on_chunk(self, event: BodyChunk) -> Coroutine[Any, Any, None] | None:
         body = self._body
         if body is None or body.add_nowait(event.data):
@@ -560,23 +420,6 @@ class Connection(TurnTaker):
 
     def _on_aborted(self, event: MessageAborted) -> None:
         self._drop_body(event.cause)
-
-    def _on_end(self, event: EndOfMessage) -> Coroutine[Any, Any, None] | None:
-        """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
-        gate = self._gate
-        if gate.discards is None:
-            if gate.defers is not None and self._takes_turns and self._hand_over(gate.defers, event):
-                return None
-            return self._judge(event)
-        self._is_in_message = False
-        reply = gate.discards.discard(len(self._transaction.recipients), event.size)
-        if gate.journal.logs_mail:
-            recipients = self._transaction.recipients
-            sender, message_id = self._transaction.sender, gate.ids.next()
-            gate.journal.accepted(self.number, self._peer, message_id, sender, recipients, event.size, reply)
-        self._messages += 1
-        self._say(reply)
-        return None
 
     async def _judge(self, event: EndOfMessage) -> None:
         gate, collector = self._gate, self._body
@@ -642,13 +485,6 @@ class Connection(TurnTaker):
             )
         else:
             self._journal_refusal(reply)
-
-    def _say(self, reply: Reply) -> None:
-        """Tell the client what became of its message."""
-        if self._gate.offer.is_lmtp:
-            self._session.reply_each([reply] * len(self._transaction.recipients))
-        else:
-            self._session.reply(reply)
 
     def _message(self, body: Body) -> Message:
         gate, transaction = self._gate, self._transaction

@@ -19,6 +19,7 @@ from penstock.smtp.events import BeginData, BodyChunk, EndOfMessage
 class PassingConnection(Connection):
     """A connection in front of a delivery that streams."""
 
+    asks_all = True
     _flow: Flow | None = None
     _head: Message | None = None
     """The message of the flow, without its body."""

@@ -15,13 +15,14 @@ import outcome
 import trio
 
 from penstock._tally import Tally
+from penstock.inbound._turns import Host, Porter
 from penstock.inbound.connection import Connection
 from penstock.inbound.gate import Gate
 from penstock.inbound.limits import Admission, Sweeper
 from penstock.journal import Journal
 from penstock.net._poll import HAS_EPOLL, Poller, close, send
 from penstock.net.listen import accept_forever, close_listener, name_of
-from penstock.net.stream import SocketStream, watch_sockets
+from penstock.net.stream import watch_sockets
 from penstock.reply import Reply
 from penstock.transaction import Peer
 
@@ -47,7 +48,7 @@ class Door:
         return (address, port)
 
 
-class Worker:
+class Worker(Host):
     """Serves the sessions of some doors in one trio loop."""
 
     def __init__(
@@ -65,17 +66,12 @@ class Worker:
 
         `tally` is that of the gates, when they have one.
         """
+        super().__init__(sweeper.watched, admission)
         self._doors = doors
-        self._admission = admission
         self._sweeper = sweeper
         self._journal = journal
         self._write_journal = write_journal
         self._grace = grace
-        self._connections = sweeper.watched
-        self.sessions = 0
-        """Connections so far, those that were turned away among them."""
-        self.is_stopping = False
-        """The worker wants to end: no new transactions."""
         self._stop_wanted = trio.Event()
         self._all_gone = trio.Event()
         self._sessions: trio.Nursery | None = None
@@ -90,12 +86,12 @@ class Worker:
     @property
     def open_connections(self) -> int:
         """Connections that are open."""
-        return len(self._connections)
+        return len(self.connections)
 
     @property
     def octets_under_way(self) -> int:
         """Octets that have come over the connections that are open."""
-        return sum(connection.octets for connection in self._connections)
+        return sum(connection.octets for connection in self.connections)
 
     @property
     def watched(self) -> int:
@@ -105,25 +101,17 @@ class Worker:
     @property
     def admitted(self) -> int:
         """Connections that count for the limits."""
-        return self._admission.total
+        return self.admission.total
 
-    def admit(self, peer: Peer) -> Reply | None:
-        """Count a client in, or say why not."""
-        return self._admission.admit(peer.network)
-
-    def release(self, peer: Peer) -> None:
-        """Count a client out again."""
-        self._admission.release(peer.network)
-
-    def begun(self, connection: Connection) -> None:
-        """Look after a connection."""
-        self._connections.add(connection)
-
-    def ended(self, connection: Connection) -> None:
-        """Look after it no longer."""
-        self._connections.discard(connection)
-        if not self._connections:
+    def ended(self) -> None:
+        """A connection is over while the worker wants to end."""
+        if not self.connections:
             self._all_gone.set()
+
+    def serve(self, connection: Connection) -> None:
+        """Give a new connection the task that it needs."""
+        assert self._sessions is not None
+        self._sessions.start_soon(connection.run)
 
     def spawn(self, connection: Connection, woken: outcome.Outcome[int]) -> None:
         """Give a connection that has come without a task one that goes on with `run`."""
@@ -146,10 +134,10 @@ class Worker:
                         sessions.start_soon(self._outlast)
                         for door in self._doors:
                             self._journal.listening(name_of(door.listener), door.gate.name)
-                            sessions.start_soon(self._serve_door, door, sessions)
+                            sessions.start_soon(self._serve_door, door)
                         task_status.started()
             finally:
-                for connection in list(self._connections):
+                for connection in list(self.connections):
                     connection.abort()
                 for door in self._doors:
                     close_listener(door.listener)
@@ -165,10 +153,10 @@ class Worker:
             return
         self.is_stopping = True
         self._stop_wanted.set()
-        self._journal.stopping(len(self._connections))
+        self._journal.stopping(len(self.connections))
         for scope in self._accepting:
             scope.cancel()
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.stop(self._grace)
         # Whatever does not end by itself (a hook, a disk that hangs) ends with this.
         self._serving.deadline = trio.current_time() + self._grace * 2
@@ -181,47 +169,27 @@ class Worker:
     async def _outlast(self) -> None:
         """Keep the nursery open while connections are, which may have no task in it."""
         await self._stop_wanted.wait()
-        while self._connections:
+        while self.connections:
             self._all_gone = trio.Event()
             await self._all_gone.wait()
 
-    async def _serve_door(self, door: Door, sessions: trio.Nursery) -> None:
-        address, port = door.local_address
+    async def _serve_door(self, door: Door) -> None:
 
-        def handle(fd: int, client: str, client_port: int) -> None:
-            self._handle(fd, Peer(client, client_port, address, port), door, sessions)
+        porter = Porter(self, self._poller, door.gate, door.kind, *door.local_address)
 
         def report_shortage(exc: OSError) -> None:
             self._journal.error(0, "accept", exc)
 
         with trio.CancelScope() as scope:
             self._accepting.append(scope)
-            await accept_forever(door.listener, handle, report_shortage, self._poller)
+            await accept_forever(door.listener, porter, report_shortage, self._poller)
         close_listener(door.listener)
 
-    def _handle(self, fd: int, peer: Peer, door: Door, sessions: trio.Nursery) -> None:
-        """Admit an accepted socket and start its session."""
-        gate = door.gate
-        self.sessions += 1
-        is_admitted = not gate.proxy_networks  # behind a proxy, the client is known later
-        if is_admitted:
-            refusal = self._admission.admit(peer.network)
-            if refusal is not None:
-                self._turn_away(fd, peer, gate, refusal)
-                return
-        try:
-            stream = SocketStream(fd, self._poller)
-        except OSError as exc:
-            self._journal.error(self.sessions, "accept", exc)
-            if is_admitted:
-                self._admission.release(peer.network)
-            close(fd)
-            return
-        connection = door.kind(stream, peer, gate, self, number=self.sessions, is_admitted=is_admitted)
-        if not connection.start():
-            sessions.start_soon(connection.run)
+    def report(self, exc: Exception) -> None:
+        """Journal why a client that was accepted is not served."""
+        self._journal.error(self.sessions, "accept", exc)
 
-    def _turn_away(self, fd: int, peer: Peer, gate: Gate, refusal: Reply) -> None:
+    def turn_away(self, fd: int, peer: Peer, gate: Gate, refusal: Reply) -> None:
         """Refuse a client before it costs a task: one send, no waiting."""
         self._journal.rejected_connection(self.sessions, peer, gate.name, refusal)
         if gate.tally is not None:

@@ -25,7 +25,7 @@ from penstock.load.counts import Counts
 from penstock.load.plan import Plan, Target
 from penstock.load.texts import Text
 from penstock.net import _poll
-from penstock.net._poll import Poller
+from penstock.net._poll import Poller, Taker
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsLayer
 from penstock.smtp.client import Answer, AnswerReader, AuthDialog, CannotSendError, Capabilities, ProtocolError
@@ -81,7 +81,7 @@ class _Refused(Exception):  # noqa: N818 - the end of a script
     """The server does not want to talk."""
 
 
-class Session:
+class Session(Taker):
     """A connection to a target, made anew as often as it is wanted."""
 
     def __init__(self, crew: Crew, target: Target, source: str) -> None:
@@ -151,7 +151,7 @@ class Session:
             return
         self.is_open = True
         self._phases = ()
-        self._stream.attend_alone(self, self._turn, self._woken)
+        self._stream.attend_alone(self)
         if is_connected:
             self._connected()
 

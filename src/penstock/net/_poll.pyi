@@ -20,6 +20,24 @@ class Receiver(Protocol):
     def recv(self, fd: int, octets: int = ..., /) -> int:
         """Return the octets received, 0 at the end of the stream, -1 when there is nothing. Raise OSError."""
 
+class Taker:
+    """Takes the turns of a conversation.
+
+    A class that inherits it has three methods, which the poller calls:
+
+    recv(fd)            receives for the next turn, as a `Receiver` does
+    _turn(received)     answers so many octets: returns what is to be sent, b"" for nothing, None to be woken
+    _woken(received, failure)   sees to the end of the turns, and says whether there is a task to run now. They came to
+                        an end with the octets received last, 0 at the end of the stream, -1 when something is unsent
+                        or it was nudged, or with what was thrown. Must not raise.
+    """
+
+class TurnsOfTask(Taker):
+    """The taker that a task leaves behind, which is woken by itself."""
+
+    def __init__(self, receiver: Receiver, turn: Callable[[int], bytes | None]) -> None:
+        """Receive into the receiver, and let `turn` answer."""
+
 class Watch:
     """The readiness of one socket, and who waits for it."""
 
@@ -42,17 +60,10 @@ class Watch:
     """The task to wake when the socket becomes readable."""
     writer: Task | None
     """The task to wake when the socket becomes writable."""
-    receiver: Receiver | None
-    """What `poll` receives into for `turn`."""
-    turn: Callable[[int], bytes | None] | None
-    """Called by `poll` with the octets received, in place of waking `reader`; None from it wakes the task after all.
+    taker: Taker | None
+    """Who takes turns, in place of waking `reader`; where there is a `reader`, it is woken when the turns end.
 
     The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
-    """
-    woken: Callable[[int, BaseException | None], bool] | None
-    """Called in place of waking `reader`, with what the wait has come to, or what was thrown. Must not raise.
-
-    Says whether it has got a task to run: then `poll` returns, so that trio can run it.
     """
     connected: Callable[[], object] | None
     """Called once when the socket has room, before the turn of what came with it; must not raise.
@@ -60,7 +71,7 @@ class Watch:
     Wants `look_for_room`.
     """
     unsent: bytes | None
-    """What the socket did not take of an answer of `turn`."""
+    """What the socket did not take of the answer of a turn."""
 
 class Poller:
     """The epoll set of a worker."""
@@ -104,14 +115,49 @@ class Poller:
     def close(self) -> None:
         """Close the set."""
 
+class SocketCore:
+    """What `penstock.net.stream.SocketStream` does without waiting."""
+
+    _fd: int
+    """-1 when it is closed."""
+    _poller: Poller | None
+    _watch: Watch | None
+    _receiving: bool
+    _sending: bool
+    _eof_sent: bool
+    _turns: int
+    """Receives since the last wait."""
+    def __init__(self, fd: int, poller: Poller | None = None) -> None:
+        """Take over a non-blocking socket. Raise OSError when it can not be watched."""
+    def attend_alone(self, taker: Taker, said: bytes = b"") -> None:
+        """Do what `SocketStream.attend` does, but without a task: the taker is woken. For a new stream on a poller.
+
+        `said` is sent before: at the end of the poll that is under way, otherwise at once. It has to be short.
+        Raise BrokenResourceError when the connection is lost already.
+
+        When it is woken with -1, `take_unsent` may have something to send.
+        """
+    def nudge(self) -> None:
+        """Wake who sleeps in `attend` or was left alone: -1 is what it hears. Otherwise do nothing."""
+    def hold(self) -> None:
+        """Receive nothing until `resume`: for a turn that waits for something else. What it returns is sent."""
+    def send_nowait(self, data: Buffer) -> int:
+        """Send what the socket takes at once. Return how many octets that were, perhaps none.
+
+        Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here.
+        """
+    def send_and_close_nowait(self, data: bytes) -> None:
+        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
+    def close_nowait(self) -> None:
+        """Close the socket; whoever waits on it gets ClosedResourceError."""
+    def _send(self, data: Buffer, start: int) -> int:
+        """Send from `start` on what the socket takes, as `send_nowait` does."""
+
 def accept(fd: int, /) -> tuple[int, str, int] | None:
     """Accept a connection: descriptor (non-blocking), IP address ("" for a unix socket) and port; None for none."""
 
-def send(fd: int, data: Buffer, start: int = 0, *, last: bool = False) -> int:
-    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError.
-
-    `last` is a promise to close the socket next: the data then travels with the end of the stream.
-    """
+def send(fd: int, data: Buffer, start: int = 0) -> int:
+    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError."""
 
 def recv(fd: int, octets: int) -> bytes | None:
     """Receive up to so many octets: b"" at the end of the stream, None when there is nothing. Raise OSError."""

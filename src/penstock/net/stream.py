@@ -16,21 +16,19 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-import outcome
 import trio
 from trio.lowlevel import (
     Abort,
     RaiseCancelT,
     checkpoint,
     current_task,
-    reschedule,
     wait_readable,
     wait_task_rescheduled,
     wait_writable,
 )
 
 from penstock.net import _poll
-from penstock.net._poll import Poller, Watch
+from penstock.net._poll import Poller, SocketCore, TurnsOfTask, Watch
 
 if TYPE_CHECKING:
     from penstock.net._poll import Receiver
@@ -52,20 +50,13 @@ async def watch_sockets(poller: Poller) -> None:
             await checkpoint()  # the tasks that were woken have their turn, and so have all others
 
 
-class SocketStream(trio.abc.HalfCloseableStream):
-    """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it."""
+class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
+    """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it.
 
-    __slots__ = ("_eof_sent", "_fd", "_poller", "_receiving", "_sending", "_turns", "_watch")
+    What does not wait is compiled: `SocketCore`.
+    """
 
-    def __init__(self, fd: int, poller: Poller | None = None) -> None:
-        """Take over a non-blocking socket. Raise OSError when it can not be watched."""
-        self._fd = fd
-        self._poller = poller
-        self._watch: Watch | None = None if poller is None else poller.watch(fd)
-        self._receiving = False
-        self._sending = False
-        self._eof_sent = False
-        self._turns = 0
+    __slots__ = ()
 
     @classmethod
     def of(cls, sock: socket.socket, poller: Poller | None = None) -> SocketStream:
@@ -85,7 +76,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     def _stop_reading(self, _: RaiseCancelT) -> Abort:
         assert self._watch is not None
-        self._watch.reader = self._watch.turn = self._watch.receiver = None
+        self._watch.reader = self._watch.taker = None
         return Abort.SUCCEEDED
 
     async def _wait_writable(self) -> None:
@@ -177,8 +168,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         if self._receiving:
             self._conflict("receiving")
         self._receiving = True
-        watch.receiver = receiver
-        watch.turn = turn
+        watch.taker = TurnsOfTask(receiver, turn)
         watch.reader = current_task()
         try:
             received = int(await wait_task_rescheduled(self._stop_reading))
@@ -188,19 +178,6 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._receiving = False
         self._check_open()
         return received
-
-    def attend_alone(self, receiver: Receiver, turn: Turn, woken: Callable[[int, BaseException | None], bool]) -> None:
-        """Do what `attend` does, but without a task: `woken` is called with what it would have come to, or thrown.
-
-        It says whether it has got a task to run, so that this gets its turn. For a new stream on a poller.
-        When `woken` gets -1, `take_unsent` may have something to send.
-        """
-        watch = self._watch
-        assert watch is not None
-        assert not watch.is_readable
-        watch.receiver = receiver
-        watch.turn = turn
-        watch.woken = woken
 
     def when_connected(self, connected: Callable[[], object]) -> None:
         """Have a function called once the connection is made, for a socket of which connect(2) said EINPROGRESS.
@@ -242,28 +219,11 @@ class SocketStream(trio.abc.HalfCloseableStream):
         """A turn has held the stream, and it was not resumed."""
         return self._watch is not None and self._watch.is_held
 
-    def hold(self) -> None:
-        """Receive nothing until `resume`: for a turn that waits for something else. What it returns is sent."""
-        assert self._watch is not None
-        self._watch.is_held = True
-
     def resume(self) -> None:
         """Have a turn without octets taken soon, together with those of all that are resumed now, and receive again."""
         assert self._watch is not None
         assert self._poller is not None
         self._poller.resume(self._watch)
-
-    def nudge(self) -> None:
-        """Wake the task that sleeps in `attend`: -1 is what it returns. Otherwise do nothing."""
-        watch = self._watch
-        if watch is not None and watch.turn is not None:
-            task, woken = watch.reader, watch.woken
-            watch.reader = watch.turn = watch.receiver = watch.woken = None
-            if woken is not None:
-                woken(-1, None)
-            else:
-                assert task is not None
-                reschedule(task, outcome.Value(-1))
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""
@@ -295,38 +255,6 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._receiving = False
 
     # ---- sending
-
-    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
-        """Send what the socket takes at once. Return how many octets that were, perhaps none.
-
-        Raise BrokenResourceError when the connection is lost.
-        """
-        if self._sending:
-            self._conflict("sending")
-        return self._send(data, 0)
-
-    def send_and_close_nowait(self, data: bytes) -> None:
-        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
-        try:
-            if data and self._fd >= 0:
-                _poll.send(self._fd, data, last=True)
-        except OSError:
-            pass  # the peer has left: there is nobody to tell
-        finally:
-            self.close_nowait()
-
-    def _send(self, data: bytes | bytearray | memoryview, start: int) -> int:
-        if self._fd < 0 or self._eof_sent:
-            self._check_sendable()
-        try:
-            sent = _poll.send(self._fd, data, start)
-        except OSError as exc:
-            raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
-        if sent < 0:
-            if self._watch is not None:
-                self._watch.is_writable = False
-            return 0
-        return sent
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it, waiting for the socket as long as it takes."""
@@ -388,23 +316,6 @@ class SocketStream(trio.abc.HalfCloseableStream):
             raise trio.ClosedResourceError("the end of this stream was sent")
 
     # ---- closing
-
-    def close_nowait(self) -> None:
-        """Close the socket; whoever waits on it gets ClosedResourceError."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
-        watch = self._watch
-        if watch is None:
-            trio.lowlevel.notify_closing(fd)
-        else:
-            assert self._poller is not None
-            self._poller.forget(watch)
-            for task in (watch.reader, watch.writer):
-                if task is not None:
-                    reschedule(task)  # it will find the stream closed
-            watch.reader = watch.writer = watch.turn = watch.receiver = watch.woken = watch.connected = None
-        _poll.close(fd)
 
     async def aclose(self) -> None:
         """Close the socket, and yield once."""

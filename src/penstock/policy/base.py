@@ -22,9 +22,9 @@ from collections.abc import Awaitable
 from enum import Enum
 from typing import Final, Literal, Protocol
 
-from penstock.message import Message, Path, Recipient
+from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.reply import Reply
-from penstock.transaction import MailParameters, Peer, Transaction
+from penstock.transaction import Peer, Transaction
 
 
 class _Accept(Enum):

@@ -15,11 +15,11 @@ import trio
 
 from penstock import reply as replies
 from penstock.journal import Journal
-from penstock.message import Message, Path, Recipient
+from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.policy.base import ACCEPT
 from penstock.policy.hooks import HookSettings
 from penstock.reply import Reply
-from penstock.transaction import MailParameters, Peer, Transaction
+from penstock.transaction import Peer, Transaction
 
 _FAILED: Final = replies.CHECK_FAILED
 

@@ -21,8 +21,7 @@ from typing import Any, ClassVar, Final
 import trio
 
 from penstock import reply as replies
-from penstock.inbound.connection import Connection, Host
-from penstock.inbound.gate import Gate
+from penstock.inbound.connection import Connection
 from penstock.net.stream import SocketStream
 from penstock.reply import Reply
 from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
@@ -45,7 +44,6 @@ from penstock.smtp.events import (
 )
 from penstock.smtp.server import CAN_BE_ANNOUNCED, NOTHING_ANNOUNCED
 from penstock.smtp.states import State
-from penstock.transaction import Peer
 
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 """SO_LINGER of no seconds: close(2) then resets the connection."""
@@ -66,8 +64,8 @@ class FaultyConnection(Connection):
     engine: ClassVar[FaultEngine]
     magic: ClassVar[Magic]
     certificates: ClassVar[Certificates]
-    calm: ClassVar[Handlers]
-    """The handlers while nothing may go wrong."""
+    ordinary: ClassVar[Handlers]
+    """The handlers of a connection to which nothing happens. `handlers` has magic recipients put to the engine."""
     armed: ClassVar[Handlers]
     """The handlers that ask the engine."""
 
@@ -85,26 +83,6 @@ class FaultyConnection(Connection):
     _head: bytearray | None = None
     """The header of the message, when its number stands there."""
 
-    def __init__(
-        self,
-        stream: trio.abc.Stream,
-        peer: Peer,
-        gate: Gate,
-        host: Host,
-        *,
-        number: int = 0,
-        is_admitted: bool = False,
-    ) -> None:
-        super().__init__(stream, peer, gate, host, number=number, is_admitted=is_admitted)
-        engine = self.engine
-        if engine.has_magic:
-            self._session.remarkable = REMARKABLE
-        engine.followers.add(self)
-        if engine.is_armed:
-            self.follow()
-        else:
-            self._handlers = self.calm
-
     def follow(self) -> None:
         """Look again whether faults are wanted. May be called in any thread."""
         session = self._session
@@ -117,23 +95,21 @@ class FaultyConnection(Connection):
         else:
             session.unasked = self._calmly_unasked
             session.announced = NOTHING_ANNOUNCED
-            self._handlers = self.calm
+            self._handlers = self.handlers
 
     def start(self) -> bool:
         """Begin without a task, unless the beginning may go wrong."""
         engine = self.engine
-        if engine.is_armed and (engine.watches("connect") or engine.watches("banner")):
-            return False
+        if engine.is_armed:
+            self.follow()
+            if engine.watches("connect") or engine.watches("banner"):
+                return False
         return super().start()
 
     def check_clocks(self, now: float) -> None:
         """Look at the clocks, which stand still while the client is kept waiting on purpose."""
         if not self._is_pausing or self._host.is_stopping:
             super().check_clocks(now)
-
-    def _end(self, cause: str) -> None:
-        super()._end(cause)
-        self.engine.followers.discard(self)
 
     # ---- asking
 
@@ -163,7 +139,7 @@ class FaultyConnection(Connection):
         """Answer an event as the engine says."""
         decision = self.engine.decide(occasion, magic)
         if decision is None:
-            return self.handlers[type(event)](self, event)
+            return self.ordinary[type(event)](self, event)
         return self._suffer(decision, event)
 
     # ---- the events
@@ -178,7 +154,7 @@ class FaultyConnection(Connection):
         decision = self.engine.decide(self._of_connection("starttls"))
         if decision is None and self._spoiler is not None and self._spoiler not in SPOILED_CONTEXTS:
             decision = Decision(tls=self._spoiler, has_verdict=True)  # as a rule of phase connect has said
-        return self.handlers[StartTls](self, event) if decision is None else self._suffer(decision, event)
+        return self.ordinary[StartTls](self, event) if decision is None else self._suffer(decision, event)
 
     def _on_auth_or_fault(self, event: Auth) -> Coroutine[Any, Any, None] | None:
         return self._meet(self._of_connection("auth"), event)
@@ -195,7 +171,7 @@ class FaultyConnection(Connection):
     def _on_command(self, event: Command) -> Coroutine[Any, Any, None] | None:
         """Do what RSET, NOOP, VRFY, EXPN or HELP ask for."""
         aborted = self._session.obey()
-        return None if aborted is None else self.handlers[type(aborted)](self, aborted)
+        return None if aborted is None else self.ordinary[type(aborted)](self, aborted)
 
     def _on_command_or_fault(self, event: Command) -> Coroutine[Any, Any, None] | None:
         phase: Any = event.verb.lower()
@@ -210,7 +186,7 @@ class FaultyConnection(Connection):
     def _on_rcpt_or_magic(self, event: Rcpt) -> Coroutine[Any, Any, None] | None:
         """See whether a recipient that looks like magic is: from then on, this connection asks the engine."""
         if self.magic.rule(event.recipient.path.local) is None:
-            return self.handlers[Rcpt](self, event)
+            return self.ordinary[Rcpt](self, event)
         self._has_magic = True
         self.follow()
         return self._on_rcpt_or_fault(event)
@@ -234,7 +210,7 @@ class FaultyConnection(Connection):
         occasion = self._occasion("data", octets=event.size or 0)
         decision = self.engine.decide(occasion, self._magic_rules("data"))
         if decision is None and 0 not in self._stops:
-            pending = self.handlers[BeginData](self, event)
+            pending = self.ordinary[BeginData](self, event)
             self._look_into_body()
             return pending
         return self._begin(decision, event)
@@ -258,12 +234,12 @@ class FaultyConnection(Connection):
             self._head += event.data[: _MOST_HEAD - len(self._head)]
         if self._stops and self._passed >= self._stops[0]:
             return self._take_chunk(event)
-        return self.handlers[BodyChunk](self, event)
+        return self.ordinary[BodyChunk](self, event)
 
     async def _take_chunk(self, event: BodyChunk) -> None:
         await self._pass_stops()
         if self._is_in_message:
-            await _complete(self.handlers[BodyChunk](self, event))
+            await _complete(self.ordinary[BodyChunk](self, event))
 
     async def _pass_stops(self) -> None:
         """Do what goes wrong at the octets that have been reached."""
@@ -280,7 +256,7 @@ class FaultyConnection(Connection):
         refuses = decision is not None and decision.has_verdict and not decision.keeps and not _lets_through(decision)
         if not refuses:
             self.engine.taken(occasion)
-        return self.handlers[EndOfMessage](self, event) if decision is None else self._suffer(decision, event)
+        return self.ordinary[EndOfMessage](self, event) if decision is None else self._suffer(decision, event)
 
     def _number_in_header(self) -> str:
         """Return the value of the field that the plan looks for; "" without it."""
@@ -294,6 +270,8 @@ class FaultyConnection(Connection):
     # ---- before the first command
 
     async def _open(self) -> bool:
+        if self.engine.is_armed:
+            self.follow()
         decision = self.engine.decide(self._of_connection("connect"))
         if decision is not None:
             await self._pace_and_delay(decision)
@@ -358,7 +336,7 @@ class FaultyConnection(Connection):
             await _complete(self._on_command(event))
         else:
             self._takes_turns = False  # the reply is wanted now
-            await _complete(self.handlers[type(event)](self, event))
+            await _complete(self.ordinary[type(event)](self, event))
 
     async def _answer(self, decision: Decision, event: object) -> bytes:
         """Answer an event, and return the reply that is to be sent."""
@@ -566,7 +544,14 @@ def faulty(
             "engine": engine,
             "magic": Magic(),
             "certificates": certificates or Certificates(["localhost", "127.0.0.1", "::1"]),
-            "calm": {**base.handlers, Command: FaultyConnection._on_command, Rcpt: FaultyConnection._on_rcpt_or_magic},
+            "open": engine.followers,
+            "remarkable": REMARKABLE if engine.has_magic else None,
+            "ordinary": base.handlers,
+            "handlers": {
+                **base.handlers,
+                Command: FaultyConnection._on_command,
+                Rcpt: FaultyConnection._on_rcpt_or_magic,
+            },
             "armed": {**base.handlers, **_FAULTY},
         },
     )

@@ -20,6 +20,9 @@ UNASKED_RCPT: Final = 4
 UNASKED_QUIT: Final = 8
 """The driver need not hear of a Quit where there is no body to forget."""
 
+SENDS: Final = -1
+"""What an observer is called with when what it finds in the out-buffer is about to be sent."""
+
 BAD_SENDER: Final[Reply]
 BAD_RECIPIENT: Final[Reply]
 
@@ -54,7 +57,8 @@ class SessionCore:
     has_quit: bool
     unasked: int
     observer: Callable[[int], None] | None
-    """Called with each token of the wire before it is obeyed: for who wants to tell what was said."""
+    """Called with each token of the wire before it is obeyed, and with SENDS before the replies are taken: for who
+    wants to tell what was said."""
     remarkable: tuple[str, ...] | None
     """Beginnings of local parts that the driver is asked about, whatever `unasked` says. In ASCII, none empty."""
     meter: Meter | None
@@ -76,6 +80,8 @@ class SessionCore:
 
         Its wire is a fresh one of this one's. Costs a fraction of making a session from an offer.
         """
+    def greet(self, refusal: Reply | None = None) -> None:
+        """Say the greeting of RFC 5321 4.2, or in its place a refusal: 421 or 554, then the session ends."""
     def data_to_send(self) -> bytes:
         """Return the replies made since the last call, and forget them."""
     def next_event(self) -> Event:

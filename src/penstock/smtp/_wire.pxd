@@ -33,6 +33,9 @@ cdef class Wire:
     # a text that grows while it is normalized goes here
     cdef unsigned char *grown
 
+    cdef Wire made_like(self)
+    cdef Py_ssize_t receive(self, int fd, Py_ssize_t octets) except -2
+    cdef size_t drop(self) noexcept
     cdef unsigned char *reserve(self, size_t octets) except NULL
     cdef void release(self) noexcept
     cdef void settle(self) noexcept

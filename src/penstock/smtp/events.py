@@ -9,8 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final, Literal, NamedTuple
 
-from penstock.message import Path, Recipient
-from penstock.transaction import MailParameters
+from penstock.message import MailParameters, Path, Recipient
 
 
 class _Need(Enum):

@@ -15,12 +15,11 @@ from typing import Final, NamedTuple
 import idna
 
 from penstock import reply as replies
-from penstock.message import NULL_PATH, Path, Recipient
+from penstock.message import NO_PARAMETERS, NULL_PATH, MailParameters, Path, Recipient
 from penstock.reply import Reply
 from penstock.smtp._session import BAD_RECIPIENT, BAD_SENDER, plain_mail, plain_rcpt
 from penstock.smtp.events import Mail, Rcpt
 from penstock.smtp.offer import Offer
-from penstock.transaction import NO_PARAMETERS, MailParameters
 
 SENDER_NOT_ASCII: Final = Reply(553, "5.6.7", "A sender address that is not ASCII needs SMTPUTF8")
 RECIPIENT_NOT_ASCII: Final = Reply(553, "5.6.7", "A recipient address that is not ASCII needs SMTPUTF8")

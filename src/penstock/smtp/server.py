@@ -131,15 +131,6 @@ class ServerSession(SessionCore):
         """The text of a message, or the exchange about one, is under way."""
         return self._state in (_BODY, _OCTETS, _CHUNKS)
 
-    def greet(self, refusal: Reply | None = None) -> None:
-        """Say the greeting of RFC 5321 4.2, or in its place a refusal: 421 or 554, then the session ends."""
-        if refusal is not None:
-            self._emit(refusal.encoded)
-            self._state = _CLOSED
-            return
-        self._emit(self.offer.greeting)
-        self._enter(_HELLO)
-
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in octets. Drivers that own a socket let the wire receive them instead."""
         self.wire.feed(data)

@@ -16,6 +16,7 @@ from penstock.message import Path
 from penstock.reply import Reply
 from penstock.sink.faults import AppliedFault, FaultLog
 from penstock.smtp import _wire
+from penstock.smtp._session import SENDS
 from penstock.smtp._wire import VERBS, Wire
 from penstock.smtp.offer import Offer
 from penstock.smtp.server import ServerSession
@@ -62,14 +63,12 @@ class NotedSession(ServerSession):
         """Replies in the out-buffer that were noted."""
         self.observer = self._observe
 
-    def data_to_send(self) -> bytes:
-        """Do what a session does, once the rest of the replies is noted."""
-        self._note_replies()
-        self._noted = 0
-        return super().data_to_send()
-
     def _observe(self, token: int) -> None:
-        """Note what the wire has found."""
+        """Note what the wire has found, and what is about to be sent."""
+        if token == SENDS:
+            self._note_replies()
+            self._noted = 0
+            return
         if token in (_wire.NEED_DATA, _wire.CHUNK):
             return
         self._note_replies()
