@@ -63,6 +63,7 @@ def test_two_reports_are_compared(sink: Server, tmp_path: Path) -> None:
 def test_wrong_words_are_named() -> None:
     assert "HOST:PORT" in load(code=2)
     assert "a target looks like" in load("127.0.0.1:x", code=2)
+    assert "a..b has no address" in load("a..b:25", code=2)
     assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
     assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)
 

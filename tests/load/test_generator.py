@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import trio
 from penstock.auth.users import UsersFile
 from penstock.load.counts import Counts
 from penstock.load.generator import Generator
-from penstock.load.plan import Plan, Target
+from penstock.load.plan import Plan, PlanError, Target
 from penstock.net.tls import TlsSettings, generated_certificate, server_context
 from tests.inbound.test_worker import LISTENER, running
 
@@ -123,6 +124,51 @@ async def test_a_duration_ends_the_run(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         counts = await run(server.port, messages=None, duration=0.1)
     assert counts.accepted == counts.attempted > 0
+
+
+class Names(trio.abc.HostnameResolver):
+    """Knows one name, and its addresses."""
+
+    def __init__(self, *addresses: str) -> None:
+        self._addresses = addresses
+
+    async def getaddrinfo(self, host: Any, port: Any, family: int = 0, *_: Any) -> Any:
+        if host != b"mx.example.org":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        await trio.lowlevel.checkpoint()
+        return [
+            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in self._addresses
+        ]
+
+    async def getnameinfo(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+async def test_a_name_is_its_first_address_that_takes_a_connection(tmp_path: Path) -> None:
+    trio.socket.set_custom_hostname_resolver(Names("127.0.0.2", "127.0.0.1"))
+    async with running(tmp_path) as server:
+        plan = Plan(targets=[Target("mx.example.org", server.port)], messages=4, sessions=2)
+        counts = await Generator(plan).run()
+    assert is_clean(counts, 4), counts.as_report()
+    assert len(server.events("connected")) == 4, "the last address need not be tried"
+
+
+async def test_a_certificate_is_checked_against_the_name_that_was_given(tmp_path: Path) -> None:
+    trio.socket.set_custom_hostname_resolver(Names("127.0.0.1"))
+    async with running(tmp_path, TLS) as server:
+        plan = Plan(
+            targets=[Target("mx.example.org", server.port)], messages=1, tls="starttls", ca_file=tmp_path / "tls/ca.pem"
+        )
+        assert is_clean(await Generator(plan).run(), 1)
+
+
+async def test_a_name_without_an_address_is_an_error_before_the_run() -> None:
+    trio.socket.set_custom_hostname_resolver(Names("::1"))
+    for host, words in (("nobody.example", {}), ("mx.example.org", {"sources": ["127.0.0.1"]})):
+        generator = Generator(Plan(targets=[Target(host, 25)], messages=1, **words))  # type: ignore[arg-type]
+        with pytest.raises(PlanError, match=f"{host} has no address"):
+            await generator.run()
 
 
 async def test_a_target_that_is_not_there_ends_the_run_with_an_error() -> None:

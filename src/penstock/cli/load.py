@@ -82,14 +82,17 @@ def load(
     verbose: bool,
     **words: Any,
 ) -> None:
-    r"""Send messages to a server, as fast as it takes them or at a rate, and tell the latencies of each phase.
+    """Send messages to a server, as fast as it takes them or at a rate, and tell the latencies of each phase.
 
     \b
     penstock load 127.0.0.1:2525 --sessions 100 --messages 100000 --reuse
     penstock load 127.0.0.1:2525 --sessions 500 --rate 2000 --duration 60 --report run.html
 
+    A target is 127.0.0.1:2525, [::1]:25, mx.example.org:25 or unix:/path. A name is looked up once, and stands for
+    the first of its addresses that takes a connection; sessions take several targets in turn.
+
     Exit code 0 when every message was accepted, 1 when some were not, 2 for wrong words.
-    """
+    """  # noqa: D301 - \b is click's word for lines to be left as they are
     if compare is not None:
         Console().print(comparison(*(_read_report(path) for path in compare)))
         return
@@ -100,7 +103,10 @@ def load(
     except (PlanError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
     console = Console(stderr=True)
-    trio.run(_run, generator, console, verbose)
+    try:
+        trio.run(_run, generator, console, verbose)
+    except PlanError as exc:
+        raise click.UsageError(str(exc)) from exc
     told = _report(generator)
     if report is not None:
         report.write_text(page(told) if report.suffix == ".html" else msgspec.json.encode(told).decode())
@@ -137,6 +143,7 @@ def _plan(targets: tuple[str, ...], words: dict[str, Any]) -> Plan:
 
 
 async def _run(generator: Generator, console: Console, verbose: bool) -> None:
+    await generator.resolve()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_stop_on_signals, generator)
         nursery.start_soon(_show, generator, console, verbose)

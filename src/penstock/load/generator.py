@@ -18,7 +18,8 @@ from typing import Final
 import trio
 
 from penstock.load.counts import Counts
-from penstock.load.plan import Plan
+from penstock.load.plan import Plan, Target
+from penstock.load.resolve import resolved
 from penstock.load.session import Job, Session
 from penstock.load.texts import all_texts
 from penstock.net._poll import Poller
@@ -50,6 +51,7 @@ class Generator:
             self.tls = client_context(verify=plan.ca_file is not None, ca_file=str(plan.ca_file or ""))
         self.tls_session: ssl.SSLSession | None = None
         self.known_offer = (b"", Capabilities())
+        self._targets: list[Target] = []
         self._texts = all_texts(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
         self._sessions: list[Session] = []
         self._idle: list[Session] = []
@@ -158,15 +160,22 @@ class Generator:
 
     # ---- the run
 
-    async def run(self) -> Counts:
-        """Send everything, and return what was counted."""
+    async def resolve(self) -> None:
+        """Look the targets up. Raise PlanError when one has no address."""
         plan = self.plan
+        self._targets = [await resolved(target, plan.sources, plan.timeout) for target in plan.targets]
+
+    async def run(self) -> Counts:
+        """Send everything, and return what was counted. Raise PlanError when a target has no address."""
+        plan = self.plan
+        if not self._targets:
+            await self.resolve()
         _raise_limit()
         gc.collect()
         gc.freeze()
         sources = plan.sources or ("",)
         self._sessions = [
-            Session(self, plan.targets[n % len(plan.targets)], sources[n % len(sources)])
+            Session(self, self._targets[n % len(self._targets)], sources[n % len(sources)])
             for n in range(min(plan.sessions, plan.messages or plan.sessions))
         ]
         self.counts = Counts()

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Place = tuple[str | int | bytes, ...]
+"""An address and a port, as the socket module has them."""
+
 
 class PlanError(ValueError):
     """What is wrong with a plan; the text names the option and the right form."""
@@ -20,6 +23,9 @@ class Target:
     port: int
     path: str = ""
     """A unix socket, in place of both."""
+    family: int = 0
+    place: Place | None = None
+    """One of the addresses of the host, once they were looked up (penstock.load.resolve)."""
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -30,7 +36,9 @@ class Target:
         if not colon or (":" in host and not host.startswith("[")):
             host, port = text, "25"
         if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-            raise PlanError(f"a target looks like 127.0.0.1:2525, [::1]:25 or unix:/path, not {text!r}")
+            raise PlanError(
+                f"a target looks like 127.0.0.1:2525, [::1]:25, mx.example.org:25 or unix:/path, not {text!r}"
+            )
         return cls(host.strip("[]"), int(port))
 
     def __str__(self) -> str:

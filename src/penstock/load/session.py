@@ -22,7 +22,7 @@ import trio
 
 from penstock import sequence
 from penstock.load.counts import Counts
-from penstock.load.plan import Plan, Target
+from penstock.load.plan import Place, Plan, Target
 from penstock.load.texts import Text
 from penstock.net import _poll
 from penstock.net._poll import Poller, Taker
@@ -180,10 +180,11 @@ class Session(Taker):
         target = self.target
         if target.path:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            place: str | tuple[str, int] = target.path
+            place: str | Place = target.path
         else:
-            sock = socket.socket(socket.AF_INET6 if ":" in target.host else socket.AF_INET, socket.SOCK_STREAM)
-            place = (target.host, target.port)
+            sock = socket.socket(target.family, socket.SOCK_STREAM)
+            assert target.place is not None
+            place = target.place
         try:
             sock.setblocking(False)
             if not target.path:
@@ -205,7 +206,7 @@ class Session(Taker):
         """Begin a handshake; what is to be sent first comes with the next turn."""
         crew = self._crew
         assert crew.tls is not None
-        self._layer = TlsLayer(crew.tls, server_name=self.target.host)
+        self._layer = TlsLayer(crew.tls, server_name=self.target.host or "localhost")
         if crew.plan.resumption and crew.tls_session is not None:
             self._layer.object.session = crew.tls_session
         self._is_shaking = True

@@ -1,0 +1,48 @@
+"""Names of targets: each is looked up once, before a run begins, and stands for one of its addresses.
+
+That is what wrk and h2load do: a run measures one server. Several addresses are tried in their order, and the first
+that takes a connection is the one; the last need not be asked. So `localhost` works whichever family a server has.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+
+import trio
+
+from penstock.load.plan import Place, PlanError, Target
+
+
+async def resolved(target: Target, sources: Sequence[str], timeout: float) -> Target:  # noqa: ASYNC109 - of each address
+    """Return a target with its address, one of a family we come from. Raise PlanError when there is none."""
+    if target.path:
+        return target
+    try:
+        found = await trio.socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        words = exc.strerror if isinstance(exc, OSError) else exc
+        raise PlanError(f"{target.host} has no address: {words}") from exc
+    families = {socket.AF_INET6 if ":" in source else socket.AF_INET for source in sources}
+    places = [
+        (family, (str(place[0]), *place[1:]))
+        for family, _, _, _, place in found
+        if family in (families or {socket.AF_INET, socket.AF_INET6})
+    ]
+    if not places:
+        raise PlanError(f"{target.host} has no address that {', '.join(sources)} can reach")
+    for family, place in places[:-1]:
+        if await _takes_a_connection(family, place, timeout):
+            return replace(target, family=family, place=place)
+    return replace(target, family=places[-1][0], place=places[-1][1])
+
+
+async def _takes_a_connection(family: int, place: Place, timeout: float) -> bool:  # noqa: ASYNC109
+    with trio.move_on_after(timeout), trio.socket.socket(family, socket.SOCK_STREAM) as sock:
+        try:
+            await sock.connect(place)
+        except OSError:
+            return False
+        return True
+    return False
