@@ -20,6 +20,8 @@ Rules
 3. `think` is the client's own time: from a reply (or a greeting, or the end of a handshake) to the next octets.
 4. A mark is a bit in a bitmap of its run: 125 KB for a million. All bitmaps together have at most 64 MiB, and there are
    at most 64 runs; marks beyond that are counted and not told apart.
+5. A reply is counted as the client gets it. Where a fault sends something else in its place, the meter is held: it notes
+   what the session makes of the message (`taken`, `refused`), and what goes out is told with `says`.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -53,6 +55,10 @@ PHASES = (
     "AUTH", "STARTTLS", "HTTP", "message", "text", "tls", "think", "banner", "unasked",
 )
 
+GARBLED = (
+    "none", "wrong-code", "too-long", "many-lines", "unfinished", "non-ascii", "bare-lf", "no-line-end", "garbage",
+)
+
 cdef enum:
     MOST_CAUSES = 64
     MOST_RUNS = 64
@@ -76,7 +82,10 @@ cdef int note_cause(dict causes, str cause) except -1:
 
 
 cdef uint64_t key_of(int phase, const unsigned char *text, Py_ssize_t size) noexcept:
-    """Return what a reply is told apart by: phase, code, subject and detail of its status. 0 where it has none."""
+    """Return what a reply is told apart by: phase, code, subject and detail of its status. 0 where it has none.
+
+    The octet above the phase is how it was garbled, see `count`.
+    """
     cdef uint64_t code = 0, part = 0
     cdef Py_ssize_t at
     cdef int parts = 0, digits
@@ -129,7 +138,8 @@ cdef class Tally:
         memset(self.counts, 0, sizeof(self.counts))
         self.kinds = 0
         self.further = 0
-        self.sessions = self.received = self.sent = self.replies = self.accepted = 0
+        self.sessions = self.received = self.sent = self.replies = 0
+        self.accepted = self.unheard = self.refused = 0
         self.recipients = self.text_octets = self.tls_failed = 0
         self.peak_sessions = self.open_sessions
         return 0
@@ -166,14 +176,16 @@ cdef class Tally:
     def counted(self):
         cdef list found = []
         cdef uint64_t key, code, subject, detail
-        cdef int i
+        cdef int i, how
         for i in range(CELLS):
             key = self.keys[i]
-            if key:
+            if key and self.counts[i]:
+                how = key >> 48 & 0xF
+                garbled = GARBLED[how - 1] if how else None
                 code, subject, detail = key >> 24 & 0xFFFF, key >> 12 & 0xFFF, key & 0xFFF
                 status = f"{code // 100}.{subject - 1}.{detail - 1}" if detail else None
-                found.append((PHASES[key >> 40 & 0xFF], code, status, self.counts[i]))
-        found.sort(key=lambda each: (each[0], each[1], each[2] or ""))
+                found.append((PHASES[key >> 40 & 0xFF], code, status, garbled, self.counts[i]))
+        found.sort(key=lambda each: (each[0], each[1], each[2] or "", each[3] or ""))
         return found
 
     # ---- the poller's side
@@ -197,18 +209,25 @@ cdef class Tally:
     # ---- the meters' side
 
     cdef void count(self, int phase, const unsigned char *text, Py_ssize_t size) noexcept:
-        cdef uint64_t key = key_of(phase, text, size)
+        """Count a reply. `phase` may have the place in GARBLED of how it went out wrong, plus one, in its next octet."""
+        cdef Py_ssize_t at = self.cell(key_of(phase, text, size))
+        if at < 0:
+            self.further += 1
+        else:
+            self.counts[at] += 1
+
+    cdef Py_ssize_t cell(self, uint64_t key) noexcept:
+        """Return where a kind of reply is counted; -1 when there is no room for it."""
         cdef uint64_t at = (key * <uint64_t> 0x9E3779B97F4A7C15) >> 53    # the top 11 bits: CELLS of them
         while self.keys[at] != key:
             if self.keys[at] == 0:
                 if self.kinds == MOST_KINDS:
-                    self.further += 1
-                    return
+                    return -1
                 self.kinds += 1
                 self.keys[at] = key
                 break
             at = (at + 1) % CELLS
-        self.counts[at] += 1
+        return at
 
 
 @cython.no_gc
@@ -232,6 +251,10 @@ cdef class Meter:
 
     cdef void replied(self, bytes encoded) noexcept:
         """A reply was made to what `phase` says."""
+        if self.phase == P_MESSAGE and PyBytes_AS_STRING(encoded)[0] >= c'4':
+            self.tally.refused += 1
+        if self.is_held:
+            return
         self.tally.count(self.phase, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
         self.tally.replies += 1
         self.owed |= <uint32_t> 1 << self.phase
@@ -280,10 +303,13 @@ cdef class Meter:
         self.phase = phase
 
     cdef int message(self, object transaction, uint64_t octets) except -1:
-        """A message was accepted."""
+        """A message was taken."""
         cdef Tally tally = self.tally
         cdef object found
-        tally.accepted += 1
+        if self.is_held:
+            self.has_taken = True   # `says` knows whether the client can have heard of it
+        else:
+            tally.accepted += 1
         tally.recipients += len(<list> transaction.recipients)
         tally.text_octets += octets
         if not tally.reads_marks:
@@ -297,6 +323,58 @@ cdef class Meter:
             else:
                 tally.book.note(found[0], found[1])
         return 0
+
+    # ---- the side of faults
+
+    def hold(self):
+        self.is_held = True
+
+    def says(self, list replies not None):
+        cdef Tally tally = self.tally
+        cdef int phase
+        cdef bytes each
+        cdef object garbled
+        cdef bint is_heard = False
+        self.is_held = False
+        for each, garbled in replies:
+            phase = self.phase
+            if garbled is not None:
+                phase |= <int> (GARBLED.index(garbled) + 1) << 8
+            tally.count(phase, <const unsigned char *> PyBytes_AS_STRING(each), PyBytes_GET_SIZE(each))
+            is_heard = is_heard or each.startswith(b"2")
+            if garbled != "none":
+                tally.replies += 1
+                self.owed |= <uint32_t> 1 << self.phase
+                self.owing[self.phase] += 1
+        if self.has_taken:
+            self.has_taken = False
+            if is_heard:
+                tally.accepted += 1
+            else:
+                tally.unheard += 1
+
+    def sends(self, Py_ssize_t octets):
+        self.end_turn(octets)
+
+    def takes_back(self, bytes encoded not None):
+        cdef Tally tally = self.tally
+        cdef Py_ssize_t at = tally.cell(key_of(
+            self.phase, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded)
+        ))
+        if at >= 0 and tally.counts[at]:    # otherwise the counters were started over meanwhile
+            tally.counts[at] -= 1
+            tally.replies -= 1
+        if self.owing[self.phase]:
+            self.owing[self.phase] -= 1
+            if self.owing[self.phase] == 0:
+                self.owed &= ~(<uint32_t> 1 << self.phase)
+            if self.owed:
+                tally.sent -= len(encoded)  # `end_turn` will be told of these octets with the others
+
+    def takes_unheard(self, object transaction, uint64_t octets):
+        self.is_held = True
+        self.message(transaction, octets)
+        self.says([])
 
     # ---- the connection's side
 
@@ -323,6 +401,8 @@ cdef class Meter:
         self.has_ended = True
         tally.open_sessions -= 1
         tally.received += received
+        if self.has_taken:
+            self.says([])   # the connection broke before anything could be said
         if self.tls_began:
             tally.tls_failed += 1
         note_cause(tally.ends, cause)

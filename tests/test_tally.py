@@ -107,7 +107,7 @@ def test_a_sequence_has_nothing_before_its_first_number() -> None:
 def test_replies_are_told_apart_by_code_and_status(encoded: bytes, code: int, status: str | None) -> None:
     tally = Tally()
     tally.turned_away(encoded)
-    assert tally.counted() == [("banner", code, status, 1)]
+    assert tally.counted() == [("banner", code, status, None, 1)]
 
 
 def test_further_kinds_of_reply_are_counted_as_one_number() -> None:

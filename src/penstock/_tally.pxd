@@ -25,7 +25,7 @@ cdef class Tally:
     cdef readonly Histogram recent_messages
     cdef readonly Histogram recent_replies
     cdef readonly uint64_t sessions, open_sessions, peak_sessions
-    cdef readonly uint64_t received, sent, replies, accepted, recipients, text_octets, tls_failed
+    cdef readonly uint64_t received, sent, replies, accepted, unheard, refused, recipients, text_octets, tls_failed
     cdef readonly dict ends, lost
     cdef readonly object sequences
     cdef readonly object source
@@ -44,6 +44,7 @@ cdef class Tally:
     cdef void begin_round(self) noexcept
     cdef int end_round(self) except -1
     cdef void count(self, int phase, const unsigned char *text, Py_ssize_t size) noexcept
+    cdef Py_ssize_t cell(self, uint64_t key) noexcept
 
 
 cdef class Meter:
@@ -54,6 +55,8 @@ cdef class Meter:
     cdef int64_t tls_began
     cdef public int phase
     cdef bint in_turn, awaits_text, is_listed, has_ended
+    cdef bint is_held               # replies are not what the client hears
+    cdef bint has_taken             # a message was taken meanwhile
     cdef uint32_t owed              # a bit for each phase that has replies to be sent
     cdef uint32_t owing[PHASE_COUNT]
 

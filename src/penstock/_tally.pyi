@@ -15,6 +15,8 @@ PHASES: Final[tuple[str, ...]]
 The verbs, "unknown" for what is none; and `message` (what follows the end of a text), `text` (its first octet to its
 last), `tls` (a handshake), `think` (the client's own time), `banner`, `unasked` (a 421 that answers nothing).
 """
+GARBLED: Final[tuple[str, ...]]
+"""How a reply may go out wrong: a dress of a fault plan, or `none`, the end of the connection in its place."""
 OTHER: Final = "others"
 """What causes of further kinds are counted as."""
 
@@ -119,13 +121,19 @@ class Tally:
         """Replies so far."""
     @property
     def accepted(self) -> int:
-        """Messages that were accepted."""
+        """Messages that were taken, and whose clients could read a 2yz."""
+    @property
+    def unheard(self) -> int:
+        """Messages that were taken, and whose clients could not: a fault stood in the place of the 2yz."""
+    @property
+    def refused(self) -> int:
+        """Refusals of messages after their text, whatever the client heard of them; in LMTP one a recipient."""
     @property
     def recipients(self) -> int:
-        """Recipients of accepted messages."""
+        """Recipients of messages that were taken."""
     @property
     def text_octets(self) -> int:
-        """Octets of the bodies of accepted messages, un-stuffed."""
+        """Octets of the bodies of messages that were taken, un-stuffed."""
     @property
     def tls_failed(self) -> int:
         """Handshakes that came to nothing."""
@@ -148,8 +156,8 @@ class Tally:
         """Count a connection that was refused before it had a session."""
     def latency(self, phase: str) -> Histogram:
         """Return the latencies of a phase. Raise ValueError when there is no such phase."""
-    def counted(self) -> list[tuple[str, int, str | None, int]]:
-        """Return phase, code (0 for what has none), enhanced status and count of every kind of reply."""
+    def counted(self) -> list[tuple[str, int, str | None, str | None, int]]:
+        """Return phase, code (0 for what has none), enhanced status, garbling and count of every kind of reply."""
 
 class Meter:
     """The clocks of one session. Made by `Tally.meter`."""
@@ -159,6 +167,20 @@ class Meter:
         """Where it counts."""
     phase: int
     """The place in PHASES of what is being answered."""
+    def hold(self) -> None:
+        """Count no replies until `says`: the client will hear something else."""
+    def says(self, replies: list[tuple[bytes, str | None]]) -> None:
+        """Count what the client hears in the place of the replies since `hold`, as far as it can read it.
+
+        Each has what it is of GARBLED, None when nothing is wrong; an empty one is a reply without a code. What was
+        taken meanwhile is accepted when one of them is a 2yz.
+        """
+    def sends(self, octets: int) -> None:
+        """Note that what `says` was told is about to be sent."""
+    def takes_back(self, encoded: bytes) -> None:
+        """Count a reply to what is being answered out again. To be called before it is taken from the session."""
+    def takes_unheard(self, transaction: Transaction, octets: int) -> None:
+        """Count a message that was taken when its client had left."""
     def tls_begins(self) -> None:
         """A handshake begins."""
     def tls_begun(self) -> None:

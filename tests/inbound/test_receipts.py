@@ -25,7 +25,7 @@ Counts = dict[str, int]
 
 
 def counts_of(tally: Tally) -> Counts:
-    return {f"{phase} {code} {status}": count for phase, code, status, count in tally.counted()}
+    return {f"{phase} {code} {status}": count for phase, code, status, _, count in tally.counted()}
 
 
 @asynccontextmanager

@@ -94,6 +94,7 @@ def test_postfix_sends_again_what_was_taken_and_not_answered(tmp_path: Path) -> 
         assert server.process.wait(timeout=90) == 0
     report = receipts(tmp_path)
     assert faults(report) == {"lost: reset": 1}
+    assert (report["messages"]["accepted"], report["messages"]["unheard"]) == (1, 1)
     (run,) = report["sequences"]["runs"]
     assert (run["distinct"], run["duplicates"]) == (1, 1)
 

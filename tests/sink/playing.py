@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -12,6 +13,7 @@ from typing import Any
 import trio
 import trio.testing
 
+from penstock._tally import Tally
 from penstock.inbound.connection import Connection
 from penstock.inbound.limits import Sweeper
 from penstock.journal import Journal, JournalSettings
@@ -115,6 +117,7 @@ async def talking(
     greeted: bool = True,
     peer: Peer = PEER,
     journal: Journal | None = None,
+    tally: Tally | None = None,
 ) -> AsyncIterator[Talk]:
     """Run a faulty connection, and talk to it. `tcp` has it on a socket, which alone can be reset."""
     engine = engine or FaultEngine(parse_plan(plan), has_magic=has_magic)
@@ -122,6 +125,8 @@ async def talking(
     journal = journal or Journal(JournalSettings())
     settings = {"max_hops": 0, **(settings or {})}
     gate = gate_of(settings, recorder, folder, tls=tls, journal=journal)
+    if tally is not None:
+        gate = dataclasses.replace(gate, tally=tally)
     kind = faulty(engine, certificates=CERTIFICATES)
     if tcp:
         ours, theirs = tcp_pair()

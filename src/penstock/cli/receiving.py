@@ -234,9 +234,9 @@ def as_expected(report: Report) -> bool:
 
 def counters(receipts: Receipts, sample: Sample) -> str:
     """Return one line about the last second and all before it."""
-    tally = receipts.tally
+    taken = receipts.tally.accepted + receipts.tally.unheard
     return (
-        f"{sample.at:6.0f} s  {sample.messages:7,}/s  messages {tally.accepted:,}  sessions {sample.sessions:,}  "
+        f"{sample.at:6.0f} s  {sample.messages:7,}/s  messages {taken:,}  sessions {sample.sessions:,}  "
         f"replies {sample.replies:,}/s  {octets(sample.received)}/s  "
         f"p50 {milliseconds(sample.p50)}  p99 {milliseconds(sample.p99)}  faults {sample.faults:,}/s"
     )
@@ -262,17 +262,21 @@ def octets(count: float) -> str:
 def table_of(report: Report) -> Group:
     """Return the receipts as tables for a terminal."""
     messages, sessions = report.messages, report.sessions
-    head = Table(title=f"{messages.accepted:,} messages in {report.seconds:,.1f} s", title_style="bold", box=None)
+    taken = messages.accepted + messages.unheard
+    head = Table(title=f"{taken:,} messages in {report.seconds:,.1f} s", title_style="bold", box=None)
     head.add_column("", style="dim")
     head.add_column("", justify="right")
-    for name, value in (
-        ("accepted", f"{messages.accepted:,} for {messages.recipients:,} recipients"),
+    rows = [
+        ("accepted", f"{messages.accepted:,}"),
+        *([("unheard", f"{messages.unheard:,} taken, and no readable 250")] if messages.unheard else []),
+        ("recipients", f"{messages.recipients:,}"),
         ("refused, lost", f"{messages.refused:,}, {messages.lost:,}"),
         ("sessions", f"{sessions.total:,}, at most {sessions.peak:,} at a time"),
         ("handshakes", f"{sessions.tls:,}, {sessions.tls_failed:,} failed"),
         ("octets", f"{octets(report.octets.received)} received, {octets(report.octets.sent)} sent"),
-        ("a second", f"{messages.accepted / max(report.seconds, 1e-3):,.0f} messages"),
-    ):
+        ("a second", f"{taken / max(report.seconds, 1e-3):,.0f} messages"),
+    ]
+    for name, value in rows:
         head.add_row(name, value)
     return Group(head, latency_table(report), reply_table(report), *_sequence_tables(report), *_fault_tables(report))
 
@@ -293,14 +297,15 @@ def _shown(latency: Latency) -> tuple[int, ...]:
 
 
 def reply_table(report: Report) -> Table:
-    """Return the replies by phase and code, refusals in colour."""
+    """Return the replies by phase and code, refusals and what went out wrong in colour."""
     table = Table(title="Replies", box=None, title_style="bold", header_style="dim")
     for name in ("phase", "code", "status"):
         table.add_column(name)
     table.add_column("count", justify="right")
     for each in report.replies:
-        style = "red" if each.code >= 500 else "yellow" if each.code >= 400 else None
-        table.add_row(each.phase, str(each.code), each.status or "", f"{each.count:,}", style=style)
+        style = "red" if each.code >= 500 else "yellow" if each.code >= 400 else "magenta" if each.garbled else None
+        status = " ".join(word for word in (each.status, each.garbled) if word)
+        table.add_row(each.phase, str(each.code) if each.code else "-", status, f"{each.count:,}", style=style)
     return table
 
 

@@ -114,7 +114,7 @@ def _counts(parts: Parts, account: Account) -> dict[str, int]:
     """Return what the sink has taken."""
     tally, delivery = account.tally, parts.delivery
     if tally is not None:
-        messages, recipients, octets = tally.accepted, tally.recipients, tally.text_octets
+        messages, recipients, octets = tally.accepted + tally.unheard, tally.recipients, tally.text_octets
     else:
         assert isinstance(delivery, DiscardDelivery)
         messages, recipients, octets = delivery.messages, delivery.recipients, delivery.octets

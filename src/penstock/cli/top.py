@@ -118,13 +118,19 @@ def _lines(report: Report, samples: Sequence[Sample]) -> Table:
     for _ in range(4):
         table.add_column(no_wrap=True)
     rows: list[tuple[str, list[float], str, str, str]] = [
-        ("messages", [s.messages / s.seconds for s in samples], "cyan", "/s", f"{report.messages.accepted:,} in all"),
+        (
+            "messages",
+            [s.messages / s.seconds for s in samples],
+            "cyan",
+            "/s",
+            f"{report.messages.accepted + report.messages.unheard:,} in all",
+        ),
         (
             "replies",
             [s.replies / s.seconds for s in samples],
             "blue",
             "/s",
-            f"{sum(r.count for r in report.replies):,}",
+            f"{sum(r.count for r in report.replies if r.garbled != 'none'):,}",
         ),
         ("sessions", [s.sessions for s in samples], "green", "", f"peak {report.sessions.peak:,}"),
         ("octets", [s.received / s.seconds for s in samples], "green", "B/s", octets(report.octets.received)),
@@ -142,7 +148,9 @@ def _lines(report: Report, samples: Sequence[Sample]) -> Table:
 
 
 def _trouble(report: Report) -> str:
-    return f"{report.messages.refused:,} refused, {report.messages.lost:,} lost"
+    messages = report.messages
+    unheard = f", {messages.unheard:,} unheard" if messages.unheard else ""
+    return f"{messages.refused:,} refused, {messages.lost:,} lost{unheard}"
 
 
 def _others(report: Report) -> Table:

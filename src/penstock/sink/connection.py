@@ -5,7 +5,8 @@ recipients that begin like magic ones. Once there is a plan, or something was as
 engine first; what it decides is done here. A fault that waits gives the connection a task, others need none.
 
 Replies that go out wrong are made by letting the ordinary handler answer, and changing the octets before they are
-sent: so the state of the session is that of the ordinary answer, whatever its client makes of it.
+sent: so the state of the session is that of the ordinary answer, whatever its client makes of it. The receipts have
+what was sent: while such an answer is made the meter is held, and what goes out is told to it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any, ClassVar, Final
 import trio
 
 from penstock import reply as replies
+from penstock._tally import PHASES as COUNTED_PHASES
 from penstock.inbound.connection import Connection
+from penstock.message import Message
 from penstock.net.stream import SocketStream
 from penstock.reply import Reply
 from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
-from penstock.sink.dress import dress
+from penstock.sink.dress import dress, readable
 from penstock.sink.faults import Decision, FaultEngine, Occasion, Rule
 from penstock.sink.magic import REMARKABLE, Magic
 from penstock.sink.pace import PacedStream
@@ -53,6 +56,7 @@ _LOOK: Final = 1.0
 """Seconds between two looks whether a stalled client has left."""
 _MOST_HEAD: Final = 65_536
 """Octets of a header in which a number is looked for."""
+_BANNER: Final = COUNTED_PHASES.index("banner")
 _IN_PLACE_OF_HELLO: Final = b"554 5.7.0 TLS is broken here\r\n"
 
 Handlers = dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]
@@ -258,6 +262,13 @@ class FaultyConnection(Connection):
             self.engine.taken(occasion)
         return self.ordinary[EndOfMessage](self, event) if decision is None else self._suffer(decision, event)
 
+    def _settle(self, message: Message, reply: Reply) -> None:
+        """Answer a message that was handed over. The receipts have it even when its client has left meanwhile."""
+        is_alone = self._has_ended or self._session.state is State.CLOSED
+        super()._settle(message, reply)
+        if is_alone and reply.accepts and self._meter is not None:
+            self._meter.takes_unheard(self._transaction, message.body.size)
+
     def _number_in_header(self) -> str:
         """Return the value of the field that the plan looks for; "" without it."""
         head, self._head = self._head, None
@@ -278,19 +289,21 @@ class FaultyConnection(Connection):
             if decision.tls is not None:
                 await self._spoil_implicit_tls(decision.tls)
             if decision.end is not None or decision.reply is not None:
+                if self._meter is not None:
+                    self._meter.says([(b"", "none")])
                 await self._break_off(decision.end or "drop")
         if not await super()._open():
             return False
         decision = self.engine.decide(self._of_connection("banner"))
         if decision is None:
             return True
+        self._take_back(self._gate.offer.greeting)
         greeting = self._session.data_to_send()
         await self._pace_and_delay(decision)
         if decision.reply is not None and decision.reply.accepts:
             greeting = decision.reply.encoded
         elif decision.reply is not None:
-            self._session.close_with(decision.reply)
-            greeting = self._session.data_to_send()
+            greeting = self._close_with(decision.reply)
         await self._send_wrong(greeting, decision)
         return self._session.state is not State.CLOSED
 
@@ -314,21 +327,29 @@ class FaultyConnection(Connection):
         if decision.tls is not None:
             await self._spoil_starttls(decision.tls, event)
         elif decision.has_verdict:
-            await self._send_wrong(await self._answer(decision, event) or said, decision)
+            is_awaited = event is not None
+            said = await self._answer_held(decision, event) or said
+            await self._send_wrong(said, decision, is_awaited=is_awaited)
             if self._session.state is State.TLS:
                 await self._start_tls()
         else:
-            await self._flush_wire(said)
+            if said:
+                await self._send_wrong(said, decision)
             if event is not None:
                 await self._do(event)
 
     def _take_said(self, event: object) -> tuple[bytes, bytes]:
         """Return the replies to earlier commands, and the one to this command where the session has made it already."""
-        said = self._session.data_to_send()
-        if isinstance(event, Quit):
-            bye = replies.BYE.encoded
-            return said.removesuffix(bye), bye
-        return said, b""
+        if not isinstance(event, Quit):
+            return self._session.data_to_send(), b""
+        bye = replies.BYE.encoded
+        self._take_back(bye)
+        return self._session.data_to_send().removesuffix(bye), bye
+
+    def _take_back(self, encoded: bytes) -> None:
+        """Have a reply counted only when it is sent, as it is sent."""
+        if self._meter is not None:
+            self._meter.takes_back(encoded)
 
     async def _do(self, event: object) -> None:
         """Answer an event as if nothing were wrong."""
@@ -337,6 +358,18 @@ class FaultyConnection(Connection):
         else:
             self._takes_turns = False  # the reply is wanted now
             await _complete(self.ordinary[type(event)](self, event))
+
+    async def _answer_held(self, decision: Decision, event: object) -> bytes:
+        """Answer an event, while no reply is counted: `_send_wrong` has to follow, which tells what is sent."""
+        meter = self._meter
+        if meter is None:
+            return await self._answer(decision, event)
+        meter.hold()
+        try:
+            return await self._answer(decision, event)
+        except BaseException:
+            meter.says([])
+            raise
 
     async def _answer(self, decision: Decision, event: object) -> bytes:
         """Answer an event, and return the reply that is to be sent."""
@@ -367,6 +400,16 @@ class FaultyConnection(Connection):
             return self._session.data_to_send()
         return reply.encoded
 
+    def _close_with(self, reply: Reply) -> bytes:
+        """Refuse a client in the place of the greeting. Return what is to be sent."""
+        meter = self._meter
+        if meter is not None:
+            meter.hold()
+        self._session.close_with(reply)
+        if meter is not None:
+            meter.phase = _BANNER  # the session took it for words that nobody has asked for
+        return self._session.data_to_send()
+
     def _turn_down(self, reply: Reply, event: object) -> None:
         """Refuse what an event asks for."""
         if isinstance(event, EndOfMessage):
@@ -383,11 +426,24 @@ class FaultyConnection(Connection):
         else:
             self._refuse(reply, "")
 
-    async def _send_wrong(self, said: bytes, decision: Decision) -> None:
-        """Send a reply as it is meant to go out, and end the connection when that is meant, too."""
-        if said and decision.dress is not None:
+    async def _send_wrong(self, said: bytes, decision: Decision, *, is_awaited: bool = True) -> None:
+        """Send a reply as it is meant to go out, and end the connection when that is meant, too.
+
+        `is_awaited` says that the client waits for a reply, so that the end of the connection is in the place of one.
+        """
+        is_said = bool(said) and (decision.end is None or decision.reply is not None or decision.dress is not None)
+        ordinary = readable(said)
+        if is_said and decision.dress is not None:
             said = dress(said, decision.dress, decision.drawn)
-        if said and (decision.end is None or decision.reply is not None or decision.dress is not None):
+        meter = self._meter
+        if meter is not None and is_said:
+            meter.says([(each, None if each in ordinary else decision.dress) for each in readable(said)])
+            meter.sends(len(said))
+        elif meter is not None and decision.end is not None and is_awaited:
+            meter.says([(b"", "none")])
+        elif meter is not None:
+            meter.says([])
+        if is_said:
             await self._flush_wire(said)
         if decision.end is not None:
             await self._break_off(decision.end)

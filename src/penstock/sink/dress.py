@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Final
 
 from penstock.sink.plan import Dress
@@ -15,6 +16,23 @@ _NOT_ASCII: Final = b" Gr\xfc\xdfe \xe2\x82"
 """Latin-1, then UTF-8 that breaks off."""
 _OUT_OF_PLACE: Final = {b"2": b"354", b"3": b"250", b"4": b"250", b"5": b"334"}
 """For a code of a class, one that says something else, or that nothing has asked for."""
+_LAST_LINE: Final = re.compile(rb"[2-5][0-9]{2}(?: |\r?\Z)")
+
+
+def readable(said: bytes) -> list[bytes]:
+    """Return the replies that a client can read in what is sent; an empty one for what is none, or not whole.
+
+    A reply is whole when its last line has come to an end, be it a bare LF: clients that mind it are few.
+    """
+    found: list[bytes] = []
+    begun = b""
+    *lines, rest = said.split(b"\n")
+    for line in lines:
+        begun += line + b"\n"
+        if _LAST_LINE.match(line):
+            found.append(begun)
+            begun = b""
+    return [*found, b""] if begun or rest else found
 
 
 def dress(replies: bytes, how: Dress, drawn: int = 0) -> bytes:

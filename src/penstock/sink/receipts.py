@@ -192,11 +192,11 @@ class Receipts:
         """Note what has come since the last sample."""
         tally, before, now = self.tally, self._before, self._clock()
         codes: Counter[str] = Counter()
-        for _, code, _, count in tally.counted():
+        for _, code, _, _, count in tally.counted():
             codes[str(code)] += count
         after = _Before(
             now,
-            tally.accepted,
+            tally.accepted + tally.unheard,
             tally.replies,
             tally.sessions,
             self.received,
@@ -248,10 +248,9 @@ class Receipts:
         """Return all that is known; without the buckets and the samples when it is not to be full."""
         tally = self.tally
         counted = [
-            ReplyCount(phase=phase, code=code, status=status, count=count)
-            for phase, code, status, count in tally.counted()
+            ReplyCount(phase=phase, code=code, status=status, garbled=garbled, count=count)
+            for phase, code, status, garbled, count in tally.counted()
         ]
-        refused = sum(each.count for each in counted if each.phase == "message" and each.code >= 400)
         return Report(
             made_by=_made_by(),
             listen=self._listen,
@@ -267,7 +266,8 @@ class Receipts:
             ),
             messages=MessageCounts(
                 accepted=tally.accepted,
-                refused=refused,
+                unheard=tally.unheard,
+                refused=tally.refused,
                 lost=sum(tally.lost.values()),
                 lost_by=dict(tally.lost),
                 recipients=tally.recipients,

@@ -15,6 +15,23 @@ once, so it includes the commands before it.
     tls       ready for the ClientHello to the end of the handshake
     think     a reply to the next octets of the client: its own time, and the network's
     unasked   a 421 that answers nothing, as at a time-out; it has no latency of its own worth reading
+
+What becomes of a message
+-------------------------
+A message whose text has begun is counted once, by what the sink made of it and what its client can know:
+
+    accepted  the sink took it, and a whole reply 2yz went out: the client could read it, dressed or not
+    unheard   the sink took it, and no such reply went out: the end of the connection in its place, garbage, a reply
+              that does not end, another code (a `wrong-code`, or a 4yz where the rule says `keeps`). The client can not
+              know and may send it again: that is no fault of its own (RFC 1047)
+    refused   the sink did not take it and made a 4yz or 5yz, whatever went out of that; in LMTP one a recipient
+    lost      neither: its connection ended before the sink had made a reply
+
+Whether the client has read what went out, nobody knows. Marks, recipients, octets and what `--messages` waits for are
+those of `accepted` and `unheard` together: what the sink has.
+
+Replies are counted as they went out. One that went out wrong says how in `garbled`; its code is what the client can
+read of it, 0 where it is no reply, or not a whole one. `none` is the end of the connection in the place of a reply.
 """
 
 from __future__ import annotations
@@ -44,11 +61,17 @@ class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
 class MessageCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Messages."""
 
-    accepted: Annotated[int, Meta(description="Messages that were answered with 2yz after their text")]
-    refused: Annotated[int, Meta(description="Replies 4yz and 5yz after a text; in LMTP one a recipient")]
-    lost: Annotated[int, Meta(description="Messages whose text began and did not end")]
+    accepted: Annotated[int, Meta(description="Messages that were taken, and answered with a 2yz that can be read")]
+    unheard: Annotated[
+        int,
+        Meta(description="Messages that were taken, and whose clients can not know: a fault stood in the place of 2yz"),
+    ] = 0
+    refused: Annotated[
+        int, Meta(description="Refusals after a text, whatever a fault made of the reply; in LMTP one a recipient")
+    ]
+    lost: Annotated[int, Meta(description="Messages that had begun, and ended with their connection")]
     lost_by: Annotated[dict[str, int], Meta(description="Why those were lost")]
-    recipients: Annotated[int, Meta(description="Recipients of the accepted messages")]
+    recipients: Annotated[int, Meta(description="Recipients of the messages that were taken")]
     octets: Annotated[int, Meta(description="Octets of their texts, dots un-stuffed")]
 
 
@@ -56,15 +79,19 @@ class OctetCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Octets on the sockets."""
 
     received: Annotated[int, Meta(description="As they came from the sockets, TLS records as they are")]
-    sent: Annotated[int, Meta(description="Of replies, before TLS; what a fault sends in their place is not counted")]
+    sent: Annotated[int, Meta(description="Of replies as they went out, before TLS")]
 
 
 class ReplyCount(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a phase was answered with a code."""
+    """How often a phase was answered with a code, or with something else."""
 
     phase: Annotated[str, Meta(description="A verb, or one of: unknown, message, banner, unasked")]
-    code: Annotated[int, Meta(description="The reply code; 0 for a reply that has none")]
+    code: Annotated[int, Meta(description="The reply code as a client can read it; 0 for a reply that has none")]
     status: Annotated[str | None, Meta(description="The enhanced status code, such as 2.1.0")]
+    garbled: Annotated[
+        str | None,
+        Meta(description="How it went out wrong, as a fault plan calls it; none: the connection ended in its place"),
+    ] = None
     count: Annotated[int, Meta(description="Exact")]
 
 
@@ -89,7 +116,7 @@ class RunCounts(msgspec.Struct, frozen=True, kw_only=True):
     """The messages of one run, told apart by their numbers."""
 
     run: Annotated[str, Meta(description="What the mark calls the run")]
-    received: Annotated[int, Meta(description="Accepted messages, duplicates among them")]
+    received: Annotated[int, Meta(description="Messages that were taken, duplicates among them")]
     distinct: Annotated[int, Meta(description="Numbers that have come at least once")]
     duplicates: Annotated[int, Meta(description="Messages whose number had come before")]
     duplicate_examples: Annotated[list[int], Meta(description="Up to 100 of their numbers")]
@@ -105,7 +132,7 @@ class SequenceCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     source: Annotated[str, Meta(description="Where the marks were looked for")]
     expected: Annotated[int | None, Meta(description="How many messages a run has, as --expect says")]
-    unmarked: Annotated[int, Meta(description="Accepted messages without a mark")]
+    unmarked: Annotated[int, Meta(description="Messages that were taken, without a mark")]
     further: Annotated[int, Meta(description="Marks there was no room to tell apart: beyond 64 runs or 64 MiB")]
     runs: list[RunCounts]
 
@@ -124,14 +151,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     at: Annotated[float, Meta(description="Seconds since the start, at its end")]
     seconds: Annotated[float, Meta(description="How long it was")]
-    messages: int
+    messages: Annotated[int, Meta(description="Taken, heard or not")]
     replies: int
     sessions: Annotated[int, Meta(description="Open at its end")]
     connected: Annotated[int, Meta(description="New connections")]
     received: Annotated[int, Meta(description="Octets from the sockets")]
-    octets: Annotated[int, Meta(description="Octets of accepted texts")]
+    octets: Annotated[int, Meta(description="Octets of their texts")]
     faults: Annotated[int, Meta(description="Faults applied")]
-    codes: Annotated[dict[str, int], Meta(description="Replies by code")]
+    codes: Annotated[dict[str, int], Meta(description="Replies by code, 0 for those that were none")]
     p50: Annotated[int, Meta(description="Of `message`, in nanoseconds; 0 when there was none")]
     p90: int
     p99: int
@@ -152,7 +179,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     sessions: SessionCounts
     messages: MessageCounts
     octets: OctetCounts
-    replies: Annotated[list[ReplyCount], Meta(description="By phase, code and status")]
+    replies: Annotated[list[ReplyCount], Meta(description="By phase, code, status and garbling")]
     further_replies: Annotated[int, Meta(description="Of kinds beyond the 1,024th")]
     latencies: Annotated[dict[str, Latency], Meta(description="By phase; those that never were are not there")]
     sequences: SequenceCounts

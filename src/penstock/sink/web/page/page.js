@@ -270,13 +270,16 @@ function facts(live, sample) {
   const lost = report.sequences.runs.reduce((sum, run) => sum + run.missing, 0);
   const twice = report.sequences.runs.reduce((sum, run) => sum + run.duplicates, 0);
   const applied = live.faults.reduce((sum, each) => sum + each.count, 0);
-  const trouble = report.messages.refused + report.messages.lost;
+  const { accepted, unheard, refused, lost: broken } = report.messages;
+  const taken = accepted + unheard;
+  const trouble = refused + broken + unheard;
+  const said = `${group(refused)} refused, ${group(broken)} broken off${unheard ? `, ${group(unheard)} taken, but not heard of` : ""}`;
   $("facts").replaceChildren(
-    fact("Messages a second", sample ? rate(sample.messages / sample.seconds) : "–", "/s", `${rate(report.messages.accepted / Math.max(report.seconds, 1))}/s since the start`),
-    fact("Messages", group(report.messages.accepted), "", `${octets(report.messages.octets)} in ${clock(report.seconds)}`),
+    fact("Messages a second", sample ? rate(sample.messages / sample.seconds) : "–", "/s", `${rate(taken / Math.max(report.seconds, 1))}/s since the start`),
+    fact("Messages", group(taken), "", `${octets(report.messages.octets)} in ${clock(report.seconds)}`),
     fact("Open sessions", group(report.sessions.open), "", `peak ${group(report.sessions.peak)}, ${group(report.sessions.total)} in all`),
     fact("p99, dot to reply", sample?.p99 ? duration(sample.p99) : "–", "", `p50 ${sample?.p50 ? duration(sample.p50) : "–"}`),
-    fact("Refused or lost", group(trouble), "", `${group(report.messages.refused)} refused, ${group(report.messages.lost)} broken off`, trouble > 0),
+    fact("Refused, lost, unheard", group(trouble), "", said, trouble > 0),
     fact("Missing or twice", group(lost + twice), "", report.sequences.runs.length ? `${group(lost)} missing, ${group(twice)} twice` : "no marked messages", lost + twice > 0),
     fact("Faults", group(applied), "", live.has_plan ? `${group(sample ? sample.faults : 0)} in the last second` : "no fault plan"),
   );
@@ -323,7 +326,7 @@ function replies(report) {
     const kind = String(each.code)[0];
     const fill = make("div", { className: `fill s-${{ 4: "b", 5: "c", 0: "c" }[kind] ?? "a"}` });
     fill.style.width = `max(3px, ${(each.count / most) * 100}%)`;
-    const said = `${each.code || "none"} ${each.status ?? ""}`;
+    const said = [each.code || "–", each.status, each.garbled].filter((word) => word).join(" ");
     return make(
       "tr", {}, title(each.phase), make("td", { className: `code code-${kind}` }, said), number(group(each.count)),
       make("td", { className: "bar-cell", "aria-hidden": "true" }, make("div", { className: "track" }, fill)),
