@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trustme
 from click.testing import CliRunner
 
 from penstock.cli.main import main
@@ -148,3 +149,87 @@ def test_tls_faults_need_a_client_that_looks(tmp_path: Path) -> None:
             context = ssl._create_unverified_context()
             client.starttls(context=context)
             client.sendmail("a@example.com", ["b@example.org"], "Hello")
+
+
+# ---- listeners
+
+
+def test_implicit_tls_that_a_client_verifies(tmp_path: Path) -> None:
+    ca_file = tmp_path / "ca.pem"
+    with serving(tmp_path / "data", "", "sink", "--tls", "implicit", "--ca-file", str(ca_file)) as server:
+        context = ssl.create_default_context(cafile=str(ca_file))
+        with smtplib.SMTP_SSL("127.0.0.1", server.port, timeout=20, context=context) as client:
+            assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
+
+
+def test_a_certificate_of_ones_own(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    leaf = authority.issue_cert("127.0.0.1")
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    chain.write_bytes(b"".join(each.bytes() for each in leaf.cert_chain_pems))
+    key.write_bytes(leaf.private_key_pem.bytes())
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with (
+        serving(tmp_path / "data", "", "sink", "--certificate", str(chain), "--key", str(key)) as server,
+        smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+    ):
+        client.starttls(context=context)
+        assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
+
+
+def test_a_sink_without_tls(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "data", "", "sink", "--tls", "none") as server,
+        smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+    ):
+        client.ehlo()
+        assert not client.has_extn("starttls")
+
+
+CONFIG = """
+hostname = "mx.example.org"
+domains = ["example.org"]
+[[listener]]
+address = "127.0.0.1:0"
+max_size = 1000
+[[listener]]
+name = "submissions"
+address = "127.0.0.1:0"
+tls.mode = "implicit"
+[[route]]
+next_hop = "smtp://192.0.2.1:25"
+[delivery]
+kind = "spool"
+"""
+
+
+def test_listeners_and_limits_of_a_file(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    with serving(tmp_path / "data", CONFIG, "sink", "--report", str(report)) as server:
+        port = int(server.said(r"sink on 127\.0\.0\.1:\d+, 127\.0\.0\.1:(\d+)")[1])
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+            assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
+            assert client.docmd("MAIL", "FROM:<a@example.com> SIZE=1001")[0] == 552
+            client.rset()
+            client.mail("a@example.com")
+            assert client.rcpt("b@elsewhere.example")[0] == 550
+        with smtplib.SMTP_SSL("127.0.0.1", port, timeout=20, context=ssl._create_unverified_context()) as client:
+            assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
+        assert server.stop() == 0
+    assert json.loads(report.read_text())["messages"]["accepted"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--key", "key.pem"], "--key goes with --certificate"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--certificate", "nowhere.pem"], "nowhere.pem"),
+        (["--ca-file", "nowhere/ca.pem"], "nowhere/ca.pem"),
+    ],
+)
+def test_what_can_not_be_read_or_written_is_named(arguments: list[str], told: str) -> None:
+    result = CliRunner().invoke(main, ["sink", *arguments])
+    assert result.exit_code in (1, 2)
+    assert told in result.output

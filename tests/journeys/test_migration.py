@@ -55,7 +55,7 @@ class Setup:
     arguments: str = ""
     has_address: bool = False
     toml: str = ""
-    """The configuration of `penstock serve`."""
+    """The configuration of the server."""
     prepare: Callable[[Path], None] = lambda folder: None
 
 
@@ -657,68 +657,60 @@ SETUPS = (
     ),
     Setup(
         "STARTTLS",
-        command="serve",
-        toml=CONFIGURED + '[listener.tls]\ncertificate = "own/server.pem"\nkey = "own/server.pem"\nrequired = true\n',
+        toml=CONFIGURED + "[listener.tls]\nrequired = true\n",
+        arguments="--certificate FOLDER/own/server.pem --key FOLDER/own/server.pem",
         prepare=make_certificate,
         rows=(
             Row(
                 "Mailpit `--smtp-tls-cert`, `--smtp-tls-key`",
-                "`penstock serve`: `[listener.tls] certificate`, `key`; without them, one is generated",
+                "`penstock sink --certificate FILE --key FILE`; without, one is made: `--ca-file FILE`",
                 shows_its_own_certificate,
             ),
             Row(
                 "Mailpit `--smtp-require-starttls`",
-                "`penstock serve`: `[listener.tls] required = true`",
+                "`penstock sink --config FILE`: `[listener.tls] required = true`",
                 refuses_without_starttls,
             ),
         ),
     ),
     Setup(
         "implicit TLS",
-        command="serve",
-        toml=CONFIGURED + '[listener.tls]\nmode = "implicit"\ncertificate = "own/server.pem"\n',
+        arguments="--tls implicit --certificate FOLDER/own/server.pem",
         prepare=make_certificate,
-        rows=(
-            Row(
-                "Mailpit `--smtp-require-tls`", '`penstock serve`: `[listener.tls] mode = "implicit"`', begins_with_tls
-            ),
-        ),
+        rows=(Row("Mailpit `--smtp-require-tls`", "`penstock sink --tls implicit`", begins_with_tls),),
     ),
     Setup(
         "users",
-        command="serve",
-        toml=CONFIGURED + "[listener.auth]\nwithout_tls = true\n",
+        toml='data_dir = "."\n' + CONFIGURED + "[listener.auth]\nwithout_tls = true\n",
         prepare=add_alice,
         rows=(
             Row(
                 "Mailpit `--smtp-auth-file`",
-                "`penstock serve`: `[listener.auth]`, and `penstock user add NAME`",
+                "`penstock sink --config FILE`: `[listener.auth]`, and `penstock user add NAME`",
                 knows_its_users,
             ),
         ),
     ),
     Setup(
         "limits",
-        command="serve",
         toml=CONFIGURED + "[listener.limits]\nrecipients = 100\n",
         rows=(
             Row(
                 "Mailpit `--smtp-max-recipients 100`",
-                "`penstock serve`: `[listener.limits] recipients = 100`",
+                "`penstock sink --config FILE`: `[listener.limits] recipients = 100`",
                 takes_a_hundred_recipients,
             ),
         ),
     ),
     Setup(
         "a policy",
-        command="serve",
         toml=CONFIGURED
         + "[[check]]\nhook = 'FOLDER/recipients.py:Only'\narguments = { pattern = '@example\\.org$' }\n",
         prepare=write_policy,
         rows=(
             Row(
                 "Mailpit `--smtp-allowed-recipients REGEX`",
-                "`penstock serve`: `domains`, or a `[[check]]` of your own in Python",
+                "`penstock sink --config FILE`: `domains`, or a `[[check]]` of your own in Python",
                 takes_matching_recipients_only,
             ),
         ),

@@ -13,7 +13,7 @@ import msgspec
 from penstock.assemble import Parts
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.cli.smtpsink import LetterWishes, smtp_sink_letters
-from penstock.config import Settings
+from penstock.config import ListenerSettings, Settings
 from penstock.inbound.connection import Connection
 from penstock.sink.anybody import Anybody
 from penstock.sink.certificates import Certificates
@@ -23,6 +23,8 @@ from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.plan import NO_PLAN, PlanError, load_plan
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_replace = msgspec.structs.replace
 
 _ANYBODY: Final = AuthSettings(mechanisms=("PLAIN", "LOGIN"), without_tls=True)
 
@@ -104,8 +106,12 @@ class Faulting:
         own = {name: options.pop(name) for name in ("plan_file", "seed", "fault_log", "magic", "auth")}
         return cls(letters, **own)
 
-    def prepare(self, settings: Settings) -> Settings:
-        """Load the plan, make the certificates, and return the settings as the letters have them. Raise OSError."""
+    def prepare(self, settings: Settings, folder: Path) -> Settings:
+        """Load the plan, make the certificates, and return the settings as the letters have them.
+
+        The right certificate is put into the folder, for listeners that have none, and its authority beside it. Raise
+        OSError.
+        """
         settings = self.letters.apply(settings)
         try:
             plan = NO_PLAN if self._plan_file is None else load_plan(self._plan_file)
@@ -113,17 +119,21 @@ class Faulting:
             raise click.ClickException(str(exc)) from exc
         plan = self.letters.plan(plan, settings.hostname)
         if self._seed is not None:
-            plan = msgspec.structs.replace(plan, seed=self._seed)
+            plan = _replace(plan, seed=self._seed)
         self._engine.load(plan)
-        names = dict.fromkeys([settings.hostname, "localhost", "127.0.0.1", "::1"])
+        names = dict.fromkeys([settings.own_hostname, "localhost", "127.0.0.1", "::1"])
         self._certificates = Certificates(list(names))
-        self._certificates.put(Path(settings.data_dir) / "tls")
-        if self._offers_auth:
-            listeners = tuple(msgspec.structs.replace(each, auth=_ANYBODY) for each in settings.listener)
-            settings = msgspec.structs.replace(settings, listener=listeners)
+        self._certificates.put(folder)
+        listeners = tuple(self._prepared(each, str(folder / "server.pem")) for each in settings.listener)
+        settings = _replace(settings, listener=listeners)
         for note in self.letters.notes:
             click.echo(f"penstock: {note}", err=True)
         return settings
+
+    def _prepared(self, listener: ListenerSettings, certificate: str) -> ListenerSettings:
+        if listener.tls.mode != "none" and not listener.tls.certificate:
+            listener = _replace(listener, tls=_replace(listener.tls, certificate=certificate))
+        return _replace(listener, auth=_ANYBODY) if self._offers_auth else listener
 
     @property
     def kind(self) -> type[Connection]:

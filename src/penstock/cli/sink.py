@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,11 +15,14 @@ from penstock.cli.faulting import Faulting, fault_options
 from penstock.cli.receiving import Account, Wishes, receipt_options
 from penstock.cli.running import addresses_of, listen_on, run
 from penstock.cli.smtpsink import letters_help
-from penstock.config import DeliverySettings, ListenerSettings, Settings
+from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
 from penstock.delivery.discard import DiscardDelivery
 from penstock.inbound.gate import WireSettings
 from penstock.inbound.limits import LimitSettings
 from penstock.journal import JournalSettings
+from penstock.policy.recipients import RecipientSettings
+
+_replace = msgspec.structs.replace
 
 _LISTENER = ListenerSettings(
     max_size=0,
@@ -36,6 +41,24 @@ _LISTENER = ListenerSettings(
     multiple=True,
     metavar="HOST:PORT",
     help="Listen here [default: 127.0.0.1:2525]. May be repeated.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="Listeners, users, checks and limits as in this file of `penstock serve`; where it delivers is not looked at.",
+)
+@click.option(
+    "--tls",
+    type=click.Choice(["none", "starttls", "implicit"]),
+    help="TLS of all listeners; implicit is from the first octet, as on port 465 [default: starttls].",
+)
+@click.option("--certificate", metavar="FILE", help="PEM chain [default: one is made for each run].")
+@click.option("--key", metavar="FILE", help="PEM key [default: in the file of the certificate].")
+@click.option(
+    "--ca-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the authority of the certificate that is made to this file, for clients that verify.",
 )
 @click.option("--messages", type=click.IntRange(min=1), metavar="N", help="Stop after so many messages.")
 @click.option(
@@ -56,12 +79,17 @@ def sink(
     sessions: int | None,
     is_open: bool,
     as_json: bool,
+    config_file: Path | None,
+    tls: str | None,
+    certificate: str | None,
+    key: str | None,
+    ca_file: Path | None,
     **wishes: Any,
 ) -> None:
     """Accept every message, and say at the end what has arrived.
 
-    All of SMTP is spoken, STARTTLS with a generated certificate among it; bare line ends, NULs and long lines are
-    accepted, and the end of the data is CR LF . CR LF all the same. SIGINT and SIGTERM stop it gently.
+    All of SMTP is spoken, STARTTLS with a generated certificate among it; without --config, bare line ends, NULs and
+    long lines are accepted, and the end of the data is CR LF . CR LF all the same. SIGINT and SIGTERM stop it gently.
     """
     faulting = Faulting.take(wishes)
     letters = faulting.letters
@@ -71,15 +99,11 @@ def sink(
     account = Account(Wishes(**wishes))
     messages, sessions = messages or letters.messages, sessions or letters.sessions
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
-        settings = Settings(
-            hostname="localhost",
-            data_dir=folder,
-            listener=(_LISTENER,),
-            delivery=DeliverySettings(kind="discard"),
-            journal=JournalSettings(events="errors"),
-            domains=None,
-        )
-        settings = listen_on(faulting.prepare(settings), (*addresses, *letters.listen()))
+        settings = _with_tls(_base(config_file, folder), tls, certificate, key)
+        settings = faulting.prepare(settings, Path(folder) / "tls")
+        if ca_file is not None:
+            _copy(Path(folder) / "tls" / "ca.pem", ca_file)
+        settings = listen_on(settings, (*addresses, *letters.listen()))
         counted: list[Parts] = []
 
         def announce(parts: Parts) -> None:
@@ -108,6 +132,42 @@ def sink(
             click.echo(_report(_counts(parts, account), as_json=as_json))
             if not is_complete:
                 raise click.ClickException("messages are missing, or came twice")
+
+
+def _base(config_file: Path | None, folder: str) -> Settings:
+    """Return the settings of a sink, or those of a file as far as they are about what a sink does."""
+    if config_file is None:
+        return Settings(
+            hostname="localhost",
+            data_dir=folder,
+            listener=(_LISTENER,),
+            delivery=DeliverySettings(kind="discard"),
+            journal=JournalSettings(events="errors"),
+        )
+    try:
+        settings = load(config_file)
+    except ConfigError as exc:
+        raise click.UsageError(str(exc)) from exc
+    return _replace(settings, delivery=DeliverySettings(kind="discard"), route=(), recipients=RecipientSettings())
+
+
+def _with_tls(settings: Settings, mode: str | None, certificate: str | None, key: str | None) -> Settings:
+    """Return the settings with the TLS of the options in every listener."""
+    if key is not None and certificate is None:
+        raise click.UsageError("--key goes with --certificate")
+    changed: dict[str, str] = {} if mode is None else {"mode": mode}
+    if certificate is not None:
+        changed |= {"certificate": certificate, "key": key or ""}
+    return _replace(
+        settings, listener=tuple(_replace(each, tls=_replace(each.tls, **changed)) for each in settings.listener)
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as exc:
+        raise click.ClickException(f"{target}: {exc.strerror}") from exc
 
 
 def _counts(parts: Parts, account: Account) -> dict[str, int]:

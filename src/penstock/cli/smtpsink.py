@@ -219,26 +219,28 @@ class LetterWishes:
     def apply(self, settings: Settings) -> Settings:
         """Return the settings as the letters have them."""
         given = self.given
-        listener = settings.listener[0]
         off = {"8": "eightbitmime", "N": "dsn", "p": "pipelining", "E": "enhancedstatuscodes"}
         changed = {key: False for letter, key in off.items() if letter in given}
         if "f" in given or "r" in given:
             changed["pipelining"] = False
-        limits = listener.limits
+        clocks = {}
         if "t" in given:
             seconds = max(given["t"], 0.001)
-            limits = _replace(limits, command_timeout=seconds, data_timeout=seconds)
-        listener = _replace(
-            listener,
-            extensions=_replace(listener.extensions, **changed),
-            limits=limits,
-            kind="lmtp" if "L" in given else listener.kind,
+            clocks = {"command_timeout": seconds, "data_timeout": seconds}
+        listeners = tuple(
+            _replace(
+                each,
+                extensions=_replace(each.extensions, **changed),
+                limits=_replace(each.limits, **clocks),
+                kind="lmtp" if "L" in given else each.kind,
+            )
+            for each in settings.listener
         )
         events = "all" if "v" in given else "mail" if "s" in given else settings.journal.events
         return _replace(
             settings,
             hostname=given.get("h") or settings.hostname,
-            listener=(listener,),
+            listener=listeners,
             admission=_replace(settings.admission, connections=given.get("m", settings.admission.connections)),
             journal=_replace(settings.journal, events=events),
         )
