@@ -14,7 +14,7 @@
     GET    /api/messages/ID/raw         the text as it was received
     GET    /api/messages/ID/parts/N     a part, decoded
 
-Errors are {"error": "..."} with 400, 401, 403, 404, 409, 413 or 421. What all pages ask for once a second
+Errors are {"error": "..."} with 400, 401, 403, 404, 408, 409, 413, 421 or 503. What all pages ask for once a second
 is made once a second, however many they are.
 """
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
+import trio
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,6 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY: Final = 262_144
 """Octets of a request's body."""
+_PATIENCE: Final = 15
+"""Seconds for a request's body."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _COOKIE: Final = "penstock-token"
 _HEADERS: Final = (
@@ -75,7 +78,11 @@ class Guard:
                 ]
             await send(message)
 
-        body = None if _is_too_long(headers.get("content-length", "")) else await _read(receive)
+        with trio.move_on_after(_PATIENCE) as scope_of_body:
+            body = None if _is_too_long(headers.get("content-length", "")) else await _read(receive)
+        if scope_of_body.cancelled_caught:
+            await _answer(send, 408, f"a body has to come within {_PATIENCE} s")
+            return
         if body is None:
             await _answer(send, 413, f"a body has at most {MAX_BODY} octets here")
             return
