@@ -65,6 +65,13 @@ cdef extern from *:
     #if defined(__linux__)
     #include <sys/epoll.h>
     #include <sys/eventfd.h>
+    #include <sys/timerfd.h>
+    static int timer_create_in_a_file(void) { return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK); }
+    static int timer_set(int fd, long long at)
+    {
+        struct itimerspec when = {{0, 0}, {at / 1000000000LL, at % 1000000000LL}};
+        return timerfd_settime(fd, TFD_TIMER_ABSTIME, &when, NULL);
+    }
     #define POLL_HAS_EPOLL 1
     #else
     /* Elsewhere streams wait with trio: there is no set, and only the calls on one socket are of use. */
@@ -80,6 +87,8 @@ cdef extern from *:
     static int epoll_ctl(int e, int op, int fd, struct epoll_event *v) { (void)e; (void)op; (void)fd; (void)v; return -1; }
     static int epoll_wait(int e, struct epoll_event *v, int n, int t) { (void)e; (void)v; (void)n; (void)t; return -1; }
     static int eventfd(unsigned count, int flags) { (void)count; (void)flags; return -1; }
+    static int timer_create_in_a_file(void) { errno = ENOSYS; return -1; }
+    static int timer_set(int fd, long long at) { (void)fd; (void)at; return -1; }
     static int eventfd_write(int fd, uint64_t count) { (void)fd; (void)count; return -1; }
     static int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
     {
@@ -110,6 +119,8 @@ cdef extern from *:
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
     int eventfd(unsigned int count, int flags) nogil
+    int timer_create_in_a_file() nogil
+    int timer_set(int fd, int64_t at) nogil
     int eventfd_write(int fd, uint64_t count) nogil
     ctypedef unsigned int socklen_t
     struct sockaddr:
@@ -142,6 +153,7 @@ cdef extern from "arpa/inet.h" nogil:
 
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
+    ssize_t c_read "read"(int fd, void *buffer, size_t size)
 
 HAS_EPOLL = bool(POLL_HAS_EPOLL)
 SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
@@ -538,6 +550,30 @@ cdef class SocketCore:
             watch.reader = watch.writer = watch.taker = watch.connected = None
         c_close(fd)
         return 0
+
+
+cdef class Timer:
+    """A timer of the kernel behind a descriptor (timerfd_create(2)): trio's own clock has steps of a millisecond."""
+
+    cdef readonly int fd
+
+    def __cinit__(self):
+        self.fd = timer_create_in_a_file()
+        if self.fd < 0:
+            raise OSError(errno, "timerfd_create failed")
+
+    def set(self, int64_t at):
+        if timer_set(self.fd, max(at, 1)) < 0:  # 0 would stop it
+            raise OSError(errno, "timerfd_settime failed")
+
+    def recv(self, int fd, Py_ssize_t octets=8):
+        cdef uint64_t count
+        return c_read(fd, &count, sizeof(count))
+
+    def close(self):
+        if self.fd >= 0:
+            c_close(self.fd)
+            self.fd = -1
 
 
 cdef str dotted(const unsigned char *octets):

@@ -234,6 +234,8 @@ async def test_what_waits_behind_a_stall_is_charged_with_it() -> None:
     counts = await against(handler, sessions=1, rate=1000.0, messages=300)
     assert counts.accepted == 300
     assert counts.late > 0
+    assert counts.phases["late_start"].count == 300
+    assert counts.phases["late_start"].max >= 100e6
     dot, message = counts.phases["dot"], counts.phases["message"]
     assert dot.percentile(90) < 100e6, "most answers came at once"
     assert message.percentile(50) > dot.percentile(90), "but half of the messages started late"

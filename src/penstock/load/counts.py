@@ -21,11 +21,13 @@ PHASES: Final = (
     "data",
     "dot",
     "quit",
+    "late_start",
     "message",
 )
 """connect: from connect(2) to the connection; banner: from there to the greeting; tls: the handshake; dot: from the
-first octet of the text to its answer; message: from the intended start of a message (open loop) or its MAIL (closed
-loop) to its answer; the others: from a command to its answer, in a pipelined group from the group to the answer."""
+first octet of the text to its answer; late_start: from the intended start of a message to its MAIL (open loop);
+message: from its intended start (open loop) or its MAIL (closed loop) to its answer; the others: from a command to its
+answer, in a pipelined group from the group to the answer."""
 _MOST_SECONDS: Final = 24 * 3600
 _MOST_EXAMPLES: Final = 5
 

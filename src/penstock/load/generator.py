@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from penstock.load.counts import Counts
+from penstock.load.pace import Pace
 from penstock.load.plan import Plan, Target
 from penstock.load.resolve import resolved
 from penstock.load.session import Job, Session
@@ -29,8 +30,6 @@ from penstock.smtp.client import Capabilities
 
 _MOST_WAITING: Final = 1_000_000
 """Intended starts that may wait for a session; more are dropped, and counted."""
-_TICK: Final = 0.001
-"""Seconds between two looks at what is to start."""
 _RETRY: Final = 0.05
 """Seconds before a session that could not connect tries again."""
 _FAILURES: Final = 10
@@ -61,6 +60,8 @@ class Generator:
         """Sessions that connect, and have not asked for a message yet."""
         self._intended: deque[int] = deque()
         self._is_pacing = plan.rate is not None
+        """There are messages that are not due yet."""
+        self._pace: Pace | None = None
         self.is_stopping = False
         """`stop` was called."""
         self._open = 0
@@ -82,10 +83,9 @@ class Generator:
     def stop(self) -> None:
         """Start nothing any more; what is under way may end. Intended starts that wait are dropped, and counted."""
         self.is_stopping = True
-        self._is_pacing = False
         self.counts.dropped += len(self._intended)
         self._intended.clear()
-        self._dismiss_idle()
+        self._end_pace()
 
     # ---- what sessions see
 
@@ -188,7 +188,7 @@ class Generator:
             if plan.duration is not None:
                 nursery.start_soon(self._stop_after, plan.duration)
             if plan.rate is not None:
-                nursery.start_soon(self._pace, plan.rate)
+                self._pace = Pace(self.poller, plan.rate, plan.ramp, plan.messages, self._due)
             nursery.start_soon(self._start_sessions)
             await self._over.wait()
             nursery.cancel_scope.cancel()
@@ -216,39 +216,30 @@ class Generator:
         if self.plan.rate is None:
             self.stop()
         else:
-            self._is_pacing = False
-            self._dismiss_idle()
+            if self._pace is not None:
+                self._pace.look()
+            self._end_pace()
 
-    async def _pace(self, rate: float) -> None:
-        """Let messages start at the rate."""
-        begun = perf_counter_ns()
-        number = 0
-        most = self.plan.messages
-        while self._is_pacing:
-            now = perf_counter_ns()
-            while (at := begun + self._intended_at(number, rate)) <= now and (most is None or number < most):
-                number += 1
-                if len(self._intended) >= _MOST_WAITING:
-                    self.counts.dropped += 1
-                    continue
-                self._intended.append(at)
-                if self._idle:
-                    self._idle.pop().begin()
-                else:
-                    self.counts.late += 1
-            if number == most:
-                self._is_pacing = False
-                self._dismiss_idle()
-                return
-            await trio.sleep(_TICK)
+    def _due(self, at: int) -> None:
+        """Give a message that is due to a session, or let it wait for one."""
+        if len(self._intended) >= _MOST_WAITING:
+            self.counts.dropped += 1
+        else:
+            self._intended.append(at)
+            if self._idle:
+                self._idle.pop().begin()
+            else:
+                self.counts.late += 1
+        if self._pace is not None and self._pace.is_over:
+            self._end_pace()
 
-    def _intended_at(self, number: int, rate: float) -> int:
-        """Return when a message is to start, in nanoseconds from the begin; the rate grows evenly within the ramp."""
-        ramp = self.plan.ramp
-        in_ramp = rate * ramp / 2
-        if number < in_ramp:
-            return int((2 * number * ramp / rate) ** 0.5 * 1e9)
-        return int((ramp + (number - in_ramp) / rate) * 1e9)
+    def _end_pace(self) -> None:
+        """Have no more messages become due; sessions that wait for one say QUIT."""
+        self._is_pacing = False
+        if self._pace is not None:
+            self._pace.close()
+            self._pace = None
+        self._dismiss_idle()
 
     def _dismiss_idle(self) -> None:
         """Let sessions that wait say QUIT."""

@@ -430,7 +430,10 @@ class Session(Taker):
                 continue
             left -= 1
             self._job = job
-            begun = job.intended or perf_counter_ns()
+            begun = perf_counter_ns()
+            if job.intended:
+                crew.counts.phases["late_start"].record(begun - job.intended)
+                begun = job.intended
             crew.counts.attempted += 1
             answers = yield from transact(job)
             self._job = None

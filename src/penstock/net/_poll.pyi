@@ -153,6 +153,21 @@ class SocketCore:
     def _send(self, data: Buffer, start: int) -> int:
         """Send from `start` on what the socket takes, as `send_nowait` does."""
 
+class Timer:
+    """A timer of the kernel, to be watched like a socket: readable once its time has come. It is its own receiver."""
+
+    def __init__(self) -> None:
+        """Raise OSError when there are no descriptors left."""
+    @property
+    def fd(self) -> int:
+        """The descriptor, -1 when it was closed."""
+    def set(self, at: int) -> None:
+        """Have it go off at a time of `time.perf_counter_ns`, at once when that has passed, instead of at another."""
+    def recv(self, fd: int, octets: int = ..., /) -> int:
+        """Take note that it went off: 8; -1 when it did not."""
+    def close(self) -> None:
+        """Close the descriptor, once the poller has forgotten it."""
+
 def accept(fd: int, /) -> tuple[int, str, int] | None:
     """Accept a connection: descriptor (non-blocking), IP address ("" for a unix socket) and port; None for none."""
 
