@@ -45,7 +45,8 @@ class Caller:
 
     async def answer(self, request: bytes = HEALTH) -> tuple[int, dict[str, object]]:
         """Send a request, and return the status and the body of the answer."""
-        await self.stream.send_all(request)
+        if request:
+            await self.stream.send_all(request)
         data = b""
         while b"\r\n\r\n" not in data:
             more = await self.stream.receive_some()
@@ -97,6 +98,14 @@ async def test_a_client_too_many_hears_so() -> None:
         await served(port)
 
 
+async def test_a_client_that_has_left_keeps_no_connection(autojump_clock: object) -> None:
+    async with serving(most=1) as port:
+        began = trio.current_time()
+        for _ in range(5):
+            await served(port)
+        assert trio.current_time() - began < 1, "its connection was kept for a next request"
+
+
 async def test_a_request_that_comes_octet_by_octet_is_not_waited_for(autojump_clock: object) -> None:
     async with serving() as port, calling(port) as slow:
         for octet in HEALTH[:10]:
@@ -127,7 +136,7 @@ async def test_a_body_that_comes_octet_by_octet_is_not_waited_for(autojump_clock
                     await trio.sleep(10)
 
             nursery.start_soon(drip)
-            assert (await slow.answer(b"#"))[0] == 408
+            assert (await slow.answer(b""))[0] == 408
             nursery.cancel_scope.cancel()
 
 

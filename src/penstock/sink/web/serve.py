@@ -97,6 +97,15 @@ class _Client(trio.abc.HalfCloseableStream):
         self.socket.close()
 
 
+class _Server(TCPServer):
+    """Answers one client."""
+
+    async def _read_data(self) -> None:
+        """Read up to the end. The wait for a next request is over then: otherwise it would keep the connection."""
+        await super()._read_data()
+        await self.idle_task.stop()
+
+
 class _Clients:
     """All clients of the page."""
 
@@ -115,7 +124,7 @@ class _Clients:
         try:
             if count < self._most:
                 # It wants a trio.SSLStream, but does with any stream that has a socket.
-                await TCPServer(self._app, self._config, self._context, ConnectionState({}), client)  # type: ignore[arg-type]
+                await _Server(self._app, self._config, self._context, ConnectionState({}), client)  # type: ignore[arg-type]
             elif count < self._most * 2:
                 await self._turn_away(client)
         except Exception:  # noqa: BLE001, S110 - what a client can make hypercorn stumble over costs this client only
