@@ -47,6 +47,8 @@ def test_a_page_needs_nothing_but_itself(sink: Server, tmp_path: Path) -> None:
     load(sink.address, "--messages", "20", "--report", str(report), "--helo", "a<b>&c.example")
     page = report.read_text()
     assert "<svg" in page
+    assert "<dt>message</dt><dd>from the intended start (open loop) or the MAIL (closed loop)" in page
+    assert "<dt>auth</dt>" not in page, "only what was timed is explained"
     assert "a&lt;b&gt;&amp;c.example" in page
     assert not re.search(r"<script|<link|src=|@import|url\(|https?://", page)
 

@@ -60,6 +60,7 @@ async def test_all_that_is_sent_arrives_once(tmp_path: Path, words: dict[str, An
     assert {record["recipients"] for record in accepted} == {words.get("recipients", 1)}
     assert sum(record["size"] for record in accepted) == pytest.approx(counts.octets, rel=0.01)
     assert counts.phases["message"].count == counts.phases["dot"].count == messages
+    assert counts.phases["session"].count == counts.connections
     assert counts.phases["connect"].count == counts.phases["banner"].count == counts.connections
     per_connection = words.get("per_connection", 0)
     least = -(-messages // per_connection) if per_connection else 4
@@ -315,7 +316,7 @@ async def test_a_server_that_is_not_reached_times_out() -> None:
     async with FullListener() as server:
         counts = await run(server.port, sessions=1, messages=1, timeout=0.1)
     assert set(counts.errors) == {"connect timeout"}
-    assert counts.phases["connect"].count == 0
+    assert counts.phases["connect"].count == counts.phases["session"].count == 0
 
 
 @pytest.mark.parametrize("tls", ["none", "implicit"])

@@ -91,6 +91,9 @@ def load(
     A target is 127.0.0.1:2525, [::1]:25, mx.example.org:25 or unix:/path. A name is looked up once, and stands for
     the first of its addresses that takes a connection; sessions take several targets in turn.
 
+    The latency of a message counts from its MAIL to the answer to its text; with --rate from when it was to start,
+    so that a server is charged for what it kept waiting.
+
     Exit code 0 when every message was accepted, 1 when some were not, 2 for wrong words.
     """  # noqa: D301 - \b is click's word for lines to be left as they are
     if compare is not None:

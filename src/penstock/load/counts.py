@@ -9,25 +9,23 @@ from typing import Any, Final, NamedTuple
 
 from penstock._histogram import Histogram
 
-PHASES: Final = (
-    "connect",
-    "banner",
-    "starttls",
-    "tls",
-    "ehlo",
-    "auth",
-    "mail",
-    "rcpt",
-    "data",
-    "dot",
-    "quit",
-    "late_start",
-    "message",
-)
-"""connect: from connect(2) to the connection; banner: from there to the greeting; tls: the handshake; dot: from the
-first octet of the text to its answer; late_start: from the intended start of a message to its MAIL (open loop);
-message: from its intended start (open loop) or its MAIL (closed loop) to its answer; the others: from a command to its
-answer, in a pipelined group from the group to the answer."""
+PHASES: Final = {
+    "connect": "from connect(2) to the connection",
+    "banner": "from the connection to the greeting",
+    "starttls": "from STARTTLS to its answer",
+    "tls": "the handshake",
+    "ehlo": "from EHLO or LHLO to its answer",
+    "auth": "from AUTH, or what was said next, to its answer",
+    "mail": "from MAIL, or the group it was sent in, to its answer",
+    "rcpt": "from RCPT, or the group it was sent in, to its answer",
+    "data": "from DATA, or the group it was sent in, to its answer",
+    "dot": "from the first octet of the text, or the group it was sent in, to its answer",
+    "quit": "from QUIT to its answer",
+    "late_start": "from the intended start of a message to its MAIL (open loop)",
+    "message": "from the intended start (open loop) or the MAIL (closed loop) of a message to the answer to its text",
+    "session": "from connect(2) to the answer to QUIT",
+}
+"""What is timed, and from when to when."""
 _MOST_SECONDS: Final = 24 * 3600
 _MOST_EXAMPLES: Final = 5
 

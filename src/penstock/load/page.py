@@ -43,6 +43,8 @@ tr.whole td { font-weight: 600; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font-size: 12px; }
 .grid { stroke: var(--line); } .a { stroke: var(--a); } .b { stroke: var(--b); } .c { stroke: var(--c); }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } .bar { fill: var(--a); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; color: var(--dim); font-size: 0.85rem; }
+dt { font-weight: 600; } dd { margin: 0; }
 @media (max-width: 560px) { svg text { font-size: 20px; } }
 .key { display: flex; gap: 18px; flex-wrap: wrap; color: var(--dim); font-size: 0.85rem; }
 .key i { display: inline-block; width: 14px; height: 3px; vertical-align: middle; margin-right: 6px; }
@@ -62,7 +64,7 @@ def page(report: dict[str, Any]) -> str:
 <h2>Latency of a message, second by second</h2>{_latency_chart(report)}
 <h2>Messages a second</h2>{_rate_chart(report)}
 <h2>Latencies of a message</h2>{_histogram_chart(report)}
-<h2>Phases, in milliseconds</h2>{_phase_table(report)}
+<h2>Phases, in milliseconds</h2>{_phase_table(report)}{_legend(report)}
 <h2>Replies</h2>{_reply_table(report)}
 {_error_table(report)}
 </html>
@@ -206,6 +208,13 @@ def _phase_table(report: dict[str, Any]) -> str:
         if told is not None:
             rows.append([phase, f"{told['count']:,}", *(milliseconds(told[column]) for column, _ in _COLUMNS)])
     return _table(["phase", "count", *(name for _, name in _COLUMNS)], rows, "message")
+
+
+def _legend(report: dict[str, Any]) -> str:
+    terms = "".join(
+        f"<dt>{phase}</dt><dd>{meaning}</dd>" for phase, meaning in PHASES.items() if phase in report["phases"]
+    )
+    return f"<dl>{terms}</dl>"
 
 
 def _reply_table(report: dict[str, Any]) -> str:

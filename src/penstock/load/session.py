@@ -88,6 +88,8 @@ class Session(Taker):
         self.target = target
         self.asked_at = 0
         """When the last group was sent, in nanoseconds of the clock."""
+        self._begun_at = 0
+        """When the connection was begun."""
         self.is_open = False
         self.is_connecting = False
         self.is_promised = False
@@ -137,7 +139,7 @@ class Session(Taker):
         self._is_done = False
         self.concluded = 0
         self._script = self._conversation()
-        self.asked_at = perf_counter_ns()
+        self.asked_at = self._begun_at = perf_counter_ns()
         crew.counts.connections += 1
         try:
             sock, is_connected = self._socket()
@@ -369,7 +371,9 @@ class Session(Taker):
         if self._job is not None:
             self._job = None
             crew.counts.lost += 1
-        if kind:
+        if not kind:
+            crew.counts.phases["session"].record(perf_counter_ns() - self._begun_at)
+        else:
             crew.counts.error(kind, f"{self.target}: {text}")
         crew.ended(self)
 
