@@ -90,3 +90,10 @@ def test_the_words_of_smtp_source_have_their_counterparts() -> None:
     with SmtpServer(lmtp=True) as server:
         load(f"127.0.0.1:{server.port}", "--lmtp", "--messages", "2")
         assert len(server.inbox) == 2
+
+
+def test_the_sink_takes_bdat_in_lmtp(tmp_path: Path) -> None:
+    with serving(tmp_path, "", "sink", "-L") as server:
+        words = ["--lmtp", "--bdat", "--recipients", "3", "--messages", "6", "--reuse"]
+        assert "6 accepted" in load(server.address, *words)
+        assert "6 accepted" in load(server.address, *words, "--pipeline")

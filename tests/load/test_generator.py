@@ -103,11 +103,15 @@ async def test_a_user_authenticates(tmp_path: Path) -> None:
         assert counts.errors["refused"] > 0
 
 
-async def test_lmtp_gets_an_answer_for_each_recipient(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunking", [False, True], ids=["DATA", "BDAT"])
+@pytest.mark.parametrize("pipelining", [False, True], ids=["one by one", "in groups"])
+async def test_lmtp_gets_an_answer_for_each_recipient(tmp_path: Path, chunking: bool, pipelining: bool) -> None:
+    words = {"lmtp": True, "recipients": 3, "messages": 4, "chunking": chunking, "pipelining": pipelining}
     async with running(tmp_path, f'{LISTENER}kind = "lmtp"\n') as server:
-        counts = await run(server.port, lmtp=True, recipients=3, messages=4)
+        counts = await run(server.port, **words)
     assert is_clean(counts, 4)
     assert counts.phases["dot"].count == 12
+    assert {record["recipients"] for record in server.events("accepted")} == {3}
 
 
 async def test_refusals_are_counted_by_phase_and_code(tmp_path: Path) -> None:
@@ -117,6 +121,9 @@ async def test_refusals_are_counted_by_phase_and_code(tmp_path: Path) -> None:
         assert counts.replies["rcpt", 554] + counts.replies["rcpt", 550] == 40
         counts = await run(server.port, pipelining=True)
         assert (counts.accepted, counts.refused) == (0, 40)
+        counts = await run(server.port, pipelining=True, chunking=True)
+        assert (counts.accepted, counts.refused, dict(counts.errors)) == (0, 40, {})
+        assert counts.replies["mail", 250] == 80, "each MAIL, and each RSET after it"
         counts = await run(server.port, recipient="bob@example.org")
         assert is_clean(counts)
 

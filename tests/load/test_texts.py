@@ -67,6 +67,9 @@ def test_targets_that_are_none_are_refused(text: str) -> None:
 
 
 def test_a_plan_that_does_not_fit_together_is_refused() -> None:
-    for words in ({}, {"messages": 1, "lmtp": True, "chunking": True}, {"messages": 1, "ca_file": Path("x")}):
+    for plan in (
+        Plan(targets=[Target("x", 1)]),
+        Plan(targets=[Target("x", 1)], messages=1, ca_file=Path("x")),
+    ):
         with pytest.raises(PlanError):
-            Plan(targets=[Target("x", 1)], **words).check()
+            plan.check()

@@ -97,7 +97,5 @@ class Plan:
         """Raise PlanError for what does not fit together."""
         if self.messages is None and self.duration is None:
             raise PlanError("--messages or --duration says when the run ends")
-        if self.lmtp and self.chunking:
-            raise PlanError("--bdat and --lmtp do not go together here")
         if self.tls == "none" and self.ca_file is not None:
             raise PlanError("--ca-file needs --tls")

@@ -307,7 +307,8 @@ class Session(Taker):
             self.asked_at = now
             self._stream.send_nowait(said)
             return b""
-        self.asked_at = now
+        if said:  # otherwise the rest of the answers to the last group is awaited
+            self.asked_at = now
         return said
 
     def begin(self) -> None:
@@ -497,8 +498,13 @@ class Session(Taker):
         commands = self._commands(job)
         phases = ["mail", *["rcpt"] * plan.recipients]
         if plan.chunking:
-            codes = yield b"".join(commands) + self._text(job), [*phases, "dot"]
-            return codes[-1:]
+            codes = yield b"".join(commands) + self._text(job), phases
+            accepted = sum(code < 400 for code in codes[1:])
+            # One answer for each recipient (RFC 2033 4.2, which counts BDAT LAST in); without any it is one refusal.
+            answers = yield b"", ("dot",) * (accepted if plan.lmtp and accepted else 1)
+            if not accepted:
+                yield b"RSET\r\n", ("mail",)
+            return answers
         codes = yield b"".join(commands) + b"DATA\r\n", [*phases, "data"]
         accepted = sum(code < 400 for code in codes[1:-1])
         if codes[-1] < 400:
