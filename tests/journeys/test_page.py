@@ -8,7 +8,7 @@ import smtplib
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from penstock.sink.web.app import MOST_STREAMS
 from tests.journeys.running import Server, serving
 
 _ARGUMENTS = (
@@ -30,6 +31,7 @@ _ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+_OPEN, _CLOSED = 1, 2  # readyState of an EventSource
 _PHONE, _DESKTOP = (390, 844), (1280, 900)
 _PLAN = '[[rule]]\nname = "full"\nphase = "rcpt"\nmatch = { recipient = ["full@*"] }\nreply = "452 4.2.2 Full"\n'
 
@@ -61,6 +63,7 @@ class Page:
         found = re.search(r"live page at (http://\S+)", server.journal.read_text())
         assert found is not None
         self.driver = driver
+        self.port = int(found[1].rpartition(":")[2].strip("/"))
         driver.get(found[1])
 
     def text(self, selector: str) -> str:
@@ -78,8 +81,8 @@ class Page:
 
 
 @contextmanager
-def sink(folder: Path, *options: str) -> Iterator[Server]:
-    with serving(folder / "data", "", "sink", "--web", "127.0.0.1:0", "--keep", "last:50", *options) as server:
+def sink(folder: Path, *options: str, web: str = "127.0.0.1:0") -> Iterator[Server]:
+    with serving(folder / "data", "", "sink", "--web", web, "--keep", "last:50", *options) as server:
         yield server
 
 
@@ -109,6 +112,34 @@ def test_the_page_shows_what_arrives(tmp_path: Path, size: tuple[int, int], sche
         )
         assert (red + green + blue < 150) == (scheme == "dark")
         assert page.complaints() == []
+
+
+def test_a_page_that_finds_no_stream_left_asks_once_a_second(tmp_path: Path) -> None:
+    with sink(tmp_path) as server, browser(*_DESKTOP) as driver, ExitStack() as streams:
+        page = Page(driver, server)
+        page.wait(lambda: page.run("state.source.readyState") == _OPEN)
+        driver.get("about:blank")
+        for _ in range(MOST_STREAMS):
+            stream = streams.enter_context(socket.create_connection(("127.0.0.1", page.port), 60))
+            stream.sendall(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert stream.recv(1024).startswith(b"HTTP/1.1 200")
+        driver.back()
+        page.wait(lambda: page.run("state.source.readyState") == _CLOSED and page.text("#state") == "live")
+        send(server, 3)
+        page.wait(lambda: "message 250 2.0.0 3" in page.text("#replies"))
+
+
+def test_a_page_goes_on_with_a_sink_that_was_started_anew(tmp_path: Path) -> None:
+    with browser(*_DESKTOP) as driver:
+        with sink(tmp_path) as server:
+            page = Page(driver, server)
+            send(server, 3)
+            page.wait(lambda: "message 250 2.0.0 3" in page.text("#replies"))
+        page.wait(lambda: page.text("#state") == "no connection to the sink")
+        with sink(tmp_path, web=f"127.0.0.1:{page.port}") as server:
+            page.wait(lambda: page.text("#state") == "live" and "message" not in page.text("#replies"))
+            send(server, 2)
+            page.wait(lambda: "message 250 2.0.0 2" in page.text("#replies"))
 
 
 def test_a_plot_is_read_with_the_keyboard(tmp_path: Path) -> None:

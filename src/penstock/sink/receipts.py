@@ -170,6 +170,7 @@ class Receipts:
         """Samples so far, those that are kept no longer among them."""
         self.generation = 0
         """Goes up when the counters start over."""
+        self._news = trio.Event()
         self._start()
 
     def _start(self) -> None:
@@ -226,7 +227,16 @@ class Receipts:
         self._before = after
         self.samples.append(sample)
         self.taken += 1
+        self._tell()
         return sample
+
+    async def wait_for_news(self) -> None:
+        """Wait for the next sample, or until the counters start over."""
+        await self._news.wait()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
 
     def reset(self) -> None:
         """Start all counters over. Sessions that are open stay so."""
@@ -236,6 +246,7 @@ class Receipts:
         self.samples.clear()
         self.generation += 1
         self._start()
+        self._tell()
 
     # ---- what there is to say
 

@@ -4,6 +4,7 @@
     GET    /api/health                  {"status": "ok"}
     GET    /api/receipts                the whole report (penstock.sink.report)
     GET    /api/live?after=N            what changes: totals, and the samples behind the N-th
+    GET    /api/events?after=ID         the same as server-sent events, one a second
     POST   /api/receipts/reset          all counters start over
     GET    /api/plan                    the fault plan in force, TOML
     PUT    /api/plan                    another one; 400 names the key that is wrong
@@ -14,12 +15,18 @@
     GET    /api/messages/ID/raw         the text as it was received
     GET    /api/messages/ID/parts/N     a part, decoded
 
-Errors are {"error": "..."} with 400, 401, 403, 404, 408, 409, 413, 421 or 503. What all pages ask for once a second
-is made once a second, however many they are.
+Errors are {"error": "..."} with 400, 401, 403, 404, 408, 409, 413, 421 or 503.
+
+What all pages ask for once a second is made once a second, however many they are. Most of them follow the events: each
+is what /api/live gives, behind the sample that the event before had as its last. An event's id names this sink, the
+generation of its counters and that sample; whoever comes again with it (`Last-Event-ID`, or `after`) gets what was
+missed, or all samples when the id is of another sink or generation. Beyond 50 streams the answer is 503, and there is
+/api/live, which scripts may like better anyway.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Final
@@ -36,7 +43,7 @@ from penstock.sink.kept import KeptMessage, Shelf
 from penstock.sink.receipts import FaultControl, Receipts
 from penstock.sink.report import FaultCount, Report, Sample, encode
 from penstock.sink.web import mime
-from penstock.sink.web.guard import PART_POLICY, App, Guard
+from penstock.sink.web.guard import PART_POLICY, App, Guard, Receive, Scope, Send
 
 _PAGE: Final = Path(__file__).parent / "page"
 _MOST_LISTED: Final = 200
@@ -47,6 +54,10 @@ _SMALL: Final = 65_536
 _FRESH: Final = 0.5
 """Seconds for which the answer to /api/live is given again."""
 _LAST_MESSAGES: Final = 12
+MOST_STREAMS: Final = 50
+"""Clients that follow /api/events at a time; half of the connections that there are."""
+_AGAIN: Final = 1000
+"""Milliseconds until a browser tries again when a stream broke off."""
 
 Meta = msgspec.Meta
 
@@ -127,6 +138,10 @@ class SinkApi:
         self._made_at = -1.0
         self._made: tuple[Report, list[MessageLine]] | None = None
         self._generation = -1
+        self._name = secrets.token_hex(4)
+        self._streams = 0
+        self._events: dict[int, bytes] = {}
+        self._events_of = ""
 
     def routes(self) -> list[Route]:
         """Return where each handler is found."""
@@ -136,6 +151,7 @@ class SinkApi:
             Route("/api/receipts", self.receipts),
             Route("/api/receipts/reset", self.reset, methods=["POST"]),
             Route("/api/live", self.live),
+            Route("/api/events", self.events),
             Route("/api/plan", self.plan),
             Route("/api/plan", self.replace_plan, methods=["PUT"]),
             Route("/api/fail-next", self.fail_next, methods=["POST"]),
@@ -164,7 +180,10 @@ class SinkApi:
 
     async def live(self, request: Request) -> Response:
         """Return what a page shows."""
-        after = _number(request, "after", 0, 0, 1 << 53)
+        return _json(self._live(_number(request, "after", 0, 0, 1 << 53)))
+
+    def _live(self, after: int) -> Live:
+        """Return what a page shows that has the samples up to one."""
         receipts, now = self._receipts, self._clock()
         if self._made is None or now - self._made_at >= _FRESH or self._generation != receipts.generation:
             self._made = (receipts.report(is_full=False), self._last_messages())
@@ -173,7 +192,7 @@ class SinkApi:
         wanted = min(max(receipts.taken - after, 0), len(receipts.samples)) if after else len(receipts.samples)
         samples = list(receipts.samples)[len(receipts.samples) - wanted :]
         shelf, faults = self._shelf, self._faults
-        answer = Live(
+        return Live(
             generation=receipts.generation,
             report=report,
             samples=samples,
@@ -185,7 +204,58 @@ class SinkApi:
             kept=0 if shelf is None else len(shelf),
             messages=messages,
         )
-        return _json(answer)
+
+    async def events(self, request: Request) -> App:
+        """Follow what a page shows."""
+        known = self._known(request.headers.get("last-event-id") or request.query_params.get("after", ""))
+
+        async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._streams >= MOST_STREAMS:
+                raise _Refused(503, f"{MOST_STREAMS} clients follow the events already: ask /api/live instead")
+            headers = [(b"content-type", b"text/event-stream")]
+            self._streams += 1
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                if scope["method"] == "HEAD":
+                    await send({"type": "http.response.body", "body": b""})
+                    return
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_watch, receive, nursery.cancel_scope)
+                    await self._follow(send, known)
+            finally:
+                self._streams -= 1
+
+        return stream
+
+    def _known(self, event: str) -> int:
+        """Return the last sample that the receiver of an event has; 0 when it was none of ours."""
+        whose, _, taken = event.rpartition(".")
+        is_ours = whose == f"{self._name}.{self._receipts.generation}"
+        return int(taken) if is_ours and taken.isascii() and taken.isdigit() and len(taken) <= 16 else 0
+
+    async def _follow(self, send: Send, known: int) -> None:
+        """Send an event for each sample, and when the counters start over, for ever."""
+        receipts = self._receipts
+        generation = receipts.generation
+        await send({"type": "http.response.body", "body": b"retry: %d\n" % _AGAIN, "more_body": True})
+        while True:
+            taken = receipts.taken
+            await send({"type": "http.response.body", "body": self._event(known), "more_body": True})
+            known = taken
+            if (receipts.generation, receipts.taken) == (generation, taken):
+                await receipts.wait_for_news()
+            if receipts.generation != generation:
+                generation, known = receipts.generation, 0
+
+    def _event(self, known: int) -> bytes:
+        """Return the event for those that have the samples up to one: made once for all of them."""
+        receipts = self._receipts
+        name = f"{self._name}.{receipts.generation}.{receipts.taken}"
+        if name != self._events_of:
+            self._events_of, self._events = name, {}
+        if known not in self._events:
+            self._events[known] = b"id: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(self._live(known)))
+        return self._events[known]
 
     def _last_messages(self) -> list[MessageLine]:
         return [] if self._shelf is None else [_line(each) for each in self._shelf.newest(_LAST_MESSAGES)]
@@ -289,6 +359,13 @@ class SinkApi:
             "content-disposition": f"{way}; filename*=UTF-8''{quote(found.filename, safe='')}",
         }
         return Response(found.data, media_type=found.media_type, headers=headers)
+
+
+async def _watch(receive: Receive, scope: trio.CancelScope) -> None:
+    """Wait until a client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
 
 
 _limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("penstock-mime")

@@ -1,4 +1,5 @@
-// The live page of a sink: asks /api/live once a second and draws what comes. No framework, no network but its own.
+// The live page of a sink: follows /api/events and draws what comes, once a second. Where there is no stream left for it,
+// it asks /api/live. No framework, no network but its own.
 "use strict";
 
 const KEEP = 600; // samples, as many as the sink keeps
@@ -273,13 +274,13 @@ function facts(live, sample) {
   const { accepted, unheard, refused, lost: broken } = report.messages;
   const taken = accepted + unheard;
   const trouble = refused + broken + unheard;
-  const said = `${group(refused)} refused, ${group(broken)} broken off${unheard ? `, ${group(unheard)} taken, but not heard of` : ""}`;
+  const said = `${group(refused)} refused, ${group(broken)} lost${unheard ? `, ${group(unheard)} unheard` : ""}`;
   $("facts").replaceChildren(
     fact("Messages a second", sample ? rate(sample.messages / sample.seconds) : "–", "/s", `${rate(taken / Math.max(report.seconds, 1))}/s since the start`),
     fact("Messages", group(taken), "", `${octets(report.messages.octets)} in ${clock(report.seconds)}`),
     fact("Open sessions", group(report.sessions.open), "", `peak ${group(report.sessions.peak)}, ${group(report.sessions.total)} in all`),
     fact("p99, dot to reply", sample?.p99 ? duration(sample.p99) : "–", "", `p50 ${sample?.p50 ? duration(sample.p50) : "–"}`),
-    fact("Refused, lost, unheard", group(trouble), "", said, trouble > 0),
+    fact("Not accepted", group(trouble), "", said, trouble > 0),
     fact("Missing or twice", group(lost + twice), "", report.sequences.runs.length ? `${group(lost)} missing, ${group(twice)} twice` : "no marked messages", lost + twice > 0),
     fact("Faults", group(applied), "", live.has_plan ? `${group(sample ? sample.faults : 0)} in the last second` : "no fault plan"),
   );
@@ -519,17 +520,24 @@ function control() {
 
 // ---- the second
 
-const state = { samples: [], last: 0, generation: null, live: null, isPaused: false, plots: PLOTS.map((each) => new Plot(each)) };
+const state = { samples: [], last: 0, event: "", whose: null, live: null, isPaused: false, plots: PLOTS.map((each) => new Plot(each)) };
 
 function take(live) {
-  if (live.generation !== state.generation) {
+  // A sink that was started anew, or whose counters were, has other samples: what is known of the old ones is forgotten.
+  const whose = `${live.generation} ${live.report.started_at}`;
+  if (whose !== state.whose) {
     state.samples = [];
-    state.generation = live.generation;
+    state.last = 0;
+    state.whose = whose;
+  } else if (live.last < state.last) {
+    return; // an answer that was overtaken by an event
   }
-  state.samples = [...state.samples, ...live.samples].slice(-KEEP);
+  const twice = Math.max(0, state.last - (live.last - live.samples.length));
+  state.samples = [...state.samples.slice(0, Math.max(0, state.samples.length - twice)), ...live.samples].slice(-KEEP);
   state.last = live.last;
   state.live = live;
   paint();
+  if (!state.isPaused) tell("live", "live");
 }
 
 function paint() {
@@ -556,18 +564,39 @@ function tell(text, className) {
   $("state").className = `state ${className}`;
 }
 
-async function tick() {
+// One stream, or one timer: what was there before ends.
+function follow() {
+  rest();
   if (state.isPaused || document.hidden) return;
+  const source = new EventSource(`/api/events?after=${encodeURIComponent(state.event)}`);
+  state.source = source;
+  source.addEventListener("message", (event) => {
+    state.event = event.lastEventId;
+    take(JSON.parse(event.data));
+  });
+  source.addEventListener("error", () => {
+    if (source.readyState !== EventSource.CLOSED) tell("no connection to the sink", "gone"); // the browser tries again
+    else if (state.source === source) poll();
+  });
+}
+
+function rest() {
+  state.source?.close();
+  clearInterval(state.timer);
+  clearTimeout(state.trial);
+}
+
+// There are only so many streams. Somebody may have left in a while.
+function poll() {
+  rest();
+  state.timer = setInterval(look, 1000);
+  state.trial = setTimeout(follow, 30000);
+  look();
+}
+
+async function look() {
   try {
-    // A sink that was started anew has other samples: what is known of the old one is forgotten.
-    const live = await ask(`/api/live?after=${state.last}`);
-    if (live.last < state.last) {
-      state.last = 0;
-      state.generation = null;
-      return;
-    }
-    take(live);
-    tell("live", "live");
+    take(await ask(`/api/live?after=${state.last}`));
   } catch (error) {
     tell(error instanceof TypeError ? "no connection to the sink" : error.message, "gone");
   }
@@ -580,20 +609,19 @@ function begin() {
   $("pause").addEventListener("click", () => {
     state.isPaused = !state.isPaused;
     $("pause").setAttribute("aria-pressed", String(state.isPaused));
+    follow();
     if (state.isPaused) tell("paused", "");
-    else tick();
   });
   $("reset").addEventListener("click", async () => {
     if (window.confirm("Start all counters over?")) {
       await ask("/api/receipts/reset", { method: "POST" });
-      state.last = 0;
-      tick();
+      look();
     }
   });
   $("forget").addEventListener("click", async () => {
     if (window.confirm("Forget all kept messages?")) {
       await ask("/api/messages", { method: "DELETE" });
-      tick();
+      look();
     }
   });
   let timer;
@@ -610,10 +638,9 @@ function begin() {
   $("viewer").addEventListener("click", (event) => {
     if (event.target === $("viewer")) $("viewer").close();
   });
-  document.addEventListener("visibilitychange", tick);
+  document.addEventListener("visibilitychange", follow);
   control();
-  tick();
-  setInterval(tick, 1000);
+  follow();
 }
 
 begin();
