@@ -443,6 +443,11 @@ async def test_a_mailbox_that_can_not_be_written_is_tried_again(
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
         assert await relay.waiting() == [("bob@example.org", reply, 1, 60.0)]
+        relay.local.answer = Reply(250, "2.0.0", "Ok")
+        relay.advance(61)
+        await relay.quiet()
+        assert await relay.waiting() == []
+        assert [event["hop"] for event in relay.events("attempted")] == ["maildir"]
 
 
 # ---- the end, and what breaks

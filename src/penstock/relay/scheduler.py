@@ -376,8 +376,7 @@ class Scheduler:
     def _begin(self, outlet: Outlet, entry: Entry) -> None:
         outlet.in_flight += 1
         if entry.rows[0].attempts > 1 and self._journal.logs_mail:
-            hops = outlet.only or outlet.way.first
-            name = hops[0].name if hops else "maildir"
+            name = "maildir" if outlet.way.is_local else (outlet.only or outlet.way.first)[0].name
             self._journal.attempted(entry.id, entry.envelope.recipients, name, entry.rows[0].attempts)
         if outlet.way.is_local:
             assert self._nursery is not None
