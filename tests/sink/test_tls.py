@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
+from penstock._tally import Tally
 from penstock.net.tls import TlsSettings, generated_certificate, server_context
 from tests.sink.playing import CERTIFICATES, EHLO, Talk, talking, took
+from tests.sink.test_receipts import receipts
 
 
 def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -28,12 +31,14 @@ def rule(fault: str, phase: str = "starttls") -> str:
 
 @asynccontextmanager
 async def secured(
-    folder: Path, plan: str, *, tcp: bool = True, mode: str = "starttls"
+    folder: Path, plan: str, *, tcp: bool = True, mode: str = "starttls", tally: Tally | None = None
 ) -> AsyncIterator[tuple[Talk, ssl.SSLContext]]:
     """Talk up to the reply to STARTTLS."""
     server, client = contexts(folder)
     settings = {"tls": {"mode": mode}}
-    async with talking(folder, plan, settings=settings, tls=server, tcp=tcp, greeted=mode == "starttls") as talk:
+    async with talking(
+        folder, plan, settings=settings, tls=server, tcp=tcp, greeted=mode == "starttls", tally=tally
+    ) as talk:
         if mode == "starttls":
             await talk.ask(EHLO)
         yield talk, client
@@ -185,3 +190,133 @@ async def test_a_drop_inside_of_tls_breaks_it_off(tmp_path: Path) -> None:
         await handshake(talk, context)
         with pytest.raises(trio.BrokenResourceError):
             await talk.ask(EHLO, "MAIL FROM:<a@example.com>")
+
+
+# ---- receipts
+
+
+def handshakes(tally: Tally) -> tuple[int, int]:
+    """Return how many came to their end and how many to nothing, as the report has it."""
+    report = receipts(tally)[0].report()
+    latency = report.latencies.get("tls")
+    assert (0 if latency is None else latency.count) == report.sessions.tls
+    return report.sessions.tls, report.sessions.tls_failed
+
+
+async def greet(talk: Talk, mode: str) -> None:
+    """Say what comes before the ClientHello."""
+    if mode == "starttls":
+        assert (await talk.ask("STARTTLS")).startswith("220")
+
+
+async def handshake_with_alert(stream: trio.abc.Stream, context: ssl.SSLContext) -> None:
+    """Do a handshake, and say why when it fails, as most clients do and trio's does not."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    while True:
+        try:
+            client.do_handshake()
+        except ssl.SSLWantReadError:
+            await stream.send_all(outgoing.read())
+            incoming.write(await stream.receive_some(65536))
+        except ssl.SSLError:
+            await stream.send_all(outgoing.read())
+            raise
+
+
+async def gone(talk: Talk) -> None:
+    """Wait until the server has closed the connection and counted it out."""
+    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        while await talk.line():
+            pass
+    await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+async def test_a_handshake_has_a_latency_of_its_own(tmp_path: Path, mode: str, tcp: bool) -> None:
+    tally = Tally()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, context):
+        await greet(talk, mode)
+        assert handshakes(tally) == (0, 0)
+        await handshake(talk, context)
+        if mode == "implicit":
+            assert (await talk.reply()).startswith("220")
+        assert (await talk.mail()).startswith("250")
+        assert handshakes(tally) == (1, 0)
+        assert 0 < tally.latency("tls").min <= tally.latency("tls").max
+        assert tally.latency("banner").count == 1
+        await talk.ask("QUIT")
+        await gone(talk)
+        assert (handshakes(tally), tally.ends) == ((1, 0), {"QUIT": 1})
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+async def test_a_client_that_refuses_the_certificate_is_a_handshake_that_failed(
+    tmp_path: Path, mode: str, version: ssl.TLSVersion, tcp: bool
+) -> None:
+    tally = Tally()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, _):
+        await greet(talk, mode)
+        context = ssl.create_default_context()  # which does not know the authority of the sink
+        context.minimum_version = context.maximum_version = version
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await handshake_with_alert(talk.stream, context)
+        await ended(tally)
+        assert handshakes(tally) == (0, 1)
+        (cause,) = tally.ends
+        assert "unknown ca" in cause.lower()
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize(
+    "said", [b"EHLO client.example\r\n", b"\x16\x03\x01\x00\x05\xff\xff\xff\xff\xff", b"\x00" * 600]
+)
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+async def test_what_is_no_client_hello_is_a_handshake_that_failed(
+    tmp_path: Path, mode: str, said: bytes, tcp: bool
+) -> None:
+    tally = Tally()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, _):
+        await greet(talk, mode)
+        await talk.stream.send_all(said)
+        await gone(talk)
+        await ended(tally)
+        assert handshakes(tally) == (0, 1)
+        assert [phase for phase, *_ in tally.counted()] == (
+            ["EHLO", "STARTTLS", "banner"] if mode == "starttls" else []
+        )
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+async def test_a_client_that_leaves_amid_a_handshake_is_one_that_failed(tmp_path: Path, mode: str, tcp: bool) -> None:
+    tally = Tally()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, _):
+        await greet(talk, mode)
+        await talk.stream.aclose()
+        await ended(tally)
+        assert handshakes(tally) == (0, 1)
+
+
+@pytest.mark.parametrize("mode", ["starttls", "implicit"])
+@pytest.mark.parametrize("fault", ["plaintext", "wrong-name", "expired"])
+async def test_a_handshake_that_a_fault_has_spoilt_is_one_that_failed(tmp_path: Path, fault: str, mode: str) -> None:
+    tally = Tally()
+    plan = rule(fault, "starttls" if mode == "starttls" else "connect")
+    async with secured(tmp_path, plan, mode=mode, tally=tally) as (talk, context):
+        await greet(talk, mode)
+        with pytest.raises(trio.BrokenResourceError):
+            await handshake(talk, context)
+        await talk.stream.aclose()
+        await ended(tally)
+        assert handshakes(tally) == (0, 1)
+
+
+async def ended(tally: Tally) -> None:
+    """Wait until all connections were counted out."""
+    with trio.fail_after(60):
+        while tally.open_sessions:
+            await trio.testing.wait_all_tasks_blocked(0.001)

@@ -311,11 +311,16 @@ class FaultyConnection(Connection):
         """Do what spoils a handshake that begins with the connection; for a later one, remember it."""
         if fault in SPOILED_CONTEXTS or not self._gate.is_implicit_tls:
             self._spoiler = fault
-        elif fault == "plaintext":
+            return
+        self._handshake_fails()
+        if fault == "plaintext":
             await self._flush(_IN_PLACE_OF_HELLO)
-            await self._break_off("drop")
-        else:
-            await self._break_off("stall" if fault == "stall" else "drop")
+        await self._break_off("stall" if fault == "stall" else "drop")
+
+    def _handshake_fails(self) -> None:
+        """Have a handshake counted that does not come to its end."""
+        if self._meter is not None:
+            self._meter.tls_begins()
 
     # ---- what goes wrong
 
@@ -459,6 +464,7 @@ class FaultyConnection(Connection):
             return
         self._session.reply(replies.GO_AHEAD_TLS)
         await self._flush_replies()
+        self._handshake_fails()
         if fault == "plaintext":
             await self._flush(_IN_PLACE_OF_HELLO)
             await self._break_off("drop")

@@ -54,7 +54,7 @@ class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
     open: Annotated[int, Meta(description="Connections that are open now")]
     peak: Annotated[int, Meta(description="The most that were open at a time")]
     tls: Annotated[int, Meta(description="Handshakes that came to their end")]
-    tls_failed: Annotated[int, Meta(description="Handshakes that came to nothing")]
+    tls_failed: Annotated[int, Meta(description="Handshakes that came to nothing, for whatever reason")]
     ends: Annotated[dict[str, int], Meta(description="Why connections ended; beyond 64 causes, `others`")]
 
 
