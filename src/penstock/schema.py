@@ -1,7 +1,7 @@
 """Settings classes to read and to describe: what the configuration and the fault plans have in common.
 
 A settings class is a frozen msgspec.Struct whose fields have a description and bounds. Errors name the key as the file
-has it, "listener[0].tls.mode", and list the keys there are.
+has it, "listener[0].tls.mode", and list the keys or the words there are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Final, TypeVar, get_args, get_origin
+from typing import Annotated, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -20,6 +20,8 @@ Meta = msgspec.Meta
 S = TypeVar("S", bound=Struct)
 _WIDTH: Final = 118
 """Columns of a description."""
+_MOST_SHOWN: Final = 40
+"""Characters of a wrong word."""
 
 
 class SchemaError(ValueError):
@@ -51,7 +53,29 @@ def _name_the_key(text: str, root: type[Struct]) -> str:
         name = unknown.group(1)
         known = ", ".join(sorted(keys_of(_struct_at(key, root))))
         return f"{key + '.' if key else ''}{name}: there is no such key; here may stand: {known}"
+    choices = ", ".join(_choices_at(key, root))
+    if choices:
+        word = re.fullmatch(r"Invalid enum value '(.*)'", message, re.DOTALL)
+        wrong = f"there is no {word.group(1)[:_MOST_SHOWN]!r}" if word else message
+        return f"{key}: {wrong}; here may stand: {choices}"
     return f"{key}: {message}" if key else message
+
+
+def _choices_at(key: str, root: type[Struct]) -> tuple[str, ...]:
+    """Return the words that may stand at a key; none where it takes other things."""
+    place, _, name = re.sub(r"\[[^]]*\]", "", key).rpartition(".")
+    fields = msgspec.structs.fields(_struct_at(place, root)) if name else ()
+    field = next((field for field in fields if field.encode_name == name), None)
+    return () if field is None else tuple(_words_in(field.type))
+
+
+def _words_in(annotation: object) -> Iterator[str]:
+    """Yield the words of the Literals that an annotation names."""
+    if get_origin(annotation) is Literal:
+        yield from (str(word) for word in get_args(annotation))
+        return
+    for argument in get_args(annotation):
+        yield from _words_in(argument)
 
 
 def _struct_at(key: str, root: type[Struct]) -> type[Struct]:

@@ -53,12 +53,19 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     assert 10 < len(one) < 40
 
 
-def test_a_plan_with_a_mistake_stops_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        ("phase = 'rcpt'\nreplay = '450'", "rule[0].replay: there is no such key; here may stand: at, delay"),
+        ("phase = 'rctp'\nreply = '450'", "rule[0].phase: there is no 'rctp'; here may stand: connect, banner, ehlo"),
+    ],
+)
+def test_a_plan_with_a_mistake_stops_the_start(tmp_path: Path, rule: str, why: str) -> None:
     file = tmp_path / "plan.toml"
-    file.write_text("[[rule]]\nphase = 'rcpt'\nreplay = '450'")
+    file.write_text(f"[[rule]]\n{rule}")
     result = CliRunner().invoke(main, ["sink", "--faults", str(file)])
     assert result.exit_code == 1
-    assert "plan.toml: rule[0].replay: there is no such key; here may stand: at, delay" in result.output
+    assert f"plan.toml: {why}" in result.output
 
 
 def test_faults_are_in_the_receipts(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_plan_is_replaced() -> None:
     desk.replace(PLAN)
     assert engine.plan == parse_plan(PLAN)
     assert parse_plan(desk.plan()) == engine.plan
-    with pytest.raises(ValueError, match=r"rule\[0\]\.phase: Invalid enum value 'x'"):
+    with pytest.raises(ValueError, match=r"rule\[0\]\.phase: there is no 'x'; here may stand: connect, banner"):
         desk.replace("[[rule]]\nphase = 'x'")
     assert engine.plan == parse_plan(PLAN)
 

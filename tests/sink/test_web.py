@@ -10,7 +10,10 @@ import httpx
 import pytest
 
 from penstock._tally import Tally
+from penstock.sink.desk import FaultDesk
+from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.kept import KeptMessage, Shelf
+from penstock.sink.receipts import FaultControl
 from penstock.sink.web.app import make_app
 from penstock.sink.web.guard import MAX_BODY
 from tests.sink.test_receipts import receipts
@@ -59,7 +62,11 @@ def shelf() -> Shelf:
 
 @asynccontextmanager
 async def api(
-    *, token: str | None = None, shelf: Shelf | None = None, faults: Control | None = None, tally: Tally | None = None
+    *,
+    token: str | None = None,
+    shelf: Shelf | None = None,
+    faults: FaultControl | None = None,
+    tally: Tally | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     made, clock, _, _ = receipts(tally or Tally())
     for _ in range(3):
@@ -121,6 +128,17 @@ async def test_the_plan_is_read_and_replaced() -> None:
         assert refused.status_code == 400
         assert "there is no such key" in refused.json()["error"]
         assert (await client.put("/api/plan", content=b"\xff")).status_code == 400
+
+
+async def test_a_word_that_is_none_is_refused_with_the_words_there_are() -> None:
+    log = FaultLog()
+    async with api(faults=FaultDesk(FaultEngine(receipts=log), log)) as client:
+        refused = await client.put("/api/plan", content='[[rule]]\nphase = "rctp"\nreply = "450"')
+        assert refused.status_code == 400
+        why = "the plan was not taken: rule[0].phase: there is no 'rctp'; here may stand: connect, banner, ehlo, "
+        assert refused.json()["error"].startswith(why)
+        refused = await client.post("/api/fail-next", json={"phase": "rctp", "reply": 450})
+        assert refused.json()["error"].startswith("there is no reply in a phase 'rctp'; a phase is one of banner, ehlo")
 
 
 @pytest.mark.parametrize(
