@@ -193,9 +193,9 @@ def shows_counters(server: Server, client: Client) -> None:
     client.reply()
     client.mail()
     deadline = time.monotonic() + 20
-    while "messages 1 " not in server.journal.read_text() and time.monotonic() < deadline:
+    while " 1 messages " not in server.journal.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert "messages 1 " in server.journal.read_text()
+    assert " 1 messages " in server.journal.read_text()
 
 
 ROWS = (

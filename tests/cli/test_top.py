@@ -8,7 +8,7 @@ from rich.console import Console
 
 from penstock._tally import Tally
 from penstock.cli.main import main
-from penstock.cli.top import Answer, Place, Seconds, bars, screen
+from penstock.cli.top import Answer, Display, Place, Seconds, bars
 from tests.sink.test_receipts import receipts
 
 
@@ -37,9 +37,55 @@ def test_nobody_there_is_one_line() -> None:
     assert "127.0.0.1:1" in result.output
 
 
+def shown_at(width: int, height: int | None = None) -> list[str]:
+    """Return the lines of a screen of a busy sink."""
+    tally = Tally()
+    made, clock, faults, _ = receipts(tally)
+    for code in (*range(421, 460), 550):
+        tally.turned_away(b"%d 4.3.2 x\r\n" % code)
+    for number in (1, 2, 2, 9):
+        tally.sequences.note("k3", number)
+    faults.count = 1234
+    seconds = Seconds()
+    for _ in range(70):
+        clock.now += 1
+        seconds.samples.append(made.take_sample())
+    report = made.report(is_full=False)
+    seconds.answer = Answer(0, report, [], 70, report.faults)
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as capture:
+        console.print(Display(Place("127.0.0.1", 8025, None), seconds, height=height))
+    return capture.get().splitlines()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (200, 50), (60, 30)])
+def test_the_screen_fits_the_terminal(width: int, height: int) -> None:
+    lines = shown_at(width, height)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines[1:])  # the addresses may be cut
+    for words in ("messages", "p99", "k3: missing", "k3: twice", "1,234", "banner"):
+        assert words in text
+    assert "…" not in text
+
+
+def test_a_screen_without_a_bound_has_every_reply() -> None:
+    text = "\n".join(shown_at(80))
+    assert "421" in text
+    assert "459" in text
+    assert " more" not in text
+
+
+def test_what_there_is_no_room_for_is_counted_and_refusals_stay() -> None:
+    text = "\n".join(shown_at(80, 24))
+    assert " more" in text
+    assert "421" in text
+
+
 def test_bars_are_as_high_as_their_values() -> None:
     assert bars([0, 1, 4, 8]).lstrip() == "▁▄█"
     assert len(bars([0, 1, 4, 8])) == 60
+    assert bars([9, 9, 9, 1], 2) == "█▁"
     assert bars([]) == bars([0, 0]) == " " * 60
 
 
@@ -57,11 +103,11 @@ def test_the_screen_shows_rates_latencies_replies_and_faults() -> None:
     seconds.samples.append(sample)
     console = Console(width=160, record=True, file=None, force_terminal=False, quiet=False)
     with console.capture() as capture:
-        console.print(screen(Place("127.0.0.1", 8025, None), seconds, "gone"))
+        console.print(Display(Place("127.0.0.1", 8025, None), seconds, "gone"))
     shown = capture.get()
     for words in (
         "gone",
-        "last minute",
+        "last 60 s",
         "sink on 127.0.0.1:25",
         "421",
         "k3: missing",

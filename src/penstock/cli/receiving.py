@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from penstock.cli.running import addresses_of
 from penstock.delivery.base import Delivery
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
 from penstock.sink.receipts import Expectation, FaultBook, FaultControl, Receipts, RecipientMarks
-from penstock.sink.report import Latency, Report, Sample, encode, json_schema
+from penstock.sink.report import Report, Sample, encode, json_schema
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -182,8 +183,9 @@ class Account:
             await trio.sleep_until(due)
             sample = self._receipts.take_sample()
             if shows:
-                line = counters(self._receipts, sample)
                 with suppress(OSError, ValueError):  # nobody reads it any more
+                    columns = os.get_terminal_size(sys.stderr.fileno()).columns if rewrites else 0
+                    line = counters(self._receipts, sample, columns - 1 if columns else None)
                     sys.stderr.write(f"\r\x1b[2K{line}" if rewrites else f"{line}\n")
                     sys.stderr.flush()
 
@@ -232,14 +234,30 @@ def as_expected(report: Report) -> bool:
 # ---- for people
 
 
-def counters(receipts: Receipts, sample: Sample) -> str:
-    """Return one line about the last second and all before it."""
+def counters(receipts: Receipts, sample: Sample, width: int | None = None) -> str:
+    """Return one line about the last second and all before it: of what there is to say, the first that has room."""
     taken = receipts.tally.accepted + receipts.tally.unheard
-    return (
-        f"{sample.at:6.0f} s  {sample.messages:7,}/s  messages {taken:,}  sessions {sample.sessions:,}  "
-        f"replies {sample.replies:,}/s  {octets(sample.received)}/s  "
-        f"p50 {milliseconds(sample.p50)}  p99 {milliseconds(sample.p99)}  faults {sample.faults:,}/s"
-    )
+    fields = [
+        (0, f"{sample.at:4.0f} s"),
+        (0, f"{sample.messages:5,}/s"),
+        (1, f"{taken:7,} messages"),
+        (5, f"{sample.sessions:4,} sessions"),
+        (3, f"p50 {_or_none(sample.p50):>8}"),
+        (2, f"p99 {_or_none(sample.p99):>8}"),
+        (4, f"{sample.faults:2,} faults/s"),
+        (6, f"{sample.replies:6,} replies/s"),
+        (7, f"{octets(sample.received):>8}/s"),
+    ]
+    for most in range(7, -1, -1):
+        line = "  ".join(field for importance, field in fields if importance <= most)
+        if width is None or len(line) <= width:
+            return line
+    return line[:width]
+
+
+def _or_none(ns: int) -> str:
+    """Return a duration; what is 0 never was."""
+    return milliseconds(ns) if ns else "-"
 
 
 def milliseconds(ns: int) -> str:
@@ -261,61 +279,85 @@ def octets(count: float) -> str:
 
 def table_of(report: Report) -> Group:
     """Return the receipts as tables for a terminal."""
+    tables = [_head(report), latency_table(report), reply_table(report)]
+    tables += [*_sequence_tables(report), *_fault_tables(report)]
+    return Group(*(part for table in tables for part in (table, "")))
+
+
+def _head(report: Report) -> Table:
     messages, sessions = report.messages, report.sessions
     taken = messages.accepted + messages.unheard
-    head = Table(title=f"{taken:,} messages in {report.seconds:,.1f} s", title_style="bold", box=None)
-    head.add_column("", style="dim")
-    head.add_column("", justify="right")
-    rows = [
+    head = plain_table(f"{taken:,} messages in {report.seconds:,.1f} s", "", "")
+    head.show_header = False
+    head.columns[0].style = "dim"
+    for name, value in (
         ("accepted", f"{messages.accepted:,}"),
-        *([("unheard", f"{messages.unheard:,} taken, and no readable 250")] if messages.unheard else []),
+        ("unheard", f"{messages.unheard:,} taken, and no 250 that can be read" if messages.unheard else ""),
         ("recipients", f"{messages.recipients:,}"),
-        ("refused, lost", f"{messages.refused:,}, {messages.lost:,}"),
+        ("refused", f"{messages.refused:,}"),
+        ("lost", f"{messages.lost:,}"),
         ("sessions", f"{sessions.total:,}, at most {sessions.peak:,} at a time"),
         ("handshakes", f"{sessions.tls:,}, {sessions.tls_failed:,} failed"),
         ("octets", f"{octets(report.octets.received)} received, {octets(report.octets.sent)} sent"),
         ("a second", f"{taken / max(report.seconds, 1e-3):,.0f} messages"),
-    ]
-    for name, value in rows:
-        head.add_row(name, value)
-    return Group(head, latency_table(report), reply_table(report), *_sequence_tables(report), *_fault_tables(report))
+    ):
+        if value:
+            head.add_row(name, value)
+    return head
 
 
-def latency_table(report: Report) -> Table:
-    """Return the latencies by phase."""
-    table = Table(title="Latencies", box=None, title_style="bold", header_style="dim")
-    table.add_column("phase")
-    for name in ("count", "p50", "p90", "p99", "max"):
-        table.add_column(name, justify="right")
-    for phase, each in report.latencies.items():
-        table.add_row(phase, f"{each.count:,}", *(milliseconds(value) for value in _shown(each)))
+def plain_table(title: str, *columns: str) -> Table:
+    """Return a table without lines. A column whose name begins with > has numbers, which stand to the right."""
+    table = Table(title=title, box=None, title_style="bold", title_justify="left", header_style="dim", pad_edge=False)
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
     return table
 
 
-def _shown(latency: Latency) -> tuple[int, ...]:
-    return (latency.p50, latency.p90, latency.p99, latency.max)
+def latency_table(report: Report, *, is_narrow: bool = False) -> Table:
+    """Return the latencies by phase."""
+    names = (">p50", ">p99", ">max") if is_narrow else (">count", ">p50", ">p90", ">p99", ">max")
+    table = plain_table("Latencies", "phase", *names)
+    for phase, each in sorted(report.latencies.items(), key=lambda found: place_of(found[0])):
+        shown = [each.p50, each.p99, each.max] if is_narrow else [each.p50, each.p90, each.p99, each.max]
+        count = [] if is_narrow else [f"{each.count:,}"]
+        table.add_row(phase, *count, *(milliseconds(value) for value in shown))
+    return table
 
 
-def reply_table(report: Report) -> Table:
-    """Return the replies by phase and code, refusals and what went out wrong in colour."""
-    table = Table(title="Replies", box=None, title_style="bold", header_style="dim")
-    for name in ("phase", "code", "status"):
-        table.add_column(name)
-    table.add_column("count", justify="right")
-    for each in report.replies:
+_ORDER: Final = (
+    "banner", "tls", "HELO", "EHLO", "LHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "text", "message",
+    "RSET", "NOOP", "QUIT", "think",
+)  # fmt: skip
+"""Phases as a session meets them."""
+
+
+def place_of(phase: str) -> int:
+    """Return where a phase stands in a table."""
+    return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
+
+
+def reply_table(report: Report, most: int | None = None) -> Table:
+    """Return the replies by phase and code, refusals and what went out wrong in colour; in a few rows, those first."""
+    table = plain_table("Replies", "phase", "code", "status", ">count")
+    shown = sorted(report.replies, key=lambda each: place_of(each.phase))
+    left = 0 if most is None else len(shown) - most
+    if left > 0:
+        shown = sorted(report.replies, key=lambda each: (each.code < 400 and not each.garbled, -each.count))
+        shown = sorted(shown[: len(shown) - left - 1], key=lambda each: place_of(each.phase))
+    for each in shown:
         style = "red" if each.code >= 500 else "yellow" if each.code >= 400 else "magenta" if each.garbled else None
         status = " ".join(word for word in (each.status, each.garbled) if word)
         table.add_row(each.phase, str(each.code) if each.code else "-", status, f"{each.count:,}", style=style)
+    if left > 0:
+        table.add_row(f"{left + 1} more", style="dim")
     return table
 
 
 def _sequence_tables(report: Report) -> list[Table]:
     if not report.sequences.runs:
         return []
-    table = Table(title="Sequences", box=None, title_style="bold", header_style="dim")
-    table.add_column("run")
-    for name in ("distinct", "missing", "duplicates", "out of order", "highest"):
-        table.add_column(name, justify="right")
+    table = plain_table("Sequences", "run", ">distinct", ">missing", ">duplicates", ">out of order", ">highest")
     for run in report.sequences.runs:
         counts = (run.distinct, run.missing, run.duplicates, run.out_of_order, run.highest)
         style = "red" if run.missing or run.duplicates else None
@@ -326,10 +368,7 @@ def _sequence_tables(report: Report) -> list[Table]:
 def _fault_tables(report: Report) -> list[Table]:
     if not report.faults:
         return []
-    table = Table(title="Faults", box=None, title_style="bold", header_style="dim")
-    for name in ("rule", "phase", "action"):
-        table.add_column(name)
-    table.add_column("count", justify="right")
+    table = plain_table("Faults", "rule", "phase", "action", ">count")
     for each in report.faults:
         table.add_row(each.rule, each.phase, each.action, f"{each.count:,}")
     return [table]

@@ -6,19 +6,18 @@ import http.client
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 import click
 import msgspec
-from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from penstock.cli.receiving import latency_table, milliseconds, octets, reply_table
+from penstock.cli.receiving import latency_table, milliseconds, octets, plain_table, reply_table
 from penstock.sink.report import FaultCount, Report, Sample
 
 _TIMEOUT: Final = 5.0
@@ -26,8 +25,18 @@ _MOST_OCTETS: Final = 8 << 20
 """Octets of an answer; a sink's has less than a tenth of that."""
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _WIDTH: Final = 60
-"""Seconds that a line of bars shows."""
-_MOST_FAULTS: Final = 8
+"""Seconds that a line of bars shows at most."""
+_LEAST_BARS: Final = 10
+_VALUE: Final = 10
+"""Columns of a value: "1,234.5 ms"."""
+_BESIDE_BARS: Final = 46
+"""Columns beside the bars: the frame, a name, a value, a note, and what is between them."""
+_ABOVE_TABLES: Final = 10
+"""Lines of the address and of the frame with the bars."""
+_ABOVE_ROWS: Final = 2
+"""Lines of a table's title and of the names of its columns."""
+_GAP: Final = 3
+_ROWS_OF_FAULTS: Final = 16
 
 
 class Answer(msgspec.Struct):
@@ -93,79 +102,136 @@ class Seconds:
         self._last, self.answer = answer.last, answer
 
 
-def bars(values: Sequence[float]) -> str:
+def bars(values: Sequence[float], width: int = _WIDTH) -> str:
     """Return a line of bars, the greatest value as high as the line; the newest is at the right."""
+    values = values[-width:]
     most = max(values, default=0)
     shown = "".join(_BARS[-(-int(value * 800 / most) // 100) if most else 0] for value in values)
-    return shown.rjust(_WIDTH)
+    return shown.rjust(width)
 
 
-def screen(place: Place, seconds: Seconds, trouble: str = "") -> RenderableType:
-    """Return what is shown."""
-    where = Text(f"penstock top  http://{place.host}:{place.port}", style="bold")
-    if trouble:
-        where.append(f"   {trouble}", style="red")
-    if seconds.answer is None:
-        return Group(where)
-    report = seconds.answer.report
-    where.append(f"   sink on {', '.join(report.listen)}   {report.seconds:,.0f} s", style="dim")
-    tables = Columns([latency_table(report), reply_table(report), _others(report)], padding=(0, 3))
-    return Group(where, Panel(_lines(report, list(seconds.samples)), title="last minute", title_align="left"), tables)
+class Display:
+    """What is shown, made for the terminal it is shown on."""
+
+    def __init__(self, place: Place, seconds: Seconds, trouble: str = "", *, height: int | None = None) -> None:
+        """`height` is how many lines there are; None is any number."""
+        self._height = height
+        self._place = place
+        self._seconds = seconds
+        self._trouble = trouble
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the parts; the tables have as many rows as there is room for."""
+        yield self._where()
+        answer = self._seconds.answer
+        if answer is None:
+            return
+        width, report = options.max_width, answer.report
+        shown = max(_LEAST_BARS, min(_WIDTH, width - _BESIDE_BARS))
+        title = f"last {shown} s"
+        lines = _lines(report, list(self._seconds.samples), shown)
+        yield Panel(lines, title=title, title_align="left", padding=(0, 1))
+        left = None if self._height is None else max(0, self._height - _ABOVE_TABLES)
+        yield _tables(report, console, width, left)
+
+    def _where(self) -> Text:
+        where = Text(
+            f"penstock top  http://{self._place.host}:{self._place.port}",
+            style="bold",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+        if self._trouble:
+            where.append(f"   {self._trouble}", style="red")
+        if self._seconds.answer is not None:
+            report = self._seconds.answer.report
+            where.append(f"   sink on {', '.join(report.listen)}   {report.seconds:,.0f} s", style="dim")
+        return where
 
 
-def _lines(report: Report, samples: Sequence[Sample]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for _ in range(4):
+def _tables(report: Report, console: Console, width: int, height: int | None) -> RenderableType:
+    """Return the tables side by side, as many as the terminal is wide enough for."""
+    rows = None if height is None else max(0, height - _ABOVE_ROWS)
+    others = _others(report, _ROWS_OF_FAULTS if rows is None else min(rows, _ROWS_OF_FAULTS))
+    three = [latency_table(report), reply_table(report, rows), others]
+    if _width_of(three, console) <= width:
+        return _beside(*three)
+    three[0] = latency_table(report, is_narrow=True)
+    if _width_of(three, console) <= width:
+        return _beside(*three)
+    if rows is not None:
+        rows = max(0, rows - len(others.rows) - _ABOVE_ROWS - 1)
+    below = Group(others, "", reply_table(report, rows))
+    if _width_of([three[0], others], console) <= width and _width_of(three[:2], console) <= width:
+        return _beside(three[0], below)
+    return Group(below, "", three[0])
+
+
+def _width_of(tables: Sequence[Table], console: Console) -> int:
+    return sum(console.measure(table).maximum for table in tables) + _GAP * (len(tables) - 1)
+
+
+def _beside(*parts: RenderableType) -> Table:
+    grid = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
+    for _ in parts:
+        grid.add_column(no_wrap=True)
+    grid.add_row(*parts)
+    return grid
+
+
+def _lines(report: Report, samples: Sequence[Sample], width: int) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(3):
         table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    messages = report.messages
+    replies = sum(each.count for each in report.replies if each.garbled != "none")
     rows: list[tuple[str, list[float], str, str, str]] = [
         (
             "messages",
             [s.messages / s.seconds for s in samples],
             "cyan",
             "/s",
-            f"{report.messages.accepted + report.messages.unheard:,} in all",
+            f"{messages.accepted + messages.unheard:,} in all",
         ),
-        (
-            "replies",
-            [s.replies / s.seconds for s in samples],
-            "blue",
-            "/s",
-            f"{sum(r.count for r in report.replies if r.garbled != 'none'):,}",
-        ),
+        ("replies", [s.replies / s.seconds for s in samples], "blue", "/s", f"{replies:,}"),
         ("sessions", [s.sessions for s in samples], "green", "", f"peak {report.sessions.peak:,}"),
         ("octets", [s.received / s.seconds for s in samples], "green", "B/s", octets(report.octets.received)),
         ("p50", [s.p50 for s in samples], "yellow", "ns", "dot to reply"),
         ("p99", [s.p99 for s in samples], "yellow", "ns", "dot to reply"),
-        ("faults", [s.faults / s.seconds for s in samples], "magenta", "/s", _trouble(report)),
+        ("faults", [s.faults / s.seconds for s in samples], "magenta", "/s", f"{_faults(report):,}"),
     ]
     for name, values, style, unit, note in rows:
-        now = values[-1] if values else 0
-        shown = milliseconds(int(now)) if unit == "ns" else f"{octets(now)}/s" if unit == "B/s" else f"{now:,.0f}{unit}"
-        table.add_row(
-            name, Text(bars(values), style=style), Text(shown.rjust(12), style="bold"), Text(note, style="dim")
-        )
+        now = _in_words(values[-1] if values else 0, unit)
+        bar = Text(bars(values, width), style=style)
+        table.add_row(name, bar, Text(now.rjust(_VALUE), style="bold"), Text(note, style="dim"))
     return table
 
 
-def _trouble(report: Report) -> str:
+def _in_words(value: float, unit: str) -> str:
+    if unit == "ns":
+        return milliseconds(int(value)) if value else "-"
+    return f"{octets(value)}/s" if unit == "B/s" else f"{value:,.0f}{unit}"
+
+
+def _faults(report: Report) -> int:
+    return sum(each.count for each in report.faults)
+
+
+def _others(report: Report, most: int | None = None) -> Table:
+    """Return a table of messages that were not accepted, of loss and duplicates, and of faults."""
     messages = report.messages
-    unheard = f", {messages.unheard:,} unheard" if messages.unheard else ""
-    return f"{messages.refused:,} refused, {messages.lost:,} lost{unheard}"
-
-
-def _others(report: Report) -> Table:
-    """Return a table of loss, duplicates and faults."""
-    table = Table(title="Loss and faults", box=None, title_style="bold", header_style="dim")
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    for run in report.sequences.runs[:_MOST_FAULTS]:
+    rows = [("refused", messages.refused, "red"), ("lost", messages.lost, "red"), ("unheard", messages.unheard, "red")]
+    for run in report.sequences.runs:
         name = run.run or "(no name)"
-        table.add_row(f"{name}: numbers", f"{run.distinct:,}")
-        table.add_row(f"{name}: missing", f"{run.missing:,}", style="red" if run.missing else None)
-        table.add_row(f"{name}: twice", f"{run.duplicates:,}", style="red" if run.duplicates else None)
-    for each in report.faults[:_MOST_FAULTS]:
-        table.add_row(f"{each.rule}: {each.phase} {each.action}", f"{each.count:,}", style="magenta")
-    if not table.row_count:
+        rows += [(f"{name}: missing", run.missing, "red"), (f"{name}: twice", run.duplicates, "red")]
+        if not run.missing and not run.duplicates:
+            rows.append((f"{name}: all there, once", run.distinct, ""))
+    rows += [(f"{each.rule}: {each.phase} {each.action}", each.count, "magenta") for each in report.faults]
+    table = plain_table("Loss and faults", "what", ">count")
+    for name, count, style in [row for row in rows if row[1]][:most]:
+        table.add_row(name, f"{count:,}", style=style)
+    if not table.row_count and most != 0:
         table.add_row("no marked message, no fault", "")
     return table
 
@@ -186,16 +252,18 @@ def top(url: str, token: str | None, once: bool) -> None:
     except (OSError, ValueError) as exc:
         raise click.ClickException(f"{url}: {exc}") from exc
     if once:
-        console.print(screen(place, seconds))
+        console.print(Display(place, seconds))
         return
     try:
-        with Live(screen(place, seconds), console=console, screen=True, auto_refresh=False) as live:
+        with Live(
+            Display(place, seconds, height=console.height), console=console, screen=True, auto_refresh=False
+        ) as live:
             _follow(place, seconds, live)
     except KeyboardInterrupt:
         return
 
 
-def _follow(place: Place, seconds: Seconds, live: Any) -> None:
+def _follow(place: Place, seconds: Seconds, live: Live) -> None:
     """Look once a second, until interrupted. A sink that is gone may come back."""
     while True:
         time.sleep(1)
@@ -204,4 +272,4 @@ def _follow(place: Place, seconds: Seconds, live: Any) -> None:
             seconds.look(place)
         except (OSError, ValueError) as exc:
             trouble = str(exc)
-        live.update(screen(place, seconds, trouble), refresh=True)
+        live.update(Display(place, seconds, trouble, height=live.console.height), refresh=True)
