@@ -20,6 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from penstock.sink.web.app import MOST_STREAMS
 from tests.journeys.running import Server, serving
+from tests.marked import marked, send_marked
 
 _ARGUMENTS = (
     "--headless=new",
@@ -89,9 +90,7 @@ def sink(folder: Path, *options: str, web: str = "127.0.0.1:0") -> Iterator[Serv
 def send(
     server: Server, count: int, text: str = "Subject: hello\r\n\r\nhi\r\n", recipient: str = "b@example.org"
 ) -> None:
-    with smtplib.SMTP("127.0.0.1", server.port, timeout=30) as client:
-        for number in range(1, count + 1):
-            client.sendmail(f"seq-page-{number}@example.com", [recipient], text)
+    send_marked(server.port, [marked("page", number, recipient=recipient, text=text) for number in range(1, count + 1)])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

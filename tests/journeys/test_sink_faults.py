@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from penstock.sequence import mark
 from tests.journeys.running import ENVIRONMENT, Server, serving
 from tests.journeys.test_postfix import postfix
+from tests.marked import marked, send_marked
 
 IMPATIENT = """
 queue_run_delay = 1s
@@ -67,9 +67,7 @@ def faults(report: dict[str, Any]) -> dict[str, int]:
 def test_postfix_delivers_each_message_once_after_an_outage_and_all_refusals(tmp_path: Path) -> None:
     expected = ("--messages", str(MESSAGES), "--expect", str(MESSAGES))
     with sink(tmp_path, HARD_TIMES, *expected) as server, postfix(server, tls=False, settings=IMPATIENT) as port:
-        with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
-            for number in range(1, MESSAGES + 1):
-                client.sendmail(f"{mark('postfix', number)}@example.com", [f"bob{number}@example.org"], "Hello")
+        send_marked(port, [marked("postfix", number) for number in range(1, MESSAGES + 1)])
         assert server.process.wait(timeout=90) == 0  # all have come, none is missing, none came twice
     report = receipts(tmp_path)
     assert report["messages"]["accepted"] == MESSAGES
@@ -89,8 +87,7 @@ def test_postfix_sends_again_what_was_taken_and_not_answered(tmp_path: Path) -> 
     # RFC 1047: the sink has the message, its client does not know; the receipts tell it by the number.
     plan = '[[rule]]\nname = "lost"\nphase = "dot"\nmatch.attempts = 1\nend = "reset"\nkeeps = true\n'
     with sink(tmp_path, plan, "--messages", "2") as server, postfix(server, tls=False, settings=IMPATIENT) as port:
-        with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
-            client.sendmail(f"{mark('twice', 1)}@example.com", ["bob@example.org"], "Hello")
+        send_marked(port, [marked("twice", 1)])
         assert server.process.wait(timeout=90) == 0
     report = receipts(tmp_path)
     assert faults(report) == {"lost: reset": 1}

@@ -9,7 +9,6 @@ import msgspec
 import pytest
 import trio
 
-from penstock import sequence
 from penstock.assemble import assemble
 from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.inbound.connection import Connection
@@ -18,6 +17,7 @@ from penstock.net.tls import TlsSettings
 from penstock.sink.connection import faulty
 from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.plan import parse_plan
+from tests.marked import marked
 
 PLAN = """
 seed = 11
@@ -98,12 +98,12 @@ class Sender:
             self._stream, self._buffer = await trio.open_tcp_stream("127.0.0.1", self._port), b""
             await self._reply()
             await self._ask("EHLO client.example")
-        sender = f"{sequence.mark(run, number)}@load.invalid"
-        for line in ("RSET", f"MAIL FROM:<{sender}>", f"RCPT TO:<{number % 7}@example.org>", "DATA"):
+        message = marked(run, number)
+        for line in ("RSET", f"MAIL FROM:<{message.sender}>", f"RCPT TO:<{message.recipient}>", "DATA"):
             code = await self._ask(line)
             if code not in (250, 354):
                 return False
-        return await self._ask(f"Subject: {number}\r\n\r\n{'x' * 30}\r\n.") == 250
+        return await self._ask(f"{message.text}.") == 250
 
     async def _ask(self, line: str) -> int:
         assert self._stream is not None
