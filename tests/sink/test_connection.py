@@ -117,6 +117,17 @@ async def test_a_refused_message_in_lmtp_has_a_reply_for_each_recipient(tmp_path
         assert await talk.reply() == "450 4.2.1 Busy"
 
 
+@pytest.mark.parametrize("does", ['reply = "250 2.0.0 Mine"', 'reply = "450 4.2.1 Busy"\nkeeps = true'])
+async def test_a_message_that_is_taken_in_lmtp_has_a_reply_for_each_recipient(tmp_path: Path, does: str) -> None:
+    async with talking(tmp_path, rule("dot", does), settings={"kind": "lmtp"}) as talk:
+        await talk.ask("LHLO client", MAIL, RCPT, "RCPT TO:<c@example.org>", "DATA")
+        said = await talk.end()
+        assert said in ("250 2.0.0 Mine", "450 4.2.1 Busy")
+        assert await talk.reply() == said
+        assert (await talk.ask("NOOP")).startswith("250")
+        assert len(talk.recorder.delivered) == 1
+
+
 async def test_a_rset_behind_bdat_still_ends_the_message(tmp_path: Path) -> None:
     async with talking(tmp_path, rule("mail", BUSY + '\nmatch.sender = ["x@x.x"]')) as talk:
         await talk.begin()

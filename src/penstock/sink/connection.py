@@ -393,7 +393,7 @@ class FaultyConnection(Connection):
         said = self._session.data_to_send()
         if decision.end is not None and reply is None and decision.dress is None:
             return b""
-        return reply.encoded if reply is not None and said else said
+        return said if reply is None else reply.encoded * len(readable(said))  # in LMTP there is one a recipient
 
     def _answer_unasked(self, reply: Reply | None, event: object) -> bytes:
         """Return what is said in the midst of a body, or in the place of the 221."""
