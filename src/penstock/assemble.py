@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,8 @@ class Given:
     """Asked behind those of the settings."""
     tally: Tally | None = None
     """What counts the replies and the clocks of all sessions."""
+    sockets: Sequence[Sequence[socket.socket]] | None = None
+    """Listening sockets that others have bound: those of each listener, in the order of the settings."""
 
 
 def assemble(
@@ -135,11 +138,14 @@ def assemble(
     doors: list[Door] = []
     ca_file: Path | None = None
     try:
-        for listener in settings.listener:
+        for number, listener in enumerate(settings.listener):
             secrets = read_secrets(listener.tls, shared)
             ca_file = ca_file or secrets.ca_file
             gate = make_gate(listener, shared, secrets, given.authenticator if listener.auth else None)
-            doors += [Door(sock, gate, kind) for sock in bind(ListenAddress.parse(listener.address))]
+            if given.sockets is None:
+                doors += [Door(sock, gate, kind) for sock in bind(ListenAddress.parse(listener.address))]
+            else:
+                doors += [Door(sock, gate, kind, is_own=False) for sock in given.sockets[number]]
     except BaseException:
         for door in doors:
             door.listener.close()

@@ -101,6 +101,14 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float,
         Meta(ge=0, le=3600, description="Seconds a message under way has to arrive once the server stops"),
     ] = 30.0
+    workers: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=256,
+            description="Processes, each with a part of the spool and limits of its own",
+        ),
+    ] = 1
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

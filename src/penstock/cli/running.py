@@ -51,11 +51,12 @@ def run(
     given: Given | None = None,
     kind: type[Connection] = Connection,
     beside: Callable[[Parts], Awaitable[None]] | None = None,
+    write: Callable[[bytes], None] = write_to_stderr,
 ) -> None:
     """Check the settings and run a worker until a signal, or until `done`, which is asked ten times a second.
 
     `given` and `kind` are those of `assemble`; `beside` runs in the same loop, and is cancelled when the worker has
-    stopped.
+    stopped; `write` writes journal lines.
 
     Ends the process with code 2 for wrong settings, 1 when the worker can not start.
     """
@@ -67,18 +68,19 @@ def run(
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each connection
     journal = Journal(settings.journal, is_terminal=sys.stderr.isatty())
     try:
-        parts = assemble(settings, journal, write_to_stderr, kind=kind, given=given or Given())
+        parts = assemble(settings, journal, write, kind=kind, given=given or Given())
     except (OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     try:
         trio.run(_serve, parts, announce, done, beside)
     except* (OSError, SpoolError, sqlite3.Error) as group:
-        raise click.ClickException(_innermost(group)) from group
+        raise click.ClickException(innermost(group)) from group
     finally:
-        write_to_stderr(journal.drain())  # what the relay had to say after the last session
+        write(journal.drain())  # what the relay had to say after the last session
 
 
-def _innermost(exc: BaseException) -> str:
+def innermost(exc: BaseException) -> str:
+    """Return what the first exception of a group says."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     return str(exc)
@@ -136,6 +138,12 @@ async def _stop_on_signals(parts: Parts, *, task_status: trio.TaskStatus[None] =
                 parts.worker.abort()
                 if parts.gateway is not None:
                     parts.gateway.abort()
+
+
+def tell_authority(parts: Parts) -> None:
+    """Say whom clients have to trust, where the certificate is of our own making."""
+    if parts.ca_file is not None:
+        click.echo(f"penstock: TLS with a generated certificate; clients trust {parts.ca_file}")
 
 
 def addresses_of(parts: Parts) -> list[str]:

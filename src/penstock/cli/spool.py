@@ -20,7 +20,8 @@ from rich.table import Table
 
 from penstock.config import ConfigError, Settings, load
 from penstock.journal import escape
-from penstock.spool.desk import Desk, Filter, Listed, ListedMessage
+from penstock.spool.desk import Filter, Listed, ListedMessage
+from penstock.spool.desks import Desks
 from penstock.spool.entry import STATES
 from penstock.spool.store import SpoolError
 
@@ -71,12 +72,12 @@ _filtered = _with(click.argument("ids", nargs=-1, metavar="[ID]..."), *_FILTERS,
 
 
 @contextmanager
-def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[Desk]:
+def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[Desks]:
     """Open the spool that `penstock serve` with the same options has; turn trouble into one line and exit code 1."""
     try:
         settings = Settings() if config_file is None else load(config_file)
         folder = Path(data_dir or settings.data_dir) / settings.spool.path
-        with Desk.opened(folder) as desk:
+        with Desks.opened(folder) as desk:
             yield desk
     except (ConfigError, SpoolError, sqlite3.Error, OSError) as exc:
         raise click.ClickException(str(exc)) from exc
@@ -176,7 +177,7 @@ def show(message_id: str, config_file: Path | None, data_dir: str | None, body: 
     click.echo("".join(f"\n{escape(name)}: {escape(value)}" for name, value in fields).lstrip("\n"))
 
 
-def _change(name: str, act: Callable[[Desk, Filter], int], done: str, help_text: str) -> None:
+def _change(name: str, act: Callable[[Desks, Filter], int], done: str, help_text: str) -> None:
     """Make a command that changes what a filter finds."""
 
     @spool.command(name=name, help=help_text)
@@ -202,10 +203,10 @@ def _change(name: str, act: Callable[[Desk, Filter], int], done: str, help_text:
             click.echo(f"{act(desk, what)} recipients {done}")
 
 
-_change("retry", Desk.retry, "are due now", "Let recipients that wait for their next try be due now.")
-_change("hold", Desk.hold, "are held", "Keep recipients from being attempted until they are released.")
-_change("release", Desk.release, "are due now", "Let recipients that are held be due now.")
-_change("drop", Desk.drop, "were dropped", "Delete recipients, and messages that have none left. Nobody is told.")
+_change("retry", Desks.retry, "are due now", "Let recipients that wait for their next try be due now.")
+_change("hold", Desks.hold, "are held", "Keep recipients from being attempted until they are released.")
+_change("release", Desks.release, "are due now", "Let recipients that are held be due now.")
+_change("drop", Desks.drop, "were dropped", "Delete recipients, and messages that have none left. Nobody is told.")
 
 
 @spool.command()

@@ -38,6 +38,8 @@ class Door:
     gate: Gate
     kind: type[Connection] = Connection
     """What becomes of the sockets it accepts."""
+    is_own: bool = True
+    """Nobody else listens there: the path of a unix socket ends with it."""
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -140,7 +142,7 @@ class Worker(Host):
                 for connection in list(self.connections):
                     connection.abort()
                 for door in self._doors:
-                    close_listener(door.listener)
+                    close_listener(door.listener, unlinks=door.is_own)
                 background.cancel_scope.cancel()
         if self._poller is not None:
             self._poller.close()
@@ -183,7 +185,7 @@ class Worker(Host):
         with trio.CancelScope() as scope:
             self._accepting.append(scope)
             await accept_forever(door.listener, porter, report_shortage, self._poller)
-        close_listener(door.listener)
+        close_listener(door.listener, unlinks=door.is_own)
 
     def report(self, exc: Exception) -> None:
         """Journal why a client that was accepted is not served."""

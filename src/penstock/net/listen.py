@@ -5,10 +5,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -91,15 +92,7 @@ def bind(address: ListenAddress) -> list[socket.socket]:
             found = socket.getaddrinfo(
                 address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-            for family, _, _, _, place in dict.fromkeys(found):
-                sock = socket.socket(family, socket.SOCK_STREAM)
-                sockets.append(sock)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                # Inherited by what it accepts: replies leave in one send a batch, waiting for more only delays them.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind(place)
+            sockets += [_bind_tcp(family, place) for family, _, _, _, place in dict.fromkeys(found)]
         for sock in sockets:
             sock.listen(BACKLOG)
             sock.setblocking(False)
@@ -108,6 +101,45 @@ def bind(address: ListenAddress) -> list[socket.socket]:
             sock.close()
         raise OSError(exc.errno, f"cannot listen on {address}: {exc.strerror or exc}") from exc
     return sockets
+
+
+def _bind_tcp(family: int, place: Any, *, is_shared: bool = False) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Inherited by what it accepts: replies leave in one send a batch, waiting for more only delays them.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(place)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def share(sockets: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
+    """Return so many sets of listening sockets, the given one first, among which the kernel spreads the clients.
+
+    There can be but one unix socket of a path: it is in every set. Raise OSError.
+    """
+    sets = [list(sockets)]
+    for sock in sockets:
+        if sock.family != socket.AF_UNIX:
+            # Only now: a second server by mistake is still told that the address is in use.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    while len(sets) < count:
+        sets.append([sock if sock.family == socket.AF_UNIX else _another(sock) for sock in sockets])
+    return sets
+
+
+def _another(sock: socket.socket) -> socket.socket:
+    made = _bind_tcp(sock.family, sock.getsockname(), is_shared=True)
+    made.listen(BACKLOG)
+    made.setblocking(False)
+    return made
 
 
 def name_of(sock: socket.socket) -> str:
@@ -170,11 +202,11 @@ async def _until_shortage(
         poller.ignore(descriptor)
 
 
-def close_listener(listener: socket.socket) -> None:
-    """Stop listening; a unix socket leaves no file behind."""
+def close_listener(listener: socket.socket, *, unlinks: bool = True) -> None:
+    """Stop listening; a unix socket leaves no file behind, unless others still listen there."""
     if listener.fileno() < 0:
         return
-    path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
+    path = listener.getsockname() if unlinks and listener.family == socket.AF_UNIX else ""
     trio.lowlevel.notify_closing(listener)
     listener.close()
     if path:

@@ -143,6 +143,11 @@ class Desk:
 
     # ---- looking
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing waits."""
+        return self._one("SELECT 1 FROM message LIMIT 1", ()) is None
+
     def find(self, what: Filter, limit: int) -> Iterator[ListedMessage]:
         """Yield messages, the oldest first, at most so many; a limit of 0 is none."""
         found: ListedMessage | None = None

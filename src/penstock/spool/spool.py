@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -41,6 +42,20 @@ class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         int, msgspec.Meta(ge=0, description="Free space to be left; a message that would need it hears 452 4.3.1")
     ] = 256 * 1024 * 1024
     reserve_inodes: Annotated[int, msgspec.Meta(ge=0, description="Free inodes to be left")] = 10_000
+
+
+def shard_of(path: str, index: int) -> str:
+    """Return where worker `index` has its part of a spool: the first one has the path itself."""
+    return f"{path}-{index}" if index else path
+
+
+def shards(folder: Path) -> list[int]:
+    """Return the numbers of the parts of a spool that there are."""
+    beginning = f"{folder.name}-"
+    names = [each.parent.name for each in folder.parent.glob(f"{glob.escape(folder.name)}*/spool.db")]
+    numbers = [name.removeprefix(beginning) for name in names if name.startswith(beginning)]
+    found = [int(number) for number in numbers if number.isascii() and number.isdecimal()]
+    return sorted([0] * (folder.name in names) + found)
 
 
 class Spool:
