@@ -4,6 +4,8 @@ npm packages are installed, and the Go program built, once into a cache folder o
 (`$XDG_CACHE_HOME/penstock-bench`, or ~/.cache); delete it to have newer ones. go-smtp is built without network from the
 sources of Debian's golang-github-emersion-go-smtp-dev and -go-sasl-dev. What can not be had counts as not installed.
 Each accepts every message and keeps none, speaks STARTTLS, and logs next to nothing.
+
+    python -m bench.foreign [haraka ...]    # installs what can be had, and says what is there
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from bench.measure import ENVIRONMENT, Peer, make_certificate
 
@@ -76,13 +80,15 @@ func main() {
 
 
 def _cache(name: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock-bench" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock-bench" / name
+
+
+_HARAKA: Final = _cache("haraka") / "node_modules" / "Haraka"
 
 
 def _npm(folder: Path, package: str) -> bool:
     """Install a package with all it needs, unless it is there. Say whether it is there now."""
+    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "node_modules" / package).is_dir() and shutil.which("npm") is not None:
         command = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder), package]
         subprocess.run(command, cwd=folder, timeout=300, check=False, capture_output=True)
@@ -92,6 +98,7 @@ def _npm(folder: Path, package: str) -> bool:
 @functools.cache
 def _has_nodemailer() -> bool:
     folder = _cache("nodemailer")
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "server.js").write_text(_NODEMAILER)
     return _npm(folder, "smtp-server")
 
@@ -106,6 +113,7 @@ def _has_go_smtp() -> bool:
     folder = _cache("go-smtp")
     if not (_GO_SOURCES / "src/github.com/emersion/go-smtp").is_dir():
         return False
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "sink.go").write_text(_GO)
     environment = {
         **ENVIRONMENT, "GOPATH": str(_GO_SOURCES), "GO111MODULE": "off", "GOFLAGS": "", "GOPROXY": "off",
@@ -122,27 +130,43 @@ def _nodemailer(port: int, folder: Path) -> Sequence[str]:
 
 
 def _haraka(port: int, folder: Path) -> Sequence[str]:
+    return haraka(port, folder, plugins={"accept": _HARAKA_ACCEPT})
+
+
+def haraka(
+    port: int, folder: Path, *, plugins: Mapping[str, str], settings: Mapping[str, str] | None = None
+) -> Sequence[str]:
+    """Write the configuration of a Haraka that listens on a port; return the command that runs it.
+
+    `plugins` are programs by their names, asked in this order; `settings` are further files of its configuration.
+    """
     certificate, key = make_certificate(folder)
-    config, plugins = folder / "config", folder / "plugins"
+    config, programs = folder / "config", folder / "plugins"
     config.mkdir()
-    plugins.mkdir()
+    programs.mkdir()
     shutil.copy(certificate, config / "tls_cert.pem")
     shutil.copy(key, config / "tls_key.pem")
-    package = _cache("haraka") / "node_modules" / "Haraka"
-    shutil.copy(package / "config" / "connection.ini", config)  # it does not start without
+    shutil.copy(_HARAKA / "config" / "connection.ini", config)  # it does not start without
     files = {
         "log.ini": "[main]\nlevel=CRIT\n",
         "smtp.ini": f"listen=127.0.0.1:{port}\nnodes=0\n",
-        "plugins": "tls\naccept\n",
+        "plugins": "\n".join(("tls", *plugins, "")),
         "databytes": "0\n",
         "me": "localhost\n",
         "host_list": "localhost\n",
         "tls.ini": "[main]\nrequestCert=false\nrejectUnauthorized=false\n",
+        **(settings or {}),
     }
     for name, text in files.items():
         (config / name).write_text(text)
-    (plugins / "accept.js").write_text(_HARAKA_ACCEPT)
-    return ["node", str(package / "bin" / "haraka"), "-c", str(folder)]
+    for name, text in plugins.items():
+        (programs / f"{name}.js").write_text(text)
+    return ["node", str(_HARAKA / "bin" / "haraka"), "-c", str(folder)]
+
+
+def is_haraka_there() -> bool:
+    """Say whether Haraka was installed, as `python -m bench.foreign` does."""
+    return (_HARAKA / "package.json").is_file() and shutil.which("node") is not None
 
 
 def _go_smtp(port: int, folder: Path) -> Sequence[str]:
@@ -153,3 +177,9 @@ def _go_smtp(port: int, folder: Path) -> Sequence[str]:
 NODEMAILER = Peer("nodemailer", _nodemailer, "node", _has_nodemailer)
 HARAKA = Peer("haraka", _haraka, "node", _has_haraka, share=0.2)
 GO_SMTP = Peer("go-smtp", _go_smtp, "go", _has_go_smtp)
+
+
+if __name__ == "__main__":
+    for peer in (NODEMAILER, HARAKA, GO_SMTP):
+        if peer.name in sys.argv[1:] or len(sys.argv) == 1:
+            print(f"{peer.name}: {'there' if peer.is_installed else 'not there'}")

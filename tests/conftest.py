@@ -1,11 +1,62 @@
-"""Fixtures of the whole suite."""
+"""Fixtures of the whole suite, and what it needs.
+
+Some files talk to real peers. Those whose program is not installed are not collected, and the header says so. With
+PENSTOCK_PEERS=required, as in .ci/run, a missing program is an error.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import ssl
+from pathlib import Path
 
 import pytest
 import trustme
+from bench.foreign import is_haraka_there
+
+PROGRAMS = {
+    "journeys/test_swaks.py": ["swaks"],
+    "journeys/test_postfix.py": ["postfix", "smtp-source"],
+    "journeys/test_page.py": ["chromium", "chromedriver"],
+    "journeys/test_gateway.py": ["smtp-source", "smtp-sink"],
+    "journeys/test_sink_faults.py": ["postfix", "swaks"],
+    "journeys/test_haraka.py": [],
+    "relay/test_smtp_sink.py": ["smtp-sink"],
+}
+"""What a file needs from Debian's packages, Haraka from npm."""
+TESTS = Path(__file__).parent
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def missing(name: str) -> list[str]:
+    """Return what a file needs and this machine has not."""
+    programs = PROGRAMS.get(name, [])
+    found = [program for program in programs if _find(program) is None]
+    if "postfix" in programs and os.geteuid() != 0:
+        found.append("root (Postfix starts as nobody else)")
+    if name == "journeys/test_haraka.py" and not is_haraka_there():
+        found.append("Haraka (python -m bench.foreign haraka)")
+    return found
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what can not run here."""
+    name = str(collection_path.relative_to(TESTS)) if collection_path.is_relative_to(TESTS) else ""
+    lacking = missing(name)
+    if lacking and os.environ.get("PENSTOCK_PEERS") == "required":
+        raise pytest.UsageError(f"{name} needs {', '.join(lacking)}")
+    return True if lacking else None
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out."""
+    return [
+        f"not collected: {name}, for want of {', '.join(lacking)}" for name in PROGRAMS if (lacking := missing(name))
+    ]
 
 
 @pytest.fixture(scope="session")

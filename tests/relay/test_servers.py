@@ -1,14 +1,9 @@
-"""The relay and real servers: our own, aiosmtpd, and Postfix's smtp-sink with its faults."""
+"""The relay and real servers: our own, and aiosmtpd."""
 
 from __future__ import annotations
 
 import random
-import shutil
 import socket
-import subprocess
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,10 +15,8 @@ from aiosmtpd.smtp import Envelope as TheirEnvelope
 from penstock.relay.hop import Hop, HopDown, Outcome, TlsPolicy
 from penstock.relay.pool import Pool
 from penstock.testing import SmtpServer
-from tests.journeys.running import ENVIRONMENT
-from tests.relay.fake import PLAIN, PREFIX, TEXT, Text, envelope, send, told
+from tests.relay.fake import PLAIN, PREFIX, TEXT, Text, send, told
 
-SINK = shutil.which("smtp-sink", path=ENVIRONMENT["PATH"])
 RANDOM = random.Random(4)
 LINES = b"".join(
     RANDOM.choice([b"", b".", b"..", b"\xc3\xa4\xff", b"x" * 998, b".x", b"From "]) + b"\r\n" for _ in range(5000)
@@ -130,67 +123,3 @@ async def test_bodies_arrive_at_aiosmtpd_as_they_were(pool: Pool) -> None:
     finally:
         await trio.to_thread.run_sync(controller.stop)
     assert handler.texts == [PREFIX + (body if body.endswith(b"\r\n") else body + b"\r\n") for body in bodies]
-
-
-@contextmanager
-def sink(*arguments: str) -> Iterator[Hop]:
-    """Run smtp-sink."""
-    assert SINK is not None
-    port = free_port()
-    process = subprocess.Popen([SINK, "-u", "nobody", *arguments, f"127.0.0.1:{port}", "100"])
-    try:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and process.poll() is None:
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.01)
-        yield Hop(host="127.0.0.1", port=port, tls=PLAIN)
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.skipif(SINK is None, reason="smtp-sink is not installed")
-@pytest.mark.parametrize(
-    ("arguments", "outcome"),
-    [
-        (["-8"], "delivered 250"),
-        (["-p"], "delivered 250"),
-        (["-e"], "delivered 250"),
-        (["-a"], "delivered 250"),
-        (["-r", "MAIL"], "deferred"),
-        (["-r", "RCPT"], "deferred"),
-        (["-r", "DATA"], "deferred"),
-        (["-r", "."], "deferred"),
-        (["-f", "MAIL"], "failed"),
-        (["-f", "RCPT"], "failed"),
-        (["-f", "DATA"], "failed"),
-        (["-f", "."], "failed"),
-        (["-q", "MAIL"], "deferred"),
-        (["-q", "RCPT"], "deferred"),
-        (["-q", "DATA"], "deferred"),
-        (["-q", "."], "deferred"),
-        (["-q", "CONNECT"], "down"),
-        (["-r", "CONNECT"], "down"),
-        (["-f", "EHLO"], "delivered 250"),
-        (["-q", "EHLO"], "down"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-async def test_smtp_sink(pool: Pool, arguments: Sequence[str], outcome: str) -> None:
-    with sink(*arguments) as hop:
-        for _ in range(2):
-            try:
-                said = told(await send(pool, hop))
-            except HopDown:
-                said = "down"
-            assert said.startswith(outcome), said
-
-
-@pytest.mark.skipif(SINK is None, reason="smtp-sink is not installed")
-async def test_smtp_sink_speaks_lmtp(pool: Pool) -> None:
-    with sink("-L") as hop:
-        lmtp = Hop(host=hop.host, port=hop.port, kind="lmtp", tls=PLAIN)
-        results = await pool.deliver(lmtp, envelope("a@x.org", "b@x.org"), PREFIX, Text(TEXT), len(PREFIX + TEXT))
-        assert told(results) == "delivered 250, delivered 250"
