@@ -22,6 +22,7 @@ PROGRAMS = {
     "journeys/test_gateway.py": ["smtp-source", "smtp-sink"],
     "journeys/test_sink_faults.py": ["postfix", "swaks"],
     "journeys/test_haraka.py": [],
+    "journeys/test_dumps.py": ["smtp-sink"],
     "relay/test_smtp_sink.py": ["smtp-sink"],
 }
 """What a file needs from Debian's packages, Haraka from npm."""

@@ -72,6 +72,14 @@ class Row:
         return " ".join(self.arguments)
 
 
+def dumps_a_message(server: Server, client: Client) -> None:
+    assert client.reply()[0].startswith("220")
+    assert client.mail().startswith("250")
+    (one,) = server.folder.glob("one.*")
+    assert one.read_text().startswith("--X-Client-Addr: ")
+    assert "X-Mail-Args: <a@example.com>" in (server.folder / "all").read_text()
+
+
 def offers_not(*keywords: str) -> Callable[[Server, Client], None]:
     def probe(server: Server, client: Client) -> None:
         client.reply()
@@ -211,6 +219,7 @@ ROWS = (
         (says("553 5.1.3 No", *BEGIN), says("451 4.7.1 Later", "NOOP")),
     ),
     Row(("-c", "-s", "MAIL,RCPT"), (shows_counters, journals_mail)),
+    Row(("-d", "FOLDER/one.", "-D", "FOLDER/all", "-S", "--"), (dumps_a_message,)),
     Row(("-e",), (speaks_no_esmtp,)),
     Row(("-f", "rset, HELO"), (says(HARD, "RSET"), says(HARD, "HELO x"), offers_not("PIPELINING"))),
     Row(("-f", "connect"), (greets(HARD),)),
@@ -250,7 +259,8 @@ ROWS = (
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_letters_are_obeyed(tmp_path: Path, row: Row) -> None:
-    with serving(tmp_path / "data", "", "sink", *row.arguments) as server:
+    arguments = [each.replace("FOLDER", str(tmp_path / "data")) for each in row.arguments]
+    with serving(tmp_path / "data", "", "sink", *arguments) as server:
         for probe in row.probes:
             with client_of(server) as client:
                 probe(server, client)
@@ -264,9 +274,7 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("-d", "%Y"), "-d of smtp-sink is not done here: use --keep maildir:DIR"),
-        (("-D", "%Y"), "-D of smtp-sink is not done here: use --keep mbox:FILE"),
-        (("-S", "x"), "-S of smtp-sink is not done here"),
+        (("-S", "x"), "-S goes with -d or -D"),
         (("-R", "/srv"), "systemd RootDirectory="),
         (("-u", "nobody-at-all"), "setpriv --reuid=nobody-at-all"),
         (("-4", "-6"), "-4 and -6 leave nothing"),

@@ -218,6 +218,13 @@ def kept_in_a_maildir(server: Server) -> None:
     assert [message["Subject"] for message in mailbox.Maildir(server.folder / "maildir")][-1:] == ["Hello Bob"]
 
 
+def writes_dumps(server: Server) -> None:
+    send(server)
+    (one,) = server.folder.glob("one.*")
+    for path in (one, server.folder / "all"):
+        assert path.read_text().startswith("--X-Client-Addr: 127.0.0.1\nX-Client-Proto: ESMTP\n")
+
+
 def kept_in_a_file(server: Server) -> None:
     send(server)
     assert "Hello Bob" in (server.folder / "mail.mbox").read_text()
@@ -537,10 +544,20 @@ SETUPS = (
         ),
     ),
     Setup(
+        "dumps",
+        arguments="-d FOLDER/one. -D FOLDER/all -S --",
+        rows=(
+            Row(
+                "smtp-sink `-d TEMPLATE`, `-D TEMPLATE`, `-S STRING`",
+                "the same letters; the parameters of MAIL and RCPT stand in an order of their own",
+                writes_dumps,
+            ),
+        ),
+    ),
+    Setup(
         "keeping and showing",
         arguments=f"{KEEPING} --web 127.0.0.1:0",
         rows=(
-            Row("smtp-sink `-d`, `-D`", "`penstock sink --keep maildir:DIR`", kept_in_a_maildir),
             Row(
                 "MailHog `-storage maildir -maildir-path DIR`", "`penstock sink --keep maildir:DIR`", kept_in_a_maildir
             ),
@@ -734,10 +751,8 @@ def test_what_the_table_says_is_so(tmp_path: Path, setup: Setup) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("-d %Y%m%d.", "-d of smtp-sink"),
-        ("-D %Y%m%d.", "-D of smtp-sink"),
         ("-R /var/empty", "-R of smtp-sink"),
-        ("-S From", "-S of smtp-sink"),
+        ("-S From", "-S goes with -d or -D"),
         ("-u nobody-like-this", "-u of smtp-sink"),
     ],
 )

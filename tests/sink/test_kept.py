@@ -14,7 +14,8 @@ from penstock._tally import SequenceBook
 from penstock.message import Envelope, Message, MessageId, Recipient
 from penstock.message import Path as MailPath
 from penstock.reply import Reply
-from penstock.sink.kept import HeaderMarks, JsonLinesStore, KeepSettings, KeptMessage, MboxStore, Shelf, make_keeping
+from penstock.sink.kept import HeaderMarks, KeepSettings, KeptMessage, Shelf, make_keeping
+from penstock.sink.stores import MboxStore
 
 TEXT = b"Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\nX-Seq: 7\r\n\r\nhello\r\nFrom here\r\n>From there\r\n"
 
@@ -210,6 +211,26 @@ def test_a_field_that_can_not_be_is_refused(name: str) -> None:
         HeaderMarks(name, SequenceBook)
 
 
-def test_a_json_line_is_one_line() -> None:
-    line = JsonLinesStore(Path())._encoded(KeptMessage("M", 0.5, "a\nb", ("c",), 1, b"x\ny"))
-    assert line.count(b"\n") == 1
+async def test_a_text_that_is_too_long_for_a_line_of_json_is_refused(tmp_path: Path) -> None:
+    delivery = make_keeping([KeepSettings.parse(f"jsonl:{tmp_path / 'lines'}")], None)
+    delivery._most_octets = 10
+    await delivery.start()
+    replies: list[Reply] = []
+    delivery.accept_later(message(1, b"0123456789"), replies.append)
+    delivery.accept_later(message(2, b"0123456789a"), replies.append)
+    await delivery.aclose()
+    assert sorted(reply.code for reply in replies) == [250, 552]
+    assert len((tmp_path / "lines").read_text().splitlines()) == 1
+
+
+async def test_a_long_text_is_whole_in_a_file_and_cut_in_memory(tmp_path: Path) -> None:
+    delivery = make_keeping([KeepSettings.parse(f"maildir:{tmp_path / 'mail'}")], None)
+    assert delivery.shelf is not None
+    delivery._looked_at = 15
+    await delivery.start()
+    assert (await delivery.accept(message(1, TEXT))).code == 250
+    await delivery.aclose()
+    (shown,) = delivery.shelf.newest(1)
+    assert (shown.raw, shown.is_cut, shown.size) == (TEXT[:15], True, len(TEXT))
+    (path,) = (tmp_path / "mail" / "new").iterdir()
+    assert path.read_bytes() == TEXT

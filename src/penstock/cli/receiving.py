@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from penstock.delivery.base import Delivery
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
 from penstock.sink.receipts import Expectation, FaultBook, FaultControl, Receipts, RecipientMarks
 from penstock.sink.report import Report, Sample, encode, json_schema
+from penstock.sink.stores import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,7 +59,7 @@ _OPTIONS: Final = (
     click.option(
         "--sequence-header",
         metavar="NAME",
-        help="The number of a message is in this header field, not in its sender. Keeps each text until its end.",
+        help="The number of a message is in this header field, not in its sender.",
     ),
     click.option(
         "--sequence-recipient",
@@ -69,7 +70,8 @@ _OPTIONS: Final = (
         "--keep",
         multiple=True,
         metavar="WHAT",
-        help="Keep messages: last:N in memory, maildir:DIR, mbox:FILE or jsonl:FILE. May be repeated.",
+        help="Keep messages: last:N in memory (16 MiB of each), maildir:DIR, mbox:FILE or jsonl:FILE (64 MiB at most). "
+        "May be repeated.",
     ),
     click.option("--web", metavar="HOST:PORT", help="Show a live page and an HTTP API there, such as 127.0.0.1:8025."),
     click.option(
@@ -107,9 +109,10 @@ class Wishes(NamedTuple):
 class Account:
     """The receipts of one run of a sink. Made before the worker, because the worker counts into it."""
 
-    def __init__(self, wishes: Wishes) -> None:
-        """Bind the socket of the page. Raise click.UsageError for wishes that can not be met."""
+    def __init__(self, wishes: Wishes, stores: Sequence[Store] = ()) -> None:
+        """Bind the socket of the page; `stores` get all messages. Raise click.UsageError for what can not be."""
         self._wishes = wishes
+        self._stores = stores
         self._receipts: Receipts | None = None
         self._sockets: list[socket.socket] = []
         self._keeping: KeepingDelivery | None = None
@@ -127,6 +130,8 @@ class Account:
         if not wishes.counts:
             if wishes != Wishes(counts=False, web_token=wishes.web_token):
                 raise ValueError("--no-receipts goes with no other option about them")
+            if self._stores:
+                raise ValueError("--no-receipts goes neither with -d nor with -D")
             return
         if wishes.sequence_header is not None and wishes.sequence_recipient is not None:
             raise ValueError("--sequence-header and --sequence-recipient exclude each other")
@@ -134,8 +139,8 @@ class Account:
         source = None if pattern is None else RecipientMarks(pattern)
         tally = self.tally = Tally(source=source, reads_marks=header is None)
         marks = None if header is None else HeaderMarks(header, lambda: tally.sequences)
-        if wishes.keep or marks is not None:
-            self._keeping = make_keeping([KeepSettings.parse(each) for each in wishes.keep], marks)
+        if wishes.keep or marks is not None or self._stores:
+            self._keeping = make_keeping([KeepSettings.parse(each) for each in wishes.keep], marks, self._stores)
         if wishes.web is not None:
             self._sockets = _web().bind_web(wishes.web, wishes.web_token)
 

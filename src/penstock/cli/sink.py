@@ -96,7 +96,7 @@ def sink(
     if letters.given.get("h") == "":
         click.echo(context.get_help())
         return
-    account = Account(Wishes(**wishes))
+    account = Account(Wishes(**wishes), letters.stores)
     messages, sessions = messages or letters.messages, sessions or letters.sessions
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = _with_tls(_base(config_file, folder), tls, certificate, key)

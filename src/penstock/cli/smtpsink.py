@@ -17,6 +17,7 @@ import msgspec
 
 from penstock.config import Settings
 from penstock.sink.plan import DelaySettings, Ending, Phase, PlanSettings, RuleSettings, reply_of
+from penstock.sink.stores import DumpStore, unescape
 
 F = TypeVar("F", bound=Callable[..., Any])
 _replace = msgspec.structs.replace
@@ -70,8 +71,8 @@ LETTERS: Final = (
     Letter("B", "REPLY", "what -f says", 'reply = "REPLY"'),
     Letter("c", "", "counters while it runs", "-c, --counters"),
     Letter("C", "", "no XCLIENT, which is so anyway", "as it is"),
-    Letter("d", "TEMPLATE", "refused: use --keep maildir:DIR", "--keep maildir:DIR"),
-    Letter("D", "TEMPLATE", "refused: use --keep mbox:FILE", "--keep mbox:FILE, --keep jsonl:FILE"),
+    Letter("d", "TEMPLATE", "a file for each message, named by strftime(3) and a number", "--keep maildir:DIR"),
+    Letter("D", "TEMPLATE", "a file for many messages, named by strftime(3)", "--keep mbox:FILE, --keep jsonl:FILE"),
     Letter("e", "", "no ESMTP: EHLO is unknown", 'phase = "ehlo", reply = "500"'),
     Letter("E", "", "no ENHANCEDSTATUSCODES", "[listener.extensions] enhancedstatuscodes = false"),
     Letter("f", "COMMANDS", "a 5yz to these commands; implies -p", 'phase, reply = "500"'),
@@ -95,7 +96,7 @@ LETTERS: Final = (
         "chroot, systemd RootDirectory=",
     ),
     Letter("s", "COMMANDS", "mail events are journaled, whatever their commands", "[journal] events"),
-    Letter("S", "STRING", "refused: it is for -d and -D", "--keep"),
+    Letter("S", "STRING", "what stands before each message of -d and -D, with the escapes of C", "as it is"),
     Letter("t", "SECONDS", "seconds between two commands, and for a message", "[listener.limits] command_timeout"),
     Letter("T", "OCTETS", "the TCP window", "-T, or read_rate in a plan"),
     Letter("u", "USER", "refused, unless it is the user who runs it", "setpriv --reuid=USER, systemd User="),
@@ -172,6 +173,16 @@ class LetterWishes:
         """Octets of the TCP window."""
         return self.given.get("T")
 
+    @property
+    def stores(self) -> list[DumpStore]:
+        """Files that messages are written to."""
+        start = unescape(self.given.get("S", ""))
+        return [
+            DumpStore(self.given[letter], is_single=letter == "d", start=start)
+            for letter in ("d", "D")
+            if letter in self.given
+        ]
+
     # ---- checking
 
     def check(self) -> None:
@@ -186,6 +197,8 @@ class LetterWishes:
                 f"-u of smtp-sink is not done here: run it as that user, "
                 f"`setpriv --reuid={user} --init-groups penstock sink ...`; no privileges are needed from port 1024 on"
             )
+        if "S" in self.given and not self.stores:
+            raise click.UsageError("-S goes with -d or -D")
         if "4" in self.given and "6" in self.given:
             raise click.UsageError("-4 and -6 leave nothing")
         if "m" in self.given:

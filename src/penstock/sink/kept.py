@@ -6,27 +6,23 @@
     jsonl:FILE            one JSON object a line: id, received_at, sender, recipients, size, and `text` or `base64`
 
 A message's 250 is sent when it is in the file, so a sender that hears it finds it there; but nothing is synced to the
-disk, because a sink promises nothing beyond the life of the machine. Files are written by one thread for all sessions,
-many messages at a time. What is kept is the text as it was received, without any field of the server's own.
+disk, because a sink promises nothing beyond the life of the machine. What is kept is the text as it was received,
+without any field of the server's own. Files hold messages of any size, but for a line of JSON, which has at most
+64 MiB; in memory a message has at most 16 MiB, and is shown cut when it is longer.
 """
 
 from __future__ import annotations
 
-import base64
 import errno
 import itertools
-import os
 import re
-import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from email import policy
 from email.parser import BytesHeaderParser
 from pathlib import Path
-from typing import BinaryIO, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
-import msgspec
 import trio
 
 from penstock import reply as replies
@@ -34,20 +30,26 @@ from penstock._tally import SequenceBook
 from penstock.message import Message
 from penstock.reply import Reply
 from penstock.sequence import parse_counter
+from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store
 
 _MOST_OCTETS: Final = 64 << 20
 _MOST_MESSAGES: Final = 100_000
 _DEFAULT_MESSAGES: Final = 1000
 _MOST_IN_BATCH: Final = 256
 _MOST_LARGE: Final = 2
-"""Messages that were too long for the memory of a session, and are in memory all the same while they are written."""
-MAX_SIZE: Final = 64 << 20
-"""Octets a message may have that is to be kept."""
+"""Messages that were too long for the memory of a session, and are read and written at a time."""
 _MOST_HEADER: Final = 65_536
 """Octets of a header that are looked at."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_FROM: Final = re.compile(rb"^(>*From )", re.MULTILINE)
 _HEADERS: Final = BytesHeaderParser(policy=policy.default)
+
+
+_TOO_LONG: Final = Reply(552, "5.3.4", "The message is too long to be kept")
+_STORES: Final[dict[str, Callable[[Path], Store]]] = {
+    "maildir": MaildirStore,
+    "mbox": MboxStore,
+    "jsonl": JsonLinesStore,
+}
 
 
 class KeepSettings(NamedTuple):
@@ -122,6 +124,8 @@ class Shelf:
             raise ValueError("a shelf has room for at least one message")
         self.count = count
         """Messages there is room for."""
+        self.longest = octets // 4
+        """Octets of a message that are kept."""
         self._most = octets
         self._messages: dict[str, KeptMessage] = {}
         self.octets = 0
@@ -132,8 +136,8 @@ class Shelf:
 
     def put(self, message: KeptMessage) -> None:
         """Keep a message, and forget the oldest where there is no room."""
-        if len(message.raw) > self._most // 4:
-            message.raw = message.raw[: self._most // 4]
+        if len(message.raw) > self.longest:
+            message.raw = message.raw[: self.longest]
             message.is_cut = True
         self._messages[message.id] = message
         self.octets += len(message.raw)
@@ -165,115 +169,6 @@ class Shelf:
             found_before = itertools.dropwhile(lambda each: each.id >= before, found)
             return list(itertools.islice(found_before, limit))
         return list(itertools.islice(found, limit))
-
-
-# ---- in files
-
-
-class Store(Protocol):
-    """Where messages are written to, by one thread."""
-
-    def open(self) -> None:
-        """Make what is needed. Raise OSError with the path."""
-
-    def write(self, messages: Sequence[KeptMessage]) -> None:
-        """Write messages so that others can read them. Raise OSError."""
-
-    def close(self) -> None:
-        """Give everything back."""
-
-
-class MaildirStore:
-    """A Maildir."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._numbers = itertools.count()
-        self._host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
-
-    def open(self) -> None:
-        """Make the folders."""
-        for name in ("tmp", "new", "cur"):
-            (self._path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
-
-    def write(self, messages: Sequence[KeptMessage]) -> None:
-        """Write a file for each."""
-        for message in messages:
-            name = f"{int(message.received_at)}.P{os.getpid()}Q{next(self._numbers)}I{message.id}.{self._host}"
-            unfinished = self._path / "tmp" / name
-            unfinished.write_bytes(message.raw)
-            unfinished.rename(self._path / "new" / name)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class _FileStore:
-    """One file that grows."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: BinaryIO | None = None
-
-    def open(self) -> None:
-        """Open the file behind what it has."""
-        self._file = self._path.open("ab", buffering=0)
-
-    def write(self, messages: Sequence[KeptMessage]) -> None:
-        """Append the messages, all of them or none."""
-        assert self._file is not None
-        data = memoryview(b"".join(self._encoded(message) for message in messages))
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-        except OSError:
-            os.ftruncate(self._file.fileno(), size)
-            raise
-
-    def _encoded(self, message: KeptMessage) -> bytes:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-
-
-class MboxStore(_FileStore):
-    """An mbox file, lines ended by LF."""
-
-    def _encoded(self, message: KeptMessage) -> bytes:
-        when = time.strftime("%a %b %d %H:%M:%S %Y", time.gmtime(message.received_at))
-        sender = re.sub(r"[\s\x00-\x1f\x7f]", "_", message.sender) or "MAILER-DAEMON"
-        text = _FROM.sub(rb">\1", message.raw.replace(b"\r\n", b"\n"))
-        end = b"\n" if text.endswith(b"\n") else b"\n\n"
-        return f"From {sender} {when}\n".encode() + text + end
-
-
-class JsonLinesStore(_FileStore):
-    """A file of JSON objects, one a line."""
-
-    def _encoded(self, message: KeptMessage) -> bytes:
-        record: dict[str, object] = {
-            "id": message.id,
-            "received_at": round(message.received_at, 3),
-            "sender": message.sender,
-            "recipients": message.recipients,
-            "size": message.size,
-        }
-        try:
-            record["text"] = message.raw.decode()
-        except UnicodeDecodeError:
-            record["base64"] = base64.b64encode(message.raw).decode()
-        return msgspec.json.encode(record) + b"\n"
-
-
-_STORES: Final[dict[str, Callable[[Path], Store]]] = {
-    "maildir": MaildirStore,
-    "mbox": MboxStore,
-    "jsonl": JsonLinesStore,
-}
 
 
 # ---- the delivery
@@ -308,12 +203,15 @@ class KeepingDelivery:
         self.shelf = shelf
         self._stores = stores
         self._marks = marks
-        self._waiting: list[tuple[KeptMessage, Callable[[Reply], None]]] = []
+        self._looked_at = shelf.longest if shelf is not None else _MOST_HEADER if marks is not None else 0
+        """Octets of a text that are wanted in memory."""
+        self._most_octets = min((store.most_octets for store in stores if store.most_octets is not None), default=None)
+        self._waiting: list[tuple[Message, KeptMessage, Callable[[Reply], None]]] = []
         self._work = trio.Event()
         self._is_closing = False
         self._has_finished: trio.Event | None = None
         """Set when the files are closed; None before they are opened."""
-        self._in_memory = trio.Semaphore(_MOST_LARGE)
+        self._large = trio.Semaphore(_MOST_LARGE)
 
     async def start(self) -> None:
         """Open the files. Raise OSError."""
@@ -332,25 +230,33 @@ class KeepingDelivery:
             answers.append(reply)
             answered.set()
 
-        async with self._in_memory:
-            raw = await trio.to_thread.run_sync(_text_of, message)
-            self._keep(message, raw, done)
+        async with self._large:
+            kept = await trio.to_thread.run_sync(self._read, message)
+            self._keep(message, kept, done)
             await answered.wait()
         return answers[0]
 
     def accept_later(self, message: Message, done: Callable[[Reply], None]) -> None:
         """Keep a message whose body is in memory."""
-        self._keep(message, _text_of(message), done)
+        self._keep(message, self._read(message), done)
 
-    def _keep(self, message: Message, raw: bytes, done: Callable[[Reply], None]) -> None:
-        envelope = message.envelope
+    def _read(self, message: Message) -> KeptMessage:
+        """Return a message as the shelf has it, its text as far as that is looked at. May read the disk."""
+        envelope, size = message.envelope, message.body.size
         recipients = tuple(recipient.path.text for recipient in envelope.recipients)
-        kept = KeptMessage(message.id, message.received_at, envelope.sender.text, recipients, len(raw), raw)
-        if not self._stores:
+        raw = _beginning(message.body.chunks(), self._looked_at)
+        return KeptMessage(
+            message.id, message.received_at, envelope.sender.text, recipients, size, raw, is_cut=len(raw) < size
+        )
+
+    def _keep(self, message: Message, kept: KeptMessage, done: Callable[[Reply], None]) -> None:
+        if self._most_octets is not None and kept.size > self._most_octets:
+            done(_TOO_LONG.because(f"a line of JSON has at most {self._most_octets} octets of text"))
+        elif not self._stores:
             done(self._kept(kept))
-            return
-        self._waiting.append((kept, done))
-        self._work.set()
+        else:
+            self._waiting.append((message, kept, done))
+            self._work.set()
 
     def _kept(self, message: KeptMessage) -> Reply:
         """Show a message that is where it should be."""
@@ -373,18 +279,18 @@ class KeepingDelivery:
             await trio.to_thread.run_sync(store.close)
         self._has_finished.set()
 
-    async def _write(self, batch: Sequence[tuple[KeptMessage, Callable[[Reply], None]]]) -> None:
+    async def _write(self, batch: Sequence[tuple[Message, KeptMessage, Callable[[Reply], None]]]) -> None:
         """Write messages to all files, and answer them."""
         failure: Reply | None = None
-        messages = [message for message, _ in batch]
+        messages = [message for message, _, _ in batch]
         try:
             for store in self._stores:
                 await trio.to_thread.run_sync(store.write, messages)
         except Exception as exc:  # noqa: BLE001 - whatever it is, these messages were not kept
             is_full = isinstance(exc, OSError) and exc.errno in _FULL
             failure = (replies.DISK_FULL if is_full else replies.TRY_LATER).because(str(exc))
-        for message, done in batch:
-            done(failure or self._kept(message))
+        for _, kept, done in batch:
+            done(failure or self._kept(kept))
 
     async def aclose(self) -> None:
         """Write what is waiting, and close the files."""
@@ -394,13 +300,22 @@ class KeepingDelivery:
             await self._has_finished.wait()
 
 
-def _text_of(message: Message) -> bytes:
-    return b"".join(message.body.chunks())
+def _beginning(chunks: Iterable[bytes], most: int) -> bytes:
+    """Return the first octets of a text."""
+    found: list[bytes] = []
+    for chunk in chunks if most else ():
+        found.append(chunk[:most])
+        most -= len(found[-1])
+        if not most:
+            break
+    return b"".join(found)
 
 
-def make_keeping(settings: Sequence[KeepSettings], marks: HeaderMarks | None) -> KeepingDelivery:
-    """Return the delivery that keeps what the settings ask for, and takes the marks of a header."""
+def make_keeping(
+    settings: Sequence[KeepSettings], marks: HeaderMarks | None, stores: Sequence[Store] = ()
+) -> KeepingDelivery:
+    """Return the delivery that keeps what the settings ask for, in further stores, too, and takes a header's marks."""
     counts = [each.messages for each in settings if each.kind == "last"]
     shelf = Shelf(max(counts, default=_DEFAULT_MESSAGES)) if settings else None
-    stores = [_STORES[each.kind](each.path) for each in settings if each.path is not None]
-    return KeepingDelivery(shelf, stores, marks)
+    asked = [_STORES[each.kind](each.path) for each in settings if each.path is not None]
+    return KeepingDelivery(shelf, [*asked, *stores], marks)

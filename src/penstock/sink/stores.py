@@ -1,0 +1,296 @@
+"""Files that a sink keeps messages in: a Maildir, an mbox, JSON lines, and the dumps of Postfix's smtp-sink.
+
+One thread writes for all sessions, many messages at a time. What is written is the text as it was received, without
+any field of the server's own but for those of a dump. A text is read in pieces, so that one of any length costs no
+memory; a line of JSON has to be whole, and has a bound. A file that could not be written to is as long as before.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+import msgspec
+
+from penstock.message import Message, Recipient
+
+_FROM: Final = re.compile(rb"^(>*From )", re.MULTILINE)
+_LONG: Final = 1 << 20
+"""Octets of a line that is written in several pieces."""
+_MOST_IN_LINE: Final = 64 << 20
+
+
+class Store(Protocol):
+    """Where messages are written to, by one thread."""
+
+    most_octets: int | None
+    """Octets of a text it takes; None takes any."""
+
+    def open(self) -> None:
+        """Make what is needed. Raise OSError with the path."""
+
+    def write(self, messages: Sequence[Message]) -> None:
+        """Write messages so that others can read them. Raise OSError."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class MaildirStore:
+    """A Maildir (https://cr.yp.to/proto/maildir.html)."""
+
+    most_octets: int | None = None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._numbers = itertools.count()
+        self._host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
+
+    def open(self) -> None:
+        """Make the folders."""
+        for name in ("tmp", "new", "cur"):
+            (self._path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def write(self, messages: Sequence[Message]) -> None:
+        """Write a file for each."""
+        for message in messages:
+            name = f"{int(message.received_at)}.P{os.getpid()}Q{next(self._numbers)}I{message.id}.{self._host}"
+            unfinished = self._path / "tmp" / name
+            try:
+                with unfinished.open("xb", buffering=0) as file:
+                    _write_all(file, message.body.chunks())
+                unfinished.rename(self._path / "new" / name)
+            except OSError:
+                unfinished.unlink(missing_ok=True)
+                raise
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class _FileStore:
+    """One file that grows."""
+
+    most_octets: int | None = None
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    def open(self) -> None:
+        """Open the file behind what it has."""
+        self._file = self._path.open("ab", buffering=0)
+
+    def write(self, messages: Sequence[Message]) -> None:
+        """Append the messages, all of them or none."""
+        assert self._file is not None
+        _append(self._file, itertools.chain.from_iterable(map(self._pieces, messages)))
+
+    def _pieces(self, message: Message) -> Iterable[bytes]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class MboxStore(_FileStore):
+    """An mbox file: lines ended by LF, "From " at the beginning of one quoted with ">" (mboxrd, RFC 4155)."""
+
+    def _pieces(self, message: Message) -> Iterator[bytes]:
+        when = time.strftime("%a %b %d %H:%M:%S %Y", time.gmtime(message.received_at))
+        sender = re.sub(r"[\s\x00-\x1f\x7f]", "_", message.envelope.sender.text) or "MAILER-DAEMON"
+        yield f"From {sender} {when}\n".encode()
+        last = b"\n"
+        for piece, begins_line in _lines(message.body.chunks()):
+            start = 0 if begins_line else piece.find(b"\n") + 1 or len(piece)
+            yield piece[:start] + _FROM.sub(rb">\1", piece[start:])
+            last = piece[-1:]
+        yield b"\n" if last == b"\n" else b"\n\n"
+
+
+class JsonLinesStore(_FileStore):
+    """A file of JSON objects, one a line."""
+
+    most_octets: int | None = _MOST_IN_LINE
+
+    def _pieces(self, message: Message) -> Iterator[bytes]:
+        envelope, raw = message.envelope, b"".join(message.body.chunks())
+        record: dict[str, object] = {
+            "id": message.id,
+            "received_at": round(message.received_at, 3),
+            "sender": envelope.sender.text,
+            "recipients": [recipient.path.text for recipient in envelope.recipients],
+            "size": len(raw),
+        }
+        try:
+            record["text"] = raw.decode()
+        except UnicodeDecodeError:
+            record["base64"] = base64.b64encode(raw).decode()
+        yield msgspec.json.encode(record) + b"\n"
+
+
+# ---- the dumps of smtp-sink
+
+_RECEIVED: Final = re.compile(
+    rb"Received: from (?P<hello>\S*) \(\[(?P<address>[^\]]*)\]\)(?s:.*?)"
+    rb"\r\n\tby (?P<host>\S+) \(.*?\) with (?P<with>\S+)"
+)
+"""The field above the body (penstock.inbound.trace)."""
+_ESCAPE: Final = re.compile(r"\\([0-7]{1,3}|[abfnrtv\\])")
+_CONTROLS: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\"}
+
+
+def unescape(text: str) -> bytes:
+    r"""Return what a text with the escapes of C means: \n, \t, \101 ..."""
+
+    def meaning(found: re.Match[str]) -> str:
+        return _CONTROLS.get(found[1]) or chr(int(found[1], 8) & 0xFF)
+
+    return _ESCAPE.sub(meaning, text).encode("latin-1", "replace")
+
+
+class DumpStore:
+    """The files of smtp-sink's -d (one for each message) and -D (one for many): see "DUMP FILE FORMAT" in smtp-sink(1).
+
+    The parameters of MAIL and RCPT stand in an order of their own, whatever that of the client was.
+    """
+
+    most_octets: int | None = None
+
+    def __init__(self, template: str, *, is_single: bool, start: bytes = b"") -> None:
+        """`template` is expanded by strftime(3), in local time; `start` stands before each message."""
+        self._template = template
+        self._is_single = is_single
+        self._start = start
+
+    def open(self) -> None:
+        """Do nothing: the name of a file depends on the time."""
+
+    def write(self, messages: Sequence[Message]) -> None:
+        """Write each message."""
+        for message in messages:
+            path = time.strftime(self._template, time.localtime(message.received_at))
+            if "/" in path:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._write(path, message)
+
+    def _write(self, path: str, message: Message) -> None:
+        number = os.urandom(8).hex()
+        if not self._is_single:
+            with Path(path).open("ab", buffering=0) as file:
+                _append(file, self._pieces(message, number))
+            return
+        with Path(path + number).open("xb", buffering=0) as file:
+            try:
+                _write_all(file, self._pieces(message, number))
+            except OSError:
+                Path(path + number).unlink(missing_ok=True)
+                raise
+
+    def _pieces(self, message: Message, number: str) -> Iterator[bytes]:
+        yield self._start
+        yield _head_of(message, number)
+        last = b"\n"
+        for piece, _ in _lines(message.body.chunks()):
+            yield piece
+            last = piece[-1:]
+        yield b"\n" if last == b"\n" else b"\n\n"
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _head_of(message: Message, number: str) -> bytes:
+    """Return the fields that smtp-sink writes above a message."""
+    envelope = message.envelope
+    found = _RECEIVED.match(message.prefix)
+    assert found is not None
+    hello, address, host, protocol = (found[name].decode() for name in ("hello", "address", "host", "with"))
+    protocol = "LMTP" if "LMTP" in protocol else "SMTP" if protocol == "SMTP" else "ESMTP"
+    mail = [f"<{envelope.sender.text}>"]
+    mail += [f"SIZE={envelope.size}"] if envelope.size is not None else []
+    mail += [f"BODY={envelope.body_type}"] if envelope.body_type != "7BIT" else []
+    mail += ["SMTPUTF8"] if envelope.smtputf8 else []
+    mail += [f"RET={envelope.ret}"] if envelope.ret is not None else []
+    mail += [f"ENVID={envelope.envid}"] if envelope.envid is not None else []
+    mail += ["REQUIRETLS"] if envelope.requiretls else []
+    date = format_datetime(datetime.fromtimestamp(int(message.received_at), UTC))
+    lines = [
+        f"X-Client-Addr: {address.replace('IPv6:', 'ipv6:')}",
+        f"X-Client-Proto: {protocol}",
+        *([f"X-Helo-Args: {hello}"] if hello else []),
+        f"X-Mail-Args: {' '.join(mail)}",
+        *(f"X-Rcpt-Args: {_rcpt_of(recipient)}" for recipient in envelope.recipients),
+        f"Received: from {hello or address} ([{address}])",
+        f"\tby {host} (Penstock) with {protocol} id {number};",
+        f"\t{date} (UTC)",
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _rcpt_of(recipient: Recipient) -> str:
+    notify = f" NOTIFY={','.join(sorted(recipient.notify))}" if recipient.notify else ""
+    return f"<{recipient.path.text}>{notify}{f' ORCPT={recipient.orcpt}' if recipient.orcpt is not None else ''}"
+
+
+# ---- pieces
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Yield a text with LF in the place of CR LF, in pieces, and whether each begins a line.
+
+    A piece ends with a line, unless the line is very long or the last one.
+    """
+    rest, begins_line = b"", True
+    for chunk in chunks:
+        rest += chunk
+        end = rest.rfind(b"\n") + 1
+        if not end and len(rest) > _LONG:
+            end = len(rest) - 1  # not between CR and LF
+        if end:
+            yield rest[:end].replace(b"\r\n", b"\n"), begins_line
+            begins_line = rest[end - 1 : end] == b"\n"
+            rest = rest[end:]
+    if rest:
+        yield rest, begins_line
+
+
+def _write_all(file: BinaryIO, pieces: Iterable[bytes]) -> None:
+    """Write pieces, small ones together."""
+    for data in _gathered(pieces):
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+
+
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    waiting: list[bytes] = []
+    octets = 0
+    for piece in pieces:
+        waiting.append(piece)
+        octets += len(piece)
+        if octets >= _LONG:
+            yield b"".join(waiting)
+            waiting, octets = [], 0
+    yield b"".join(waiting)
+
+
+def _append(file: BinaryIO, pieces: Iterable[bytes]) -> None:
+    """Write pieces at the end of a file, all of them or none."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        _write_all(file, pieces)
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
