@@ -76,7 +76,7 @@ def dumps_a_message(server: Server, client: Client) -> None:
     assert client.reply()[0].startswith("220")
     assert client.mail().startswith("250")
     (one,) = server.folder.glob("one.*")
-    assert one.read_text().startswith("--X-Client-Addr: ")
+    assert one.read_text().startswith("x-X-Client-Addr: ")
     assert "X-Mail-Args: <a@example.com>" in (server.folder / "all").read_text()
 
 
@@ -219,7 +219,7 @@ ROWS = (
         (says("553 5.1.3 No", *BEGIN), says("451 4.7.1 Later", "NOOP")),
     ),
     Row(("-c", "-s", "MAIL,RCPT"), (shows_counters, journals_mail)),
-    Row(("-d", "FOLDER/one.", "-D", "FOLDER/all", "-S", "--"), (dumps_a_message,)),
+    Row(("-d", "FOLDER/one.", "-D", "FOLDER/all", "-S", "x-"), (dumps_a_message,)),
     Row(("-e",), (speaks_no_esmtp,)),
     Row(("-f", "rset, HELO"), (says(HARD, "RSET"), says(HARD, "HELO x"), offers_not("PIPELINING"))),
     Row(("-f", "connect"), (greets(HARD),)),
