@@ -157,11 +157,12 @@ async def test_a_deferred_recipient_is_due_again_and_not_before(tmp_path: Path) 
         assert entry.rows[0].attempts == 2
 
 
-async def test_a_postponed_lane_waits_and_others_do_not(tmp_path: Path) -> None:
+async def test_a_lane_that_is_taken_from_waits_and_others_do_not(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
+        await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"y"), ["y"])
-        await spool.postpone("x", NOW + 30)
+        assert len(await spool.take("x", NOW, 1, 1 << 20, NOW + 30)) == 1
         assert await spool.due_lanes(NOW, 10) == [LaneDue("y", NOW)]
         assert await spool.due_lanes(NOW + 30, 10) == [LaneDue("y", NOW), LaneDue("x", NOW + 30)]
 

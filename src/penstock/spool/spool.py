@@ -234,10 +234,6 @@ class Spool:
         for _, lanes in messages:
             self.became_due(lanes)
 
-    async def postpone(self, lane: str, until: float) -> None:
-        """Let nothing of a lane be found due before a time; a message that is put into it meanwhile brings it back."""
-        await self._committer.do(lambda store: store.postpone(lane, until))
-
 
 def _nobody_waits(_: Sequence[str]) -> None:
     """There is no relay."""

@@ -368,12 +368,6 @@ class Store:
         ).fetchone()[0]
         return due_at
 
-    def postpone(self, name: str, until: float) -> None:
-        """Let nothing of a lane be found due before a time. A message put meanwhile brings it back."""
-        self._database.execute(
-            "UPDATE lane SET due_at = ? WHERE number = ? AND due_at < ?", (until, self._lane(name), until)
-        )
-
     def _look_again(self, lane: int, now: float, until: float) -> None:
         self._database.execute(
             "UPDATE lane SET due_at = (SELECT CASE WHEN min(due_at) <= ? THEN max(min(due_at), ?) ELSE min(due_at) END"
