@@ -50,8 +50,33 @@ async def test_a_message_goes_out_as_it_came_and_leaves_the_spool(tmp_path: Path
         assert [event["to"] for event in relay.events("delivered")] == [["bob@example.org"], ["eve@example.org"]]
 
 
-async def test_the_recipients_of_each_domain_go_in_one_transaction(tmp_path: Path) -> None:
-    async with relaying(tmp_path) as relay:
+async def test_recipients_with_the_same_next_hop_go_in_one_transaction(tmp_path: Path) -> None:
+    routes: list[dict[str, Any]] = [{"domains": ["z.org"], "next_hop": "smtp://other"}, {"next_hop": "smtp://hop"}]
+    async with relaying(tmp_path, routes=routes) as relay:
+        await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org", "d@z.org"))
+        await relay.quiet()
+        assert sorted(sent.to for sent in relay.pool.sent) == [["a@x.org", "c@x.org", "b@y.org"], ["d@z.org"]]
+        assert await relay.waiting() == []
+
+
+async def test_what_is_tried_again_goes_by_its_domain(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org"))
+        await relay.quiet()
+        assert [(address, wait) for address, _, _, wait in await relay.waiting()] == [
+            ("a@x.org", 60.0), ("b@y.org", 60.0), ("c@x.org", 60.0)
+        ]  # fmt: skip
+        pool.answer = lambda _: DELIVERED
+        relay.advance(61)
+        await relay.quiet()
+        assert sorted(sent.to for sent in pool.sent[1:]) == [["a@x.org", "c@x.org"], ["b@y.org"]]
+        assert await relay.waiting() == []
+
+
+async def test_recipients_of_each_domain_go_in_one_transaction_to_its_mx(tmp_path: Path) -> None:
+    dns: dict[str, Any] = {domain: [exchanger(f"mx.{domain}")] for domain in ("x.org", "y.org")}
+    async with relaying(tmp_path, routes=[{"next_hop": "mx"}], dns=dns) as relay:
         await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org"))
         await relay.quiet()
         assert sorted(sent.to for sent in relay.pool.sent) == [["a@x.org", "c@x.org"], ["b@y.org"]]

@@ -83,7 +83,7 @@ class Ledger:
         result = results[0]
         if len(results) == 1 and result.kind is Outcome.DELIVERED and entry.envelope.recipients[0].notify is None:
             row = entry.rows[0]
-            self._settlements.append(Settlement(row.number, entry.lane, End.DELIVERED))
+            self._settlements.append(Settlement(row.number, row.lane, End.DELIVERED))
             if self._journal.logs_mail:
                 age = self._clock() - entry.received_at
                 to = entry.envelope.recipients
@@ -96,14 +96,14 @@ class Ledger:
 
     def give_back(self, entry: Entry, when: float) -> None:
         """Note that there was no attempt after all: it is due again at a time."""
-        self._settlements += [Settlement(row.number, entry.lane, End.RETURNED, "", when) for row in entry.rows]
+        self._settlements += [Settlement(row.number, row.lane, End.RETURNED, "", when) for row in entry.rows]
         entry.body.close()
         self._has_something.set()
 
     def put_off(self, entry: Entry, when: float) -> None:
         """Have all recipients tried again at a time, whatever else was noted of them."""
         reply = "an error on our side"
-        self._settlements += [Settlement(row.number, entry.lane, End.DEFERRED, reply, when) for row in entry.rows]
+        self._settlements += [Settlement(row.number, row.lane, End.DEFERRED, reply, when) for row in entry.rows]
         self._has_something.set()
 
     def _conclude(self, entry: Entry, results: Sequence[Result], *, is_final: bool) -> None:
@@ -128,15 +128,15 @@ class Ledger:
     def _settle(self, entry: Entry, row: Row, result: Result, now: float) -> tuple[Settlement, Result]:
         """Return what is written of a recipient, and the result: one that was deferred for too long has failed."""
         if result.kind is Outcome.DELIVERED:
-            return Settlement(row.number, entry.lane, End.DELIVERED), result
+            return Settlement(row.number, row.lane, End.DELIVERED), result
         backoff, queued_at = self._backoff, entry.received_at
         if result.kind is Outcome.DEFERRED:
             if not backoff.is_expired(queued_at, now):
                 next_try = backoff.next_try(entry.number, row.attempts, queued_at, now)
                 told = row.delay_told or backoff.is_late(queued_at, now)
-                return Settlement(row.number, entry.lane, End.DEFERRED, result.text, next_try, told), result
+                return Settlement(row.number, row.lane, End.DEFERRED, result.text, next_try, told), result
             result = result._replace(kind=Outcome.FAILED, status="4.4.7")  # RFC 3463 3.5: delivery time expired
-        return Settlement(row.number, entry.lane, End.FAILED, result.text), result
+        return Settlement(row.number, row.lane, End.FAILED, result.text), result
 
     def _log(
         self, entry: Entry, to: Recipient, row: Row, settlement: Settlement, result: Result, *, has_report: bool

@@ -3,8 +3,9 @@
     SpoolDelivery --offer--> Lane --ring--> Outlet --pump--> Pool.deliver_later --done--> Ledger
                     Spool --take--^
 
-A *lane* is the mail of a domain. An *outlet* is where its way leads: domains with the same next hops share it. Nobody
-keeps a task for a message: an offer begins an attempt, the answer of the hop ends it and begins the next one.
+A *lane* is the mail of a domain. An *outlet* is where its way leads: domains with the same next hops share it, and the
+recipients of a message that have the same way are offered to it together at first. Nobody keeps a task for a message:
+an offer begins an attempt, the answer of the hop ends it and begins the next one.
 
 Rules
 -----
@@ -205,11 +206,31 @@ class Scheduler:
         return True
 
     def offer(self, entries: Sequence[Entry]) -> None:
-        """Attempt what was put as taken."""
-        for entry in entries:
+        """Attempt what was put as taken, those recipients of a message together that have the same way."""
+        for entry in entries if len(entries) == 1 else self._by_way(entries):
             lane = self._lane(entry.lane)
             self._hold(lane.fresh, entry)
             self._serve(lane)
+
+    def _by_way(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the entries of a message with those joined whose ways lead to the same place, as far as is known.
+
+        A next hop then gets its text once. What has to be tried again is tried by its domain, as a domain may be at
+        fault.
+        """
+        joined: dict[Hashable, Entry] = {}
+        for entry in entries:
+            way = self._routes.way_now(entry.lane)
+            key: Hashable = ("unknown", entry.lane) if way is None else way.key
+            first = joined.get(key)
+            if first is None:
+                joined[key] = entry
+                continue
+            recipients = (*first.envelope.recipients, *entry.envelope.recipients)
+            envelope = first.envelope._replace(recipients=recipients)
+            joined[key] = first._replace(envelope=envelope, rows=(*first.rows, *entry.rows))
+            entry.body.close()
+        return list(joined.values())
 
     def became_due(self, lanes: Sequence[str]) -> None:
         """Hear of lanes that have something due in the spool."""

@@ -21,15 +21,18 @@ class Row(NamedTuple):
     """Those that have begun, this one among them."""
     delay_told: bool
     """The sender was told that it is late."""
+    lane: str
+    """Where it waits when it is not attempted."""
 
 
 class Entry(NamedTuple):
-    """A message for those of its recipients that share a lane, out of the spool for an attempt."""
+    """A message for some of its recipients, for an attempt: those of a lane, or of several at the first one."""
 
     number: int
     """The number of the message."""
     id: MessageId
     lane: str
+    """That of its first recipient."""
     envelope: Envelope
     """With the recipients of this entry alone."""
     rows: tuple[Row, ...]

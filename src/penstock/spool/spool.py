@@ -182,7 +182,7 @@ class Spool:
             if len(groups) > 1:
                 recipients = tuple(message.envelope.recipients[place] for place in places)
                 envelope = message.envelope._replace(recipients=recipients)
-            rows = tuple(Row(first + place, 1, False) for place in places)
+            rows = tuple(Row(first + place, 1, False, lane) for place in places)
             body = self._store.body(put.number, message.body.size, put.data)
             entries.append(
                 Entry(put.number, message.id, lane, envelope, rows, message.prefix, body, message.received_at)

@@ -424,7 +424,7 @@ class Store:
             MessageId(message_id),
             lane,
             Envelope(_path(sender), recipients, *rest),
-            tuple(Row(row, attempts + 1, bool(told)) for row, attempts, _, _, told in rows),
+            tuple(Row(row, attempts + 1, bool(told), lane) for row, attempts, _, _, told in rows),
             prefix,
             self.body(number, size, data),
             received_at,
