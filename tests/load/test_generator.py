@@ -45,6 +45,7 @@ def is_clean(counts: Counts, messages: int = 40) -> bool:
         {"recipients": 5, "pipelining": True},
         {"size": "300000", "messages": 8},
         {"size": "300000", "messages": 8, "chunking": True, "header": True},
+        {"size": "500-100000"},
         {"rate": 1000.0, "ramp": 0.01},
         {"ramp": 0.01},
     ],

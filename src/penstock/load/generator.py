@@ -22,7 +22,7 @@ from penstock.load.pace import Pace
 from penstock.load.plan import Plan, Target
 from penstock.load.resolve import resolved
 from penstock.load.session import Job, Session
-from penstock.load.texts import all_texts
+from penstock.load.texts import text_of
 from penstock.net._poll import Poller
 from penstock.net.stream import watch_sockets
 from penstock.net.tls import client_context
@@ -51,7 +51,7 @@ class Generator:
         self.tls_session: ssl.SSLSession | None = None
         self.known_offer = (b"", Capabilities())
         self._targets: list[Target] = []
-        self._texts = all_texts(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
+        self._text_of = text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
         self._sessions: list[Session] = []
         self._idle: list[Session] = []
         self._started = 0
@@ -103,7 +103,7 @@ class Generator:
                 return None
             intended = self._intended.popleft()
         self._started += 1
-        return Job(self._started, self._texts[self._started % len(self._texts)], intended)
+        return Job(self._started, self._text_of(self._started), intended)
 
     def wait_for_job(self, session: Session) -> bool:
         """Have `begin` called when there is a message. Return False when there will be none."""

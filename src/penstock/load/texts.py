@@ -1,12 +1,15 @@
-"""The messages that are sent: made once for each size, or read once from files; only the mark differs."""
+"""The messages that are sent: made once, read once from files, or cut out of one buffer; only the mark differs."""
 
 from __future__ import annotations
 
 import math
-import random
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable
+from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
+from statistics import NormalDist
 from typing import Final, NamedTuple
 
 from penstock import sequence
@@ -14,38 +17,55 @@ from penstock.load.plan import PlanError
 from penstock.smtp.client import stuffed
 
 _LINE: Final = b"x" * 78 + b"\r\n"
-_KINDS: Final = 64
-"""Sizes that are drawn of a distribution: as many texts are kept."""
 _MOST_OCTETS: Final = 1 << 30
-_HEAD: Final = b"From: load <load@load.invalid>\r\nTo: load <load@load.invalid>\r\nSubject: penstock load\r\n"
+"""The largest text; one that a distribution draws larger is cut to this."""
+_RARELY: Final = 3.09
+"""Standard deviations above the mean that one message in a thousand exceeds: the largest text has to be beyond."""
+_HEAD: Final = b"From: load <load@load.invalid>\r\nTo: load <load@load.invalid>\r\nSubject: penstock load\r\n\r\n"
 
 
 class Text(NamedTuple):
-    """A message as it is sent, in two parts: the mark stands between them, when it does."""
+    """A message as it is sent, but for its mark."""
 
-    head: bytes
-    tail: bytes
+    pieces: tuple[bytes | memoryview, ...]
     size: int
-    """Octets of the message itself, with a mark of 20."""
+    """Octets of the message itself, before dots were stuffed."""
 
     def sent(self, mark: str | None) -> bytes:
-        """Return what is sent."""
-        if mark is None:
-            return self.head + self.tail
-        return b"%s%s: %s\r\n%s" % (self.head, sequence.HEADER.encode(), mark.encode(), self.tail)
+        """Return what is sent: no copy when the text was whole and wants no mark."""
+        pieces = self.pieces
+        if mark is not None:
+            return b"".join((sequence.HEADER.encode(), b": ", mark.encode(), b"\r\n", *pieces))
+        first = pieces[0]
+        return first if len(pieces) == 1 and isinstance(first, bytes) else b"".join(pieces)
 
 
-def _text(message: bytes, *, chunking: bool) -> Text:
-    """Prepare a message: dots are stuffed for DATA, and left alone for BDAT."""
-    if chunking:
-        return Text(b"", message, len(message))
-    return Text(b"", b"".join(stuffed([message])), len(message))
+TextOf = Callable[[int], Text]
+"""Returns the text of a message by its number."""
+
+
+class _Cuts:
+    """Texts of any size, cut out of one buffer that is as long as the longest so far."""
+
+    def __init__(self, *, chunking: bool) -> None:
+        self._end = b"" if chunking else b".\r\n"
+        """Nothing else has to be done about dots: no line begins with one."""
+        self._buffer = memoryview(_HEAD)
+
+    def of(self, octets: int) -> Text:
+        """Return a message of about so many octets."""
+        lines, rest = divmod(max(0, octets - len(_HEAD)), len(_LINE))
+        length = len(_HEAD) + lines * len(_LINE)
+        if length > len(self._buffer):
+            self._buffer = memoryview(_HEAD + _LINE * min(2 * lines, _MOST_OCTETS // len(_LINE)))
+        last = _LINE[-rest:] if rest > 1 else b""
+        return Text((self._buffer[:length], last + self._end), length + len(last))
 
 
 def made(octets: int, *, chunking: bool) -> Text:
-    """Return a message of about so many octets."""
-    whole, rest = divmod(max(0, octets - len(_HEAD) - 2), len(_LINE))
-    return _text(_HEAD + b"\r\n" + _LINE * whole + (_LINE[-rest:] if rest > 1 else b""), chunking=chunking)
+    """Return a message of about so many octets, in one piece."""
+    cut = _Cuts(chunking=chunking).of(octets)
+    return Text((cut.sent(None),), cut.size)
 
 
 def read_folder(folder: Path, *, chunking: bool) -> list[Text]:
@@ -55,49 +75,74 @@ def read_folder(folder: Path, *, chunking: bool) -> list[Text]:
         data = path.read_bytes()
         if b"\r\n" not in data:
             data = data.replace(b"\n", b"\r\n")
-        texts.append(_text(data, chunking=chunking))
+        texts.append(Text((data if chunking else b"".join(stuffed([data])),), len(data)))
     if not texts:
         raise PlanError(f"there is no .eml file in {folder}")
     return texts
 
 
-def sizes(spec: str, rng: random.Random) -> list[int]:
-    """Return sizes of a distribution, to be taken in turn.
+def size_of(spec: str, seed: int) -> Callable[[int], int]:
+    """Return what draws the size of a message by its number, the same for the same seed.
 
-    "4096"; "1000-50000" (even); "lognormal:MEDIAN:SIGMA"; "table:1000=70,50000=25,5000000=5" (sizes and weights).
-    Raise PlanError.
+    "1000-50000" (even); "lognormal:MEDIAN:SIGMA"; "table:1000=70,50000=25,5000000=5" (sizes and weights).
+    Raise PlanError for these and "4096".
     """
-    found: list[int]
     try:
         if spec.startswith("lognormal:"):
-            median, sigma = spec.split(":")[1:]
-            found = [round(float(median) * math.exp(rng.gauss(0, float(sigma)))) for _ in range(_KINDS)]
+            drawn, largest = _lognormal(*map(float, spec.split(":")[1:]))
         elif spec.startswith("table:"):
             rows = [row.split("=") for row in spec.removeprefix("table:").split(",")]
-            values, weights = [int(row[0]) for row in rows], [float(row[1]) for row in rows]
-            found = rng.choices(values, weights, k=_KINDS)
+            drawn, largest = _table([int(size) for size, _ in rows], [float(weight) for _, weight in rows])
         elif re.fullmatch(r"\d+-\d+", spec):
-            low, high = map(int, spec.split("-"))
-            found = [rng.randint(low, high) for _ in range(_KINDS)]
+            drawn, largest = _even(*map(int, spec.split("-")))
         else:
-            found = [int(spec)]
-    except (ValueError, IndexError, OverflowError) as exc:
+            drawn, largest = _even(int(spec), int(spec))
+    except (ValueError, TypeError, OverflowError) as exc:
         raise PlanError(
             f"--size is 4096, 1000-50000, lognormal:MEDIAN:SIGMA or table:SIZE=WEIGHT,..., not {spec!r}"
         ) from exc
-    if min(found) < 0 or sum(found) > _MOST_OCTETS:
-        raise PlanError(f"--size {spec}: the texts to draw from have more than {_MOST_OCTETS:,} octets together")
-    return found
+    if largest > _MOST_OCTETS:
+        raise PlanError(f"--size {spec}: a text has at most {_MOST_OCTETS:,} octets")
+    return lambda number: min(drawn(_part(seed, number)), _MOST_OCTETS)
 
 
-def all_texts(spec: str, folder: Path | None, seed: int, *, chunking: bool) -> Sequence[Text]:
-    """Return the texts that messages take in turn, the same for the same seed."""
+def _part(seed: int, number: int) -> float:
+    """Return a number above 0 and below 1 that nothing but these decides."""
+    octets = blake2b(b"%d %d" % (seed, number), digest_size=8).digest()
+    return ((int.from_bytes(octets, "big") >> 12) + 0.5) / (1 << 52)
+
+
+def _lognormal(median: float, sigma: float) -> tuple[Callable[[float], int], float]:
+    if not (median > 0 and sigma >= 0 and math.isfinite(median * sigma)):
+        raise ValueError(median, sigma)
+    inverse = NormalDist().inv_cdf
+    most = math.log(2 * _MOST_OCTETS)
+    return lambda part: round(math.exp(min(math.log(median) + sigma * inverse(part), most))), median * math.exp(
+        min(sigma * _RARELY, 100)
+    )
+
+
+def _table(sizes: list[int], weights: list[float]) -> tuple[Callable[[float], int], float]:
+    bounds = list(accumulate(weights))
+    if min(sizes) < 0 or min(weights) < 0 or not (0 < bounds[-1] < math.inf):
+        raise ValueError(sizes, weights)
+    return lambda part: sizes[bisect_right(bounds, part * bounds[-1])], max(sizes)
+
+
+def _even(low: int, high: int) -> tuple[Callable[[float], int], float]:
+    if not 0 <= low <= high:
+        raise ValueError(low, high)
+    return lambda part: low + int(part * (high - low + 1)), high
+
+
+def text_of(spec: str, folder: Path | None, seed: int, *, chunking: bool) -> TextOf:
+    """Return the texts of a run. Raise PlanError."""
     if folder is not None:
-        return read_folder(folder, chunking=chunking)
-    known: dict[int, Text] = {}
-    texts = []
-    for octets in sizes(spec, random.Random(seed)):  # noqa: S311 - nothing secret
-        if octets not in known:
-            known[octets] = made(octets, chunking=chunking)
-        texts.append(known[octets])
-    return texts
+        texts = read_folder(folder, chunking=chunking)
+        return lambda number: texts[number % len(texts)]
+    size = size_of(spec, seed)
+    if spec.isdecimal():
+        text = made(int(spec), chunking=chunking)
+        return lambda _: text
+    cut = _Cuts(chunking=chunking).of
+    return lambda number: cut(size(number))
