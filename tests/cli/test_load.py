@@ -67,6 +67,7 @@ def test_wrong_words_are_named() -> None:
     assert "a target looks like" in load("127.0.0.1:x", code=2)
     assert "a..b has no address" in load("a..b:25", code=2)
     assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
+    assert "--to 'a@b\\r\\nRSET': this can not stand in a command" in load("127.0.0.1:1", "--to", "a@b\r\nRSET", code=2)
     assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)
 
 
@@ -90,6 +91,21 @@ def test_the_words_of_smtp_source_have_their_counterparts() -> None:
     with SmtpServer(lmtp=True) as server:
         load(f"127.0.0.1:{server.port}", "--lmtp", "--messages", "2")
         assert len(server.inbox) == 2
+
+
+def test_messages_take_recipients_in_turn() -> None:
+    with SmtpServer() as server:
+        load(f"127.0.0.1:{server.port}", "--messages", "5", "--to", "a@x.org", "--to", "b@y.org", "--sessions", "1")
+        assert [message.recipients for message in server.inbox] == [("a@x.org",), ("b@y.org",)] * 2 + [("a@x.org",)]
+
+
+def test_a_report_that_can_not_be_written_costs_nothing_else(sink: Server, tmp_path: Path) -> None:
+    assert "can not be written" in load(sink.address, "--report", str(tmp_path / "none" / "a.json"), code=2)
+    full = tmp_path / "full.json"
+    full.symlink_to("/dev/full")
+    out = load(sink.address, "--messages", "5", "--report", str(full), code=1)
+    assert "5 accepted" in out
+    assert "No space left on device" in out
 
 
 def test_the_sink_takes_bdat_in_lmtp(tmp_path: Path) -> None:

@@ -84,6 +84,28 @@ def test_faults_are_in_the_receipts(tmp_path: Path) -> None:
     }
 
 
+def test_a_report_on_standard_output_stands_there_alone(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "", "sink", "--report", "-") as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+            client.sendmail("a@example.com", ["b@example.org"], "Hello")
+        assert server.stop() == 0
+        assert json.loads(server.out.read_text())["messages"]["accepted"] == 1
+        assert "sessions=1 messages=1" in server.journal.read_text()
+
+
+def test_a_report_that_can_not_be_written_costs_nothing_else(tmp_path: Path) -> None:
+    report = tmp_path / "no" / "report.json"
+    result = CliRunner().invoke(main, ["sink", "--report", str(report)])
+    assert result.exit_code == 2
+    assert "can not be written" in result.output
+    report.parent.mkdir()
+    with serving(tmp_path / "data", "", "sink", "--report", str(report)) as server:
+        report.parent.rmdir()
+        assert server.stop() == 1
+        assert "sessions=0 messages=0" in server.out.read_text()
+        assert "No such file or directory" in server.journal.read_text()
+
+
 def test_the_log_tells_each_fault(tmp_path: Path) -> None:
     """Two runs with the same seed are compared by their logs, whatever the number of sessions."""
     plan = tmp_path / "plan.toml"

@@ -125,7 +125,7 @@ async def test_refusals_are_counted_by_phase_and_code(tmp_path: Path) -> None:
         counts = await run(server.port, pipelining=True, chunking=True)
         assert (counts.accepted, counts.refused, dict(counts.errors)) == (0, 40, {})
         assert counts.replies["mail", 250] == 80, "each MAIL, and each RSET after it"
-        counts = await run(server.port, recipient="bob@example.org")
+        counts = await run(server.port, to=["bob@example.org"])
         assert is_clean(counts)
 
 
@@ -349,7 +349,16 @@ async def test_a_slow_connection_is_told_apart_from_a_slow_greeting(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("greeting", "kind"), [(b"421 too busy\r\n", "refused"), (b"SSH-2.0 hello\r\n", "protocol"), (b"", "closed")]
+    ("greeting", "kind"),
+    [
+        (b"421 too busy\r\n", "refused"),
+        (b"SSH-2.0 hello\r\n", "protocol"),
+        (b"abc hello\r\n", "protocol"),
+        (b"+12 hello\r\n", "protocol"),
+        (b"999 hello\r\n", "protocol"),
+        (b"354 hello\r\n", "protocol"),
+        (b"", "closed"),
+    ],
 )
 async def test_a_server_that_does_not_greet_is_told_apart(greeting: bytes, kind: str) -> None:
     async def handler(stream: trio.SocketStream) -> None:
@@ -359,6 +368,25 @@ async def test_a_server_that_does_not_greet_is_told_apart(greeting: bytes, kind:
 
     counts = await against(handler, sessions=1, messages=2)
     assert set(counts.errors) == {kind}
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [(b"RCPT", b"354 go\r\n"), (b"DATA", b"250 ok\r\n"), (b".", b"-12 ok\r\n"), (b".", b"100 ok\r\n")],
+)
+async def test_an_answer_that_does_not_fit_is_no_acceptance(command: bytes, answer: bytes) -> None:
+    """RFC 5321 4.3.2: which answers a command has; whoever hears another does not know where the two are."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async def before(verb: bytes) -> None:
+            if verb == command:
+                await stream.send_all(answer)
+
+        await serve_simply(stream, before)
+
+    counts = await against(handler, sessions=1, messages=1)
+    assert set(counts.errors) == {"protocol"}
+    assert (counts.accepted, counts.lost) == (0, 1)
 
 
 async def test_answers_in_pieces_and_of_many_lines_are_understood() -> None:

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from penstock import __version__
+from penstock.cli import reports
 from penstock.load.generator import Generator
 from penstock.load.page import page
 from penstock.load.plan import Plan, PlanError, Target
@@ -52,7 +53,9 @@ def _size_help() -> str:
 @click.option("--folder", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Send its *.eml files.")
 @click.option("--recipients", type=click.IntRange(1, 100_000), default=1, help="Recipients of a message.")
 @click.option("--from", "sender", default="", metavar="A", help="[default: carries the mark of the message]")
-@click.option("--to", "recipient", default="load@load.invalid", show_default=True, metavar="A")
+@click.option("--to", "to", multiple=True, default=["load@load.invalid"], metavar="A",
+              help="[default: load@load.invalid] May be repeated: messages take one of them in turn; with more "
+              "--recipients, numbers stand before its @.")  # fmt: skip
 @click.option("--reuse", is_flag=True, help="Keep connections [default: a new one for each message].")
 @click.option("--per-connection", type=click.IntRange(min=1), metavar="N", help="Messages of a connection.")
 @click.option("--pipeline", is_flag=True, help="Send groups of commands (RFC 2920).")
@@ -101,6 +104,8 @@ def load(
         return
     if report is not None and report.suffix not in (".html", ".json"):
         raise click.UsageError("--report takes a name that ends with .html or .json")
+    if report is not None:
+        reports.check_place(report)
     try:
         generator = Generator(_plan(targets, words))
     except (PlanError, OSError) as exc:
@@ -111,12 +116,12 @@ def load(
     except PlanError as exc:
         raise click.UsageError(str(exc)) from exc
     told = _report(generator)
-    if report is not None:
-        report.write_text(page(told) if report.suffix == ".html" else msgspec.json.encode(told).decode())
     if as_json:
         click.echo(msgspec.json.encode(told))
     else:
         Console().print(summary_table(told))
+    if report is not None:
+        reports.write(report, page(told).encode() if report.suffix == ".html" else msgspec.json.encode(told))
     raise SystemExit(0 if generator.counts.failed == 0 and generator.counts.accepted else 1)
 
 

@@ -17,11 +17,12 @@ from rich.table import Table
 
 from penstock._tally import Tally
 from penstock.assemble import Parts
+from penstock.cli import reports
 from penstock.cli.running import addresses_of
 from penstock.delivery.base import Delivery
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
 from penstock.sink.receipts import Expectation, FaultBook, FaultControl, Receipts, RecipientMarks
-from penstock.sink.report import Report, Sample, encode, json_schema
+from penstock.sink.report import Report, Sample, json_schema
 from penstock.sink.stores import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -127,6 +128,8 @@ class Account:
 
     def _prepare(self) -> None:
         wishes = self._wishes
+        if wishes.report_file is not None:
+            reports.check_place(wishes.report_file)
         if not wishes.counts:
             if wishes != Wishes(counts=False, web_token=wishes.web_token):
                 raise ValueError("--no-receipts goes with no other option about them")
@@ -194,19 +197,17 @@ class Account:
                     sys.stderr.write(f"\r\x1b[2K{line}" if rewrites else f"{line}\n")
                     sys.stderr.flush()
 
-    def end(self) -> bool:
-        """Write the report and show the table. Return False when what was expected has not come."""
+    def end(self) -> Report | None:
+        """Show the table, and return the report; None when nothing was counted."""
         if self._receipts is None:
-            return True
+            return None
         self._receipts.take_sample()
         report = self._receipts.report()
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[2K")
-        if self._wishes.report_file is not None:
-            _write(self._wishes.report_file, encode(report))
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and self._wishes.report_file != reports.STDOUT:
             Console().print(table_of(report))
-        return as_expected(report)
+        return report
 
 
 def _web() -> Any:
@@ -216,16 +217,6 @@ def _web() -> Any:
     except ImportError as exc:
         raise click.UsageError(f"--web needs more packages: pip install 'penstock[web]' ({exc})") from exc
     return serve
-
-
-def _write(file: Path, data: bytes) -> None:
-    if str(file) == "-":
-        click.echo(data, nl=False)
-        return
-    try:
-        file.write_bytes(data)
-    except OSError as exc:
-        raise click.ClickException(f"{file}: {exc.strerror}") from exc
 
 
 def as_expected(report: Report) -> bool:

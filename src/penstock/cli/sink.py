@@ -11,8 +11,9 @@ import click
 import msgspec
 
 from penstock.assemble import Given, Parts
+from penstock.cli import reports
 from penstock.cli.faulting import Faulting, fault_options
-from penstock.cli.receiving import Account, Wishes, receipt_options
+from penstock.cli.receiving import Account, Wishes, as_expected, receipt_options
 from penstock.cli.running import addresses_of, listen_on, run
 from penstock.cli.smtpsink import letters_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
@@ -21,6 +22,7 @@ from penstock.inbound.gate import WireSettings
 from penstock.inbound.limits import LimitSettings
 from penstock.journal import JournalSettings
 from penstock.policy.recipients import RecipientSettings
+from penstock.sink.report import encode
 
 _replace = msgspec.structs.replace
 
@@ -128,10 +130,13 @@ def sink(
         )
         for parts in counted:
             faulting.end()
-            is_complete = account.end()
-            click.echo(_report(_counts(parts, account), as_json=as_json))
-            if not is_complete:
-                raise click.ClickException("messages are missing, or came twice")
+            report, file = account.end(), wishes["report_file"]
+            click.echo(_report(_counts(parts, account), as_json=as_json), err=file == reports.STDOUT)
+            if report is not None:
+                if file is not None:
+                    reports.write(file, encode(report))
+                if not as_expected(report):
+                    raise click.ClickException("messages are missing, or came twice")
 
 
 def _base(config_file: Path | None, folder: str) -> Settings:

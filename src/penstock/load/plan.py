@@ -68,8 +68,8 @@ class Plan:
     recipients: int = 1
     sender: str = ""
     """The reverse-path; "" makes one that carries the mark of the message."""
-    recipient: str = "load@load.invalid"
-    """The forward-path; with several recipients, numbers are put before the @."""
+    to: Sequence[str] = ("load@load.invalid",)
+    """Forward-paths, which messages take in turn; with several recipients, numbers are put before the @."""
     size: str = "4096"
     folder: Path | None = None
     """Where *.eml files are, in place of texts of `size`."""
@@ -99,3 +99,6 @@ class Plan:
             raise PlanError("--messages or --duration says when the run ends")
         if self.tls == "none" and self.ca_file is not None:
             raise PlanError("--ca-file needs --tls")
+        for option, text in (("--from", self.sender), *(("--to", text) for text in self.to), ("--helo", self.hello)):
+            if not text.isprintable():
+                raise PlanError(f"{option} {text!r}: this can not stand in a command")

@@ -38,6 +38,8 @@ _SHAKE: Final[Sequence[str]] = ("the handshake",)
 """No answer, but a handshake is awaited."""
 _HELLO: Final[Sequence[str]] = ("ehlo",)
 _LAST_LINE: Final = re.compile(rb"(?:^|\n)250 [^\n]*\r\n\Z")
+_CODES: Final = {b"%d " % code: code for code in range(200, 600)}
+"""The beginnings of answers of one line (RFC 5321 4.2)."""
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
 _NOTHING: Final[Group] = (b"", ())
 """Nothing is said until `begin` is called."""
@@ -254,9 +256,10 @@ class Session(Taker):
         now = perf_counter_ns()
         reader = self._reader
         if reader is None:
-            if self._phases and (data[3:4] == b" " and data.find(b"\n") == len(data) - 1):
+            code = _CODES.get(data[:4])
+            if code is not None and self._phases and data.find(b"\n") == len(data) - 1:
                 self._answer = data
-                return self._take(int(data[:3]), now)
+                return self._take(code, now)
             if self._phases is _HELLO:
                 self._hello_answer = data
                 if data == self._crew.known_offer[0]:
@@ -287,6 +290,8 @@ class Session(Taker):
         counts.replies[phase, code] += 1
         if code >= 400:
             counts.remember(f"{phase} {code}", self.answer.text)
+        elif (code >= 300) is not (phase == "data") and phase != "auth":
+            raise ProtocolError(f"{code} is no answer to {phase}: {self.answer.text}")  # RFC 5321 4.3.2
         codes.append(code)
         return b"" if len(codes) < len(phases) else self._go_on(now)
 
@@ -347,7 +352,7 @@ class Session(Taker):
         try:
             await self._stream.send_now(unsent)
             received = await self._stream.attend(self, self._turn)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ProtocolError, _Refused) as exc:
+        except Exception as exc:  # noqa: BLE001 - as with turns that the poller takes, it costs this connection alone
             if self.is_open:
                 self._woken(0, exc)
         else:
@@ -420,6 +425,7 @@ class Session(Taker):
             (code,) = yield dialog.respond(self.answer), ("auth",)
         if code != 235:
             raise _Refused(self.answer.text)
+        dialog.finish()
 
     def _send_messages(self) -> Script:
         """Send messages until the connection has had its share, or there are no more."""
@@ -462,9 +468,10 @@ class Session(Taker):
         plan = self._crew.plan
         sender = plan.sender or f"{sequence.mark(plan.run, job.number)}@load.invalid"
         commands = [b"MAIL FROM:<%s>\r\n" % sender.encode()]
+        recipient = plan.to[(job.number - 1) % len(plan.to)]
         if plan.recipients == 1:
-            return [*commands, b"RCPT TO:<%s>\r\n" % plan.recipient.encode()]
-        local, _, domain = plan.recipient.rpartition("@")
+            return [*commands, b"RCPT TO:<%s>\r\n" % recipient.encode()]
+        local, _, domain = recipient.rpartition("@")
         commands += [b"RCPT TO:<%s@%s>\r\n" % (f"{local}{n}".encode(), domain.encode()) for n in range(plan.recipients)]
         return commands
 
