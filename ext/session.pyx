@@ -337,6 +337,8 @@ cdef class SessionCore:
             out.clear()
         if self.meter is not None:
             self.meter.end_turn(len(data))
+            if self._answered is not None:
+                self.meter.in_turn = True   # these were replies to earlier commands: the clock of this one runs on
         return data
 
     def next_event(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -280,3 +280,30 @@ async def test_a_message_that_is_settled_when_its_client_has_left_is_unheard(tmp
             parts.worker.stop()
     assert fates(tally) == (0, 1, 0, 0)
     assert (tally.recipients, tally.text_octets, tally.sequences.unmarked) == (1, 7, 1)
+
+
+DELAYED = {
+    "connect": "banner", "banner": "banner", "ehlo": "EHLO", "mail": "MAIL", "rcpt": "RCPT", "data": "DATA",
+    "dot": "message", "rset": "RSET", "noop": "NOOP", "vrfy": "VRFY", "quit": "QUIT",
+}  # fmt: skip
+"""Phases of a plan, and what receipts call them."""
+
+
+@pytest.mark.parametrize(
+    ("phase", "does"),
+    [
+        *((phase, "") for phase in DELAYED),
+        *((phase, 'reply = "450 no"\n') for phase in DELAYED if phase != "connect"),
+        *((phase, 'dress = "bare-lf"\n') for phase in DELAYED if phase != "connect"),
+    ],
+)
+@pytest.mark.parametrize("tcp", [False, True])
+async def test_a_delay_is_part_of_the_latency(tmp_path: Path, phase: str, does: str, tcp: bool) -> None:
+    async with counted(tmp_path, rule(phase, f"{does}delay.seconds = 0.02"), tcp=tcp, greeted=False) as (talk, tally):
+        await talk.reply()
+        with suppress(trio.BrokenResourceError):
+            for line in (EHLO, MAIL, RCPT, "DATA", "Hello\r\n.", "RSET", "NOOP", "VRFY x", "QUIT"):
+                await talk.ask(line)
+    latency = tally.latency(DELAYED[phase])
+    assert latency.count > 0
+    assert latency.min >= 20e6
