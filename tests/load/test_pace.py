@@ -7,7 +7,7 @@ from time import perf_counter_ns
 
 import pytest
 
-from penstock.load.pace import Pace
+from penstock.load.pace import Pace, starts_within
 from penstock.net._poll import Poller
 
 
@@ -40,6 +40,13 @@ def test_starts_come_closer_within_the_ramp() -> None:
     gaps = [b - a for a, b in pairwise(starts)]
     assert gaps[:20] == sorted(gaps[:20], reverse=True)
     assert gaps[-1] == pytest.approx(100_000, abs=2)
+
+
+@pytest.mark.parametrize("ramp", [0, 0.004, 0.02])
+def test_those_within_a_time_are_those_that_are_due_before_its_end(ramp: float) -> None:
+    starts = started(2_000, ramp, 40)
+    for end in (0.001, 0.00395, 0.00405, 0.0117):
+        assert starts_within(end, 2_000, ramp) == sum(at < end * 1e9 for at in starts)
 
 
 def test_one_that_was_closed_by_what_it_started_starts_no_more() -> None:

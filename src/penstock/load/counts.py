@@ -20,6 +20,7 @@ PHASES: Final = {
     "rcpt": "from RCPT, or the group it was sent in, to its answer",
     "data": "from DATA, or the group it was sent in, to its answer",
     "dot": "from the first octet of the text, or the group it was sent in, to its answer",
+    "rset": "from RSET, behind a refused message, to its answer",
     "quit": "from QUIT to its answer",
     "late_start": "from the intended start of a message to its MAIL (open loop)",
     "message": "from the intended start (open loop) or the MAIL (closed loop) of a message to the answer to its text",

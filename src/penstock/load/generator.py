@@ -12,13 +12,13 @@ import gc
 import resource
 import ssl
 from collections import deque
-from time import perf_counter_ns
+from time import perf_counter, perf_counter_ns
 from typing import Final
 
 import trio
 
 from penstock.load.counts import Counts
-from penstock.load.pace import Pace
+from penstock.load.pace import Pace, starts_within
 from penstock.load.plan import Plan, Target
 from penstock.load.resolve import resolved
 from penstock.load.session import Job, Session
@@ -185,14 +185,14 @@ class Generator:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._sweep)
             self._open = len(self._sessions)
-            if plan.duration is not None:
-                nursery.start_soon(self._stop_after, plan.duration)
             if plan.rate is not None:
-                self._pace = Pace(self.poller, plan.rate, plan.ramp, plan.messages, self._due)
+                self._pace = Pace(self.poller, plan.rate, plan.ramp, _starts(plan), self._due)
+            elif plan.duration is not None:
+                nursery.start_soon(self._stop_after, plan.duration)
             nursery.start_soon(self._start_sessions)
             await self._over.wait()
             nursery.cancel_scope.cancel()
-        self.counts.ended = self.counts.begun + (perf_counter_ns() / 1e9 - self.counts.begun)
+        self.counts.ended = perf_counter()
         self.counts.tick(0)
         self.poller.close()
         gc.unfreeze()
@@ -211,14 +211,9 @@ class Generator:
                 await trio.lowlevel.checkpoint()
 
     async def _stop_after(self, seconds: float) -> None:
-        """End the run after its duration; what was to start before, starts (open loop), however late."""
+        """Start nothing any more after the duration of a closed loop."""
         await trio.sleep(seconds)
-        if self.plan.rate is None:
-            self.stop()
-        else:
-            if self._pace is not None:
-                self._pace.look()
-            self._end_pace()
+        self.stop()
 
     def _due(self, at: int) -> None:
         """Give a message that is due to a session, or let it wait for one."""
@@ -249,8 +244,10 @@ class Generator:
 
     async def _tick(self) -> None:
         """End the seconds."""
+        due = trio.current_time()
         while True:
-            await trio.sleep(1)
+            due += 1
+            await trio.sleep_until(due)
             self.counts.tick(self._open)
 
     async def _sweep(self) -> None:
@@ -262,6 +259,14 @@ class Generator:
             for session in self._sessions:
                 if session.is_waiting and session.asked_at < before:
                     session.time_out(timeout)
+
+
+def _starts(plan: Plan) -> int | None:
+    """Return how many messages an open loop starts: all that are due within its duration, however late."""
+    if plan.duration is None or plan.rate is None:
+        return plan.messages
+    due = starts_within(plan.duration, plan.rate, plan.ramp)
+    return due if plan.messages is None else min(plan.messages, due)
 
 
 def _raise_limit() -> None:

@@ -8,6 +8,7 @@ ten thousand a second several start at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from time import perf_counter_ns
 from typing import Final
@@ -18,13 +19,19 @@ _LEAST_PAUSE: Final = 100_000
 """Nanoseconds between two looks at what is due."""
 
 
+def starts_within(seconds: float, rate: float, ramp: float) -> int:
+    """Return how many messages are due before so many seconds are over."""
+    in_ramp = min(seconds, ramp)
+    return math.ceil((in_ramp**2 * rate / (2 * ramp) if ramp else 0.0) + (seconds - in_ramp) * rate)
+
+
 class Pace(Taker):
     """Calls `start` with the intended time of each message, in nanoseconds of the clock, when it has come."""
 
     def __init__(
         self, poller: Poller, rate: float, ramp: float, most: int | None, start: Callable[[int], None]
     ) -> None:
-        """`most` messages at a rate, to which it grows evenly within `ramp` seconds. Raise OSError."""
+        """Start `most` messages at a rate, to which it grows evenly within `ramp` seconds. Raise OSError."""
         self._rate = rate
         self._ramp = ramp
         self._most = most

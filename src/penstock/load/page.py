@@ -31,8 +31,9 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 36px 0 8px
 p, .dim { color: var(--dim); } p { margin: 4px 0; }
 code { font: 0.85em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px; margin: 20px 0; }
-.tile { background: var(--card); border-radius: 10px; padding: 12px 14px; }
-.tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.tile { background: var(--card); border-radius: 10px; padding: 12px; font-size: 0.9rem; white-space: nowrap; }
+.tile b { display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
+.tile small { font-size: 0.9rem; }
 .bad b { color: var(--c); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -78,9 +79,9 @@ def _tiles(report: dict[str, Any]) -> str:
         (f"{report['accepted']:,}", "accepted", ""),
         (f"{failed:,}", "failed", " bad" if failed else ""),
         (f"{report['rate']:,.0f}", "a second", ""),
-        (f"{milliseconds(message['p50'])} ms" if message else "-", "median", ""),
-        (f"{milliseconds(message['p99'])} ms" if message else "-", "p99", ""),
-        (f"{report['octets'] / 1e6:,.1f} MB", "of messages", ""),
+        (f"{milliseconds(message['p50'])} <small>ms</small>" if message else "-", "median", ""),
+        (f"{milliseconds(message['p99'])} <small>ms</small>" if message else "-", "p99", ""),
+        (f"{report['octets'] / 1e6:,.1f} <small>MB</small>", "of messages", ""),
         (f"{report['connections']:,}", "connections", ""),
     ]
     return '<div class="tiles">{}</div>'.format(
@@ -89,6 +90,12 @@ def _tiles(report: dict[str, Any]) -> str:
 
 
 # ---- charts
+
+
+def _seconds(report: dict[str, Any]) -> list[list[float]]:
+    """Return the seconds of a run, but not what is left of a last one: it would look like the end of everything."""
+    timeline: list[list[float]] = report["timeline"]
+    return timeline[: int(report["seconds"])] or timeline
 
 
 def _thinned(rows: Sequence[Sequence[float]], worst: bool) -> list[list[float]]:
@@ -156,13 +163,13 @@ def _curves(rows: list[list[float]], columns: Sequence[tuple[int, str, str]], un
 
 
 def _latency_chart(report: dict[str, Any]) -> str:
-    rows = _thinned(report["timeline"], worst=True) if report["timeline"] else []
+    rows = _thinned(_seconds(report), worst=True)
     columns = [(6, "c", "longest, ms"), (5, "b", "p99, ms"), (4, "a", "p50, ms")]
     return _curves(rows, columns, 1e3, "Latency of a message by second: median, 99th percentile, longest")
 
 
 def _rate_chart(report: dict[str, Any]) -> str:
-    rows = _thinned(report["timeline"], worst=False) if report["timeline"] else []
+    rows = _thinned(_seconds(report), worst=False)
     return _curves(rows, [(1, "a", "accepted"), (2, "c", "failed")], 1, "Messages accepted and failed by second")
 
 

@@ -496,7 +496,7 @@ class Session(Taker):
                 (code,) = yield b"DATA\r\n", ("data",)
             if code < 400:
                 return (yield self._text(job), ("dot",) * (accepted if plan.lmtp else 1))
-        yield b"RSET\r\n", ("mail",)
+        yield b"RSET\r\n", ("rset",)
         return []
 
     def _in_groups(self, job: Job) -> Generator[Group, list[int], list[int]]:
@@ -510,7 +510,7 @@ class Session(Taker):
             # One answer for each recipient (RFC 2033 4.2, which counts BDAT LAST in); without any it is one refusal.
             answers = yield b"", ("dot",) * (accepted if plan.lmtp and accepted else 1)
             if not accepted:
-                yield b"RSET\r\n", ("mail",)
+                yield b"RSET\r\n", ("rset",)
             return answers
         codes = yield b"".join(commands) + b"DATA\r\n", [*phases, "data"]
         accepted = sum(code < 400 for code in codes[1:-1])
@@ -518,7 +518,7 @@ class Session(Taker):
             text = self._text(job) if accepted else b".\r\n"
             answers = yield text, ("dot",) * (accepted if plan.lmtp and accepted else 1)
             return answers if accepted else []
-        yield b"RSET\r\n", ("mail",)
+        yield b"RSET\r\n", ("rset",)
         return []
 
 
