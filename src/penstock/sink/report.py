@@ -7,7 +7,7 @@ What the clocks mean
 A verb's latency (`MAIL`, `RCPT`, `DATA`: the 354 ...) runs from the moment the server has the octets that end the
 command to the moment the reply is given to the kernel: it holds whatever the server waited for (a delay of the fault
 plan, a disk), and the turns of the sockets that were served in between, but not the network. What was pipelined came at
-once, so it includes the commands before it.
+once, so it includes the commands before it. Octets that a plan sends slowly (`write_rate`, `split`) count as `think`.
 
     banner    accept to greeting, without the handshake of implicit TLS
     text      the first octets behind the 354 (or of the first BDAT) to those with the end of the text
