@@ -1,0 +1,209 @@
+"""Fuzz the sink: plans and dialogs at random, with the invariants as sentences.
+
+    python -m tests.fuzz.faults [seconds]
+
+plays for that long (20 seconds by default); tests/fuzz/test_faults.py plays a short form in the suite. A failure prints
+the seed, and `python -m tests.fuzz.faults --seed N` plays it again.
+
+Whatever the plan says, and whatever the client sends:
+
+1. Nothing raises, and the conversation ends.
+2. The same plan, seed and octets are answered the same.
+3. The receipts have the octets that the client got.
+4. The receipts have each message that was delivered, as accepted or as unheard.
+5. A message that the receipts call accepted was answered with a 2yz that can be read.
+6. The receipts have a latency for each reply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import trio
+from trio.testing import MockClock
+
+from penstock._tally import PHASES, Tally
+from penstock.journal import Journal, JournalSettings
+from penstock.sink.plan import PHASES as PLANNED
+from penstock.sink.plan import PlanError, parse_plan
+from tests.parts import Recorder
+from tests.sink.playing import talking
+
+LINES = [
+    "EHLO c.example", "HELO c.example", "LHLO c.example", "MAIL FROM:<a@x.example>", "MAIL FROM:<seq-r-7@x.example>",
+    "MAIL FROM:<> SIZE=5000", "RCPT TO:<b@y.example>", "RCPT TO:<450@y.example>", "RCPT TO:<dot-552-5.2.2@y.example>",
+    "RCPT TO:<body-delay-2s@y.example>", "RCPT TO:<dot-drop@y.example>", "RCPT TO:<slow-2000@y.example>", "DATA",
+    "Subject: x", "", "text", "x" * 300, "..", ".", "RSET", "NOOP", "VRFY x", "EXPN x", "HELP", "BDAT 4\r\nabcd",
+    "BDAT 4 LAST\r\nabc.", "BDAT 0 LAST", "BDAT 700 LAST\r\n" + "y" * 700, "QUIT", "rubbish", "AUTH PLAIN AGEAYg==",
+]  # fmt: skip
+TRANSACTION = [LINES[0], LINES[3], LINES[6], "DATA", "Subject: x\r\n\r\ntext", "."]
+REPLIES = ["450 4.2.1 Busy", "550", "421 4.3.2 Later", "250 2.0.0 Fine", "354 Go on", "220 Hello", "552 5.3.4 Too big"]
+DRESSES = ["wrong-code", "too-long", "many-lines", "unfinished", "non-ascii", "bare-lf", "no-line-end", "garbage"]
+_ID = re.compile(rb"kept as [0-9A-Z]+")
+CONDITIONS = [
+    "probability = 0.5", "every = 2", "attempts = 1", "first = 1", "after = 1", 'sender = ["seq-*"]',
+    'recipient = ["b@*"]', "since = 1", "until = 5",
+]  # fmt: skip
+
+
+def rule_of(rng: random.Random, number: int) -> str:
+    """Return a rule at random; not every one is allowed."""
+    phase = rng.choice(PLANNED)
+    lines = ["[[rule]]", f'name = "r{number}"', f'phase = "{phase}"']
+    if phase == "body":
+        lines.append(f"at = {rng.choice([0, 1, 5, 200])}")
+    for chance, does in (
+        (0.4, f'reply = "{rng.choice(REPLIES)}"'),
+        (0.25, f'dress = "{rng.choice(DRESSES)}"'),
+        (0.25, f'end = "{rng.choice(["drop", "half-close", "stall", "reset"])}"'),
+        (0.4, f"delay.seconds = {rng.choice([0.5, 3])}"),
+        (0.1, "read_rate = 1000"),
+        (0.1, "write_rate = 2000"),
+        (0.1, "split = true"),
+        (0.2, "keeps = true"),
+        (0.3, f"match = {{ {rng.choice(CONDITIONS)} }}"),
+    ):
+        if rng.random() < chance:
+            lines.append(does)
+    return "\n".join(lines) + "\n"
+
+
+def plan_of(rng: random.Random) -> str:
+    """Return a plan at random; rules that the checks refuse are left out."""
+    plan = f"seed = {rng.randrange(100)}\nlongest_stall = 30\n"
+    for number in range(rng.randint(1, 5)):
+        rule = rule_of(rng, number)
+        try:
+            parse_plan(plan + rule)
+        except PlanError:
+            continue
+        plan += rule
+    return plan
+
+
+def dialog_of(rng: random.Random) -> list[bytes]:
+    """Return what a client sends, in pieces it sends at a time."""
+    lines: list[str] = []
+    while len(lines) < 25:
+        lines += TRANSACTION if rng.random() < 0.4 else [rng.choice(LINES)]
+    lines.append("QUIT")
+    sent: list[bytes] = []
+    while lines:
+        step = rng.choice([1, 1, 2, 5, 30])
+        sent.append("".join(f"{line}\r\n" for line in lines[:step]).encode())
+        lines = lines[step:]
+    return sent
+
+
+class Errors(Journal):
+    """A journal that keeps what must not be."""
+
+    def __init__(self) -> None:
+        super().__init__(JournalSettings())
+        self.raised: list[BaseException] = []
+
+    def error(self, session: int, where: str, exc: BaseException, *args: Any) -> None:
+        """Keep it."""
+        self.raised.append(exc)
+
+
+class Outcome:
+    """What became of a conversation."""
+
+    def __init__(self) -> None:
+        self.heard = b""
+        self.tally = Tally()
+        self.recorder = Recorder()
+        self.journal = Errors()
+        self.recorder.delivered = []
+
+
+async def converse(folder: Path, plan: str, dialog: list[bytes], *, is_lmtp: bool) -> Outcome:
+    """Play a dialog against a plan, in a time that does not pass."""
+    outcome = Outcome()
+    settings = {"kind": "lmtp"} if is_lmtp else {}
+    async with (
+        talking(
+            folder,
+            plan,
+            tally=outcome.tally,
+            recorder=outcome.recorder,
+            journal=outcome.journal,
+            settings=settings,
+            has_magic=True,
+            greeted=False,
+        ) as talk,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def listen() -> None:
+            async for data in talk.stream:
+                outcome.heard += data
+
+        nursery.start_soon(listen)
+        try:
+            for piece in dialog:
+                await talk.stream.send_all(piece)
+                await trio.sleep(0.25)
+            assert isinstance(talk.stream, trio.abc.HalfCloseableStream)
+            await talk.stream.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        await trio.sleep(200)
+        nursery.cancel_scope.cancel()
+    return outcome
+
+
+def one(seed: int, folder: Path) -> None:
+    """Play one plan, and see to the invariants."""
+    rng = random.Random(seed)
+    plan, dialog, is_lmtp = plan_of(rng), dialog_of(rng), rng.random() < 0.3
+
+    def play() -> Outcome:
+        return trio.run(lambda: converse(folder, plan, dialog, is_lmtp=is_lmtp), clock=MockClock(autojump_threshold=0))
+
+    outcome = play()
+    tally, heard = outcome.tally, outcome.heard
+    assert outcome.journal.raised == [], f"1. {outcome.journal.raised}"
+    assert tally.open_sessions == 0, "1. the conversation has not ended"
+    assert _ID.sub(b"", play().heard) == _ID.sub(b"", heard), "2. answered otherwise the second time"
+    assert tally.sent == len(heard), f"3. {tally.sent} octets in the receipts, {len(heard)} heard"
+    delivered, taken = len(outcome.recorder.delivered), tally.accepted + tally.unheard
+    assert delivered == taken, f"4. {delivered} delivered, {tally.accepted} accepted, {tally.unheard} unheard"
+    read = len(re.findall(rb"^2[0-9][0-9](?: [^\n]*)?\r?$", heard, re.MULTILINE))
+    assert tally.accepted <= read, f"5. {tally.accepted} accepted, {read} answers of 2yz"
+    latencies = sum(tally.latency(phase).count for phase in PHASES if phase not in {"text", "tls", "think"})
+    assert tally.replies == latencies, f"6. {tally.replies} replies, {latencies} latencies"
+
+
+def main() -> None:
+    """Play for a while, or one seed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seconds", nargs="?", type=float, default=20.0)
+    parser.add_argument("--seed", type=int)
+    words = parser.parse_args()
+    rounds, end = 0, time.monotonic() + words.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        if words.seed is not None:
+            one(words.seed, Path(folder))
+            return
+        seed = random.SystemRandom().randrange(1 << 40)
+        while time.monotonic() < end:
+            try:
+                one(seed + rounds, Path(folder))
+            except BaseException:
+                print(f"seed {seed + rounds}", file=sys.stderr)
+                raise
+            rounds += 1
+    print(f"{rounds} rounds from seed {seed}, every invariant held")
+
+
+if __name__ == "__main__":
+    main()
