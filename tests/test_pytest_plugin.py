@@ -83,6 +83,73 @@ def test_the_nearest_marker_wins_option_by_option(tests: pytest.Pytester) -> Non
     run(tests).assert_outcomes(passed=3)
 
 
+def test_the_nearest_of_classes_and_parameters_wins(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import smtplib
+        import pytest
+
+        def named(name):
+            return pytest.mark.smtp_server(hostname=name)
+
+        def name_of(server):
+            with smtplib.SMTP(server.host, server.port) as client:
+                return client.ehlo()[1].partition(b"\\n")[0].partition(b" ")[0]
+
+        @named("base.example")
+        class Base:
+            pass
+
+        @named("upper.example")
+        @named("derived.example")
+        class TestDerived(Base):
+            def test_of_the_class(self, smtp_server):
+                assert name_of(smtp_server) == b"derived.example"
+
+        class TestPlain(Base):
+            pytestmark = named("list.example")
+
+            def test_of_the_class(self, smtp_server):
+                assert name_of(smtp_server) == b"list.example"
+
+        @named("upper.example")
+        @named("function.example")
+        @pytest.mark.parametrize("name", [
+            b"function.example", pytest.param(b"parameter.example", marks=named("parameter.example"))
+        ])
+        def test_of_parameters(smtp_server, name):
+            assert name_of(smtp_server) == name
+
+        def test_of_a_marker_that_a_hook_adds(smtp_server):
+            assert name_of(smtp_server) == b"hook.example"
+    """)
+    tests.makeconftest("""
+        import pytest
+
+        def pytest_collection_modifyitems(items):
+            items[-1].add_marker(pytest.mark.smtp_server(hostname="hook.example"))
+    """)
+    run(tests).assert_outcomes(passed=5)
+
+
+def test_what_a_test_has_received_is_forgotten_behind_its_report(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import gc
+        import weakref
+        from sending import send
+
+        inboxes = []
+
+        def test_one(smtp_server):
+            send(smtp_server)
+            inboxes.append(weakref.ref(smtp_server.inbox))
+
+        def test_other():
+            gc.collect()
+            assert inboxes[0]() is None
+    """)
+    run(tests).assert_outcomes(passed=2)
+
+
 def test_wrong_options_are_named(tests: pytest.Pytester) -> None:
     tests.makepyfile("""
         import pytest

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import doctest
 import os
+import re
 import smtplib
 import ssl
+import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
@@ -16,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import aiosmtplib
+import freezegun
 import pytest
 import trio
+import trio.testing
 
 import penstock.testing
 from penstock import Reply, Transaction
@@ -254,6 +259,99 @@ def test_a_message_of_two_kinds_of_text_shows_both() -> None:
     assert (got.text, got.html) == ("plain\n", "<p>html</p>\n")
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Content-Type: text/plain;b*\r\n",
+        "Subject: =?utf-7?q?+2AA-?=\r\n",
+        "Content-Type: text/plain; charset=x-foo\r\n",
+        "Content-Type: multipart/mixed; boundary=a\r\n\r\n--a\r\nContent-Type: multipart/related\r\n\r\nx\r\n--a--\r\n",
+    ],
+)
+def test_a_message_that_can_not_be_read_does_not_hide_another(head: str) -> None:
+    with SmtpServer() as server:
+        send(server, f"{head}\r\nbody\r\n")
+        send(server)
+        assert server.inbox.wait_for(subject="Hello").text == "How are you?\n"
+        assert "Subject" in server.inbox[0].describe()
+
+
+def test_what_nobody_can_decode_is_shown_as_it_stands() -> None:
+    with SmtpServer() as server:
+        send(server, "Subject: =?utf-7?q?+2AA-?=\r\nContent-Type: text/plain; charset=x-foo\r\n\r\nbody\r\n")
+        assert server.inbox.last.subject == "=?utf-7?q?+2AA-?="
+        assert server.inbox.last.text == "body\n"
+
+
+def test_a_predicate_does_not_hold_up_the_server() -> None:
+    with SmtpServer() as server:
+        send(server)
+
+        def sends_another(_: ReceivedMessage) -> bool:
+            if len(server.inbox) == 1:
+                send(server)
+            return len(server.inbox) == 2
+
+        assert server.inbox.wait_for(sends_another) is server.inbox[0]
+
+
+async def test_a_wait_that_is_over_at_once_is_a_checkpoint_in_trio() -> None:
+    with SmtpServer() as server:
+        await trio.to_thread.run_sync(send, server)
+        with trio.testing.assert_checkpoints():
+            await server.inbox.wait_async()
+
+
+def test_a_wait_that_is_over_at_once_lets_others_have_a_turn_in_asyncio() -> None:
+    async def poll(server: SmtpServer) -> None:
+        turns = asyncio.create_task(asyncio.sleep(0))
+        while not turns.done():
+            await server.inbox.wait_async()
+
+    with SmtpServer() as server:
+        send(server)
+        asyncio.run(asyncio.wait_for(poll(server), 20))
+
+
+async def test_a_wait_takes_real_time_where_that_of_trio_runs_ahead(autojump_clock: object) -> None:
+    with SmtpServer() as server, meanwhile(send, server):
+        assert len(await server.inbox.wait_async()) == 1
+
+
+def test_clocks_that_a_test_has_stopped_stop_nothing(made: Authority) -> None:
+    with freezegun.freeze_time("2012-01-14"), SmtpServer(tls="starttls", authority=made) as server:
+        with smtplib.SMTP("localhost", server.port) as client:
+            client.starttls(context=server.ssl_context())
+            client.sendmail(ALICE, [BOB], TEXT)
+        with pytest.raises(TimeoutError):
+            server.inbox.wait(2, timeout=0.01)
+        client = smtplib.SMTP("localhost", server.port)  # and is left open
+    client.close()
+
+
+def test_certificates_are_good_whatever_day_a_test_has_set() -> None:
+    with freezegun.freeze_time("2012-01-14"):
+        context = SmtpServer(tls="starttls").ssl_context()
+    with SmtpServer(tls="starttls") as server, smtplib.SMTP("localhost", server.port) as client:
+        client.starttls(context=context)
+
+
+def test_a_child_of_the_process_takes_nothing_away() -> None:
+    script = """if True:
+        import os, sys, warnings
+        from penstock.testing import SmtpServer
+        warnings.simplefilter("ignore")
+        with SmtpServer(tls="starttls") as server:
+            child = os.fork()
+            if child == 0:
+                sys.exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            server.ssl_context()
+            assert server.inbox.wait(0) == []
+        """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 # ---- the dialog
 
 
@@ -262,6 +360,7 @@ def test_the_dialog_has_each_reply_below_its_command_and_no_password() -> None:
         with smtplib.SMTP("localhost", server.port, local_hostname="client.example.org") as client:
             client.login("alice", "a very secret word")
             client.docmd("AUTH", "LOGIN")
+            client.noop()
             client.docmd("XPASS", "one two")
             client.sendmail(ALICE, [BOB], TEXT)
         lines = [line.partition(" ")[2] for line in server.dialog.lines()]
@@ -271,6 +370,45 @@ def test_the_dialog_has_each_reply_below_its_command_and_no_password() -> None:
     assert lines[lines.index("C: XPASS one two") + 1] == "S: 500 5.5.1 Command unrecognized"
     assert lines[lines.index(f"C: ({len(TEXT)} octets of text)") + 1].startswith("S: 250 2.0.0 Ok: received as ")
     assert "secret" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "AUTH\tPLAIN AGFsaWNlAHNlY3JldHdvcmQ=",
+        "AUTH PLAIN\tAGFsaWNlAHNlY3JldHdvcmQ=",
+        "AUTH PLAIN=AGFsaWNlAHNlY3JldHdvcmQ=",
+        "AUTHPLAIN AGFsaWNlAHNlY3JldHdvcmQ=",
+        "AUTH LOGIN\r\nYWxpY2U=\r\nc2VjcmV0d29yZA==",
+        "AUTH LOGIN\r\n*\r\nYWxpY2U=\r\nc2VjcmV0d29yZA==",
+        "AUTH NONE\r\nYWxpY2U=\r\nc2VjcmV0d29yZA==",
+        "AUTH LOGIN\r\n?\r\nYWxpY2U=\r\nc2VjcmV0d29yZA==",
+    ],
+)
+def test_no_password_is_in_the_dialog_however_it_is_said(lines: str, is_refused: bool) -> None:
+    with SmtpServer(users={"alice": "secretword"}) as server:
+        if is_refused:
+            server.fail_next("AUTH", 454)
+        with closing(smtplib.SMTP(server.host, server.port)) as client:
+            client.ehlo("client.example.org")
+            client.send(f"{lines}\r\nQUIT\r\n")
+            while client.getreply()[0] != 221:
+                pass
+        dialog = "\n".join(server.dialog.lines())
+    assert "c2VjcmV0d29yZA" not in dialog
+    assert "AHNlY3JldHdvcmQ" not in dialog
+    assert "C: QUIT" in dialog
+
+
+def test_a_handshake_that_fails_is_told_with_its_reason(made: Authority) -> None:
+    with (
+        SmtpServer(tls="starttls", authority=made) as server,
+        closing(smtplib.SMTP("localhost", server.port)) as client,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        client.starttls(context=ssl.create_default_context())
+    assert re.search("connection lost: .*unknown ca", "\n".join(server.dialog.lines()))
 
 
 def test_the_dialog_stands_in_order_when_commands_are_pipelined() -> None:
@@ -501,7 +639,8 @@ def test_an_address_that_is_taken_is_an_error_of_the_start() -> None:
     [
         ({"require_auth": True}, "require_auth=True needs users"),
         ({"require_tls": True}, "require_tls=True needs tls"),
-        ({"users": {"alice": ""}}, "a user has a name and a password"),
+        ({"users": {"alice": ""}}, "users are names and their passwords"),
+        ({"users": {"alice": 1}}, "users are names and their passwords"),
         ({"max_size": -1}, r"listener\[0\].max_size: Expected `int` >= 0"),
         ({"tls": "smtps"}, r"listener\[0\].tls.mode: there is no 'smtps'; here may stand"),
         ({"listener": {"limit": {}}}, r"listener\[0\].limit: there is no such key; here may stand: address"),

@@ -107,7 +107,7 @@ Nothing of Penstock is imported here before a test asks for a fixture.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -170,11 +170,47 @@ def smtp_server(request: pytest.FixtureRequest, smtp_server_factory: SmtpServerF
     Markers of a class or a module hold for all of its tests; of an option that several give, the nearest wins.
     """
     options: dict[str, Any] = {}
-    for marker in reversed(list(request.node.iter_markers("smtp_server"))):
-        if marker.args:
-            raise pytest.UsageError("the marker smtp_server takes keyword arguments only: smtp_server(tls='starttls')")
-        options.update(marker.kwargs)
+    for node in request.node.listchain():
+        for marker in _marks_of(node):
+            if marker.name != "smtp_server":
+                continue
+            if marker.args:
+                raise pytest.UsageError(
+                    "the marker smtp_server takes keyword arguments only: smtp_server(tls='starttls')"
+                )
+            options.update(marker.kwargs)
     return smtp_server_factory(**options)
+
+
+def _marks_of(node: pytest.Item | pytest.Collector) -> list[pytest.Mark]:
+    """Return the marks of a node, the nearest at the end: a lower line, a derived class, a set of parameters.
+
+    pytest has those of one decorated thing from its lowest line up, but those of base classes, and of the function that
+    has parameters, before them.
+    """
+    own = node.own_markers
+    groups: list[Sequence[pytest.Mark]] = []
+    if isinstance(node, pytest.Class):
+        groups = [_listed(kind.__dict__.get("pytestmark", ())) for kind in reversed(node.obj.__mro__)]
+    elif isinstance(node, pytest.Function) and hasattr(node, "callspec"):
+        groups = [_listed(node.callspec.marks)]
+    grouped = [mark for group in groups for mark in reversed(group)]
+    return [*(mark for mark in reversed(own) if mark not in grouped), *grouped]
+
+
+def _listed(marks: Any) -> list[pytest.Mark]:
+    """Return what `pytestmark` may be as a list of marks."""
+    each = marks if isinstance(marks, list | tuple) else [marks]
+    return [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in each]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Forget the servers of a test behind its last report: pytest keeps its items, and they would keep all mail."""
+    try:
+        return (yield)
+    finally:
+        item.stash.setdefault(_SERVERS, []).clear()
 
 
 @pytest.hookimpl(wrapper=True)

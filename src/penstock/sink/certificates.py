@@ -17,7 +17,7 @@ from penstock.sink.plan import TlsFault
 SPOILED_CONTEXTS: Final[frozenset[TlsFault | None]] = frozenset({"wrong-name", "expired", "alert", "tls-1.2"})
 """The faults of TLS that lie in a context."""
 _WRONG_NAME: Final = "wrong-name.invalid"
-_DAY: Final = datetime.timedelta(days=1)
+_LONG_AGO: Final = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 
 
 class Certificates:
@@ -36,8 +36,7 @@ class Certificates:
     def put(self, folder: Path) -> None:
         """Write `server.pem` and `ca.pem`. Raise OSError."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        now = datetime.datetime.now(datetime.UTC)
-        leaf = self._issue(*self._names, not_before=now - _DAY, not_after=now + 90 * _DAY)
+        leaf = self._issue(*self._names)
         (folder / "ca.pem").write_bytes(self._authority.cert_pem.bytes())
         descriptor = os.open(folder / "server.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -50,10 +49,8 @@ class Certificates:
         return self._contexts[what]
 
     def _make(self, what: TlsFault | None) -> ssl.SSLContext:
-        now = datetime.datetime.now(datetime.UTC)
         names = (_WRONG_NAME,) if what == "wrong-name" else self._names
-        end = now - _DAY if what == "expired" else now + 90 * _DAY
-        leaf = self._issue(*names, not_before=now - 30 * _DAY, not_after=end)
+        leaf = self._issue(*names, not_after=_LONG_AGO if what == "expired" else None)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:  # ssl reads certificates from files only
             file = Path(folder) / "leaf.pem"
@@ -70,11 +67,8 @@ class Certificates:
             self._authority.configure_trust(context)
         return context
 
-    def _issue(self, *names: str, not_before: datetime.datetime, not_after: datetime.datetime) -> trustme.LeafCert:
+    def _issue(self, *names: str, not_after: datetime.datetime | None = None) -> trustme.LeafCert:
+        """Make a certificate that is good from 2000 on: a test may have set another date, and OpenSSL does not know."""
         return self._authority.issue_cert(
-            *names,
-            organization_name="Penstock",
-            not_before=not_before,
-            not_after=not_after,
-            key_type=trustme.KeyType.ECDSA,
+            *names, organization_name="Penstock", not_after=not_after, key_type=trustme.KeyType.ECDSA
         )

@@ -36,9 +36,9 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import math
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -448,6 +448,8 @@ class FaultEngine:
         self._clock = clock
         self._loaded = _Loaded(plan)
         self._forced: dict[Phase, deque[_Forced]] = {phase: deque() for phase in PHASES}
+        self._forcing = threading.Lock()
+        """Guards what is forced: a test asks for it in its thread, sessions take it in theirs."""
         self.is_armed = bool(plan.rule)
         """Something may go wrong, so that each session has to ask."""
         self.followers: set[Follower] = set()
@@ -481,10 +483,11 @@ class FaultEngine:
         if name is None or name in ("connect", "body"):
             known = ", ".join(each for each in PHASES if each not in ("connect", "body"))
             raise ValueError(f"there is no reply in a phase {phase!r}; a phase is one of {known}")
-        if not 1 <= count <= _MOST_FORCED:
+        if count not in range(1, _MOST_FORCED + 1):  # nor is 1.5
             raise ValueError(f"a count is 1 to {_MOST_FORCED}, not {count}")
         said = reply if isinstance(reply, Reply) else reply_of(str(reply))
-        self._forced[name].append(_Forced(said, count))
+        with self._forcing:
+            self._forced[name].append(_Forced(said, count))
         self._tell()
 
     def pending(self) -> dict[str, int]:
@@ -493,9 +496,13 @@ class FaultEngine:
         return {phase: count for phase, count in left.items() if count}
 
     def _tell(self) -> None:
-        self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
+        with self._forcing:
+            self._look_whether_armed()
         for follower in list(self.followers):
             follower.follow()
+
+    def _look_whether_armed(self) -> None:
+        self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
 
     # ---- what sessions ask
 
@@ -578,14 +585,15 @@ class FaultEngine:
         waiting = self._forced[phase]
         if not waiting:
             return None
-        with suppress(IndexError, ValueError):  # another thread may reset meanwhile
+        with self._forcing:
+            if not waiting:  # another thread has reset it meanwhile
+                return None
             forced = waiting[0]
             forced.left -= 1
             if not forced.left:
-                waiting.remove(forced)
-                self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
+                waiting.popleft()
+                self._look_whether_armed()
             return forced.reply
-        return None
 
     def _note(self, occasion: Occasion, mark: Mark | None, rule: str, actions: Sequence[str]) -> None:
         recipient = occasion.recipients[0] if occasion.recipients else ""

@@ -7,6 +7,7 @@ the report of a test is public in many places.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from typing import Final
@@ -23,6 +24,7 @@ from penstock.smtp.server import ServerSession
 from penstock.smtp.states import State
 from penstock.transaction import Peer, TlsInfo, Transaction
 
+_NO_MECHANISM: Final = re.compile(r"[^A-Za-z0-9_-]")
 MOST_LINES: Final = 1000
 """Lines a dialog keeps; the oldest are forgotten."""
 
@@ -53,12 +55,14 @@ class Dialog:
 class NotedSession(ServerSession):
     """A session whose dialog is noted."""
 
-    __slots__ = ("_dialog", "_noted", "_number")
+    __slots__ = ("_dialog", "_is_behind_auth", "_noted", "_number")
 
     def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, dialog: Dialog, number: int) -> None:
         super().__init__(offer, wire, transaction)
         self._dialog = dialog
         self._number = number
+        self._is_behind_auth = False
+        """No command was known since AUTH."""
         self._noted = 0
         """Replies in the out-buffer that were noted."""
         self.observer = self._observe
@@ -87,9 +91,16 @@ class NotedSession(ServerSession):
         verb = VERBS[self.wire.verb]
         argument = self.wire.argument.decode("utf-8", "replace")
         if verb == "AUTH":
-            mechanism, blank, initial = argument.partition(" ")
-            return f"AUTH {mechanism}{' (initial response, not shown)' if blank and initial else ''}"
-        return f"{verb} {argument}" if self.wire.verb else argument  # the argument of an unknown verb is its line
+            self._is_behind_auth = True
+            mechanism = _NO_MECHANISM.split(argument, maxsplit=1)[0]
+            return f"AUTH {mechanism}{' (initial response, not shown)' if argument.strip() != mechanism else ''}"
+        if self.wire.verb:
+            self._is_behind_auth = False
+            return f"{verb} {argument}"
+        # The argument of an unknown verb is its line. A client that takes a refused AUTH for another answer says its
+        # password in the place of a command.
+        is_secret = self._is_behind_auth or argument[:4].upper() == "AUTH"
+        return "(no command, not shown behind AUTH)" if is_secret else argument
 
     def _note_replies(self) -> None:
         for reply in self._out[self._noted :]:

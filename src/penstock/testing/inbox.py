@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from email import message_from_bytes, policy
 from email.message import EmailMessage
-from functools import cached_property
-from typing import Protocol, TypeVar, overload
+from email.parser import BytesHeaderParser
+from functools import cached_property, partial
+from typing import Final, Protocol, TypeVar, overload
 
 import trio
 
@@ -28,6 +29,8 @@ from penstock.transaction import Peer, TlsInfo, Transaction
 T = TypeVar("T")
 
 Predicate = Callable[["ReceivedMessage"], bool]
+_now: Final = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+"""Seconds of a clock that goes on when a test has stopped the others (freezegun)."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,11 @@ class ReceivedMessage:
 
     @property
     def subject(self) -> str:
-        """The Subject field, decoded; "" without one."""
-        return str(self.email["Subject"] or "")
+        """The Subject field, decoded; "" without one, and as it stands when it can not be decoded."""
+        try:
+            return str(self.email["Subject"] or "")
+        except Exception:  # noqa: BLE001 - the email package throws much at malformed fields
+            return str(BytesHeaderParser(policy=policy.compat32).parsebytes(self.raw)["Subject"] or "")
 
     @property
     def text(self) -> str:
@@ -84,14 +90,14 @@ class ReceivedMessage:
         return self._part("html")
 
     def _part(self, kind: str) -> str:
-        part = self.email.get_body((kind,))
-        return "" if part is None else str(part.get_content()).replace("\r\n", "\n")
-
-    def _shown_subject(self) -> str:
         try:
-            return self.subject
-        except Exception as exc:  # noqa: BLE001 - the email package throws much at malformed fields
-            return f"(unreadable: {type(exc).__name__})"
+            part = self.email.get_body((kind,))
+            text = "" if part is None else str(part.get_content())
+        except (LookupError, AttributeError):  # a charset that nobody knows, parts that do not fit together
+            found = (part for part in self.email.walk() if part.get_content_type() == f"text/{kind}")
+            payload = next((part.get_payload(decode=True) for part in found), b"")
+            text = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
+        return text.replace("\r\n", "\n")
 
     def describe(self) -> str:
         """Return two lines that say who sent what to whom, and how."""
@@ -101,7 +107,7 @@ class ReceivedMessage:
         over = f", {self.tls.version}" if self.tls is not None else ""
         return (
             f"<{escape(self.sender)}> -> {recipients}{more}\n"
-            f"    Subject: {escape(self._shown_subject())} ({len(self.raw)} octets, {self.protocol}{over}{by})"
+            f"    Subject: {escape(self.subject)} ({len(self.raw)} octets, {self.protocol}{over}{by})"
         )
 
 
@@ -124,10 +130,13 @@ class _Waiter(Protocol):
     """A task that waits for the inbox to change."""
 
     def wake(self) -> None:
-        """Let it look again. Called in the server's thread."""
+        """Let it look again. For any thread."""
 
-    async def sleep(self, seconds: float) -> None:
-        """Wait until `wake` was called, or for so long."""
+    async def sleep(self) -> None:
+        """Wait until `wake` was called."""
+
+    async def checkpoint(self) -> None:
+        """Let other tasks have a turn, and be cancelled."""
 
 
 class _TrioWaiter:
@@ -136,11 +145,14 @@ class _TrioWaiter:
         self._woken = trio.Event()
 
     def wake(self) -> None:
-        self._token.run_sync_soon(self._woken.set)
+        with suppress(RuntimeError):  # its loop is over
+            self._token.run_sync_soon(self._woken.set)
 
-    async def sleep(self, seconds: float) -> None:
-        with trio.move_on_after(seconds):
-            await self._woken.wait()
+    async def sleep(self) -> None:
+        await self._woken.wait()
+
+    async def checkpoint(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class _AsyncioWaiter:
@@ -149,11 +161,14 @@ class _AsyncioWaiter:
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        self._loop.call_soon_threadsafe(self._woken.set)
+        with suppress(RuntimeError):  # its loop is over
+            self._loop.call_soon_threadsafe(self._woken.set)
 
-    async def sleep(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), seconds)
+    async def sleep(self) -> None:
+        await self._woken.wait()
+
+    async def checkpoint(self) -> None:
+        await asyncio.sleep(0)
 
 
 class Inbox(Sequence[ReceivedMessage]):
@@ -172,6 +187,8 @@ class Inbox(Sequence[ReceivedMessage]):
         self._context = context
         self._changed = threading.Condition()
         self._messages: list[ReceivedMessage] = []
+        self._changes = 0
+        """How often somebody was woken."""
         self._octets = 0
         self._waiters: set[_Waiter] = set()
         self._failure: BaseException | None = None
@@ -197,10 +214,10 @@ class Inbox(Sequence[ReceivedMessage]):
             self._wake()
 
     def _wake(self) -> None:
+        self._changes += 1
         self._changed.notify_all()
         for waiter in self._waiters:
-            with suppress(RuntimeError):  # its loop is over
-                waiter.wake()
+            waiter.wake()
 
     # ---- a sequence
 
@@ -245,7 +262,7 @@ class Inbox(Sequence[ReceivedMessage]):
         `timeout` is in seconds. Raise TimeoutError, which tells what has come instead, and what the server has died of
         when it has. Blocks the thread: in an async test, use `wait_async`.
         """
-        return self._wait(lambda: self._at_least(count), timeout, _plural(count))
+        return self._wait(partial(_at_least, count), timeout, _plural(count))
 
     def wait_for(
         self,
@@ -262,11 +279,11 @@ class Inbox(Sequence[ReceivedMessage]):
         part of its subject: all of those that are given. Messages that came before count. Raise as `wait` does.
         """
         wanted, what = _matcher(predicate, sender, recipient, subject)
-        return self._wait(lambda: self._first(wanted), timeout, what)
+        return self._wait(partial(_first, wanted), timeout, what)
 
     async def wait_async(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:  # noqa: ASYNC109 - is told in the error
         """Do what `wait` does, in a test that runs in trio or asyncio."""
-        return await self._wait_async(lambda: self._at_least(count), timeout, _plural(count))
+        return await self._wait_async(partial(_at_least, count), timeout, _plural(count))
 
     async def wait_for_async(
         self,
@@ -279,46 +296,53 @@ class Inbox(Sequence[ReceivedMessage]):
     ) -> ReceivedMessage:
         """Do what `wait_for` does, in a test that runs in trio or asyncio."""
         wanted, what = _matcher(predicate, sender, recipient, subject)
-        return await self._wait_async(lambda: self._first(wanted), timeout, what)
+        return await self._wait_async(partial(_first, wanted), timeout, what)
 
-    def _at_least(self, count: int) -> list[ReceivedMessage] | None:
-        return list(self._messages) if len(self._messages) >= count else None
+    def _look(self, look: Callable[[list[ReceivedMessage]], T | None]) -> tuple[T | None, int]:
+        """Return what there is, if it is enough, and how often something has changed.
 
-    def _first(self, wanted: Predicate) -> ReceivedMessage | None:
-        return next((message for message in self._messages if wanted(message)), None)
-
-    def _look(self, look: Callable[[], T | None]) -> T | None:
-        """Return what there is, if it is enough. Raise RuntimeError when no more will come."""
-        found = look()
-        if found is None and self._failure is not None:
-            raise RuntimeError("the server has died, nothing more will come") from self._failure
-        return found
-
-    def _wait(self, look: Callable[[], T | None], timeout: float, what: str) -> T:
-        deadline = _deadline(timeout)
+        The test's predicate is asked outside the lock, which the server needs to go on. Raise RuntimeError when nothing
+        more will come.
+        """
         with self._changed:
-            while (found := self._look(look)) is None:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError(self._in_vain(timeout, what))
-                self._changed.wait(left)
-        return found
+            messages, changes, failure = list(self._messages), self._changes, self._failure
+        found = look(messages)
+        if found is None and failure is not None:
+            raise RuntimeError("the server has died, nothing more will come") from failure
+        return found, changes
 
-    async def _wait_async(self, look: Callable[[], T | None], timeout: float, what: str) -> T:  # noqa: ASYNC109
+    def _wait(self, look: Callable[[list[ReceivedMessage]], T | None], timeout: float, what: str) -> T:
         deadline = _deadline(timeout)
         while True:
-            waiter: _Waiter = _TrioWaiter() if trio.lowlevel.in_trio_run() else _AsyncioWaiter()
+            found, changes = self._look(look)
+            if found is not None:
+                return found
             with self._changed:
-                found = self._look(look)
-                if found is not None:
-                    return found
+                while self._changes == changes and (left := deadline - _now()) > 0:
+                    self._changed.wait(left)
+                if self._changes == changes:
+                    break
+        raise TimeoutError(self._in_vain(timeout, what))
+
+    async def _wait_async(self, look: Callable[[list[ReceivedMessage]], T | None], timeout: float, what: str) -> T:  # noqa: ASYNC109
+        """Wait in a task. A thread keeps the time: that of a loop may stand still, or run ahead, in a test."""
+        deadline = _deadline(timeout)
+        while True:
+            waiter: _Waiter = _TrioWaiter() if trio.lowlevel.in_trio_task() else _AsyncioWaiter()
+            timer = threading.Timer(max(deadline - _now(), 0), waiter.wake)
+            with self._changed:
                 self._waiters.add(waiter)
             try:
-                left = deadline - time.monotonic()
-                if left <= 0:
+                found, _ = self._look(look)
+                if found is not None:
+                    await waiter.checkpoint()
+                    return found
+                if _now() >= deadline:
                     raise TimeoutError(self._in_vain(timeout, what))
-                await waiter.sleep(left)
+                timer.start()
+                await waiter.sleep()
             finally:
+                timer.cancel()
                 with self._changed:
                     self._waiters.discard(waiter)
 
@@ -329,10 +353,18 @@ class Inbox(Sequence[ReceivedMessage]):
         return "\n".join(part for part in parts if part)
 
 
+def _at_least(count: int, messages: list[ReceivedMessage]) -> list[ReceivedMessage] | None:
+    return messages if len(messages) >= count else None
+
+
+def _first(wanted: Predicate, messages: list[ReceivedMessage]) -> ReceivedMessage | None:
+    return next((message for message in messages if wanted(message)), None)
+
+
 def _deadline(timeout: float) -> float:
     if not 0 <= timeout < math.inf:
         raise ValueError(f"a timeout is a number of seconds, not {timeout!r}")
-    return time.monotonic() + timeout
+    return _now() + timeout
 
 
 def _plural(count: int) -> str:

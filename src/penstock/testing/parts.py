@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import hmac
 import os
@@ -10,6 +9,7 @@ import shutil
 import ssl
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +52,20 @@ class Authority:
         return context
 
 
+def folder_for(owner: object) -> tuple[Path, Callable[[], object]]:
+    """Make a folder that lives as long as its owner, or until what is returned beside it is called.
+
+    A child of this process (os.fork) has a copy of the owner, whose end must not take the folder away.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="penstock-test-"))
+    return folder, weakref.finalize(owner, _remove, folder, os.getpid())
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 _authority_lock = threading.Lock()
 _authority: Authority | None = None
 
@@ -61,9 +75,8 @@ def authority_of_process() -> Authority:
     global _authority  # noqa: PLW0603 - made once a process: certificates cost more than servers
     with _authority_lock:
         if _authority is None:
-            folder = tempfile.mkdtemp(prefix="penstock-authority-")
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            _authority = Authority(Path(folder))
+            folder, _ = folder_for(authority_of_process)
+            _authority = Authority(folder)
         return _authority
 
 
@@ -132,6 +145,8 @@ def kind_of_connection(delivery: InboxDelivery, dialog: Dialog, ended: Callable[
                 del delivery.arriving[message.id]
 
         def _end(self, cause: str) -> None:
+            if not self._session.has_quit:
+                dialog.note(self.number, "--", cause)
             super()._end(cause)
             ended()
 

@@ -7,9 +7,10 @@ sockets, so that what is wrong with the arguments is raised there; the server's 
 
 from __future__ import annotations
 
+import os
+import re
 import ssl
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -26,10 +27,18 @@ from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
 from penstock.testing.dialog import Dialog, NotedFaults, NotedJournal
 from penstock.testing.inbox import Inbox
-from penstock.testing.parts import Authority, InboxDelivery, Users, authority_of_process, kind_of_connection
+from penstock.testing.parts import (
+    Authority,
+    InboxDelivery,
+    Users,
+    authority_of_process,
+    folder_for,
+    kind_of_connection,
+)
 from penstock.testing.thread import WorkerThread
 
 _MOST_GRACE: Final = 20.0
+_STATUS: Final = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 _SHOWN_LINES: Final = 60
 _SHOWN_MESSAGES: Final = 20
 _LINES_IN_ERRORS: Final = 12
@@ -130,7 +139,8 @@ class SmtpServer:
         `address`: "127.0.0.1:0" takes a free port; also "[::1]:0" and "unix:/path/of/socket".
         `hostname`: the server's name in its greeting.
         `listener`: further keys of a [[listener]] table of the configuration, in its form:
-        `{"limits": {"recipients": 100}, "extensions": {"pipelining": False}}`.
+        `{"limits": {"recipients": 100}, "extensions": {"pipelining": False}}`. A sender whose lines end in LF alone (as
+        those of `message.as_bytes()` in smtplib) hears 550, but for `{"wire": {"bare_lf": "accept"}}`.
         `max_messages`, `max_octets`: the room of the inbox; what is beyond is refused with 452.
         `grace`: seconds that open sessions have to end by themselves when the server stops. A sender that the test does
         not wait for then hears the rest of its replies; a session that is left open costs that long.
@@ -141,8 +151,8 @@ class SmtpServer:
             raise ValueError("require_auth=True needs users={name: password}")
         if require_tls and tls == "none":
             raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
-        if not all(self._users) or not all(self._users.values()):
-            raise ValueError("a user has a name and a password")
+        if not all(type(text) is str and text for pair in self._users.items() for text in pair):
+            raise ValueError("users are names and their passwords: {'alice': 'secret'}")
         if not 0 <= grace <= _MOST_GRACE:
             raise ValueError(f"grace is 0 to {_MOST_GRACE:g} seconds, not {grace!r}")
         self._authority = authority
@@ -165,7 +175,8 @@ class SmtpServer:
         self._faults = NotedFaults(self.dialog)
         self._engine = FaultEngine(_plan_of(faults), receipts=self._faults, has_magic=magic_recipients)
         self._thread = WorkerThread(grace=grace, failed=self._fail)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._process = os.getpid()
+        self._remove_folder: Callable[[], object]
         self._place: tuple[str, int] | None = None
         self._is_running = False
         self._failure: BaseException | None = None
@@ -222,16 +233,18 @@ class SmtpServer:
     def fail_next(self, phase: str, code: int, *, status: str = "", text: str = "", times: int = 1) -> None:
         """Give the next `times` commands of a phase this reply in the place of the ordinary one.
 
-        `phase` is the verb of a command ("RCPT"), "." for the end of the text, or "banner" for the greeting, in any
-        case. `code` is 200 to 599, and 421 ends the connection; `status` is its enhanced status code ("4.2.2"), and
-        `text` what the client reads: both have an ordinary value. Several wait for their turn in the order they were
-        asked for. Raise ValueError.
+        `phase` is the verb of a command ("RCPT"; a first BDAT is "DATA", too), "." for the end of the text, or "banner"
+        for the greeting, in any case. `code` is 200 to 599, and 421 ends the connection; `status` is its enhanced
+        status code ("4.2.2"), and `text` what the client reads: both have an ordinary value. Several wait for their
+        turn in the order they were asked for. Raise ValueError.
 
         >>> with SmtpServer() as server, smtplib.SMTP(server.host, server.port) as client:
         ...     server.fail_next("RCPT", 452, status="4.2.2", text="Mailbox full")
         ...     client.sendmail("alice@example.org", ["bob@example.org", "eve@example.org"], "Subject: Hello")
         {'bob@example.org': (452, b'4.2.2 Mailbox full')}
         """
+        if status and not _STATUS.fullmatch(status):
+            raise ValueError(f"a status looks like 4.2.2, not {status!r}")
         said = " ".join(part for part in (str(code), status, text) if part)
         self._engine.fail_next(phase, reply_of(said), times)
 
@@ -283,17 +296,17 @@ class SmtpServer:
         if self._place is not None:
             raise RuntimeError("this server was started before; make another one")
         delivery = InboxDelivery(self.inbox)
-        self._folder = tempfile.TemporaryDirectory(prefix="penstock-test-")
+        folder, self._remove_folder = folder_for(self)
         try:
             parts = assemble(
-                self._settings_in(self._folder.name),
+                self._settings_in(str(folder)),
                 self._journal,
                 lambda _lines: None,
                 kind=self._kind_of_connection(delivery),
                 given=Given(delivery, Users(self._users), self._policies),
             )
         except BaseException:
-            self._folder.cleanup()
+            self._remove_folder()
             raise
         self._place = _place_of(parts.doors[0])
         self._is_running = True
@@ -308,12 +321,11 @@ class SmtpServer:
         Raise RuntimeError, from what was thrown, when something in the server has failed meanwhile: such a test may
         have passed for the wrong reason.
         """
-        if not self._is_running:
+        if not self._is_running or os.getpid() != self._process:  # a child of os.fork has no such thread
             return
         self._is_running = False
-        assert self._folder is not None
         self._thread.stop()
-        self._folder.cleanup()
+        self._remove_folder()
         failures = [*([self._failure] if self._failure is not None else []), *self._journal.failures]
         if failures:
             first = failures[0]

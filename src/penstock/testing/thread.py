@@ -30,6 +30,8 @@ class WorkerThread:
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop_wanted = trio.Event()
         self._session_ended = trio.Event()
+        self._is_patient = True
+        """Sessions may still end by themselves."""
         self._thread: threading.Thread | None = None
 
     def start(self, parts: Parts) -> None:
@@ -43,15 +45,25 @@ class WorkerThread:
     def stop(self) -> None:
         """Let the sessions end within the grace, then end them; return once the thread is gone. Raise RuntimeError."""
         assert self._thread is not None
-        if self._token is not None:
-            with suppress(trio.RunFinishedError):  # it has failed, and was told
-                self._token.run_sync_soon(self._stop_wanted.set)
-        self._thread.join(self._grace + _STOPPING)
+        self._tell(self._stop_wanted.set)
+        self._thread.join(self._grace)  # this thread keeps the time: a test may have stopped the clock of the loop
+        self._tell(self._lose_patience)
+        self._thread.join(_STOPPING)
         if self._thread.is_alive():
             raise RuntimeError(f"the server has not stopped within {_STOPPING:g} s: is a policy of the test blocking?")
 
     def note_end(self) -> None:
         """Look again whether sessions are left. Called in the worker's thread when one has ended."""
+        self._session_ended.set()
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        """Have something called in the worker's thread, unless it is over."""
+        if self._token is not None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(call)
+
+    def _lose_patience(self) -> None:
+        self._is_patient = False
         self._session_ended.set()
 
     def _run(self, parts: Parts) -> None:
@@ -71,8 +83,7 @@ class WorkerThread:
             await nursery.start(parts.worker.run)
             self._ready.set()
             await self._stop_wanted.wait()
-            with trio.move_on_after(self._grace):
-                while parts.worker.open_connections:
-                    self._session_ended = trio.Event()
-                    await self._session_ended.wait()
+            while self._is_patient and parts.worker.open_connections:
+                self._session_ended = trio.Event()
+                await self._session_ended.wait()
             parts.worker.abort()
