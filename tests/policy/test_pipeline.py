@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
 import trio
 import trio.testing
 
@@ -26,7 +29,7 @@ class Says:
 
     def on_connect(self, peer: Peer, listener: str) -> Verdict:
         self.asked += 1
-        if isinstance(self.answer, Exception):
+        if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer  # type: ignore[return-value]  # wrong answers are what is tested
 
@@ -84,10 +87,34 @@ async def test_an_accepting_reply_is_kept_unless_somebody_refuses() -> None:
     assert await ask(make(Says(WELCOME), Says(NO))[0]) == NO
 
 
-async def test_a_policy_that_throws_has_failed() -> None:
-    pipeline, journal = make(Says(KeyError("gone")))
+@pytest.mark.parametrize(
+    "thrown",
+    [
+        KeyError("gone"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        asyncio.CancelledError(),
+        BaseExceptionGroup("of a nursery", [SystemExit(3)]),
+    ],
+)
+async def test_a_policy_that_throws_has_failed(thrown: BaseException) -> None:
+    pipeline, journal = make(Says(thrown))
     assert await ask(pipeline) == CHECK_FAILED
-    assert b"KeyError" in journal.drain()
+    cause = thrown.exceptions[0] if isinstance(thrown, BaseExceptionGroup) else thrown
+    assert type(cause).__name__.encode() in journal.drain()
+
+
+async def test_a_reply_that_asks_for_more_has_failed() -> None:
+    """A 354 behind the dot would be no refusal to us, and no acceptance to the client, who sends again."""
+    pipeline, journal = make(Says(Reply(354, None, "Go on")))
+    assert await ask(pipeline) == CHECK_FAILED
+    assert b"not 354" in journal.drain()
+
+
+async def test_421_closes() -> None:
+    answer = await ask(make(Says(Reply(421, "4.3.2", "Later", cause="so it is")))[0])
+    assert answer is not None
+    assert (answer.encoded, answer.closes, answer.cause) == (b"421 4.3.2 Later\r\n", True, "so it is")
 
 
 async def test_an_answer_of_a_wrong_type_has_failed() -> None:

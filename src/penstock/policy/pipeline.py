@@ -51,9 +51,14 @@ class _Guard:
                         answer = await answer
             if scope.cancelled_caught:
                 cause = f"no answer within {self._settings.deadline} s"
-            elif not (answer is None or answer is ACCEPT or isinstance(answer, Reply)):
+            elif isinstance(answer, Reply):
+                if 300 <= answer.code < 400:  # would ask the client for more, and is no refusal
+                    cause = f"a Reply of a policy is 2yz, 4yz or 5yz, not {answer.code}"
+            elif answer is not None and answer is not ACCEPT:
                 cause = f"an answer is None, ACCEPT or a Reply, not {answer!r}"
-        except Exception as exc:  # noqa: BLE001 - whatever a hook throws, the check has failed
+        except BaseException as exc:  # whatever a hook throws, sys.exit() among it, the check has failed
+            if _is_ours(exc):
+                raise
             cause = _cause_of(exc)
         if cause:
             self._fail(milestone, cause)
@@ -69,9 +74,16 @@ class _Guard:
             self._closed_until = trio.current_time() + self._settings.breaker_pause
 
 
-def _cause_of(exc: Exception) -> str:
+def _is_ours(exc: BaseException) -> bool:
+    """Say whether an exception is how a session is ended from outside."""
+    if isinstance(exc, BaseExceptionGroup):
+        return exc.subgroup(trio.Cancelled) is not None
+    return isinstance(exc, trio.Cancelled | GeneratorExit)
+
+
+def _cause_of(exc: BaseException) -> str:
     """Return what the journal says of an exception; out of a nursery that held one, of that one."""
-    while isinstance(exc, ExceptionGroup) and len(exc.exceptions) == 1:
+    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     try:
         return f"{type(exc).__name__}: {exc}"
@@ -133,6 +145,8 @@ async def _ask(asked: tuple[_Asked, ...], milestone: str, *arguments: object) ->
         if answer is ACCEPT:
             break
         if isinstance(answer, Reply):
+            if answer.code == 421 and not answer.closes:  # RFC 5321 3.8: whoever says so closes
+                return Reply(421, answer.status, answer.text, closes=True, cause=answer.cause)
             if not answer.accepts:
                 return answer
             kept = answer
