@@ -39,6 +39,7 @@ Rules
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
@@ -219,11 +220,11 @@ cdef class Poller:
         self.resumed = []
         self.fd = epoll_create1(EPOLL_CLOEXEC)
         if self.fd < 0:
-            raise OSError(errno, "epoll_create1 failed")
+            PyErr_SetFromErrno(OSError)
         self.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if self.bell < 0:
             c_close(self.fd)
-            raise OSError(errno, "eventfd failed")
+            PyErr_SetFromErrno(OSError)
         self.control(EPOLL_CTL_ADD, self.bell, EPOLLIN | <uint32_t> EPOLLET)
 
     def __len__(self):
@@ -235,7 +236,7 @@ cdef class Poller:
         event.data.u64 = 0
         event.data.fd = fd
         if epoll_ctl(self.fd, what, fd, &event) < 0:
-            raise OSError(errno, "epoll_ctl failed")
+            PyErr_SetFromErrno(OSError)
         return 0
 
     cpdef Watch watch(self, int fd):
@@ -306,7 +307,7 @@ cdef class Poller:
         if found < 0:
             if errno == EINTR:
                 return 0
-            raise OSError(errno, "epoll_wait failed")
+            PyErr_SetFromErrno(OSError)
         said = self.said = []
         if resumed:
             self.resumed = []
@@ -560,11 +561,11 @@ cdef class Timer:
     def __cinit__(self):
         self.fd = timer_create_in_a_file()
         if self.fd < 0:
-            raise OSError(errno, "timerfd_create failed")
+            PyErr_SetFromErrno(OSError)
 
     def set(self, int64_t at):
         if timer_set(self.fd, max(at, 1)) < 0:  # 0 would stop it
-            raise OSError(errno, "timerfd_settime failed")
+            PyErr_SetFromErrno(OSError)
 
     def recv(self, int fd, Py_ssize_t octets=8):
         cdef uint64_t count
@@ -608,7 +609,7 @@ def accept(int fd):
         if errno == EAGAIN:
             return None
         if errno != EINTR and errno != ECONNABORTED:
-            raise OSError(errno, "accept failed")
+            PyErr_SetFromErrno(OSError)
     if address.ss_family == AF_INET:
         return sock, dotted(<unsigned char *> &(<sockaddr_in *> &address).sin_addr), ntohs(
             (<sockaddr_in *> &address).sin_port
@@ -638,7 +639,7 @@ cdef ssize_t send_octets(int fd, data, Py_ssize_t start, int flags) except -2:
             if errno == EAGAIN:
                 return -1
             if errno != EINTR:
-                raise OSError(errno, "send failed")
+                PyErr_SetFromErrno(OSError)
     finally:
         PyBuffer_Release(&view)
 
@@ -657,7 +658,7 @@ def recv(int fd, Py_ssize_t octets):
             if errno == EAGAIN:
                 return None
             if errno != EINTR:
-                raise OSError(errno, "recv failed")
+                PyErr_SetFromErrno(OSError)
     data = PyBytes_FromStringAndSize(NULL, octets)
     while True:
         n = c_recv(fd, <char *> data, octets, 0)
@@ -668,7 +669,7 @@ def recv(int fd, Py_ssize_t octets):
         if errno == EAGAIN:
             return None
         if errno != EINTR:
-            raise OSError(errno, "recv failed")
+            PyErr_SetFromErrno(OSError)
 
 
 def close(int fd):
@@ -677,4 +678,4 @@ def close(int fd):
 
 def shutdown(int fd):
     if c_shutdown(fd, SHUT_WR) < 0:
-        raise OSError(errno, "shutdown failed")
+        PyErr_SetFromErrno(OSError)

@@ -29,6 +29,7 @@ Rules
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, memmove
@@ -292,7 +293,7 @@ cdef class Wire:
                 continue
             if errno == EAGAIN:
                 return -1
-            raise OSError(errno, "recv failed")
+            PyErr_SetFromErrno(OSError)
 
     def rest(self):
         self.settle()

@@ -105,8 +105,12 @@ class _Session:
 
     async def start_tls(self) -> None:
         assert self.hop.tls is not None
-        self.stream = trio.SSLStream(self.raw, self.hop.tls, server_side=True)
-        await self.stream.do_handshake()
+        self.stream = stream = trio.SSLStream(self.raw, self.hop.tls, server_side=True)
+        try:
+            await stream.do_handshake()
+        except trio.BrokenResourceError:
+            await self.raw.send_all(stream._outgoing.read())  # the alert, which trio keeps to itself
+            raise
         self.buffer = b""
 
     async def data(self) -> None:

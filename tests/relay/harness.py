@@ -86,6 +86,9 @@ class FakePool:
     def down_until(self, hop: Hop) -> float:
         return self.down.get(hop.host, 0.0)
 
+    def try_again(self, hop: Hop, asked_at: float) -> bool:
+        return False
+
     def deliver_later(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int, done: Done) -> None:
         if self.down_until(hop):
             raise HopDown(hop.name, "left alone")

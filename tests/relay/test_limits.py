@@ -15,7 +15,7 @@ from penstock.relay.hop import HopDown, HopLimits
 from penstock.relay.pool import Pool, PoolSettings
 from tests.relay.fake import CLOSE, PREFIX, STALL, TEXT, FakeHop, Text, envelope, send, serving, told
 
-BUSY = PoolSettings(clocks=ClockSettings(connect=0.1))
+BUSY = PoolSettings(clocks=ClockSettings(connect=1.0))
 """A pool whose sweeper comes round often."""
 
 
@@ -70,6 +70,21 @@ def test_a_failure_that_was_begun_before_the_others_makes_the_pause_no_longer() 
     assert breaker.failed(0.0)
     assert not breaker.failed(0.1)
     assert breaker.until == 1.0
+
+
+def test_a_breaker_lets_one_try_again_who_has_asked_since_the_last_failure() -> None:
+    breaker = Breaker(1, 100.0, 1000.0)
+    breaker.failed(10.0)
+    assert not breaker.try_again(9.0, 20.0)
+    assert breaker.blocks(20.0)
+    assert breaker.try_again(15.0, 20.0)
+    assert not breaker.blocks(20.0)
+    breaker.probe()
+    assert breaker.try_again(15.0, 20.0)
+    assert breaker.blocks(20.0), "one at a time"
+    assert breaker.failed(21.0)
+    assert not breaker.try_again(15.0, 22.0)
+    assert breaker.blocks(22.0)
 
 
 def test_a_bucket_holds_a_second() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import math
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import trio
 import trustme
 
 from penstock.net.connect import connect_unix
+from penstock.relay.conversation import Conversation
 from penstock.relay.hop import Hop, HopDown, TlsPolicy
 from penstock.relay.pool import Pool
-from tests.relay.fake import CLOSE, FakeHop, Text, envelope, send, serving, told
+from tests.relay.fake import CLOSE, STALL, FakeHop, Text, envelope, send, serving, told
+from tests.relay.test_limits import until
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,53 @@ async def test_opportunistic_tries_again_in_the_clear_when_the_handshake_fails(
     async with serving(hop):
         assert told(await send(pool, hop.hop(tls=TlsPolicy()))) == "delivered 250"
     assert hop.connections == 2
+    assert hop.verbs() == "EHLO STARTTLS EHLO MAIL RCPT DATA"
+
+
+def wanting_a_certificate(authority: trustme.CA) -> FakeHop:
+    """Return a hop that refuses our end of TLS 1.3 when we believe that all is well."""
+    hop = starttls(authority)
+    assert hop.tls is not None
+    hop.tls.minimum_version = ssl.TLSVersion.TLSv1_3
+    hop.tls.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(hop.tls)
+    return hop
+
+
+def leaving_behind_the_handshake(authority: trustme.CA) -> FakeHop:
+    return starttls(authority, EHLO=["250-hop\r\n250 STARTTLS", CLOSE])
+
+
+@pytest.mark.parametrize("make", [wanting_a_certificate, leaving_behind_the_handshake])
+async def test_a_connection_that_is_lost_right_behind_the_handshake_is_one_that_failed(
+    pool: Pool, authority: trustme.CA, make: Callable[[trustme.CA], FakeHop]
+) -> None:
+    hop = make(authority)
+    async with serving(hop):
+        assert told(await send(pool, hop.hop(tls=TlsPolicy()))) == "delivered 250"
+        assert hop.connections == 2
+        assert hop.verbs().endswith("STARTTLS EHLO MAIL RCPT DATA") or hop.verbs().endswith("EHLO EHLO MAIL RCPT DATA")
+    hop = make(authority)
+    async with serving(hop):
+        with pytest.raises(HopDown, match="behind the TLS handshake"):
+            await send(pool, hop.hop(tls=TlsPolicy(mode="require")))
+    assert "MAIL" not in hop.verbs()
+
+
+async def test_a_handshake_that_takes_too_long_is_one_that_failed(pool: Pool, authority: trustme.CA) -> None:
+    hop = starttls(authority, STARTTLS=[f"220 go on{STALL}"])
+
+    async def one() -> None:
+        assert told(await send(pool, hop.hop(tls=TlsPolicy()))) == "delivered 250"
+
+    def shaking() -> list[Conversation]:
+        open_ones = pool._stations[hop.hop(tls=TlsPolicy())]._open
+        return [each for each in open_ones if each._awaited == "the TLS handshake"]
+
+    async with serving(hop), trio.open_nursery() as nursery:
+        nursery.start_soon(one)
+        await until(lambda: "STARTTLS" in hop.heard and shaking())
+        shaking()[0].check_clock(math.inf)
     assert hop.verbs() == "EHLO STARTTLS EHLO MAIL RCPT DATA"
 
 

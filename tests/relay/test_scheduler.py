@@ -5,6 +5,8 @@ from __future__ import annotations
 import email
 import email.message
 import email.policy
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +18,11 @@ import penstock.relay.scheduler
 from penstock.message import Recipient
 from penstock.net.resolver import Exchanger, ResolveError
 from penstock.relay.hop import HopDown, Outcome, Result
+from penstock.relay.pool import Pool
 from penstock.reply import Reply
-from tests.relay.harness import BUSY, DELIVERED, REFUSED, FakePool, Sent, message_of, path_of, relaying
+from penstock.spool.desk import Desk, Filter
+from tests.relay.fake import CLOSE, FakeHop, serving
+from tests.relay.harness import BUSY, DELIVERED, REFUSED, FakePool, Relay, Sent, message_of, path_of, relaying
 
 HOUR = 3600.0
 
@@ -389,6 +394,64 @@ async def test_a_hop_that_is_back_gets_its_mail(tmp_path: Path, monkeypatch: pyt
         await relay.until(lambda: len(pool.sent) == 20)
         await relay.quiet()
         assert await relay.waiting() == []
+
+
+@asynccontextmanager
+async def left_alone(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> AsyncIterator[Relay]:
+    """Run a relay to a hop that is left alone after the first message, with clocks that go."""
+    route = {
+        "next_hop": f"smtp://127.0.0.1:{hop.port}",
+        "tls": {"mode": "none"},
+        "limits": {"breaker_failures": 1, "breaker_pause": 300},
+    }
+    async with relaying(folder, cast(FakePool, pool), routes=[route]) as relay:
+        begun = trio.current_time()
+        relay.scheduler._clock = lambda: relay.now + trio.current_time() - begun
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert hop.connections == 1
+        await relay.accept(*(message_of("bob@example.org") for _ in range(messages - 1)))
+        await relay.quiet()
+        assert hop.connections == 1
+        relay.events()
+        yield relay
+
+
+def retry(relay: Relay, folder: Path) -> None:
+    """Do what `penstock spool retry --all` does."""
+    with Desk.opened(folder, relay.scheduler._clock) as desk:
+        desk.retry(Filter())
+    relay.scheduler._look.set()
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penstock.relay.scheduler, "_SWEEP_PAUSE", 0.001)
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_an_operators_retry_tries_a_hop_that_is_left_alone(tmp_path: Path, pool: Pool) -> None:
+    hop = FakeHop(CONNECT=[f"421 4.3.2 no{CLOSE}"])
+    async with serving(hop), left_alone(tmp_path, pool, hop, 20) as relay:
+        retry(relay, tmp_path)
+        await relay.quiet()
+        assert await relay.waiting() == []
+        assert len(hop.texts) == 20
+        assert relay.events("deferred") == []
+        await pool.aclose()
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_an_operators_retry_of_much_mail_costs_a_dead_hop_one_connection(tmp_path: Path, pool: Pool) -> None:
+    hop = FakeHop(CONNECT=[f"421 4.3.2 no{CLOSE}"] * 99)
+    async with serving(hop), left_alone(tmp_path, pool, hop, 20) as relay:
+        for tries in (2, 3):
+            retry(relay, tmp_path)
+            await relay.quiet()
+            assert hop.connections == tries
+            said = [event["said"] for event in relay.events("deferred")]
+            assert sorted(said) == ["421 4.3.2 no", *["the next hop is down: 421 4.3.2 no"] * 19]
+        await pool.aclose()
 
 
 # ---- the DNS

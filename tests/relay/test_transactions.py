@@ -7,7 +7,20 @@ import pytest
 from penstock.message import Recipient
 from penstock.relay.hop import Delivered, HopDown, HopLimits, Outcome
 from penstock.relay.pool import Pool
-from tests.relay.fake import CHUNKING, PREFIX, STUFFED, TEXT, FakeHop, Text, envelope, path, send, serving, told
+from tests.relay.fake import CHUNKING, PREFIX, STALL, STUFFED, TEXT, FakeHop, Text, envelope, path, send, serving, told
+
+
+@pytest.mark.parametrize(
+    ("answers", "step"), [("250 ok", "RCPT"), ("250 ok\r\n250 ok", "DATA"), ("250 ok\r\n550 5.1.1 no", "DATA")]
+)
+async def test_what_is_no_answer_is_told_with_the_command_it_was_for(pool: Pool, answers: str, step: str) -> None:
+    hop = FakeHop(MAIL=[f"{answers}\r\nrubbish\r\n250 ok{STALL}"])  # in one segment
+    async with serving(hop):
+        *_, result = await send(pool, hop.hop(), "b@example.org")
+    if "550" in answers:
+        assert result.text == "550 5.1.1 no"
+    else:
+        assert result.text == f"this is no answer: rubbish, at {step}"
 
 
 async def test_a_server_that_wants_a_text_for_nobody_gets_a_lone_dot(pool: Pool) -> None:

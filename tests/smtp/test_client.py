@@ -60,6 +60,24 @@ def test_what_is_no_answer_is_an_error(data: bytes) -> None:
         read(data)
 
 
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"hello\r\n250 ok\r\n", "hello"),
+        (b"250-a\r\nno\0\x1b[2J \xc3\xbc\xff\n", "no\\x00\\x1b[2J \xfc\ufffd"),
+        (b"2\r5\xe2\x80\xae\r\n", "2\\r5\\u202e"),
+        (b"x" * 5000, "x" * 100),
+        (b"\0" * 500 + b"\n", "\\x00" * 25),
+        ("\U0001f4e8".encode() * 200 + b"\n", "\U0001f4e8" * 100),
+        (b"\r\n", ""),
+    ],
+)
+def test_of_what_is_no_answer_the_first_line_is_shown(data: bytes, shown: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        read(data)
+    assert str(caught.value) == f"this is no answer: {shown}"
+
+
 def test_the_status_of_an_answer_is_the_enhanced_one_where_there_is_one() -> None:
     assert Answer(550, ("5.1.1 no such user",)).status == "5.1.1"
     assert Answer(550, ("no such user",)).status == "5.0.0"

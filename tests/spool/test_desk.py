@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
+import trio
 from click.testing import CliRunner
 
 from penstock.cli.main import main
+from penstock.message import Body
 from penstock.spool import desk as desk_module
 from penstock.spool.desk import Desk, Filter
+from penstock.spool.desks import Desks
 from penstock.spool.entry import Outcome
 from penstock.spool.store import SpoolError
 from tests.contracts.delivery import make_message
@@ -69,6 +74,38 @@ async def test_retried_recipients_are_due_for_a_server_that_runs(tmp_path: Path)
             assert desk.retry(Filter(domain="y.org")) == 1
             assert desk.retry(Filter(domain="x.org")) == 0, "what is being attempted is left alone"
         assert [entry.lane for entry in await take_all(spool)] == ["y.org"]
+
+
+async def test_the_server_hears_what_the_operator_has_asked_for_and_when(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with opened(tmp_path) as spool:
+        assert [entry.asked_at for entry in await take_all(spool)] == [0, 0, 0]
+        with Desk.opened(tmp_path, lambda: NOW - 5) as desk:
+            assert desk.retry(Filter()) == 1
+            (waiting,) = [to for message in desk.find(Filter(state="due"), 0) for to in message.recipients]
+            assert waiting.due_at == NOW - 5
+            assert desk.stats().due == 1
+        (entry,) = await take_all(spool)
+        assert entry.asked_at == NOW - 5
+        await spool.settle(settled(entry, Outcome.DEFERRED, "451 not now", NOW + 100))
+        with Desk.opened(tmp_path, lambda: NOW + 1) as desk:
+            assert (desk.hold(Filter()), desk.release(Filter())) == (1, 1)
+        assert [entry.asked_at for entry in await take_all(spool, NOW + 1)] == [NOW + 1]
+
+
+async def test_filters_know_the_case_of_all_letters(tmp_path: Path) -> None:
+    addresses = ("Ö@ü.test", "ö@Ü.test", "o@x.test")
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x", recipients=addresses, sender="Å@ß.test"), ["l"] * 3)
+    for word in addresses[:2]:
+        assert found(tmp_path, recipient=word) == list(addresses[:2])
+        assert found(tmp_path, domain=word[2:]) == list(addresses[:2])
+    for sender in ("Å@ß.test", "å@*"):
+        assert found(tmp_path, sender=sender) == list(addresses)
+    assert found(tmp_path, domain="\u0130.test") == [], "a letter that is two when it is small"
+    with Desk.opened(tmp_path) as desk:
+        assert desk.hold(Filter(recipient="Ö@*")) == 2
+        assert desk.drop(Filter(domain="Ü.test")) == 2
 
 
 async def test_held_recipients_wait_for_their_release(tmp_path: Path) -> None:
@@ -183,6 +220,51 @@ async def test_the_command_line_shows_and_changes(tmp_path: Path) -> None:
     assert run(tmp_path, "retry", ids[1]) == "1 recipients are due now\n"
     assert "whole" in run(tmp_path, "check")
     assert run(tmp_path, "drop", "--all", "--yes") == "4 recipients were dropped\n"
+
+
+async def test_a_message_that_is_delivered_while_it_is_shown_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = await fill(tmp_path / "spool")
+    read = Desks.text
+
+    def read_and_lose(desks: Desks, message_id: str) -> tuple[bytes, Body]:
+        found = read(desks, message_id)
+        desks.drop(Filter(ids=(message_id,)))
+        return found
+
+    monkeypatch.setattr(Desks, "text", read_and_lose)
+    assert f"Error: there is no message {ids[0]}; " in run(tmp_path, "show", ids[0], code=1)
+    message = make_message(b"x" * 100)
+    async with opened(tmp_path / "spool", body_in_file=1) as spool:
+        await spool.put(message, ["x"])
+    for words in ((), ("--body",)):
+        async with opened(tmp_path / "spool", body_in_file=1) as spool:
+            await spool.put(message, ["x"])
+        assert f"Error: there is no message {message.id}; " in run(tmp_path, "show", message.id, *words, code=1)
+
+
+async def test_a_header_in_utf_8_is_shown_as_it_is(tmp_path: Path) -> None:
+    message = make_message("Subject: Grüße, \U0001f4e8\r\nX-Latin: ".encode() + b"\xfc\r\n\r\n")
+    async with opened(tmp_path / "spool") as spool:
+        await spool.put(message, ["x"])
+    assert "\nSubject: Grüße, \U0001f4e8\nX-Latin: \ufffd\n" in run(tmp_path, "show", message.id)
+    header = json.loads(run(tmp_path, "show", message.id, "--json"))["header"]
+    assert header[1:] == [["Subject", "Grüße, \U0001f4e8"], ["X-Latin", "\ufffd"]]
+
+
+@pytest.mark.parametrize("word", ["list", "show", "body", "stats", "check"])
+async def test_an_output_that_takes_nothing_costs_one_line_and_a_closed_pipe_none(tmp_path: Path, word: str) -> None:
+    ids = await fill(tmp_path / "spool")
+    words = {"show": ["show", ids[0]], "body": ["show", "--body", ids[0]]}.get(word, [word])
+    command = [sys.executable, "-m", "penstock", "spool", *words, "--data", str(tmp_path)]
+    reading, pipe = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for output, said in ((pipe, b""), (full, b"Error: [Errno 28] No space left on device\n")):
+        ended = await trio.run_process(command, stdout=output, capture_stderr=True, check=False)
+        os.close(output)
+        assert (ended.returncode, ended.stderr) == (1, said)
 
 
 async def test_the_command_line_refuses_what_would_be_a_mistake(tmp_path: Path) -> None:

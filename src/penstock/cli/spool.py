@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import email.parser
 import email.policy
+import itertools
+import os
 import re
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from penstock.config import ConfigError, Settings, load
 from penstock.journal import escape
-from penstock.spool.desk import Filter, Listed, ListedMessage
+from penstock.spool.desk import Filter, Listed, ListedMessage, Stats, no_message
 from penstock.spool.desks import Desks
 from penstock.spool.entry import STATES
 from penstock.spool.store import SpoolError
@@ -73,14 +75,28 @@ _filtered = _with(click.argument("ids", nargs=-1, metavar="[ID]..."), *_FILTERS,
 
 @contextmanager
 def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[Desks]:
-    """Open the spool that `penstock serve` with the same options has; turn trouble into one line and exit code 1."""
+    """Open the spool that `penstock serve` with the same options has; turn trouble into one line and exit code 1.
+
+    What is printed within the block may be the trouble. Where nobody reads it any more (a pipe to head), no line.
+    """
     try:
         settings = Settings() if config_file is None else load(config_file)
         folder = Path(data_dir or settings.data_dir) / settings.spool.path
         with Desks.opened(folder) as desk:
             yield desk
-    except (ConfigError, SpoolError, sqlite3.Error, OSError) as exc:
+    except (ConfigError, SpoolError, sqlite3.Error) as exc:
         raise click.ClickException(str(exc)) from exc
+    except OSError as exc:
+        _forget_output()
+        if isinstance(exc, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise click.ClickException(str(exc)) from exc
+
+
+def _forget_output() -> None:
+    """Let what could not be written to standard output go: Python would try again at its end, and print a trace."""
+    with suppress(OSError), Path(os.devnull).open("wb") as nowhere:  # a test's has no descriptor
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _filter(ids: tuple[str, ...], state: str | None, words: dict[str, Any]) -> Filter:
@@ -159,22 +175,29 @@ def show(message_id: str, config_file: Path | None, data_dir: str | None, body: 
     """Show a message: its envelope, its recipients, its header."""
     with _desk(config_file, data_dir) as desk:
         prefix, text = desk.text(message_id)
+        chunks = text.chunks()
+        try:
+            first = next(chunks, b"")
+        except FileNotFoundError:
+            raise SpoolError(no_message(message_id)) from None
         if body:
             out = sys.stdout.buffer
-            out.write(prefix)
-            for chunk in text.chunks():
+            for chunk in itertools.chain((prefix, first), chunks):
                 out.write(chunk)
             out.flush()
             return
-        (message,) = desk.find(Filter(ids=(message_id,)), 0)
-        head = (prefix + next(iter(text.chunks()), b""))[:_HEADER]
-    parsed = email.parser.BytesHeaderParser(policy=email.policy.compat32).parsebytes(head)
-    fields = [(name, " ".join(str(value).split())) for name, value in parsed.items()]
-    if as_json:
-        click.echo(msgspec.json.encode({**_as_json(message), "header": fields}))
-        return
-    click.echo(_as_lines(message))
-    click.echo("".join(f"\n{escape(name)}: {escape(value)}" for name, value in fields).lstrip("\n"))
+        message = next(desk.find(Filter(ids=(message_id,)), 0), None)
+        if message is None:  # it was delivered meanwhile
+            raise SpoolError(no_message(message_id))
+        # RFC 6532: a field that is not ASCII is UTF-8.
+        head = (prefix + first)[:_HEADER].decode("utf-8", "replace")
+        parsed = email.parser.HeaderParser(policy=email.policy.compat32).parsestr(head)
+        fields = [(name, " ".join(str(value).split())) for name, value in parsed.items()]
+        if as_json:
+            click.echo(msgspec.json.encode({**_as_json(message), "header": fields}))
+            return
+        click.echo(_as_lines(message))
+        click.echo("".join(f"\n{escape(name)}: {escape(value)}" for name, value in fields).lstrip("\n"))
 
 
 def _change(name: str, act: Callable[[Desks, Filter], int], done: str, help_text: str) -> None:
@@ -216,9 +239,13 @@ def stats(config_file: Path | None, data_dir: str | None, as_json: bool) -> None
     """Count what waits."""
     with _desk(config_file, data_dir) as desk:
         found = desk.stats()
-    if as_json:
-        click.echo(msgspec.json.encode(found._asdict()))
-        return
+        if as_json:
+            click.echo(msgspec.json.encode(found._asdict()))
+        else:
+            Console().print(_as_table(found))
+
+
+def _as_table(found: Stats) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(justify="right")
     table.add_column()
@@ -231,7 +258,7 @@ def stats(config_file: Path | None, data_dir: str | None, as_json: bool) -> None
         table.add_row(_span(time.time() - found.oldest), "is the oldest message old")
     for lane, count in found.lanes:
         table.add_row(f"{count:,}", f"for {escape(lane)}")
-    Console().print(table)
+    return table
 
 
 @spool.command()
@@ -241,8 +268,8 @@ def check(config_file: Path | None, data_dir: str | None) -> None:
     with _desk(config_file, data_dir) as desk:
         wrong = list(desk.check())
         found = desk.stats()
-    for line in wrong:
-        click.echo(line)
-    if wrong:
-        raise SystemExit(1)
-    click.echo(f"the spool is whole: {found.messages:,} messages for {found.recipients:,} recipients")
+        for line in wrong:
+            click.echo(line)
+        if wrong:
+            raise SystemExit(1)
+        click.echo(f"the spool is whole: {found.messages:,} messages for {found.recipients:,} recipients")

@@ -27,7 +27,7 @@ import msgspec
 import trio
 
 from penstock.delivery.base import Delivery, HasRoom
-from penstock.message import Envelope, Message
+from penstock.message import Envelope, Message, Recipient
 from penstock.reply import Reply
 
 _MOST_WORDS: Final = 300
@@ -67,6 +67,9 @@ class Onward(Protocol):
         raises OSError, nothing of the message may be delivered.
         """
 
+    def note_delivered(self, message: Message, to: Recipient, reply: Reply) -> None:
+        """Journal that the hop has taken a message for one of its recipients, with the reply that `done` has heard."""
+
 
 class PassthroughDelivery:
     """Passes messages on to the next hop, or to another delivery. Its 250 promises what the one of those does."""
@@ -76,7 +79,7 @@ class PassthroughDelivery:
     def __init__(self, onward: Onward, fallback: Delivery, settings: PassthroughSettings) -> None:
         self.settings = settings
         self.fallback = fallback
-        self._onward = onward
+        self.onward = onward
         self._room = fallback if isinstance(fallback, HasRoom) else None
 
     async def start(self) -> None:
@@ -100,7 +103,7 @@ class PassthroughDelivery:
         passed = PassedMessage(self, head)
         size = head.envelope.size
         announced = size + len(head.prefix) if size else 0
-        passed.forget = self._onward.begin(head.envelope, announced, passed.pipe, passed.done)
+        passed.forget = self.onward.begin(head.envelope, announced, passed.pipe, passed.done)
         return None if passed.forget is None else passed
 
 
@@ -214,6 +217,9 @@ class PassedMessage:
             return Reply(250, "2.0.0", f"Ok: passed on as {message.id}: {replies[0].text[:_MOST_WORDS]}")
         if all(reply.is_permanent for reply in replies):
             return replies[0]
+        for to, reply in zip(recipients, replies, strict=True):
+            if reply.accepts:  # that the message was spooled says nothing of those
+                self._delivery.onward.note_delivered(message, to, reply)
         rest = message._replace(envelope=message.envelope._replace(recipients=left))
         return await self._delivery.fallback.accept(rest)
 

@@ -6,12 +6,13 @@ Both say what came of it as replies (penstock.reply), so that policies and deliv
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
 
-from penstock.message import NULL_PATH, Envelope, Recipient
+from penstock.message import NULL_PATH, Envelope, Message, Recipient
 from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.relay.route import Way
@@ -106,6 +107,12 @@ class Onward:
             return self._pool.stream(hop, envelope, size, coming, heard)
         except HopDown:
             return None
+
+    def note_delivered(self, message: Message, to: Recipient, reply: Reply) -> None:
+        """Journal that a hop has taken what was passed on, for a recipient, with the reply that `done` has heard."""
+        if self._pool.journal is not None:
+            hop, _, said = reply.cause.partition(": ")  # as `as_reply` has made it
+            self._pool.journal.delivered(message.id, (to,), hop, said, 1, time.time() - message.received_at)
 
 
 def unknown(cause: str) -> Reply:

@@ -19,6 +19,7 @@ class Breaker:
         self._failures = 0
         self._openings = 0
         self._until = 0.0
+        self._opened_at = -math.inf
         self._is_probing = False
 
     @property
@@ -54,8 +55,16 @@ class Breaker:
         if self.is_open and not self._is_probing:
             return False  # it was begun before the others had failed
         self._is_probing = False
+        self._opened_at = now
         self._until = now + min(self._longest, self._pause * 2 ** min(self._openings, 32))
         self._openings += 1
+        return True
+
+    def try_again(self, asked_at: float, now: float) -> bool:
+        """Let one connection through now, if the hop has not failed since somebody asked for that. Return whether."""
+        if asked_at <= self._opened_at:
+            return False
+        self._until = min(self._until, now)
         return True
 
     def abandon(self) -> None:

@@ -50,6 +50,7 @@ _AT_ONCE: Final = 65_536
 """Octets of a message that is sent before its recipients were accepted: not worth the wait."""
 _IN_TURNS: Final = 262_144
 """Octets of a message in memory that is sent in one piece; larger ones are for the task."""
+_HANDSHAKE: Final = "the TLS handshake"
 _NOT_KNOWN: Final = frozenset({500, 501, 502, 503, 504, 550, 554, 555})
 """Answers to EHLO after which HELO is worth a try (RFC 5321 3.2, 4.1.4)."""
 
@@ -198,6 +199,8 @@ class Conversation:
         try:
             await self._within(self._open(context))
         except (LostError, ProtocolError) as exc:
+            if self._timed_out and self._awaited == _HANDSHAKE:
+                raise HandshakeError(self.name, self._timed_out, "4.7.5") from exc
             raise HopDown(self.name, f"{exc}", "4.4.2") from exc
 
     async def _open(self, context: ssl.SSLContext | None) -> None:
@@ -246,10 +249,13 @@ class Conversation:
         if not self._reader.is_empty:  # somebody in between has added it, to be read as if it were encrypted
             raise ProtocolError("the hop said something between STARTTLS and TLS")
         await self._shake_hands(context)
-        await self._say_hello()  # RFC 3207 4.2: what was offered before means nothing
+        try:
+            await self._say_hello()  # RFC 3207 4.2: what was offered before means nothing
+        except LostError as exc:  # in TLS 1.3 the hop judges what we showed when we are done (RFC 8446 4.4.2.4)
+            raise HandshakeError(self.name, f"{exc}, right behind the TLS handshake", "4.7.5") from exc
 
     async def _shake_hands(self, context: ssl.SSLContext) -> None:
-        self._await("the TLS handshake", self._manner.clocks.connect)
+        self._await(_HANDSHAKE, self._manner.clocks.connect)
         try:
             layer = TlsLayer(context, server_name=self.hop.tls.name or self.hop.host or "localhost")
             said = layer.shake()
@@ -413,8 +419,13 @@ class Conversation:
         """Give the answers that are there to the transactions they are for. Return what is to be said."""
         said = b""
         next_answer = self._reader.next
-        while (answer := next_answer()) is not None:
+        while True:
             exchange = self._now
+            if exchange is not None:
+                self._awaited = exchange.phase  # should the next answer be none
+            answer = next_answer()
+            if answer is None:
+                break
             if exchange is None:
                 if answer.code == 421:
                     raise Closing(answer)

@@ -15,15 +15,15 @@ class TlsPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """TLS towards a next hop (RFC 3207, RFC 8314).
 
     `none` never asks for it. `opportunistic` takes it where it is offered, whatever the certificate, and goes on in the
-    clear when that fails: it keeps out those who listen, not those who interfere (RFC 7435). `require` sends nothing in
-    the clear. `verify` also wants a certificate for the hop's name, from an authority that is trusted.
+    clear when the handshake fails: it keeps out those who listen, not those who interfere (RFC 7435). `require` sends
+    nothing in the clear. `verify` also wants a certificate for the hop's name, from an authority that is trusted.
     """
 
     mode: Annotated[
         Literal["none", "opportunistic", "require", "verify"],
         msgspec.Meta(
-            description="opportunistic: where it is offered, any certificate; require: or nothing is sent; "
-            "verify: with a certificate for the name of the hop"
+            description="opportunistic: where it is offered, any certificate, in the clear when the handshake fails; "
+            "require: or nothing is sent; verify: with a certificate for the name of the hop"
         ),
     ] = "opportunistic"
     implicit: Annotated[

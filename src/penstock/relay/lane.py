@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from typing import Final
 
 from penstock.relay.hop import Hop, HopDown
@@ -111,9 +112,15 @@ class Outlet:
 
     def is_down(self, pool: Pool, now: float) -> bool:
         """Say whether all its hops are left alone."""
-        return not self.way.is_local and all(
-            pool.down_until(hop) > now for rank in self.way.ranks for choice in rank for hop in choice.hops
-        )
+        return not self.way.is_local and all(pool.down_until(hop) > now for hop in self._hops())
+
+    def try_again(self, pool: Pool, asked_at: float) -> bool:
+        """Let its hops be tried although they are left alone; see `Pool.try_again`. Return whether any may be."""
+        allowed = [pool.try_again(hop, asked_at) for hop in self._hops()]
+        return any(allowed)
+
+    def _hops(self) -> Iterator[Hop]:
+        return (hop for rank in self.way.ranks for choice in rank for hop in choice.hops)
 
     def succeeded(self) -> None:
         """Note that a message was answered."""

@@ -177,6 +177,14 @@ class Pool:
         station = self._stations.get(hop)
         return station.breaker.until if station is not None and station.breaker.is_open else 0.0
 
+    def try_again(self, hop: Hop, asked_at: float) -> bool:
+        """Let a hop that is left alone be tried now by one, unless it has failed since a time, in trio's time.
+
+        Return whether it may be.
+        """
+        station = self._stations.get(hop)
+        return station is not None and station.breaker.try_again(asked_at, trio.current_time())
+
     # ---- the life of a pool
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -16,7 +16,7 @@ Rules
 3. What is in memory is bounded, in messages and octets. Beyond half of it, or of the share of its lane, a message that
    comes in is left in the spool, and taken out when there is room: the other half is for those.
 4. Hops that are down cost nothing: their mail is put off in batches, a few of them a minute, each message by its own
-   schedule, so that it is late, told and returned like any other.
+   schedule, so that it is late, told and returned like any other. When the operator asks for a try, one is made.
 5. A bug in one delivery costs that message a delay and a line in the journal, and nobody else anything.
 """
 
@@ -388,11 +388,20 @@ class Scheduler:
         finally:
             outlet.is_pumping = False
         if ring and not outlet.in_flight and self._is_running:
-            if outlet.is_down(self.pool, trio.current_time()):
+            if outlet.is_down(self.pool, trio.current_time()) and not self._is_asked_to_try(outlet):
                 self._sweep(outlet)
             else:
                 self._stalled.add(outlet)
                 self._look.set()
+
+    def _is_asked_to_try(self, outlet: Outlet) -> bool:
+        """Say whether hops that are left alone are to be tried now: they have not failed since the operator asked.
+
+        So what was asked for of a hundred thousand messages costs a dead hop one connection.
+        """
+        asked_at = max((entry.asked_at for lane in outlet.ring for entry in lane.old), default=0.0)
+        age = self._clock() - asked_at
+        return asked_at > 0 and outlet.try_again(self.pool, trio.current_time() - age)
 
     def _begin(self, outlet: Outlet, entry: Entry) -> None:
         outlet.in_flight += 1
@@ -442,7 +451,9 @@ class Scheduler:
 
     def _sweep(self, outlet: Outlet) -> None:
         """Put off all that waits for hops that are down, each message as if it had been tried."""
-        result = _DOWN if outlet.reason is None else outlet.reason.as_result()
+        result = _DOWN
+        if outlet.reason is not None:
+            result = outlet.reason.as_result()._replace(text=f"{_DOWN.text}: {outlet.reason.text}")
         resume_at = trio.current_time() + _SWEEP_PAUSE
         for lane in list(outlet.ring):
             lane.is_down = True

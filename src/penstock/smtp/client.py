@@ -27,6 +27,8 @@ _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?:[ \t]|$)")
 MAX_LINE: Final = 4096
 """Octets of a line of an answer; RFC 5321 4.5.3.1.5 says 512, servers in the field say more."""
 MAX_LINES: Final = 500
+_MOST_SHOWN: Final = 100
+"""Characters that are shown of what is no answer."""
 _MOST_TEXT: Final = 1000
 """Characters of an answer that logs and reports show."""
 
@@ -124,8 +126,15 @@ class AnswerReader:
 
     def _expect_more(self) -> None:
         """Raise ProtocolError when what is there will be no line of an answer, whatever comes."""
-        if b"\n" in self._buffer[self._place :] or len(self._buffer) - self._place > MAX_LINE:
-            raise ProtocolError(f"this is no answer: {self._buffer[self._place :][:100]!r}")
+        line, mark, _ = self._buffer[self._place :].partition(b"\n")
+        if mark or len(line) > MAX_LINE:
+            raise ProtocolError(f"this is no answer: {_shown(line)}")
+
+
+def _shown(line: bytes) -> str:
+    r"""Return a line as logs and reports show it: printable, controls as \xNN, at most 100 characters."""
+    text = line[: _MOST_SHOWN * 4].removesuffix(b"\r").decode("utf-8", "replace")[:_MOST_SHOWN]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)[:_MOST_SHOWN]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ SQLite lets one process write while others read, and makes writers wait for each
 again every few seconds. So what is to be changed is found first, and changed in slices with a pause between them: the
 clients of the server do not notice that a million recipients are put in order. Recipients that are being attempted are
 not touched while a server has the spool: what becomes of them is its to say.
+
+What an operator wants to be tried now is due at the negative of the time of asking. That sorts before all else that is
+due, and tells the server that even a next hop that it leaves alone is to be tried (`Entry.asked_at`).
 """
 
 from __future__ import annotations
@@ -59,14 +62,15 @@ class Filter:
         return self == Filter()
 
     def condition(self, now: float) -> tuple[str, list[object]]:
-        """Return the filter as SQL over message and recipient, and its parameters."""
+        """Return the filter as SQL over message and recipient, and its parameters. Its `lower` has to be Python's."""
         terms: list[tuple[str, object]] = []
         if self.sender:
             terms.append(("lower(sender) GLOB ?", "" if self.sender == "<>" else self.sender.lower()))
         if self.recipient:
             terms.append(("lower(address) GLOB ?", self.recipient.lower()))
         if self.domain:
-            terms.append((f"substr(lower(address), -{len(self.domain) + 1}) = ?", f"@{self.domain.lower()}"))
+            end = f"@{self.domain.lower()}"
+            terms.append((f"substr(lower(address), -{len(end)}) = ?", end))
         if self.state:
             terms.append(("state = ?", STATES.index(self.state)))
         if self.older is not None:
@@ -121,6 +125,11 @@ class Stats(NamedTuple):
     """The lanes with the most recipients, and how many."""
 
 
+def no_message(message_id: str) -> str:
+    """Return what an operator is told who asks for a message that is not there."""
+    return f"there is no message {message_id}; it may have been delivered"
+
+
 class Desk:
     """A spool that is looked at and put in order. Use `opened`."""
 
@@ -139,6 +148,8 @@ class Desk:
             raise SpoolError(f"there is no spool in {folder}")
         with closing(connect(path, timeout=_WAIT)) as database:
             check_version(database, path)
+            # That of SQLite knows ASCII alone, and addresses are more than that (RFC 6531).
+            database.create_function("lower", 1, str.lower, deterministic=True)
             yield cls(folder, database, clock)
 
     # ---- looking
@@ -160,7 +171,7 @@ class Desk:
                     if count == limit:
                         return
                 found = ListedMessage(row[1], row[2], row[3], row[4], [])
-            found.recipients.append(Listed(row[5], STATES[row[6]], row[7], row[8], row[9]))
+            found.recipients.append(Listed(row[5], STATES[row[6]], row[7], abs(row[8]), row[9]))
         if found is not None:
             yield found
 
@@ -189,7 +200,7 @@ class Desk:
             (message_id,),
         ).fetchone()
         if row is None:
-            raise SpoolError(f"there is no message {message_id}; it may have been delivered")
+            raise SpoolError(no_message(message_id))
         number, size, prefix, data = row
         return prefix, self._files.body(number, size) if data is None else StoredBody(data)
 
@@ -222,7 +233,7 @@ class Desk:
 
     def retry(self, what: Filter) -> int:
         """Let recipients that wait be due now. Return how many there were."""
-        return self._change("due_at = ?", [self._clock()], "state = 0", what)
+        return self._change("due_at = ?", [-self._clock()], "state = 0", what)
 
     def hold(self, what: Filter) -> int:
         """Let recipients wait until they are released. Return how many there were."""
@@ -230,7 +241,7 @@ class Desk:
 
     def release(self, what: Filter) -> int:
         """Let recipients that are held be due now. Return how many there were."""
-        return self._change("state = 0, due_at = ?", [self._clock()], "state = 2", what)
+        return self._change("state = 0, due_at = ?", [-self._clock()], "state = 2", what)
 
     def _change(self, change: str, values: Sequence[object], which: str, what: Filter) -> int:
         count = 0

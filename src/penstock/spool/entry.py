@@ -41,6 +41,8 @@ class Entry(NamedTuple):
     body: Body
     """To be closed by whoever attempts the message. Reading one that lies in a file blocks on the disk."""
     received_at: float
+    asked_at: float = 0.0
+    """When the operator asked for this attempt, in seconds since the epoch; 0 when it is due by itself."""
 
     @property
     def size(self) -> int:

@@ -56,6 +56,8 @@ _LOOK_OCTETS: Final = 1 << 20
 Parameters = tuple[str, bool, int | None, str | None, str | None, str | None, bool]
 _NO_PARAMETERS: Final[Parameters] = ("7BIT", False, None, None, None, None, False)
 Dsn = tuple[list[str] | None, str | None]
+_Found = tuple[int, int, str, bytes | None, int, float]
+"""What `Store.take` reads of a recipient."""
 _encode = msgspec.json.encode
 _decode_parameters = msgspec.json.Decoder(Parameters).decode
 _decode_dsn = msgspec.json.Decoder(Dsn).decode
@@ -386,11 +388,11 @@ class Store:
         lane = self._lane(name)
         execute = self._database.execute
         found = execute(
-            "SELECT number, attempts, address, dsn, delay_told FROM recipient"
+            "SELECT number, attempts, address, dsn, delay_told, due_at FROM recipient"
             " WHERE lane = ? AND state = 0 AND due_at <= ? ORDER BY due_at, number LIMIT ?",
             (lane, now, limit),
         ).fetchall()
-        groups: dict[int, list[tuple[int, int, str, bytes | None, int]]] = {}
+        groups: dict[int, list[_Found]] = {}
         for row in found:
             groups.setdefault(row[0] >> PLACES, []).append(row)
         entries: list[Entry] = []
@@ -408,14 +410,14 @@ class Store:
         self._look_again(lane, now, until)
         return entries
 
-    def _entry(self, lane: str, number: int, rows: list[tuple[int, int, str, bytes | None, int]]) -> Entry | None:
+    def _entry(self, lane: str, number: int, rows: list[_Found]) -> Entry | None:
         """Return a message for some of its recipients, None when it is gone or not as it was written."""
         found = self._database.execute("SELECT * FROM message WHERE number = ?", (number,)).fetchone()
         if found is None:
             return None
         _, message_id, sender, parameters, received_at, size, prefix, data = found
         try:
-            recipients = tuple(_recipient(address, dsn) for _, _, address, dsn, _ in rows)
+            recipients = tuple(_recipient(address, dsn) for _, _, address, dsn, _, _ in rows)
             rest = _NO_PARAMETERS if parameters is None else _decode_parameters(parameters)
         except msgspec.MsgspecError:
             return None
@@ -424,10 +426,11 @@ class Store:
             MessageId(message_id),
             lane,
             Envelope(_path(sender), recipients, *rest),
-            tuple(Row(row, attempts + 1, bool(told), lane) for row, attempts, _, _, told in rows),
+            tuple(Row(row, attempts + 1, bool(told), lane) for row, attempts, _, _, told, _ in rows),
             prefix,
             self.body(number, size, data),
             received_at,
+            max(0.0, -min(row[5] for row in rows)),  # see Desk
         )
 
     def body(self, number: int, size: int, data: bytes | None) -> Body:
