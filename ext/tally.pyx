@@ -251,8 +251,9 @@ cdef class Meter:
 
     cdef void replied(self, bytes encoded) noexcept:
         """A reply was made to what `phase` says."""
-        if self.phase == P_MESSAGE and PyBytes_AS_STRING(encoded)[0] >= c'4':
+        if (self.phase == P_MESSAGE or self.is_doomed) and PyBytes_AS_STRING(encoded)[0] >= c'4':
             self.tally.refused += 1
+            self.is_doomed = False
         if self.is_held:
             return
         self.tally.count(self.phase, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
@@ -390,6 +391,18 @@ cdef class Meter:
         else:
             self.said = now
 
+    def pauses_text(self):
+        if self.said:
+            # Behind a 354: the client may send, and is not read.
+            self.said = 0
+            self.awaits_text = False
+            self.text_began = clock_now()
+        else:
+            self.in_turn = True     # octets are there, whose clock runs on
+
+    def dooms(self):
+        self.is_doomed = True
+
     def loses(self, str cause not None):
         self.awaits_text = False
         note_cause(self.tally.lost, cause)
@@ -403,6 +416,8 @@ cdef class Meter:
         tally.received += received
         if self.has_taken:
             self.says([])   # the connection broke before anything could be said
+        if self.is_doomed:
+            note_cause(tally.lost, cause)
         if self.tls_began:
             tally.tls_failed += 1
         note_cause(tally.ends, cause)

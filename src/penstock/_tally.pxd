@@ -57,6 +57,7 @@ cdef class Meter:
     cdef bint in_turn, awaits_text, is_listed, has_ended
     cdef bint is_held               # replies are not what the client hears
     cdef bint has_taken             # a message was taken meanwhile
+    cdef bint is_doomed             # a message has begun that will be refused
     cdef uint32_t owed              # a bit for each phase that has replies to be sent
     cdef uint32_t owing[PHASE_COUNT]
 

@@ -185,6 +185,10 @@ class Meter:
         """A handshake begins."""
     def tls_begun(self) -> None:
         """It has come to its end."""
+    def pauses_text(self) -> None:
+        """Have a wait in the midst of a text counted as its own, or as that of the octets that are there."""
+    def dooms(self) -> None:
+        """Have the next refusal counted as that of a message; as lost, if the connection ends before there is one."""
     def loses(self, cause: str) -> None:
         """Count a message that had begun and will not end."""
     def ended(self, cause: str, received: int) -> None:

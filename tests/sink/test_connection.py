@@ -509,3 +509,13 @@ async def test_calm_sessions_are_accepted_in_compiled_code(tmp_path: Path) -> No
         assert session.unasked
         talk.engine.fail_next("noop", 450)
         assert not session.unasked
+
+
+@pytest.mark.parametrize(
+    "does", ['dress = "wrong-code"', 'reply = "250 2.0.0 Fine"', 'reply = "450"\nend = "drop"', 'dress = "garbage"']
+)
+async def test_a_bdat_has_no_reply_that_could_go_wrong_before_its_octets(tmp_path: Path, does: str) -> None:
+    async with talking(tmp_path, rule("data", does)) as talk:
+        await talk.begin()
+        assert await talk.ask("BDAT 6\r\nabcd") == "250 2.0.0 6 octets received"
+        assert not talk.log.last

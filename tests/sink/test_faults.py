@@ -12,6 +12,7 @@ import pytest
 from penstock import sequence
 from penstock.reply import Reply
 from penstock.sink.faults import Decision, FaultEngine, FaultLog, Occasion, seconds_of
+from penstock.sink.magic import Magic
 from penstock.sink.plan import DelaySettings, Phase, parse_plan
 
 
@@ -170,6 +171,36 @@ def test_a_greylist_lets_a_triplet_through_after_a_while() -> None:
     assert hits == [True, True, False, False, True, False]
     assert is_hit(engine, mail("c@example.com", phase="rcpt"))
     assert is_hit(engine, mail("a@example.com", "c@example.org", phase="rcpt"))
+
+
+def test_a_greylist_looks_at_each_recipient_of_a_message() -> None:
+    clock = Clock()
+    engine = engine_of(rule("dot", "", greylist="wait = 60"), clock)
+    assert is_hit(engine, mail("a@x", "b@example.org", "c@example.org"))
+    clock.now += 61
+    assert not is_hit(engine, mail("a@x", "c@example.org"))
+    assert is_hit(engine, mail("a@x", "b@example.org", "d@example.org"))
+
+
+def test_a_magic_greylist_goes_on_whatever_becomes_of_the_plan() -> None:
+    clock, magic = Clock(), Magic().rule("greylist-1s")
+    assert magic is not None
+    engine = engine_of("", clock)
+    clock.now += 8
+    assert engine.decide(mail(phase="rcpt"), [magic]) is not None
+    engine.reset()
+    clock.now += 2
+    assert engine.decide(mail(phase="rcpt"), [magic]) is None
+
+
+def test_less_than_a_token_a_second_still_lets_one_through() -> None:
+    clock = Clock()
+    engine = engine_of(rule("dot", "", rate="count = 0.5, seconds = 1"), clock)
+    hits = []
+    for _ in range(5):
+        hits.append(is_hit(engine, mail()))
+        clock.now += 1
+    assert hits == [False, True, False, True, False]
 
 
 def test_a_mailbox_is_full_of_messages() -> None:

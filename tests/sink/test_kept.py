@@ -69,6 +69,54 @@ def test_a_message_that_is_too_long_for_the_shelf_is_cut() -> None:
     assert (len(there.raw), there.is_cut, there.size) == (10, True, 100)
 
 
+def pages(shelf: Shelf, limit: int) -> list[list[str]]:
+    """Read a shelf page by page, as somebody does who names the last one that they have."""
+    found: list[list[str]] = []
+    while page := shelf.newest(limit, found[-1][-1] if found else None):
+        found.append([each.id for each in page])
+    return found
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_pages_have_each_message_once_whatever_the_order_of_ids_is(limit: int) -> None:
+    shelf = Shelf(10)
+    for number in (2, 5, 1, 6, 3, 4):
+        shelf.put(kept(number))
+    found = pages(shelf, limit)
+    assert [name for page in found for name in page] == ["M0004", "M0003", "M0006", "M0001", "M0005", "M0002"]
+    assert [len(page) for page in found[:-1]] == [limit] * (len(found) - 1)
+
+
+def test_what_is_before_a_deleted_message_is_what_it_was() -> None:
+    shelf = Shelf(3)
+    for number in (3, 1, 2):
+        shelf.put(kept(number))
+    shelf.delete("M0001")
+    assert [each.id for each in shelf.newest(10, before="M0001")] == ["M0003"]
+    shelf.put(kept(0))
+    assert [each.id for each in shelf.newest(10, before="M0001")] == ["M0003"]
+
+
+def test_nothing_is_before_a_message_that_was_pushed_out_or_never_there() -> None:
+    shelf = Shelf(2)
+    for number in (9, 2, 1):
+        shelf.put(kept(number))
+    for gone in ("M0009", "M9999", "", "\udc00"):
+        assert shelf.newest(10, before=gone) == []
+    shelf.clear()
+    shelf.put(kept(3))
+    assert shelf.newest(10, before="M0001") == []
+
+
+def test_a_shelf_knows_no_more_deleted_messages_than_it_has_room_for() -> None:
+    shelf = Shelf(3)
+    shelf.put(kept(0))
+    for number in range(1, 6):
+        shelf.put(kept(number))
+        shelf.delete(f"M{number:04}")
+    assert [bool(shelf.newest(1, before=f"M{number:04}")) for number in range(1, 6)] == [False, False, True, True, True]
+
+
 def test_a_shelf_forgets_what_it_is_told_to() -> None:
     shelf = Shelf(3)
     shelf.put(kept(1))

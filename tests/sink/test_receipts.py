@@ -160,6 +160,7 @@ def test_a_pattern_finds_the_mark_in_a_recipient() -> None:
     assert marks(transaction_to("x@example.org", "load-17@example.org")) == Mark("load", 17)
     assert marks(transaction_to("x@example.org")) is None
     assert RecipientMarks(r"^u([0-9]+)@")(transaction_to("u5@example.org")) == Mark("", 5)
+    assert RecipientMarks(r"(?P<run>[a-z]+)([0-9]+)@")(transaction_to("u5@example.org")) == Mark("u", 5)
 
 
 @pytest.mark.parametrize("pattern", ["(", "[0-9]+"])

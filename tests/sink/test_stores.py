@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from penstock.message import Envelope, Message, MessageId, Recipient
 from penstock.message import Path as MailPath
-from penstock.sink.stores import DumpStore, JsonLinesStore, MaildirStore, MboxStore, unescape
+from penstock.sink.kept import KeepingDelivery
+from penstock.sink.stores import DumpStore, JsonLinesStore, MaildirStore, MboxStore, Store, unescape
 
 ALICE = MailPath("alice@example.com", "alice", "example.com")
 BOB = MailPath("bob@example.org", "bob", "example.org")
@@ -145,3 +146,52 @@ def test_a_json_line_is_one_line(tmp_path: Path) -> None:
     store.close()
     (line,) = (tmp_path / "lines").read_text().splitlines()
     assert json.loads(line)["text"] == "x\ny"
+
+
+class Broken(Pieces):
+    """A body that can not be read."""
+
+    def chunks(self) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("gone")
+
+
+def stores_in(folder: Path) -> list[Store]:
+    folder.mkdir(exist_ok=True)
+    return [
+        MaildirStore(folder / "maildir"),
+        MboxStore(folder / "mbox"),
+        JsonLinesStore(folder / "jsonl"),
+        DumpStore(str(folder / "one" / "dump."), is_single=True),
+        DumpStore(str(folder / "many"), is_single=False),
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_what_one_store_has_written_is_taken_back_when_another_fails(tmp_path: Path, number: int) -> None:
+    store = stores_in(tmp_path)[number]
+    store.open()
+    store.write([message(b"first\r\n")])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    undo = store.write([message(b"second\r\n"), message(b"third\r\n")])
+    undo()
+    with pytest.raises(OSError, match="gone"):
+        store.write([message(b"fourth\r\n"), message(b"")._replace(body=Broken([b"x"]))])
+    store.close()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+async def test_a_refused_message_is_in_no_file(tmp_path: Path) -> None:
+    delivery = KeepingDelivery(None, [MboxStore(tmp_path / "mbox"), JsonLinesStore(Path("/dev/full"))])
+    await delivery.start()
+    reply = await delivery.accept(message(b"x\r\n"))
+    await delivery.aclose()
+    assert (reply.code, reply.status) == (452, "4.3.1")
+    assert (tmp_path / "mbox").read_bytes() == b""
+    assert (delivery.failures, delivery.last_failure) == (1, "[Errno 28] No space left on device")
+
+
+def test_a_template_that_ends_with_a_slash_is_a_folder(tmp_path: Path) -> None:
+    DumpStore(f"{tmp_path}/%Y/", is_single=True).write([message(b"x\r\n")])
+    (file,) = (tmp_path / "2026").iterdir()
+    assert file.read_bytes().endswith(b"x\n\n")

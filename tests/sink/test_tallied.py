@@ -307,3 +307,79 @@ async def test_a_delay_is_part_of_the_latency(tmp_path: Path, phase: str, does: 
     latency = tally.latency(DELAYED[phase])
     assert latency.count > 0
     assert latency.min >= 20e6
+
+
+STRICT = {"wire": {"bare_lf": "reject"}, "max_size": 1000}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["DATA", "bare\nlf\r\n."],
+        ["DATA", f"{'x' * 2000}\r\n."],
+        ["BDAT 5 LAST\r\na\nb"],
+        ["BDAT 5\r\na\nb"],
+        ["BDAT 5\r\na\nb", "RSET"],
+        ["BDAT 5\r\na\nb", "BDAT 2 LAST\r\n"],
+    ],
+)
+async def test_a_text_that_breaks_a_rule_is_refused_once(tmp_path: Path, lines: list[str]) -> None:
+    async with counted(tmp_path, "", settings=STRICT) as (talk, tally):
+        await talk.begin()
+        for line in lines:
+            await talk.ask(line)
+        assert fates(tally) == (0, 0, 1, 0)
+
+
+async def test_a_text_that_breaks_a_rule_and_does_not_end_is_lost(tmp_path: Path) -> None:
+    async with counted(tmp_path, "", settings=STRICT) as (talk, tally):
+        await talk.begin()
+        await talk.ask("DATA")
+        await talk.send("bare\nlf")
+        await talk.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert fates(tally) == (0, 0, 0, 1)
+
+
+async def test_a_text_that_its_client_gives_up_is_lost(tmp_path: Path) -> None:
+    async with counted(tmp_path, "") as (talk, tally):
+        await talk.begin()
+        await talk.ask("BDAT 5\r\nabc")
+        await talk.ask("RSET")
+        assert fates(tally) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(("reply", "refused"), [("450 4.2.1 Busy", 1), ("421 4.3.2 Later", 1), ("250 2.0.0 Fine", 0)])
+async def test_a_reply_in_the_midst_of_a_text_refuses_it(tmp_path: Path, reply: str, refused: int) -> None:
+    async with counted(tmp_path, rule("body", f'reply = "{reply}"')) as (talk, tally):
+        await talk.begin()
+        await talk.ask("DATA")
+        assert await talk.reply() == reply
+        await trio.testing.wait_all_tasks_blocked()
+        assert fates(tally) == (0, 0, refused, 1 - refused)
+
+
+@pytest.mark.parametrize(
+    ("lines", "phase"),
+    [
+        (["DATA", "Hello\r\n."], "text"),
+        (["BDAT 7\r\nabcde"], "BDAT"),
+        (["BDAT 7 LAST\r\nabcde"], "message"),
+        (["BDAT 3\r\na", "BDAT 7\r\nabcde"], "BDAT"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 5])
+async def test_a_delay_in_a_text_is_part_of_its_latency(tmp_path: Path, lines: list[str], phase: str, at: int) -> None:
+    async with counted(tmp_path, rule("body", f"at = {at}\ndelay.seconds = 0.02")) as (talk, tally):
+        await talk.begin()
+        for line in lines:
+            await talk.ask(line)
+        assert max(tally.latency(each).max for each in (phase, "text", "message")) >= 20e6
+
+
+async def test_a_client_that_just_leaves_is_told_from_one_that_is_sent_away(tmp_path: Path) -> None:
+    async with counted(tmp_path, "") as (talk, tally):
+        await talk.ask(EHLO)
+        await talk.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert tally.ends == {"the client closed the connection": 1}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from email.headerregistry import HeaderRegistry
+from email.message import Message
 
 import httpx
 import pytest
@@ -14,6 +17,7 @@ from penstock.sink.desk import FaultDesk
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.kept import KeptMessage, Shelf
 from penstock.sink.receipts import FaultControl
+from penstock.sink.web import mime
 from penstock.sink.web.app import make_app
 from penstock.sink.web.guard import MAX_BODY
 from tests.sink.test_receipts import receipts
@@ -237,6 +241,180 @@ async def test_malformed_mail_is_shown_all_the_same() -> None:
             assert (await client.get(f"/api/messages/{name}/parts/0")).status_code == 200
 
 
+def of(*raws: bytes) -> Shelf:
+    made = Shelf(10)
+    for number, raw in enumerate(raws):
+        made.put(KeptMessage(f"M{number}", 1.5, "a@example.com", ("b@example.org",), len(raw), raw))
+    return made
+
+
+def mixed(*parts: bytes) -> bytes:
+    within = b"".join(b"--b\r\n" + part + b"\r\n" for part in parts)
+    return b'Content-Type: multipart/mixed; boundary="b"\r\n\r\n' + within + b"--b--\r\n"
+
+
+@pytest.fixture
+def no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No message can be read, as one can not that has a thousand multiparts in each other."""
+
+    def throw(_: bytes) -> Message:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(mime, "_parsed", throw)
+
+
+def counted_fields(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what will have the value of each field that is parsed."""
+    parsed: list[str] = []
+    parse = HeaderRegistry.__call__
+
+    def counted(registry: HeaderRegistry, name: str, value: str) -> object:
+        parsed.append(value)
+        return parse(registry, name, value)
+
+    monkeypatch.setattr(HeaderRegistry, "__call__", counted)
+    return parsed
+
+
+async def test_each_field_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = b"".join(b"X-%d: %d\r\n" % (number, number) for number in range(1000))
+    async with api(shelf=of(fields + b"\r\ntext")) as client:
+        parsed = counted_fields(monkeypatch)
+        shown = (await client.get("/api/messages/M0")).json()
+    assert shown["headers"] == [[f"X-{number}", str(number)] for number in range(500)]
+    assert len([value for value in parsed if value.isdigit()]) == 500
+
+
+async def test_long_fields_are_parsed_in_their_beginning_and_not_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = b"To: " + b"=?utf-8?q?=C3=BC?= <a@b>, " * 4000 + b"\r\n"
+    async with api(shelf=of(field * 100 + b"\r\ntext")) as client:
+        parsed = counted_fields(monkeypatch)
+        shown = (await client.get("/api/messages/M0")).json()
+    assert sum(map(len, parsed)) < 100_000
+    assert len(shown["headers"]) == 100
+    assert shown["headers"][0][1].startswith("ü <a@b>, ü")
+    assert shown["headers"][-1][1].startswith("=?utf-8?q?=C3=BC?=")
+    assert max(len(value) for _, value in shown["headers"]) == 4000
+
+
+async def test_a_message_is_taken_apart_in_a_thread_however_small_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    view = mime.view
+
+    def noted(message: KeptMessage) -> mime.MessageView:
+        threads.append(threading.get_ident())
+        return view(message)
+
+    monkeypatch.setattr(mime, "view", noted)
+    async with api(shelf=of(b"")) as client:
+        assert (await client.get("/api/messages/M0")).status_code == 200
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"Content-Type: text/plain; charset=utf-7\r\n\r\n+2AA-",
+        b"Content-Type: text/html; charset=utf-7\r\n\r\n+2AA-",
+        b"Content-Type: text/plain; charset=unicode_escape\r\n\r\n\\ud800",
+        b"To: =?utf-7?q?+2AA-?= <a@b>\r\n\r\n",
+        b"Subject: =?utf-7?q?+2AA-?=\r\n\r\n",
+        b"Subject: \xff\xed\xa0\x80\r\nX: \xff =?utf-7?q?+2AA-?=\r\n\r\n",
+        b"Content-Disposition: attachment; filename*=utf-7''+2AA-\r\n\r\n",
+        b'Content-Type: =?utf-7?q?+2AA-?=/x; name="=?utf-7?q?+2AA-?="\r\n\r\n',
+    ],
+)
+async def test_halves_of_characters_are_replaced(raw: bytes) -> None:
+    kept = of(raw)
+    kept.put(KeptMessage("M1", 1.5, "a\ud800@b", ("c\udcff@b",), len(raw), raw, _subject="half \ud800"))
+    async with api(shelf=kept) as client:
+        for name in ("M0", "M1"):
+            shown = await client.get(f"/api/messages/{name}")
+            assert shown.status_code == 200
+            assert shown.json()["trouble"] == ""
+            assert (await client.get(f"/api/messages/{name}/parts/0")).status_code == 200
+        for path in ("/api/live", "/api/messages", "/api/messages?q=half"):
+            (line, *_) = (await client.get(path)).json()["messages"]
+            assert (line["sender"], line["recipients"], line["subject"]) == ("a?@b", ["c?@b"], "half ?")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"Content-Type: text/plain; charset=undefined",
+        b"Content-Type: text/plain; charset=idna",
+        b"Content-Type: text/plain; charset=punycode",
+        b'Content-Type: text/plain; charset="a\0b"',
+        b"Content-Type: text/plain; name*=a\0b''x",
+        b"Content-Type: text/plain; name*=idna''%ff",
+        b"Content-Disposition: inline; filename*=a\0b''x",
+        b"Content-Disposition: inline; filename*=undefined''x%ff",
+        b"Content-Disposition: inline; filename*=a\0b''x; filename*0=x",
+    ],
+)
+async def test_a_part_that_is_bad_hides_nothing(bad: bytes) -> None:
+    raw = mixed(bad + b"\r\n\r\nxn--bad", b"Content-Type: text/plain\r\n\r\ngood")
+    async with api(shelf=of(raw, bad + b"\r\n\r\nalone")) as client:
+        shown = (await client.get("/api/messages/M0")).json()
+        assert shown["trouble"] == ""
+        assert [part["text"] for part in shown["parts"]] == ["", "xn--bad", "good"]
+        for number, text in ((1, "xn--bad"), (2, "good")):
+            assert (await client.get(f"/api/messages/M0/parts/{number}")).text == text
+        for query, name in (("xn--bad", "M0"), ("good", "M0"), ("alone", "M1")):
+            (line,) = (await client.get("/api/messages", params={"q": query})).json()["messages"]
+            assert line["id"] == name
+
+
+async def test_a_part_that_can_not_be_read_is_a_file_without_octets(monkeypatch: pytest.MonkeyPatch) -> None:
+    octets = mime._octets
+
+    def throwing(part: Message) -> bytes:
+        data = octets(part)
+        if data == b"bad":
+            raise IndexError(data)
+        return data
+
+    monkeypatch.setattr(mime, "_octets", throwing)
+    async with api(shelf=of(mixed(b"\r\nbad", b"\r\ngood"))) as client:
+        shown = (await client.get("/api/messages/M0")).json()
+        assert [(part["shown_as"], part["size"]) for part in shown["parts"]] == [
+            ("multipart", 0), ("file", 0), ("text", 4),
+        ]  # fmt: skip
+        assert (await client.get("/api/messages/M0/parts/1")).status_code == 404
+        assert len((await client.get("/api/messages?q=good")).json()["messages"]) == 1
+
+
+@pytest.mark.parametrize("query", ["from:", "to: subject:", "FROM: from:a@"])
+async def test_a_word_with_nothing_behind_its_colon_is_ignored(query: str) -> None:
+    async with api(shelf=of(HTML, BROKEN)) as client:
+        answer = (await client.get("/api/messages", params={"q": query})).json()
+        assert [each["id"] for each in answer["messages"]] == ["M1", "M0"]
+
+
+async def test_a_message_that_can_not_be_read_is_not_searched_in_its_header(no_parser: None) -> None:
+    async with api(shelf=of(b"From: x\r\nX-Field: x\r\n\r\nto: text")) as client:
+        assert (await client.get("/api/messages/M0")).json()["trouble"] == "RecursionError: too deep"
+        for query, count in (("x-field", 0), ("from:", 1), ("text", 1)):
+            assert len((await client.get("/api/messages", params={"q": query})).json()["messages"]) == count
+
+
+async def test_a_list_is_read_to_its_end_whatever_the_order_of_ids_is() -> None:
+    kept = Shelf(10)
+    for name in ("M2", "M5", "M1", "M4", "M3"):
+        kept.put(KeptMessage(name, 1.5, "a@example.com", (), 0, b""))
+    for query in ("", "&q=example"):
+        found: list[str] = []
+        async with api(shelf=kept) as client:
+            while True:
+                before = f"&before={found[-1]}" if found else ""
+                page = (await client.get(f"/api/messages?limit=2{query}{before}")).json()["messages"]
+                if not page:
+                    break
+                found += [each["id"] for each in page]
+        assert found == ["M3", "M4", "M1", "M5", "M2"]
+
+
 async def test_messages_are_forgotten() -> None:
     async with api(shelf=shelf()) as client:
         assert (await client.delete("/api/messages/M1")).json() == {"forgotten": 1}
@@ -265,7 +443,7 @@ async def test_a_foreign_name_is_answered_nothing() -> None:
 async def test_a_page_of_another_origin_changes_nothing() -> None:
     kept = shelf()
     async with api(shelf=kept) as client:
-        for origin in ("https://evil.example", "null", "http://localhost:9999"):
+        for origin in ("https://evil.example", "null", "http://localhost:9999", "http://[", ""):
             answer = await client.delete("/api/messages", headers={"origin": origin})
             assert answer.status_code == 403
         assert len(kept) == 3
@@ -288,6 +466,31 @@ async def test_a_browser_changes_the_token_for_a_cookie() -> None:
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
         assert "HttpOnly; SameSite=Strict" in answer.headers["set-cookie"]
         assert (await client.get("/api/receipts")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("cookie", "status"),
+    [
+        ("penstock-token=secret-token", 200),
+        ('theme={"a":1}; penstock-token=secret-token', 200),
+        ('a; =b;;penstock-token=wrong;penstock-token = secret-token ; c="', 200),
+        ('theme={"a":1}; penstock-token=wrong', 401),
+        ("my-penstock-token=secret-token", 401),
+        ("penstock-token", 401),
+        ("theme=penstock-token=secret-token", 401),
+    ],
+)
+async def test_cookies_of_others_do_not_matter(cookie: str, status: int) -> None:
+    async with api(token="secret-token") as client:
+        assert (await client.get("/api/receipts", headers={"cookie": cookie})).status_code == status
+
+
+async def test_a_token_is_looked_for_in_the_first_fields() -> None:
+    many = "&".join(f"a{number}=1" for number in range(12))
+    async with api(token="secret-token") as client:
+        assert (await client.get(f"/?{many}")).status_code == 401
+        assert (await client.get(f"/?{many}&token=secret-token")).status_code == 401
+        assert (await client.get(f"/?token=secret-token&{many}")).status_code == 303
 
 
 async def test_a_body_has_a_bound() -> None:

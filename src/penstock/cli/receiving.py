@@ -205,6 +205,9 @@ class Account:
         report = self._receipts.report()
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[2K")
+        if self._keeping is not None and self._keeping.failures:
+            why = f"{self._keeping.failures} messages could not be kept: {self._keeping.last_failure}"
+            click.echo(f"penstock: {why}", err=True)
         if sys.stdout.isatty() and self._wishes.report_file != reports.STDOUT:
             Console().print(table_of(report))
         return report

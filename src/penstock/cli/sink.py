@@ -179,11 +179,13 @@ def _counts(parts: Parts, account: Account) -> dict[str, int]:
     """Return what the sink has taken."""
     tally, delivery = account.tally, parts.delivery
     if tally is not None:
-        messages, recipients, octets = tally.accepted + tally.unheard, tally.recipients, tally.text_octets
+        sessions, messages = tally.sessions, tally.accepted + tally.unheard
+        recipients, octets = tally.recipients, tally.text_octets
     else:
         assert isinstance(delivery, DiscardDelivery)
-        messages, recipients, octets = delivery.messages, delivery.recipients, delivery.octets
-    return {"sessions": parts.worker.sessions, "messages": messages, "recipients": recipients, "octets": octets}
+        sessions, messages = parts.worker.sessions, delivery.messages
+        recipients, octets = delivery.recipients, delivery.octets
+    return {"sessions": sessions, "messages": messages, "recipients": recipients, "octets": octets}
 
 
 def _report(counts: dict[str, int], *, as_json: bool) -> str:

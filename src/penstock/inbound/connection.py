@@ -102,7 +102,8 @@ class Connection(TurnTaker):
                 woken.unwrap()
                 assert self._socket is not None
                 await self._flush(self._socket.take_unsent())
-            await self._converse()
+            if not await self._converse():
+                cause = "the client closed the connection"
         except _SentAway:
             assert self._last_words is not None
             cause = self._last_words.text
@@ -183,16 +184,16 @@ class Connection(TurnTaker):
             await self._flush_replies()
         return False
 
-    async def _converse(self) -> None:
-        """Answer the client up to the end of the conversation."""
+    async def _converse(self) -> bool:
+        """Answer the client up to the end of the conversation. Return False when the client just leaves."""
         while True:
             said = self._turn(0)
             if said is None:
                 if self._has_left:
-                    return
+                    return False
                 if self._pending is None:
                     await self._flush_replies()
-                    return
+                    return True
                 pending, self._pending = self._pending, None
                 await pending
                 continue
@@ -206,7 +207,7 @@ class Connection(TurnTaker):
                 received = await self._socket.attend(self._receiver, self._turn)
                 self._is_attending = False
             if not received:
-                return
+                return False
 
     def _leave(self) -> None:
         """End the session: that was asked for while it could not be, or the server stops."""
@@ -419,7 +420,7 @@ class Connection(TurnTaker):
         return body.add(event.data)
 
     def _on_aborted(self, event: MessageAborted) -> None:
-        self._drop_body(event.cause)
+        self._drop_body(event.cause, will_be_refused=event.will_be_refused)
 
     async def _judge(self, event: EndOfMessage) -> None:
         gate, collector = self._gate, self._body
@@ -511,13 +512,16 @@ class Connection(TurnTaker):
     def _deliver(self, message: Message) -> Awaitable[Reply]:
         return self._gate.delivery.accept(message)
 
-    def _drop_body(self, cause: str) -> None:
-        """Forget a message that had begun and will not end."""
+    def _drop_body(self, cause: str, *, will_be_refused: bool = False) -> None:
+        """Forget a message that had begun and will not end, or will be refused when it does."""
         if not self._is_in_message:
             return
         self._is_in_message = False
         if self._meter is not None:
-            self._meter.loses(cause)
+            if will_be_refused:
+                self._meter.dooms()
+            else:
+                self._meter.loses(cause)
         self._gate.journal.lost(self.number, self._peer, self._transaction.sender, cause)
         if self._body is not None:
             self._body.discard()

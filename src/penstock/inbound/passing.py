@@ -56,9 +56,9 @@ class PassingConnection(Connection):
     def _deliver(self, message: Message) -> Awaitable[Reply]:
         return super()._deliver(message) if self._flow is None else self._flow.finish(message)
 
-    def _drop_body(self, cause: str) -> None:
+    def _drop_body(self, cause: str, *, will_be_refused: bool = False) -> None:
         is_dropped = self._is_in_message
-        super()._drop_body(cause)
+        super()._drop_body(cause, will_be_refused=will_be_refused)
         if is_dropped:
             self._forget_flow()
 

@@ -33,6 +33,7 @@ from penstock.sink.faults import Decision, FaultEngine, Occasion, Rule
 from penstock.sink.magic import REMARKABLE, Magic
 from penstock.sink.pace import PacedStream
 from penstock.sink.plan import Ending, Phase, TlsFault
+from penstock.smtp._wire import VERBS
 from penstock.smtp.events import (
     Auth,
     BeginData,
@@ -212,6 +213,7 @@ class FaultyConnection(Connection):
             self._stops = [0, *self._stops]
         self._passed = 0
         occasion = self._occasion("data", octets=event.size or 0)
+        occasion.is_chunk = VERBS[self._session.last_verb] == "BDAT"
         decision = self.engine.decide(occasion, self._magic_rules("data"))
         if decision is None and 0 not in self._stops:
             pending = self.ordinary[BeginData](self, event)
@@ -327,6 +329,8 @@ class FaultyConnection(Connection):
     async def _suffer(self, decision: Decision, event: object) -> None:
         """Do what the engine has decided, then what the event asks for, as far as that is left of it."""
         earlier, said = self._take_said(event)
+        if event is None and self._meter is not None:
+            self._meter.pauses_text()
         await self._flush_wire(earlier)
         await self._pace_and_delay(decision)
         if decision.tls is not None:
@@ -400,7 +404,7 @@ class FaultyConnection(Connection):
         if reply is None:
             return b""
         if event is None:
-            self._drop_body(reply.text)
+            self._drop_body(reply.text, will_be_refused=not reply.accepts)
             self._session.close_with(reply)
             return self._session.data_to_send()
         return reply.encoded

@@ -137,6 +137,8 @@ class Occasion:
     """The value of the field that [identity] names."""
     at: int = 0
     """Octet of the body."""
+    is_chunk: bool = False
+    """Phase data is that of a BDAT, which has no reply before its octets have come."""
 
     def mark(self, identity: IdentitySettings) -> Mark | None:
         """Return the number of the message."""
@@ -285,6 +287,10 @@ class Rule:
         match = settings.match
         self.reply = reply_of(settings.verdict) if settings.verdict else None
         self.has_verdict = self.reply is not None or settings.has_verdict
+        self._needs_reply = settings.dress is not None or (
+            self.reply is not None and (self.reply.accepts or settings.end is not None)
+        )
+        """It does something to a reply, or with one, that is said at once."""
         delay = settings.delay
         self.is_drawn = delay is not None and (delay.seconds is None or bool(delay.odds))
         self.needs_identity = (
@@ -294,17 +300,25 @@ class Rule:
         self._hello, self._sender, self._recipient = glob(match.hello), glob(match.sender), glob(match.recipient)
         self._held = 0
         rate, grey, box = settings.rate, settings.greylist, settings.mailbox
-        self._buckets = None if rate is None else Buckets(rate.count / rate.seconds, rate.burst or rate.count, remember)
+        burst = 0.0 if rate is None else max(rate.burst or rate.count, 1.0)
+        self._buckets = None if rate is None else Buckets(rate.count / rate.seconds, burst, remember)
         self._triplets = None if grey is None else Triplets(grey.wait, grey.forget, remember)
         self.mailboxes = None if box is None else Mailboxes(box.octets, box.messages, remember)
 
     def holds(
-        self, occasion: Occasion, mark: Mark | None, identity: _Identity | None, draws: Draws, now: float
+        self,
+        occasion: Occasion,
+        mark: Mark | None,
+        identity: _Identity | None,
+        draws: Draws,
+        now: float,
+        started: float,
     ) -> bool:
         """Say whether all conditions hold; those that count do so only when the others hold."""
         return (
-            self._is_for(occasion, mark)
-            and self._is_time(now)
+            not (occasion.is_chunk and self._needs_reply)
+            and self._is_for(occasion, mark)
+            and self._is_time(now - started)
             and (identity is None or self._is_drawn(identity, draws))
             and self._is_turn()
             and self._is_limited(occasion, now)
@@ -359,8 +373,10 @@ class Rule:
             assert rate is not None
             return not self._buckets.take(occasion.subject(rate.per), now)
         if self._triplets is not None:
-            key = (occasion.address, (occasion.sender or "").lower(), occasion.recipients[0].lower())
-            return self._triplets.is_new(key, now)
+            triplets, sender = self._triplets, (occasion.sender or "").lower()
+            keys = [(occasion.address, sender, recipient.lower()) for recipient in occasion.recipients]
+            are_new = [triplets.is_new(key, now) for key in keys]  # each of them is seen now
+            return any(are_new)
         if self.mailboxes is not None:
             assert box is not None
             return any(self.mailboxes.is_full(key, occasion.octets) for key in mailbox_keys(box.per, occasion))
@@ -546,7 +562,7 @@ class FaultEngine:
             identity = _identify(occasion, mark, loaded.counters)
         decision: Decision | None = None
         for rule in rules:
-            if not rule.holds(occasion, mark, identity, loaded.draws, now - loaded.started):
+            if not rule.holds(occasion, mark, identity, loaded.draws, now, loaded.started):
                 continue
             decision = decision or Decision()
             self._apply(rule, decision, occasion, mark, identity)

@@ -13,13 +13,13 @@ without any field of the server's own. Files hold messages of any size, but for 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from email import policy
-from email.parser import BytesHeaderParser
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -30,7 +30,7 @@ from penstock._tally import SequenceBook
 from penstock.message import Message
 from penstock.reply import Reply
 from penstock.sequence import parse_counter
-from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store
+from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store, Undo
 
 _MOST_OCTETS: Final = 64 << 20
 _MOST_MESSAGES: Final = 100_000
@@ -41,7 +41,8 @@ _MOST_LARGE: Final = 2
 _MOST_HEADER: Final = 65_536
 """Octets of a header that are looked at."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_HEADERS: Final = BytesHeaderParser(policy=policy.default)
+_SUBJECT: Final = re.compile(rb"^Subject:((?:[^\r\n]|\r\n[ \t])*)", re.IGNORECASE | re.MULTILINE)
+_MOST_SUBJECT: Final = 2000
 
 
 _TOO_LONG: Final = Reply(552, "5.3.4", "The message is too long to be kept")
@@ -106,9 +107,13 @@ def header_of(raw: bytes) -> bytes:
 
 
 def read_subject(raw: bytes) -> str:
-    """Return the Subject of a text, at most 500 characters."""
+    """Return the Subject of a text, at most 500 characters, decoded from at most 2,000 octets: sessions wait for it."""
+    found = _SUBJECT.search(header_of(raw))
+    if found is None:
+        return ""
     try:
-        return str(_HEADERS.parsebytes(header_of(raw)).get("Subject", ""))[:500]
+        field = found[1][:_MOST_SUBJECT].decode("ascii", "surrogateescape")
+        return str(policy.default.header_fetch_parse("Subject", field)).strip()[:500]
     except Exception as exc:  # noqa: BLE001 - the email package throws much at malformed fields
         return f"(unreadable: {type(exc).__name__})"
 
@@ -127,7 +132,12 @@ class Shelf:
         self.longest = octets // 4
         """Octets of a message that are kept."""
         self._most = octets
-        self._messages: dict[str, KeptMessage] = {}
+        self._put = 0
+        """Messages that were ever put here: the place of the last one."""
+        self._messages: dict[str, tuple[int, KeptMessage]] = {}
+        """Each with its place, by their ids."""
+        self._deleted: dict[str, int] = {}
+        """The places of the last ones that were deleted, as many as there is room for messages."""
         self.octets = 0
         """Octets that are kept."""
 
@@ -139,35 +149,51 @@ class Shelf:
         if len(message.raw) > self.longest:
             message.raw = message.raw[: self.longest]
             message.is_cut = True
-        self._messages[message.id] = message
+        self._put += 1
+        self._messages[message.id] = (self._put, message)
         self.octets += len(message.raw)
         while len(self._messages) > self.count or self.octets > self._most:
-            self.delete(next(iter(self._messages)))
+            self._take(next(iter(self._messages)))
 
     def get(self, name: str) -> KeptMessage | None:
         """Return a message by its id."""
-        return self._messages.get(name)
+        _, message = self._messages.get(name, (0, None))
+        return message
 
     def delete(self, name: str) -> bool:
         """Forget a message. Return False when it is not there."""
-        gone = self._messages.pop(name, None)
+        place = self._take(name)
+        if place:
+            self._deleted[name] = place
+            if len(self._deleted) > self.count:
+                del self._deleted[next(iter(self._deleted))]
+        return place > 0
+
+    def _take(self, name: str) -> int:
+        """Take a message away, and return its place; 0 when it is not there."""
+        place, gone = self._messages.pop(name, (0, None))
         if gone is not None:
             self.octets -= len(gone.raw)
-        return gone is not None
+        return place
 
     def clear(self) -> int:
         """Forget all messages, and return how many they were."""
         count = len(self._messages)
         self._messages.clear()
+        self._deleted.clear()
         self.octets = 0
         return count
 
     def newest(self, limit: int, before: str | None = None) -> list[KeptMessage]:
-        """Return up to `limit` messages, the newest first; those that came before a message when it is named."""
-        found = reversed(self._messages.values())
+        """Return up to `limit` messages, the newest first; those that were put before a message when it is named.
+
+        One that was deleted still has its place. All there are came later than one that was pushed out, and none
+        before one that was never there, or is not among the last that were deleted.
+        """
+        end = self._put + 1
         if before is not None:
-            found_before = itertools.dropwhile(lambda each: each.id >= before, found)
-            return list(itertools.islice(found_before, limit))
+            end, _ = self._messages.get(before, (self._deleted.get(before, 0), None))
+        found = (message for place, message in reversed(self._messages.values()) if place < end)
         return list(itertools.islice(found, limit))
 
 
@@ -181,7 +207,9 @@ class HeaderMarks:
         """Raise ValueError when there can be no such field."""
         if not re.fullmatch(r"[!-9;-~]{1,70}", name):
             raise ValueError(f"{name!r} is no name of a header field")
-        self._field = re.compile(rb"^" + re.escape(name.encode()) + rb":[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+        self._field = re.compile(
+            rb"^" + re.escape(name.encode()) + rb":(?:[ \t]|\r\n[ \t])*([^\r\n]*)", re.IGNORECASE | re.MULTILINE
+        )
         self._book = book
 
     def take(self, raw: bytes) -> None:
@@ -212,6 +240,9 @@ class KeepingDelivery:
         self._has_finished: trio.Event | None = None
         """Set when the files are closed; None before they are opened."""
         self._large = trio.Semaphore(_MOST_LARGE)
+        self.failures = 0
+        """Messages that could not be written."""
+        self.last_failure = ""
 
     async def start(self) -> None:
         """Open the files. Raise OSError."""
@@ -280,15 +311,21 @@ class KeepingDelivery:
         self._has_finished.set()
 
     async def _write(self, batch: Sequence[tuple[Message, KeptMessage, Callable[[Reply], None]]]) -> None:
-        """Write messages to all files, and answer them."""
+        """Write messages to all files, or to none, and answer them."""
         failure: Reply | None = None
         messages = [message for message, _, _ in batch]
+        undos: list[Undo] = []
         try:
             for store in self._stores:
-                await trio.to_thread.run_sync(store.write, messages)
+                undos.append(await trio.to_thread.run_sync(store.write, messages))  # noqa: PERF401 - one may throw
         except Exception as exc:  # noqa: BLE001 - whatever it is, these messages were not kept
             is_full = isinstance(exc, OSError) and exc.errno in _FULL
             failure = (replies.DISK_FULL if is_full else replies.TRY_LATER).because(str(exc))
+            self.failures += len(batch)
+            self.last_failure = str(exc)
+            for undo in reversed(undos):
+                with contextlib.suppress(OSError):  # it stays there, as a message does whose 250 nobody hears
+                    await trio.to_thread.run_sync(undo)
         for _, kept, done in batch:
             done(failure or self._kept(kept))
 

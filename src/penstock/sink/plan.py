@@ -147,13 +147,13 @@ class RateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     per: Annotated[Per, Meta(description="Whose bucket it is")] = "address"
     count: Annotated[float, Meta(gt=0, description="Tokens that come into the bucket")]
     seconds: Annotated[float, Meta(gt=0, le=_LONGEST, description="within so many seconds")] = 1.0
-    burst: Annotated[float, Meta(ge=0, description="Tokens it holds at most, and at first; 0 is as many as count")] = (
-        0.0
-    )
+    burst: Annotated[
+        float, Meta(ge=0, description="Tokens it holds at most, and at first; 0 is as many as count, at least 1")
+    ] = 0.0
 
 
 class GreylistSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A condition: this network, sender and recipient were not seen before, or too short ago. By the clock."""
+    """A condition: this address, this sender and a recipient were not seen before, or too short ago. By the clock."""
 
     wait: Annotated[float, Meta(ge=0, le=_LONGEST, description="Seconds until the triplet is let through")] = 60.0
     forget: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds after which it is new again")] = 14_400.0
@@ -218,8 +218,8 @@ class RuleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Phase,
         Meta(
             description="What the client has just done: connect (before anything), banner, ehlo (and LHLO), helo, "
-            "starttls, auth, mail, rcpt, data (and the first BDAT), body, dot (the end of the text), rset, noop, vrfy, "
-            "expn, help, quit"
+            "starttls, auth, mail, rcpt, data (and the first BDAT, which has no reply of its own to be dressed), body, "
+            "dot (the end of the text), rset, noop, vrfy, expn, help, quit"
         ),
     ]
     at: Annotated[int, Meta(ge=0, description="Octet of the body; 0 is right behind the 354. For phase body")] = 0

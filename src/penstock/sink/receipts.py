@@ -91,7 +91,7 @@ class RecipientMarks:
     """Finds the mark of a message by a pattern over its recipients. Costs a search for each message."""
 
     def __init__(self, pattern: str) -> None:
-        """The pattern's group `number` is the number, its group `run` names the run; without names, group 1.
+        """The pattern's group `number` is the number, its group `run` names the run; without a name, the first group.
 
         Raise ValueError when the pattern can not be used.
         """
@@ -102,8 +102,11 @@ class RecipientMarks:
         groups = self._pattern.groupindex
         if self._pattern.groups == 0:
             raise ValueError(f"{pattern!r} needs a group for the number, such as 'msg-([0-9]+)@'")
-        self._number = groups.get("number", 1)
         self._run = groups.get("run")
+        numbered = next((group for group in range(1, self._pattern.groups + 1) if group != self._run), None)
+        if numbered is None:
+            raise ValueError(f"{pattern!r} needs a group for the number beside the one for the run")
+        self._number = groups.get("number", numbered)
 
     def __call__(self, transaction: Transaction) -> Mark | None:
         """Return the mark of the first recipient that has one."""

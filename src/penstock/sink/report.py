@@ -14,7 +14,8 @@ once, so it includes the commands before it. Octets that a plan sends slowly (`w
     message   those to the reply: what accepting took
     tls       ready for the ClientHello to the end of the handshake
     think     a reply to the next octets of the client: its own time, and the network's
-    unasked   a 421 that answers nothing, as at a time-out; it has no latency of its own worth reading
+    unasked   what answers nothing, as a 421 at a time-out, or a reply in the midst of a text; it has no latency of its
+              own worth reading
 
 What becomes of a message
 -------------------------
@@ -25,7 +26,8 @@ A message whose text has begun is counted once, by what the sink made of it and 
               that does not end, another code (a `wrong-code`, or a 4yz where the rule says `keeps`). The client can not
               know and may send it again: that is no fault of its own (RFC 1047)
     refused   the sink did not take it and made a 4yz or 5yz, whatever went out of that; in LMTP one a recipient
-    lost      neither: its connection ended before the sink had made a reply
+    lost      neither: its connection ended before the sink had made a reply, or its client gave it up (RSET, QUIT or
+              EHLO behind a BDAT)
 
 Whether the client has read what went out, nobody knows. Marks, recipients, octets and what `--messages` waits for are
 those of `accepted` and `unheard` together: what the sink has.

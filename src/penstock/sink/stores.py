@@ -13,9 +13,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -29,6 +31,10 @@ _LONG: Final = 1 << 20
 _MOST_IN_LINE: Final = 64 << 20
 
 
+Undo = Callable[[], None]
+"""Takes messages back that were written, because another store could not. Raise OSError."""
+
+
 class Store(Protocol):
     """Where messages are written to, by one thread."""
 
@@ -38,8 +44,8 @@ class Store(Protocol):
     def open(self) -> None:
         """Make what is needed. Raise OSError with the path."""
 
-    def write(self, messages: Sequence[Message]) -> None:
-        """Write messages so that others can read them. Raise OSError."""
+    def write(self, messages: Sequence[Message]) -> Undo:
+        """Write messages so that others can read them, all or none. Return what takes them back. Raise OSError."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -60,18 +66,21 @@ class MaildirStore:
         for name in ("tmp", "new", "cur"):
             (self._path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def write(self, messages: Sequence[Message]) -> None:
+    def write(self, messages: Sequence[Message]) -> Undo:
         """Write a file for each."""
-        for message in messages:
-            name = f"{int(message.received_at)}.P{os.getpid()}Q{next(self._numbers)}I{message.id}.{self._host}"
-            unfinished = self._path / "tmp" / name
-            try:
-                with unfinished.open("xb", buffering=0) as file:
-                    _write_all(file, message.body.chunks())
-                unfinished.rename(self._path / "new" / name)
-            except OSError:
-                unfinished.unlink(missing_ok=True)
-                raise
+        return _each(messages, self._write)
+
+    def _write(self, message: Message) -> Undo:
+        name = f"{int(message.received_at)}.P{os.getpid()}Q{next(self._numbers)}I{message.id}.{self._host}"
+        unfinished, finished = self._path / "tmp" / name, self._path / "new" / name
+        try:
+            with unfinished.open("xb", buffering=0) as file:
+                _write_all(file, message.body.chunks())
+            unfinished.rename(finished)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        return partial(finished.unlink, missing_ok=True)  # somebody may have read it already, and moved it
 
     def close(self) -> None:
         """Do nothing."""
@@ -90,10 +99,11 @@ class _FileStore:
         """Open the file behind what it has."""
         self._file = self._path.open("ab", buffering=0)
 
-    def write(self, messages: Sequence[Message]) -> None:
-        """Append the messages, all of them or none."""
+    def write(self, messages: Sequence[Message]) -> Undo:
+        """Append the messages."""
         assert self._file is not None
-        _append(self._file, itertools.chain.from_iterable(map(self._pieces, messages)))
+        size = _append(self._file, itertools.chain.from_iterable(map(self._pieces, messages)))
+        return partial(os.ftruncate, self._file.fileno(), size)
 
     def _pieces(self, message: Message) -> Iterable[bytes]:
         raise NotImplementedError
@@ -177,26 +187,27 @@ class DumpStore:
     def open(self) -> None:
         """Do nothing: the name of a file depends on the time."""
 
-    def write(self, messages: Sequence[Message]) -> None:
+    def write(self, messages: Sequence[Message]) -> Undo:
         """Write each message."""
-        for message in messages:
-            path = time.strftime(self._template, time.localtime(message.received_at))
-            if "/" in path:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._write(path, message)
+        return _each(messages, self._write)
 
-    def _write(self, path: str, message: Message) -> None:
-        number = os.urandom(8).hex()
+    def _write(self, message: Message) -> Undo:
+        path, number = time.strftime(self._template, time.localtime(message.received_at)), os.urandom(8).hex()
+        folder, slash, _ = path.rpartition("/")
+        if slash:  # "dump/" has a folder, too: the name in it is the number
+            Path(folder or "/").mkdir(parents=True, exist_ok=True)
         if not self._is_single:
             with Path(path).open("ab", buffering=0) as file:
-                _append(file, self._pieces(message, number))
-            return
-        with Path(path + number).open("xb", buffering=0) as file:
+                size = _append(file, self._pieces(message, number))
+            return partial(os.truncate, path, size)
+        file_of_its_own = Path(path + number)
+        with file_of_its_own.open("xb", buffering=0) as file:
             try:
                 _write_all(file, self._pieces(message, number))
             except OSError:
-                Path(path + number).unlink(missing_ok=True)
+                file_of_its_own.unlink(missing_ok=True)
                 raise
+        return file_of_its_own.unlink
 
     def _pieces(self, message: Message, number: str) -> Iterator[bytes]:
         yield self._start
@@ -247,6 +258,23 @@ def _rcpt_of(recipient: Recipient) -> str:
 # ---- pieces
 
 
+def _each(messages: Sequence[Message], write: Callable[[Message], Undo]) -> Undo:
+    """Write one message after the other. Return what takes all of them back, the last one first."""
+    undos: list[Undo] = []
+
+    def undo() -> None:
+        while undos:
+            undos.pop()()
+
+    try:
+        for message in messages:
+            undos.append(write(message))  # noqa: PERF401 - one may throw
+    except OSError:
+        undo()
+        raise
+    return undo
+
+
 def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     """Yield a text with LF in the place of CR LF, in pieces, and whether each begins a line.
 
@@ -286,11 +314,13 @@ def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield b"".join(waiting)
 
 
-def _append(file: BinaryIO, pieces: Iterable[bytes]) -> None:
-    """Write pieces at the end of a file, all of them or none."""
+def _append(file: BinaryIO, pieces: Iterable[bytes]) -> int:
+    """Write pieces at the end of a file, all of them or none. Return how long it was."""
     size = os.fstat(file.fileno()).st_size
     try:
         _write_all(file, pieces)
     except OSError:
-        os.ftruncate(file.fileno(), size)
+        with suppress(OSError):  # a device, which has no length
+            os.ftruncate(file.fileno(), size)
         raise
+    return size

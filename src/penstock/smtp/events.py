@@ -86,6 +86,8 @@ class MessageAborted(NamedTuple):
     """The body that had begun is void; the session has answered or will. Needs no answer."""
 
     cause: str
+    will_be_refused: bool = False
+    """It is read to its end, which a refusal answers; otherwise the client has given it up."""
 
 
 class StartTls(NamedTuple):

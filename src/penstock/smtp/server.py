@@ -228,7 +228,7 @@ class ServerSession(SessionCore):
     def _take_trouble(self, token: int) -> Event | None:
         """Handle a token that a well-behaved client does not cause."""
         if token == _wire.VIOLATION:
-            return MessageAborted(VIOLATION_REPLIES[self.wire.violation].text)
+            return MessageAborted(VIOLATION_REPLIES[self.wire.violation].text, will_be_refused=True)
         if token == _wire.TEXT_BROKEN:
             refusal = VIOLATION_REPLIES[self.wire.violation]
             self._say(Reply(refusal.code, refusal.status, refusal.text, closes=True))

@@ -15,6 +15,11 @@
     GET    /api/messages/ID/raw         the text as it was received
     GET    /api/messages/ID/parts/N     a part, decoded
 
+`before` is the id of a message: the list goes on with those that were kept before it, in the order in which they were
+kept, which need not be that of their ids. A message that was deleted meanwhile still has its place; one that has made
+room for others, or was never there, has nothing before it, so a list that is read page by page ends. What is kept in
+the meantime is in none of the further pages.
+
 Errors are {"error": "..."} with 400, 401, 403, 404, 408, 409, 413, 421 or 503.
 
 What all pages ask for once a second is made once a second, however many they are. Most of them follow the events: each
@@ -49,8 +54,6 @@ _PAGE: Final = Path(__file__).parent / "page"
 _MOST_LISTED: Final = 200
 _LISTED: Final = 50
 _MOST_QUERY: Final = 200
-_SMALL: Final = 65_536
-"""Octets of a message that is taken apart without a thread: less than a millisecond."""
 _FRESH: Final = 0.5
 """Seconds for which the answer to /api/live is given again."""
 _LAST_MESSAGES: Final = 12
@@ -327,10 +330,7 @@ class SinkApi:
 
     async def message(self, request: Request) -> Response:
         """Return a message taken apart."""
-        message = self._kept(request)
-        if len(message.raw) <= _SMALL:
-            return _json(mime.view(message))
-        return _json(await trio.to_thread.run_sync(mime.view, message, limiter=_threads()))
+        return _json(await trio.to_thread.run_sync(mime.view, self._kept(request), limiter=_threads()))
 
     async def forget(self, request: Request) -> Response:
         """Forget a message."""
@@ -385,9 +385,9 @@ def _line(message: KeptMessage) -> MessageLine:
     return MessageLine(
         id=message.id,
         received_at=message.received_at,
-        sender=message.sender,
-        recipients=list(message.recipients[:5]),
-        subject=message.subject,
+        sender=mime.without_surrogates(message.sender),
+        recipients=[mime.without_surrogates(each) for each in message.recipients[:5]],
+        subject=mime.without_surrogates(message.subject),
         size=message.size,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,6 +27,8 @@ _PATIENCE: Final = 15
 """Seconds for a request's body."""
 _LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _COOKIE: Final = "penstock-token"
+_MOST_FIELDS: Final = 10
+"""Fields of a query in which a token is looked for."""
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -97,20 +98,19 @@ class Guard:
         elif _name_of(f"//{host}") not in _LOCAL:
             return 421, f"this is not {host!r}: use localhost, 127.0.0.1 or [::1]"
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin is not None and urlsplit(origin).netloc != host:
+        if scope["method"] not in ("GET", "HEAD") and origin is not None and not _is_of(origin, host):
             return 403, f"a page of {origin} may not change anything here"
         return None
 
     def _has_token(self, scope: Scope, headers: dict[str, str]) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
         offered = [given.strip()] if kind.lower() == "bearer" else []
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
-            offered += [cookie.value] if cookie is not None else []
-        except CookieError:
-            pass
+        # Not SimpleCookie, which reads nothing more behind a cookie of somebody else's that it does not like.
+        cookies = (each.partition("=") for each in headers.get("cookie", "").split(";"))
+        offered += [value.strip() for name, _, value in cookies if name.strip() == _COOKIE]
         if scope["path"] == "/":
-            offered += parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=10).get("token", [])
+            fields = scope["query_string"].decode("latin-1").split("&")[:_MOST_FIELDS]
+            offered += parse_qs("&".join(fields)).get("token", [])
         assert self._token is not None
         return any(hmac.compare_digest(each.encode(), self._token.encode()) for each in offered)
 
@@ -123,6 +123,14 @@ def _name_of(url: str) -> str | None:
         return urlsplit(url).hostname
     except ValueError:
         return None
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Say whether an origin is this host. What is no origin is not."""
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
 
 
 def _is_too_long(announced: str) -> bool:

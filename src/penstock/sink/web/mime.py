@@ -1,28 +1,54 @@
 """A kept message taken apart, as the page shows it. Everything here may meet malformed mail, and answers all the same.
 
-Parsing takes time: for messages that are not small these functions are called in a thread.
+Parsing takes time, and the size of a message does not say how much: these functions are called in a thread.
 """
 
 from __future__ import annotations
 
+import codecs
+import itertools
+import re
 from collections.abc import Iterator, Sequence
 from email import message_from_bytes, policy
-from email.message import EmailMessage, Message
-from typing import Annotated, Final, NamedTuple
+from email.message import Message
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
-from penstock.sink.kept import KeptMessage
+from penstock.sink.kept import KeptMessage, header_of
 
 _MOST_PARTS: Final = 200
 _MOST_FIELDS: Final = 500
 _MOST_VALUE: Final = 4000
+_MOST_READ: Final = 8000
+"""Characters of a field that are decoded: for addresses that takes the square of their length."""
+_MOST_DECODED: Final = 65_536
+"""Characters of all fields that are decoded; the fields behind them are shown as they are."""
 _MOST_SHOWN: Final = 262_144
 """Characters of a text part."""
 _MOST_SEARCHED: Final = 65_536
 """Octets of a message in which words are looked for."""
 _IMAGES: Final = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
 """What a browser may show. No SVG: it is a program."""
+_NO_CHARSETS: Final = frozenset({"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"})
+"""Codecs of Python that are for other things than mail. Punycode takes the square of the length."""
+_EXTENDED: Final = re.compile(r";[^;=*]*+\*[^;=]*+=[^;]*+")
+"""A parameter of RFC 2231."""
+_NO_WORDS: Final = frozenset({"from:", "to:", "subject:"})
+
+
+class _Lenient(policy.EmailPolicy):
+    """Reads fields so that none of them throws while a message is taken apart."""
+
+    def header_fetch_parse(self, name: str, value: str) -> Any:
+        """Return the beginning of a field; without its extended parameters where it can not be read."""
+        try:
+            return super().header_fetch_parse(name, value[:_MOST_READ])
+        except Exception:  # noqa: BLE001 - the email package throws much at malformed mail
+            return _EXTENDED.sub("", value[:_MOST_READ])
+
+
+_LENIENT: Final = _Lenient()
 
 
 class PartView(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,23 +88,28 @@ class PartContent(NamedTuple):
     """To be saved, never to be shown."""
 
 
+def without_surrogates(text: str) -> str:
+    """Return a text that can be encoded: some charsets and encoded words decode to halves of a character."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def view(message: KeptMessage) -> MessageView:
     """Take a message apart."""
     headers: list[tuple[str, str]] = []
     parts: list[PartView] = []
     trouble = ""
     try:
-        parsed = message_from_bytes(message.raw, policy=policy.default)
-        headers = [(name, _value(parsed, at, name)) for at, name in enumerate(parsed.keys()) if at < _MOST_FIELDS]
+        parsed = _parsed(message.raw)
+        headers = _fields(parsed)
         parts = [_view(number, depth, part) for number, (depth, part) in enumerate(_walk(parsed))]
-    except Exception as exc:  # noqa: BLE001 - the email package throws much at malformed mail
-        trouble = f"{type(exc).__name__}: {exc}"
+    except Exception as exc:  # noqa: BLE001 - see above
+        trouble = without_surrogates(f"{type(exc).__name__}: {exc}")
     return MessageView(
         id=message.id,
         received_at=message.received_at,
-        sender=message.sender,
-        recipients=list(message.recipients[:1000]),
-        subject=message.subject,
+        sender=without_surrogates(message.sender),
+        recipients=[without_surrogates(each) for each in message.recipients[:1000]],
+        subject=without_surrogates(message.subject),
         size=message.size,
         is_cut=message.is_cut,
         headers=headers,
@@ -87,13 +118,28 @@ def view(message: KeptMessage) -> MessageView:
     )
 
 
-def _value(parsed: EmailMessage, at: int, name: str) -> str:
-    """Return a field decoded, or as it is where it can not be."""
+def _parsed(raw: bytes) -> Message:
+    return message_from_bytes(raw, policy=_LENIENT)
+
+
+def _fields(parsed: Message) -> list[tuple[str, str]]:
+    """Return the first fields decoded, or as they are where they can not be."""
+    fields: list[tuple[str, str]] = []
+    decoded = 0
+    for name, raw in itertools.islice(parsed.raw_items(), _MOST_FIELDS):
+        text = str(raw)
+        decoded += min(len(text), _MOST_READ)
+        if decoded <= _MOST_DECODED:
+            text = _value(name, text)
+        fields.append((without_surrogates(name), without_surrogates(text[:_MOST_VALUE])))
+    return fields
+
+
+def _value(name: str, raw: str) -> str:
     try:
-        return str(parsed.values()[at])[:_MOST_VALUE]
+        return str(policy.default.header_fetch_parse(name, raw[:_MOST_READ]))
     except Exception:  # noqa: BLE001 - see above
-        raw = [value for key, value in parsed.raw_items() if key == name]
-        return str(raw[0])[:_MOST_VALUE] if raw else ""
+        return raw
 
 
 def _walk(part: Message, depth: int = 0) -> Iterator[tuple[int, Message]]:
@@ -129,21 +175,41 @@ def _octets(part: Message) -> bytes:
 
 
 def _text(part: Message, data: bytes) -> str:
-    charset = part.get_content_charset("utf-8") or "utf-8"
+    """Return a text decoded; as UTF-8 when its charset is none."""
     try:
-        return data.decode(charset, "replace")
-    except LookupError:
-        return data.decode("utf-8", "replace")
+        charset = part.get_content_charset("utf-8") or "utf-8"
+        if codecs.lookup(charset).name not in _NO_CHARSETS:
+            return without_surrogates(data.decode(charset, "replace"))
+    except (LookupError, ValueError):
+        pass
+    return data.decode("utf-8", "replace")
+
+
+def _filename(part: Message) -> str:
+    """Return the name of a file; "" when it has none, or none that can be read."""
+    try:
+        return without_surrogates(str(part.get_filename() or ""))[:200]
+    except Exception:  # noqa: BLE001 - see above
+        return ""
 
 
 def _view(number: int, depth: int, part: Message) -> PartView:
+    """Return a part as it is shown; as a file without octets when it can not be read, so that others are shown."""
+    try:
+        return _read(number, depth, part)
+    except Exception:  # noqa: BLE001 - see above
+        kind = "application/octet-stream"
+        return PartView(number=number, depth=depth, type=kind, filename="", size=0, shown_as="file")
+
+
+def _read(number: int, depth: int, part: Message) -> PartView:
     kind = _kind(part)
     data = b"" if kind == "multipart" else _octets(part)
     return PartView(
         number=number,
         depth=depth,
-        type=part.get_content_type(),
-        filename=str(part.get_filename() or "")[:200],
+        type=without_surrogates(part.get_content_type()),
+        filename=_filename(part),
         size=len(data),
         shown_as=kind,
         text=_text(part, data)[:_MOST_SHOWN].replace("\r\n", "\n") if kind == "text" else "",
@@ -152,12 +218,11 @@ def _view(number: int, depth: int, part: Message) -> PartView:
 
 def content(message: KeptMessage, number: int) -> PartContent | None:
     """Return a part as it is sent to a browser; None when there is none of that number."""
-    parsed = message_from_bytes(message.raw, policy=policy.default)
-    for at, (_, part) in enumerate(_walk(parsed)):
+    for at, (_, part) in enumerate(_walk(_parsed(message.raw))):
         if at != number:
             continue
         kind, data = _kind(part), _octets(part)
-        name = str(part.get_filename() or f"part-{number}")[:200]
+        name = _filename(part) or f"part-{number}"
         if kind == "html":
             return PartContent("text/html; charset=utf-8", _text(part, data).encode(), name, is_file=False)
         if kind == "text":
@@ -172,18 +237,18 @@ def find(messages: Sequence[KeptMessage], query: str, limit: int) -> list[KeptMe
     """Return the first `limit` messages that have every word of a query, in whatever case.
 
     A word is looked for in the sender, the recipients, the subject and the decoded texts; `from:x`, `to:x` and
-    `subject:x` look in these only.
+    `subject:x` look in these only. With nothing behind the colon they are no words yet, and are ignored.
     """
-    words = query.casefold().split()
+    words = [word for word in query.casefold().split() if word not in _NO_WORDS]
     return [message for _, message in zip(range(limit), _having(messages, words), strict=False)]
 
 
 def _having(messages: Sequence[KeptMessage], words: Sequence[str]) -> Iterator[KeptMessage]:
     for message in messages:
         envelope = {
-            "from": message.sender.casefold(),
-            "to": " ".join(message.recipients).casefold(),
-            "subject": message.subject.casefold(),
+            "from": without_surrogates(message.sender).casefold(),
+            "to": without_surrogates(" ".join(message.recipients)).casefold(),
+            "subject": without_surrogates(message.subject).casefold(),
         }
         texts: str | None = None
         for word in words:
@@ -203,10 +268,18 @@ def _having(messages: Sequence[KeptMessage], words: Sequence[str]) -> Iterator[K
 
 
 def _searched(message: KeptMessage) -> str:
-    """Return the texts of the beginning of a message, decoded."""
+    """Return the texts of the beginning of a message, decoded; all behind its header when it can not be read."""
+    raw = message.raw[:_MOST_SEARCHED]
     try:
-        parsed = message_from_bytes(message.raw[:_MOST_SEARCHED], policy=policy.default)
-        parts = [part for _, part in _walk(parsed) if _kind(part) in ("text", "html")]
-        return "\n".join(_text(part, _octets(part)) for part in parts).casefold()
+        parts = [part for _, part in _walk(_parsed(raw))]
     except Exception:  # noqa: BLE001 - see above
-        return message.raw[:_MOST_SEARCHED].decode("utf-8", "replace").casefold()
+        return raw[len(header_of(raw)) :].decode("utf-8", "replace").casefold()
+    return "\n".join(map(_words, parts)).casefold()
+
+
+def _words(part: Message) -> str:
+    """Return the text of a part; "" when it has none, or none that can be read."""
+    try:
+        return _text(part, _octets(part)) if _kind(part) in ("text", "html") else ""
+    except Exception:  # noqa: BLE001 - see above
+        return ""
