@@ -48,6 +48,24 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ),
         ("[relay.retry]\nschedule = [0.5]", "relay.retry.schedule[0]: Expected `float` >= 1"),
         ("[resolver]\nservers = ['dns.example.org']", "resolver.servers[0]: a DNS server looks like"),
+        (
+            "[[listener]]\nauth.mechanisms = ['CRAM-MD5']",
+            "no 'CRAM-MD5'; here may stand: SCRAM-SHA-256-PLUS, SCRAM-SHA",
+        ),
+        ("[[listener]]\nauth.mechanisms = ['PLAIN', 'PLAIN']", "listener[0].auth.mechanisms: 'PLAIN' is there twice"),
+        ("[[listener]]\nauth = { mechanisms = [], required = true }", "listener[0].auth.mechanisms: auth.required"),
+        ("[[listener]]\nauth.users = ''", "listener[0].auth.users: Expected `str` of length >= 1"),
+        ("[[listener]]\ntls = { mode = 'none', required = true }", "listener[0].tls.required: tls.mode"),
+        ("[[listener]]\ntls.key = 'key.pem'", "listener[0].tls.key: tls.certificate is missing"),
+        (
+            "[[listener]]\ntls.ciphers = 'ROT13'",
+            "listener[0].tls.ciphers: OpenSSL has no cipher that is called 'ROT13'",
+        ),
+        ("[relay]\npool.source = 'eth0'", "relay.pool.source: 'eth0' does not appear to be an IPv4 or IPv6 address"),
+        ("[delivery]\nmaildir.path = '{user}/mail'", "delivery.maildir.path: {local} and {domain} may stand in it"),
+        ("[delivery]\nmaildir.path = 'mail/{local'", "delivery.maildir.path: {local} and {domain} may stand in it"),
+        ("[resolver]\nttl_least = 60\nttl_most = 30", "resolver.ttl_least: it is more than resolver.ttl_most = 30"),
+        ("[admission]\nexempt = ['x']", "admission.exempt: 'x' does not appear to be an IPv4 or IPv6 network"),
         ("x = ", "this is not TOML"),
     ],
 )
@@ -65,6 +83,10 @@ def test_a_mistake_is_told_by_its_key(toml: str, expected: str) -> None:
         "[[listener]]\naddress = '[::]:587'\nauth.required = true",
         "[[listener]]\naddress = 'unix:/run/lmtp'\nkind = 'lmtp'",
         "[[listener]]\naddress = '[::1]:25'\ntls.mode = 'none'\nauth.mechanisms = ['SCRAM-SHA-256']",
+        "[[listener]]\ntls.ciphers = 'ECDHE+AESGCM'",
+        "[delivery]\nmaildir.path = '{domain}/{local}/Maildir'",
+        "[relay]\npool.source = '::1'",
+        "[[route]]\nnext_hop = 'smtps://a'",
     ],
 )
 def test_these_are_fine(toml: str) -> None:

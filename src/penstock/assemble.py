@@ -6,8 +6,9 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from penstock._tally import Tally
@@ -25,7 +26,7 @@ from penstock.inbound.gate import Domains, Gate
 from penstock.inbound.limits import Admission, AuthThrottle, Sweeper
 from penstock.inbound.passing import PassingConnection
 from penstock.inbound.server import Door, Worker
-from penstock.journal import Journal
+from penstock.journal import Journal, JournalSettings
 from penstock.message import MessageIds
 from penstock.net.listen import ListenAddress, bind
 from penstock.net.resolver import Resolver
@@ -263,9 +264,9 @@ def read_secrets(settings: TlsSettings, shared: Shared) -> Secrets:
     return Secrets(server_context(settings, certificate, key), binding, ca_file)
 
 
-def make_authenticator(settings: AuthSettings | None, data_dir: Path) -> Authenticator | None:
+def make_authenticator(settings: AuthSettings | None, data_dir: Path, journal: Journal) -> Authenticator | None:
     """Return who knows the users of a listener; None without AUTH."""
-    return None if settings is None else UsersAuthenticator(UsersFile(data_dir / settings.users))
+    return None if settings is None else UsersAuthenticator(UsersFile(data_dir / settings.users), journal)
 
 
 def make_gate(
@@ -286,7 +287,7 @@ def make_gate(
         max_hops=listener.max_hops,
         delivery=shared.delivery,
         pipeline=shared.pipeline,
-        authenticator=authenticator or make_authenticator(listener.auth, shared.data_dir),
+        authenticator=authenticator or make_authenticator(listener.auth, shared.data_dir, shared.journal),
         auth_throttle=shared.throttle,
         body=shared.body,
         budget=shared.budget,
@@ -324,3 +325,37 @@ def make_offer(listener: ListenerSettings, hostname: str) -> Offer:
         requiretls=extensions.requiretls,
         expn=extensions.expn,
     )
+
+
+def wrong_file(settings: Settings) -> str:
+    """Return what is wrong with the first file of the settings that is of no use, with its key; "" when all are good.
+
+    Asked after a start has failed: most errors of the system and of libraries name neither the key nor the file.
+    """
+    for key, use in _files_of(settings):
+        try:
+            use()
+        except (OSError, ValueError) as exc:
+            return f"{key}: {exc}"
+    return ""
+
+
+def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the keys that name files, and what uses each of them as the start does."""
+    folder = Path(settings.data_dir).absolute()
+    for number, listener in enumerate(settings.listener):
+        tls, place = listener.tls, f"listener[{number}]"
+        if tls.mode != "none" and tls.certificate:
+            certificate, key = folder / tls.certificate, folder / tls.key if tls.key else None
+            yield f"{place}.tls.certificate", partial(end_point_binding, certificate)
+            if key is not None:
+                yield f"{place}.tls.key", key.read_bytes
+            yield f"{place}.tls.{'key' if tls.key else 'certificate'}", partial(server_context, tls, certificate, key)
+        if listener.auth is not None:
+            yield f"{place}.auth.users", UsersFile(folder / listener.auth.users).names
+    for number, route in enumerate(settings.route):
+        if route.auth is not None:
+            yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_text
+    if settings.recipients.file:
+        recipients, nothing = folder / settings.recipients.file, Journal(JournalSettings(events="none"))
+        yield "recipients.file", partial(FileRecipients, recipients, bool, nothing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -200,19 +201,18 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             raise ConfigError(
                 f"domains: {domain!r} is not a domain; write it in ASCII (xn--...) and without a wildcard"
             )
-    try:
-        check_routes(settings.route)
-    except ValueError as exc:
-        raise ConfigError(str(exc)) from exc
+    _check_outbound(settings)
+    _check_networks("admission.exempt", settings.admission.exempt)
+    unknown = re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", settings.delivery.maildir.path))
+    if unknown:
+        raise ConfigError(
+            f"delivery.maildir.path: {{local}} and {{domain}} may stand in it, and no other brace, not "
+            f"{settings.delivery.maildir.path!r}"
+        )
     if settings.recipients.verify and settings.recipients.file:
         raise ConfigError("recipients.verify: recipients.file is there already; use one of the two")
     if settings.recipients.verify and not settings.delivery.has_relay:
         raise ConfigError(f'recipients.verify: delivery.kind = "{settings.delivery.kind}" has no next hop to ask')
-    for number, server in enumerate(settings.resolver.servers):
-        try:
-            parse_server(server)
-        except ValueError as exc:
-            raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
     names = [listener.name or listener.address for listener in settings.listener]
     for number, listener in enumerate(settings.listener):
         if names.count(names[number]) > 1:
@@ -223,27 +223,73 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             raise ConfigError(f"listener[{number}].{exc}") from exc
 
 
+def _check_outbound(settings: Settings) -> None:
+    """Check routes, the relay and the resolver."""
+    try:
+        check_routes(settings.route)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from exc
+    source = settings.relay.pool.source
+    try:
+        if source:
+            ipaddress.ip_address(source)
+    except ValueError as exc:
+        raise ConfigError(f"relay.pool.source: {exc}") from exc
+    for number, server in enumerate(settings.resolver.servers):
+        try:
+            parse_server(server)
+        except ValueError as exc:
+            raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
+    if settings.resolver.ttl_least > settings.resolver.ttl_most:
+        raise ConfigError(f"resolver.ttl_least: it is more than resolver.ttl_most = {settings.resolver.ttl_most}")
+
+
+def _check_networks(key: str, networks: tuple[str, ...]) -> None:
+    for network in networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as exc:
+            raise ConfigError(f"{key}: {exc}") from exc
+
+
 def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_open: bool) -> None:
     try:
         address = ListenAddress.parse(listener.address)
     except ValueError as exc:
         raise ConfigError(f"address: {exc}") from exc
-    for key in ("proxy_networks", "relay_networks"):
-        for network in getattr(listener, key):
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as exc:
-                raise ConfigError(f"{key}: {exc}") from exc
+    _check_networks("proxy_networks", listener.proxy_networks)
+    _check_networks("relay_networks", listener.relay_networks)
+    _check_tls(listener.tls)
     is_open = settings.domains is None and not (listener.auth is not None and listener.auth.required)
     if is_open and not allow_open and not address.is_loopback:
         raise ConfigError(
             f"address: {address} can be reached from other machines and takes mail for every domain from anybody: an "
             'open relay. Set domains = ["example.org", ...], or [listener.auth] required = true'
         )
-    if listener.auth is not None and listener.tls.mode == "none" and not listener.auth.without_tls:
-        offered = [name for name in listener.auth.mechanisms if name == "SCRAM-SHA-256"]
-        if not offered:
-            raise ConfigError("auth: no mechanism is left without TLS; set [listener.tls] or auth.without_tls = true")
+    if listener.auth is not None:
+        _check_auth(listener.auth, has_tls=listener.tls.mode != "none")
+
+
+def _check_tls(tls: TlsSettings) -> None:
+    if tls.mode == "none" and tls.required:
+        raise ConfigError('tls.required: tls.mode = "none" offers none; nobody could send mail')
+    if tls.key and not tls.certificate:
+        raise ConfigError("tls.key: tls.certificate is missing, whose key it is")
+    if tls.ciphers:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(tls.ciphers)
+        except ssl.SSLError as exc:
+            raise ConfigError(f"tls.ciphers: OpenSSL has no cipher that is called {tls.ciphers!r}") from exc
+
+
+def _check_auth(auth: AuthSettings, *, has_tls: bool) -> None:
+    for name in auth.mechanisms:
+        if auth.mechanisms.count(name) > 1:
+            raise ConfigError(f"auth.mechanisms: {name!r} is there twice")
+    if auth.required and not auth.mechanisms:
+        raise ConfigError("auth.mechanisms: auth.required = true, and no mechanism is offered; nobody could send mail")
+    if not has_tls and not auth.without_tls and "SCRAM-SHA-256" not in auth.mechanisms:
+        raise ConfigError("auth: no mechanism is left without TLS; set [listener.tls] or auth.without_tls = true")
 
 
 # ---- showing

@@ -103,6 +103,16 @@ class Journal:
         if self._logs_errors:
             self._note("hook-failed", 0, None, hook, milestone, cause)
 
+    def users_failed(self, cause: str) -> None:
+        """A users file has changed, or is gone, and can not be read."""
+        if self._logs_errors:
+            self._note("users-failed", 0, None, cause)
+
+    def users_read(self, file: str, users: int) -> None:
+        """It can be read again, and has so many users."""
+        if self._logs_errors:
+            self._note("users-read", 0, None, file, users)
+
     # ---- connections
 
     def connected(self, session: int, peer: Peer, listener: str) -> None:
@@ -223,6 +233,11 @@ class Journal:
         self._made += len(self._waiting)
         self._waiting.clear()
 
+    def tell_dropped(self, events: int) -> bytes:
+        """Return the line that says that so many lines could not be written. Any thread may ask for it."""
+        line = _human_line if self._human else _json_line
+        return line(self._clock(), "dropped", 0, None, (events,))
+
     def drain(self) -> bytes:
         """Return the lines of all events since the last call; b"" when there were none."""
         if self._dropped:
@@ -243,6 +258,8 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "dropped": ("events",),
     "error": ("where", "error"),
     "hook-failed": ("hook", "milestone", "cause"),
+    "users-failed": ("cause",),
+    "users-read": ("file", "users"),
     "connected": ("listener",),
     "rejected": ("listener", "reply"),
     "tls": ("version", "cipher"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import json
 import os
 import stat
 import threading
@@ -26,6 +27,7 @@ from penstock.auth.users import (
     make_hasher,
     make_user,
 )
+from penstock.journal import Journal, JournalSettings
 from penstock.smtp.sasl import Challenge, ScramKeys, Step, Success, start_exchange
 
 QUICK = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -424,6 +426,31 @@ async def test_a_file_that_could_not_be_read_once_is_tried_again(
         assert authenticator.last_error == "Too many open files"
     assert await authenticator.verify("bob", "builder")
     assert authenticator.last_error is None
+
+
+async def test_the_journal_hears_once_of_each_change_of_what_is_wrong(file: UsersFile) -> None:
+    file.add("alice", "secret")
+    good = file.path.read_text()
+    journal = Journal(JournalSettings(format="json"))
+    authenticator = UsersAuthenticator(file, journal)
+
+    def told() -> list[tuple[str, str]]:
+        for _ in range(3):
+            authenticator.scram_keys("alice")
+        records = [json.loads(line) for line in journal.drain().splitlines()]
+        return [(record["event"], record.get("cause") or record["file"]) for record in records]
+
+    assert told() == []
+    file.path.unlink()
+    (gone,) = told()
+    assert gone[0] == "users-failed"
+    assert "No such file" in gone[1] and gone[1].endswith("; what was read before still holds")
+    overwrite(file.path, "alice\n")
+    (malformed,) = told()
+    assert "users:1: " in malformed[1]
+    overwrite(file.path, good)
+    assert told() == [("users-read", str(file.path))]
+    assert told() == []
 
 
 def test_a_file_that_is_malformed_from_the_start_is_an_error(file: UsersFile) -> None:

@@ -40,6 +40,18 @@ def test_what_is_no_address(text: str) -> None:
         ListenAddress.parse(text)
 
 
+@pytest.mark.parametrize("text", ["[[::1:25", "[[::1]]:25", "[::1:25", "::1]:25"])
+def test_brackets_that_do_not_match_are_not_helped_on(text: str) -> None:
+    with pytest.raises(ValueError, match="a listen address looks like"):
+        ListenAddress.parse(text)
+
+
+def test_a_path_that_is_too_long_is_said_to_be_and_no_more() -> None:
+    with pytest.raises(OSError, match="too long") as error:
+        bind(ListenAddress("", 0, "/" + "x" * 200))
+    assert str(error.value).startswith("cannot listen on unix:/xxx")
+
+
 def test_a_unix_socket_takes_the_place_of_a_dead_one(tmp_path: Path) -> None:
     address = ListenAddress.parse(f"unix:{tmp_path / 'lmtp'}")
     (first,) = bind(address)

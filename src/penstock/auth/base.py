@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 
@@ -13,10 +13,11 @@ class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Authentication on a listener (RFC 4954)."""
 
     users: Annotated[
-        str, msgspec.Meta(description="The users file, as `penstock user` writes it; relative to data_dir")
+        str,
+        msgspec.Meta(min_length=1, description="The users file, as `penstock user` writes it; relative to data_dir"),
     ] = "users"
     mechanisms: Annotated[
-        tuple[str, ...],
+        tuple[Literal["SCRAM-SHA-256-PLUS", "SCRAM-SHA-256", "PLAIN", "LOGIN"], ...],
         msgspec.Meta(description=f"Mechanisms in the order they are offered: {', '.join(MECHANISMS)}"),
     ] = MECHANISMS
     required: Annotated[bool, msgspec.Meta(description="No MAIL before AUTH: 530 5.7.0")] = False

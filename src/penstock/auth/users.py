@@ -30,6 +30,7 @@ import argon2
 import scramp
 import trio
 
+from penstock.journal import Journal
 from penstock.smtp.sasl import MAX_NAME, MAX_PASSWORD, ScramKeys
 
 ITERATIONS: Final = 4096
@@ -270,11 +271,13 @@ class UsersAuthenticator:
     last_error: str | None
     """Why the file could not be read again, None when it could; the users known before stay."""
 
-    def __init__(self, file: UsersFile, *, at_a_time: int = _AT_A_TIME) -> None:
+    def __init__(self, file: UsersFile, journal: Journal | None = None, *, at_a_time: int = _AT_A_TIME) -> None:
         """Read the file; one that is not there has no users yet. Raise UsersFileError or OSError.
 
-        `at_a_time` passwords are checked at a time, each in a thread; the others wait for their turn.
+        One that is of no use later leaves things as they were, and is journaled; so is its getting better. `at_a_time`
+        passwords are checked at a time, each in a thread; the others wait for their turn.
         """
+        self._journal = journal
         self._file = file
         self._limiter = trio.CapacityLimiter(at_a_time)
         # Hashed as any password is, so that checking against it takes as long.
@@ -329,12 +332,24 @@ class UsersAuthenticator:
                 return
             self._stamp = stamp
             self._users = self._file.read()
-            self.last_error = None
+            self._note(None)
         except UsersFileError as exc:
-            self.last_error = str(exc)  # as malformed as it is, until it changes
+            self._note(exc)  # as malformed as it is, until it changes
         except OSError as exc:
-            self.last_error = str(exc)
+            self._note(exc)
             self._stamp = None  # may pass by itself: try again at the next look
+
+    def _note(self, exc: Exception | None) -> None:
+        """Keep why the file is of no use, None when it is good; the journal hears of each change."""
+        error = None if exc is None else str(exc)
+        if error == self.last_error:
+            return
+        self.last_error = error
+        if self._journal is not None:
+            if error is None:
+                self._journal.users_read(str(self._file.path), len(self._users))
+            else:
+                self._journal.users_failed(f"{error}; what was read before still holds")
 
 
 def _invent(purpose: bytes, name: str) -> bytes:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import signal
 import sqlite3
-import sys
 from collections.abc import Awaitable, Callable
 
 import click
 import msgspec
 import trio
 
-from penstock.assemble import Given, Parts, assemble
+from penstock.assemble import Given, Parts, assemble, wrong_file
+from penstock.cli.journaling import JournalWriter, stderr
 from penstock.config import ConfigError, Settings, check
 from penstock.inbound.connection import Connection
 from penstock.journal import Journal
@@ -22,15 +23,6 @@ from penstock.spool.spool import SpoolError
 
 _GC_THRESHOLD = 20_000
 """Objects made and not freed before the collector looks: ten thousand connections are no reason to look ten times."""
-
-
-def write_to_stderr(lines: bytes) -> None:
-    """Write journal lines; a pipe that nobody reads any more costs the lines, not the mail."""
-    try:
-        sys.stderr.buffer.write(lines)
-        sys.stderr.buffer.flush()
-    except (BrokenPipeError, ValueError):
-        return
 
 
 def listen_on(settings: Settings, addresses: tuple[str, ...]) -> Settings:
@@ -51,12 +43,12 @@ def run(
     given: Given | None = None,
     kind: type[Connection] = Connection,
     beside: Callable[[Parts], Awaitable[None]] | None = None,
-    write: Callable[[bytes], None] = write_to_stderr,
+    is_shared: bool = False,
 ) -> None:
     """Check the settings and run a worker until a signal, or until `done`, which is asked ten times a second.
 
     `given` and `kind` are those of `assemble`; `beside` runs in the same loop, and is cancelled when the worker has
-    stopped; `write` writes journal lines.
+    stopped; `is_shared` says that other processes write to the same standard error.
 
     Ends the process with code 2 for wrong settings, 1 when the worker can not start.
     """
@@ -66,17 +58,20 @@ def run(
         raise click.UsageError(str(exc)) from exc
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a descriptor for each connection
-    journal = Journal(settings.journal, is_terminal=sys.stderr.isatty())
+    descriptor = stderr()
+    journal = Journal(settings.journal, is_terminal=os.isatty(descriptor))
+    write = JournalWriter(descriptor, journal.tell_dropped, is_shared=is_shared)
     try:
         parts = assemble(settings, journal, write, kind=kind, given=given or Given())
     except (OSError, ValueError) as exc:
-        raise click.ClickException(str(exc)) from exc
+        raise click.ClickException(wrong_file(settings) or str(exc)) from exc
     try:
         trio.run(_serve, parts, announce, done, beside)
     except* (OSError, SpoolError, sqlite3.Error) as group:
         raise click.ClickException(innermost(group)) from group
     finally:
         write(journal.drain())  # what the relay had to say after the last session
+        write.close()
 
 
 def innermost(exc: BaseException) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +16,10 @@ import msgspec
 import trio
 
 from penstock.assemble import Given, Parts
+from penstock.cli.journaling import JournalWriter, stderr
 from penstock.cli.running import innermost, run, tell_authority
 from penstock.config import ConfigError, Settings, check
+from penstock.journal import Journal
 from penstock.net.listen import ListenAddress, bind, close_listener, name_of, share
 from penstock.spool.desk import Desk
 from penstock.spool.spool import SpoolError, shard_of, shards
@@ -74,13 +74,19 @@ def supervise(settings: Settings, wanted: Sequence[int], count: int) -> None:
         raise click.UsageError(str(exc)) from exc
     except OSError as exc:
         raise click.ClickException(str(exc)) from exc
+    # What it has to say is written as its workers' journals are: nobody who does not read it holds it up.
+    write = JournalWriter(stderr(), Journal(settings.journal).tell_dropped, is_shared=True)
     try:
-        trio.run(_supervise, settings, wanted, [share(sockets, count) for sockets in listeners])
+        trio.run(_supervise, settings, wanted, [share(sockets, count) for sockets in listeners], write)
     except* (WorkerError, OSError) as group:
         raise click.ClickException(innermost(group)) from group
+    finally:
+        write.close()
 
 
-async def _supervise(settings: Settings, wanted: Sequence[int], sets: list[list[list[socket.socket]]]) -> None:
+async def _supervise(
+    settings: Settings, wanted: Sequence[int], sets: list[list[list[socket.socket]]], write: Callable[[bytes], None]
+) -> None:
     program = [sys.executable, "-m", "penstock", *sys.argv[1:]]
 
     def launch(index: int, line: int) -> tuple[Sequence[str], Sequence[int]]:
@@ -90,7 +96,7 @@ async def _supervise(settings: Settings, wanted: Sequence[int], sets: list[list[
 
     def restarted(index: int, code: int) -> None:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        click.echo(f"penstock: worker {index} {how}, and is started again", err=True)
+        write(f"penstock: worker {index} {how}, and is started again\n".encode())
 
     supervisor = Supervisor(launch, wanted, restarted=restarted)
     where = ", ".join(name_of(sock) for each in sets for sock in each[0])
@@ -161,17 +167,4 @@ def work(settings: Settings, word: str) -> None:
         await line[0].wait_for_end()
         parts.worker.stop()
 
-    run(settings, announce, given=Given(sockets=sockets), beside=beside, write=write_whole_lines)
-
-
-def write_whole_lines(lines: bytes) -> None:
-    """Write journal lines to standard error; other processes write there, too, and no line is to be torn.
-
-    A pipe takes PIPE_BUF octets without letting another writer come between (POSIX), which is the room of some lines.
-    """
-    fd = sys.stderr.fileno()
-    with suppress(BrokenPipeError, ValueError):
-        start = 0
-        while start < len(lines):
-            end = lines.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or lines.find(b"\n", start) + 1 or len(lines)
-            start += os.write(fd, lines[start:end])
+    run(settings, announce, given=Given(sockets=sockets), beside=beside, is_shared=True)

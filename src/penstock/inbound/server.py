@@ -66,6 +66,8 @@ class Worker(Host):
     ) -> None:
         """`grace` is the seconds a message under way has to arrive once the worker stops.
 
+        `write_journal` gets whole lines, in the loop: it must neither wait nor raise.
+
         `tally` is that of the gates, when they have one.
         """
         super().__init__(sweeper.watched, admission)

@@ -41,9 +41,9 @@ class ListenAddress:
         host, colon, port = text.rpartition(":")
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
-        elif ":" in host:
+        elif ":" in host and "[" not in host and "]" not in host:
             raise ValueError(f"an IPv6 address stands in brackets: [{host}]:{port}")
-        if not colon or not port.isdecimal() or int(port) > 65_535:
+        if not colon or "[" in host or "]" in host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"a listen address looks like 127.0.0.1:2525, [::1]:2525 or unix:/path, not {text!r}")
         return cls(host, int(port))
 
@@ -99,7 +99,8 @@ def bind(address: ListenAddress) -> list[socket.socket]:
     except OSError as exc:
         for sock in sockets:
             sock.close()
-        raise OSError(exc.errno, f"cannot listen on {address}: {exc.strerror or exc}") from exc
+        said = f"cannot listen on {address}: {exc.strerror or exc}"
+        raise (OSError(said) if exc.errno is None else OSError(exc.errno, said)) from exc
     return sockets
 
 
