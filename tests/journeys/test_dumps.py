@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.journeys.running import ENVIRONMENT, serving
-from tests.journeys.test_postfix import free_port, wait_for
+from tests.journeys.test_postfix import wait_for
+from tests.ports import free_port
 
 TEXT = "Subject: x\r\n\r\n.dot\r\nline\r\nFrom here\r\n"
 RANDOM = re.compile(r"\(\S+\) with (\S+) id \w+;\n\t.*")

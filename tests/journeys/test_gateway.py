@@ -5,7 +5,6 @@ from __future__ import annotations
 import email
 import email.policy
 import smtplib
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 
 from tests.journeys.running import ENVIRONMENT, Server, body_of, digest, hard_bodies, serving
 from tests.journeys.test_python_clients import add_user
+from tests.ports import free_port
 
 GATEWAY = """
 hostname = "localhost"
@@ -142,8 +142,7 @@ def test_addresses_and_headers_in_unicode_pass(tmp_path: Path) -> None:
 
 def test_smtp_sink_gets_what_was_sent(tmp_path: Path) -> None:
     bodies = {name: body for name, body in hard_bodies().items() if name != "from lines"}
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "dumps"
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
@@ -224,9 +223,8 @@ def test_a_refused_recipient_comes_back_as_a_report(tmp_path: Path) -> None:
 
 
 def test_what_stays_undelivered_is_reported_as_late_and_then_returned(tmp_path: Path) -> None:
-    with last_hop(tmp_path) as last, socket.create_server(("127.0.0.1", 0)) as sock:
-        dead = sock.getsockname()[1]
-        sock.close()
+    with last_hop(tmp_path) as last:
+        dead = free_port()
         more = f"""
 [relay.retry]
 schedule = [1]
@@ -265,9 +263,8 @@ def test_mail_that_waits_survives_a_restart_and_goes_out_when_the_hop_is_back(tm
 
 
 def test_a_dead_hop_with_many_messages_holds_up_nobody_else(tmp_path: Path) -> None:
-    with last_hop(tmp_path) as last, socket.create_server(("127.0.0.1", 0)) as sock:
-        dead = sock.getsockname()[1]
-        sock.close()
+    with last_hop(tmp_path) as last:
+        dead = free_port()
         more = f"""
 [[route]]
 domains = ["dead.example"]
@@ -302,8 +299,7 @@ def test_a_message_is_passed_on_while_it_comes_and_the_client_hears_the_hop(tmp_
 
 
 def test_a_message_that_can_not_be_passed_on_is_spooled(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+    port = free_port()
     more = f'[delivery]\nkind = "passthrough"\n{RETRIES}[[route]]\nnext_hop = "smtp://127.0.0.1:{port}"\n'
     with gateway(tmp_path, more + "[route.limits]\nbreaker_pause = 0.5\n") as server:
         with smtplib.SMTP("127.0.0.1", server.port, timeout=60) as client:

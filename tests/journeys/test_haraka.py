@@ -11,9 +11,10 @@ from pathlib import Path
 from bench.foreign import haraka
 
 from tests.journeys.running import ENVIRONMENT, Server
-from tests.journeys.test_postfix import free_port, wait_for
+from tests.journeys.test_postfix import wait_for
 from tests.journeys.test_sink_faults import faults, receipts, sink
 from tests.marked import marked, send_marked
+from tests.ports import free_port
 
 MESSAGES = 6
 RELAY = """

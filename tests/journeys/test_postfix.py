@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.journeys.running import ENVIRONMENT, Server, body_of, digest, hard_bodies, serving
+from tests.ports import free_port
 
 MAIN_CF = """
 compatibility_level = 3.6
@@ -59,12 +60,6 @@ anvil     unix - - n - 1 anvil
 proxymap  unix - - n - - proxymap
 postlog   unix-dgram n - n - 1 postlogd
 """
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
 
 
 @contextmanager

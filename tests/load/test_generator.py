@@ -17,6 +17,7 @@ from penstock.load.generator import Generator
 from penstock.load.plan import Plan, PlanError, Target
 from penstock.net.tls import TlsSettings, generated_certificate, server_context
 from tests.inbound.test_worker import LISTENER, running
+from tests.ports import free_port
 
 TLS = LISTENER.replace('"none"', '"starttls"')
 
@@ -181,11 +182,7 @@ async def test_a_name_without_an_address_is_an_error_before_the_run() -> None:
 
 
 async def test_a_target_that_is_not_there_ends_the_run_with_an_error() -> None:
-    listener = trio.socket.socket()
-    await listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    listener.close()
-    counts = await run(port, sessions=1)
+    counts = await run(free_port(), sessions=1)
     assert counts.accepted == 0
     assert set(counts.errors) <= {"connect refused", "reset"}
 

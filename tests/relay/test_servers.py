@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from aiosmtpd.smtp import Envelope as TheirEnvelope
 from penstock.relay.hop import Hop, HopDown, Outcome, TlsPolicy
 from penstock.relay.pool import Pool
 from penstock.testing import SmtpServer
+from tests.ports import free_port
 from tests.relay.fake import PLAIN, PREFIX, TEXT, Text, send, told
 
 RANDOM = random.Random(4)
@@ -89,13 +89,6 @@ async def test_a_server_that_leaves_is_found_again(pool: Pool) -> None:
         await send(pool, hop)
     with SmtpServer(address=address) as server:
         assert told(await send(pool, hop)) == "delivered 250"
-
-
-def free_port() -> int:
-    """Return a port that is free now, for servers that can not be asked which they took."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
 
 
 class Keeping:
