@@ -81,6 +81,9 @@ def postfix(next_hop: Server, *, tls: bool, settings: str = "") -> Iterator[int]
         try:
             wait_for(port)
             yield port
+        except Exception as exc:
+            exc.add_note((folder / "log").read_text()[-20_000:])  # what became of the mail
+            raise
         finally:
             control(folder, "stop")
     finally:
