@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import pytest
+import trio
 from rich.console import Console
 
 from penstock._tally import Tally
+from penstock.assemble import Given, assemble
+from penstock.cli import receiving
 from penstock.cli.receiving import counters, reply_table, table_of
+from penstock.config import parse
+from penstock.journal import Journal, JournalSettings
 from tests.sink.test_receipts import receipts
 
 
@@ -58,3 +66,28 @@ def test_a_reply_that_was_none_has_no_code() -> None:
     with console.capture() as capture:
         console.print(reply_table(receipts(tally)[0].report()))
     assert capture.get().splitlines()[-1].split() == ["banner", "-", "none", "1"]
+
+
+async def test_counters_that_nobody_reads_hold_up_nobody(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: object, tmp_path: Path
+) -> None:
+    """A pipe that is full takes nothing for as long as it likes; the loop goes on, and ends."""
+    has_begun, is_free, threads = threading.Event(), threading.Event(), list[int]()
+
+    def write(text: str) -> None:
+        threads.append(threading.get_ident())
+        has_begun.set()
+        is_free.wait(20)
+
+    monkeypatch.setattr(receiving, "_print", write)
+    account = receiving.Account(receiving.Wishes(counters=True))
+    settings = parse(f'data_dir = "{tmp_path}"\n[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n')
+    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, given=Given(tally=account.tally))
+    account.begin(parts)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(account.run)
+        assert await trio.to_thread.run_sync(has_begun.wait, 20)
+        nursery.cancel_scope.cancel()
+    is_free.set()
+    parts.doors[0].listener.close()
+    assert threads[0] != threading.get_ident()

@@ -194,8 +194,9 @@ class Account:
                 with suppress(OSError, ValueError):  # nobody reads it any more
                     columns = os.get_terminal_size(sys.stderr.fileno()).columns if rewrites else 0
                     line = counters(self._receipts, sample, columns - 1 if columns else None)
-                    sys.stderr.write(f"\r\x1b[2K{line}" if rewrites else f"{line}\n")
-                    sys.stderr.flush()
+                    text = f"\r\x1b[2K{line}" if rewrites else f"{line}\n"
+                    # In a thread: a pipe that is full, and that nobody reads, must not hold up the sessions.
+                    await trio.to_thread.run_sync(_print, text, abandon_on_cancel=True)
 
     def end(self) -> Report | None:
         """Show the table, and return the report; None when nothing was counted."""
@@ -211,6 +212,11 @@ class Account:
         if sys.stdout.isatty() and self._wishes.report_file != reports.STDOUT:
             Console().print(table_of(report))
         return report
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _web() -> Any:
