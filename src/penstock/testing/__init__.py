@@ -55,7 +55,7 @@ What a client does wrong, it hears, and the dialog tells. Passwords are not in i
 Traceback (most recent call last):
 smtplib.SMTPSenderRefused: (530, b'5.7.0 Authentication required', 'alice@example.org')
 >>> print(*server.dialog.lines()[-7:-3], sep="\n")
-#1 C: MAIL FROM:<alice@example.org> size=26
+#1 C: MAIL ...:<alice@example.org> size=26
 #1 S: 530 5.7.0 Authentication required
 #1 C: RSET
 #1 S: 250 2.0.0 Reset

@@ -38,6 +38,7 @@ from penstock.testing.parts import (
 from penstock.testing.thread import WorkerThread
 
 _MOST_GRACE: Final = 20.0
+_DJANGO_BACKEND: Final = "django.core.mail.backends.smtp.EmailBackend"
 _STATUS: Final = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 _SHOWN_LINES: Final = 60
 _SHOWN_MESSAGES: Final = 20
@@ -212,13 +213,28 @@ class SmtpServer:
     def django_settings(self) -> dict[str, Any]:
         """Return Django's settings for sending to this server, as the first of its users when it has some.
 
+        They are those of the Django that is installed: MAILERS from 6.1 on.
+
         Django trusts the authorities of the machine only. With TLS, let it trust the server's one:
         `monkeypatch.setenv("SSL_CERT_FILE", str(server.ca_file))`.
         """
+        from django import VERSION  # type: ignore[import-untyped] # noqa: PLC0415 - only those who have it ask for this
+
         mode = self._settings.listener[0].tls.mode
         name, password = next(iter(self._users.items()), ("", ""))
+        if VERSION >= (6, 1):  # where the settings below are deprecated
+            options = {
+                "host": self.host,
+                "port": self.port,
+                "username": name,
+                "password": password,
+                "use_tls": mode == "starttls",
+                "use_ssl": mode == "implicit",
+                "timeout": 10,
+            }
+            return {"MAILERS": {"default": {"BACKEND": _DJANGO_BACKEND, "OPTIONS": options}}}
         return {
-            "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
+            "EMAIL_BACKEND": _DJANGO_BACKEND,
             "EMAIL_HOST": self.host,
             "EMAIL_PORT": self.port,
             "EMAIL_HOST_USER": name,
