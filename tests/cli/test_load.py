@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,9 @@ def test_wrong_words_are_named() -> None:
     assert "a..b has no address" in load("a..b:25", code=2)
     assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
     assert "--to 'a@b\\r\\nRSET': this can not stand in a command" in load("127.0.0.1:1", "--to", "a@b\r\nRSET", code=2)
+    assert "--run: a run is named by" in load("127.0.0.1:1", "--run", "A b", code=2)
+    assert "--source: 'abc'" in load("127.0.0.1:1", "--source", "abc", code=2)
+    assert "before the @" in load("127.0.0.1:1", "--to", "postmaster", "--recipients", "2", code=2)
     assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)
 
 
@@ -106,6 +112,40 @@ def test_a_report_that_can_not_be_written_costs_nothing_else(sink: Server, tmp_p
     out = load(sink.address, "--messages", "5", "--report", str(full), code=1)
     assert "5 accepted" in out
     assert "No space left on device" in out
+
+
+def test_a_message_is_sent_when_the_last_of_its_recipients_is_refused() -> None:
+    plan = {"rule": [{"phase": "rcpt", "reply": "550 5.1.1 No", "match": {"recipient": ["load1@*"]}}]}
+    with SmtpServer(faults=plan) as server:
+        for words in ((), ("--bdat",), ("--pipeline",), ("--pipeline", "--bdat")):
+            assert "4 accepted" in load(f"127.0.0.1:{server.port}", "--recipients", "2", "--messages", "4", *words)
+
+
+def test_a_greeting_that_comes_with_the_end_of_the_handshake_is_heard() -> None:
+    plan = {"rule": [{"phase": "connect", "tls": "tls-1.2"}]}
+    with SmtpServer(tls="implicit", faults=plan) as server:
+        words = ("--tls", "implicit", "--no-resumption", "--messages", "200", "--sessions", "20", "--timeout", "20")
+        assert "200 accepted" in load(f"127.0.0.1:{server.port}", *words)
+
+
+def test_a_second_signal_ends_the_run_with_all_that_is_known(tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = [sys.executable, "-m", "penstock", "load", address, "--sessions", "1", "--report", str(report)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            client, _ = listener.accept()  # who hears nothing
+            for _ in range(100):  # the first ones may come before anybody asks for them
+                process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+                    break
+            assert process.stdout is not None
+            out = process.stdout.read()
+            client.close()
+    assert process.returncode == 1, out
+    assert "1,000 never begun" in out
+    assert json.loads(report.read_bytes())["unsent"] == 1000
 
 
 def test_the_sink_takes_bdat_in_lmtp(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,54 @@ async def test_an_answer_that_does_not_fit_is_no_acceptance(command: bytes, answ
     assert (counts.accepted, counts.lost) == (0, 1)
 
 
+@pytest.mark.parametrize("command", [b"MAIL", b"RCPT", b"DATA", b"."])
+async def test_421_is_an_answer_and_the_end_of_the_connection(command: bytes) -> None:
+    """RFC 5321 3.8: the message was answered; the next one has a connection of its own."""
+    left = [1]
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async def before(verb: bytes) -> None:
+            if verb == command and left[0]:
+                left[0] -= 1
+                await stream.send_all(b"421 4.3.2 Closing\r\n")
+                await stream.aclose()
+
+        with suppress(trio.ClosedResourceError):
+            await serve_simply(stream, before)
+
+    counts = await against(handler, sessions=1, messages=4)
+    assert (counts.accepted, counts.refused, counts.lost, counts.unsent) == (3, 1, 0, 0)
+    assert counts.connections == 2
+
+
+async def test_what_is_said_between_starttls_and_tls_is_no_answer() -> None:
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"220 hello\r\n")
+        await stream.receive_some(100)
+        await stream.send_all(b"250-me\r\n250 STARTTLS\r\n")
+        await stream.receive_some(100)
+        await stream.send_all(b"220 go on\r\n250-injected")
+        await stream.receive_some(1000)
+
+    counts = await against(handler, sessions=1, messages=1, tls="starttls")
+    assert set(counts.errors) == {"protocol"}
+
+
+async def test_a_target_that_is_gone_keeps_no_message(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        targets = [Target("127.0.0.1", server.port), Target("127.0.0.1", free_port())]
+        plan = Plan(targets=targets, messages=40, sessions=4, per_connection=0)
+        with trio.fail_after(60):
+            counts = await Generator(plan).run()
+    assert (counts.accepted, counts.failed) == (40, 0)
+
+
+async def test_messages_that_were_not_begun_have_failed() -> None:
+    with trio.fail_after(60):
+        counts = await run(free_port(), sessions=1)
+    assert (counts.accepted, counts.unsent, counts.has_given_up) == (0, 40, True)
+
+
 async def test_answers_in_pieces_and_of_many_lines_are_understood() -> None:
     async def handler(stream: trio.SocketStream) -> None:
         pieces = [b"220-one\r\n220 two\r\n", b"250-a\r\n2", b"50-SIZE 100", b"0\r\n250 PIPELINING\r\n"]
@@ -429,3 +478,4 @@ async def test_a_stopped_run_ends_with_what_is_under_way(tmp_path: Path) -> None
                 await trio.lowlevel.checkpoint()
             generator.stop()
     assert generator.counts.accepted == generator.counts.attempted == len(server.events("accepted"))
+    assert generator.counts.failed == generator.counts.unsent == 1_000_000 - generator.counts.attempted

@@ -32,7 +32,7 @@ def test_what_is_left_of_the_last_second_does_not_look_like_the_end_of_everythin
 
 
 def test_a_run_of_less_than_a_second_is_shown() -> None:
-    assert [len(curve) for curve in points(told(0, 0.5))] == [1] * 5
+    assert [len(curve) for curve in points(told(0, 0.5))] == [2] * 5
 
 
 def test_nothing_is_taken_for_markup() -> None:

@@ -73,8 +73,8 @@ def _size_help() -> str:
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, metavar="S",
               help="Seconds to wait for an answer.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write .html or .json.")
-@click.option("--compare", nargs=2, type=click.Path(path_type=Path, exists=True), metavar="A.json B.json",
-              help="Compare two reports, and send nothing.")  # fmt: skip
+@click.option("--compare", nargs=2, type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              metavar="A.json B.json", help="Compare two reports, and send nothing.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON in place of tables.")
 @click.option("-v", "--verbose", is_flag=True, help="A line each second where there is no terminal.")
 def load(
@@ -97,10 +97,14 @@ def load(
     The latency of a message counts from its MAIL to the answer to its text; with --rate from when it was to start,
     so that a server is charged for what it kept waiting.
 
-    Exit code 0 when every message was accepted, 1 when some were not, 2 for wrong words.
+    Exit code 0 when every message was accepted, 1 when some were not, or were not sent, 2 for wrong words.
     """  # noqa: D301 - \b is click's word for lines to be left as they are
     if compare is not None:
-        Console().print(comparison(*(_read_report(path) for path in compare)))
+        first, second = (_read_report(path) for path in compare)
+        try:
+            Console().print(comparison(first, second))
+        except (KeyError, TypeError, ValueError) as exc:
+            raise click.UsageError(f"{compare[0]} and {compare[1]} are not both reports of this version") from exc
         return
     if report is not None and report.suffix not in (".html", ".json"):
         raise click.UsageError("--report takes a name that ends with .html or .json")
@@ -116,12 +120,21 @@ def load(
     except PlanError as exc:
         raise click.UsageError(str(exc)) from exc
     told = _report(generator)
-    if as_json:
-        click.echo(msgspec.json.encode(told))
-    else:
-        Console().print(summary_table(told))
+    trouble: click.ClickException | None = None
     if report is not None:
-        reports.write(report, page(told).encode() if report.suffix == ".html" else msgspec.json.encode(told))
+        try:
+            reports.write(report, page(told).encode() if report.suffix == ".html" else msgspec.json.encode(told))
+        except click.ClickException as exc:
+            trouble = exc  # the tables come all the same
+    try:
+        if as_json:
+            click.echo(msgspec.json.encode(told))
+        else:
+            Console().print(summary_table(told))
+    except OSError as exc:
+        raise click.ClickException(f"standard output: {exc.strerror}") from exc
+    if trouble is not None:
+        raise trouble
     raise SystemExit(0 if generator.counts.failed == 0 and generator.counts.accepted else 1)
 
 
@@ -153,19 +166,19 @@ def _plan(targets: tuple[str, ...], words: dict[str, Any]) -> Plan:
 async def _run(generator: Generator, console: Console, verbose: bool) -> None:
     await generator.resolve()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_on_signals, generator)
+        nursery.start_soon(_stop_on_signals, generator, nursery.cancel_scope)
         nursery.start_soon(_show, generator, console, verbose)
         await generator.run()
         nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signals(generator: Generator) -> None:
+async def _stop_on_signals(generator: Generator, run: trio.CancelScope) -> None:
     """Stop at SIGINT or SIGTERM; what is under way may end. At a second one, end now."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            if generator.is_stopping:
-                raise SystemExit(1)
-            generator.stop()
+        await anext(signals)
+        generator.stop()
+        await anext(signals)
+        run.cancel()
 
 
 async def _show(generator: Generator, console: Console, verbose: bool) -> None:
@@ -208,7 +221,9 @@ def _report(generator: Generator) -> dict[str, Any]:
         "report": "penstock load",
         "schema": 1,
         "version": __version__,
-        "command": shlex.join([Path(sys.argv[0]).name, *_without_password(sys.argv[1:])]),
+        "command": shlex.join([Path(sys.argv[0]).name, *_without_password(sys.argv[1:])])
+        .encode("utf-8", "replace")  # a name of a file may be anything
+        .decode(),
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release().partition('-')[0]}, "
         f"Python {platform.python_version()}",
         "targets": [str(target) for target in plan.targets],

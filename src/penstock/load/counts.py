@@ -70,6 +70,10 @@ class Counts:
     """Intended starts that waited for a free session (open loop)."""
     dropped: int = 0
     """Intended starts that nobody was free for, beyond the bound of those that may wait."""
+    unsent: int = 0
+    """Messages that were to be sent, and were not even begun, because the run was stopped or given up."""
+    has_given_up: bool = False
+    """Too many connections in a row came to nothing."""
     octets: int = 0
     """Of the texts that were sent whole."""
     connections: int = 0
@@ -81,7 +85,7 @@ class Counts:
     @property
     def failed(self) -> int:
         """Messages that were not accepted."""
-        return self.refused + self.lost + self.dropped
+        return self.refused + self.lost + self.dropped + self.unsent
 
     @property
     def elapsed(self) -> float:
@@ -130,6 +134,8 @@ class Counts:
             "lost": self.lost,
             "late": self.late,
             "dropped": self.dropped,
+            "unsent": self.unsent,
+            "has_given_up": self.has_given_up,
             "octets": self.octets,
             "connections": self.connections,
             "rate": self.accepted / self.elapsed if self.elapsed else 0.0,

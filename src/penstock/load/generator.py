@@ -48,7 +48,7 @@ class Generator:
         self.tls: ssl.SSLContext | None = None
         if plan.tls != "none":
             self.tls = client_context(verify=plan.ca_file is not None, ca_file=str(plan.ca_file or ""))
-        self.tls_session: ssl.SSLSession | None = None
+        self.tls_sessions: dict[Target, ssl.SSLSession | None] = {}
         self.known_offer = (b"", Capabilities())
         self._targets: list[Target] = []
         self._text_of = text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
@@ -68,6 +68,7 @@ class Generator:
         self._failures = 0
         """Connections in a row that brought no message to an end."""
         self._over = trio.Event()
+        self._stopped = trio.Event()
         self._nursery: trio.Nursery
 
     @property
@@ -83,6 +84,7 @@ class Generator:
     def stop(self) -> None:
         """Start nothing any more; what is under way may end. Intended starts that wait are dropped, and counted."""
         self.is_stopping = True
+        self._stopped.set()
         self.counts.dropped += len(self._intended)
         self._intended.clear()
         self._end_pace()
@@ -124,16 +126,17 @@ class Generator:
         else:
             self._failures += 1
         if self._failures > _FAILURES * self.plan.sessions:
+            self.counts.has_given_up = True
             self.stop()
         if not self._has_work():
             if self._open == 0:
                 self._over.set()
             return
         self._open += 1
-        self._promise(session)
-        if self._failures:
+        if self._failures:  # no message waits for a target that may be gone for good
             self._nursery.start_soon(self._connect_later, session)
         else:
+            self._promise(session)
             session.connect()
 
     async def _connect_later(self, session: Session) -> None:
@@ -179,6 +182,28 @@ class Generator:
             for n in range(min(plan.sessions, plan.messages or plan.sessions))
         ]
         self.counts = Counts()
+        try:
+            await self._send_all()
+        finally:
+            self._end()
+        return self.counts
+
+    def _end(self) -> None:
+        """Settle the counts; what is under way after a second signal is lost."""
+        counts = self.counts
+        for session in self._sessions:
+            session.abandon()
+        counts.ended = perf_counter()
+        plan = self.plan
+        wanted = _starts(plan)
+        if wanted is not None and (plan.rate is not None or plan.duration is None):  # not a matter of the time it took
+            counts.unsent = max(0, wanted - counts.attempted - counts.dropped)
+        counts.tick(0)
+        self.poller.close()
+        gc.unfreeze()
+
+    async def _send_all(self) -> None:
+        plan = self.plan
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(watch_sockets, self.poller)
@@ -192,11 +217,6 @@ class Generator:
             nursery.start_soon(self._start_sessions)
             await self._over.wait()
             nursery.cancel_scope.cancel()
-        self.counts.ended = perf_counter()
-        self.counts.tick(0)
-        self.poller.close()
-        gc.unfreeze()
-        return self.counts
 
     async def _start_sessions(self) -> None:
         """Start the sessions, one after the other within the ramp of a closed loop."""
@@ -204,9 +224,16 @@ class Generator:
         for session in self._sessions:
             self._promise(session)
         for number, session in enumerate(self._sessions):
+            if self.is_stopping:
+                self._open -= len(self._sessions) - number
+                self._promised -= len(self._sessions) - number
+                if self._open == 0:
+                    self._over.set()
+                return
             session.connect()
             if pause:
-                await trio.sleep(pause)
+                with trio.move_on_after(pause):
+                    await self._stopped.wait()
             elif number % 100 == 99:
                 await trio.lowlevel.checkpoint()
 

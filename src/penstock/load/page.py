@@ -73,7 +73,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> str:
-    failed = report["refused"] + report["lost"] + report["dropped"]
+    failed = report["refused"] + report["lost"] + report["dropped"] + report["unsent"]
     message = report["phases"].get("message")
     tiles = [
         (f"{report['accepted']:,}", "accepted", ""),
@@ -149,6 +149,8 @@ def _curves(rows: list[list[float]], columns: Sequence[tuple[int, str, str]], un
     """Return a chart of columns over seconds, each with its class and its name."""
     if not rows:
         return "<p>Nothing was measured.</p>"
+    if len(rows) == 1:
+        rows = [*rows, [1.0, *rows[0][1:]]]  # a point alone draws nothing
     top = _nice(max(row[column] for row in rows for column, _, _ in columns) * unit)
     last = max(rows[-1][0], 1)
     inside = ""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from penstock import sequence
 
 Place = tuple[str | int | bytes, ...]
 """An address and a port, as the socket module has them."""
@@ -99,6 +102,18 @@ class Plan:
             raise PlanError("--messages or --duration says when the run ends")
         if self.tls == "none" and self.ca_file is not None:
             raise PlanError("--ca-file needs --tls")
-        for option, text in (("--from", self.sender), *(("--to", text) for text in self.to), ("--helo", self.hello)):
+        try:
+            sequence.mark(self.run, 0)
+        except ValueError as exc:
+            raise PlanError(f"--run: {exc}") from exc
+        if self.recipients > 1 and not all("@" in text for text in self.to):
+            raise PlanError("--recipients puts numbers before the @ of --to, and there is none")
+        for source in self.sources:
+            try:
+                ipaddress.ip_address(source)
+            except ValueError as exc:
+                raise PlanError(f"--source: {exc}") from exc
+        said = [("--auth", self.user + self.password), ("--from", self.sender), ("--helo", self.hello)]
+        for option, text in (*said, *(("--to", text) for text in self.to)):
             if not text.isprintable():
                 raise PlanError(f"{option} {text!r}: this can not stand in a command")

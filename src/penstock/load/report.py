@@ -24,14 +24,17 @@ def milliseconds(seconds: float) -> str:
 
 def summary_table(report: Report) -> Group:
     """Return the result of a run."""
-    failed = report["refused"] + report["lost"] + report["dropped"]
+    failed = _failed(report)
     head = Text(f"{report['accepted']:,} accepted in {report['seconds']:.1f} s: {report['rate']:,.0f}/s", style="bold")
     head.append(f", {report['octets'] / 1e6:,.1f} MB, {report['connections']:,} connections", style="not bold")
     if failed:
-        head.append(f"\n{failed:,} failed", style="bold red")
+        head.append(f"\n{failed:,.0f} failed", style="bold red")
         head.append(
-            f": {report['refused']:,} refused, {report['lost']:,} without an answer, {report['dropped']:,} dropped"
+            f": {report['refused']:,} refused, {report['lost']:,} without an answer, {report['dropped']:,} dropped, "
+            f"{report['unsent']:,} never begun"
         )
+    if report["has_given_up"]:
+        head.append("\ngiven up: too many connections in a row came to nothing", style="bold red")
     if report["late"]:
         head.append(f"\n{report['late']:,} starts waited for a free session", style="yellow")
     latencies = Table("phase", box=None, pad_edge=False, title="milliseconds", title_justify="left", title_style="dim")
@@ -80,4 +83,4 @@ def comparison(first: Report, second: Report) -> Table:
 
 
 def _failed(report: Report) -> float:
-    return float(report["refused"] + report["lost"] + report["dropped"])
+    return float(report["refused"] + report["lost"] + report["dropped"] + report.get("unsent", 0))

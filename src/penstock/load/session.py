@@ -61,8 +61,8 @@ class Crew(Protocol):
     counts: Counts
     poller: Poller
     tls: ssl.SSLContext | None
-    tls_session: ssl.SSLSession | None
-    """The last session of TLS, to be resumed."""
+    tls_sessions: dict[Target, ssl.SSLSession | None]
+    """The last session of TLS with each target, to be resumed."""
     known_offer: tuple[bytes, Capabilities]
     """The last answer to EHLO that came whole, and what it says: most connections hear the same."""
 
@@ -102,6 +102,8 @@ class Session(Taker):
         self._source = source
         self._stream: SocketStream
         self._data = b""
+        self._unsent = b""
+        """What the socket did not take of what `begin` has said."""
         self._layer: TlsLayer | None = None
         self._is_shaking = False
         self._reader: AnswerReader | None = None
@@ -113,6 +115,8 @@ class Session(Taker):
         self._codes: list[int] = []
         self._script: Script
         self._job: Job | None = None
+        self._job_begun = 0
+        """When its MAIL was sent, or was to be, in nanoseconds of the clock."""
         self._is_done = False
 
     @property
@@ -136,6 +140,7 @@ class Session(Taker):
         self._layer = None
         self._is_shaking = False
         self._reader = None
+        self._unsent = b""
         self._codes = []
         self._job = None
         self._is_done = False
@@ -211,8 +216,9 @@ class Session(Taker):
         crew = self._crew
         assert crew.tls is not None
         self._layer = TlsLayer(crew.tls, server_name=self.target.host or "localhost")
-        if crew.plan.resumption and crew.tls_session is not None:
-            self._layer.object.session = crew.tls_session
+        known = crew.tls_sessions.get(self.target)
+        if crew.plan.resumption and known is not None:
+            self._layer.object.session = known
         self._is_shaking = True
         if crew.plan.tls == "implicit":
             said = self._layer.shake()
@@ -245,11 +251,15 @@ class Session(Taker):
             now = perf_counter_ns()
             self._crew.counts.phases["tls"].record(now - self.asked_at)
             said = self._go_on(now)
-            return None if said is None else layer.encrypt(said)
-        plain: list[bytes] = []
+            if said is None:
+                return None
+            first = layer.encrypt(said)
+        else:
+            first = b""
+        plain: list[bytes] = []  # the greeting may have come with the end of the handshake
         is_alive = layer.decrypt_into(plain.append)
         said = self._answer_to(b"".join(plain)) if plain else b""
-        return layer.encrypt(said) if is_alive and said is not None else None
+        return first + layer.encrypt(said) if is_alive and said is not None else None
 
     def _answer_to(self, data: bytes) -> bytes | None:
         """Take in octets of answers, and return what is said next."""
@@ -292,6 +302,9 @@ class Session(Taker):
             counts.remember(f"{phase} {code}", self.answer.text)
         elif (code >= 300) is not (phase == "data") and phase != "auth":
             raise ProtocolError(f"{code} is no answer to {phase}: {self.answer.text}")  # RFC 5321 4.3.2
+        if code == 421 and self._job is not None:  # RFC 5321 3.8: the server leaves; this message was answered
+            self._conclude([])
+            raise _Refused(self.answer.text)
         codes.append(code)
         return b"" if len(codes) < len(phases) else self._go_on(now)
 
@@ -305,6 +318,9 @@ class Session(Taker):
             self._phases = ()
             return None
         if self._phases is _SHAKE:
+            if self._reader is not None and not self._reader.is_empty:  # RFC 3207 6: who has said it, nobody knows
+                raise ProtocolError("the server said something between STARTTLS and TLS")
+            self._reader = None
             self._wrap()
             assert self._layer is not None
             said = self._layer.shake() or b""
@@ -327,9 +343,17 @@ class Session(Taker):
                 said = self._layer.encrypt(said)
             sent = self._stream.send_nowait(said)
             if sent < len(said):
-                self._crew.spawn(self, said[sent:])
-        except (trio.BrokenResourceError, ssl.SSLError) as exc:
+                self._unsent = said[sent:]
+                self._stream.nudge()  # nobody else may take turns meanwhile
+        except Exception as exc:  # noqa: BLE001 - see push
             self._end(_kind_of(exc), str(exc.__cause__ or exc))
+
+    def abandon(self) -> None:
+        """Leave everything as it is: the run is over."""
+        if self.is_open:
+            self.is_open = False
+            self._crew.counts.lost += self._job is not None
+            self._stream.close_nowait()
 
     # ---- the end
 
@@ -341,7 +365,8 @@ class Session(Taker):
         elif self._is_done:
             self._end("", "")
         elif received == -1:
-            self._crew.spawn(self, self._stream.take_unsent())
+            unsent, self._unsent = self._unsent, b""
+            self._crew.spawn(self, unsent or self._stream.take_unsent())
             return True
         else:
             self._end("closed", "the server closed the connection")
@@ -349,14 +374,15 @@ class Session(Taker):
 
     async def push(self, unsent: bytes) -> None:
         """Send what the socket did not take at once, and go on with a task."""
+        stream = self._stream
         try:
-            await self._stream.send_now(unsent)
-            received = await self._stream.attend(self, self._turn)
+            await stream.send_now(unsent)
+            received = await stream.attend(self, self._turn)
         except Exception as exc:  # noqa: BLE001 - as with turns that the poller takes, it costs this connection alone
-            if self.is_open:
+            if self.is_open and self._stream is stream:  # otherwise it was timed out, and is another one by now
                 self._woken(0, exc)
         else:
-            if self.is_open:
+            if self.is_open and self._stream is stream:
                 self._woken(received, None)
 
     def time_out(self, seconds: float) -> None:
@@ -371,7 +397,7 @@ class Session(Taker):
         self.is_open = False
         crew = self._crew
         if self._layer is not None and not self._is_shaking and crew.plan.resumption:
-            crew.tls_session = self._layer.object.session
+            crew.tls_sessions[self.target] = self._layer.object.session
         self._stream.close_nowait()
         self._script.close()
         if self._job is not None:
@@ -407,11 +433,12 @@ class Session(Taker):
     def _greet(self) -> Generator[Group, list[int], Capabilities]:
         hello = "LHLO" if self._crew.plan.lmtp else "EHLO"
         crew = self._crew
+        self._hello_answer = b""
         (code,) = yield f"{hello} {crew.plan.hello}\r\n".encode(), _HELLO
         if code != 250:
             raise _Refused(self.answer.text)
         known, offer = crew.known_offer
-        if self._hello_answer != known:
+        if not self._hello_answer or self._hello_answer != known:
             offer = Capabilities.of(self.answer)
             if _LAST_LINE.search(self._hello_answer):
                 crew.known_offer = (self._hello_answer, offer)
@@ -441,20 +468,20 @@ class Session(Taker):
                 continue
             left -= 1
             self._job = job
-            begun = perf_counter_ns()
+            self._job_begun = perf_counter_ns()
             if job.intended:
-                crew.counts.phases["late_start"].record(begun - job.intended)
-                begun = job.intended
+                crew.counts.phases["late_start"].record(self._job_begun - job.intended)
+                self._job_begun = job.intended
             crew.counts.attempted += 1
-            answers = yield from transact(job)
-            self._job = None
-            self._concluded(job, answers, begun)
+            yield from transact(job)
 
-    def _concluded(self, job: Job, answers: Sequence[int], begun: int) -> None:
-        """Count what became of a message: the answers to its text, none when it was not sent."""
+    def _conclude(self, answers: Sequence[int]) -> None:
+        """Count what became of the message: the answers to its text, none when it was not sent."""
+        job, self._job = self._job, None
+        assert job is not None
         self.concluded += 1
         counts = self._crew.counts
-        took = perf_counter_ns() - begun
+        took = perf_counter_ns() - self._job_begun
         counts.phases["message"].record(took)
         counts.current.record(took)
         if answers and all(code < 300 for code in answers):
@@ -480,13 +507,14 @@ class Session(Taker):
         sent = job.text.sent(sequence.mark(plan.run, job.number) if plan.header else None)
         return b"BDAT %d LAST\r\n%s" % (len(sent), sent) if plan.chunking else sent
 
-    def _one_by_one(self, job: Job) -> Generator[Group, list[int], list[int]]:
-        """Send a message, waiting for each answer. Return the answers to its text."""
+    def _one_by_one(self, job: Job) -> Script:
+        """Send a message, waiting for each answer."""
         plan = self._crew.plan
         mail, *rcpts = self._commands(job)
         (code,) = yield mail, ("mail",)
         if code >= 400:
-            return []
+            self._conclude([])
+            return
         accepted = 0
         for rcpt in rcpts:
             (code,) = yield rcpt, ("rcpt",)
@@ -494,12 +522,13 @@ class Session(Taker):
         if accepted:
             if not plan.chunking:
                 (code,) = yield b"DATA\r\n", ("data",)
-            if code < 400:
-                return (yield self._text(job), ("dot",) * (accepted if plan.lmtp else 1))
+            if plan.chunking or code < 400:
+                self._conclude((yield self._text(job), ("dot",) * (accepted if plan.lmtp else 1)))
+                return
+        self._conclude([])
         yield b"RSET\r\n", ("rset",)
-        return []
 
-    def _in_groups(self, job: Job) -> Generator[Group, list[int], list[int]]:
+    def _in_groups(self, job: Job) -> Script:
         """Send a message in two groups (RFC 2920); with BDAT in one."""
         plan = self._crew.plan
         commands = self._commands(job)
@@ -508,18 +537,19 @@ class Session(Taker):
             codes = yield b"".join(commands) + self._text(job), phases
             accepted = sum(code < 400 for code in codes[1:])
             # One answer for each recipient (RFC 2033 4.2, which counts BDAT LAST in); without any it is one refusal.
-            answers = yield b"", ("dot",) * (accepted if plan.lmtp and accepted else 1)
+            self._conclude((yield b"", ("dot",) * (accepted if plan.lmtp and accepted else 1)))
             if not accepted:
                 yield b"RSET\r\n", ("rset",)
-            return answers
+            return
         codes = yield b"".join(commands) + b"DATA\r\n", [*phases, "data"]
         accepted = sum(code < 400 for code in codes[1:-1])
         if codes[-1] < 400:
             text = self._text(job) if accepted else b".\r\n"
             answers = yield text, ("dot",) * (accepted if plan.lmtp and accepted else 1)
-            return answers if accepted else []
+            self._conclude(answers if accepted else [])
+            return
+        self._conclude([])
         yield b"RSET\r\n", ("rset",)
-        return []
 
 
 def _check_offer(plan: Plan, offer: Capabilities) -> None:
