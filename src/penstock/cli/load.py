@@ -166,15 +166,18 @@ def _plan(targets: tuple[str, ...], words: dict[str, Any]) -> Plan:
 async def _run(generator: Generator, console: Console, verbose: bool) -> None:
     await generator.resolve()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_on_signals, generator, nursery.cancel_scope)
+        await nursery.start(_stop_on_signals, generator, nursery.cancel_scope)
         nursery.start_soon(_show, generator, console, verbose)
         await generator.run()
         nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signals(generator: Generator, run: trio.CancelScope) -> None:
+async def _stop_on_signals(
+    generator: Generator, run: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
     """Stop at SIGINT or SIGTERM; what is under way may end. At a second one, end now."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
         await anext(signals)
         generator.stop()
         await anext(signals)
