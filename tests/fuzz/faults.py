@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import trio
 from trio.testing import MockClock
@@ -32,7 +32,7 @@ from trio.testing import MockClock
 from penstock._tally import PHASES, Tally
 from penstock.journal import Journal, JournalSettings
 from penstock.sink.plan import PHASES as PLANNED
-from penstock.sink.plan import PlanError, parse_plan
+from penstock.sink.plan import Dress, PlanError, parse_plan
 from tests.parts import Recorder
 from tests.sink.playing import talking
 
@@ -45,7 +45,7 @@ LINES = [
 ]  # fmt: skip
 TRANSACTION = [LINES[0], LINES[3], LINES[6], "DATA", "Subject: x\r\n\r\ntext", "."]
 REPLIES = ["450 4.2.1 Busy", "550", "421 4.3.2 Later", "250 2.0.0 Fine", "354 Go on", "220 Hello", "552 5.3.4 Too big"]
-DRESSES = ["wrong-code", "too-long", "many-lines", "unfinished", "non-ascii", "bare-lf", "no-line-end", "garbage"]
+DRESSES = get_args(Dress)
 _ID = re.compile(rb"kept as [0-9A-Z]+")
 CONDITIONS = [
     "probability = 0.5", "every = 2", "attempts = 1", "first = 1", "after = 1", 'sender = ["seq-*"]',

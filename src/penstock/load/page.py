@@ -9,7 +9,7 @@ from html import escape
 from typing import Any, Final
 
 from penstock.load.counts import PHASES
-from penstock.load.report import milliseconds
+from penstock.load.report import failed, milliseconds
 
 _WIDE: Final = 720
 _HIGH: Final = 220
@@ -73,11 +73,11 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _tiles(report: dict[str, Any]) -> str:
-    failed = report["refused"] + report["lost"] + report["dropped"] + report["unsent"]
+    failures = failed(report)
     message = report["phases"].get("message")
     tiles = [
         (f"{report['accepted']:,}", "accepted", ""),
-        (f"{failed:,}", "failed", " bad" if failed else ""),
+        (f"{failures:,}", "failed", " bad" if failures else ""),
         (f"{report['rate']:,.0f}", "a second", ""),
         (f"{milliseconds(message['p50'])} <small>ms</small>" if message else "-", "median", ""),
         (f"{milliseconds(message['p99'])} <small>ms</small>" if message else "-", "p99", ""),
