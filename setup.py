@@ -35,12 +35,12 @@ setup(
         [
             extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
             extension("penstock.smtp._session", "session.pyx"),
-            extension("penstock.net._poll", "poll.pyx"),
-            extension("penstock.inbound._turns", "turns.pyx"),
-            extension("penstock._histogram", "histogram.pyx"),
+            extension("penstock.net._poller", "poller.pyx"),
+            extension("penstock.server._turns", "turns.pyx"),
+            extension("penstock.metrics._histogram", "histogram.pyx"),
             extension("penstock._journal", "journal.pyx"),
             extension("penstock._transaction", "transaction.pyx"),
-            extension("penstock._tally", "tally.pyx"),
+            extension("penstock.metrics._session", "metrics.pyx"),
         ],
         force=has_new_declarations(),
         include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd

@@ -26,9 +26,9 @@ from typing import Any
 import trio
 
 from bench.measure import POSTFIX, Peer, Round, Running, machine, running, smtp_source, summary
-from penstock.inbound.body import MemoryBody, MemoryBudget
 from penstock.message import Envelope, Message, MessageIds, Recipient
 from penstock.message import Path as MailPath
+from penstock.server.body import MemoryBody, MemoryBudget
 from penstock.spool.spool import Spool, SpoolSettings
 
 _SENDER = MailPath("a@example.com", "a", "example.com")

@@ -13,7 +13,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bench.foreign import GO_SMTP, HARAKA, NODEMAILER
 from bench.measure import (
     AIOSMTPD,
     PENSTOCK_SERVE,
@@ -28,6 +27,7 @@ from bench.measure import (
     running,
     smtp_source,
 )
+from bench.other_servers import GO_SMTP, HARAKA, NODEMAILER
 
 
 @contextmanager

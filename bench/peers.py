@@ -17,7 +17,6 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from bench.foreign import GO_SMTP, HARAKA, NODEMAILER
 from bench.measure import (
     AIOSMTPD,
     PENSTOCK_SERVE,
@@ -33,6 +32,7 @@ from bench.measure import (
     smtp_source,
     summary,
 )
+from bench.other_servers import GO_SMTP, HARAKA, NODEMAILER
 from bench.tls import tls_source
 
 

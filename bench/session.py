@@ -24,16 +24,16 @@ from pathlib import Path
 import trio
 
 from bench.measure import Peer, Round, machine, running, smtp_source, summary
-from penstock.assemble import assemble
+from penstock.app import assemble
 from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.delivery.base import Delivery
 from penstock.delivery.discard import DiscardDelivery
-from penstock.inbound.gate import Gate
-from penstock.inbound.server import Worker
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message
 from penstock.net.tls import TlsSettings
 from penstock.reply import Reply
+from penstock.server.listener import Listener
+from penstock.server.worker import Worker
 
 _TAKEN = Reply(250, "2.0.0", "Ok: taken")
 _MOST = 0.10
@@ -110,15 +110,15 @@ def serve(kind: str, port: int) -> None:
             sys.stderr.buffer.flush()
 
         parts = assemble(settings, journal, write)
-        for door in parts.doors:
-            _replace_delivery(door.gate, make())
+        for bound in parts.listeners:
+            _replace_delivery(bound.listener, make())
         trio.run(_run, parts.worker)
 
 
-def _replace_delivery(gate: Gate, delivery: Delivery) -> None:
-    """Give a gate another delivery than settings can name, before anybody has come."""
-    object.__setattr__(gate, "delivery", delivery)
-    gate.__post_init__()
+def _replace_delivery(listener: Listener, delivery: Delivery) -> None:
+    """Give a listener another delivery than settings can name, before anybody has come."""
+    object.__setattr__(listener, "delivery", delivery)
+    listener.__post_init__()
 
 
 async def _run(worker: Worker) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 import msgspec
 import trio
 
-from penstock.assemble import Parts, assemble
+from penstock.app import Server, assemble
 from penstock.config import ListenerSettings, Settings
-from penstock.inbound.limits import LimitSettings
 from penstock.journal import Journal, JournalSettings
+from penstock.server.limits import LimitSettings
 from penstock.smtp import _wire
 
 
@@ -121,7 +121,7 @@ async def stress(folder: Path, seconds: float, clients: int, seed: int) -> Repor
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.gateway.run)
         await nursery.start(parts.worker.run)
-        port = parts.doors[0].listener.getsockname()[1]
+        port = parts.listeners[0].socket.getsockname()[1]
         await _one_by_one(port, tls, report)  # what the first of each kind makes, stays
         await _all_gone(parts)
         before = _counts()
@@ -156,7 +156,7 @@ async def _again_and_again(port: int, rng: random.Random, tls: ssl.SSLContext, r
             await _client(port, rng, tls, report)
 
 
-async def _all_gone(parts: Parts) -> None:
+async def _all_gone(parts: Server) -> None:
     """Wait until the clocks have ended the last connection, and the last message is delivered."""
     assert parts.gateway is not None
     with trio.fail_after(60):

@@ -21,7 +21,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport PyTuple_SET_ITEM
 
-from penstock._tally cimport P_BDAT, P_MESSAGE, P_UNASKED, Meter
+from penstock.metrics._session cimport P_BDAT, P_MESSAGE, P_UNASKED, SessionMetrics
 from penstock._transaction cimport TransactionCore
 from penstock.smtp._wire cimport T_CHUNK, T_COMMAND, T_NEED_DATA, T_TEXT_BROKEN, T_TEXT_END, T_VIOLATION, Wire
 
@@ -37,10 +37,10 @@ cdef extern from "Python.h":
     object PyType_GenericAlloc(object type, Py_ssize_t items)
 
 # What a driver may take no interest in.
-UNASKED_HELLO = 1
-UNASKED_MAIL = 2
-UNASKED_RCPT = 4
-UNASKED_QUIT = 8
+AUTO_ACCEPT_HELLO = 1
+AUTO_ACCEPT_MAIL = 2
+AUTO_ACCEPT_RCPT = 4
+AUTO_ACCEPT_QUIT = 8
 SENDS = -1
 
 cdef enum:
@@ -291,7 +291,7 @@ cdef class SessionCore:
         other.wire = wire
         other.transaction = transaction
         other.unasked = self.unasked
-        other.announced = self.announced
+        other.intercepted_verbs = self.intercepted_verbs
         other.beginnings = self.beginnings
         other.firsts = self.firsts
         other._out = []
@@ -335,10 +335,10 @@ cdef class SessionCore:
         if out:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
-        if self.meter is not None:
-            self.meter.end_turn(len(data))
+        if self.metrics is not None:
+            self.metrics.end_turn(len(data))
             if self._answered is not None:
-                self.meter.in_turn = True   # these were replies to earlier commands: the clock of this one runs on
+                self.metrics.in_turn = True   # these were replies to earlier commands: the clock of this one runs on
         return data
 
     def next_event(self):
@@ -350,8 +350,8 @@ cdef class SessionCore:
         cdef int token
         if self._answered is not None:
             raise RuntimeError(f"{self._event} was not answered")
-        if self.meter is not None and not self.meter.in_turn:
-            self.meter.begin_turn()
+        if self.metrics is not None and not self.metrics.in_turn:
+            self.metrics.begin_turn()
         while self._state is not CLOSED_STATE:
             token = self.wire.step()
             if self.observer is not None:
@@ -366,14 +366,14 @@ cdef class SessionCore:
             elif token == T_TEXT_END and self._state is BODY_STATE and self.wire.violation == 0:
                 event = self._event = EndOfMessage(self.wire.octets)
                 self._answered = message_answered
-                if self.meter is not None:
-                    self.meter.text_ends(P_MESSAGE)
+                if self.metrics is not None:
+                    self.metrics.text_ends(P_MESSAGE)
             elif token == T_TEXT_END:
-                if self.meter is not None:
-                    self.meter.text_ends(P_MESSAGE if self._ends_message() else P_BDAT)
+                if self.metrics is not None:
+                    self.metrics.text_ends(P_MESSAGE if self._ends_message() else P_BDAT)
                 event = self._end_text()
             else:
-                if self.meter is not None:
+                if self.metrics is not None:
                     self.note_trouble(token)
                 event = self._take_trouble(token)
             if event is not None:
@@ -398,11 +398,11 @@ cdef class SessionCore:
         return 0
 
     cdef int note_trouble(self, int token) except -1:
-        """Tell the meter what the reply to it is for."""
+        """Tell the metrics what the reply to it is for."""
         if token == T_TEXT_BROKEN:
-            self.meter.text_ends(P_MESSAGE)
+            self.metrics.text_ends(P_MESSAGE)
         elif token != T_VIOLATION and self._state is not AUTH_STATE:
-            self.meter.phase = 0
+            self.metrics.phase = 0
         return 0
 
     # ---- state and replies
@@ -421,8 +421,8 @@ cdef class SessionCore:
     cdef int emit(self, bytes encoded) except -1:
         """Send a reply as it is. Every reply passes here."""
         self._out.append(encoded)
-        if self.meter is not None:
-            self.meter.replied(encoded)
+        if self.metrics is not None:
+            self.metrics.replied(encoded)
         return 0
 
     def _say(self, reply):
@@ -440,16 +440,16 @@ cdef class SessionCore:
         return 0
 
     def _text_begins(self):
-        if self.meter is not None:
-            self.meter.text_begins()
+        if self.metrics is not None:
+            self.metrics.text_begins()
 
     def _answers_unasked(self):
-        if self.meter is not None:
-            self.meter.phase = P_UNASKED
+        if self.metrics is not None:
+            self.metrics.phase = P_UNASKED
 
     def _message_taken(self):
-        if self.meter is not None:
-            self.meter.message(self.transaction, self.wire.octets)
+        if self.metrics is not None:
+            self.metrics.message(self.transaction, self.wire.octets)
 
     def _end_transaction(self):
         self.transaction.forget()
@@ -466,8 +466,8 @@ cdef class SessionCore:
         if self._state is AUTH_STATE:
             return self._take_auth_line(argument)
         self.last_verb = verb
-        if self.meter is not None:
-            self.meter.phase = verb
+        if self.metrics is not None:
+            self.metrics.phase = verb
         refusal = self._rules[verb]
         if len(argument) > <Py_ssize_t> argument_limit[verb]:
             self.say(replies.LINE_TOO_LONG)
@@ -584,11 +584,11 @@ cdef class SessionCore:
                 self.close_with(replies.TOO_MANY_UNKNOWN)
 
     @property
-    def remarkable(self):
+    def watched_prefixes(self):
         return self.beginnings
 
-    @remarkable.setter
-    def remarkable(self, tuple beginnings):
+    @watched_prefixes.setter
+    def watched_prefixes(self, tuple beginnings):
         cdef str each
         cdef unsigned int first
         self.beginnings = beginnings
@@ -596,7 +596,7 @@ cdef class SessionCore:
         for each in beginnings or ():
             first = <unsigned int> <Py_UCS4> each[0]
             if first >= 128:
-                raise ValueError(f"a local part that is remarkable begins in ASCII, not {each!r}")
+                raise ValueError(f"a local part that is watched_prefixes begins in ASCII, not {each!r}")
             self.firsts[first >> 6] |= 1ull << (first & 63)
 
     cdef bint is_remarkable(self, str local) except -1:
@@ -650,16 +650,16 @@ cdef class SessionCore:
         if reply.code < 400:
             self._state = BODY_STATE
             self.wire.expect_text()
-            if self.meter is not None:
-                self.meter.text_begins()
+            if self.metrics is not None:
+                self.metrics.text_begins()
         return 0
 
     def _message_answered(self, reply):
         self.answer_message(reply)
 
     cdef int answer_message(self, object reply) except -1:
-        if self.meter is not None and reply.code < 400:
-            self.meter.message(self.transaction, self.wire.octets)
+        if self.metrics is not None and reply.code < 400:
+            self.metrics.message(self.transaction, self.wire.octets)
         if self.is_lmtp:
             self._refuse_message(reply)
         else:

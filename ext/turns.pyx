@@ -1,7 +1,7 @@
-"""What every connection passes: the door, its making, its turns, its end.
+"""What every connection passes: the bound, its making, its turns, its end.
 
 A turn is: octets have come, the session says what they mean, and what is to be said is sent. This is the loop that every
-command passes, on a socket as on any other stream; penstock.inbound.connection, which inherits it, decides what the
+command passes, on a socket as on any other stream; penstock.server.connection, which inherits it, decides what the
 events are answered with. A turn never waits. What it can not finish it leaves: something to be awaited (`_pending`), a
 message that a delivery has (`_committing`), or the end of the conversation.
 
@@ -12,9 +12,9 @@ it all ends.
 
 from time import monotonic
 
-from penstock._tally cimport Meter, Tally
+from penstock.metrics._session cimport SessionMetrics, Metrics
 from penstock._transaction cimport TransactionCore
-from penstock.net._poll cimport Poller, SocketCore, Taker
+from penstock.net._poller cimport Poller, SocketCore, Taker
 from penstock.smtp._session cimport SessionCore, of_type
 from penstock.smtp._wire cimport Wire
 
@@ -22,9 +22,9 @@ from outcome import Error, Value
 from trio import BrokenResourceError
 
 from penstock import reply as replies
-from penstock.inbound.body import BodyCollector
+from penstock.server.body import BodyCollector
 from penstock.smtp.events import CLOSED, NEED_DATA
-from penstock.net._poll import close
+from penstock.net._poller import close
 from penstock.net.stream import SocketStream
 from penstock.transaction import Peer, Transaction
 
@@ -70,25 +70,25 @@ cdef class Host:
         return 0
 
 
-cdef class Porter:
+cdef class Acceptor:
     """Lets in the clients of one listening socket."""
 
     cdef Host host
     cdef Poller poller
-    cdef object gate
+    cdef object listener
     cdef object kind
     cdef str address
     cdef object port
     cdef bint counts
 
-    def __init__(self, Host host not None, Poller poller, gate not None, kind not None, str address not None, port not None):
+    def __init__(self, Host host not None, Poller poller, listener not None, kind not None, str address not None, port not None):
         self.host = host
         self.poller = poller
-        self.gate = gate
+        self.listener = listener
         self.kind = kind
         self.address = address
         self.port = port
-        self.counts = not gate.proxy_networks  # behind a proxy, the client is known later
+        self.counts = not listener.proxy_networks  # behind a proxy, the client is known later
 
     def __call__(self, int fd, str address not None, port not None):
         cdef Host host = self.host
@@ -100,11 +100,11 @@ cdef class Porter:
         if self.counts:
             refusal = host.let_in(peer)
             if refusal is not None:
-                host.turn_away(fd, peer, self.gate, refusal)
+                host.turn_away(fd, peer, self.listener, refusal)
                 return
         try:
             stream = socket_stream(fd, self.poller)
-            connection = self.kind(stream, peer, self.gate, host, host.sessions, self.counts)
+            connection = self.kind(stream, peer, self.listener, host, host.sessions, self.counts)
             if not connection.start():
                 host.serve(connection)
         except Exception as exc:  # whatever it is, it costs this client and no other
@@ -129,13 +129,13 @@ cdef class TurnTaker(Taker):
     cdef public SocketCore _socket
     cdef public bint _takes_turns
     cdef public object _peer
-    cdef public object _gate
+    cdef public object _listener
     cdef public Host _host
     cdef public Wire _wire
     cdef public object _receiver
     cdef public TransactionCore _transaction
     cdef public SessionCore _session
-    cdef public Meter _meter
+    cdef public SessionMetrics _metrics
     cdef public object _tls
     cdef public dict _handlers
     cdef public object _pending
@@ -158,18 +158,18 @@ cdef class TurnTaker(Taker):
     cdef double started
 
     asks_all = False
-    remarkable = None
+    watched_prefixes = None
     open = None
 
     def __init__(
-        self, stream not None, peer not None, gate not None, Host host not None, long long number=0,
+        self, stream not None, peer not None, listener not None, Host host not None, long long number=0,
         bint is_admitted=False
     ):
-        cdef SessionCore pattern = gate.session
-        cdef Tally tally = gate.tally
-        cdef object remarkable = self.remarkable
-        if remarkable is not pattern.beginnings:
-            pattern.remarkable = remarkable  # once for a gate: what it is looked up by is made there
+        cdef SessionCore pattern = listener.session
+        cdef Metrics metrics = listener.metrics
+        cdef object watched_prefixes = self.watched_prefixes
+        if watched_prefixes is not pattern.beginnings:
+            pattern.watched_prefixes = watched_prefixes  # once for a listener: what it is looked up by is made there
         self.number = number
         self._handlers = self.handlers
         self._stream = stream
@@ -177,15 +177,15 @@ cdef class TurnTaker(Taker):
             self._socket = <SocketCore> stream
             self._takes_turns = self._socket._watch is not None
         self._peer = peer
-        self._gate = gate
+        self._listener = listener
         self._host = host
         self._wire = self._receiver = pattern.wire.made_like()
-        self._transaction = transaction_type(peer, gate.name)
+        self._transaction = transaction_type(peer, listener.name)
         self._session = pattern.made_like(self._wire, self._transaction)
         if self.asks_all:
             self._session.unasked = 0
-        if tally is not None:
-            self._meter = self._session.meter = tally.meter()
+        if metrics is not None:
+            self._metrics = self._session.metrics = metrics.new_session()
         self._ahead = b""
         self._is_admitted = is_admitted
         self.started = monotonic()
@@ -195,11 +195,11 @@ cdef class TurnTaker(Taker):
     # ---- the beginning
 
     def start(self):
-        cdef object gate = self._gate
-        if not self._takes_turns or not self._is_admitted or gate.is_implicit_tls or gate.pipeline.connect:
+        cdef object listener = self._listener
+        if not self._takes_turns or not self._is_admitted or listener.is_implicit_tls or listener.pipeline.connect:
             return False
         self._host.connections.add(self)
-        gate.journal.connected(self.number, self._peer, gate.name)
+        listener.journal.connected(self.number, self._peer, listener.name)
         self._session.welcome()
         self._is_attending = True
         try:
@@ -261,30 +261,30 @@ cdef class TurnTaker(Taker):
     # ---- the commonest answers
 
     def _on_begin_data(self, event):
-        cdef object gate = self._gate
-        cdef bint keeps_body = gate.keeps_body
+        cdef object listener = self._listener
+        cdef bint keeps_body = listener.keeps_body
         self._wire.discard = not keeps_body
         if keeps_body:
-            self._body = BodyCollector(gate.body, gate.budget, gate.folder)
+            self._body = BodyCollector(listener.body, listener.budget, listener.folder)
         self._is_in_message = True
         self._begun += 1
         self._session.answer(go_ahead)
 
     def _on_end(self, event):
         """Judge and deliver a whole message. Nothing from here on is cut short but by the end of the process."""
-        cdef object gate = self._gate
+        cdef object listener = self._listener
         cdef object journal, reply
         cdef TransactionCore transaction = self._transaction
-        if gate.discards is None:
-            if gate.defers is not None and self._takes_turns and self._hand_over(gate.defers, event):
+        if listener.discards is None:
+            if listener.defers is not None and self._takes_turns and self._hand_over(listener.defers, event):
                 return None
             return self._judge(event)
         self._is_in_message = False
-        reply = gate.discards.discard(len(transaction.recipients), event.size)
-        journal = gate.journal
+        reply = listener.discards.discard(len(transaction.recipients), event.size)
+        journal = listener.journal
         if journal.logs_mail:
             journal.accepted(
-                self.number, self._peer, gate.ids.next(), transaction.sender, transaction.recipients, event.size, reply
+                self.number, self._peer, listener.ids.next(), transaction.sender, transaction.recipients, event.size, reply
             )
         self._messages += 1
         self.say(reply)
@@ -313,12 +313,12 @@ cdef class TurnTaker(Taker):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.close()
-        if self._meter is not None:
-            self._meter.ended("QUIT" if self._session.has_quit else cause, self._octets)
+        if self._metrics is not None:
+            self._metrics.ended("QUIT" if self._session.has_quit else cause, self._octets)
         self._wire.drop()  # its buffer is wanted elsewhere, whoever still holds this connection
         if self._is_admitted:
             self._host.let_out(self._peer)
-            self._gate.journal.disconnected(
+            self._listener.journal.disconnected(
                 self.number, self._peer, self._messages, self._session.errors, self._octets, monotonic() - self.started
             )
         self._host.connections.discard(self)

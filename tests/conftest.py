@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import trustme
-from bench.foreign import is_haraka_there
+from bench.other_servers import is_haraka_there
 
 PROGRAMS = {
-    "journeys/test_swaks.py": ["swaks"],
-    "journeys/test_postfix.py": ["postfix", "smtp-source"],
-    "journeys/test_page.py": ["chromium", "chromedriver"],
-    "journeys/test_gateway.py": ["smtp-source", "smtp-sink"],
-    "journeys/test_sink_faults.py": ["postfix", "swaks"],
-    "journeys/test_haraka.py": [],
-    "journeys/test_dumps.py": ["smtp-sink"],
+    "e2e/test_swaks.py": ["swaks"],
+    "e2e/test_postfix.py": ["postfix", "smtp-source"],
+    "e2e/test_page.py": ["chromium", "chromedriver"],
+    "e2e/test_gateway.py": ["smtp-source", "smtp-sink"],
+    "e2e/test_sink_faults.py": ["postfix", "swaks"],
+    "e2e/test_haraka.py": [],
+    "e2e/test_dumps.py": ["smtp-sink"],
     "relay/test_smtp_sink.py": ["smtp-sink"],
 }
 """What a file needs from Debian's packages, Haraka from npm."""
@@ -39,8 +39,8 @@ def missing(name: str) -> list[str]:
     found = [program for program in programs if _find(program) is None]
     if "postfix" in programs and os.geteuid() != 0:
         found.append("root (Postfix starts as nobody else)")
-    if name == "journeys/test_haraka.py" and not is_haraka_there():
-        found.append("Haraka (python -m bench.foreign haraka)")
+    if name == "e2e/test_haraka.py" and not is_haraka_there():
+        found.append("Haraka (python -m bench.other_servers haraka)")
     return found
 
 

@@ -10,15 +10,15 @@ import pytest
 import trio
 import trio.testing
 
-from penstock.inbound.connection import Connection
 from penstock.message import MailParameters, Message, Recipient
 from penstock.message import Path as MailPath
-from penstock.net._poll import Poller
+from penstock.net._poller import Poller
 from penstock.net.stream import SocketStream, watch_sockets
 from penstock.reply import Reply
+from penstock.server.connection import Connection
 from penstock.transaction import Peer, Transaction
 from tests.dialog import SPLITTERS, Client, Splitter, octet_by_octet, play, read_dialog
-from tests.parts import PEER, Recorder, Room, gate_of
+from tests.helpers import PEER, Recorder, Room, listener_of
 
 DIALOGS = sorted((Path(__file__).parent / "dialogs").glob("*.smtp"))
 
@@ -86,9 +86,9 @@ async def test_dialog(
         split = SPLITTERS["whole"]  # a rule about what comes in one piece
     delivery = Recorder(settings.pop("delivery", "keep"))
     hook = settings.pop("hooks", None)
-    gate = gate_of(settings, delivery, tmp_path, tls=server_tls, policies=[HOOKS[hook]()] if hook else [])
+    listener = listener_of(settings, delivery, tmp_path, tls=server_tls, policies=[HOOKS[hook]()] if hook else [])
     client_end, server_end = trio.testing.memory_stream_pair()
-    connection = Connection(server_end, PEER, gate, Room())
+    connection = Connection(server_end, PEER, listener, Room())
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)
@@ -110,14 +110,14 @@ async def test_dialog_on_a_socket(
     if len(settings) + (dialog.settings.get("split") is not None) < len(dialog.settings):
         return  # told by its parts above
     delivery = Recorder()
-    gate = gate_of(settings, delivery, tmp_path, tls=server_tls)
+    listener = listener_of(settings, delivery, tmp_path, tls=server_tls)
     left, right = socket.socketpair()
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             poller = Poller() if way == "poller" else None
             if poller is not None:
                 nursery.start_soon(watch_sockets, poller)
-            connection = Connection(SocketStream.of(left, poller), PEER, gate, Room())
+            connection = Connection(SocketStream.of(left, poller), PEER, listener, Room())
             client_end = SocketStream.of(right)
             nursery.start_soon(connection.run)
             await play(dialog, Client(client_end, client_tls, SPLITTERS["whole"]), delivery.delivered)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock._histogram import HIGHEST, LOWEST, Histogram
+from penstock.metrics._histogram import HIGHEST, LOWEST, Histogram
 
 DURATIONS = st.integers(min_value=LOWEST, max_value=HIGHEST)
 ANY = st.integers(min_value=-(2**40), max_value=2**50)

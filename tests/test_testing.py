@@ -656,7 +656,7 @@ def test_wrong_options_are_named_at_once(options: dict[str, Any], told: str) -> 
 
 
 def test_something_that_is_no_policy_is_named_at_the_start() -> None:
-    with pytest.raises(ValueError, match="on_rctp is no milestone"):
+    with pytest.raises(ValueError, match="on_rctp is no hook_point"):
         SmtpServer(policies=[type("Typo", (), {"on_rctp": None})()]).start()
 
 
@@ -730,7 +730,7 @@ def test_a_server_that_can_not_run_says_why_at_the_start(monkeypatch: pytest.Mon
     async def run(*arguments: object, **keywords: object) -> None:
         raise BrokenError("no legs")
 
-    monkeypatch.setattr("penstock.inbound.server.Worker.run", run)
+    monkeypatch.setattr("penstock.server.worker.Worker.run", run)
     server = SmtpServer()
     with pytest.raises(RuntimeError, match="the server has failed"):
         server.start()

@@ -9,7 +9,7 @@ General layout, in the order of a message's way through the house:
     sink        the load-test target: plan.py and faults.py misbehave, receipts.py counts, web/ shows
     load        the generator: plan.py, session.py, generator.py, report.py
     inbound     THE LOOP. Read inbound/connection.py first: one connection from its greeting to its end.
-                server.py is a worker, gate.py what the connections of a listener share, limits.py who may come in
+                server.py is a worker, listener.py what the connections of a listener share, limits.py who may come in
                 and how long it may take, body.py where a body waits, trace.py the Received field.
     policy      what is thought of a client or a message: base.py is the seam, pipeline.py asks, hooks.py loads
     auth        who a client is: base.py is the seam, users.py the users file
@@ -25,7 +25,7 @@ General layout, in the order of a message's way through the house:
     journal     one method for each mail event
     message, reply   what travels, and what is said
 
-A package imports only from those below it here; tests/test_floors.py keeps it so.
+A package imports only from those below it here; tests/test_layers.py keeps it so.
 """
 
 from __future__ import annotations

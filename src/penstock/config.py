@@ -21,9 +21,6 @@ from penstock import schema
 from penstock.auth.base import AuthSettings
 from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
-from penstock.inbound.body import BodySettings
-from penstock.inbound.gate import WireSettings
-from penstock.inbound.limits import AdmissionSettings, LimitSettings
 from penstock.journal import JournalSettings
 from penstock.net.listen import ListenAddress
 from penstock.net.resolver import ResolverSettings, parse_server
@@ -33,7 +30,10 @@ from penstock.policy.recipients import RecipientSettings
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
-from penstock.smtp.offer import ExtensionSettings
+from penstock.server.body import BodySettings
+from penstock.server.limits import AdmissionSettings, LimitSettings
+from penstock.server.listener import WireSettings
+from penstock.smtp.extensions import ExtensionSettings
 from penstock.spool.spool import SpoolSettings
 
 Struct = msgspec.Struct

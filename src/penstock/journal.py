@@ -98,10 +98,10 @@ class Journal:
         if self._logs_errors:
             self._note("error", session, None, where, exc)
 
-    def hook_failed(self, hook: str, milestone: str, cause: str) -> None:
+    def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """A policy threw, took too long, or answered nonsense."""
         if self._logs_errors:
-            self._note("hook-failed", 0, None, hook, milestone, cause)
+            self._note("hook-failed", 0, None, hook, hook_point, cause)
 
     def users_failed(self, cause: str) -> None:
         """A users file has changed, or is gone, and can not be read."""
@@ -257,7 +257,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "stopped": (),
     "dropped": ("events",),
     "error": ("where", "error"),
-    "hook-failed": ("hook", "milestone", "cause"),
+    "hook-failed": ("hook", "hook_point", "cause"),
     "users-failed": ("cause",),
     "users-read": ("file", "users"),
     "connected": ("listener",),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from penstock.testing import SmtpServer
-from tests.journeys.running import Server, serving
+from tests.e2e.running import Server, serving
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,20 @@ import pytest
 import trio
 from rich.console import Console
 
-from penstock._tally import Tally
-from penstock.assemble import Given, assemble
+from penstock.app import Overrides, assemble
 from penstock.cli import receiving
 from penstock.cli.receiving import counters, reply_table, table_of
 from penstock.config import parse
 from penstock.journal import Journal, JournalSettings
-from tests.sink.test_receipts import receipts
+from penstock.metrics._session import Metrics
+from tests.sink.test_statistics import receipts
 
 
 @pytest.mark.parametrize(
     ("width", "last"), [(None, "B/s"), (119, "B/s"), (79, "0 faults/s"), (60, "-"), (20, "0/s"), (10, " ")]
 )
 def test_the_counters_say_what_there_is_room_for(width: int | None, last: str) -> None:
-    made, clock, _, _ = receipts(Tally())
+    made, clock, _, _ = receipts(Metrics())
     clock.now += 1
     line = counters(made, made.take_sample(), width)
     assert line.startswith("   1 s")
@@ -31,22 +31,22 @@ def test_the_counters_say_what_there_is_room_for(width: int | None, last: str) -
 
 
 def test_the_counters_of_a_busy_hour_fit_eighty_columns() -> None:
-    tally = Tally()
-    made, clock, faults, traffic = receipts(tally)
+    metrics = Metrics()
+    made, clock, faults, traffic = receipts(metrics)
     clock.now += 3600
     faults.count, traffic.octets_under_way = 3_000_000, 10**12
     for _ in range(200_000):
-        tally.turned_away(b"421 4.3.2 Too many\r\n")
+        metrics.turned_away(b"421 4.3.2 Too many\r\n")
     assert len(counters(made, made.take_sample(), 79)) <= 79
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_tables_fit_the_terminal(width: int) -> None:
-    tally = Tally()
-    made, clock, faults, _ = receipts(tally)
+    metrics = Metrics()
+    made, clock, faults, _ = receipts(metrics)
     faults.count = 1_234_567
-    tally.sequences.note("k3", 2)
-    tally.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.sequences.note("k3", 2)
+    metrics.turned_away(b"421 4.3.2 Too many\r\n")
     clock.now += 1
     console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
@@ -60,11 +60,11 @@ def test_the_tables_fit_the_terminal(width: int) -> None:
 
 
 def test_a_reply_that_was_none_has_no_code() -> None:
-    tally = Tally()
-    tally.meter().says([(b"", "none")])
+    metrics = Metrics()
+    metrics.new_session().says([(b"", "none")])
     console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
-        console.print(reply_table(receipts(tally)[0].report()))
+        console.print(reply_table(receipts(metrics)[0].report()))
     assert capture.get().splitlines()[-1].split() == ["banner", "-", "none", "1"]
 
 
@@ -82,12 +82,12 @@ async def test_counters_that_nobody_reads_hold_up_nobody(
     monkeypatch.setattr(receiving, "_print", write)
     account = receiving.Account(receiving.Wishes(counters=True))
     settings = parse(f'data_dir = "{tmp_path}"\n[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n')
-    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, given=Given(tally=account.tally))
+    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, given=Overrides(metrics=account.metrics))
     account.begin(parts)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(account.run)
         assert await trio.to_thread.run_sync(has_begun.wait, 20)
         nursery.cancel_scope.cancel()
     is_free.set()
-    parts.doors[0].listener.close()
+    parts.listeners[0].socket.close()
     assert threads[0] != threading.get_ident()

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from penstock.cli.main import main
 from penstock.sequence import mark
-from penstock.sink.desk import describe_faults
-from tests.journeys.running import serving
+from penstock.sink.control import describe_faults
+from tests.e2e.running import serving
 
 PLAN = """
 [[rule]]

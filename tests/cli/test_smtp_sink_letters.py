@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from penstock.cli.main import main
 from penstock.cli.smtpsink import LETTERS, letters_help
-from tests.journeys.running import Server, serving
+from tests.e2e.running import Server, serving
 
 
 class Client:

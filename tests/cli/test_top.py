@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from penstock._tally import Tally
 from penstock.cli.main import main
 from penstock.cli.top import Answer, Display, Place, Seconds, bars
-from tests.sink.test_receipts import receipts
+from penstock.metrics._session import Metrics
+from tests.sink.test_statistics import receipts
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,12 @@ def test_nobody_there_is_one_line() -> None:
 
 def shown_at(width: int, height: int | None = None) -> list[str]:
     """Return the lines of a screen of a busy sink."""
-    tally = Tally()
-    made, clock, faults, _ = receipts(tally)
+    metrics = Metrics()
+    made, clock, faults, _ = receipts(metrics)
     for code in (*range(421, 460), 550):
-        tally.turned_away(b"%d 4.3.2 x\r\n" % code)
+        metrics.turned_away(b"%d 4.3.2 x\r\n" % code)
     for number in (1, 2, 2, 9):
-        tally.sequences.note("k3", number)
+        metrics.sequences.note("k3", number)
     faults.count = 1234
     seconds = Seconds()
     for _ in range(70):
@@ -90,10 +90,10 @@ def test_bars_are_as_high_as_their_values() -> None:
 
 
 def test_the_screen_shows_rates_latencies_replies_and_faults() -> None:
-    tally = Tally()
-    made, clock, faults, _ = receipts(tally)
-    tally.turned_away(b"421 4.3.2 Too many\r\n")
-    tally.sequences.note("k3", 2)
+    metrics = Metrics()
+    made, clock, faults, _ = receipts(metrics)
+    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.sequences.note("k3", 2)
     faults.count = 5
     clock.now += 1
     sample = made.take_sample()

@@ -13,12 +13,12 @@ import pytest
 import trio
 import trio.testing
 
-from penstock.delivery.base import Defers, HasRoom
+from penstock.delivery.base import ChecksCapacity, Defers
 from penstock.delivery.spool import SpoolDelivery
 from penstock.message import Recipient
 from penstock.reply import Reply
+from penstock.spool.diskspace import Room
 from penstock.spool.entry import Entry
-from penstock.spool.room import Room
 from penstock.spool.spool import Spool, SpoolFullError, SpoolSettings
 from tests.contracts.delivery import check_delivery, make_message
 
@@ -67,7 +67,7 @@ async def later(delivery: SpoolDelivery, body: bytes) -> Reply:
 async def test_it_keeps_the_contract(tmp_path: Path) -> None:
     async with delivery_into(tmp_path) as (delivery, spool):
         assert isinstance(delivery, Defers)
-        assert isinstance(delivery, HasRoom)
+        assert isinstance(delivery, ChecksCapacity)
         await check_delivery(delivery)
         assert (await later(delivery, b"x")).text.startswith("Ok: spooled as ")
         assert len(await spool.take("example.org", 4e9, 100, 1 << 20)) == 4
@@ -127,15 +127,15 @@ async def test_mail_is_refused_before_the_reserve_is_touched(tmp_path: Path) -> 
     room = Room(tmp_path, reserve_octets=free // 2, reserve_inodes=0)
     async with delivery_into(tmp_path) as (_, spool):
         delivery = SpoolDelivery(spool, Relay(), room)
-        assert delivery.room_for(0) is None
-        assert delivery.room_for(1000) is None
-        refusal = delivery.room_for(free)
+        assert delivery.check_capacity(0) is None
+        assert delivery.check_capacity(1000) is None
+        refusal = delivery.check_capacity(free)
         assert refusal is not None
         assert (refusal.code, refusal.status) == (452, "4.3.1")
         room.used(free)
-        assert delivery.room_for(0) is not None
+        assert delivery.check_capacity(0) is not None
         room.look()
-        assert delivery.room_for(0) is None
+        assert delivery.check_capacity(0) is None
 
 
 def test_inodes_have_a_reserve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

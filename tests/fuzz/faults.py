@@ -29,11 +29,11 @@ from typing import Any, get_args
 import trio
 from trio.testing import MockClock
 
-from penstock._tally import PHASES, Tally
 from penstock.journal import Journal, JournalSettings
+from penstock.metrics._session import PHASES, Metrics
 from penstock.sink.plan import PHASES as PLANNED
 from penstock.sink.plan import Dress, PlanError, parse_plan
-from tests.parts import Recorder
+from tests.helpers import Recorder
 from tests.sink.playing import talking
 
 LINES = [
@@ -119,7 +119,7 @@ class Outcome:
 
     def __init__(self) -> None:
         self.heard = b""
-        self.tally = Tally()
+        self.metrics = Metrics()
         self.recorder = Recorder()
         self.journal = Errors()
         self.recorder.delivered = []
@@ -133,7 +133,7 @@ async def converse(folder: Path, plan: str, dialog: list[bytes], *, is_lmtp: boo
         talking(
             folder,
             plan,
-            tally=outcome.tally,
+            metrics=outcome.metrics,
             recorder=outcome.recorder,
             journal=outcome.journal,
             settings=settings,
@@ -170,17 +170,17 @@ def one(seed: int, folder: Path) -> None:
         return trio.run(lambda: converse(folder, plan, dialog, is_lmtp=is_lmtp), clock=MockClock(autojump_threshold=0))
 
     outcome = play()
-    tally, heard = outcome.tally, outcome.heard
+    metrics, heard = outcome.metrics, outcome.heard
     assert outcome.journal.raised == [], f"1. {outcome.journal.raised}"
-    assert tally.open_sessions == 0, "1. the conversation has not ended"
+    assert metrics.open_sessions == 0, "1. the conversation has not ended"
     assert _ID.sub(b"", play().heard) == _ID.sub(b"", heard), "2. answered otherwise the second time"
-    assert tally.sent == len(heard), f"3. {tally.sent} octets in the receipts, {len(heard)} heard"
-    delivered, taken = len(outcome.recorder.delivered), tally.accepted + tally.unheard
-    assert delivered == taken, f"4. {delivered} delivered, {tally.accepted} accepted, {tally.unheard} unheard"
+    assert metrics.sent == len(heard), f"3. {metrics.sent} octets in the receipts, {len(heard)} heard"
+    delivered, taken = len(outcome.recorder.delivered), metrics.accepted + metrics.unheard
+    assert delivered == taken, f"4. {delivered} delivered, {metrics.accepted} accepted, {metrics.unheard} unheard"
     read = len(re.findall(rb"^2[0-9][0-9](?: [^\n]*)?\r?$", heard, re.MULTILINE))
-    assert tally.accepted <= read, f"5. {tally.accepted} accepted, {read} answers of 2yz"
-    latencies = sum(tally.latency(phase).count for phase in PHASES if phase not in {"text", "tls", "think"})
-    assert tally.replies == latencies, f"6. {tally.replies} replies, {latencies} latencies"
+    assert metrics.accepted <= read, f"5. {metrics.accepted} accepted, {read} answers of 2yz"
+    latencies = sum(metrics.latency(phase).count for phase in PHASES if phase not in {"text", "tls", "think"})
+    assert metrics.replies == latencies, f"6. {metrics.replies} replies, {latencies} latencies"
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass, field
 
 from penstock import reply as replies
-from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_QUIT, UNASKED_RCPT
+from penstock.smtp._session import AUTO_ACCEPT_HELLO, AUTO_ACCEPT_MAIL, AUTO_ACCEPT_QUIT, AUTO_ACCEPT_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import (
     CLOSED,
@@ -42,7 +42,7 @@ from penstock.smtp.events import (
     StartTls,
     Verify,
 )
-from penstock.smtp.offer import Offer
+from penstock.smtp.extensions import Extensions
 from penstock.smtp.server import ServerSession
 from penstock.transaction import Peer, TlsInfo, Transaction
 
@@ -88,7 +88,7 @@ class Driver:
     """Drives a session as a connection does, with simple opinions: `bad` is refused, passwords alternate."""
 
     def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> None:
-        offer = Offer(
+        offer = Extensions(
             hostname="mx", is_lmtp=is_lmtp, max_size=3000, max_recipients=100, max_messages=0 if is_patient else 5,
             max_errors=1000 if is_patient else 12,
             starttls=True, mechanisms=("PLAIN", "LOGIN"), auth_without_tls=True, can_verify=True,
@@ -157,7 +157,7 @@ class Driver:
 
 
 _ACCEPTED = {"BeginData": replies.GO_AHEAD_DATA, "Mail": replies.SENDER_OK, "Rcpt": replies.RECIPIENT_OK}
-_UNASKED = UNASKED_HELLO | UNASKED_MAIL | UNASKED_RCPT | UNASKED_QUIT
+_UNASKED = AUTO_ACCEPT_HELLO | AUTO_ACCEPT_MAIL | AUTO_ACCEPT_RCPT | AUTO_ACCEPT_QUIT
 
 
 def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> Play:

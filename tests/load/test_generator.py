@@ -17,8 +17,8 @@ from penstock.load.counts import Counts
 from penstock.load.generator import Generator
 from penstock.load.plan import Plan, PlanError, Target
 from penstock.net.tls import TlsSettings, generated_certificate, server_context
-from tests.inbound.test_worker import LISTENER, running
 from tests.ports import free_port
+from tests.server.test_worker import LISTENER, running
 
 TLS = LISTENER.replace('"none"', '"starttls"')
 

@@ -8,7 +8,7 @@ from time import perf_counter_ns
 import pytest
 
 from penstock.load.pace import Pace, starts_within
-from penstock.net._poll import Poller
+from penstock.net._poller import Poller
 
 
 def started(rate: float, ramp: float, most: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from penstock.net._poll import accept, close
+from penstock.net._poller import accept, close
 from penstock.net.listen import ListenAddress, accept_forever, bind, close_listener, name_of
 
 

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 import trustme
 
-from penstock.net._poll import Poller
+from penstock.net._poller import Poller
 from penstock.net.stream import AheadStream, SocketStream, watch_sockets
 from penstock.smtp import _wire
 from penstock.smtp._wire import Wire

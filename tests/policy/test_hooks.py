@@ -49,7 +49,7 @@ def test_a_module_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         (GOOD, "make", "making it failed: TypeError"),
         ("thing = 1", "thing", "it has none of on_connect"),
         ("1/0", "x", "loading it failed: ZeroDivisionError"),
-        ("class P:\n def on_rcptt(self, a, b): ...", "P", "on_rcptt is no milestone"),
+        ("class P:\n def on_rcptt(self, a, b): ...", "P", "on_rcptt is no hook_point"),
         ("class P:\n def on_rcpt(self, a): ...", "P", "on_rcpt is called with 2 arguments"),
         ("class P:\n on_mail = 1", "P", "on_mail is called with 3 arguments"),
         ("async def make(): ...", "make", "a plain def, not an async def"),

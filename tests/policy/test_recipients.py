@@ -24,7 +24,7 @@ from penstock.policy.recipients import (
 )
 from penstock.reply import Reply
 from penstock.transaction import Transaction
-from tests.parts import PEER
+from tests.helpers import PEER
 
 SOMEBODY = Transaction(PEER)
 

@@ -26,7 +26,7 @@ from penstock.relay.pool import Pool
 from penstock.relay.route import Routes, RouteSettings
 from penstock.relay.scheduler import RelaySettings, Scheduler
 from penstock.reply import Reply
-from penstock.spool.room import Room
+from penstock.spool.diskspace import Room
 from penstock.spool.spool import Spool, SpoolSettings
 
 START = 1_700_000_000.0

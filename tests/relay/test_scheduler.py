@@ -20,7 +20,7 @@ from penstock.net.resolver import Exchanger, ResolveError
 from penstock.relay.hop import HopDown, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
-from penstock.spool.desk import Desk, Filter
+from penstock.spool.admin import Filter, QueueAdmin
 from tests.relay.fake import CLOSE, FakeHop, serving
 from tests.relay.harness import BUSY, DELIVERED, REFUSED, FakePool, Relay, Sent, message_of, path_of, relaying
 
@@ -419,7 +419,7 @@ async def left_alone(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> A
 
 def retry(relay: Relay, folder: Path) -> None:
     """Do what `penstock spool retry --all` does."""
-    with Desk.opened(folder, relay.scheduler._clock) as desk:
+    with QueueAdmin.opened(folder, relay.scheduler._clock) as desk:
         desk.retry(Filter())
     relay.scheduler._look.set()
 

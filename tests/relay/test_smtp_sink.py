@@ -12,7 +12,7 @@ import pytest
 
 from penstock.relay.hop import Hop, HopDown
 from penstock.relay.pool import Pool
-from tests.journeys.running import ENVIRONMENT
+from tests.e2e.running import ENVIRONMENT
 from tests.ports import free_port
 from tests.relay.fake import PLAIN, PREFIX, TEXT, Text, envelope, send, told
 

@@ -13,17 +13,17 @@ from typing import Any
 import trio
 import trio.testing
 
-from penstock._tally import Tally
-from penstock.inbound.connection import Connection
-from penstock.inbound.limits import Sweeper
 from penstock.journal import Journal, JournalSettings
+from penstock.metrics._session import Metrics
 from penstock.net.stream import SocketStream
+from penstock.server.connection import Connection
+from penstock.server.limits import Sweeper
 from penstock.sink.certificates import Certificates
 from penstock.sink.connection import faulty
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.plan import parse_plan
 from penstock.transaction import Peer
-from tests.parts import PEER, Recorder, Room, gate_of
+from tests.helpers import PEER, Recorder, Room, listener_of
 
 CERTIFICATES = Certificates(["localhost"])
 EHLO, MAIL, RCPT = "EHLO client.example", "MAIL FROM:<a@example.com>", "RCPT TO:<b@example.org>"
@@ -117,16 +117,16 @@ async def talking(
     greeted: bool = True,
     peer: Peer = PEER,
     journal: Journal | None = None,
-    tally: Tally | None = None,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Talk]:
     """Run a faulty connection, and talk to it. `tcp` has it on a socket, which alone can be reset."""
     engine = engine or FaultEngine(parse_plan(plan), has_magic=has_magic)
     recorder = recorder or Recorder()
     journal = journal or Journal(JournalSettings())
     settings = {"max_hops": 0, **(settings or {})}
-    gate = gate_of(settings, recorder, folder, tls=tls, journal=journal)
-    if tally is not None:
-        gate = dataclasses.replace(gate, tally=tally)
+    listener = listener_of(settings, recorder, folder, tls=tls, journal=journal)
+    if metrics is not None:
+        listener = dataclasses.replace(listener, metrics=metrics)
     kind = faulty(engine, certificates=CERTIFICATES)
     if tcp:
         ours, theirs = tcp_pair()
@@ -134,7 +134,7 @@ async def talking(
         client_end: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     else:
         client_end, server_end = trio.testing.memory_stream_pair()
-    connection = kind(server_end, peer, gate, Room())
+    connection = kind(server_end, peer, listener, Room())
     async with _serving(connection, Sweeper(1.0)):
         talk = Talk(client_end, engine, recorder)
         if greeted:

@@ -11,11 +11,11 @@ import httpx
 import pytest
 import trio
 
-from penstock._tally import Tally
-from penstock.sink.receipts import Receipts
+from penstock.metrics._session import Metrics
+from penstock.sink.statistics import Statistics
 from penstock.sink.web import app
 from penstock.sink.web.serve import bind_web, serve_web
-from tests.sink.test_receipts import Clock, receipts
+from tests.sink.test_statistics import Clock, receipts
 
 
 class Event(NamedTuple):
@@ -31,7 +31,7 @@ class Event(NamedTuple):
 class Sink:
     """The page of a sink whose seconds pass when the test says so."""
 
-    def __init__(self, made: Receipts, clock: Clock, port: int, scope: trio.CancelScope) -> None:
+    def __init__(self, made: Statistics, clock: Clock, port: int, scope: trio.CancelScope) -> None:
         self.receipts = made
         self.port = port
         self.scope = scope
@@ -83,7 +83,7 @@ class Follower:
 
 @asynccontextmanager
 async def sink(seconds: int = 3) -> AsyncIterator[Sink]:
-    made, clock, _, _ = receipts(Tally())
+    made, clock, _, _ = receipts(Metrics())
     sockets = bind_web("127.0.0.1:0", None)
     port = sockets[0].getsockname()[1]
     with trio.fail_after(60):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from penstock._tally import SequenceBook
 from penstock.message import Envelope, Message, MessageId, Recipient
 from penstock.message import Path as MailPath
+from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
 from penstock.sink.kept import HeaderMarks, KeepSettings, KeptMessage, Shelf, make_keeping
 from penstock.sink.stores import MboxStore
@@ -243,7 +243,7 @@ async def test_many_messages_are_written_together(tmp_path: Path) -> None:
 
 
 def test_marks_are_taken_from_a_field_of_the_header() -> None:
-    book = SequenceBook()
+    book = SequenceTracker()
     marks = HeaderMarks("x-seq", lambda: book)
     marks.take(TEXT)
     marks.take(b"Subject: x\r\n\r\nX-Seq: 8\r\n")
@@ -256,7 +256,7 @@ def test_marks_are_taken_from_a_field_of_the_header() -> None:
 @pytest.mark.parametrize("name", ["", "X Seq", "X:Seq", "X\r\n", "ü"])
 def test_a_field_that_can_not_be_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="header field"):
-        HeaderMarks(name, SequenceBook)
+        HeaderMarks(name, SequenceTracker)
 
 
 async def test_a_text_that_is_too_long_for_a_line_of_json_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from penstock.sink.magic import GRAMMAR, REMARKABLE, Magic, settings_of
+from penstock.sink.magic import GRAMMAR, WATCHED_PREFIXES, Magic, settings_of
 from tests.sink.playing import EHLO, MAIL, talking, took
 
 
@@ -186,11 +186,11 @@ def test_all_magic_begins_as_the_compiled_session_is_told() -> None:
     for fault in faults:
         for phase in ("", "rcpt-", "dot-"):
             assert settings_of(phase + fault) is not None, phase + fault
-            assert (phase + fault).startswith(REMARKABLE)
+            assert (phase + fault).startswith(WATCHED_PREFIXES)
 
 
 def test_the_grammar_names_each_fault() -> None:
-    for prefix in REMARKABLE:
+    for prefix in WATCHED_PREFIXES:
         if not prefix.isdigit() and prefix not in ("rcpt-", "data-", "body-", "dot-"):
             assert prefix in GRAMMAR
 

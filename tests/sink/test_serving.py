@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import trio
 import trio.testing
 
-from penstock._tally import Tally
+from penstock.metrics._session import Metrics
 from penstock.sink.kept import KeptMessage, Shelf
 from penstock.sink.web.app import make_app
 from penstock.sink.web.serve import bind_web, serve_web
-from tests.sink.test_receipts import receipts
+from tests.sink.test_statistics import receipts
 
 HEALTH = b"GET /api/health HTTP/1.1\r\nhost: localhost\r\n\r\n"
 LARGE = 16 << 20
@@ -26,7 +26,7 @@ async def serving(*, most: int = 10, shelf: Shelf | None = None) -> AsyncIterato
     """Serve the page of a sink, and return its port."""
     (sock,) = bind_web("127.0.0.1:0", None)
     port: int = sock.getsockname()[1]
-    app = make_app(receipts(Tally())[0], shelf=shelf)
+    app = make_app(receipts(Metrics())[0], shelf=shelf)
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:

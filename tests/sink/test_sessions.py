@@ -9,15 +9,15 @@ import msgspec
 import pytest
 import trio
 
-from penstock.assemble import assemble
+from penstock.app import assemble
 from penstock.config import DeliverySettings, ListenerSettings, Settings
-from penstock.inbound.connection import Connection
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings
+from penstock.server.connection import Connection
 from penstock.sink.connection import faulty
 from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.plan import parse_plan
-from tests.marked import marked
+from tests.tagged import marked
 
 PLAN = """
 seed = 11
@@ -134,7 +134,7 @@ async def run_against(folder: Path, kind: type[Connection], sessions: int, *, re
     parts = assemble(settings, journal, lines.append, kind=kind)
     async with trio.open_nursery() as nursery:
         await nursery.start(parts.worker.run)
-        port = parts.doors[0].local_address[1]
+        port = parts.listeners[0].local_address[1]
         async with trio.open_nursery() as senders:
             for first in range(sessions):
                 numbers = range(1 + first, MESSAGES + 1, sessions)

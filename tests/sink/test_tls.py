@@ -11,10 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from penstock._tally import Tally
+from penstock.metrics._session import Metrics
 from penstock.net.tls import TlsSettings, generated_certificate, server_context
 from tests.sink.playing import CERTIFICATES, EHLO, Talk, talking, took
-from tests.sink.test_receipts import receipts
+from tests.sink.test_statistics import receipts
 
 
 def contexts(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -31,13 +31,13 @@ def rule(fault: str, phase: str = "starttls") -> str:
 
 @asynccontextmanager
 async def secured(
-    folder: Path, plan: str, *, tcp: bool = True, mode: str = "starttls", tally: Tally | None = None
+    folder: Path, plan: str, *, tcp: bool = True, mode: str = "starttls", metrics: Metrics | None = None
 ) -> AsyncIterator[tuple[Talk, ssl.SSLContext]]:
     """Talk up to the reply to STARTTLS."""
     server, client = contexts(folder)
     settings = {"tls": {"mode": mode}}
     async with talking(
-        folder, plan, settings=settings, tls=server, tcp=tcp, greeted=mode == "starttls", tally=tally
+        folder, plan, settings=settings, tls=server, tcp=tcp, greeted=mode == "starttls", metrics=metrics
     ) as talk:
         if mode == "starttls":
             await talk.ask(EHLO)
@@ -195,9 +195,9 @@ async def test_a_drop_inside_of_tls_breaks_it_off(tmp_path: Path) -> None:
 # ---- receipts
 
 
-def handshakes(tally: Tally) -> tuple[int, int]:
+def handshakes(metrics: Metrics) -> tuple[int, int]:
     """Return how many came to their end and how many to nothing, as the report has it."""
-    report = receipts(tally)[0].report()
+    report = receipts(metrics)[0].report()
     latency = report.latencies.get("tls")
     assert (0 if latency is None else latency.count) == report.sessions.tls
     return report.sessions.tls, report.sessions.tls_failed
@@ -235,20 +235,20 @@ async def gone(talk: Talk) -> None:
 @pytest.mark.parametrize("tcp", [True, False])
 @pytest.mark.parametrize("mode", ["starttls", "implicit"])
 async def test_a_handshake_has_a_latency_of_its_own(tmp_path: Path, mode: str, tcp: bool) -> None:
-    tally = Tally()
-    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, context):
+    metrics = Metrics()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, metrics=metrics) as (talk, context):
         await greet(talk, mode)
-        assert handshakes(tally) == (0, 0)
+        assert handshakes(metrics) == (0, 0)
         await handshake(talk, context)
         if mode == "implicit":
             assert (await talk.reply()).startswith("220")
         assert (await talk.mail()).startswith("250")
-        assert handshakes(tally) == (1, 0)
-        assert 0 < tally.latency("tls").min <= tally.latency("tls").max
-        assert tally.latency("banner").count == 1
+        assert handshakes(metrics) == (1, 0)
+        assert 0 < metrics.latency("tls").min <= metrics.latency("tls").max
+        assert metrics.latency("banner").count == 1
         await talk.ask("QUIT")
         await gone(talk)
-        assert (handshakes(tally), tally.ends) == ((1, 0), {"QUIT": 1})
+        assert (handshakes(metrics), metrics.ends) == ((1, 0), {"QUIT": 1})
 
 
 @pytest.mark.parametrize("tcp", [True, False])
@@ -257,16 +257,16 @@ async def test_a_handshake_has_a_latency_of_its_own(tmp_path: Path, mode: str, t
 async def test_a_client_that_refuses_the_certificate_is_a_handshake_that_failed(
     tmp_path: Path, mode: str, version: ssl.TLSVersion, tcp: bool
 ) -> None:
-    tally = Tally()
-    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, _):
+    metrics = Metrics()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, metrics=metrics) as (talk, _):
         await greet(talk, mode)
         context = ssl.create_default_context()  # which does not know the authority of the sink
         context.minimum_version = context.maximum_version = version
         with pytest.raises(ssl.SSLCertVerificationError):
             await handshake_with_alert(talk.stream, context)
-        await ended(tally)
-        assert handshakes(tally) == (0, 1)
-        (cause,) = tally.ends
+        await ended(metrics)
+        assert handshakes(metrics) == (0, 1)
+        (cause,) = metrics.ends
         assert "unknown ca" in cause.lower()
 
 
@@ -278,14 +278,14 @@ async def test_a_client_that_refuses_the_certificate_is_a_handshake_that_failed(
 async def test_what_is_no_client_hello_is_a_handshake_that_failed(
     tmp_path: Path, mode: str, said: bytes, tcp: bool
 ) -> None:
-    tally = Tally()
-    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, _):
+    metrics = Metrics()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, metrics=metrics) as (talk, _):
         await greet(talk, mode)
         await talk.stream.send_all(said)
         await gone(talk)
-        await ended(tally)
-        assert handshakes(tally) == (0, 1)
-        assert [phase for phase, *_ in tally.counted()] == (
+        await ended(metrics)
+        assert handshakes(metrics) == (0, 1)
+        assert [phase for phase, *_ in metrics.counted()] == (
             ["EHLO", "STARTTLS", "banner"] if mode == "starttls" else []
         )
 
@@ -293,30 +293,30 @@ async def test_what_is_no_client_hello_is_a_handshake_that_failed(
 @pytest.mark.parametrize("tcp", [True, False])
 @pytest.mark.parametrize("mode", ["starttls", "implicit"])
 async def test_a_client_that_leaves_amid_a_handshake_is_one_that_failed(tmp_path: Path, mode: str, tcp: bool) -> None:
-    tally = Tally()
-    async with secured(tmp_path, "", mode=mode, tcp=tcp, tally=tally) as (talk, _):
+    metrics = Metrics()
+    async with secured(tmp_path, "", mode=mode, tcp=tcp, metrics=metrics) as (talk, _):
         await greet(talk, mode)
         await talk.stream.aclose()
-        await ended(tally)
-        assert handshakes(tally) == (0, 1)
+        await ended(metrics)
+        assert handshakes(metrics) == (0, 1)
 
 
 @pytest.mark.parametrize("mode", ["starttls", "implicit"])
 @pytest.mark.parametrize("fault", ["plaintext", "wrong-name", "expired"])
 async def test_a_handshake_that_a_fault_has_spoilt_is_one_that_failed(tmp_path: Path, fault: str, mode: str) -> None:
-    tally = Tally()
+    metrics = Metrics()
     plan = rule(fault, "starttls" if mode == "starttls" else "connect")
-    async with secured(tmp_path, plan, mode=mode, tally=tally) as (talk, context):
+    async with secured(tmp_path, plan, mode=mode, metrics=metrics) as (talk, context):
         await greet(talk, mode)
         with pytest.raises(trio.BrokenResourceError):
             await handshake(talk, context)
         await talk.stream.aclose()
-        await ended(tally)
-        assert handshakes(tally) == (0, 1)
+        await ended(metrics)
+        assert handshakes(metrics) == (0, 1)
 
 
-async def ended(tally: Tally) -> None:
+async def ended(metrics: Metrics) -> None:
     """Wait until all connections were counted out."""
     with trio.fail_after(60):
-        while tally.open_sessions:
+        while metrics.open_sessions:
             await trio.testing.wait_all_tasks_blocked(0.001)

@@ -12,15 +12,15 @@ from email.message import Message
 import httpx
 import pytest
 
-from penstock._tally import Tally
-from penstock.sink.desk import FaultDesk
+from penstock.metrics._session import Metrics
+from penstock.sink.control import FaultDesk
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.kept import KeptMessage, Shelf
-from penstock.sink.receipts import FaultControl
+from penstock.sink.statistics import FaultControl
 from penstock.sink.web import mime
 from penstock.sink.web.app import make_app
 from penstock.sink.web.guard import MAX_BODY
-from tests.sink.test_receipts import receipts
+from tests.sink.test_statistics import receipts
 
 HTML = (
     b"From: a@example.com\r\nTo: b@example.org\r\nSubject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\nMIME-Version: 1.0\r\n"
@@ -70,9 +70,9 @@ async def api(
     token: str | None = None,
     shelf: Shelf | None = None,
     faults: FaultControl | None = None,
-    tally: Tally | None = None,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    made, clock, _, _ = receipts(tally or Tally())
+    made, clock, _, _ = receipts(metrics or Metrics())
     for _ in range(3):
         clock.now += 1
         made.take_sample()
@@ -102,9 +102,9 @@ async def test_the_page_names_no_other_host() -> None:
 
 
 async def test_receipts_are_the_report() -> None:
-    tally = Tally()
-    tally.turned_away(b"421 4.3.2 Too many\r\n")
-    async with api(tally=tally) as client:
+    metrics = Metrics()
+    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    async with api(metrics=metrics) as client:
         report = (await client.get("/api/receipts")).json()
         assert report["schema"] == "penstock-receipts"
         assert report["replies"][0]["code"] == 421

@@ -6,18 +6,18 @@ import pytest
 
 from penstock import reply as replies
 from penstock.reply import Reply
-from penstock.smtp._session import UNASKED_HELLO, UNASKED_MAIL, UNASKED_RCPT
+from penstock.smtp._session import AUTO_ACCEPT_HELLO, AUTO_ACCEPT_MAIL, AUTO_ACCEPT_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import CLOSED, NEED_DATA, BeginData, BodyChunk, Command, MessageAborted, Rcpt
-from penstock.smtp.offer import Offer
-from penstock.smtp.server import CAN_BE_ANNOUNCED, ServerSession
+from penstock.smtp.extensions import Extensions
+from penstock.smtp.server import INTERCEPTABLE_VERBS, ServerSession
 from penstock.transaction import Peer, Transaction
 
-UNASKED = UNASKED_HELLO | UNASKED_MAIL | UNASKED_RCPT
+UNASKED = AUTO_ACCEPT_HELLO | AUTO_ACCEPT_MAIL | AUTO_ACCEPT_RCPT
 
 
 def session_of(unasked: int = 0) -> ServerSession:
-    session = ServerSession(Offer(), Wire(), Transaction(Peer("192.0.2.1", 1)), unasked)
+    session = ServerSession(Extensions(), Wire(), Transaction(Peer("192.0.2.1", 1)), unasked)
     session.greet()
     session.data_to_send()
     return session
@@ -26,7 +26,7 @@ def session_of(unasked: int = 0) -> ServerSession:
 @pytest.mark.parametrize("line", [b"NOOP", b"RSET", b"HELP", b"VRFY bob", b"EXPN list"])
 def test_an_announced_command_is_obeyed_as_it_would_have_been(line: bytes) -> None:
     plain, asked = session_of(), session_of()
-    asked.announced = CAN_BE_ANNOUNCED
+    asked.intercepted_verbs = INTERCEPTABLE_VERBS
     for session in (plain, asked):
         session.receive(line + b"\r\n")
     assert plain.next_event() is NEED_DATA
@@ -39,7 +39,7 @@ def test_an_announced_command_is_obeyed_as_it_would_have_been(line: bytes) -> No
 
 def test_an_announced_command_may_be_refused() -> None:
     session = session_of()
-    session.announced = CAN_BE_ANNOUNCED
+    session.intercepted_verbs = INTERCEPTABLE_VERBS
     session.receive(b"NOOP\r\nRSET\r\n")
     session.next_event()
     session.reply(Reply(450, "4.3.0", "Not now"))
@@ -51,7 +51,7 @@ def test_an_announced_command_may_be_refused() -> None:
 
 def test_an_obeyed_rset_tells_of_the_text_it_has_ended() -> None:
     session = session_of(UNASKED)
-    session.announced = CAN_BE_ANNOUNCED
+    session.intercepted_verbs = INTERCEPTABLE_VERBS
     session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nBDAT 1\r\nxRSET\r\n")
     assert isinstance(session.next_event(), BeginData)
     session.reply(replies.GO_AHEAD_DATA)
@@ -77,7 +77,7 @@ def test_only_a_command_is_obeyed() -> None:
 )
 def test_a_remarkable_recipient_is_asked_about(recipient: bytes, is_asked: bool) -> None:
     session = session_of(UNASKED)
-    session.remarkable = ("drop", "4")
+    session.watched_prefixes = ("drop", "4")
     session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<" + recipient + b">\r\n")
     event = session.next_event()
     assert isinstance(event, Rcpt) is is_asked
@@ -89,7 +89,7 @@ def test_a_remarkable_recipient_is_asked_about(recipient: bytes, is_asked: bool)
 def test_what_is_remarkable_begins_in_ascii() -> None:
     session = session_of(UNASKED)
     with pytest.raises(ValueError, match="begins in ASCII, not 'ü'"):
-        session.remarkable = ("ü",)
-    session.remarkable = None
+        session.watched_prefixes = ("ü",)
+    session.watched_prefixes = None
     session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<drop@d>\r\n")
     assert session.next_event() is NEED_DATA

@@ -10,13 +10,13 @@ from penstock.message import MailParameters
 from penstock.reply import TOO_BIG, Reply
 from penstock.smtp import grammar
 from penstock.smtp.events import Mail, Rcpt
-from penstock.smtp.offer import Offer
+from penstock.smtp.extensions import Extensions
 from tests.reference.grammar import read_mailbox
 
-OFFER = Offer(max_size=1000, mechanisms=("PLAIN",))
+OFFER = Extensions(max_size=1000, mechanisms=("PLAIN",))
 
 
-def mail(argument: str, *, tls: bool = False, esmtp: bool = True, offer: Offer = OFFER) -> Mail | Reply:
+def mail(argument: str, *, tls: bool = False, esmtp: bool = True, offer: Extensions = OFFER) -> Mail | Reply:
     return grammar.parse_mail(argument.encode(), offer, esmtp=esmtp, tls=tls)
 
 
@@ -104,7 +104,7 @@ def test_parameters_are_checked(argument: str, code: int) -> None:
 
 
 def test_without_a_limit_any_size_is_taken() -> None:
-    assert isinstance(mail("FROM:<a@b> SIZE=99999999999999999999", offer=Offer(max_size=0)), Mail)
+    assert isinstance(mail("FROM:<a@b> SIZE=99999999999999999999", offer=Extensions(max_size=0)), Mail)
     assert mail("FROM:<a@b> SIZE=99999999999999999999") == TOO_BIG
 
 
@@ -149,7 +149,7 @@ tails = st.sampled_from(
 
 @given(plain, tails, st.booleans(), st.booleans(), st.booleans())
 def test_the_short_way_is_the_long_way(path: str, tail: str, esmtp: bool, tls: bool, eightbitmime: bool) -> None:
-    offer = Offer(max_size=1000, eightbitmime=eightbitmime)
+    offer = Extensions(max_size=1000, eightbitmime=eightbitmime)
     argument = f"FROM:<{path}>{tail}".encode()
     assert grammar.parse_mail(argument, offer, esmtp=esmtp, tls=tls) == grammar.parse_any_mail(
         argument, offer, esmtp=esmtp, tls=tls

@@ -23,11 +23,11 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.inbound.body import BodyCollector, BodySettings, FileBody, MemoryBudget
 from penstock.message import Body, Envelope, Recipient
 from penstock.message import Path as MailPath
+from penstock.server.body import BodyCollector, BodySettings, FileBody, MemoryBudget
 from penstock.spool import store
-from penstock.spool.desk import Desk
+from penstock.spool.admin import QueueAdmin
 from penstock.spool.entry import DUE, Entry, LaneDue, Outcome, Put, Settlement
 from penstock.spool.spool import Spool, SpoolError, SpoolFullError, SpoolSettings
 from penstock.spool.store import LOCK, Store
@@ -488,7 +488,7 @@ async def test_a_spool_that_could_not_be_opened_lets_everything_go(tmp_path: Pat
     for _ in range(2):
         with pytest.raises(SpoolError, match="another version"):
             await Spool(SpoolSettings(), tmp_path).start()
-        with pytest.raises(SpoolError, match="another version"), Desk.opened(tmp_path):
+        with pytest.raises(SpoolError, match="another version"), QueueAdmin.opened(tmp_path):
             pass
     database.execute("PRAGMA user_version = 2")
     database.close()

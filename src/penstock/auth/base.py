@@ -23,7 +23,7 @@ class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     required: Annotated[bool, msgspec.Meta(description="No MAIL before AUTH: 530 5.7.0")] = False
     without_tls: Annotated[
         bool,
-        msgspec.Meta(description="Offer PLAIN and LOGIN in the clear, too: for a loopback or a trusted network"),
+        msgspec.Meta(description="Extensions PLAIN and LOGIN in the clear, too: for a loopback or a trusted network"),
     ] = False
 
 

@@ -10,15 +10,15 @@ from typing import Any, Final, TypeVar
 import click
 import msgspec
 
-from penstock.assemble import Parts
+from penstock.app import Server
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.cli.smtpsink import LetterWishes, smtp_sink_letters
 from penstock.config import ListenerSettings, Settings
-from penstock.inbound.connection import Connection
-from penstock.sink.anybody import Anybody
+from penstock.server.connection import Connection
+from penstock.sink.accept_all import AcceptAllAuthenticator
 from penstock.sink.certificates import Certificates
 from penstock.sink.connection import faulty
-from penstock.sink.desk import FaultDesk, FaultFile, describe_faults
+from penstock.sink.control import FaultDesk, FaultFile, describe_faults
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.plan import NO_PLAN, PlanError, load_plan
 
@@ -58,7 +58,7 @@ _OPTIONS: Final = (
         callback=_describe,
         help="Print all there is to know of plans and of magic recipients, and end.",
     ),
-    click.option("--auth", is_flag=True, help="Offer AUTH PLAIN and LOGIN; every name and password is right."),
+    click.option("--auth", is_flag=True, help="Extensions AUTH PLAIN and LOGIN; every name and password is right."),
     click.option("--sessions", type=click.IntRange(min=1), metavar="N", help="Stop after so many sessions."),
 )
 
@@ -143,15 +143,15 @@ class Faulting:
     @property
     def authenticator(self) -> Authenticator | None:
         """Who knows everybody, where that is asked for."""
-        return Anybody() if self._offers_auth else None
+        return AcceptAllAuthenticator() if self._offers_auth else None
 
-    def begin(self, parts: Parts) -> None:
+    def begin(self, parts: Server) -> None:
         """Set what smtp-sink sets of the sockets."""
-        for door in parts.doors:
+        for bound in parts.listeners:
             if self.letters.window is not None:
-                door.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.window)
+                bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.window)
             if self.letters.backlog is not None:
-                door.listener.listen(self.letters.backlog)
+                bound.socket.listen(self.letters.backlog)
 
     def end(self) -> None:
         """Finish the log. Raise ClickException when it is not whole."""

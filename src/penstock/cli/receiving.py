@@ -15,14 +15,14 @@ import trio
 from rich.console import Console, Group
 from rich.table import Table
 
-from penstock._tally import Tally
-from penstock.assemble import Parts
+from penstock.app import Server
 from penstock.cli import reports
 from penstock.cli.running import addresses_of
 from penstock.delivery.base import Delivery
+from penstock.metrics._session import Metrics
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
-from penstock.sink.receipts import Expectation, FaultBook, FaultControl, Receipts, RecipientMarks
 from penstock.sink.report import Report, Sample, json_schema
+from penstock.sink.statistics import Expectation, FaultBook, FaultControl, RecipientMarks, Statistics
 from penstock.sink.stores import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -114,10 +114,10 @@ class Account:
         """Bind the socket of the page; `stores` get all messages. Raise click.UsageError for what can not be."""
         self._wishes = wishes
         self._stores = stores
-        self._receipts: Receipts | None = None
+        self._receipts: Statistics | None = None
         self._sockets: list[socket.socket] = []
         self._keeping: KeepingDelivery | None = None
-        self.tally: Tally | None = None
+        self.metrics: Metrics | None = None
         """None when nothing is to be counted."""
         try:
             self._prepare()
@@ -140,8 +140,8 @@ class Account:
             raise ValueError("--sequence-header and --sequence-recipient exclude each other")
         header, pattern = wishes.sequence_header, wishes.sequence_recipient
         source = None if pattern is None else RecipientMarks(pattern)
-        tally = self.tally = Tally(source=source, reads_marks=header is None)
-        marks = None if header is None else HeaderMarks(header, lambda: tally.sequences)
+        metrics = self.metrics = Metrics(source=source, reads_marks=header is None)
+        marks = None if header is None else HeaderMarks(header, lambda: metrics.sequences)
         if wishes.keep or marks is not None or self._stores:
             self._keeping = make_keeping([KeepSettings.parse(each) for each in wishes.keep], marks, self._stores)
         if wishes.web is not None:
@@ -152,9 +152,9 @@ class Account:
         """What keeps the messages, when they are to be kept."""
         return self._keeping
 
-    def begin(self, parts: Parts, faults: FaultBook | None = None) -> None:
+    def begin(self, parts: Server, faults: FaultBook | None = None) -> None:
         """Start counting for a worker, and say where the page is."""
-        if self.tally is None:
+        if self.metrics is None:
             return
         wishes = self._wishes
         places = {
@@ -163,8 +163,8 @@ class Account:
             f"recipient {wishes.sequence_recipient}": wishes.sequence_recipient is not None,
         }
         expectation = Expectation(next(name for name, is_it in places.items() if is_it), wishes.expect)
-        self._receipts = Receipts(
-            self.tally, parts.worker, faults=faults, expectation=expectation, listen=addresses_of(parts)
+        self._receipts = Statistics(
+            self.metrics, parts.worker, faults=faults, expectation=expectation, listen=addresses_of(parts)
         )
         for sock in self._sockets[:1]:
             click.echo(f"penstock: live page at {_web().url_of(sock)}", err=True)
@@ -239,9 +239,9 @@ def as_expected(report: Report) -> bool:
 # ---- for people
 
 
-def counters(receipts: Receipts, sample: Sample, width: int | None = None) -> str:
+def counters(receipts: Statistics, sample: Sample, width: int | None = None) -> str:
     """Return one line about the last second and all before it: of what there is to say, the first that has room."""
-    taken = receipts.tally.accepted + receipts.tally.unheard
+    taken = receipts.metrics.accepted + receipts.metrics.unheard
     fields = [
         (0, f"{sample.at:4.0f} s"),
         (0, f"{sample.messages:5,}/s"),

@@ -13,12 +13,12 @@ import click
 import msgspec
 import trio
 
-from penstock.assemble import Given, Parts, assemble, wrong_file
+from penstock.app import Overrides, Server, assemble, wrong_file
 from penstock.cli.journaling import JournalWriter, stderr
 from penstock.config import ConfigError, Settings, check
-from penstock.inbound.connection import Connection
 from penstock.journal import Journal
 from penstock.net.listen import name_of
+from penstock.server.connection import Connection
 from penstock.spool.spool import SpoolError
 
 _GC_THRESHOLD = 20_000
@@ -36,13 +36,13 @@ def listen_on(settings: Settings, addresses: tuple[str, ...]) -> Settings:
 
 def run(
     settings: Settings,
-    announce: Callable[[Parts], None],
+    announce: Callable[[Server], None],
     *,
-    done: Callable[[Parts], bool] | None = None,
+    done: Callable[[Server], bool] | None = None,
     allow_open: bool = False,
-    given: Given | None = None,
+    given: Overrides | None = None,
     kind: type[Connection] = Connection,
-    beside: Callable[[Parts], Awaitable[None]] | None = None,
+    beside: Callable[[Server], Awaitable[None]] | None = None,
     is_shared: bool = False,
 ) -> None:
     """Check the settings and run a worker until a signal, or until `done`, which is asked ten times a second.
@@ -62,7 +62,7 @@ def run(
     journal = Journal(settings.journal, is_terminal=os.isatty(descriptor))
     write = JournalWriter(descriptor, journal.tell_dropped, is_shared=is_shared)
     try:
-        parts = assemble(settings, journal, write, kind=kind, given=given or Given())
+        parts = assemble(settings, journal, write, kind=kind, given=given or Overrides())
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(settings) or str(exc)) from exc
     try:
@@ -82,10 +82,10 @@ def innermost(exc: BaseException) -> str:
 
 
 async def _serve(
-    parts: Parts,
-    announce: Callable[[Parts], None],
-    done: Callable[[Parts], bool] | None,
-    beside: Callable[[Parts], Awaitable[None]] | None,
+    parts: Server,
+    announce: Callable[[Server], None],
+    done: Callable[[Server], bool] | None,
+    beside: Callable[[Server], Awaitable[None]] | None,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await parts.delivery.start()
@@ -107,7 +107,7 @@ async def _serve(
 
 
 async def _run_worker(
-    parts: Parts, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    parts: Server, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     try:
         await parts.worker.run(task_status=task_status)
@@ -120,7 +120,7 @@ async def _run_worker(
     nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signals(parts: Parts, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+async def _stop_on_signals(parts: Server, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Stop at SIGTERM or SIGINT; at a second one, do not wait for messages under way."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
@@ -135,12 +135,12 @@ async def _stop_on_signals(parts: Parts, *, task_status: trio.TaskStatus[None] =
                     parts.gateway.abort()
 
 
-def tell_authority(parts: Parts) -> None:
+def tell_authority(parts: Server) -> None:
     """Say whom clients have to trust, where the certificate is of our own making."""
     if parts.ca_file is not None:
         click.echo(f"penstock: TLS with a generated certificate; clients trust {parts.ca_file}")
 
 
-def addresses_of(parts: Parts) -> list[str]:
+def addresses_of(parts: Server) -> list[str]:
     """Return where the worker listens."""
-    return [name_of(door.listener) for door in parts.doors]
+    return [name_of(bound.socket) for bound in parts.listeners]

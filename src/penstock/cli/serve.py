@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from penstock.assemble import Parts
+from penstock.app import Server
 from penstock.cli.running import addresses_of, listen_on, run, tell_authority
 from penstock.cli.workers import indexes, supervise, work
 from penstock.config import ConfigError, Settings, load
@@ -64,7 +64,7 @@ def serve(
         supervise(settings, wanted, count)
         return
 
-    def announce(parts: Parts) -> None:
+    def announce(parts: Server) -> None:
         where = ", ".join(addresses_of(parts))
         click.echo(f"penstock: listening on {where}; {settings.delivery.kind} below {settings.data_dir}")
         tell_authority(parts)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from penstock.assemble import Given, Parts
+from penstock.app import Overrides, Server
 from penstock.cli import reports
 from penstock.cli.faulting import Faulting, fault_options
 from penstock.cli.receiving import Account, Wishes, as_expected, receipt_options
@@ -18,10 +18,10 @@ from penstock.cli.running import addresses_of, listen_on, run
 from penstock.cli.smtpsink import letters_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
 from penstock.delivery.discard import DiscardDelivery
-from penstock.inbound.gate import WireSettings
-from penstock.inbound.limits import LimitSettings
 from penstock.journal import JournalSettings
 from penstock.policy.recipients import RecipientSettings
+from penstock.server.limits import LimitSettings
+from penstock.server.listener import WireSettings
 from penstock.sink.report import encode
 
 _replace = msgspec.structs.replace
@@ -106,15 +106,15 @@ def sink(
         if ca_file is not None:
             _copy(Path(folder) / "tls" / "ca.pem", ca_file)
         settings = listen_on(settings, (*addresses, *letters.listen()))
-        counted: list[Parts] = []
+        counted: list[Server] = []
 
-        def announce(parts: Parts) -> None:
+        def announce(parts: Server) -> None:
             counted.append(parts)
             faulting.begin(parts)
             account.begin(parts, faulting.desk)
             click.echo(f"penstock: sink on {', '.join(addresses_of(parts))}", err=True)
 
-        def is_done(parts: Parts) -> bool:
+        def is_done(parts: Server) -> bool:
             if sessions is not None and parts.worker.sessions >= sessions and not parts.worker.open_connections:
                 return True
             return messages is not None and _counts(parts, account)["messages"] >= messages
@@ -124,7 +124,7 @@ def sink(
             announce,
             done=is_done,
             allow_open=is_open,
-            given=Given(delivery=account.delivery, authenticator=faulting.authenticator, tally=account.tally),
+            given=Overrides(delivery=account.delivery, authenticator=faulting.authenticator, metrics=account.metrics),
             kind=faulting.kind,
             beside=lambda _: account.run(faulting.desk),
         )
@@ -175,12 +175,12 @@ def _copy(source: Path, target: Path) -> None:
         raise click.ClickException(f"{target}: {exc.strerror}") from exc
 
 
-def _counts(parts: Parts, account: Account) -> dict[str, int]:
+def _counts(parts: Server, account: Account) -> dict[str, int]:
     """Return what the sink has taken."""
-    tally, delivery = account.tally, parts.delivery
-    if tally is not None:
-        sessions, messages = tally.sessions, tally.accepted + tally.unheard
-        recipients, octets = tally.recipients, tally.text_octets
+    metrics, delivery = account.metrics, parts.delivery
+    if metrics is not None:
+        sessions, messages = metrics.sessions, metrics.accepted + metrics.unheard
+        recipients, octets = metrics.recipients, metrics.text_octets
     else:
         assert isinstance(delivery, DiscardDelivery)
         sessions, messages = parts.worker.sessions, delivery.messages

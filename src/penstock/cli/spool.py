@@ -22,8 +22,8 @@ from rich.table import Table
 
 from penstock.config import ConfigError, Settings, load
 from penstock.journal import escape
-from penstock.spool.desk import Filter, Listed, ListedMessage, Stats, no_message
-from penstock.spool.desks import Desks
+from penstock.spool.admin import Filter, Listed, ListedMessage, Stats, no_message
+from penstock.spool.admins import QueueAdmins
 from penstock.spool.entry import STATES
 from penstock.spool.store import SpoolError
 
@@ -74,7 +74,7 @@ _filtered = _with(click.argument("ids", nargs=-1, metavar="[ID]..."), *_FILTERS,
 
 
 @contextmanager
-def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[Desks]:
+def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[QueueAdmins]:
     """Open the spool that `penstock serve` with the same options has; turn trouble into one line and exit code 1.
 
     What is printed within the block may be the trouble. Where nobody reads it any more (a pipe to head), no line.
@@ -82,7 +82,7 @@ def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[Desks]:
     try:
         settings = Settings() if config_file is None else load(config_file)
         folder = Path(data_dir or settings.data_dir) / settings.spool.path
-        with Desks.opened(folder) as desk:
+        with QueueAdmins.opened(folder) as desk:
             yield desk
     except (ConfigError, SpoolError, sqlite3.Error) as exc:
         raise click.ClickException(str(exc)) from exc
@@ -200,7 +200,7 @@ def show(message_id: str, config_file: Path | None, data_dir: str | None, body: 
         click.echo("".join(f"\n{escape(name)}: {escape(value)}" for name, value in fields).lstrip("\n"))
 
 
-def _change(name: str, act: Callable[[Desks, Filter], int], done: str, help_text: str) -> None:
+def _change(name: str, act: Callable[[QueueAdmins, Filter], int], done: str, help_text: str) -> None:
     """Make a command that changes what a filter finds."""
 
     @spool.command(name=name, help=help_text)
@@ -226,10 +226,12 @@ def _change(name: str, act: Callable[[Desks, Filter], int], done: str, help_text
             click.echo(f"{act(desk, what)} recipients {done}")
 
 
-_change("retry", Desks.retry, "are due now", "Let recipients that wait for their next try be due now.")
-_change("hold", Desks.hold, "are held", "Keep recipients from being attempted until they are released.")
-_change("release", Desks.release, "are due now", "Let recipients that are held be due now.")
-_change("drop", Desks.drop, "were dropped", "Delete recipients, and messages that have none left. Nobody is told.")
+_change("retry", QueueAdmins.retry, "are due now", "Let recipients that wait for their next try be due now.")
+_change("hold", QueueAdmins.hold, "are held", "Keep recipients from being attempted until they are released.")
+_change("release", QueueAdmins.release, "are due now", "Let recipients that are held be due now.")
+_change(
+    "drop", QueueAdmins.drop, "were dropped", "Delete recipients, and messages that have none left. Nobody is told."
+)
 
 
 @spool.command()

@@ -15,13 +15,13 @@ import click
 import msgspec
 import trio
 
-from penstock.assemble import Given, Parts
+from penstock.app import Overrides, Server
 from penstock.cli.journaling import JournalWriter, stderr
 from penstock.cli.running import innermost, run, tell_authority
 from penstock.config import ConfigError, Settings, check
 from penstock.journal import Journal
 from penstock.net.listen import ListenAddress, bind, close_listener, name_of, share
-from penstock.spool.desk import Desk
+from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
 from penstock.supervisor import Line, Supervisor, WorkerError
 
@@ -55,7 +55,7 @@ def indexes(settings: Settings, count: int) -> list[int]:
         try:
             for index in shards(folder):
                 if index >= count:
-                    with Desk.opened(folder.parent / shard_of(folder.name, index)) as desk:
+                    with QueueAdmin.opened(folder.parent / shard_of(folder.name, index)) as desk:
                         wanted += [] if desk.is_empty else [index]
         except (SpoolError, sqlite3.Error) as exc:
             raise click.ClickException(str(exc)) from exc
@@ -156,15 +156,15 @@ def work(settings: Settings, word: str) -> None:
     settings = _replace(settings, spool=_replace(settings.spool, path=shard_of(settings.spool.path, told.index)))
     line: list[Line] = []
 
-    def announce(parts: Parts) -> None:
+    def announce(parts: Server) -> None:
         parts.worker.sessions = told.index * _SESSIONS
         line.append(Line(told.line))
         if told.index == 0:
             tell_authority(parts)
 
-    async def beside(parts: Parts) -> None:
+    async def beside(parts: Server) -> None:
         await line[0].ready()
         await line[0].wait_for_end()
         parts.worker.stop()
 
-    run(settings, announce, given=Given(sockets=sockets), beside=beside, is_shared=True)
+    run(settings, announce, given=Overrides(sockets=sockets), beside=beside, is_shared=True)

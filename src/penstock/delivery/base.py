@@ -58,10 +58,10 @@ class Defers(Protocol):
 
 
 @runtime_checkable
-class HasRoom(Protocol):
+class ChecksCapacity(Protocol):
     """The add-on of a delivery that knows whether there is room for a message before it comes."""
 
-    def room_for(self, octets: int) -> Reply | None:
+    def check_capacity(self, octets: int) -> Reply | None:
         """Return the refusal of a MAIL that announces so many octets (0 when it does not say), None when there is room.
 
         Asked for each MAIL: must not block, and has to cost next to nothing.

@@ -26,7 +26,7 @@ from typing import Annotated, Final, Protocol
 import msgspec
 import trio
 
-from penstock.delivery.base import Delivery, HasRoom
+from penstock.delivery.base import ChecksCapacity, Delivery
 from penstock.message import Envelope, Message, Recipient
 from penstock.reply import Reply
 
@@ -80,7 +80,7 @@ class PassthroughDelivery:
         self.settings = settings
         self.fallback = fallback
         self.onward = onward
-        self._room = fallback if isinstance(fallback, HasRoom) else None
+        self._room = fallback if isinstance(fallback, ChecksCapacity) else None
 
     async def start(self) -> None:
         """Start the fallback. Raise OSError."""
@@ -90,9 +90,9 @@ class PassthroughDelivery:
         """Close the fallback."""
         await self.fallback.aclose()
 
-    def room_for(self, octets: int) -> Reply | None:
+    def check_capacity(self, octets: int) -> Reply | None:
         """Ask the fallback: whatever comes has to fit there."""
-        return None if self._room is None else self._room.room_for(octets)
+        return None if self._room is None else self._room.check_capacity(octets)
 
     async def accept(self, message: Message) -> Reply:
         """Take a message that was not streamed."""
@@ -102,8 +102,8 @@ class PassthroughDelivery:
         """Begin with a message, if the next hop of all its recipients is known and has room."""
         passed = PassedMessage(self, head)
         size = head.envelope.size
-        announced = size + len(head.prefix) if size else 0
-        passed.forget = self.onward.begin(head.envelope, announced, passed.pipe, passed.done)
+        intercepted_verbs = size + len(head.prefix) if size else 0
+        passed.forget = self.onward.begin(head.envelope, intercepted_verbs, passed.pipe, passed.done)
         return None if passed.forget is None else passed
 
 

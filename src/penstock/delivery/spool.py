@@ -10,8 +10,8 @@ from typing import Final, Protocol
 from penstock import reply as replies
 from penstock.message import Message, Recipient
 from penstock.reply import Reply
+from penstock.spool.diskspace import Room
 from penstock.spool.entry import Entry
-from penstock.spool.room import Room
 from penstock.spool.spool import Spool, SpoolFullError
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -43,7 +43,7 @@ class SpoolDelivery:
     async def start(self) -> None:
         """Do nothing: the spool is opened by whoever runs it."""
 
-    def room_for(self, octets: int) -> Reply | None:
+    def check_capacity(self, octets: int) -> Reply | None:
         """Refuse a MAIL that would touch the reserve of the disk (RFC 1870 6.1)."""
         if self._room.takes(octets):
             return None

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from penstock._histogram import Histogram
+from penstock.metrics._histogram import Histogram
 
 PHASES: Final = {
     "connect": "from connect(2) to the connection",

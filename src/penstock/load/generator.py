@@ -23,7 +23,7 @@ from penstock.load.plan import Plan, Target
 from penstock.load.resolve import resolved
 from penstock.load.session import Job, Session
 from penstock.load.texts import text_of
-from penstock.net._poll import Poller
+from penstock.net._poller import Poller
 from penstock.net.stream import watch_sockets
 from penstock.net.tls import client_context
 from penstock.smtp.client import Capabilities

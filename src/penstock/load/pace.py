@@ -13,7 +13,7 @@ from collections.abc import Callable
 from time import perf_counter_ns
 from typing import Final
 
-from penstock.net._poll import Poller, Taker, Timer
+from penstock.net._poller import Poller, Taker, Timer
 
 _LEAST_PAUSE: Final = 100_000
 """Nanoseconds between two looks at what is due."""

@@ -24,8 +24,8 @@ from penstock import sequence
 from penstock.load.counts import Counts
 from penstock.load.plan import Place, Plan, Target
 from penstock.load.texts import Text
-from penstock.net import _poll
-from penstock.net._poll import Poller, Taker
+from penstock.net import _poller
+from penstock.net._poller import Poller, Taker
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsLayer
 from penstock.smtp.client import Answer, AnswerReader, AuthDialog, CannotSendError, Capabilities, ProtocolError
@@ -229,7 +229,7 @@ class Session(Taker):
 
     def recv(self, fd: int, octets: int = _READ, /) -> int:
         """Receive for the next turn; see `Wire.recv`."""
-        data = _poll.recv(fd, octets)
+        data = _poller.recv(fd, octets)
         if data is None:
             return -1
         if self._layer is not None:

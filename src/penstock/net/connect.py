@@ -6,8 +6,8 @@ import socket
 
 import trio
 
-from penstock.net import _poll
-from penstock.net._poll import Poller
+from penstock.net import _poller
+from penstock.net._poller import Poller
 from penstock.net.stream import SocketStream
 
 
@@ -37,5 +37,5 @@ def _take_over(sock: trio.socket.SocketType, poller: Poller | None) -> SocketStr
     try:
         return SocketStream(descriptor, poller)
     except BaseException:
-        _poll.close(descriptor)
+        _poller.close(descriptor)
         raise

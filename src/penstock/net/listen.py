@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from penstock.net._poll import SHORTAGES, Poller, accept
+from penstock.net._poller import SHORTAGES, Poller, accept
 
 BACKLOG = 4096
 """Connections the kernel keeps waiting; it cuts this to net.core.somaxconn."""

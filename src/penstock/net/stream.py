@@ -27,11 +27,11 @@ from trio.lowlevel import (
     wait_writable,
 )
 
-from penstock.net import _poll
-from penstock.net._poll import Poller, SocketCore, TurnsOfTask, Watch
+from penstock.net import _poller
+from penstock.net._poller import Poller, SocketCore, TurnsOfTask, Watch
 
 if TYPE_CHECKING:
-    from penstock.net._poll import Receiver
+    from penstock.net._poller import Receiver
 
 Turn = Callable[[int], bytes | None]
 """Answers the octets that came: what is to be sent, b"" for nothing, None when the task has to see to it itself."""
@@ -243,7 +243,7 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
             while True:
                 self._check_open()
                 if watch is None or watch.is_readable:
-                    data = _poll.recv(self._fd, max_bytes)
+                    data = _poller.recv(self._fd, max_bytes)
                     if data is not None:
                         return data
                     if watch is not None:
@@ -297,7 +297,7 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
             return
         self._eof_sent = True
         try:
-            _poll.shutdown(self._fd)
+            _poller.shutdown(self._fd)
         except OSError as exc:
             raise trio.BrokenResourceError(f"the connection is lost: {exc}") from exc
 

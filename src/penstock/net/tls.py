@@ -24,7 +24,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from penstock.net import _poll
+from penstock.net import _poller
 from penstock.transaction import TlsInfo
 
 _RENEW_BEFORE: Final = datetime.timedelta(days=7)
@@ -127,7 +127,7 @@ class TlsLayer:
 
     def recv(self, fd: int, octets: int = _READ, /) -> int:
         """Receive what is encrypted; see `Wire.recv`."""
-        data = _poll.recv(fd, octets)
+        data = _poller.recv(fd, octets)
         if data is None:
             return -1
         self._incoming.write(data)

@@ -1,6 +1,6 @@
 """The policy seam: what a hook is given, and what it may answer.
 
-A policy is any object with some of the methods named in `MILESTONES`. Each method may be a plain function or an
+A policy is any object with some of the methods named in `HOOK_POINTS`. Each method may be a plain function or an
 `async def`; a method that is not there costs nothing. A verdict never is an exception:
 
 - `None`: no opinion, the next policy is asked;
@@ -37,7 +37,7 @@ ACCEPT: Final = _Accept.ACCEPT
 Verdict = Reply | Literal[_Accept.ACCEPT] | None
 Answer = Verdict | Awaitable[Verdict]
 
-MILESTONES = ("on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_message")
+HOOK_POINTS = ("on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_message")
 
 
 class ConnectPolicy(Protocol):

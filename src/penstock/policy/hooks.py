@@ -1,6 +1,6 @@
 """Policies in Python: a `module:object` of the configuration becomes a policy.
 
-What is wrong with one (no such module, no milestone, a method that is misspelt or takes other arguments) is said at
+What is wrong with one (no such module, no hook_point, a method that is misspelt or takes other arguments) is said at
 the start, not when the first mail comes.
 """
 
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from penstock.policy.base import MILESTONES
+from penstock.policy.base import HOOK_POINTS
 
 _ARGUMENTS: Final = {
     "on_connect": 2,
@@ -28,7 +28,7 @@ _ARGUMENTS: Final = {
     "on_rcpt": 2,
     "on_message": 2,
 }
-"""How many arguments each milestone gives (penstock.policy.base)."""
+"""How many arguments each hook_point gives (penstock.policy.base)."""
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -115,8 +115,8 @@ def check_policy(reference: str, policy: object) -> None:
     """Raise HookError when an object is no policy; `reference` is what the error calls it."""
     methods = [name for name in dir(policy) if name.startswith("on_")]
     for name in methods:
-        if name not in MILESTONES:
-            raise HookError(f"{reference!r}: {name} is no milestone; there are {', '.join(MILESTONES)}")
+        if name not in HOOK_POINTS:
+            raise HookError(f"{reference!r}: {name} is no hook_point; there are {', '.join(HOOK_POINTS)}")
         method = getattr(policy, name)
         try:
             inspect.signature(method).bind(*[None] * _ARGUMENTS[name])
@@ -127,4 +127,4 @@ def check_policy(reference: str, policy: object) -> None:
                 f"{reference!r}: {name} is called with {_ARGUMENTS[name]} arguments, see penstock.policy.base: {exc}"
             ) from exc
     if not methods:
-        raise HookError(f"{reference!r}: it has none of {', '.join(MILESTONES)}")
+        raise HookError(f"{reference!r}: it has none of {', '.join(HOOK_POINTS)}")

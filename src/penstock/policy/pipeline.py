@@ -1,6 +1,6 @@
-"""Asks the policies of a listener at each milestone, in their order.
+"""Asks the policies of a listener at each hook_point, in their order.
 
-A milestone that nobody watches is an empty tuple, so that its cost is one `if` of the caller. A policy that throws,
+A hook_point that nobody watches is an empty tuple, so that its cost is one `if` of the caller. A policy that throws,
 takes too long or answers nonsense has failed: the client hears 451 and the journal gets one line. One that fails again
 and again is left alone for a while, with the same 451: mail waits for a check, it does not go around it.
 """
@@ -35,7 +35,7 @@ class _Guard:
         self._failures = 0
         self._closed_until = 0.0
 
-    async def ask(self, method: Callable[..., Any], milestone: str, *arguments: object) -> object:
+    async def ask(self, method: Callable[..., Any], hook_point: str, *arguments: object) -> object:
         """Return the policy's answer, or CHECK_FAILED."""
         if trio.current_time() < self._closed_until:
             return _FAILED
@@ -61,13 +61,13 @@ class _Guard:
                 raise
             cause = _cause_of(exc)
         if cause:
-            self._fail(milestone, cause)
+            self._fail(hook_point, cause)
             return _FAILED
         self._failures = 0
         return answer
 
-    def _fail(self, milestone: str, cause: str) -> None:
-        self._journal.hook_failed(self._settings.hook, milestone, cause)
+    def _fail(self, hook_point: str, cause: str) -> None:
+        self._journal.hook_failed(self._settings.hook, hook_point, cause)
         self._failures += 1
         if self._failures >= self._settings.breaker_failures:
             self._failures = 0
@@ -95,14 +95,14 @@ _Asked = tuple[_Guard, Callable[..., Any]]
 
 
 class Pipeline:
-    """The policies of a listener. The attributes named like milestones say who watches; empty is nobody."""
+    """The policies of a listener. The attributes named like hook points say who watches; empty is nobody."""
 
     def __init__(self, policies: Sequence[tuple[object, HookSettings]], journal: Journal) -> None:
         guards = [_Guard(policy, settings, journal) for policy, settings in policies]
 
-        def watching(milestone: str) -> tuple[_Asked, ...]:
+        def watching(hook_point: str) -> tuple[_Asked, ...]:
             return tuple(
-                (guard, getattr(guard.policy, milestone)) for guard in guards if hasattr(guard.policy, milestone)
+                (guard, getattr(guard.policy, hook_point)) for guard in guards if hasattr(guard.policy, hook_point)
             )
 
         self.connect = watching("on_connect")
@@ -137,11 +137,11 @@ class Pipeline:
         return await _ask(self.message, "on_message", transaction, message)
 
 
-async def _ask(asked: tuple[_Asked, ...], milestone: str, *arguments: object) -> Reply | None:
+async def _ask(asked: tuple[_Asked, ...], hook_point: str, *arguments: object) -> Reply | None:
     """Ask one after the other: the first refusal or ACCEPT ends it; an accepting reply is kept unless one refuses."""
     kept: Reply | None = None
     for guard, method in asked:
-        answer = await guard.ask(method, milestone, *arguments)
+        answer = await guard.ask(method, hook_point, *arguments)
         if answer is ACCEPT:
             break
         if isinstance(answer, Reply):

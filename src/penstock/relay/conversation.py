@@ -27,7 +27,7 @@ from typing import Annotated, Final, Protocol, TypeVar
 import msgspec
 import trio
 
-from penstock.net import _poll
+from penstock.net import _poller
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsLayer
 from penstock.relay.exchange import BodyError, Closing, Exchange, Phase
@@ -137,7 +137,7 @@ class _Inbox:
 
     def recv(self, fd: int, octets: int = _READ_OCTETS, /) -> int:
         """Receive; see `Wire.recv`."""
-        data = _poll.recv(fd, min(octets, _ANSWER_OCTETS))
+        data = _poller.recv(fd, min(octets, _ANSWER_OCTETS))
         if data is None:
             return -1
         self._feed(data)
@@ -162,7 +162,7 @@ class Conversation:
         self._owner = owner
         self._manner = manner
         self._reader = AnswerReader()
-        self._receiver: _poll.Receiver = _Inbox(self._reader.feed)
+        self._receiver: _poller.Receiver = _Inbox(self._reader.feed)
         self._tls: TlsLayer | None = None
         self._offer = Capabilities()
         self._at_once = 0

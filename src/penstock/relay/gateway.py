@@ -13,7 +13,7 @@ from penstock.relay.ledger import Ledger
 from penstock.relay.pool import Pool
 from penstock.relay.scheduler import Scheduler
 from penstock.reply import Reply
-from penstock.spool.room import Room
+from penstock.spool.diskspace import Room
 from penstock.spool.spool import Spool
 
 

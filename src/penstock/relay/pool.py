@@ -27,7 +27,7 @@ import trio
 
 from penstock.journal import Journal
 from penstock.message import Body, Envelope
-from penstock.net._poll import HAS_EPOLL, Poller
+from penstock.net._poller import HAS_EPOLL, Poller
 from penstock.net.connect import connect_tcp, connect_unix
 from penstock.net.stream import SocketStream, watch_sockets
 from penstock.net.tls import client_context

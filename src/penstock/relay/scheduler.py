@@ -115,7 +115,7 @@ class _Attempt:
         """The place of the hop that has it."""
 
     def offer(self, reason: HopDown | None = None) -> None:
-        """Offer the message to the next hop. `reason` is why the one before it could not be used."""
+        """Extensions the message to the next hop. `reason` is why the one before it could not be used."""
         entry, hops = self.entry, self.hops
         while self.hop + 1 < len(hops):
             self.hop += 1

@@ -6,7 +6,7 @@ engine first; what it decides is done here. A fault that waits gives the connect
 
 Replies that go out wrong are made by letting the ordinary handler answer, and changing the octets before they are
 sent: so the state of the session is that of the ordinary answer, whatever its client makes of it. The receipts have
-what was sent: while such an answer is made the meter is held, and what goes out is told to it.
+what was sent: while such an answer is made the metrics is held, and what goes out is told to it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any, ClassVar, Final
 import trio
 
 from penstock import reply as replies
-from penstock._tally import PHASES as COUNTED_PHASES
-from penstock.inbound.connection import Connection
 from penstock.message import Message
+from penstock.metrics._session import PHASES as COUNTED_PHASES
 from penstock.net.stream import SocketStream
 from penstock.reply import Reply
+from penstock.server.connection import Connection
 from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
-from penstock.sink.dress import dress, readable
+from penstock.sink.corrupt import dress, readable
 from penstock.sink.faults import Decision, FaultEngine, Occasion, Rule
-from penstock.sink.magic import REMARKABLE, Magic
+from penstock.sink.magic import WATCHED_PREFIXES, Magic
 from penstock.sink.pace import PacedStream
 from penstock.sink.plan import Ending, Phase, TlsFault
 from penstock.smtp._wire import VERBS
@@ -46,7 +46,7 @@ from penstock.smtp.events import (
     Rcpt,
     StartTls,
 )
-from penstock.smtp.server import CAN_BE_ANNOUNCED, NOTHING_ANNOUNCED
+from penstock.smtp.server import INTERCEPTABLE_VERBS, NO_VERBS
 from penstock.smtp.states import State
 
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
@@ -95,11 +95,11 @@ class FaultyConnection(Connection):
             self._calmly_unasked = session.unasked
         if self.engine.is_armed or self._has_magic:
             session.unasked = 0
-            session.announced = CAN_BE_ANNOUNCED
+            session.intercepted_verbs = INTERCEPTABLE_VERBS
             self._handlers = self.armed
         else:
             session.unasked = self._calmly_unasked
-            session.announced = NOTHING_ANNOUNCED
+            session.intercepted_verbs = NO_VERBS
             self._handlers = self.handlers
 
     def start(self) -> bool:
@@ -201,7 +201,7 @@ class FaultyConnection(Connection):
         occasion = self._occasion("rcpt", octets=self._transaction.parameters.size or 0)
         occasion.recipients = (path.text,)
         rule = None
-        if self.engine.has_magic and path.local.startswith(REMARKABLE):
+        if self.engine.has_magic and path.local.startswith(WATCHED_PREFIXES):
             rule = self.magic.rule(path.local)
             self._has_magic = self._has_magic or rule is not None
         magic = (rule,) if rule is not None and rule.phase == "rcpt" else ()
@@ -268,8 +268,8 @@ class FaultyConnection(Connection):
         """Answer a message that was handed over. The receipts have it even when its client has left meanwhile."""
         is_alone = self._has_ended or self._session.state is State.CLOSED
         super()._settle(message, reply)
-        if is_alone and reply.accepts and self._meter is not None:
-            self._meter.takes_unheard(self._transaction, message.body.size)
+        if is_alone and reply.accepts and self._metrics is not None:
+            self._metrics.takes_unheard(self._transaction, message.body.size)
 
     def _number_in_header(self) -> str:
         """Return the value of the field that the plan looks for; "" without it."""
@@ -291,15 +291,15 @@ class FaultyConnection(Connection):
             if decision.tls is not None:
                 await self._spoil_implicit_tls(decision.tls)
             if decision.end is not None or decision.reply is not None:
-                if self._meter is not None:
-                    self._meter.says([(b"", "none")])
+                if self._metrics is not None:
+                    self._metrics.says([(b"", "none")])
                 await self._break_off(decision.end or "drop")
         if not await super()._open():
             return False
         decision = self.engine.decide(self._of_connection("banner"))
         if decision is None:
             return True
-        self._take_back(self._gate.offer.greeting)
+        self._take_back(self._listener.offer.greeting)
         greeting = self._session.data_to_send()
         await self._pace_and_delay(decision)
         if decision.reply is not None and decision.reply.accepts:
@@ -311,7 +311,7 @@ class FaultyConnection(Connection):
 
     async def _spoil_implicit_tls(self, fault: TlsFault) -> None:
         """Do what spoils a handshake that begins with the connection; for a later one, remember it."""
-        if fault in SPOILED_CONTEXTS or not self._gate.is_implicit_tls:
+        if fault in SPOILED_CONTEXTS or not self._listener.is_implicit_tls:
             self._spoiler = fault
             return
         self._handshake_fails()
@@ -321,16 +321,16 @@ class FaultyConnection(Connection):
 
     def _handshake_fails(self) -> None:
         """Have a handshake counted that does not come to its end."""
-        if self._meter is not None:
-            self._meter.tls_begins()
+        if self._metrics is not None:
+            self._metrics.tls_begins()
 
     # ---- what goes wrong
 
     async def _suffer(self, decision: Decision, event: object) -> None:
         """Do what the engine has decided, then what the event asks for, as far as that is left of it."""
         earlier, said = self._take_said(event)
-        if event is None and self._meter is not None:
-            self._meter.pauses_text()
+        if event is None and self._metrics is not None:
+            self._metrics.pauses_text()
         await self._flush_wire(earlier)
         await self._pace_and_delay(decision)
         if decision.tls is not None:
@@ -357,8 +357,8 @@ class FaultyConnection(Connection):
 
     def _take_back(self, encoded: bytes) -> None:
         """Have a reply counted only when it is sent, as it is sent."""
-        if self._meter is not None:
-            self._meter.takes_back(encoded)
+        if self._metrics is not None:
+            self._metrics.takes_back(encoded)
 
     async def _do(self, event: object) -> None:
         """Answer an event as if nothing were wrong."""
@@ -370,14 +370,14 @@ class FaultyConnection(Connection):
 
     async def _answer_held(self, decision: Decision, event: object) -> bytes:
         """Answer an event, while no reply is counted: `_send_wrong` has to follow, which tells what is sent."""
-        meter = self._meter
-        if meter is None:
+        metrics = self._metrics
+        if metrics is None:
             return await self._answer(decision, event)
-        meter.hold()
+        metrics.hold()
         try:
             return await self._answer(decision, event)
         except BaseException:
-            meter.says([])
+            metrics.says([])
             raise
 
     async def _answer(self, decision: Decision, event: object) -> bytes:
@@ -411,12 +411,12 @@ class FaultyConnection(Connection):
 
     def _close_with(self, reply: Reply) -> bytes:
         """Refuse a client in the place of the greeting. Return what is to be sent."""
-        meter = self._meter
-        if meter is not None:
-            meter.hold()
+        metrics = self._metrics
+        if metrics is not None:
+            metrics.hold()
         self._session.close_with(reply)
-        if meter is not None:
-            meter.phase = _BANNER  # the session took it for words that nobody has asked for
+        if metrics is not None:
+            metrics.phase = _BANNER  # the session took it for words that nobody has asked for
         return self._session.data_to_send()
 
     def _turn_down(self, reply: Reply, event: object) -> None:
@@ -444,14 +444,14 @@ class FaultyConnection(Connection):
         ordinary = readable(said)
         if is_said and decision.dress is not None:
             said = dress(said, decision.dress, decision.drawn)
-        meter = self._meter
-        if meter is not None and is_said:
-            meter.says([(each, None if each in ordinary else decision.dress) for each in readable(said)])
-            meter.sends(len(said))
-        elif meter is not None and decision.end is not None and is_awaited:
-            meter.says([(b"", "none")])
-        elif meter is not None:
-            meter.says([])
+        metrics = self._metrics
+        if metrics is not None and is_said:
+            metrics.says([(each, None if each in ordinary else decision.dress) for each in readable(said)])
+            metrics.sends(len(said))
+        elif metrics is not None and decision.end is not None and is_awaited:
+            metrics.says([(b"", "none")])
+        elif metrics is not None:
+            metrics.says([])
         if is_said:
             await self._flush_wire(said)
         if decision.end is not None:
@@ -611,7 +611,7 @@ def faulty(
             "magic": Magic(),
             "certificates": certificates or Certificates(["localhost", "127.0.0.1", "::1"]),
             "open": engine.followers,
-            "remarkable": REMARKABLE if engine.has_magic else None,
+            "watched_prefixes": WATCHED_PREFIXES if engine.has_magic else None,
             "ordinary": base.handlers,
             "handlers": {
                 **base.handlers,

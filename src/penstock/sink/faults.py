@@ -97,7 +97,7 @@ class FaultReceipts(Protocol):
 
 @dataclass
 class FaultLog:
-    """Receipts in memory: counts, and the last thousand faults."""
+    """Statistics in memory: counts, and the last thousand faults."""
 
     counts: Counter[tuple[str, Phase, str]] = field(default_factory=Counter)
     """How often a rule has done what in which phase. The seconds of a delay are not told apart."""
@@ -132,7 +132,7 @@ class Occasion:
     recipients: tuple[str, ...] = ()
     """Those accepted so far; in phase rcpt, the one that is asked about."""
     octets: int = 0
-    """Of the message: announced at rcpt, counted at the dot; 0 when nobody knows."""
+    """Of the message: intercepted_verbs at rcpt, counted at the dot; 0 when nobody knows."""
     header: str = ""
     """The value of the field that [identity] names."""
     at: int = 0

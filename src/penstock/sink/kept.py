@@ -26,8 +26,8 @@ from typing import Final, NamedTuple
 import trio
 
 from penstock import reply as replies
-from penstock._tally import SequenceBook
 from penstock.message import Message
+from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
 from penstock.sequence import parse_counter
 from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store, Undo
@@ -203,7 +203,7 @@ class Shelf:
 class HeaderMarks:
     """Takes the mark of each message out of a header field that the user names."""
 
-    def __init__(self, name: str, book: Callable[[], SequenceBook]) -> None:
+    def __init__(self, name: str, book: Callable[[], SequenceTracker]) -> None:
         """Raise ValueError when there can be no such field."""
         if not re.fullmatch(r"[!-9;-~]{1,70}", name):
             raise ValueError(f"{name!r} is no name of a header field")

@@ -1,7 +1,7 @@
 """Recipients that ask for a fault, without a plan.
 
 GRAMMAR is printed by `penstock sink --describe-faults`. An ordinary recipient costs one comparison of its beginning
-with those of the magic ones, in compiled code (`SessionCore.remarkable`).
+with those of the magic ones, in compiled code (`SessionCore.watched_prefixes`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ With several of them in a message, what the plan says comes first, then each rec
 and the first verdict counts. Other recipients are taken as ever, and so is what only looks like magic (452x@).
 """
 
-REMARKABLE: Final = (
+WATCHED_PREFIXES: Final = (
     "4",
     "5",
     "delay-",

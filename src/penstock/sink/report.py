@@ -42,7 +42,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from penstock._histogram import Histogram
+from penstock.metrics._histogram import Histogram
 
 VERSION: Final = 1
 """Goes up whenever a reader of an older report would be misled; new keys do not raise it."""

@@ -156,7 +156,7 @@ _RECEIVED: Final = re.compile(
     rb"Received: from (?P<hello>\S*) \(\[(?P<address>[^\]]*)\]\)(?s:.*?)"
     rb"\r\n\tby (?P<host>\S+) \(.*?\) with (?P<with>\S+)"
 )
-"""The field above the body (penstock.inbound.trace)."""
+"""The field above the body (penstock.server.received)."""
 _ESCAPE: Final = re.compile(r"\\([0-7]{1,3}|[abfnrtv\\])")
 _CONTROLS: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "\\": "\\"}
 

@@ -1,6 +1,6 @@
 """What other compiled modules may do with a session: make one, ask for its next event, take what it has said."""
 
-from penstock._tally cimport Meter
+from penstock.metrics._session cimport SessionMetrics
 from penstock._transaction cimport TransactionCore
 from penstock.smtp._wire cimport Wire
 
@@ -21,7 +21,7 @@ cdef class SessionCore:
     cdef public object observer
     cdef tuple beginnings
     cdef unsigned long long[2] firsts  # the first characters of the beginnings, one bit for each of ASCII
-    cdef public Meter meter
+    cdef public SessionMetrics metrics
     cdef public int _mails
     cdef public list _out
     cdef public object _state
@@ -29,7 +29,7 @@ cdef class SessionCore:
     cdef public tuple _rules
     cdef public object _event
     cdef public object _answered
-    cdef public object announced
+    cdef public object intercepted_verbs
     cdef public int _auth_failures
     cdef public bint _chunk_is_last
     cdef public object _chunk_refusal

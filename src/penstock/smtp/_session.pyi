@@ -3,21 +3,21 @@
 from collections.abc import Callable
 from typing import Any, Final, Self
 
-from penstock._tally import Meter
+from penstock.metrics._session import SessionMetrics
 from penstock.reply import Reply
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import Event, Mail, Rcpt
-from penstock.smtp.offer import Offer
+from penstock.smtp.extensions import Extensions
 from penstock.smtp.states import Rules, State, Table
 from penstock.transaction import Transaction
 
-UNASKED_HELLO: Final = 1
+AUTO_ACCEPT_HELLO: Final = 1
 """The driver accepts every Hello."""
-UNASKED_MAIL: Final = 2
+AUTO_ACCEPT_MAIL: Final = 2
 """The driver accepts every Mail."""
-UNASKED_RCPT: Final = 4
+AUTO_ACCEPT_RCPT: Final = 4
 """The driver accepts every Rcpt."""
-UNASKED_QUIT: Final = 8
+AUTO_ACCEPT_QUIT: Final = 8
 """The driver need not hear of a Quit where there is no body to forget."""
 
 SENDS: Final = -1
@@ -35,10 +35,10 @@ def plain_rcpt(argument: bytes) -> Rcpt | Reply | None:
 class SessionCore:
     """The state of a session and its commonest path. What is not plain it leaves to ServerSession."""
 
-    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
+    def __init__(self, offer: Extensions, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
         """`unasked` are the events that are accepted without asking."""
     @property
-    def offer(self) -> Offer:
+    def offer(self) -> Extensions:
         """What the session offers."""
     @property
     def wire(self) -> Wire:
@@ -59,9 +59,9 @@ class SessionCore:
     observer: Callable[[int], None] | None
     """Called with each token of the wire before it is obeyed, and with SENDS before the replies are taken: for who
     wants to tell what was said."""
-    remarkable: tuple[str, ...] | None
+    watched_prefixes: tuple[str, ...] | None
     """Beginnings of local parts that the driver is asked about, whatever `unasked` says. In ASCII, none empty."""
-    meter: Meter | None
+    metrics: SessionMetrics | None
     """Notes what was answered with what, and when; None notes nothing."""
     _mails: int
     _out: list[bytes]
@@ -70,8 +70,8 @@ class SessionCore:
     _rules: Rules
     _event: Event | None
     _answered: Callable[[Any, Reply], None] | None
-    announced: frozenset[int]
-    """The numbers of verbs that are put to the driver as a Command, of `CAN_BE_ANNOUNCED`."""
+    intercepted_verbs: frozenset[int]
+    """The numbers of verbs that are put to the driver as a Command, of `INTERCEPTABLE_VERBS`."""
     _auth_failures: int
     _chunk_is_last: bool
     _chunk_refusal: Reply | None

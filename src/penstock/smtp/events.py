@@ -56,7 +56,7 @@ class Expand(NamedTuple):
 
 
 class Command(NamedTuple):
-    """RSET, NOOP, VRFY, EXPN or HELP, where the driver has it `announced`. Answer with `obey`, or with a refusal."""
+    """One of the verbs in `intercepted_verbs`: RSET, NOOP, VRFY, EXPN or HELP. Answer with `obey`, or a refusal."""
 
     verb: str
     argument: bytes
@@ -66,7 +66,7 @@ class BeginData(NamedTuple):
     """DATA, or the first BDAT of a message. Answer with GO_AHEAD_DATA for both (no 354 is sent for BDAT)."""
 
     size: int | None
-    """Octets announced by SIZE or by BDAT, None when the client did not say."""
+    """Octets intercepted_verbs by SIZE or by BDAT, None when the client did not say."""
 
 
 class BodyChunk(NamedTuple):

@@ -19,7 +19,7 @@ from penstock.message import NO_PARAMETERS, NULL_PATH, MailParameters, Path, Rec
 from penstock.reply import Reply
 from penstock.smtp._session import BAD_RECIPIENT, BAD_SENDER, plain_mail, plain_rcpt
 from penstock.smtp.events import Mail, Rcpt
-from penstock.smtp.offer import Offer
+from penstock.smtp.extensions import Extensions
 
 SENDER_NOT_ASCII: Final = Reply(553, "5.6.7", "A sender address that is not ASCII needs SMTPUTF8")
 RECIPIENT_NOT_ASCII: Final = Reply(553, "5.6.7", "A recipient address that is not ASCII needs SMTPUTF8")
@@ -60,13 +60,13 @@ def parse_hello_name(argument: bytes) -> str | Reply:
 # ---- MAIL
 
 
-def parse_mail(argument: bytes, offer: Offer, *, esmtp: bool, tls: bool) -> Mail | Reply:
+def parse_mail(argument: bytes, offer: Extensions, *, esmtp: bool, tls: bool) -> Mail | Reply:
     """Read what follows MAIL (RFC 5321 4.1.1.2)."""
     plain = plain_mail(argument, esmtp, offer.eightbitmime, offer.max_size)
     return parse_any_mail(argument, offer, esmtp=esmtp, tls=tls) if plain is None else plain
 
 
-def parse_any_mail(argument: bytes, offer: Offer, *, esmtp: bool, tls: bool) -> Mail | Reply:
+def parse_any_mail(argument: bytes, offer: Extensions, *, esmtp: bool, tls: bool) -> Mail | Reply:
     """Read what follows MAIL, the full way."""
     split = _split(argument, "FROM:", FROM_EXPECTED, BAD_SENDER)
     if isinstance(split, Reply):
@@ -89,13 +89,13 @@ def parse_any_mail(argument: bytes, offer: Offer, *, esmtp: bool, tls: bool) -> 
 # ---- RCPT
 
 
-def parse_rcpt(argument: bytes, offer: Offer, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
+def parse_rcpt(argument: bytes, offer: Extensions, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
     """Read what follows RCPT (RFC 5321 4.1.1.3). `smtputf8`: the MAIL of the transaction asked for it."""
     plain = plain_rcpt(argument)
     return parse_any_rcpt(argument, offer, esmtp=esmtp, smtputf8=smtputf8) if plain is None else plain
 
 
-def parse_any_rcpt(argument: bytes, offer: Offer, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
+def parse_any_rcpt(argument: bytes, offer: Extensions, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
     """Read what follows RCPT, the full way."""
     split = _split(argument, "TO:", TO_EXPECTED, BAD_RECIPIENT)
     if isinstance(split, Reply):
@@ -253,7 +253,7 @@ def _bad_value(keyword: str) -> Reply:
     return Reply(501, "5.5.4", f"Bad value of parameter {keyword}")
 
 
-def _is_offered(keyword: str, offer: Offer, *, tls: bool) -> bool:
+def _is_offered(keyword: str, offer: Extensions, *, tls: bool) -> bool:
     """Say whether a parameter of MAIL belongs to an extension that is offered now."""
     return {
         "SIZE": True,
@@ -266,7 +266,7 @@ def _is_offered(keyword: str, offer: Offer, *, tls: bool) -> bool:
     }.get(keyword, False)
 
 
-def _mail_parameters(found: list[_Parameter], offer: Offer, *, tls: bool) -> MailParameters | Reply:
+def _mail_parameters(found: list[_Parameter], offer: Extensions, *, tls: bool) -> MailParameters | Reply:
     """Check the parameters of MAIL and return them by name."""
     values: dict[str, object] = {}
     for keyword, value in found:
@@ -285,14 +285,14 @@ def _mail_parameters(found: list[_Parameter], offer: Offer, *, tls: bool) -> Mai
 _Checked = tuple[str, object] | Reply | None
 
 
-def _check_size(value: str | None, offer: Offer) -> _Checked:
+def _check_size(value: str | None, offer: Extensions) -> _Checked:
     """SIZE=1*20DIGIT (RFC 1870 5), refused when it is above the limit (6.1)."""
     if value is None or not (value.isascii() and value.isdecimal()) or len(value) > 20:
         return None
     return replies.TOO_BIG if int(value) > offer.max_size > 0 else ("size", int(value))
 
 
-def _check_body(value: str | None, offer: Offer) -> _Checked:
+def _check_body(value: str | None, offer: Extensions) -> _Checked:
     """BODY=7BIT, 8BITMIME (RFC 6152 2) or BINARYMIME (RFC 3030 3)."""
     body_type = (value or "").upper()
     if body_type not in ("7BIT", "8BITMIME", "BINARYMIME"):
@@ -304,23 +304,23 @@ def _check_body(value: str | None, offer: Offer) -> _Checked:
     return ("body_type", body_type)
 
 
-def _check_flag(name: str) -> Callable[[str | None, Offer], _Checked]:
+def _check_flag(name: str) -> Callable[[str | None, Extensions], _Checked]:
     """SMTPUTF8 (RFC 6531 3.1) and REQUIRETLS (RFC 8689 2) have no value."""
     return lambda value, _: (name, True) if value is None else None
 
 
-def _check_ret(value: str | None, _: Offer) -> _Checked:
+def _check_ret(value: str | None, _: Extensions) -> _Checked:
     """RET=FULL or HDRS (RFC 3461 4.3)."""
     ret = (value or "").upper()
     return ("ret", ret) if ret in ("FULL", "HDRS") else None
 
 
-def _check_envid(value: str | None, _: Offer) -> _Checked:
+def _check_envid(value: str | None, _: Extensions) -> _Checked:
     """ENVID=xtext of at most 100 characters (RFC 3461 4.4)."""
     return ("envid", value) if value and len(value) <= MAX_ENVID and decode_xtext(value) is not None else None
 
 
-def _check_auth(value: str | None, _: Offer) -> _Checked:
+def _check_auth(value: str | None, _: Extensions) -> _Checked:
     """AUTH=<> or a mailbox in xtext (RFC 4954 5)."""
     if value == "<>":
         return ("auth", "")
@@ -328,7 +328,7 @@ def _check_auth(value: str | None, _: Offer) -> _Checked:
     return ("auth", decoded) if decoded else None
 
 
-_MAIL_CHECKS: Final[dict[str, Callable[[str | None, Offer], _Checked]]] = {
+_MAIL_CHECKS: Final[dict[str, Callable[[str | None, Extensions], _Checked]]] = {
     "SIZE": _check_size,
     "BODY": _check_body,
     "SMTPUTF8": _check_flag("smtputf8"),
@@ -339,7 +339,7 @@ _MAIL_CHECKS: Final[dict[str, Callable[[str | None, Offer], _Checked]]] = {
 }
 
 
-def _rcpt(path: Path, found: list[_Parameter], offer: Offer, *, smtputf8: bool) -> Rcpt | Reply:
+def _rcpt(path: Path, found: list[_Parameter], offer: Extensions, *, smtputf8: bool) -> Rcpt | Reply:
     """Check the parameters of RCPT and return the event."""
     notify: frozenset[str] | None = None
     orcpt: str | None = None

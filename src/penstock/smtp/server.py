@@ -51,9 +51,9 @@ from penstock.smtp.events import (
     StartTls,
     Verify,
 )
+from penstock.smtp.extensions import Extensions
 from penstock.smtp.grammar import parse_any_mail, parse_any_rcpt, parse_hello_name
 from penstock.smtp.helptext import help_reply
-from penstock.smtp.offer import Offer
 from penstock.smtp.states import (
     AUTH_LINE_LIMIT,
     LINE_LIMIT,
@@ -83,9 +83,9 @@ _BAD_LINES: Final[dict[int, Reply]] = {
 _BDAT_WITHOUT_LENGTH: Final = Reply(501, "5.5.4", "BDAT needs the number of octets", closes=True)
 _BDAT_NOT_OFFERED: Final = Reply(502, "5.5.1", "BDAT is not offered here", closes=True)
 _MAX_BDAT_DIGITS: Final = 18
-CAN_BE_ANNOUNCED: Final = frozenset(NUMBER[verb] for verb in ("RSET", "NOOP", "VRFY", "EXPN", "HELP"))
+INTERCEPTABLE_VERBS: Final = frozenset(NUMBER[verb] for verb in ("RSET", "NOOP", "VRFY", "EXPN", "HELP"))
 """Verbs that a session sees to by itself, unless its driver wants to be asked."""
-NOTHING_ANNOUNCED: Final[frozenset[int]] = frozenset()
+NO_VERBS: Final[frozenset[int]] = frozenset()
 # The states, looked up once: Python 3.11 is slow at members of an Enum.
 _AUTH_STATE: Final = State.AUTH
 _BODY: Final = State.BODY
@@ -106,13 +106,13 @@ class ServerSession(SessionCore):
 
     __slots__ = ()
 
-    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
+    def __init__(self, offer: Extensions, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
         """`unasked` are the events that the driver takes no interest in, `UNASKED_...` of penstock.smtp._session.
 
         Where the commands behind them are plain, the session accepts them by itself.
         """
         super().__init__(offer, wire, transaction, unasked)
-        self.announced = NOTHING_ANNOUNCED
+        self.intercepted_verbs = NO_VERBS
         transaction.is_lmtp = offer.is_lmtp
         longest = AUTH_LINE_LIMIT if offer.mechanisms else LINE_LIMIT + LONGER_LINES["MAIL"]
         wire.set_line_limit(longest)
@@ -216,7 +216,7 @@ class ServerSession(SessionCore):
 
     def _take_verb(self, verb: int, argument: bytes) -> Event | None:
         """Take a command that is not plain."""
-        if verb in self.announced:
+        if verb in self.intercepted_verbs:
             return self._ask(Command(_wire.VERBS[verb], argument), ServerSession._say)
         return _HANDLERS[verb](self, argument)
 

@@ -23,7 +23,7 @@ CREATE TABLE recipient (
     number      INTEGER PRIMARY KEY,
     lane        INTEGER NOT NULL,       -- which mail it waits with
     state       INTEGER NOT NULL,       -- 0 due, 1 being attempted, 2 held by the operator
-    due_at      REAL NOT NULL,          -- not to be attempted before; negative: an operator asked for it then (Desk)
+    due_at      REAL NOT NULL,          -- not to be attempted before; negative: an operator asked for it then (QueueAdmin)
     attempts    INTEGER NOT NULL,       -- those that have begun
     address     TEXT NOT NULL,          -- the forward-path
     dsn         BLOB,                   -- NOTIFY and ORCPT as JSON; NULL when it has none

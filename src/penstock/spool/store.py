@@ -430,7 +430,7 @@ class Store:
             prefix,
             self.body(number, size, data),
             received_at,
-            max(0.0, -min(row[5] for row in rows)),  # see Desk
+            max(0.0, -min(row[5] for row in rows)),  # see QueueAdmin
         )
 
     def body(self, number: int, size: int, data: bytes | None) -> Body:

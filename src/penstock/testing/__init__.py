@@ -87,8 +87,8 @@ from __future__ import annotations
 from penstock.sink.faults import AppliedFault
 from penstock.sink.plan import PlanError
 from penstock.testing.dialog import Dialog
+from penstock.testing.helpers import Authority
 from penstock.testing.inbox import Inbox, ReceivedMessage
-from penstock.testing.parts import Authority
 from penstock.testing.server import SmtpServer
 
 __all__ = ["AppliedFault", "Authority", "Dialog", "Inbox", "PlanError", "ReceivedMessage", "SmtpServer"]

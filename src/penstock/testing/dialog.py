@@ -19,7 +19,7 @@ from penstock.sink.faults import AppliedFault, FaultLog
 from penstock.smtp import _wire
 from penstock.smtp._session import SENDS
 from penstock.smtp._wire import VERBS, Wire
-from penstock.smtp.offer import Offer
+from penstock.smtp.extensions import Extensions
 from penstock.smtp.server import ServerSession
 from penstock.smtp.states import State
 from penstock.transaction import Peer, TlsInfo, Transaction
@@ -57,7 +57,7 @@ class NotedSession(ServerSession):
 
     __slots__ = ("_dialog", "_is_behind_auth", "_noted", "_number")
 
-    def __init__(self, offer: Offer, wire: Wire, transaction: Transaction, dialog: Dialog, number: int) -> None:
+    def __init__(self, offer: Extensions, wire: Wire, transaction: Transaction, dialog: Dialog, number: int) -> None:
         super().__init__(offer, wire, transaction)
         self._dialog = dialog
         self._number = number
@@ -151,9 +151,9 @@ class NotedJournal(Journal):
         """Note the end of a session."""
         self._dialog.note(session, "--", f"the end, after {messages} messages and {seconds:.3f} s")
 
-    def hook_failed(self, hook: str, milestone: str, cause: str) -> None:
+    def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """Note what a policy threw: its client hears 451, as in earnest."""
-        self._dialog.note(0, "--", f"{hook}.{milestone} failed: {cause}")
+        self._dialog.note(0, "--", f"{hook}.{hook_point} failed: {cause}")
 
     def error(self, session: int, where: str, exc: BaseException) -> None:
         """Keep a bug, or what the machine lacked."""
@@ -163,7 +163,7 @@ class NotedJournal(Journal):
 
 
 class NotedFaults(FaultLog):
-    """Receipts of faults that are noted in the dialog: a reply that goes out wrong stands there as it should be."""
+    """Statistics of faults that are noted in the dialog: a reply that goes out wrong stands there as it should be."""
 
     def __init__(self, dialog: Dialog) -> None:
         super().__init__()

@@ -18,16 +18,15 @@ from typing import Any, Final, Literal, Self
 import msgspec
 
 from penstock import schema
-from penstock.assemble import Given, assemble
+from penstock.app import Overrides, assemble
 from penstock.config import Settings, from_table
-from penstock.inbound.connection import Connection
-from penstock.inbound.server import Door
+from penstock.server.connection import Connection
+from penstock.server.worker import BoundListener
 from penstock.sink.connection import faulty
 from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
 from penstock.testing.dialog import Dialog, NotedFaults, NotedJournal
-from penstock.testing.inbox import Inbox
-from penstock.testing.parts import (
+from penstock.testing.helpers import (
     Authority,
     InboxDelivery,
     Users,
@@ -35,6 +34,7 @@ from penstock.testing.parts import (
     folder_for,
     kind_of_connection,
 )
+from penstock.testing.inbox import Inbox
 from penstock.testing.thread import WorkerThread
 
 _MOST_GRACE: Final = 20.0
@@ -69,10 +69,10 @@ def _settings_of(
     )
 
 
-def _place_of(door: Door) -> tuple[str, int]:
-    """Return the address and port of a door, or the path of a unix socket and 0."""
-    address, port = door.local_address
-    return (address, port) if address else (str(door.listener.getsockname()), 0)
+def _place_of(bound: BoundListener) -> tuple[str, int]:
+    """Return the address and port of a bound, or the path of a unix socket and 0."""
+    address, port = bound.local_address
+    return (address, port) if address else (str(bound.socket.getsockname()), 0)
 
 
 FaultPlan = PlanSettings | Mapping[str, Any] | str | Path
@@ -319,12 +319,12 @@ class SmtpServer:
                 self._journal,
                 lambda _lines: None,
                 kind=self._kind_of_connection(delivery),
-                given=Given(delivery, Users(self._users), self._policies),
+                given=Overrides(delivery, Users(self._users), self._policies),
             )
         except BaseException:
             self._remove_folder()
             raise
-        self._place = _place_of(parts.doors[0])
+        self._place = _place_of(parts.listeners[0])
         self._is_running = True
         self._thread.start(parts)
         if self._failure is not None:

@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from penstock.assemble import Parts
+from penstock.app import Server
 
 _STARTING: Final = 30.0
 """Seconds a start may take: it needs a few milliseconds."""
@@ -34,7 +34,7 @@ class WorkerThread:
         """Sessions may still end by themselves."""
         self._thread: threading.Thread | None = None
 
-    def start(self, parts: Parts) -> None:
+    def start(self, parts: Server) -> None:
         """Run the worker; return once it serves, or has failed."""
         name = f"penstock-test-server-{next(_numbers)}"
         self._thread = threading.Thread(target=self._run, args=(parts,), name=name, daemon=True)
@@ -66,18 +66,18 @@ class WorkerThread:
         self._is_patient = False
         self._session_ended.set()
 
-    def _run(self, parts: Parts) -> None:
+    def _run(self, parts: Server) -> None:
         """Be the thread."""
         try:
             trio.run(self._serve, parts)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, the test's thread has to hear of it
             self._failed(exc)
         finally:
-            for door in parts.doors:  # a worker does so itself, unless it fails before
-                door.listener.close()
+            for bound in parts.listeners:  # a worker does so itself, unless it fails before
+                bound.socket.close()
             self._ready.set()
 
-    async def _serve(self, parts: Parts) -> None:
+    async def _serve(self, parts: Server) -> None:
         self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             await nursery.start(parts.worker.run)

@@ -45,8 +45,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from penstock.sink.kept import KeptMessage, Shelf
-from penstock.sink.receipts import FaultControl, Receipts
 from penstock.sink.report import FaultCount, Report, Sample, encode
+from penstock.sink.statistics import FaultControl, Statistics
 from penstock.sink.web import mime
 from penstock.sink.web.guard import PART_POLICY, App, Guard, Receive, Scope, Send
 
@@ -128,7 +128,7 @@ class SinkApi:
 
     def __init__(
         self,
-        receipts: Receipts,
+        receipts: Statistics,
         *,
         shelf: Shelf | None = None,
         faults: FaultControl | None = None,
@@ -416,7 +416,7 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def make_app(
-    receipts: Receipts, *, shelf: Shelf | None = None, faults: FaultControl | None = None, token: str | None = None
+    receipts: Statistics, *, shelf: Shelf | None = None, faults: FaultControl | None = None, token: str | None = None
 ) -> App:
     """Return the ASGI application."""
     api = SinkApi(receipts, shelf=shelf, faults=faults)

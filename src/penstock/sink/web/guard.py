@@ -133,9 +133,9 @@ def _is_of(origin: str, host: str) -> bool:
         return False
 
 
-def _is_too_long(announced: str) -> bool:
+def _is_too_long(intercepted_verbs: str) -> bool:
     """Say whether a Content-Length is above the bound; what is no number is found out by reading."""
-    return announced.isdigit() and (len(announced) > 12 or int(announced) > MAX_BODY)
+    return intercepted_verbs.isdigit() and (len(intercepted_verbs) > 12 or int(intercepted_verbs) > MAX_BODY)
 
 
 async def _read(receive: Receive) -> bytes | None:

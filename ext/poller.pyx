@@ -1,0 +1,681 @@
+"""One edge-triggered epoll set for all plaintext sockets of a worker, and the few calls they need.
+
+Theory
+------
+trio's own waiting arms a socket anew for each wait: an epoll_ctl, a table of waiters, a cancel scope's worth of
+bookkeeping. A mail session waits four times for each message, so here a socket is registered once, edge-triggered, and
+its readiness is remembered in its `Watch`; that there is room to send is only asked for by those that had to wait once. Session tasks park with
+`trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for many
+sockets and wakes the tasks that wait for them.
+
+Waking a task costs more than most commands of a session do. So a task may leave a `Taker` with its Watch before it parks:
+plain functions that are called when octets have come, receive them, and return what is to be sent. The task sleeps on
+until a turn returns None, which means "wake me": something has to be awaited, or the conversation is over. The taker of a
+conversation that has not yet needed a task is woken in its place.
+What the turns of one `poll` have to say is sent at its end, back to back, so that a client process that serves many
+connections is woken once for all of them.
+
+A socket that is still being connected may leave a function in its Watch (`connected`): it is called once, when the
+socket has room for the first time, before the turn of what came with it.
+
+Listening sockets are in the set, too: a connection that a client opens costs no more than the turn it brings, and is
+greeted with all others that are answered then.
+
+A turn may also have to wait for something other than its socket, such as a disk. It marks its Watch as held, and nothing
+is received until somebody calls `resume`: then the next `poll` takes a turn without octets. A bell in the set, an
+eventfd, sees to it that there is a next `poll`; it is rung once for all that are resumed at a time.
+
+Rules
+-----
+1. An edge is told once. `is_readable` stays set until a receive finds nothing more; nothing but that clears it.
+2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
+   of a cancelled wait takes it out, too. What was readable stays readable for the next one.
+3. A turn that raises wakes its task with the exception. A task that was cancelled has no turn any more.
+4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, behind the others.
+5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes
+   somebody in vain, who receives nothing and waits again.
+6. Readiness of a held socket is noted, and nothing else: whoever resumes it finds what it has missed.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from penstock.metrics._session cimport Metrics
+
+from outcome import Error, Value
+import trio
+from trio.lowlevel import notify_closing, reschedule
+
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <sys/socket.h>
+    #include <time.h>
+    #define POLL_BATCH 128
+    static long long now(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return t.tv_sec * 1000000000LL + t.tv_nsec;
+    }
+    #if defined(__linux__)
+    #include <sys/epoll.h>
+    #include <sys/eventfd.h>
+    #include <sys/timerfd.h>
+    static int timer_create_in_a_file(void) { return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK); }
+    static int timer_set(int fd, long long at)
+    {
+        struct itimerspec when = {{0, 0}, {at / 1000000000LL, at % 1000000000LL}};
+        return timerfd_settime(fd, TFD_TIMER_ABSTIME, &when, NULL);
+    }
+    #define POLL_HAS_EPOLL 1
+    #else
+    /* Elsewhere streams wait with trio: there is no set, and only the calls on one socket are of use. */
+    #define POLL_HAS_EPOLL 0
+    #include <stdint.h>
+    #define SOCK_NONBLOCK 0
+    #define SOCK_CLOEXEC 0
+    enum { EFD_CLOEXEC, EFD_NONBLOCK };
+    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
+    #define EPOLLET (1u << 31)
+    struct epoll_event { uint32_t events; union { int fd; uint64_t u64; } data; };
+    static int epoll_create1(int flags) { (void)flags; errno = ENOSYS; return -1; }
+    static int epoll_ctl(int e, int op, int fd, struct epoll_event *v) { (void)e; (void)op; (void)fd; (void)v; return -1; }
+    static int epoll_wait(int e, struct epoll_event *v, int n, int t) { (void)e; (void)v; (void)n; (void)t; return -1; }
+    static int eventfd(unsigned count, int flags) { (void)count; (void)flags; return -1; }
+    static int timer_create_in_a_file(void) { errno = ENOSYS; return -1; }
+    static int timer_set(int fd, long long at) { (void)fd; (void)at; return -1; }
+    static int eventfd_write(int fd, uint64_t count) { (void)fd; (void)count; return -1; }
+    static int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
+    {
+        int sock = accept(fd, address, length);
+        (void)flags;
+        if (sock >= 0) {
+            fcntl(sock, F_SETFL, fcntl(sock, F_GETFL) | O_NONBLOCK);
+            fcntl(sock, F_SETFD, FD_CLOEXEC);
+        }
+        return sock;
+    }
+    #endif
+    #ifndef MSG_NOSIGNAL
+    #define MSG_NOSIGNAL 0
+    #endif
+    #ifndef MSG_MORE
+    #define MSG_MORE 0
+    #endif
+    """
+    struct epoll_data "union_data":
+        int fd
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data data
+    int64_t now() nogil
+    int epoll_create1(int flags) nogil
+    int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
+    int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
+    int eventfd(unsigned int count, int flags) nogil
+    int timer_create_in_a_file() nogil
+    int timer_set(int fd, int64_t at) nogil
+    int eventfd_write(int fd, uint64_t count) nogil
+    ctypedef unsigned int socklen_t
+    struct sockaddr:
+        uint16_t sa_family
+    struct sockaddr_storage:
+        uint16_t ss_family
+    int c_accept4 "accept4"(int fd, sockaddr *address, socklen_t *length, int flags) nogil
+    ssize_t c_recv "recv"(int fd, void *buffer, size_t size, int flags) nogil
+    ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags) nogil
+    int c_shutdown "shutdown"(int fd, int how) nogil
+    enum:
+        POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
+        EPOLLET, EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_MORE, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+
+cdef extern from "netinet/in.h" nogil:
+    struct in_addr:
+        pass
+    struct in6_addr:
+        pass
+    struct sockaddr_in:
+        uint16_t sin_port
+        in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_port
+        in6_addr sin6_addr
+    uint16_t ntohs(uint16_t port)
+
+cdef extern from "arpa/inet.h" nogil:
+    const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
+
+cdef extern from "unistd.h" nogil:
+    int c_close "close"(int fd)
+    ssize_t c_read "read"(int fd, void *buffer, size_t size)
+
+HAS_EPOLL = bool(POLL_HAS_EPOLL)
+SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
+
+cdef enum:
+    MOST_TIME = 1_000_000   # nanoseconds of a poll that wakes nobody, before trio has its turn
+    MOST_ACCEPTED = 64  # connections of a listener in a poll: more wait in the kernel while these have their turn
+    SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
+
+
+cdef class Taker:
+    """Takes the turns of a conversation. Whoever is compiled overrides the three below; others have three methods."""
+
+    cdef Py_ssize_t receive(self, int fd) except -2:
+        """Return the octets received, 0 at the end of the stream, -1 when there is nothing."""
+        return self.recv(fd)
+
+    cdef object take(self, Py_ssize_t received):
+        """Answer so many octets: return what is to be sent, None to be woken."""
+        return self._turn(received)
+
+    cdef bint wake(self, Py_ssize_t received, object failure) except -1:
+        """The turns have come to an end. Return whether there is a task to run now."""
+        return self._woken(received, failure)
+
+
+cdef class TurnsOfTask(Taker):
+    """What a task leaves behind, which is woken by itself."""
+
+    cdef object receiver
+    cdef object turn
+
+    def __init__(self, receiver not None, turn not None):
+        self.receiver = receiver
+        self.turn = turn
+
+    cdef Py_ssize_t receive(self, int fd) except -2:
+        return self.receiver.recv(fd)
+
+    cdef object take(self, Py_ssize_t received):
+        return self.turn(received)
+
+
+cdef class Watch:
+    """The readiness of one socket, and who waits for it."""
+
+    def __init__(self, int fd):
+        self.fd = fd
+        self.is_writable = True
+
+
+cdef class Poller:
+    """The epoll set."""
+
+    def __cinit__(self):
+        self.fd = -1
+        self.bell = -1
+
+    def __init__(self):
+        self.watches = {}
+        self.listeners = {}
+        self.again = []
+        self.resumed = []
+        self.fd = epoll_create1(EPOLL_CLOEXEC)
+        if self.fd < 0:
+            PyErr_SetFromErrno(OSError)
+        self.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.bell < 0:
+            c_close(self.fd)
+            PyErr_SetFromErrno(OSError)
+        self.control(EPOLL_CTL_ADD, self.bell, EPOLLIN | <uint32_t> EPOLLET)
+
+    def __len__(self):
+        return len(self.watches)
+
+    cdef int control(self, int what, int fd, unsigned int events) except -1:
+        cdef epoll_event event
+        event.events = events
+        event.data.u64 = 0
+        event.data.fd = fd
+        if epoll_ctl(self.fd, what, fd, &event) < 0:
+            PyErr_SetFromErrno(OSError)
+        return 0
+
+    cpdef Watch watch(self, int fd):
+        cdef Watch watch = Watch.__new__(Watch)
+        watch.fd = fd
+        watch.is_writable = True
+        self.control(EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET)
+        self.watches[fd] = watch
+        return watch
+
+    def look_for_room(self, Watch watch):
+        if not watch.looks_for_room:
+            # Told at once when there is room already: changing what is asked for looks anew (epoll_ctl(2)).
+            self.control(EPOLL_CTL_MOD, watch.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | <uint32_t> EPOLLET)
+            watch.looks_for_room = True
+
+    def listen(self, int fd, accepted not None, shortage not None):
+        self.control(EPOLL_CTL_ADD, fd, EPOLLIN)  # as long as somebody waits, not once: a batch may leave some
+        self.listeners[fd] = (accepted, shortage)
+
+    def ignore(self, int fd):
+        cdef epoll_event unused  # kernels before 2.6.9 wanted one
+        if self.listeners.pop(fd, None) is not None and self.fd >= 0:
+            epoll_ctl(self.fd, EPOLL_CTL_DEL, fd, &unused)  # one that was closed has left the set by itself
+
+    cpdef int forget(self, Watch watch) except -1:
+        # Closing the descriptor takes it out of the set by itself (epoll(7)).
+        if self.watches.get(watch.fd) is watch:
+            del self.watches[watch.fd]
+        return 0
+
+    cpdef int resume(self, Watch watch) except -1:
+        watch.is_held = False
+        watch.is_resumed = True
+        if self.fd < 0:
+            return 0
+        if not self.resumed:
+            eventfd_write(self.bell, 1)
+        self.resumed.append(watch)
+        return 0
+
+    def poll(self):
+        cdef int64_t end = now() + MOST_TIME
+        cdef int found
+        self.woken = False
+        while True:
+            if self.metrics is not None:
+                self.metrics.begin_round()
+            try:
+                found = self.poll_once()
+            finally:
+                if self.metrics is not None:
+                    self.metrics.end_round()
+            if found == 0 or self.woken or now() >= end:
+                return found
+
+    cdef int poll_once(self) except -1:
+        """Ask the kernel once, and see to what has become ready."""
+        cdef epoll_event events[POLL_BATCH]
+        cdef int found = epoll_wait(self.fd, events, POLL_BATCH, 0)
+        cdef int i
+        cdef uint32_t what
+        cdef Watch watch
+        cdef object known
+        cdef list said
+        cdef list again = self.again
+        cdef list resumed = self.resumed
+        if found < 0:
+            if errno == EINTR:
+                return 0
+            PyErr_SetFromErrno(OSError)
+        said = self.said = []
+        if resumed:
+            self.resumed = []
+            for watch in resumed:
+                if watch.taker is not None and watch.is_resumed:
+                    watch.is_resumed = False
+                    self.go_on(watch, 0, -1, said)
+        self.again = []
+        for watch in again:
+            if watch.taker is not None and watch.is_readable and not watch.is_held:
+                self.take_turn(watch, said)
+        for i in range(found):
+            known = self.watches.get(events[i].data.fd)
+            if known is None:
+                self.accept_some(events[i].data.fd)
+                continue
+            watch = <Watch> known
+            what = events[i].events
+            if watch.connected is not None and what & <uint32_t> EPOLLOUT and not what & <uint32_t> EPOLLERR:
+                known = watch.connected
+                watch.connected = None
+                known()
+            if what & <uint32_t> (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+                watch.is_readable = True
+                if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+                    watch.has_hung_up = True
+                if watch.is_held:
+                    pass
+                elif watch.taker is not None:
+                    self.take_turn(watch, said)
+                elif watch.reader is not None:
+                    known = watch.reader
+                    watch.reader = None
+                    self.woken = True
+                    reschedule(known)
+            if what & <uint32_t> (EPOLLOUT | EPOLLERR | EPOLLHUP):
+                watch.is_writable = True
+                if watch.writer is not None:
+                    known = watch.writer
+                    watch.writer = None
+                    self.woken = True
+                    reschedule(known)
+        self.said = None
+        if said:
+            self.send_all(said)
+        return found + len(again) + len(resumed)
+
+    cdef int accept_some(self, int fd) except -1:
+        """Accept from a listening socket, if it is one. A shortage of descriptors ends that."""
+        cdef object bound = self.listeners.get(fd)
+        cdef object accepted
+        cdef int i
+        if bound is None:
+            return 0
+        for i in range(MOST_ACCEPTED):
+            try:
+                accepted = accept(fd)
+            except OSError as exc:
+                if exc.errno in SHORTAGES:
+                    self.ignore(fd)
+                    bound[1](exc)
+                    return 0
+                continue  # any other error belongs to the one connection that was to be accepted (accept(2))
+            if accepted is None:
+                return 0
+            bound[0](*accepted)
+        return 0
+
+    cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1:
+        """End a wait for input: with what it has come to, or with what a receive or a turn has thrown."""
+        cdef object task = watch.reader
+        cdef Taker taker = watch.taker
+        watch.reader = None
+        watch.taker = None
+        if task is not None:
+            self.woken = True
+            reschedule(task, Value(received) if failure is None else Error(failure))
+        elif taker.wake(received, failure):
+            self.woken = True
+        return 0
+
+    cdef int take_turn(self, Watch watch, list said) except -1:
+        """Receive for somebody, and let the turn answer."""
+        cdef Py_ssize_t received
+        try:
+            received = watch.taker.receive(watch.fd)
+        except BaseException as exc:
+            self.wake_reader(watch, -1, exc)
+            return 0
+        if received < SHORT and not watch.has_hung_up:
+            watch.is_readable = False
+        if received < 0:
+            watch.is_readable = False
+        elif received == 0:
+            self.wake_reader(watch, 0, None)
+        else:
+            self.go_on(watch, received, received, said)
+        return 0
+
+    cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list said) except -1:
+        """Let a turn answer. When it has to be awaited instead, `outcome` is what its wait has come to."""
+        cdef object answer
+        try:
+            answer = watch.taker.take(received)
+        except BaseException as exc:
+            self.wake_reader(watch, -1, exc)
+            return 0
+        if answer is None:
+            self.wake_reader(watch, outcome, None)
+        else:
+            if answer:
+                said.append(watch)
+                said.append(answer)
+            if watch.is_readable and not watch.is_held:
+                self.again.append(watch)
+        return 0
+
+    cdef int send_all(self, list said) except -1:
+        """Send what the turns had to say. A task whose socket does not take all of it is woken to see to the rest."""
+        cdef Py_ssize_t i, size
+        cdef ssize_t sent
+        cdef Watch watch
+        cdef bytes answer
+        for i in range(0, len(said), 2):
+            watch = <Watch> said[i]
+            answer = <bytes> said[i + 1]
+            if watch.taker is None:
+                continue
+            size = len(answer)
+            sent = c_send(watch.fd, <char *> answer, size, MSG_NOSIGNAL)
+            if sent == size:
+                continue
+            # Full, or broken: sending the rest will tell which.
+            watch.is_writable = sent < 0 and errno != EAGAIN
+            watch.unsent = answer[max(sent, 0):]
+            self.wake_reader(watch, -1, None)
+        return 0
+
+    def close(self):
+        if self.fd >= 0:
+            c_close(self.fd)
+            c_close(self.bell)
+            self.fd = self.bell = -1
+
+
+cdef class SocketCore:
+    """What `penstock.net.stream.SocketStream` does without waiting."""
+
+    def __init__(self, int fd, Poller poller=None):
+        self._fd = fd
+        self._poller = poller
+        self._watch = None if poller is None else poller.watch(fd)
+
+    # ---- sending
+
+    cpdef Py_ssize_t send_nowait(self, data) except -1:
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        return self.send_some(data, 0)
+
+    def _send(self, data, Py_ssize_t start):
+        return self.send_some(data, start)
+
+    cdef Py_ssize_t send_some(self, data, Py_ssize_t start) except -1:
+        cdef Py_ssize_t sent
+        if self._fd < 0:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self._eof_sent:
+            raise trio.ClosedResourceError("the end of this stream was sent")
+        try:
+            sent = send_octets(self._fd, data, start, MSG_NOSIGNAL)
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
+        if sent >= 0:
+            return sent
+        if self._watch is not None:
+            self._watch.is_writable = False
+        return 0
+
+    cpdef int send_and_close_nowait(self, bytes data) except -1:
+        try:
+            if data and self._fd >= 0:
+                send_octets(self._fd, data, 0, MSG_NOSIGNAL | MSG_MORE)
+        except OSError:
+            pass  # the peer has left: there is nobody to tell
+        finally:
+            self.close_nowait()
+        return 0
+
+    # ---- turns
+
+    cpdef int attend_alone(self, Taker taker, bytes said=b"") except -1:
+        cdef Watch watch = self._watch
+        if watch is None or watch.is_readable:
+            raise RuntimeError("only a new stream on a poller is attended without a task")
+        watch.taker = taker
+        if not said:
+            return 0
+        if self._poller.said is not None:
+            self._poller.said.append(watch)
+            self._poller.said.append(said)
+        else:
+            self.send_some(said, 0)  # a new socket takes a line
+        return 0
+
+    def nudge(self):
+        cdef Watch watch = self._watch
+        cdef Taker taker
+        cdef object task
+        if watch is None or watch.taker is None:
+            return
+        task, taker = watch.reader, watch.taker
+        watch.reader = watch.taker = None
+        if task is not None:
+            reschedule(task, Value(-1))
+        else:
+            taker.wake(-1, None)
+
+    cpdef int hold(self) except -1:
+        if self._watch is None:
+            raise RuntimeError("only a stream on a poller can be held")
+        self._watch.is_held = True
+        return 0
+
+    # ---- closing
+
+    cpdef int close_nowait(self) except -1:
+        cdef int fd = self._fd
+        cdef Watch watch = self._watch
+        if fd < 0:
+            return 0
+        self._fd = -1
+        if watch is None:
+            notify_closing(fd)
+        else:
+            self._poller.forget(watch)
+            if watch.reader is not None:
+                reschedule(watch.reader)  # it will find the stream closed
+            if watch.writer is not None:
+                reschedule(watch.writer)
+            watch.reader = watch.writer = watch.taker = watch.connected = None
+        c_close(fd)
+        return 0
+
+
+cdef class Timer:
+    """A timer of the kernel behind a descriptor (timerfd_create(2)): trio's own clock has steps of a millisecond."""
+
+    cdef readonly int fd
+
+    def __cinit__(self):
+        self.fd = timer_create_in_a_file()
+        if self.fd < 0:
+            PyErr_SetFromErrno(OSError)
+
+    def set(self, int64_t at):
+        if timer_set(self.fd, max(at, 1)) < 0:  # 0 would stop it
+            PyErr_SetFromErrno(OSError)
+
+    def recv(self, int fd, Py_ssize_t octets=8):
+        cdef uint64_t count
+        return c_read(fd, &count, sizeof(count))
+
+    def close(self):
+        if self.fd >= 0:
+            c_close(self.fd)
+            self.fd = -1
+
+
+cdef str dotted(const unsigned char *octets):
+    """Return an IPv4 address as text. inet_ntop prints it with sprintf, at ten times the price."""
+    cdef char[16] text
+    cdef int at = 0, i
+    for i in range(4):
+        if i:
+            text[at] = c'.'
+            at += 1
+        if octets[i] >= 100:
+            text[at] = c'0' + octets[i] // 100
+            at += 1
+        if octets[i] >= 10:
+            text[at] = c'0' + octets[i] // 10 % 10
+            at += 1
+        text[at] = c'0' + octets[i] % 10
+        at += 1
+    return text[:at].decode("ascii")
+
+
+def accept(int fd):
+    cdef sockaddr_storage address
+    cdef socklen_t length = sizeof(address)
+    cdef char text[64]
+    cdef int sock
+    while True:
+        length = sizeof(address)
+        sock = c_accept4(fd, <sockaddr *> &address, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if sock >= 0:
+            break
+        if errno == EAGAIN:
+            return None
+        if errno != EINTR and errno != ECONNABORTED:
+            PyErr_SetFromErrno(OSError)
+    if address.ss_family == AF_INET:
+        return sock, dotted(<unsigned char *> &(<sockaddr_in *> &address).sin_addr), ntohs(
+            (<sockaddr_in *> &address).sin_port
+        )
+    if address.ss_family == AF_INET6:
+        inet_ntop(AF_INET6, &(<sockaddr_in6 *> &address).sin6_addr, text, sizeof(text))
+        return sock, text.decode("ascii"), ntohs((<sockaddr_in6 *> &address).sin6_port)
+    return sock, "", 0
+
+
+def send(int fd, data not None, Py_ssize_t start=0):
+    return send_octets(fd, data, start, MSG_NOSIGNAL)
+
+
+cdef ssize_t send_octets(int fd, data, Py_ssize_t start, int flags) except -2:
+    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full."""
+    cdef Py_buffer view
+    cdef ssize_t n
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if start < 0 or start > view.len:
+            raise ValueError("start lies outside of the data")
+        while True:
+            n = c_send(fd, <char *> view.buf + start, view.len - start, flags)
+            if n >= 0:
+                return n
+            if errno == EAGAIN:
+                return -1
+            if errno != EINTR:
+                PyErr_SetFromErrno(OSError)
+    finally:
+        PyBuffer_Release(&view)
+
+
+def recv(int fd, Py_ssize_t octets):
+    cdef bytes data
+    cdef ssize_t n
+    cdef char small[4096]
+    if octets < 1:
+        raise ValueError("octets is at least 1")
+    if octets <= <Py_ssize_t> sizeof(small):
+        while True:
+            n = c_recv(fd, small, octets, 0)
+            if n >= 0:
+                return PyBytes_FromStringAndSize(small, n)
+            if errno == EAGAIN:
+                return None
+            if errno != EINTR:
+                PyErr_SetFromErrno(OSError)
+    data = PyBytes_FromStringAndSize(NULL, octets)
+    while True:
+        n = c_recv(fd, <char *> data, octets, 0)
+        if n == octets:
+            return data
+        if n >= 0:
+            return data[:n]
+        if errno == EAGAIN:
+            return None
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+
+
+def close(int fd):
+    c_close(fd)
+
+
+def shutdown(int fd):
+    if c_shutdown(fd, SHUT_WR) < 0:
+        PyErr_SetFromErrno(OSError)

@@ -1,0 +1,184 @@
+"""What the compiled poller shows. The theory stands at the top of ext/poll.pyx."""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from trio.lowlevel import Task
+from typing_extensions import Buffer
+
+from penstock.metrics._session import Metrics
+
+HAS_EPOLL: Final[bool]
+"""There is an epoll on this platform; without it a `Poller` can not be made."""
+
+SHORTAGES: Final[frozenset[int]]
+"""The errors of `accept` that say that there are too few descriptors, or too little memory, for now."""
+
+class Receiver(Protocol):
+    """What octets are received into: the compiled wire."""
+
+    def recv(self, fd: int, octets: int = ..., /) -> int:
+        """Return the octets received, 0 at the end of the stream, -1 when there is nothing. Raise OSError."""
+
+class Taker:
+    """Takes the turns of a conversation.
+
+    A class that inherits it has three methods, which the poller calls:
+
+    recv(fd)            receives for the next turn, as a `Receiver` does
+    _turn(received)     answers so many octets: returns what is to be sent, b"" for nothing, None to be woken
+    _woken(received, failure)   sees to the end of the turns, and says whether there is a task to run now. They came to
+                        an end with the octets received last, 0 at the end of the stream, -1 when something is unsent
+                        or it was nudged, or with what was thrown. Must not raise.
+    """
+
+class TurnsOfTask(Taker):
+    """The taker that a task leaves behind, which is woken by itself."""
+
+    def __init__(self, receiver: Receiver, turn: Callable[[int], bytes | None]) -> None:
+        """Receive into the receiver, and let `turn` answer."""
+
+class Watch:
+    """The readiness of one socket, and who waits for it."""
+
+    def __init__(self, fd: int) -> None:
+        """Watch a descriptor that is taken for writable and not for readable."""
+    @property
+    def fd(self) -> int:
+        """The descriptor."""
+    is_readable: bool
+    """There was an edge, and no receive has found nothing since: receive before you wait."""
+    is_writable: bool
+    """No send has found the socket full since the last edge."""
+    has_hung_up: bool
+    """The peer has closed, or the connection broke: receive until you find the end."""
+    is_held: bool
+    """The turn waits for something other than the socket: nothing is received, and nobody woken, until `resume`."""
+    is_resumed: bool
+    """That has come: a turn without octets is due."""
+    reader: Task | None
+    """The task to wake when the socket becomes readable."""
+    writer: Task | None
+    """The task to wake when the socket becomes writable."""
+    taker: Taker | None
+    """Who takes turns, in place of waking `reader`; where there is a `reader`, it is woken when the turns end.
+
+    The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
+    """
+    connected: Callable[[], object] | None
+    """Called once when the socket has room, before the turn of what came with it; must not raise.
+
+    Wants `look_for_room`.
+    """
+    unsent: bytes | None
+    """What the socket did not take of the answer of a turn."""
+
+class Poller:
+    """The epoll set of a worker."""
+
+    def __init__(self) -> None:
+        """Raise OSError when there are no descriptors left."""
+    @property
+    def fd(self) -> int:
+        """The descriptor of the set: readable when `poll` has something to do."""
+    metrics: Metrics | None
+    """Told of each round, whose begin and end are the clocks of all meters; None when nobody counts."""
+    def __len__(self) -> int:
+        """Return how many sockets are watched."""
+    def watch(self, fd: int) -> Watch:
+        """Register a non-blocking socket, once. Raise OSError."""
+    def look_for_room(self, watch: Watch) -> None:
+        """Have `is_writable` set, and `writer` woken, when a full socket has room again. Raise OSError."""
+    def listen(
+        self, fd: int, accepted: Callable[[int, str, int], object], shortage: Callable[[OSError], object]
+    ) -> None:
+        """Accept the connections of a listening socket in `poll`, up to 64 at a time.
+
+        `accepted` gets what `accept` returns and must not raise. When descriptors run out, the socket is ignored from
+        then on and `shortage` gets the error. Raise OSError.
+        """
+    def ignore(self, fd: int) -> None:
+        """Accept no more connections of a listening socket; do nothing for one that is ignored already."""
+    def forget(self, watch: Watch) -> None:
+        """Let go of a socket that is about to be closed."""
+    def resume(self, watch: Watch) -> None:
+        """Let the next `poll` take a turn without octets for a held socket, and see to it that there is one.
+
+        To be called in the thread of `poll`, between turns or within the turn of another socket.
+        """
+    def poll(self) -> int:
+        """See to the sockets that have become ready: take their turns, or wake their tasks.
+
+        Asks the kernel again, for up to a millisecond, until nothing is ready or a task was woken. Return 0 when
+        nothing is.
+        """
+    def close(self) -> None:
+        """Close the set."""
+
+class SocketCore:
+    """What `penstock.net.stream.SocketStream` does without waiting."""
+
+    _fd: int
+    """-1 when it is closed."""
+    _poller: Poller | None
+    _watch: Watch | None
+    _receiving: bool
+    _sending: bool
+    _eof_sent: bool
+    _turns: int
+    """Receives since the last wait."""
+    def __init__(self, fd: int, poller: Poller | None = None) -> None:
+        """Take over a non-blocking socket. Raise OSError when it can not be watched."""
+    def attend_alone(self, taker: Taker, said: bytes = b"") -> None:
+        """Do what `SocketStream.attend` does, but without a task: the taker is woken. For a new stream on a poller.
+
+        `said` is sent before: at the end of the poll that is under way, otherwise at once. It has to be short.
+        Raise BrokenResourceError when the connection is lost already.
+
+        When it is woken with -1, `take_unsent` may have something to send.
+        """
+    def nudge(self) -> None:
+        """Wake who sleeps in `attend` or was left alone: -1 is what it hears. Otherwise do nothing."""
+    def hold(self) -> None:
+        """Receive nothing until `resume`: for a turn that waits for something else. What it returns is sent."""
+    def send_nowait(self, data: Buffer) -> int:
+        """Send what the socket takes at once. Return how many octets that were, perhaps none.
+
+        Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here.
+        """
+    def send_and_close_nowait(self, data: bytes) -> None:
+        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
+    def close_nowait(self) -> None:
+        """Close the socket; whoever waits on it gets ClosedResourceError."""
+    def _send(self, data: Buffer, start: int) -> int:
+        """Send from `start` on what the socket takes, as `send_nowait` does."""
+
+class Timer:
+    """A timer of the kernel, to be watched like a socket: readable once its time has come. It is its own receiver."""
+
+    def __init__(self) -> None:
+        """Raise OSError when there are no descriptors left."""
+    @property
+    def fd(self) -> int:
+        """The descriptor, -1 when it was closed."""
+    def set(self, at: int) -> None:
+        """Have it go off at a time of `time.perf_counter_ns`, at once when that has passed, instead of at another."""
+    def recv(self, fd: int, octets: int = ..., /) -> int:
+        """Take note that it went off: 8; -1 when it did not."""
+    def close(self) -> None:
+        """Close the descriptor, once the poller has forgotten it."""
+
+def accept(fd: int, /) -> tuple[int, str, int] | None:
+    """Accept a connection: descriptor (non-blocking), IP address ("" for a unix socket) and port; None for none."""
+
+def send(fd: int, data: Buffer, start: int = 0) -> int:
+    """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError."""
+
+def recv(fd: int, octets: int) -> bytes | None:
+    """Receive up to so many octets: b"" at the end of the stream, None when there is nothing. Raise OSError."""
+
+def close(fd: int) -> None:
+    """Close a descriptor."""
+
+def shutdown(fd: int) -> None:
+    """Tell the peer that nothing more comes. Raise OSError."""

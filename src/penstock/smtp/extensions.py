@@ -1,0 +1,148 @@
+"""What a listener offers to its clients: the EHLO keywords and the limits of the language.
+
+One `Extensions` a listener, made at the start; the answers to EHLO are encoded once for each state that changes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated
+
+import msgspec
+
+
+class ExtensionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The extensions of a listener: all are offered unless switched off."""
+
+    pipelining: Annotated[bool, msgspec.Meta(description="PIPELINING (RFC 2920)")] = True
+    eightbitmime: Annotated[bool, msgspec.Meta(description="8BITMIME (RFC 6152)")] = True
+    smtputf8: Annotated[bool, msgspec.Meta(description="SMTPUTF8 (RFC 6531)")] = True
+    enhancedstatuscodes: Annotated[
+        bool, msgspec.Meta(description="ENHANCEDSTATUSCODES (RFC 2034); replies have the codes either way")
+    ] = True
+    chunking: Annotated[bool, msgspec.Meta(description="CHUNKING: BDAT (RFC 3030)")] = True
+    binarymime: Annotated[bool, msgspec.Meta(description="BINARYMIME (RFC 3030); only with CHUNKING")] = True
+    dsn: Annotated[bool, msgspec.Meta(description="DSN (RFC 3461)")] = True
+    requiretls: Annotated[bool, msgspec.Meta(description="REQUIRETLS inside TLS (RFC 8689)")] = True
+    expn: Annotated[bool, msgspec.Meta(description="EXPN answers 252; without it 502 (RFC 5321 3.5)")] = True
+
+
+@dataclass(frozen=True)
+class Extensions:
+    """The constants of a listener's language."""
+
+    hostname: str = "localhost"
+    """The name in the greeting and in the answer to EHLO (RFC 5321 4.1.1.1)."""
+    is_lmtp: bool = False
+    """LHLO in place of EHLO, and a reply for each recipient at the end of the data (RFC 2033)."""
+    max_size: int = 26_214_400
+    """SIZE: the octets a message may have (RFC 1870); 0 is no limit."""
+    max_recipients: int = 1000
+    """LIMITS RCPTMAX: recipients of a transaction (RFC 9422); at least 100 (RFC 5321 4.5.3.1.8)."""
+    max_messages: int = 0
+    """LIMITS MAILMAX: transactions of a connection (RFC 9422); 0 is no limit, and then it is not offered."""
+    max_errors: int = 20
+    """Commands answered with 5yz before the session ends with 421 4.7.0."""
+    max_unknown: int = 50
+    """Recipients refused with 5yz before the session ends with 421 4.7.0."""
+    max_auth_failures: int = 3
+    """Failed authentications before the session ends with 421 4.7.0."""
+    starttls: bool = False
+    """STARTTLS is offered until TLS is active (RFC 3207)."""
+    require_tls: bool = False
+    """Nothing but EHLO, STARTTLS, NOOP, RSET, HELP and QUIT before TLS: 530 5.7.0."""
+    require_auth: bool = False
+    """No MAIL before AUTH: 530 5.7.0."""
+    mechanisms: tuple[str, ...] = ()
+    """AUTH mechanisms of the listener, in the order they are offered; () is no AUTH."""
+    auth_without_tls: bool = False
+    """Offer mechanisms that send a password in the clear without TLS, too (RFC 4954 4 forbids it by default)."""
+    pipelining: bool = True
+    eightbitmime: bool = True
+    smtputf8: bool = True
+    enhancedstatuscodes: bool = True
+    chunking: bool = True
+    binarymime: bool = True
+    dsn: bool = True
+    requiretls: bool = True
+    """REQUIRETLS is offered inside TLS (RFC 8689)."""
+    can_verify: bool = False
+    """VRFY is put to the driver instead of being answered with 252."""
+    can_expand: bool = False
+    """EXPN is put to the driver instead of being answered with 252."""
+    expn: bool = True
+    """EXPN is known; without it the answer is 502."""
+    _answers: dict[tuple[bool, bool], bytes] = field(default_factory=dict, repr=False, compare=False)
+
+    def mechanisms_for(self, *, tls: bool) -> tuple[str, ...]:
+        """Return the mechanisms offered with or without TLS.
+
+        Without TLS those that send a password in the clear are left out, and so is -PLUS, which has no channel to bind.
+        """
+        if tls:
+            return self.mechanisms
+        return tuple(
+            m
+            for m in self.mechanisms
+            if not m.endswith("-PLUS") and (self.auth_without_tls or m not in CLEARTEXT_MECHANISMS)
+        )
+
+    def keywords(self, *, tls: bool, authenticated: bool) -> list[str]:
+        """Return the EHLO lines behind the hostname for a state of the connection."""
+        lines = []
+        if self.pipelining:
+            lines.append("PIPELINING")  # RFC 2920
+        lines.append(f"SIZE {self.max_size}" if self.max_size else "SIZE")  # RFC 1870
+        if self.eightbitmime:
+            lines.append("8BITMIME")  # RFC 6152
+        if self.smtputf8:
+            lines.append("SMTPUTF8")  # RFC 6531
+        if self.enhancedstatuscodes:
+            lines.append("ENHANCEDSTATUSCODES")  # RFC 2034
+        if self.chunking:
+            lines.append("CHUNKING")  # RFC 3030
+            if self.binarymime:
+                lines.append("BINARYMIME")  # RFC 3030 3: only with CHUNKING
+        if self.dsn:
+            lines.append("DSN")  # RFC 3461
+        if self.starttls and not tls:
+            lines.append("STARTTLS")  # RFC 3207 4.2: not once TLS is active
+        if tls and self.requiretls:
+            lines.append("REQUIRETLS")  # RFC 8689 2: only inside TLS
+        mechanisms = self.mechanisms_for(tls=tls)
+        if mechanisms and not authenticated:
+            lines.append("AUTH " + " ".join(mechanisms))  # RFC 4954 3
+        lines.append(self._limits)
+        lines.append("HELP")
+        return lines
+
+    @cached_property
+    def _limits(self) -> str:
+        """The LIMITS keyword (RFC 9422 3)."""
+        mailmax = f" MAILMAX={self.max_messages}" if self.max_messages else ""
+        return f"LIMITS RCPTMAX={self.max_recipients}{mailmax}"
+
+    def ehlo_answer(self, *, tls: bool, authenticated: bool) -> bytes:
+        """Return the encoded 250 to EHLO or LHLO (RFC 5321 4.1.1.1), made once for each state."""
+        state = (tls, authenticated)
+        answer = self._answers.get(state)
+        if answer is None:
+            lines = [self.hostname, *self.keywords(tls=tls, authenticated=authenticated)]
+            answer = "".join(f"250-{line}\r\n" for line in lines[:-1]).encode() + f"250 {lines[-1]}\r\n".encode()
+            self._answers[state] = answer
+        return answer
+
+    @cached_property
+    def greeting(self) -> bytes:
+        """The encoded 220 (RFC 5321 4.2)."""
+        return f"220 {self.hostname} {'LMTP' if self.is_lmtp else 'ESMTP'} Penstock\r\n".encode()
+
+    @cached_property
+    def helo_answer(self) -> bytes:
+        """The encoded 250 to HELO."""
+        return f"250 {self.hostname}\r\n".encode()
+
+
+CLEARTEXT_MECHANISMS = frozenset({"PLAIN", "LOGIN"})
+"""Mechanisms that hand the password to whoever listens."""

@@ -1,0 +1,153 @@
+"""What a test's server is put together of, beside what every server has."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import shutil
+import ssl
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import scramp
+import trio
+
+from penstock.message import Message, MessageId
+from penstock.reply import Reply
+from penstock.server.connection import Connection
+from penstock.sink.certificates import Certificates
+from penstock.smtp.sasl import ScramKeys
+from penstock.testing.dialog import Dialog, NotedSession
+from penstock.testing.inbox import Inbox, received
+from penstock.transaction import Transaction
+
+_NAMES: Final = ("localhost", "127.0.0.1", "::1")
+
+
+class Authority:
+    """A certificate authority, and the certificate it has made for the servers on this machine."""
+
+    def __init__(self, folder: Path, names: Sequence[str] = _NAMES) -> None:
+        """Make both, and put them into a folder that nobody else uses. Raise OSError.
+
+        `names` are the host names and addresses that clients call the server by.
+        """
+        self.certificates: Final = Certificates(names)
+        """The authority itself, which also signs what a fault of TLS shows."""
+        self.certificates.put(folder)
+        self.ca_file: Final = folder / "ca.pem"
+        """The authority as a PEM file: what clients have to trust."""
+        self.certificate: Final = folder / "server.pem"
+        """Chain and key of the server, in one PEM file."""
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """Return a new context for a client that trusts this authority and no other, and checks the host name."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(self.ca_file)
+        return context
+
+
+def folder_for(owner: object) -> tuple[Path, Callable[[], object]]:
+    """Make a folder that lives as long as its owner, or until what is returned beside it is called.
+
+    A child of this process (os.fork) has a copy of the owner, whose end must not take the folder away.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="penstock-test-"))
+    return folder, weakref.finalize(owner, _remove, folder, os.getpid())
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_authority_lock = threading.Lock()
+_authority: Authority | None = None
+
+
+def authority_of_process() -> Authority:
+    """Return the authority that servers of this process have in common, made when it is first asked for."""
+    global _authority  # noqa: PLW0603 - made once a process: certificates cost more than servers
+    with _authority_lock:
+        if _authority is None:
+            folder, _ = folder_for(authority_of_process)
+            _authority = Authority(folder)
+        return _authority
+
+
+class Users:
+    """The authenticator of a test: passwords are compared, not hashed (penstock.auth.base)."""
+
+    def __init__(self, users: Mapping[str, str]) -> None:
+        self._passwords = dict(users)
+        self._keys: dict[str, ScramKeys] = {}
+        self._secret = os.urandom(32)
+
+    async def verify(self, name: str, password: str) -> bool:
+        """Say whether the password is that user's."""
+        await trio.lowlevel.checkpoint()
+        known = self._passwords.get(name)
+        return known is not None and hmac.compare_digest(known.encode(), password.encode())
+
+    def scram_keys(self, name: str) -> ScramKeys:
+        """Return the keys of a user; for an unknown one, keys that no password fits."""
+        if name not in self._passwords:
+            invented = [hmac.digest(self._secret, text + name.encode(), hashlib.sha256) for text in (b"1", b"2", b"3")]
+            return ScramKeys(invented[0][:16], invented[1], invented[2], 4096)
+        if name not in self._keys:
+            mechanism = scramp.ScramMechanism("SCRAM-SHA-256")
+            self._keys[name] = ScramKeys(*mechanism.make_auth_info(self._passwords[name], iteration_count=4096))
+        return self._keys[name]
+
+
+class InboxDelivery:
+    """The delivery into an inbox (penstock.delivery.base). Its 250 promises that the test can see the message."""
+
+    needs_body = True
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self.arriving: dict[MessageId, Transaction] = {}
+        """The transactions of messages on their way here: what came with them beside the envelope."""
+
+    async def start(self) -> None:
+        """Do nothing."""
+
+    async def accept(self, message: Message) -> Reply:
+        """Put the message in the inbox, or refuse it with 452 when that is full."""
+        return self._inbox.put(received(message, self.arriving[message.id]))
+
+    async def aclose(self) -> None:
+        """Do nothing."""
+
+
+def kind_of_connection(delivery: InboxDelivery, dialog: Dialog, ended: Callable[[], None]) -> type[Connection]:
+    """Return what the sockets of a server become: connections whose dialog is noted and whose messages are known.
+
+    `ended` is called when one has come to its end.
+    """
+
+    class NotedConnection(Connection):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            self._session = NotedSession(self._listener.offer, self._wire, self._transaction, dialog, self.number)
+
+        async def _take(self, message: Message) -> Reply:
+            delivery.arriving[message.id] = self._transaction
+            try:
+                return await super()._take(message)
+            finally:
+                del delivery.arriving[message.id]
+
+        def _end(self, cause: str) -> None:
+            if not self._session.has_quit:
+                dialog.note(self.number, "--", cause)
+            super()._end(cause)
+            ended()
+
+    return NotedConnection

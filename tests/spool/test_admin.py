@@ -1,0 +1,276 @@
+"""The operator's admin: looking at the spool and putting it in order, while a server has it and while none has."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from click.testing import CliRunner
+
+from penstock.cli.main import main
+from penstock.message import Body
+from penstock.spool import admin as admin_module
+from penstock.spool.admin import Filter, QueueAdmin
+from penstock.spool.admins import QueueAdmins
+from penstock.spool.entry import Outcome
+from penstock.spool.store import SpoolError
+from tests.contracts.delivery import make_message
+from tests.spool.test_spool import NOW, opened, settled, take_all
+
+
+async def fill(folder: Path) -> list[str]:
+    """Put three messages: one due, one deferred, one to two recipients of which one is being attempted."""
+    ids = []
+    async with opened(folder) as spool:
+        for recipients, sender in (
+            (("a@x.org",), "s@example.com"),
+            (("b@y.org",), ""),
+            (("c@x.org", "d@z.org"), "s@o"),
+        ):
+            message = make_message(b"Subject: one\r\n\r\nbody\r\n", recipients=recipients, sender=sender)
+            ids.append(str(message.id))
+            await spool.put(message, [to.partition("@")[2] for to in recipients])
+        (entry,) = await spool.take("y.org", NOW, 10, 1 << 20)
+        await spool.settle(settled(entry, Outcome.DEFERRED, "451 not now", NOW + 100))
+        await spool.take("z.org", NOW, 10, 1 << 20)
+    return ids
+
+
+def found(folder: Path, **what: object) -> list[str]:
+    with QueueAdmin.opened(folder, lambda: NOW) as admin:
+        return [to.address for message in admin.find(Filter(**what), 0) for to in message.recipients]  # type: ignore[arg-type]
+
+
+async def test_filters_find_what_they_say(tmp_path: Path) -> None:
+    ids = await fill(tmp_path)
+    assert found(tmp_path) == ["a@x.org", "b@y.org", "c@x.org", "d@z.org"]
+    assert found(tmp_path, ids=(ids[0], ids[2])) == ["a@x.org", "c@x.org", "d@z.org"]
+    assert found(tmp_path, sender="S@EXAMPLE.*") == ["a@x.org"]
+    assert found(tmp_path, sender="<>") == ["b@y.org"]
+    assert found(tmp_path, recipient="?@x.org") == ["a@x.org", "c@x.org"]
+    assert found(tmp_path, domain="X.org") == ["a@x.org", "c@x.org"]
+    assert found(tmp_path, state="attempting") == ["d@z.org"]
+    assert found(tmp_path, older=NOW + 1) == []
+    assert found(tmp_path, newer=NOW + 1) == ["a@x.org", "b@y.org", "c@x.org", "d@z.org"]
+
+
+async def test_a_limit_counts_messages(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert len(list(admin.find(Filter(), 2))) == 2
+        assert len(list(admin.find(Filter(), 3))) == 3
+
+
+async def test_retried_recipients_are_due_for_a_server_that_runs(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with opened(tmp_path) as spool:
+        assert {entry.lane for entry in await take_all(spool)} == {"x.org", "z.org"}
+        with QueueAdmin.opened(tmp_path, lambda: NOW) as admin:
+            assert admin.retry(Filter(domain="y.org")) == 1
+            assert admin.retry(Filter(domain="x.org")) == 0, "what is being attempted is left alone"
+        assert [entry.lane for entry in await take_all(spool)] == ["y.org"]
+
+
+async def test_the_server_hears_what_the_operator_has_asked_for_and_when(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with opened(tmp_path) as spool:
+        assert [entry.asked_at for entry in await take_all(spool)] == [0, 0, 0]
+        with QueueAdmin.opened(tmp_path, lambda: NOW - 5) as admin:
+            assert admin.retry(Filter()) == 1
+            (waiting,) = [to for message in admin.find(Filter(state="due"), 0) for to in message.recipients]
+            assert waiting.due_at == NOW - 5
+            assert admin.stats().due == 1
+        (entry,) = await take_all(spool)
+        assert entry.asked_at == NOW - 5
+        await spool.settle(settled(entry, Outcome.DEFERRED, "451 not now", NOW + 100))
+        with QueueAdmin.opened(tmp_path, lambda: NOW + 1) as admin:
+            assert (admin.hold(Filter()), admin.release(Filter())) == (1, 1)
+        assert [entry.asked_at for entry in await take_all(spool, NOW + 1)] == [NOW + 1]
+
+
+async def test_filters_know_the_case_of_all_letters(tmp_path: Path) -> None:
+    addresses = ("Ö@ü.test", "ö@Ü.test", "o@x.test")
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x", recipients=addresses, sender="Å@ß.test"), ["l"] * 3)
+    for word in addresses[:2]:
+        assert found(tmp_path, recipient=word) == list(addresses[:2])
+        assert found(tmp_path, domain=word[2:]) == list(addresses[:2])
+    for sender in ("Å@ß.test", "å@*"):
+        assert found(tmp_path, sender=sender) == list(addresses)
+    assert found(tmp_path, domain="\u0130.test") == [], "a letter that is two when it is small"
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert admin.hold(Filter(recipient="Ö@*")) == 2
+        assert admin.drop(Filter(domain="Ü.test")) == 2
+
+
+async def test_held_recipients_wait_for_their_release(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    with QueueAdmin.opened(tmp_path, lambda: NOW) as admin:
+        assert admin.hold(Filter(domain="x.org")) == 2
+    async with opened(tmp_path) as spool:
+        assert {entry.lane for entry in await take_all(spool)} == {"z.org"}
+        with QueueAdmin.opened(tmp_path, lambda: NOW) as admin:
+            assert admin.release(Filter(recipient="c@*")) == 1
+        assert [str(to) for entry in await take_all(spool) for to in entry.envelope.recipients] == ["c@x.org"]
+    assert found(tmp_path, state="held") == ["a@x.org"]
+
+
+async def test_dropped_recipients_leave_with_their_message_and_its_file(tmp_path: Path) -> None:
+    async with opened(tmp_path, body_in_file=1) as spool:
+        await spool.put(make_message(b"x" * 100, recipients=("a@x", "b@y")), ["x", "y"])
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert admin.drop(Filter(domain="x")) == 1
+        assert [message.recipients[0].address for message in admin.find(Filter(), 0)] == ["b@y"]
+        assert admin.drop(Filter()) == 1
+        assert list(admin.find(Filter(), 0)) == []
+        assert list(admin.check()) == []
+    assert [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()] == []
+
+
+async def test_what_a_server_attempts_is_not_dropped(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x"), ["x"], is_taken=True)
+        with QueueAdmin.opened(tmp_path) as admin:
+            assert admin.drop(Filter()) == 0
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert admin.drop(Filter()) == 1
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 100])
+async def test_what_is_read_and_changed_a_part_at_a_time_is_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    monkeypatch.setattr(admin_module, "_PAGE", page)
+    monkeypatch.setattr(admin_module, "_SLICE", page)
+    monkeypatch.setattr(admin_module, "_PAUSE", 0)
+    await fill(tmp_path)
+    assert found(tmp_path) == ["a@x.org", "b@y.org", "c@x.org", "d@z.org"]
+    async with opened(tmp_path) as spool:
+        await take_all(spool)
+        with QueueAdmin.opened(tmp_path, lambda: NOW) as admin:
+            await spool.put(make_message(b"x", recipients=("e@x.org", "f@x.org", "g@y.org")), ["x.org"] * 2 + ["y.org"])
+            assert admin.hold(Filter()) == 4, "and not what is being attempted"
+            assert await take_all(spool) == []
+            assert admin.release(Filter()) == 4
+            assert sorted(entry.lane for entry in await take_all(spool)) == ["x.org", "y.org", "y.org"]
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert admin.drop(Filter(domain="x.org")) == 4
+        assert admin.drop(Filter()) == 3
+        assert admin.stats().messages == 0
+
+
+async def test_a_domain_is_no_pattern(tmp_path: Path) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x", recipients=("a@[192.0.2.1]", "b@1", "c@sub.x.org")), ["l"] * 3)
+    assert found(tmp_path, domain="[192.0.2.1]") == ["a@[192.0.2.1]"]
+    assert found(tmp_path, domain="x.org") == []
+
+
+async def test_a_whole_spool_is_found_whole_and_a_broken_one_broken(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with opened(tmp_path, body_in_file=1) as spool:
+        await spool.put(make_message(b"x" * 100), ["x"])
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert list(admin.check()) == []
+    (file,) = [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()]
+    file.write_bytes(b"short")
+    with sqlite3.connect(tmp_path / "spool.db") as database:
+        database.execute("DELETE FROM message WHERE number = 1")
+        database.execute("UPDATE lane SET due_at = NULL")
+    database.close()
+    with QueueAdmin.opened(tmp_path) as admin:
+        wrong = "\n".join(admin.check())
+    assert "5 octets in place of 100" in wrong
+    assert "recipients without a message: 1" in wrong
+    assert "found due too late" in wrong
+
+
+def test_there_has_to_be_a_spool(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="there is no spool"), QueueAdmin.opened(tmp_path):
+        pass
+
+
+# ---- the command
+
+
+def run(folder: Path, *words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["spool", words[0], "--data", str(folder), *words[1:]])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+async def test_the_command_line_shows_and_changes(tmp_path: Path) -> None:
+    ids = await fill(tmp_path / "spool")
+    assert "<b@y.org> due, 1 attempts" in run(tmp_path, "list")
+    listed = json.loads(run(tmp_path, "list", "--json", "--state", "attempting"))
+    assert [message["id"] for message in listed] == [ids[2]]
+    assert listed[0]["recipients"][0]["address"] == "d@z.org"
+    assert "Subject: one" in run(tmp_path, "show", ids[0])
+    assert run(tmp_path, "show", ids[0], "--body") == "Received: by test\nSubject: one\n\nbody\n"
+    assert json.loads(run(tmp_path, "show", ids[1], "--json"))["header"][1] == ["Subject", "one"]
+    assert run(tmp_path, "hold", "--domain", "x.org") == "2 recipients are held\n"
+    assert json.loads(run(tmp_path, "stats", "--json"))["held"] == 2
+    assert "are held" in run(tmp_path, "stats")
+    assert run(tmp_path, "release", "--all") == "2 recipients are due now\n"
+    assert run(tmp_path, "retry", ids[1]) == "1 recipients are due now\n"
+    assert "whole" in run(tmp_path, "check")
+    assert run(tmp_path, "drop", "--all", "--yes") == "4 recipients were dropped\n"
+
+
+async def test_a_message_that_is_delivered_while_it_is_shown_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = await fill(tmp_path / "spool")
+    read = QueueAdmins.text
+
+    def read_and_lose(desks: QueueAdmins, message_id: str) -> tuple[bytes, Body]:
+        found = read(desks, message_id)
+        desks.drop(Filter(ids=(message_id,)))
+        return found
+
+    monkeypatch.setattr(QueueAdmins, "text", read_and_lose)
+    assert f"Error: there is no message {ids[0]}; " in run(tmp_path, "show", ids[0], code=1)
+    message = make_message(b"x" * 100)
+    async with opened(tmp_path / "spool", body_in_file=1) as spool:
+        await spool.put(message, ["x"])
+    for words in ((), ("--body",)):
+        async with opened(tmp_path / "spool", body_in_file=1) as spool:
+            await spool.put(message, ["x"])
+        assert f"Error: there is no message {message.id}; " in run(tmp_path, "show", message.id, *words, code=1)
+
+
+async def test_a_header_in_utf_8_is_shown_as_it_is(tmp_path: Path) -> None:
+    message = make_message("Subject: Grüße, \U0001f4e8\r\nX-Latin: ".encode() + b"\xfc\r\n\r\n")
+    async with opened(tmp_path / "spool") as spool:
+        await spool.put(message, ["x"])
+    assert "\nSubject: Grüße, \U0001f4e8\nX-Latin: \ufffd\n" in run(tmp_path, "show", message.id)
+    header = json.loads(run(tmp_path, "show", message.id, "--json"))["header"]
+    assert header[1:] == [["Subject", "Grüße, \U0001f4e8"], ["X-Latin", "\ufffd"]]
+
+
+@pytest.mark.parametrize("word", ["list", "show", "body", "stats", "check"])
+async def test_an_output_that_takes_nothing_costs_one_line_and_a_closed_pipe_none(tmp_path: Path, word: str) -> None:
+    ids = await fill(tmp_path / "spool")
+    words = {"show": ["show", ids[0]], "body": ["show", "--body", ids[0]]}.get(word, [word])
+    command = [sys.executable, "-m", "penstock", "spool", *words, "--data", str(tmp_path)]
+    reading, pipe = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for output, said in ((pipe, b""), (full, b"Error: [Errno 28] No space left on device\n")):
+        ended = await trio.run_process(command, stdout=output, capture_stderr=True, check=False)
+        os.close(output)
+        assert (ended.returncode, ended.stderr) == (1, said)
+
+
+async def test_the_command_line_refuses_what_would_be_a_mistake(tmp_path: Path) -> None:
+    await fill(tmp_path / "spool")
+    assert "say --all" in run(tmp_path, "drop", "--yes", code=2)
+    assert "30s, 10m" in run(tmp_path, "list", "--older", "soon", code=2)
+    assert "no message" in run(tmp_path, "show", "NOSUCH", code=1)
+    assert "there is no spool" in run(tmp_path / "elsewhere", "stats", code=1)
+    assert "Aborted" in run(tmp_path, "drop", "--all", code=1)
