@@ -34,6 +34,7 @@ setup(
     ext_modules=cythonize(
         [
             extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
+            extension("penstock.smtp._grammar", "grammar.pyx"),
             extension("penstock.smtp._session", "session.pyx"),
             extension("penstock.net._poller", "poller.pyx"),
             extension("penstock.server._turns", "turns.pyx"),

@@ -15,7 +15,8 @@ from time import monotonic
 from penstock.metrics._session cimport SessionMetrics, Metrics
 from penstock._transaction cimport TransactionCore
 from penstock.net._poller cimport Poller, SocketCore, Taker
-from penstock.smtp._session cimport SessionCore, of_type
+from penstock.smtp._grammar cimport of_type
+from penstock.smtp._session cimport SessionCore
 from penstock.smtp._wire cimport Wire
 
 from outcome import Error, Value

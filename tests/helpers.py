@@ -21,8 +21,9 @@ from penstock.policy.pipeline import Pipeline
 from penstock.reply import DISK_FULL, Reply
 from penstock.server._turns import Host
 from penstock.server.body import BodySettings, MemoryBudget
+from penstock.server.domains import Domains
 from penstock.server.limits import Admission, AdmissionSettings, AuthThrottle
-from penstock.server.listener import Domains, Listener
+from penstock.server.listener import Listener
 from penstock.smtp.sasl import ChannelBinding, ScramKeys
 from penstock.transaction import Peer
 

@@ -14,7 +14,7 @@ from penstock.metrics import _histogram
 from penstock.metrics import _session as _metrics
 from penstock.net import _poller
 from penstock.server import _turns
-from penstock.smtp import _session, _wire
+from penstock.smtp import _grammar, _session, _wire
 
 SOURCE = Path(__file__).parent.parent / "src" / "penstock"
 
@@ -49,9 +49,10 @@ BORROWED = {
         "Value", "close", "monotonic", "replies",
     },
     "net/_poller.pyi": {"reschedule", "notify_closing", "trio", "Value", "Error"},
+    "smtp/_grammar.pyi": {"NO_PARAMETERS", "Mail", "MailParameters", "Path", "Rcpt", "Recipient", "Reply", "replies"},
     "smtp/_session.pyi": {
-        "ARGUMENT_LIMIT", "CLOSED", "NEED_DATA", "NO_PARAMETERS", "BeginData", "BodyChunk", "EndOfMessage", "Mail",
-        "MailParameters", "Path", "Quit", "Rcpt", "Recipient", "Reply", "State", "replies",
+        "ARGUMENT_LIMIT", "BAD_RECIPIENT", "CLOSED", "NEED_DATA", "NO_PARAMETERS", "BeginData", "BodyChunk",
+        "EndOfMessage", "Mail", "Quit", "Rcpt", "State", "replies",
     },
 }  # fmt: skip
 """What compiled modules import from elsewhere."""
@@ -138,6 +139,7 @@ def test_no_async_code_is_compiled() -> None:
     ("module", "stub"),
     [
         (_wire, "smtp/_wire.pyi"),
+        (_grammar, "smtp/_grammar.pyi"),
         (_session, "smtp/_session.pyi"),
         (_poller, "net/_poller.pyi"),
         (_turns, "server/_turns.pyi"),

@@ -38,8 +38,9 @@ from penstock.relay.route import Routes
 from penstock.relay.scheduler import Scheduler
 from penstock.server.body import BodySettings, MemoryBudget
 from penstock.server.connection import Connection
+from penstock.server.domains import Domains
 from penstock.server.limits import Admission, AuthThrottle, Sweeper
-from penstock.server.listener import Domains, Listener
+from penstock.server.listener import Listener
 from penstock.server.passing import PassingConnection
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions

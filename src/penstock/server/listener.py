@@ -18,6 +18,7 @@ from penstock.message import MessageIds, Path
 from penstock.metrics._session import Metrics
 from penstock.policy.pipeline import Pipeline
 from penstock.server.body import BodySettings, MemoryBudget
+from penstock.server.domains import Domains
 from penstock.server.limits import AuthThrottle, LimitSettings
 from penstock.smtp._session import AUTO_ACCEPT_HELLO, AUTO_ACCEPT_MAIL, AUTO_ACCEPT_QUIT, AUTO_ACCEPT_RCPT
 from penstock.smtp._wire import Wire
@@ -67,17 +68,6 @@ class WireSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             reject=[name for name, rule in rules.items() if rule == "reject"],
             normalize=[name for name, rule in rules.items() if rule == "normalize"],
         )
-
-
-class Domains:
-    """The domains a listener takes mail for. An entry with a leading dot stands for all names below it."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._exact = frozenset(name.lower() for name in names if not name.startswith("."))
-        self._below = tuple(name.lower() for name in names if name.startswith("."))
-
-    def __contains__(self, domain: str) -> bool:
-        return domain in self._exact or domain.endswith(self._below)
 
 
 def _is_in(peer: Peer, networks: Sequence[Network]) -> bool:

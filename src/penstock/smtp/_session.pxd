@@ -5,9 +5,6 @@ from penstock._transaction cimport TransactionCore
 from penstock.smtp._wire cimport Wire
 
 
-cdef object of_type(object type, tuple items)
-
-
 cdef class SessionCore:
     cdef readonly object offer
     cdef readonly Wire wire

@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 from penstock.metrics._session import SessionMetrics
 from penstock.reply import Reply
 from penstock.smtp._wire import Wire
-from penstock.smtp.events import Event, Mail, Rcpt
+from penstock.smtp.events import Event
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.states import Rules, State, Table
 from penstock.transaction import Transaction
@@ -22,15 +22,6 @@ AUTO_ACCEPT_QUIT: Final = 8
 
 SENDS: Final = -1
 """What an observer is called with when what it finds in the out-buffer is about to be sent."""
-
-BAD_SENDER: Final[Reply]
-BAD_RECIPIENT: Final[Reply]
-
-def plain_mail(argument: bytes, esmtp: bool, eightbitmime: bool, max_size: int) -> Mail | Reply | None:
-    """Read a plain `FROM:<dot-string@domain> SIZE=n BODY=...`; None is for what is not plain."""
-
-def plain_rcpt(argument: bytes) -> Rcpt | Reply | None:
-    """Read a plain `TO:<dot-string@domain>`; None is for what is not plain."""
 
 class SessionCore:
     """The state of a session and its commonest path. What is not plain it leaves to ServerSession."""

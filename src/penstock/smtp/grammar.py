@@ -17,7 +17,7 @@ import idna
 from penstock import reply as replies
 from penstock.message import NO_PARAMETERS, NULL_PATH, MailParameters, Path, Recipient
 from penstock.reply import Reply
-from penstock.smtp._session import BAD_RECIPIENT, BAD_SENDER, plain_mail, plain_rcpt
+from penstock.smtp._grammar import BAD_RECIPIENT, BAD_SENDER, plain_mail, plain_rcpt
 from penstock.smtp.events import Mail, Rcpt
 from penstock.smtp.extensions import Extensions
 

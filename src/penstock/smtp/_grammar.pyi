@@ -1,0 +1,15 @@
+"""The plain form of the arguments of EHLO, MAIL and RCPT. The source is ext/grammar.pyx."""
+
+from typing import Final
+
+from penstock.reply import Reply
+from penstock.smtp.events import Mail, Rcpt
+
+BAD_SENDER: Final[Reply]
+BAD_RECIPIENT: Final[Reply]
+
+def plain_mail(argument: bytes, esmtp: bool, eightbitmime: bool, max_size: int) -> Mail | Reply | None:
+    """Read a plain `FROM:<dot-string@domain> SIZE=n BODY=...`; None is for what is not plain."""
+
+def plain_rcpt(argument: bytes) -> Rcpt | Reply | None:
+    """Read a plain `TO:<dot-string@domain>`; None is for what is not plain."""
