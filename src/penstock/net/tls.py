@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
+import trio
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -154,6 +155,71 @@ class TlsLayer:
             raise ssl.SSLEOFError("the peer has left in the handshake")
 
     def decrypt_into(self, feed: Callable[[bytes], None]) -> bool:
+        """Decrypt what was received. Return False when the peer has ended TLS. Raise ssl.SSLError."""
+        try:
+            while data := self.object.read(_READ):
+                feed(data)
+        except ssl.SSLWantReadError:
+            return True
+        except ssl.SSLZeroReturnError:
+            return False
+        return False
+
+    def encrypt(self, data: bytes) -> bytes:
+        """Return what has to be sent for some data, perhaps none, and for TLS itself. Raise ssl.SSLError."""
+        if data:
+            self.object.write(data)
+        return self._outgoing.read()
+
+    def end(self) -> bytes:
+        """Return the close_notify that tells the peer that this was all (RFC 8446 6.1)."""
+        with suppress(ssl.SSLError):
+            self.object.unwrap()
+        return self._outgoing.read()
+
+
+class TlsTurns:
+    """TLS of a connection, for turns that do not await: the finished `trio.SSLStream`, borrowed.
+
+    The handshake is `SSLStream.do_handshake`, and whatever is awaited goes through the stream. A turn (the pump of a
+    server connection, the turns of a client) uses the same SSLObject between the same two memory BIOs with plain
+    calls: received octets go in, what is to be sent comes out. The stream itself must not be used while turns are
+    taken, and the other way round; both leave the objects in a consistent state between two calls.
+    """
+
+    __slots__ = ("_incoming", "_outgoing", "object")
+
+    def __init__(self, ssl_object: ssl.SSLObject, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+        """Use `TlsTurns.of`."""
+        self.object = ssl_object
+        self._incoming = incoming
+        self._outgoing = outgoing
+
+    @classmethod
+    def of(cls, stream: trio.SSLStream[trio.abc.Stream]) -> tuple[TlsTurns, bytes] | None:
+        """Borrow the parts of a stream whose handshake is done, with what it has not sent yet.
+
+        After a TLS 1.3 handshake a server's SSLStream holds back the session tickets until its next send; they are
+        returned here and have to be sent first. None: this version of trio has no such attributes, so that the public
+        methods of the stream have to be used for everything.
+        """
+        try:
+            # The one place that knows private attributes of trio (checked with 0.27 to 0.31).
+            parts = stream._ssl_object, stream._incoming, stream._outgoing  # noqa: SLF001
+            delayed, stream._delayed_outgoing = stream._delayed_outgoing or b"", None  # noqa: SLF001
+        except AttributeError:
+            return None
+        return cls(*parts), delayed
+
+    def recv(self, fd: int, octets: int = _READ, /) -> int:
+        """Receive encrypted octets from a socket; see `Wire.recv`."""
+        data = _poller.recv(fd, octets)
+        if data is None:
+            return -1
+        self._incoming.write(data)
+        return len(data)
+
+    def decrypt_into(self, feed: Callable[[bytes], object]) -> bool:
         """Decrypt what was received. Return False when the peer has ended TLS. Raise ssl.SSLError."""
         try:
             while data := self.object.read(_READ):
