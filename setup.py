@@ -30,20 +30,28 @@ def extension(name: str, source: str, *headers: str) -> Extension:
     )
 
 
+def python_module(name: str) -> Extension:
+    """Describe a module that is compiled from plain Python, with the C types of the .pxd beside it."""
+    module = extension(name, "")
+    module.sources = [f"src/{name.replace('.', '/')}.py"]
+    return module
+
+
 setup(
     ext_modules=cythonize(
         [
             extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
             extension("penstock.smtp._grammar", "grammar.pyx"),
-            extension("penstock.smtp._session", "session.pyx"),
             extension("penstock.net._poller", "poller.pyx"),
-            extension("penstock.server._turns", "turns.pyx"),
+            extension("penstock.server._pump", "pump.pyx"),
             extension("penstock.metrics._histogram", "histogram.pyx"),
             extension("penstock._journal", "journal.pyx"),
-            extension("penstock._transaction", "transaction.pyx"),
             extension("penstock.metrics._session", "metrics.pyx"),
+            python_module("penstock.transaction"),
+            python_module("penstock.smtp.server"),
         ],
         force=has_new_declarations(),
+        build_dir="build/cython",
         include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd
         compiler_directives={
             "language_level": 3,
@@ -52,6 +60,7 @@ setup(
             "initializedcheck": False,
             "linetrace": False,
             "embedsignature": False,
+            "annotation_typing": False,  # the .pxd has the types; annotations are for readers and mypy
         },
     ),
 )

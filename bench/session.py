@@ -34,54 +34,25 @@ from penstock.net.tls import TlsSettings
 from penstock.reply import Reply
 from penstock.server.listener import Listener
 from penstock.server.worker import Worker
+from penstock.transaction import Transaction
 
 _TAKEN = Reply(250, "2.0.0", "Ok: taken")
 _MOST = 0.10
 """What the journal may add to a message."""
 
 
-class Awaited:
-    """Takes each message, with its body, in a coroutine."""
+class Awaited(Delivery):
+    """Accepts each message, with its body, in a coroutine that never waits."""
 
-    needs_body = True
-
-    async def start(self) -> None:
-        """Nothing to open."""
-
-    async def accept(self, _: Message) -> Reply:
-        """Take it."""
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
+        """Accept it."""
         return _TAKEN
-
-    async def aclose(self) -> None:
-        """Nothing to close."""
-
-
-class Later(Awaited):
-    """Takes each message, with its body, and answers all of a round of trio at its end."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Callable[[Reply], None]] = []
-        self._token: trio.lowlevel.TrioToken | None = None
-
-    def accept_later(self, _: Message, done: Callable[[Reply], None]) -> None:
-        """Take it."""
-        if self._token is None:
-            self._token = trio.lowlevel.current_trio_token()
-        if not self._waiting:
-            self._token.run_sync_soon(self._settle)
-        self._waiting.append(done)
-
-    def _settle(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for done in waiting:
-            done(_TAKEN)
 
 
 KINDS: dict[str, tuple[Callable[[], Delivery], JournalSettings]] = {
     "discarded": (DiscardDelivery, JournalSettings(events="none")),
     "journaled": (DiscardDelivery, JournalSettings()),
     "awaited": (Awaited, JournalSettings(events="none")),
-    "answered later": (Later, JournalSettings(events="none")),
 }
 
 

@@ -174,7 +174,7 @@ def plain_rcpt(bytes argument not None):
     return of_type(rcpt_type, (recipient,))
 
 
-cdef object plain_recipient(bytes argument):
+cpdef object plain_recipient(bytes argument):
     """Read what follows RCPT, when it is plain. Return the recipient, the refusal of one that is too long, or None."""
     cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
     cdef size_t stop = PyBytes_GET_SIZE(argument)
@@ -190,7 +190,7 @@ cdef object plain_recipient(bytes argument):
     return of_type(recipient_type, (path, None, None))
 
 
-cdef object plain_hello(bytes argument):
+cpdef object plain_hello(bytes argument):
     """Return the name behind EHLO, when it is one that everybody takes: printable and not too long; else None."""
     cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
     cdef size_t size = PyBytes_GET_SIZE(argument), i

@@ -125,7 +125,7 @@ def connected(str stamp not None, long long session, str address not None, str l
 
 def disconnected(
     str stamp not None, long long session, str address not None, long long messages, long long errors,
-    long long octets, double seconds
+    long long octets, double seconds, str cause not None
 ):
     cdef char buffer[LINE_OCTETS]
     cdef Line line
@@ -137,6 +137,9 @@ def disconnected(
     put(&line, b',"octets":', 10)
     put_number(&line, octets)
     put_seconds(&line, seconds)
+    put(&line, b',"cause":"', 10)
+    put_text(&line, cause)
+    put(&line, b'"', 1)
     return finished(&line, buffer)
 
 

@@ -57,7 +57,7 @@ cdef extern from *:
     #include <sys/socket.h>
     #include <time.h>
     #define POLL_BATCH 128
-    static long long now(void)
+    static long long clock_ns(void)
     {
         struct timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
@@ -115,7 +115,7 @@ cdef extern from *:
     struct epoll_event:
         uint32_t events
         epoll_data data
-    int64_t now() nogil
+    int64_t clock_ns() noexcept nogil
     int epoll_create1(int flags) nogil
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
@@ -155,6 +155,11 @@ cdef extern from "arpa/inet.h" nogil:
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     ssize_t c_read "read"(int fd, void *buffer, size_t size)
+
+cdef int64_t now() noexcept nogil:
+    """Return the monotonic clock in nanoseconds."""
+    return clock_ns()
+
 
 HAS_EPOLL = bool(POLL_HAS_EPOLL)
 SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
@@ -317,7 +322,12 @@ cdef class Poller:
                     self.go_on(watch, 0, -1, said)
         self.again = []
         for watch in again:
-            if watch.taker is not None and watch.is_readable and not watch.is_held:
+            if watch.taker is None:
+                continue
+            if watch.taker.wants_turn:
+                watch.taker.wants_turn = False
+                self.go_on(watch, 0, -1, said)
+            elif watch.is_readable and not watch.is_held:
                 self.take_turn(watch, said)
         for i in range(found):
             known = self.watches.get(events[i].data.fd)
@@ -421,7 +431,7 @@ cdef class Poller:
             if answer:
                 said.append(watch)
                 said.append(answer)
-            if watch.is_readable and not watch.is_held:
+            if watch.taker.wants_turn or (watch.is_readable and not watch.is_held):
                 self.again.append(watch)
         return 0
 

@@ -295,10 +295,7 @@ cdef class Wire:
                 return -1
             PyErr_SetFromErrno(OSError)
 
-    def rest(self):
-        self.settle()
-
-    cdef void settle(self) noexcept:
+    cpdef void rest(self) noexcept:
         """Do what `rest` does, for compiled callers."""
         global in_use
         cdef size_t waiting = self.end - self.begin
@@ -370,10 +367,7 @@ cdef class Wire:
 
     # ---- output
 
-    def next(self):
-        return self.step()
-
-    cdef int step(self) except -1:
+    cpdef int next(self) except -1:
         """Do what `next` does, for compiled callers."""
         if self.mode == M_TEXT:
             return self.next_text()

@@ -19,32 +19,28 @@ from penstock.message import Message, MessageIds
 from penstock.policy.hooks import HookSettings
 from penstock.policy.pipeline import Pipeline
 from penstock.reply import DISK_FULL, Reply
-from penstock.server._turns import Host
 from penstock.server.body import BodySettings, MemoryBudget
+from penstock.server.connection import Connection
 from penstock.server.domains import Domains
 from penstock.server.limits import Admission, AdmissionSettings, AuthThrottle
 from penstock.server.listener import Listener
 from penstock.smtp.sasl import ChannelBinding, ScramKeys
-from penstock.transaction import Peer
+from penstock.transaction import Peer, Transaction
 
 PEER = Peer("192.0.2.1", 12345, "192.0.2.25", 25)
+TRANSACTION = Transaction(PEER)
+"""For deliveries that look at nothing of it."""
 
 
 @dataclass
-class Recorder:
+class Recorder(Delivery):
     """A delivery that keeps what it got, as texts; or refuses, or breaks."""
 
     kind: str = "keep"
     needs_body: bool = True
     delivered: list[dict[str, str]] = field(default_factory=list)
 
-    async def start(self) -> None:
-        """Nothing to open."""
-
-    async def aclose(self) -> None:
-        """Nothing to close."""
-
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
         if self.kind == "full":
             return DISK_FULL
         if self.kind == "broken":
@@ -79,17 +75,22 @@ class Alice:
         return ScramKeys(b"0123456789abcdef", b"s" * 32, name.encode().ljust(32)[:32], 4096)
 
 
-class Room(Host):
-    """A worker with room for everybody."""
+class FakeWorker:
+    """A worker that admits all clients (penstock.server.connection.Host)."""
 
     def __init__(self) -> None:
-        super().__init__(set(), Admission(AdmissionSettings()))
+        self.connections: set[Connection] = set()
+        self.admission = Admission(AdmissionSettings())
+        self.is_stopping = False
 
-    def ended(self) -> None:
-        pass
+    def admit(self, peer: Peer) -> Reply | None:
+        return self.admission.admit(peer.network)
 
-    def spawn(self, connection: object, woken: object) -> None:
-        raise AssertionError("a connection of these tests has its task from the start")
+    def release(self, peer: Peer) -> None:
+        self.admission.release(peer.network)
+
+    def ended(self, connection: Connection) -> None:
+        self.connections.discard(connection)
 
 
 def listener_of(

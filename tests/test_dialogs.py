@@ -18,7 +18,7 @@ from penstock.reply import Reply
 from penstock.server.connection import Connection
 from penstock.transaction import Peer, Transaction
 from tests.dialog import SPLITTERS, Client, Splitter, octet_by_octet, play, read_dialog
-from tests.helpers import PEER, Recorder, Room, listener_of
+from tests.helpers import PEER, FakeWorker, Recorder, listener_of
 
 DIALOGS = sorted((Path(__file__).parent / "dialogs").glob("*.smtp"))
 
@@ -88,7 +88,7 @@ async def test_dialog(
     hook = settings.pop("hooks", None)
     listener = listener_of(settings, delivery, tmp_path, tls=server_tls, policies=[HOOKS[hook]()] if hook else [])
     client_end, server_end = trio.testing.memory_stream_pair()
-    connection = Connection(server_end, PEER, listener, Room())
+    connection = Connection(server_end, PEER, listener, FakeWorker())
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)
@@ -117,7 +117,7 @@ async def test_dialog_on_a_socket(
             poller = Poller() if way == "poller" else None
             if poller is not None:
                 nursery.start_soon(watch_sockets, poller)
-            connection = Connection(SocketStream.of(left, poller), PEER, listener, Room())
+            connection = Connection(SocketStream.of(left, poller), PEER, listener, FakeWorker())
             client_end = SocketStream.of(right)
             nursery.start_soon(connection.run)
             await play(dialog, Client(client_end, client_tls, SPLITTERS["whole"]), delivery.delivered)

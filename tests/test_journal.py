@@ -39,7 +39,7 @@ def fill(journal: Journal, text: str) -> None:
         raise ValueError(text)
     except ValueError as exc:
         journal.error(1, "connection", exc)
-    journal.disconnected(1, PEER, 1, 0, 100, 0.5)
+    journal.disconnected(1, PEER, 1, 0, 100, 0.5, "QUIT")
     journal.stopping(3)
     journal.stopped()
 
@@ -99,7 +99,7 @@ def test_a_compiled_line_is_the_line_of_the_long_way(text: str, count: int, seco
             for reply in (OK, OK.because(text), Reply(354, None, "Go")):
                 journal.accepted(1, peer, MessageId("A"), sender, [Recipient(path(text))] * count, 3, reply)
         journal.accepted(1, peer, MessageId("A"), path("a@b"), [Recipient(path("c@d"))] * count, 3, OK)
-        journal.disconnected(1, peer, 1, 0, 100, seconds)
+        journal.disconnected(1, peer, 1, 0, 100, seconds, "QUIT")
         lines.append([json.loads(line) for line in journal.drain().splitlines()])
     for compiled, general in zip(*lines, strict=True):
         assert general.pop("proxy") == "192.0.2.9"

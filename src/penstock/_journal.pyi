@@ -9,7 +9,7 @@ def connected(stamp: str, session: int, address: str, listener: str) -> bytes | 
     """Return the line of a client that was let in."""
 
 def disconnected(
-    stamp: str, session: int, address: str, messages: int, errors: int, octets: int, seconds: float
+    stamp: str, session: int, address: str, messages: int, errors: int, octets: int, seconds: float, cause: str
 ) -> bytes | None:
     """Return the line of a session that is over."""
 

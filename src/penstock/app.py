@@ -1,20 +1,32 @@
-"""The only file where concrete parts meet: settings in, a worker out. Read it from top to bottom."""
+"""The one place where concrete parts are assembled, started and stopped. Read it from top to bottom.
+
+    server = assemble(settings, ...)      binds the sockets, starts nothing
+    await nursery.start(server.run)       starts: delivery, relay, worker; stops them in the other order
+
+`open_server` and `serve` are the same for programs that embed a server; the command line, the worker processes and the
+test server use `assemble` and `Server.run` themselves.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 import ssl
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import trio
+
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.auth.users import UsersAuthenticator, UsersFile
-from penstock.config import DeliverySettings, ListenerSettings, Settings
-from penstock.delivery.base import Delivery, Streams
+from penstock.config import DeliverySettings, ListenerSettings, Settings, check
+from penstock.delivery.base import Delivery
+from penstock.delivery.custom import load_delivery
 from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery
 from penstock.delivery.passthrough import PassthroughDelivery
@@ -22,7 +34,7 @@ from penstock.delivery.spool import SpoolDelivery
 from penstock.journal import Journal, JournalSettings
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
-from penstock.net.listen import ListenAddress, bind
+from penstock.net.listen import ListenAddress, bind, name_of
 from penstock.net.resolver import Resolver
 from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
@@ -37,16 +49,38 @@ from penstock.relay.pool import Pool
 from penstock.relay.route import Routes
 from penstock.relay.scheduler import Scheduler
 from penstock.server.body import BodySettings, MemoryBudget
-from penstock.server.connection import Connection
+from penstock.server.connection import Component
+from penstock.server.deadlines import Sweeper
 from penstock.server.domains import Domains
-from penstock.server.limits import Admission, AuthThrottle, Sweeper
+from penstock.server.limits import Admission, AuthThrottle
 from penstock.server.listener import Listener
-from penstock.server.passing import PassingConnection
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
 from penstock.spool.diskspace import Room
 from penstock.spool.spool import Spool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overrides:
+    """Parts that the caller brings along, in place of those the settings name, or beside them."""
+
+    delivery: Delivery | None = None
+    authenticator: Authenticator | None = None
+    """Of the listeners that have AUTH."""
+    policies: Sequence[object] = ()
+    """Asked after those of the settings."""
+    metrics: Metrics | None = None
+    """What counts the replies and the latencies of all sessions."""
+    components: Sequence[Component] = ()
+    """Called with each new connection: fault injection, and whatever else observes connections."""
+    ended: Callable[[], None] | None = None
+    """Called whenever a connection has ended."""
+    sockets: Sequence[Sequence[socket.socket]] | None = None
+    """Listening sockets that others have bound: those of each listener, in the order of the settings."""
+
+
+NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +98,103 @@ class Shared:
     budget: MemoryBudget
     ids: MessageIds
     metrics: Metrics | None = None
+    components: Sequence[Component] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Server:
-    """A worker, and what its starter wants to know of it."""
+    """An assembled server: everything that one process runs."""
 
     worker: Worker
     delivery: Delivery
     listeners: Sequence[BoundListener]
     ca_file: Path | None
-    """The authority of a generated certificate: what clients have to trust."""
+    """The authority of a generated certificate, which clients have to trust."""
     gateway: Gateway | None = None
-    """What runs behind the delivery, where that is the spool."""
+    """The spool and the relay, where the delivery has them."""
+    _over: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens, in the form of `listener.address`."""
+        return [name_of(bound.socket) for bound in self.listeners]
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Start the parts in their order, serve until `stop`, and stop them in the other order.
+
+        `started` once clients can connect. Raise OSError, sqlite3.Error or SpoolError when a part cannot start.
+        """
+        async with trio.open_nursery() as nursery:
+            await self.delivery.start()
+            if self.gateway is not None:
+                await nursery.start(self.gateway.run)
+            try:
+                await self.worker.run(task_status=task_status)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self.delivery.aclose()
+            if self.gateway is not None:
+                self.gateway.stop()
+
+    def stop(self) -> None:
+        """Accept no more clients; let messages that are being received arrive, and relay transactions end."""
+        self.worker.stop()
+
+    def abort(self) -> None:
+        """End at once. What was accepted is safe, and attempts that are cut are made again after the next start."""
+        self.worker.abort()
+        if self.gateway is not None:
+            self.gateway.abort()
+
+    def close(self) -> None:
+        """Close the sockets of a server that does not run."""
+        for bound in self.listeners:
+            bound.socket.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Overrides:
-    """Server that the starter brings along, in the place of those the settings name."""
+@asynccontextmanager
+async def open_server(
+    settings: Settings, *, overrides: Overrides = NO_OVERRIDES, allow_open: bool = False
+) -> AsyncIterator[Server]:
+    """Run a server in the caller's trio loop for the length of an `async with`; it accepts clients inside.
 
-    delivery: Delivery | None = None
-    authenticator: Authenticator | None = None
-    """Of the listeners that have AUTH."""
-    policies: Sequence[object] = ()
-    """Asked behind those of the settings."""
-    metrics: Metrics | None = None
-    """What counts the replies and the clocks of all sessions."""
-    sockets: Sequence[Sequence[socket.socket]] | None = None
-    """Listening sockets that others have bound: those of each listener, in the order of the settings."""
+    The journal goes to standard error. `allow_open` accepts settings that make an open relay of a public listener.
+    Raise ConfigError (a ValueError) for settings that do not fit together, OSError when a socket cannot be bound or a
+    file not be read.
+    """
+    check(settings, allow_open=allow_open)
+    journal = Journal(settings.journal)
+    server = assemble(settings, journal, _write_stderr, overrides=overrides)
+
+    async def run(*, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.CancelScope(shield=True):  # when the caller is cancelled, sessions still end gracefully
+            await server.run(task_status=task_status)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        try:
+            yield server
+        finally:
+            server.stop()
+    _write_stderr(journal.drain())
+
+
+async def serve(settings: Settings, *, task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve until cancelled, then shut down gracefully: `await nursery.start(penstock.serve, settings)`.
+
+    `started` gets the `Server`, whose `addresses` tell where it listens. Raise what `open_server` does.
+    """
+    async with open_server(settings) as server:
+        task_status.started(server)
+        await trio.sleep_forever()
+
+
+def _write_stderr(lines: bytes) -> None:
+    sys.stderr.buffer.write(lines)
+    sys.stderr.buffer.flush()
+
+
+# ---- assembling
 
 
 def assemble(
@@ -99,14 +202,11 @@ def assemble(
     journal: Journal,
     write_journal: Callable[[bytes], None],
     *,
-    kind: type[Connection] = Connection,
-    given: Overrides = Overrides(),
+    overrides: Overrides = NO_OVERRIDES,
 ) -> Server:
-    """Join the parts that the settings ask for. Binds the sockets; starts nothing.
+    """Assemble the parts that the settings ask for. Bind the sockets; start nothing.
 
-    `kind` is what becomes of the sockets that are accepted; `given` are parts that are there already.
-
-    Raise OSError when a socket can not be bound or a file not be read or written, ValueError for what is wrong with a
+    Raise OSError when a socket cannot be bound or a file not be read or written, ValueError for what is wrong with a
     file that the settings name (a hook, the users).
     """
     data_dir = Path(settings.data_dir).absolute()
@@ -114,16 +214,14 @@ def assemble(
     ids = MessageIds()
     domains = None if settings.domains is None else Domains(settings.domains)
     gateway: Gateway | None = None
-    onward: Onward | None = None
+    passthrough: Onward | None = None
     delivery: Delivery
-    if given.delivery is None and settings.delivery.has_relay:
-        gateway, delivery, onward = make_gateway(settings, data_dir, journal, ids)
+    if overrides.delivery is None and settings.delivery.has_relay:
+        gateway, delivery, passthrough = make_gateway(settings, data_dir, journal, ids)
     else:
-        delivery = given.delivery or make_delivery(settings.delivery, data_dir)
-    if kind is Connection and isinstance(delivery, Streams):
-        kind = PassingConnection
-    policies = make_recipients(settings.recipients, domains, data_dir, onward, journal)
-    policies += collect_policies(settings.check, given.policies)
+        delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
+    policies = make_recipients(settings.recipients, domains, data_dir, passthrough, journal)
+    policies += collect_policies(settings.check, overrides.policies)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
@@ -135,37 +233,45 @@ def assemble(
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
         ids=ids,
-        metrics=given.metrics,
+        metrics=overrides.metrics,
+        components=overrides.components,
     )
-    listeners: list[BoundListener] = []
-    ca_file: Path | None = None
-    try:
-        for number, listener in enumerate(settings.listener):
-            secrets = read_secrets(listener.tls, shared)
-            ca_file = ca_file or secrets.ca_file
-            made = make_listener(listener, shared, secrets, given.authenticator if listener.auth else None)
-            if given.sockets is None:
-                listeners += [BoundListener(sock, made, kind) for sock in bind(ListenAddress.parse(listener.address))]
-            else:
-                listeners += [BoundListener(sock, made, kind, is_own=False) for sock in given.sockets[number]]
-    except BaseException:
-        for bound in listeners:
-            bound.socket.close()
-        raise
+    listeners, ca_file = bind_listeners(settings, shared, overrides)
     worker = Worker(
         listeners,
         Admission(settings.admission),
-        Sweeper(min(listener.limits.shortest_clock for listener in settings.listener)),
+        Sweeper(min(listener.limits.shortest_timeout for listener in settings.listener)),
         journal,
         write_journal,
         grace=settings.server.grace,
-        metrics=given.metrics,
+        metrics=overrides.metrics,
+        ended=overrides.ended,
     )
     return Server(worker, delivery, listeners, ca_file, gateway)
 
 
+def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> tuple[list[BoundListener], Path | None]:
+    """Bind the sockets of all listeners, or of none. Return them, and the authority of a generated certificate."""
+    bound: list[BoundListener] = []
+    ca_file: Path | None = None
+    try:
+        for number, wanted in enumerate(settings.listener):
+            secrets = read_secrets(wanted.tls, shared)
+            ca_file = ca_file or secrets.ca_file
+            listener = make_listener(wanted, shared, secrets, overrides.authenticator if wanted.auth else None)
+            if overrides.sockets is None:
+                bound += [BoundListener(sock, listener) for sock in bind(ListenAddress.parse(wanted.address))]
+            else:
+                bound += [BoundListener(sock, listener, is_own=False) for sock in overrides.sockets[number]]
+    except BaseException:
+        for each in bound:
+            each.socket.close()
+        raise
+    return bound, ca_file
+
+
 def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) -> list[tuple[object, HookSettings]]:
-    """Return the policies that the settings name, then the given ones. Raise HookError for what is none."""
+    """Return the policies of the settings, then the given ones. Raise HookError for an object that is no policy."""
     policies = [(load_hook(check.hook, check.arguments), check) for check in checks]
     for policy in given:
         name = type(policy).__name__
@@ -175,9 +281,9 @@ def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) ->
 
 
 def make_recipients(
-    settings: RecipientSettings, domains: Domains | None, data_dir: Path, onward: Onward | None, journal: Journal
+    settings: RecipientSettings, domains: Domains | None, data_dir: Path, passthrough: Onward | None, journal: Journal
 ) -> list[tuple[object, HookSettings]]:
-    """Return the policy that knows the recipients, if there is one. Raise OSError or RecipientsError."""
+    """Return the policy that checks recipients, if there is one. Raise OSError or RecipientsError."""
 
     def is_ours(domain: str) -> bool:
         return domains is None or domain in domains
@@ -185,8 +291,8 @@ def make_recipients(
     policy: object
     if settings.file:
         policy = FileRecipients(data_dir / settings.file, is_ours, journal)
-    elif settings.verify and onward is not None:
-        policy = NextHopRecipients(settings, onward, is_ours)
+    elif settings.verify and passthrough is not None:
+        policy = NextHopRecipients(settings, passthrough, is_ours)
     else:
         return []
     # It has a deadline and breakers of its own, which know domains.
@@ -195,16 +301,18 @@ def make_recipients(
 
 
 def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
-    """Return the delivery that the settings name, where that has no relay behind it."""
+    """Return the delivery that the settings name, where that has no relay. Raise HookError for a bad custom one."""
     if settings.kind == "discard":
         return DiscardDelivery()
-    return MaildirDelivery(settings.maildir, data_dir)
+    if settings.kind == "maildir":
+        return MaildirDelivery(settings.maildir, data_dir)
+    return load_delivery(settings.kind, settings.arguments)
 
 
 def make_gateway(
     settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds
 ) -> tuple[Gateway, Delivery, Onward]:
-    """Join the spool and the relay; return them, the delivery in front, and what asks next hops. Raise OSError."""
+    """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
     folder = data_dir / settings.spool.path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -227,22 +335,22 @@ def make_gateway(
         journal=journal,
         grace=settings.server.grace,
     )
-    onward = Onward(pool, routes)
+    passthrough = Onward(pool, routes)
     delivery: Delivery = SpoolDelivery(spool, scheduler, room)
     if settings.delivery.kind == "passthrough":
-        delivery = PassthroughDelivery(onward, delivery, settings.delivery.passthrough)
-    return gateway, delivery, onward
+        delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
+    return gateway, delivery, passthrough
 
 
 def own_names(settings: Settings) -> list[str]:
-    """Return the names and addresses that mail must not be relayed to, because it is we who have them."""
+    """Return our own names and addresses, which mail must not be relayed to."""
     addresses = [ListenAddress.parse(listener.address).host for listener in settings.listener]
     return [settings.own_hostname, *filter(None, addresses)]
 
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What TLS of a listener needs, read once at the start."""
+    """What TLS of a listener needs."""
 
     context: ssl.SSLContext | None = None
     binding: ChannelBinding | None = None
@@ -266,29 +374,29 @@ def read_secrets(settings: TlsSettings, shared: Shared) -> Secrets:
 
 
 def make_authenticator(settings: AuthSettings | None, data_dir: Path, journal: Journal) -> Authenticator | None:
-    """Return who knows the users of a listener; None without AUTH."""
+    """Return the authenticator of a listener; None without AUTH."""
     return None if settings is None else UsersAuthenticator(UsersFile(data_dir / settings.users), journal)
 
 
 def make_listener(
-    listener: ListenerSettings, shared: Shared, secrets: Secrets, authenticator: Authenticator | None = None
+    wanted: ListenerSettings, shared: Shared, secrets: Secrets, authenticator: Authenticator | None = None
 ) -> Listener:
-    """Join what all connections of a listener share."""
+    """Assemble what all connections of a listener share."""
     return Listener(
-        name=listener.name or listener.address,
-        offer=make_offer(listener, shared.hostname),
-        wire=listener.wire,
-        limits=listener.limits,
+        name=wanted.name or wanted.address,
+        extensions=make_extensions(wanted, shared.hostname),
+        wire=wanted.wire,
+        limits=wanted.limits,
         domains=shared.domains,
-        relay_networks=tuple(ipaddress.ip_network(network) for network in listener.relay_networks),
-        proxy_networks=tuple(ipaddress.ip_network(network) for network in listener.proxy_networks),
+        relay_networks=tuple(ipaddress.ip_network(network) for network in wanted.relay_networks),
+        proxy_networks=tuple(ipaddress.ip_network(network) for network in wanted.proxy_networks),
         tls=secrets.context,
-        is_implicit_tls=listener.tls.mode == "implicit",
+        is_implicit_tls=wanted.tls.mode == "implicit",
         binding=secrets.binding,
-        max_hops=listener.max_hops,
+        max_hops=wanted.max_hops,
         delivery=shared.delivery,
         pipeline=shared.pipeline,
-        authenticator=authenticator or make_authenticator(listener.auth, shared.data_dir, shared.journal),
+        authenticator=authenticator or make_authenticator(wanted.auth, shared.data_dir, shared.journal),
         auth_throttle=shared.throttle,
         body=shared.body,
         budget=shared.budget,
@@ -296,11 +404,12 @@ def make_listener(
         journal=shared.journal,
         ids=shared.ids,
         metrics=shared.metrics,
+        components=tuple(shared.components),
     )
 
 
-def make_offer(listener: ListenerSettings, hostname: str) -> Extensions:
-    """Return the language of a listener."""
+def make_extensions(listener: ListenerSettings, hostname: str) -> Extensions:
+    """Return what a listener offers, and its limits."""
     limits, extensions, auth = listener.limits, listener.extensions, listener.auth
     return Extensions(
         hostname=hostname,
@@ -310,6 +419,7 @@ def make_offer(listener: ListenerSettings, hostname: str) -> Extensions:
         max_messages=limits.messages,
         max_errors=limits.errors,
         max_unknown=limits.unknown_recipients,
+        max_junk=limits.junk_commands,
         max_auth_failures=limits.auth_failures,
         starttls=listener.tls.mode == "starttls",
         require_tls=listener.tls.required,
@@ -329,9 +439,9 @@ def make_offer(listener: ListenerSettings, hostname: str) -> Extensions:
 
 
 def wrong_file(settings: Settings) -> str:
-    """Return what is wrong with the first file of the settings that is of no use, with its key; "" when all are good.
+    """Return what is wrong with the first unusable file of the settings, with its key; "" when all are good.
 
-    Asked after a start has failed: most errors of the system and of libraries name neither the key nor the file.
+    For after a failed start: most errors of the system and of libraries name neither the key nor the file.
     """
     for key, use in _files_of(settings):
         try:
@@ -342,7 +452,7 @@ def wrong_file(settings: Settings) -> str:
 
 
 def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the keys that name files, and what uses each of them as the start does."""
+    """Yield the keys that name files, and a function that uses each of them as the start does."""
     folder = Path(settings.data_dir).absolute()
     for number, listener in enumerate(settings.listener):
         tls, place = listener.tls, f"listener[{number}]"

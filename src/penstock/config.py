@@ -12,7 +12,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import tomli_w
@@ -75,17 +75,21 @@ class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     extensions: ExtensionSettings = ExtensionSettings()
 
 
+DELIVERY_KINDS: Final = ("spool", "passthrough", "maildir", "discard")
+
+
 class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where accepted messages go."""
 
     kind: Annotated[
-        Literal["spool", "passthrough", "maildir", "discard"],
+        str,
         Meta(
             description="spool: on stable storage before the 250, then where the routes say; passthrough: to the "
             "next hop before the 250, into the spool when that is slow or down; maildir: into the Maildir before the "
-            "250; discard: nowhere"
+            "250; discard: nowhere; package.module:Class or path/to/file.py:Class: your own delivery in Python"
         ),
     ] = "spool"
+    arguments: Annotated[dict[str, Any], Meta(description="Keyword arguments of a delivery of your own")] = {}  # noqa: RUF012 - msgspec copies it
     maildir: MaildirSettings = MaildirSettings()
     passthrough: PassthroughSettings = PassthroughSettings()
 
@@ -166,8 +170,23 @@ def load(path: Path) -> Settings:
         settings = parse(text)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}") from exc
-    data_dir = path.absolute().parent / settings.data_dir
-    return msgspec.structs.replace(settings, data_dir=str(data_dir))
+    return _relative_to(path.absolute().parent, settings)
+
+
+def _relative_to(folder: Path, settings: Settings) -> Settings:
+    """Return the settings of a file with its relative paths made absolute: data_dir, and Python files."""
+    replace = msgspec.structs.replace
+
+    def located(reference: str) -> str:
+        place, colon, name = reference.rpartition(":")
+        return f"{folder / place}{colon}{name}" if place.endswith(".py") else reference
+
+    return replace(
+        settings,
+        data_dir=str(folder / settings.data_dir),
+        check=tuple(replace(each, hook=located(each.hook)) for each in settings.check),
+        delivery=replace(settings.delivery, kind=located(settings.delivery.kind)),
+    )
 
 
 def parse(text: str) -> Settings:
@@ -201,6 +220,7 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             raise ConfigError(
                 f"domains: {domain!r} is not a domain; write it in ASCII (xn--...) and without a wildcard"
             )
+    _check_delivery(settings.delivery)
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
     unknown = re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", settings.delivery.maildir.path))
@@ -221,6 +241,19 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             _check_listener(listener, settings, allow_open=allow_open)
         except ConfigError as exc:
             raise ConfigError(f"listener[{number}].{exc}") from exc
+
+
+def _check_delivery(delivery: DeliverySettings) -> None:
+    """Check the kind of the delivery: a known word, or an object of the operator's own."""
+    if ":" in delivery.kind:
+        return
+    if delivery.kind not in DELIVERY_KINDS:
+        expected = ", ".join(DELIVERY_KINDS)
+        raise ConfigError(
+            f"delivery.kind: {delivery.kind!r}: expected one of: {expected}; or package.module:Class, file.py:Class"
+        )
+    if delivery.arguments:
+        raise ConfigError(f'delivery.arguments: delivery.kind = "{delivery.kind}" takes none')
 
 
 def _check_outbound(settings: Settings) -> None:

@@ -140,10 +140,12 @@ class Journal:
         if self.logs_mail:
             self._note("auth-failed", session, peer, name, mechanism, cause)
 
-    def disconnected(self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float) -> None:
-        """A session is over."""
+    def disconnected(
+        self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
+    ) -> None:
+        """A session is over; `cause` is why: "QUIT", a timeout, what broke the connection."""
         if self._logs_connections:
-            self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3))
+            self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
 
     # ---- mail
 
@@ -265,7 +267,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "tls": ("version", "cipher"),
     "authenticated": ("name", "mechanism"),
     "auth-failed": ("name", "mechanism", "cause"),
-    "disconnected": ("messages", "errors", "octets", "seconds"),
+    "disconnected": ("messages", "errors", "octets", "seconds", "cause"),
     "refused": ("verb", "reply", "from", "subject"),
     "accepted": ("id", "from", "to", "size", "reply"),
     "lost": ("from", "cause"),

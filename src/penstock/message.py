@@ -87,7 +87,7 @@ class Envelope(NamedTuple):
     smtputf8: bool = False
     """SMTPUTF8 was asked for (RFC 6531)."""
     size: int | None = None
-    """SIZE= of MAIL in octets (RFC 1870), as intercepted_verbs, not as counted."""
+    """SIZE= of MAIL in octets (RFC 1870), as announced, not as counted."""
     ret: str | None = None
     """RET= of MAIL: "FULL" or "HDRS" (RFC 3461 4.3)."""
     envid: str | None = None

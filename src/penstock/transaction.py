@@ -6,10 +6,15 @@ The session writes here as replies move its state; checks, hooks and the trace h
 from __future__ import annotations
 
 import ipaddress
-from typing import NamedTuple
+import re
+from typing import Any, Final, NamedTuple
 
-from penstock._transaction import TransactionCore
-from penstock.message import NULL_PATH, Envelope
+from penstock.message import NO_PARAMETERS, NULL_PATH, Envelope, MailParameters, Path, Recipient
+
+_FIELD: Final = re.compile(rb"[!-9;-~]+: [^\r\n\x00]*(?:\r\n[ \t]+[^\r\n\x00 \t][^\r\n\x00]*)*\r\n")
+"""A header field, perhaps folded (RFC 5322 2.2, 2.2.3)."""
+_FIELD_OCTETS: Final = 8192
+_MOST_FIELDS: Final = 100
 
 
 class Peer(NamedTuple):
@@ -60,13 +65,82 @@ class TlsInfo(NamedTuple):
     """The server name the client asked for."""
 
 
-class Transaction(TransactionCore):
+class Transaction:
     """The facts about a connection, and those about its open mail transaction, which `reset` forgets.
 
-    Its fields are compiled, because each command of a session writes there: `TransactionCore`.
+    Compiled as it stands (transaction.pxd has the C types), because each command of a session writes here.
     """
 
-    __slots__ = ()
+    def __init__(
+        self,
+        peer: Peer,
+        listener: str = "",
+        *,
+        hello: str = "",
+        is_esmtp: bool = False,
+        is_lmtp: bool = False,
+        tls: TlsInfo | None = None,
+        identity: str | None = None,
+    ) -> None:
+        self.peer = peer
+        self.listener = listener
+        """The name of the listener."""
+        self.hello = hello
+        """The name the client gave with HELO, EHLO or LHLO; "" before it."""
+        self.is_esmtp = is_esmtp
+        self.is_lmtp = is_lmtp
+        self.tls = tls
+        """What TLS has negotiated; None without TLS."""
+        self.identity = identity
+        """The authenticated user; None without authentication."""
+        self.sender: Path | None = None
+        """The reverse-path; None while no transaction is open."""
+        self.parameters: MailParameters = NO_PARAMETERS
+        self.recipients: list[Recipient] = []
+        """Accepted so far, in the order of their RCPT."""
+        self._results: dict[str, Any] | None = None
+        self._fields: list[bytes] | None = None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What checks have found out about this transaction, by their name: for later checks and the delivery."""
+        if self._results is None:  # as in most transactions
+            self._results = {}
+        return self._results
+
+    @property
+    def added_fields(self) -> bytes:
+        """The header fields that policies have added, encoded, in their order; b"" without any."""
+        return b"" if self._fields is None else b"".join(self._fields)
+
+    def add_field(self, name: str, value: str) -> None:
+        """Add a header field to the message of this transaction, above the Received field.
+
+        `name` is a field name (RFC 5322 3.6.8); `value` is one line, or lines that are folded already (each after the
+        first begins with a blank); non-ASCII text is sent as UTF-8 (RFC 6532). Raise ValueError for anything that
+        would end the field, or the header. At most 100 fields, and 8,192 octets in each.
+        """
+        field = f"{name}: {value}\r\n".encode()
+        if not _FIELD.fullmatch(field) or len(field) > _FIELD_OCTETS:
+            raise ValueError(f"not a header field: {field[:100]!r}")
+        if self._fields is None:
+            self._fields = []
+        if len(self._fields) >= _MOST_FIELDS:
+            raise ValueError(f"a message gets at most {_MOST_FIELDS} added fields")
+        self._fields.append(field)
+
+    def reset(self) -> None:
+        """Forget the open transaction."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Do the same, called from compiled code."""
+        self.sender = None
+        self.parameters = NO_PARAMETERS
+        if self.recipients:
+            self.recipients = []
+        self._results = None
+        self._fields = None
 
     def envelope(self) -> Envelope:
         """Return the envelope of the open transaction."""

@@ -82,7 +82,7 @@ async def test_counters_that_nobody_reads_hold_up_nobody(
     monkeypatch.setattr(receiving, "_print", write)
     account = receiving.Account(receiving.Wishes(counters=True))
     settings = parse(f'data_dir = "{tmp_path}"\n[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n')
-    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, given=Overrides(metrics=account.metrics))
+    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=account.metrics))
     account.begin(parts)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(account.run)

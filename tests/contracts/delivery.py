@@ -9,6 +9,7 @@ import trio
 from penstock.delivery.base import Delivery
 from penstock.message import Envelope, Message, MessageIds, Path, Recipient
 from penstock.reply import Reply
+from tests.helpers import TRANSACTION
 
 
 class Pieces:
@@ -49,7 +50,7 @@ async def check_delivery(delivery: Delivery) -> None:
     replies: list[Reply] = []
 
     async def accept(message: Message) -> None:
-        replies.append(await delivery.accept(message))
+        replies.append(await delivery.accept(message, TRANSACTION))
 
     async with trio.open_nursery() as nursery:  # several at a time
         for message in messages:

@@ -13,6 +13,7 @@ from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery, MaildirSettings
 from penstock.message import Message
 from tests.contracts.delivery import check_delivery, make_message
+from tests.helpers import TRANSACTION
 
 
 def maildir(folder: Path, path: str = "maildir") -> MaildirDelivery:
@@ -31,13 +32,13 @@ async def test_every_delivery_keeps_the_contract(tmp_path: Path) -> None:
 
 async def test_a_discarded_message_is_counted() -> None:
     delivery = DiscardDelivery()
-    await delivery.accept(make_message(b"12345", recipients=("a@b", "c@d")))
+    await delivery.accept(make_message(b"12345", recipients=("a@b", "c@d")), TRANSACTION)
     assert (delivery.messages, delivery.recipients, delivery.octets) == (1, 2, 5)
 
 
 async def test_a_message_stands_in_new_byte_for_byte(tmp_path: Path) -> None:
     body = b"Subject: x\r\n\r\n.\r\n\0\xff\nFrom here\r\n"
-    await maildir(tmp_path).accept(make_message(body, recipients=("b@example.org", "c@example.org")))
+    await maildir(tmp_path).accept(make_message(body, recipients=("b@example.org", "c@example.org")), TRANSACTION)
     (path,) = files(tmp_path)
     assert path.parent == tmp_path / "maildir" / "new"
     assert path.read_bytes() == (
@@ -48,7 +49,7 @@ async def test_a_message_stands_in_new_byte_for_byte(tmp_path: Path) -> None:
 
 async def test_each_folder_gets_one_copy_with_its_recipients(tmp_path: Path) -> None:
     recipients = ("b@example.org", "c@example.org", "B@EXAMPLE.org", "d@example.net")
-    await maildir(tmp_path, "{domain}/{local}").accept(make_message(b"x", recipients=recipients))
+    await maildir(tmp_path, "{domain}/{local}").accept(make_message(b"x", recipients=recipients), TRANSACTION)
     folders = [str(path.relative_to(tmp_path).parent) for path in files(tmp_path)]
     assert folders == ["example.net/d/new", "example.org/b/new", "example.org/c/new"]
     (b_copy,) = files(tmp_path / "example.org" / "b")
@@ -74,7 +75,7 @@ async def test_a_full_disk_refuses_for_all_and_leaves_nothing(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delivery = maildir(tmp_path, "{local}")
-    await delivery.accept(make_message(b"first", recipients=("b@x", "c@x")))
+    await delivery.accept(make_message(b"first", recipients=("b@x", "c@x")), TRANSACTION)
     before = files(tmp_path)
     fsync = os.fsync
     calls = iter(range(100))
@@ -85,7 +86,7 @@ async def test_a_full_disk_refuses_for_all_and_leaves_nothing(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full_at_the_second_copy)
-    reply = await delivery.accept(make_message(b"second", recipients=("b@x", "c@x")))
+    reply = await delivery.accept(make_message(b"second", recipients=("b@x", "c@x")), TRANSACTION)
     assert (reply.code, reply.status) == (452, "4.3.1")
     assert files(tmp_path) == before
 
@@ -99,7 +100,7 @@ async def test_other_trouble_is_raised_and_leaves_nothing(tmp_path: Path, monkey
     await delivery.start()
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
-        await delivery.accept(make_message(b"x"))
+        await delivery.accept(make_message(b"x"), TRANSACTION)
     assert files(tmp_path) == []
 
 
@@ -121,7 +122,7 @@ async def test_a_body_that_can_not_be_read_leaves_nothing(tmp_path: Path) -> Non
     whole = make_message()
     message = Message(whole.id, whole.envelope, whole.prefix, Unreadable(), 0.0)
     with pytest.raises(OSError, match="gone"):
-        await delivery.accept(message)
+        await delivery.accept(message, TRANSACTION)
     assert files(tmp_path) == []
 
 

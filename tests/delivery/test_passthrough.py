@@ -7,18 +7,21 @@ import json
 import pytest
 import trio
 
+from penstock.delivery.base import Delivery
 from penstock.delivery.passthrough import PassthroughDelivery, PassthroughSettings
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message
 from penstock.relay.ahead import Onward
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
+from penstock.transaction import Transaction
 from tests.contracts.delivery import make_message
+from tests.helpers import TRANSACTION
 from tests.relay.fake import FakeHop, serving
 from tests.relay.test_ahead import Map
 
 
-class Spooled:
+class Spooled(Delivery):
     """The delivery behind."""
 
     needs_body = True
@@ -32,7 +35,7 @@ class Spooled:
     async def aclose(self) -> None:
         """Nothing to close."""
 
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
         await trio.lowlevel.checkpoint()
         self.to += [str(to) for to in message.envelope.recipients]
         return Reply(250, "2.0.0", "Ok: spooled")
@@ -60,7 +63,7 @@ async def test_recipients_that_the_hop_took_are_delivered_when_the_others_are_sp
         flow = delivery.open(message)
         assert flow is not None
         await flow.feed(b"Subject: x\r\n")
-        assert (await flow.finish(message)).accepts
+        assert (await flow.finish(message, TRANSACTION)).accepts
         await pool.aclose()
     lines = [json.loads(line) for line in journal.drain().splitlines()]
     told = [(line["id"], line["to"], line["hop"], line["said"]) for line in lines if line["event"] == "delivered"]

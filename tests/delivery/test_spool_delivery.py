@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from penstock.delivery.base import ChecksCapacity, Defers
+from penstock.delivery.base import ChecksCapacity
 from penstock.delivery.spool import SpoolDelivery
 from penstock.message import Recipient
 from penstock.reply import Reply
@@ -21,6 +21,7 @@ from penstock.spool.diskspace import Room
 from penstock.spool.entry import Entry
 from penstock.spool.spool import Spool, SpoolFullError, SpoolSettings
 from tests.contracts.delivery import check_delivery, make_message
+from tests.helpers import TRANSACTION
 
 
 class Relay:
@@ -50,26 +51,15 @@ async def delivery_into(folder: Path, relay: Relay | None = None) -> AsyncIterat
         await spool.aclose()
 
 
-async def later(delivery: SpoolDelivery, body: bytes) -> Reply:
-    replies: list[Reply] = []
-    message = make_message(body)
-
-    def done(reply: Reply) -> None:
-        replies.append(reply)
-        message.body.close()
-
-    delivery.accept_later(message, done)
-    while not replies:
-        await trio.lowlevel.checkpoint()
-    return replies[0]
+async def accept(delivery: SpoolDelivery, body: bytes) -> Reply:
+    return await delivery.accept(make_message(body), TRANSACTION)
 
 
 async def test_it_keeps_the_contract(tmp_path: Path) -> None:
     async with delivery_into(tmp_path) as (delivery, spool):
-        assert isinstance(delivery, Defers)
         assert isinstance(delivery, ChecksCapacity)
         await check_delivery(delivery)
-        assert (await later(delivery, b"x")).text.startswith("Ok: spooled as ")
+        assert (await accept(delivery, b"x")).text.startswith("Ok: spooled as ")
         assert len(await spool.take("example.org", 4e9, 100, 1 << 20)) == 4
 
 
@@ -77,9 +67,9 @@ async def test_an_eager_relay_gets_the_message_without_reading_it_back(tmp_path:
     relay = Relay()
     relay.is_eager = True
     async with delivery_into(tmp_path, relay) as (delivery, spool):
-        await later(delivery, b"one")
-        await delivery.accept(make_message(b"two"))
-        await delivery.accept(make_message(b"3" * 200_000))
+        await accept(delivery, b"one")
+        await delivery.accept(make_message(b"two"), TRANSACTION)
+        await delivery.accept(make_message(b"3" * 200_000), TRANSACTION)
         assert [b"".join(entry.body.chunks())[:3] for entry in relay.offered] == [b"one", b"two", b"333"]
         assert await spool.due_lanes(4e9, 10) == []
 
@@ -106,19 +96,19 @@ async def test_what_could_not_be_written_is_not_accepted(
             monkeypatch.setattr(spool._committer, "put_later", fail)
         else:
             monkeypatch.setattr(spool._store, "put", fail)
-        for reply in (await delivery.accept(make_message(b"x")), await later(delivery, b"x")):
-            assert reply.code == code
-            assert str(failure) in reply.cause
-            assert str(failure) not in reply.text
+        reply = await accept(delivery, b"x")
+        assert reply.code == code
+        assert str(failure) in reply.cause
+        assert str(failure) not in reply.text
         monkeypatch.undo()
-        assert (await delivery.accept(make_message(b"x"))).code == 250, "the spool goes on"
+        assert (await delivery.accept(make_message(b"x"), TRANSACTION)).code == 250, "the spool goes on"
 
 
 async def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
     async with delivery_into(tmp_path) as (delivery, spool):
         await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 18").fetchall())
-        assert (await later(delivery, b"x" * 90_000)).code == 250
-        assert (await later(delivery, b"x" * 90_000)).code == 452
+        assert (await accept(delivery, b"x" * 90_000)).code == 250
+        assert (await accept(delivery, b"x" * 90_000)).code == 452
 
 
 async def test_mail_is_refused_before_the_reserve_is_touched(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ For any octets, from any state, in any split:
 4. A closed session stays closed, and says nothing more.
 5. What follows STARTTLS in the same breath is never obeyed.
 6. Text is never obeyed: no octet of a BDAT, in whatever state, and no line between a 354 and its end.
-7. A session that accepts by itself (`unasked`) says and delivers what one does whose driver accepts.
+7. A session that accepts by itself (`auto_accept`) says and delivers what one does whose driver accepts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import time
 from dataclasses import dataclass, field
 
 from penstock import reply as replies
-from penstock.smtp._session import AUTO_ACCEPT_HELLO, AUTO_ACCEPT_MAIL, AUTO_ACCEPT_QUIT, AUTO_ACCEPT_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.events import (
     CLOSED,
@@ -43,7 +42,7 @@ from penstock.smtp.events import (
     Verify,
 )
 from penstock.smtp.extensions import Extensions
-from penstock.smtp.server import ServerSession
+from penstock.smtp.server import AUTO_ACCEPT_HELLO, AUTO_ACCEPT_MAIL, AUTO_ACCEPT_QUIT, AUTO_ACCEPT_RCPT, ServerSession
 from penstock.transaction import Peer, TlsInfo, Transaction
 
 REPLY_LINE = re.compile(rb"[2-5][0-9][0-9][ -][\x20-\x7e]{0,506}\r\n")
@@ -87,14 +86,14 @@ class Play:
 class Driver:
     """Drives a session as a connection does, with simple opinions: `bad` is refused, passwords alternate."""
 
-    def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> None:
+    def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False, auto_accept: int = 0) -> None:
         offer = Extensions(
             hostname="mx", is_lmtp=is_lmtp, max_size=3000, max_recipients=100, max_messages=0 if is_patient else 5,
             max_errors=1000 if is_patient else 12,
             starttls=True, mechanisms=("PLAIN", "LOGIN"), auth_without_tls=True, can_verify=True,
         )  # fmt: skip
         self.session = ServerSession(
-            offer, Wire(text_line_limit=64, max_octets=3000), Transaction(Peer("192.0.2.1", 1)), unasked
+            offer, Wire(text_line_limit=64, max_octets=3000), Transaction(Peer("192.0.2.1", 1)), auto_accept
         )
         self.play = Play()
         self.session.greet()
@@ -106,7 +105,7 @@ class Driver:
         session, play = self.session, self.play
         if play.closed:
             assert session.next_event() is CLOSED, "4. a closed session goes on"
-            assert session.data_to_send() == b"", "4. a closed session speaks"
+            assert session.take_output() == b"", "4. a closed session speaks"
             return
         session.receive(data)
         while True:
@@ -117,7 +116,7 @@ class Driver:
                 play.closed = True
                 break
             self._answer(event)
-        play.said += session.data_to_send()
+        play.said += session.take_output()
 
     def _answer(self, event: object) -> None:
         session, play = self.session, self.play
@@ -132,7 +131,7 @@ class Driver:
             assert event.size == len(self._body)
             play.messages.append((recipients, self._body))
             self._body = b""
-            if session.offer.is_lmtp:
+            if session.extensions.is_lmtp:
                 session.reply_each([replies.OK] * recipients)
             else:
                 session.reply(replies.OK)
@@ -157,12 +156,12 @@ class Driver:
 
 
 _ACCEPTED = {"BeginData": replies.GO_AHEAD_DATA, "Mail": replies.SENDER_OK, "Rcpt": replies.RECIPIENT_OK}
-_UNASKED = AUTO_ACCEPT_HELLO | AUTO_ACCEPT_MAIL | AUTO_ACCEPT_RCPT | AUTO_ACCEPT_QUIT
+_AUTO_ACCEPT = AUTO_ACCEPT_HELLO | AUTO_ACCEPT_MAIL | AUTO_ACCEPT_RCPT | AUTO_ACCEPT_QUIT
 
 
-def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False, unasked: int = 0) -> Play:
+def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False, auto_accept: int = 0) -> Play:
     """Play pieces against a new session; a patient one has no budgets of errors and messages."""
-    driver = Driver(is_lmtp=is_lmtp, is_patient=is_patient, unasked=unasked)
+    driver = Driver(is_lmtp=is_lmtp, is_patient=is_patient, auto_accept=auto_accept)
     for piece in [b"", *pieces]:
         driver.feed(piece)
     return driver.play
@@ -180,7 +179,7 @@ def check(prefix: bytes, data: bytes, cuts: list[int], *, is_lmtp: bool) -> None
     parted = play([octets[a:b] for a, b in itertools.pairwise(places)], is_lmtp=is_lmtp)
     single = play([octets[i : i + 1] for i in range(len(octets))], is_lmtp=is_lmtp)
     if b"bad@" not in octets:
-        alone = play([octets], is_lmtp=is_lmtp, unasked=_UNASKED)
+        alone = play([octets], is_lmtp=is_lmtp, auto_accept=_AUTO_ACCEPT)
         assert alone == whole, "7. a session that is not asked differs"
     for each in (whole, parted, single):
         check_replies(each)

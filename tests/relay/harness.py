@@ -28,6 +28,7 @@ from penstock.relay.scheduler import RelaySettings, Scheduler
 from penstock.reply import Reply
 from penstock.spool.diskspace import Room
 from penstock.spool.spool import Spool, SpoolSettings
+from tests.helpers import TRANSACTION
 
 START = 1_700_000_000.0
 IDS = MessageIds()
@@ -138,7 +139,7 @@ class Mailboxes:
     answer: Reply | Exception = field(default_factory=lambda: Reply(250, "2.0.0", "Ok"))
     got: list[Message] = field(default_factory=list)
 
-    async def accept(self, message: Message) -> Reply:
+    async def deliver(self, message: Message) -> Reply:
         await trio.lowlevel.checkpoint()
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -162,7 +163,7 @@ class Relay:
     async def accept(self, *messages: Message) -> None:
         """Take messages as they come from clients."""
         for message in messages:
-            assert (await self.delivery.accept(message)).accepts
+            assert (await self.delivery.accept(message, TRANSACTION)).accepts
 
     async def quiet(self) -> None:
         """Wait until nothing is due or under way, and all is written."""

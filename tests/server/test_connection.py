@@ -17,15 +17,15 @@ from penstock.message import Message
 from penstock.net.stream import SocketStream
 from penstock.reply import DISK_FULL, Reply
 from penstock.server.connection import Connection
-from penstock.server.limits import Sweeper
-from penstock.transaction import Peer
-from tests.helpers import PEER, Recorder, Replies, Room, listener_of
+from penstock.server.deadlines import Sweeper
+from penstock.transaction import Peer, Transaction
+from tests.helpers import PEER, FakeWorker, Recorder, Replies, listener_of
 
 
 class Talk:
     """The client's end of a connection under test."""
 
-    def __init__(self, stream: trio.abc.Stream, connection: Connection, host: Room, recorder: Recorder) -> None:
+    def __init__(self, stream: trio.abc.Stream, connection: Connection, host: FakeWorker, recorder: Recorder) -> None:
         self.stream = stream
         self.connection = connection
         self.host = host
@@ -65,10 +65,10 @@ async def talking(
 ) -> AsyncIterator[Talk]:
     """Run a connection with its sweeper, and talk to it."""
     recorder = recorder or Recorder()
-    host = Room()
+    host = FakeWorker()
     listener = listener_of(settings, recorder, folder, journal=journal, policies=policies)
     client_end, server_end = trio.testing.memory_stream_pair()
-    sweeper = Sweeper(listener.limits.shortest_clock)
+    sweeper = Sweeper(listener.limits.shortest_timeout)
     connection = Connection(server_end, peer, listener, host)
     async with trio.open_nursery() as nursery:
         sweeper.watched.add(connection)
@@ -188,9 +188,9 @@ async def test_stopping_gives_a_message_no_more_than_the_grace(tmp_path: Path, a
 class SlowDelivery(Recorder):
     """Takes a minute to commit."""
 
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
         await trio.sleep(60)
-        return await super().accept(message)
+        return await super().accept(message, transaction)
 
 
 async def test_a_commit_is_not_cut_short_by_a_clock(tmp_path: Path, autojump_clock: object) -> None:
@@ -207,7 +207,7 @@ async def test_a_commit_is_not_cut_short_by_a_clock(tmp_path: Path, autojump_clo
 class Buggy(Recorder):
     """A delivery whose reply is no reply: a bug on our side of the wire."""
 
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
         return None  # type: ignore[return-value]  # the bug
 
 
@@ -262,7 +262,7 @@ async def test_a_large_message_goes_to_a_file_and_comes_back_whole(tmp_path: Pat
 async def test_a_client_that_is_sent_away_reads_why_before_the_reset(tmp_path: Path) -> None:
     left, right = socket.socketpair()
     listener = listener_of({}, Recorder(), tmp_path)
-    connection = Connection(SocketStream.of(left), PEER, listener, Room())
+    connection = Connection(SocketStream.of(left), PEER, listener, FakeWorker())
     async with SocketStream.of(right) as client, trio.open_nursery() as nursery:
         nursery.start_soon(connection.run)
         assert (await client.receive_some()).startswith(b"220")

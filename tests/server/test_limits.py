@@ -7,7 +7,8 @@ import trio.testing
 
 from penstock import reply as replies
 from penstock.reply import Reply
-from penstock.server.limits import Admission, AdmissionSettings, AuthThrottle, Deadlines, LimitSettings, Sweeper
+from penstock.server.deadlines import Deadlines, Sweeper
+from penstock.server.limits import Admission, AdmissionSettings, AuthThrottle, LimitSettings
 from penstock.transaction import Peer
 
 
@@ -103,37 +104,66 @@ def test_a_right_password_forgives() -> None:
 
 def test_the_idle_clock_starts_again_with_a_whole_command() -> None:
     clocks = Deadlines(LimitSettings(command_timeout=10), 0)
-    assert clocks.expired(9, 0, 0) is None
-    assert clocks.expired(9.5, 1, 0) is None
-    assert clocks.expired(19, 1, 0) is None
-    assert clocks.expired(19.5, 1, 0) == replies.IDLE_TIMEOUT
+    assert clocks.expired(9, 0, 0, 0) is None
+    assert clocks.expired(9.5, 1, 0, 0) is None
+    assert clocks.expired(19, 1, 0, 0) is None
+    assert clocks.expired(19.5, 1, 0, 0) == replies.IDLE_TIMEOUT
 
 
-def test_the_data_clock_belongs_to_one_message() -> None:
-    clocks = Deadlines(LimitSettings(command_timeout=10, data_timeout=100), 0)
-    assert clocks.expired(5, 4, 1) is None
-    assert clocks.expired(104, 4, 1) is None  # the idle clock stands still
-    assert clocks.expired(104.5, 8, 2) is None  # another message, another hundred seconds
-    assert clocks.expired(204, 8, 2) is None
-    assert clocks.expired(204.5, 8, 2) == replies.DATA_TIMEOUT
-    assert clocks.expired(205, 8, 0) is None
-    assert clocks.expired(215, 8, 0) == replies.IDLE_TIMEOUT
+def test_a_text_is_cut_when_it_makes_no_progress() -> None:
+    clocks = Deadlines(LimitSettings(command_timeout=10, data_timeout=100, data_rate=0), 0)
+    assert clocks.expired(5, 4, 1, 10) is None
+    assert clocks.expired(104, 4, 1, 10) is None  # the idle timeout does not count meanwhile
+    assert clocks.expired(104.5, 4, 1, 11) is None  # progress: another hundred seconds
+    assert clocks.expired(204, 4, 1, 11) is None
+    assert clocks.expired(204.5, 4, 1, 11) == replies.DATA_TIMEOUT
+    assert clocks.expired(205, 8, 0, 11) is None
+    assert clocks.expired(215, 8, 0, 11) == replies.IDLE_TIMEOUT
 
 
-def test_the_data_clock_can_be_shortened_and_not_lengthened() -> None:
+def test_another_text_has_its_own_timeout() -> None:
+    clocks = Deadlines(LimitSettings(data_timeout=100, data_rate=0), 0)
+    assert clocks.expired(5, 4, 1, 10) is None
+    assert clocks.expired(104, 8, 2, 10) is None
+    assert clocks.expired(203, 8, 2, 10) is None
+    assert clocks.expired(204, 8, 2, 10) == replies.DATA_TIMEOUT
+
+
+def test_a_large_text_may_take_as_long_as_it_comes() -> None:
+    clocks = Deadlines(LimitSettings(data_timeout=180, data_rate=100), 0)
+    for second in range(0, 3000, 60):  # 25 MiB at 300 kbit/s take 700 s
+        assert clocks.expired(second, 4, 1, second * 37_500) is None
+
+
+def test_a_text_that_comes_too_slowly_is_cut() -> None:
+    clocks = Deadlines(LimitSettings(data_timeout=100, data_rate=100), 0)
+    assert clocks.expired(0, 4, 1, 1000) is None
+    assert clocks.expired(100, 4, 1, 1001) is None
+    assert clocks.expired(101, 4, 1, 1000 + 10_101) is None
+    assert clocks.expired(150, 4, 1, 1000 + 14_999) == replies.DATA_TIMEOUT
+
+
+def test_a_shortened_text_is_not_lengthened_again() -> None:
     clocks = Deadlines(LimitSettings(data_timeout=100), 0)
-    assert clocks.expired(0, 1, 1) is None
+    assert clocks.expired(0, 1, 1, 1) is None
     clocks.shorten_data(50)
-    assert clocks.expired(49, 1, 1) is None
-    assert clocks.expired(50, 1, 1) == replies.DATA_TIMEOUT
+    assert clocks.expired(49, 1, 1, 1) is None
+    assert clocks.expired(50, 1, 1, 1) == replies.DATA_TIMEOUT
     clocks.shorten_data(500)
-    assert clocks.expired(100, 1, 1) == replies.DATA_TIMEOUT
+    assert clocks.expired(101, 1, 1, 1) == replies.DATA_TIMEOUT
 
 
-def test_the_session_clock_is_never_armed_again() -> None:
+def test_the_session_timeout_is_never_armed_again() -> None:
     clocks = Deadlines(LimitSettings(session_timeout=1000), 0)
-    assert clocks.expired(999, 99, 9) is None
-    assert clocks.expired(1000, 100, 10) == replies.SESSION_TIMEOUT
+    assert clocks.expired(999, 99, 0, 0) is None
+    assert clocks.expired(1000, 100, 0, 0) == replies.SESSION_TIMEOUT
+
+
+def test_the_session_timeout_spares_a_text_that_makes_progress() -> None:
+    clocks = Deadlines(LimitSettings(session_timeout=1000), 0)
+    assert clocks.expired(999, 99, 9, 1) is None
+    assert clocks.expired(1000, 99, 9, 100_000) is None
+    assert clocks.expired(1001, 99, 0, 100_000) == replies.SESSION_TIMEOUT
 
 
 class Watched:
@@ -142,7 +172,7 @@ class Watched:
     def __init__(self) -> None:
         self.looked: list[float] = []
 
-    def check_clocks(self, now: float) -> None:
+    def check_deadlines(self, now: float) -> None:
         self.looked.append(now)
 
 

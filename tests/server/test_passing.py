@@ -17,8 +17,8 @@ from penstock.relay.ahead import Onward
 from penstock.relay.hop import HopLimits
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
-from penstock.server.passing import PassingConnection
-from tests.helpers import PEER, Recorder, Replies, Room, listener_of
+from penstock.server.connection import Connection
+from tests.helpers import PEER, FakeWorker, Recorder, Replies, listener_of
 from tests.relay.fake import CHUNKING, CLOSE, RESET, STALL, FakeHop, serving
 from tests.relay.test_ahead import Map
 
@@ -71,9 +71,9 @@ async def passing(
         await nursery.start(pool.run)
         onward = Onward(pool, Map(hop.hop(limits=limits or HopLimits())))
         delivery = PassthroughDelivery(onward, spooled, PassthroughSettings(**settings))
-        listener = listener_of(listener or {}, delivery, folder, policies=policies)
+        shared = listener_of(listener or {}, delivery, folder, policies=policies)
         client_end, server_end = trio.testing.memory_stream_pair()
-        connection = PassingConnection(server_end, PEER, listener, Room())
+        connection = Connection(server_end, PEER, shared, FakeWorker())
         nursery.start_soon(connection.run)
         client = Client(client_end, spooled)
         assert (await client.reply()).startswith("220")
@@ -81,7 +81,7 @@ async def passing(
         yield client
         await client_end.aclose()
         await pool.aclose(grace=1)
-        assert listener.budget.used == 0
+        assert shared.budget.used == 0
 
 
 async def test_the_client_hears_250_when_the_hop_has_said_it(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ class Refusing:
         return Reply(550, "5.7.1", f"not with {len(b''.join(message.body.chunks()))} octets")
 
 
-async def test_what_a_policy_refuses_is_not_ended_at_the_hop(tmp_path: Path) -> None:
+async def test_a_message_that_a_policy_judges_is_not_begun_at_the_hop(tmp_path: Path) -> None:
     hop = FakeHop()
     async with passing(tmp_path, hop, policies=(Refusing(),)) as client:
         assert await client.send() == f"550 5.7.1 not with {len(TEXT) - 1} octets"

@@ -18,7 +18,7 @@ from penstock.metrics._session import Metrics
 from penstock.reply import Reply
 from penstock.server.connection import Connection
 from penstock.transaction import Transaction
-from tests.helpers import PEER, Recorder, Room, listener_of
+from tests.helpers import PEER, FakeWorker, Recorder, listener_of
 from tests.server.test_worker import LISTENER, TO_DATA, Client, Running, client
 
 Counts = dict[str, int]
@@ -35,7 +35,7 @@ async def counted(
     settings = parse(f'hostname = "mx.example.org"\ndelivery.kind = "{kind}"\ndata_dir = "{folder}"\n{toml}')
     lines: list[bytes] = []
     given = app.Overrides(metrics=metrics)
-    parts = app.assemble(settings, Journal(JournalSettings(format="json")), lines.append, given=given)
+    parts = app.assemble(settings, Journal(JournalSettings(format="json")), lines.append, overrides=given)
     await parts.delivery.start()
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
@@ -168,7 +168,7 @@ async def talking(folder: Path, metrics: Metrics, delivery: Recorder) -> AsyncIt
     object.__setattr__(listener, "metrics", metrics)
     ours, theirs = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Connection(ours, PEER, listener, Room()).run)
+        nursery.start_soon(Connection(ours, PEER, listener, FakeWorker()).run)
         talk = Client(theirs)  # type: ignore[arg-type]
         await talk.reply()
         yield talk
@@ -187,12 +187,12 @@ async def test_a_reply_that_waits_for_a_delivery_has_waited_for_it(tmp_path: Pat
     waited: list[int] = []
 
     class Slow(Recorder):
-        async def accept(self, message: Message) -> Reply:
+        async def accept(self, message: Message, transaction: Transaction) -> Reply:
             began = time.monotonic_ns()
             for _ in range(100):
                 await trio.lowlevel.checkpoint()
             waited.append(time.monotonic_ns() - began)
-            return await super().accept(message)
+            return await super().accept(message, transaction)
 
     metrics = Metrics()
     async with talking(tmp_path, metrics, Slow()) as talk:

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 import trio
 
-from penstock.app import Server, assemble
+from penstock.app import Overrides, Server, assemble
 from penstock.config import Settings, parse
 from penstock.journal import Journal, JournalSettings
-from penstock.server.connection import Connection
+from penstock.server.connection import Component, Connection
 from tests.helpers import Replies
 
 LISTENER = '[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n'
@@ -42,19 +42,18 @@ async def running(
     toml: str = LISTENER,
     kind: str = "discard",
     *,
-    connections: type[Connection] = Connection,
+    components: tuple[Component, ...] = (),
     errors: int = 0,
 ) -> AsyncIterator[Running]:
     settings: Settings = parse(f'hostname = "mx.example.org"\ndelivery.kind = "{kind}"\n{toml}')
     settings = msgspec.structs.replace(settings, data_dir=str(folder), journal=JournalSettings(format="json"))
     lines: list[bytes] = []
-    parts = assemble(settings, Journal(settings.journal), lines.append, kind=connections)
-    await parts.delivery.start()
+    parts = assemble(settings, Journal(settings.journal), lines.append, overrides=Overrides(components=components))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            await nursery.start(parts.worker.run)
+            await nursery.start(parts.run)
             yield Running(parts, lines)
-            parts.worker.stop()
+            parts.stop()
     assert parts.worker.open_connections == parts.worker.watched == parts.worker.admitted == 0
     assert b"".join(lines).count(b'"event":"error"') == errors
 
@@ -156,20 +155,12 @@ async def test_a_client_that_is_one_too_many_hears_421_before_the_greeting(tmp_p
     assert len(server.events("rejected")) == 1
 
 
-@pytest.mark.parametrize("where", ["made", "begun"])
-async def test_a_bug_in_the_making_of_a_connection_costs_that_client_alone(tmp_path: Path, where: str) -> None:
-    class Broken(Connection):
-        def __init__(self, *args: Any) -> None:
-            if where == "made" and args[4] == 1:
-                raise RuntimeError("a bug")
-            super().__init__(*args)
+async def test_a_bug_in_the_making_of_a_connection_costs_that_client_alone(tmp_path: Path) -> None:
+    def broken(connection: Connection) -> None:
+        if connection.number == 1:
+            raise RuntimeError("a bug")
 
-        def start(self) -> bool:
-            if where == "begun" and self.number == 1:
-                raise RuntimeError("a bug")
-            return super().start()
-
-    async with running(tmp_path, connections=Broken, errors=1) as server:
+    async with running(tmp_path, components=(broken,), errors=1) as server:
         async with client(server) as first:
             assert await first.reply() == ""
         async with client(server) as second:

@@ -17,13 +17,13 @@ from penstock.journal import Journal, JournalSettings
 from penstock.metrics._session import Metrics
 from penstock.net.stream import SocketStream
 from penstock.server.connection import Connection
-from penstock.server.limits import Sweeper
+from penstock.server.deadlines import Sweeper
 from penstock.sink.certificates import Certificates
-from penstock.sink.connection import faulty
 from penstock.sink.faults import FaultEngine, FaultLog
+from penstock.sink.injector import fault_injection
 from penstock.sink.plan import parse_plan
 from penstock.transaction import Peer
-from tests.helpers import PEER, Recorder, Room, listener_of
+from tests.helpers import PEER, FakeWorker, Recorder, listener_of
 
 CERTIFICATES = Certificates(["localhost"])
 EHLO, MAIL, RCPT = "EHLO client.example", "MAIL FROM:<a@example.com>", "RCPT TO:<b@example.org>"
@@ -32,7 +32,10 @@ EHLO, MAIL, RCPT = "EHLO client.example", "MAIL FROM:<a@example.com>", "RCPT TO:
 class Talk:
     """The client's end of a faulty connection."""
 
-    def __init__(self, stream: trio.abc.Stream, engine: FaultEngine, recorder: Recorder) -> None:
+    def __init__(
+        self, stream: trio.abc.Stream, engine: FaultEngine, recorder: Recorder, connection: Connection
+    ) -> None:
+        self.connection = connection
         self.stream = stream
         self.engine = engine
         self.recorder = recorder
@@ -127,16 +130,16 @@ async def talking(
     listener = listener_of(settings, recorder, folder, tls=tls, journal=journal)
     if metrics is not None:
         listener = dataclasses.replace(listener, metrics=metrics)
-    kind = faulty(engine, certificates=CERTIFICATES)
+    listener = dataclasses.replace(listener, components=(fault_injection(engine, CERTIFICATES),))
     if tcp:
         ours, theirs = tcp_pair()
         server_end: trio.abc.Stream = SocketStream.of(ours)
         client_end: trio.abc.Stream = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     else:
         client_end, server_end = trio.testing.memory_stream_pair()
-    connection = kind(server_end, peer, listener, Room())
+    connection = Connection(server_end, peer, listener, FakeWorker())
     async with _serving(connection, Sweeper(1.0)):
-        talk = Talk(client_end, engine, recorder)
+        talk = Talk(client_end, engine, recorder, connection)
         if greeted:
             assert (await talk.reply()).startswith("220")
         yield talk

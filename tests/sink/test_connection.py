@@ -318,8 +318,7 @@ async def test_a_server_that_stops_does_not_wait_for_a_delay(tmp_path: Path, aut
         await talk.ask(EHLO)
         await talk.send(MAIL)
         await trio.testing.wait_all_tasks_blocked()
-        (connection,) = talk.engine.followers
-        connection.stop(5)  # type: ignore[attr-defined]  # a follower of these tests is a connection
+        talk.connection.stop(5)
         seconds, reply = await took(talk.reply)
         assert reply.startswith("421 4.3.2")
         assert seconds == 0
@@ -502,13 +501,12 @@ async def test_a_connection_that_has_ended_is_not_told_any_more(tmp_path: Path) 
 
 async def test_calm_sessions_are_accepted_in_compiled_code(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True, settings={"wire": {"bare_lf": "accept"}}) as talk:
-        (connection,) = talk.engine.followers
-        session = connection._session  # type: ignore[attr-defined]  # a follower of these tests is a connection
-        assert session.unasked
+        session = talk.connection.session
+        assert session.auto_accept
         await talk.mail()
-        assert session.unasked
+        assert session.auto_accept
         talk.engine.fail_next("noop", 450)
-        assert not session.unasked
+        assert not session.auto_accept
 
 
 @pytest.mark.parametrize(

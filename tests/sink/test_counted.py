@@ -10,17 +10,10 @@ from typing import Any, get_args
 import pytest
 import trio
 
-from penstock.app import Overrides, assemble
-from penstock.config import parse
-from penstock.journal import Journal, JournalSettings
 from penstock.metrics._session import GARBLED, Metrics
-from penstock.sink.connection import faulty
 from penstock.sink.corrupt import readable
-from penstock.sink.faults import FaultEngine
 from penstock.sink.plan import Dress
 from penstock.sink.report import MessageCounts
-from tests.helpers import Replies
-from tests.server.test_deferred import Later
 from tests.sink.playing import EHLO, MAIL, RCPT, Talk, talking
 from tests.sink.test_statistics import receipts
 
@@ -256,30 +249,6 @@ async def test_counters_that_start_over_amid_a_fault_stay_right(tmp_path: Path, 
         assert (await talk.reply()).startswith("221")
         assert replies(metrics, "QUIT") == {"221 2.0.0": 1}
         assert metrics.replies == 1
-
-
-async def test_a_message_that_is_settled_when_its_client_has_left_is_unheard(tmp_path: Path) -> None:
-    metrics, engine, delivery = Metrics(), FaultEngine(), Later()
-    listener = '[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n'
-    settings = parse(f'data_dir = "{tmp_path}"\ndomains = ["example.org"]\n{listener}')
-    given = Overrides(delivery=delivery, metrics=metrics)
-    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, given=given, kind=faulty(engine))
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(parts.worker.run)
-            async with await trio.open_tcp_stream("127.0.0.1", parts.listeners[0].local_address[1]) as stream:
-                said = Replies(stream)
-                await stream.send_all(f"{EHLO}\r\n{MAIL}\r\n{RCPT}\r\nDATA\r\n".encode())
-                for _ in range(5):
-                    await said.next()
-                await stream.send_all(b"Hello\r\n.\r\n")
-                await delivery.came()
-                (connection,) = engine.followers
-                connection.abort()  # type: ignore[attr-defined]  # a follower of these tests is a connection
-                delivery.settle()
-            parts.worker.stop()
-    assert fates(metrics) == (0, 1, 0, 0)
-    assert (metrics.recipients, metrics.text_octets, metrics.sequences.unmarked) == (1, 7, 1)
 
 
 DELAYED = {

@@ -16,6 +16,7 @@ from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
 from penstock.sink.kept import HeaderMarks, KeepSettings, KeptMessage, Shelf, make_keeping
 from penstock.sink.stores import MboxStore
+from tests.helpers import TRANSACTION
 
 TEXT = b"Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\nX-Seq: 7\r\n\r\nhello\r\nFrom here\r\n>From there\r\n"
 
@@ -148,15 +149,10 @@ def test_the_subject_is_decoded_whatever_the_text_is(raw: bytes, subject: str) -
 
 
 async def keep(what: str, *texts: bytes) -> list[Reply]:
-    """Give messages to a delivery, by both ways in turn, and return its replies."""
+    """Give messages to a delivery, and return its replies."""
     delivery = make_keeping([KeepSettings.parse(what)], None)
-    replies: list[Reply] = []
     await delivery.start()
-    for number, text in enumerate(texts):
-        if number % 2:
-            replies.append(await delivery.accept(message(number, text)))
-        else:
-            delivery.accept_later(message(number, text), replies.append)
+    replies = [await delivery.accept(message(number, text), TRANSACTION) for number, text in enumerate(texts)]
     await delivery.aclose()
     return replies
 
@@ -199,7 +195,6 @@ async def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 async def test_a_message_that_can_not_be_written_is_refused_and_not_shown(tmp_path: Path) -> None:
     delivery = make_keeping([KeepSettings.parse("mbox:/dev/full")], None)
-    replies: list[Reply] = []
     store = delivery._stores[0]
     assert isinstance(store, MboxStore)
     store._path = tmp_path / "box"
@@ -207,9 +202,9 @@ async def test_a_message_that_can_not_be_written_is_refused_and_not_shown(tmp_pa
     assert store._file is not None
     store._file.close()
     store._file = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115, ASYNC230
-    delivery.accept_later(message(), replies.append)
+    reply = await delivery.accept(message(), TRANSACTION)
     await delivery.aclose()
-    assert replies[0].code in (451, 452)
+    assert reply.code in (451, 452)
     assert delivery.shelf is not None
     assert len(delivery.shelf) == 0
 
@@ -217,10 +212,8 @@ async def test_a_message_that_can_not_be_written_is_refused_and_not_shown(tmp_pa
 async def test_messages_on_the_shelf_are_answered_at_once() -> None:
     delivery = make_keeping([KeepSettings.parse("last:2")], None)
     await delivery.start()
-    replies: list[Reply] = []
     for number in range(3):
-        delivery.accept_later(message(number), replies.append)
-    assert len(replies) == 3
+        assert (await delivery.accept(message(number), TRANSACTION)).accepts
     assert delivery.shelf is not None
     assert len(delivery.shelf) == 2
     await delivery.aclose()
@@ -229,17 +222,11 @@ async def test_messages_on_the_shelf_are_answered_at_once() -> None:
 async def test_many_messages_are_written_together(tmp_path: Path) -> None:
     delivery = make_keeping([KeepSettings.parse(f"jsonl:{tmp_path / 'lines'}")], None)
     await delivery.start()
-    count = 0
-
-    def done(_: Reply) -> None:
-        nonlocal count
-        count += 1
-
-    for number in range(1000):
-        delivery.accept_later(message(number, b"x"), done)
-    with trio.fail_after(30):
-        await delivery.aclose()
-    assert count == len((tmp_path / "lines").read_text().splitlines()) == 1000
+    async with trio.open_nursery() as nursery:
+        for number in range(1000):
+            nursery.start_soon(delivery.accept, message(number, b"x"), TRANSACTION)
+    await delivery.aclose()
+    assert len((tmp_path / "lines").read_text().splitlines()) == 1000
 
 
 def test_marks_are_taken_from_a_field_of_the_header() -> None:
@@ -263,11 +250,11 @@ async def test_a_text_that_is_too_long_for_a_line_of_json_is_refused(tmp_path: P
     delivery = make_keeping([KeepSettings.parse(f"jsonl:{tmp_path / 'lines'}")], None)
     delivery._most_octets = 10
     await delivery.start()
-    replies: list[Reply] = []
-    delivery.accept_later(message(1, b"0123456789"), replies.append)
-    delivery.accept_later(message(2, b"0123456789a"), replies.append)
+    replies = [
+        await delivery.accept(message(n, text), TRANSACTION) for n, text in ((1, b"0123456789"), (2, b"0123456789a"))
+    ]
     await delivery.aclose()
-    assert sorted(reply.code for reply in replies) == [250, 552]
+    assert [reply.code for reply in replies] == [250, 552]
     assert len((tmp_path / "lines").read_text().splitlines()) == 1
 
 
@@ -276,7 +263,7 @@ async def test_a_long_text_is_whole_in_a_file_and_cut_in_memory(tmp_path: Path) 
     assert delivery.shelf is not None
     delivery._looked_at = 15
     await delivery.start()
-    assert (await delivery.accept(message(1, TEXT))).code == 250
+    assert (await delivery.accept(message(1, TEXT), TRANSACTION)).code == 250
     await delivery.aclose()
     (shown,) = delivery.shelf.newest(1)
     assert (shown.raw, shown.is_cut, shown.size) == (TEXT[:15], True, len(TEXT))

@@ -171,8 +171,7 @@ async def test_ordinary_recipients_that_begin_like_magic_ones_are_taken(tmp_path
     async with talking(tmp_path, has_magic=True) as talk:
         for recipient in ("dropbox@x", "42@x", "reset.password@x", "data-team@x"):
             assert (await talk.begin(recipient))[:3] == "250"
-        (connection,) = talk.engine.followers
-        assert connection._session.unasked  # type: ignore[attr-defined]  # it still is a calm connection
+        assert talk.connection.session.auto_accept, "it still is a calm connection"
 
 
 async def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:

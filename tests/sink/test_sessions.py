@@ -9,13 +9,13 @@ import msgspec
 import pytest
 import trio
 
-from penstock.app import assemble
+from penstock.app import Overrides, assemble
 from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings
-from penstock.server.connection import Connection
-from penstock.sink.connection import faulty
+from penstock.server.connection import Component
 from penstock.sink.faults import AppliedFault, FaultEngine
+from penstock.sink.injector import fault_injection
 from penstock.sink.plan import parse_plan
 from tests.tagged import marked
 
@@ -125,21 +125,21 @@ class Sender:
             self._buffer += data
 
 
-async def run_against(folder: Path, kind: type[Connection], sessions: int, *, reuses: bool, run: str) -> int:
+async def run_against(folder: Path, faults: Component, sessions: int, *, reuses: bool, run: str) -> int:
     """Send the messages to a worker in so many sessions at a time. Return how many it has taken."""
     listener = ListenerSettings(address="127.0.0.1:0", tls=TlsSettings(mode="none"), max_hops=0)
     settings = Settings(data_dir=str(folder), listener=(listener,), delivery=DeliverySettings(kind="discard"))
     journal = Journal(JournalSettings(events="errors"))
     lines: list[bytes] = []
-    parts = assemble(settings, journal, lines.append, kind=kind)
+    parts = assemble(settings, journal, lines.append, overrides=Overrides(components=(faults,)))
     async with trio.open_nursery() as nursery:
-        await nursery.start(parts.worker.run)
+        await nursery.start(parts.run)
         port = parts.listeners[0].local_address[1]
         async with trio.open_nursery() as senders:
             for first in range(sessions):
                 numbers = range(1 + first, MESSAGES + 1, sessions)
                 senders.start_soon(Sender(port, reuses).send, numbers, run)
-        parts.worker.stop()
+        parts.stop()
     assert not [line for line in lines if b"error" in line]
     return int(parts.delivery.messages)  # type: ignore[attr-defined]  # it is the one that counts
 
@@ -150,8 +150,9 @@ async def run_against(folder: Path, kind: type[Connection], sessions: int, *, re
 async def test_the_number_of_sessions_changes_no_fault(tmp_path: Path, sessions: int, reuses: bool, run: str) -> None:
     one, many = Faults(), Faults()
     plan = parse_plan(PLAN)
-    taken = await run_against(tmp_path, faulty(FaultEngine(plan, receipts=one)), 1, reuses=True, run="first")
-    again = await run_against(tmp_path, faulty(FaultEngine(plan, receipts=many)), sessions, reuses=reuses, run=run)
+    taken = await run_against(tmp_path, fault_injection(FaultEngine(plan, receipts=one)), 1, reuses=True, run="first")
+    faults = fault_injection(FaultEngine(plan, receipts=many))
+    again = await run_against(tmp_path, faults, sessions, reuses=reuses, run=run)
     assert taken == again
     expected = one.without_sessions()
     if run != "first":
@@ -172,5 +173,5 @@ async def test_another_seed_gives_other_faults(tmp_path: Path) -> None:
     one, other = Faults(), Faults()
     for seed, receipts in ((11, one), (12, other)):
         engine = FaultEngine(msgspec.structs.replace(parse_plan(PLAN), seed=seed), receipts=receipts)
-        await run_against(tmp_path, faulty(engine), 20, reuses=True, run="first")
+        await run_against(tmp_path, fault_injection(engine), 20, reuses=True, run="first")
     assert one.without_sessions() != other.without_sessions()

@@ -16,6 +16,7 @@ from penstock.message import Envelope, Message, MessageId, Recipient
 from penstock.message import Path as MailPath
 from penstock.sink.kept import KeepingDelivery
 from penstock.sink.stores import DumpStore, JsonLinesStore, MaildirStore, MboxStore, Store, unescape
+from tests.helpers import TRANSACTION
 
 ALICE = MailPath("alice@example.com", "alice", "example.com")
 BOB = MailPath("bob@example.org", "bob", "example.org")
@@ -184,7 +185,7 @@ def test_what_one_store_has_written_is_taken_back_when_another_fails(tmp_path: P
 async def test_a_refused_message_is_in_no_file(tmp_path: Path) -> None:
     delivery = KeepingDelivery(None, [MboxStore(tmp_path / "mbox"), JsonLinesStore(Path("/dev/full"))])
     await delivery.start()
-    reply = await delivery.accept(message(b"x\r\n"))
+    reply = await delivery.accept(message(b"x\r\n"), TRANSACTION)
     await delivery.aclose()
     assert (reply.code, reply.status) == (452, "4.3.1")
     assert (tmp_path / "mbox").read_bytes() == b""

@@ -8,7 +8,8 @@ import click
 
 from penstock.config import ConfigError, Settings, load, to_toml
 from penstock.config import describe as describe_all
-from penstock.policy.hooks import HookError, load_hook
+from penstock.loading import HookError
+from penstock.policy.hooks import load_hook
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 

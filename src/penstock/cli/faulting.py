@@ -14,12 +14,12 @@ from penstock.app import Server
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.cli.smtpsink import LetterWishes, smtp_sink_letters
 from penstock.config import ListenerSettings, Settings
-from penstock.server.connection import Connection
+from penstock.server.connection import Component
 from penstock.sink.accept_all import AcceptAllAuthenticator
 from penstock.sink.certificates import Certificates
-from penstock.sink.connection import faulty
 from penstock.sink.control import FaultDesk, FaultFile, describe_faults
 from penstock.sink.faults import FaultEngine, FaultLog
+from penstock.sink.injector import fault_injection
 from penstock.sink.plan import NO_PLAN, PlanError, load_plan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -136,9 +136,9 @@ class Faulting:
         return _replace(listener, auth=_ANYBODY) if self._offers_auth else listener
 
     @property
-    def kind(self) -> type[Connection]:
-        """What becomes of the sockets that are accepted."""
-        return faulty(self._engine, certificates=self._certificates)
+    def component(self) -> Component:
+        """The component that makes connections misbehave."""
+        return fault_injection(self._engine, self._certificates)
 
     @property
     def authenticator(self) -> Authenticator | None:

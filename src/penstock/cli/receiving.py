@@ -17,7 +17,6 @@ from rich.table import Table
 
 from penstock.app import Server
 from penstock.cli import reports
-from penstock.cli.running import addresses_of
 from penstock.delivery.base import Delivery
 from penstock.metrics._session import Metrics
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
@@ -164,7 +163,7 @@ class Account:
         }
         expectation = Expectation(next(name for name, is_it in places.items() if is_it), wishes.expect)
         self._receipts = Statistics(
-            self.metrics, parts.worker, faults=faults, expectation=expectation, listen=addresses_of(parts)
+            self.metrics, parts.worker, faults=faults, expectation=expectation, listen=parts.addresses
         )
         for sock in self._sockets[:1]:
             click.echo(f"penstock: live page at {_web().url_of(sock)}", err=True)

@@ -13,12 +13,10 @@ import click
 import msgspec
 import trio
 
-from penstock.app import Overrides, Server, assemble, wrong_file
+from penstock.app import NO_OVERRIDES, Overrides, Server, assemble, wrong_file
 from penstock.cli.journaling import JournalWriter, stderr
 from penstock.config import ConfigError, Settings, check
 from penstock.journal import Journal
-from penstock.net.listen import name_of
-from penstock.server.connection import Connection
 from penstock.spool.spool import SpoolError
 
 _GC_THRESHOLD = 20_000
@@ -40,17 +38,16 @@ def run(
     *,
     done: Callable[[Server], bool] | None = None,
     allow_open: bool = False,
-    given: Overrides | None = None,
-    kind: type[Connection] = Connection,
+    overrides: Overrides = NO_OVERRIDES,
     beside: Callable[[Server], Awaitable[None]] | None = None,
     is_shared: bool = False,
 ) -> None:
-    """Check the settings and run a worker until a signal, or until `done`, which is asked ten times a second.
+    """Check the settings and run a server until a signal, or until `done`, which is asked ten times per second.
 
-    `given` and `kind` are those of `assemble`; `beside` runs in the same loop, and is cancelled when the worker has
-    stopped; `is_shared` says that other processes write to the same standard error.
+    `overrides` are those of `assemble`; `beside` runs in the same loop, and is cancelled when the server has stopped;
+    `is_shared` says that other processes write to the same standard error.
 
-    Ends the process with code 2 for wrong settings, 1 when the worker can not start.
+    End the process with code 2 for wrong settings, 1 when the server cannot start.
     """
     try:
         check(settings, allow_open=allow_open)
@@ -62,11 +59,11 @@ def run(
     journal = Journal(settings.journal, is_terminal=os.isatty(descriptor))
     write = JournalWriter(descriptor, journal.tell_dropped, is_shared=is_shared)
     try:
-        parts = assemble(settings, journal, write, kind=kind, given=given or Overrides())
+        server = assemble(settings, journal, write, overrides=overrides)
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(settings) or str(exc)) from exc
     try:
-        trio.run(_serve, parts, announce, done, beside)
+        trio.run(_serve, server, announce, done, beside)
     except* (OSError, SpoolError, sqlite3.Error) as group:
         raise click.ClickException(innermost(group)) from group
     finally:
@@ -82,65 +79,49 @@ def innermost(exc: BaseException) -> str:
 
 
 async def _serve(
-    parts: Server,
+    server: Server,
     announce: Callable[[Server], None],
     done: Callable[[Server], bool] | None,
     beside: Callable[[Server], Awaitable[None]] | None,
 ) -> None:
     async with trio.open_nursery() as nursery:
-        await parts.delivery.start()
-        if parts.gateway is not None:
-            await nursery.start(parts.gateway.run)
-        await nursery.start(_stop_on_signals, parts)
-        await nursery.start(_run_worker, parts, nursery)
+        await nursery.start(_stop_on_signals, server)
+        await nursery.start(_run_server, server, nursery)
         # What the start has made lives as long as the process: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, 20, 100)
-        announce(parts)
+        announce(server)
         if beside is not None:
-            nursery.start_soon(beside, parts)
+            nursery.start_soon(beside, server)
         if done is not None:
-            while not done(parts):  # noqa: ASYNC110 - counting stays cheaper than an event for each message
+            while not done(server):  # noqa: ASYNC110 - counting stays cheaper than an event for each message
                 await trio.sleep(0.1)
-            parts.worker.stop()
+            server.stop()
 
 
-async def _run_worker(
-    parts: Server, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+async def _run_server(
+    server: Server, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    try:
-        await parts.worker.run(task_status=task_status)
-    finally:
-        with trio.CancelScope(shield=True):
-            await parts.delivery.aclose()
-    if parts.gateway is not None:
-        parts.gateway.stop()
-        await parts.gateway.over.wait()
+    """Run the server; when it has stopped, end whatever runs beside it."""
+    await server.run(task_status=task_status)
     nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signals(parts: Server, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Stop at SIGTERM or SIGINT; at a second one, do not wait for messages under way."""
+async def _stop_on_signals(server: Server, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Stop at SIGTERM or SIGINT; at a second one, do not wait for messages that are being received."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         count = 0
         async for _ in signals:
             count += 1
             if count == 1:
-                parts.worker.stop()
+                server.stop()
             else:
-                parts.worker.abort()
-                if parts.gateway is not None:
-                    parts.gateway.abort()
+                server.abort()
 
 
-def tell_authority(parts: Server) -> None:
-    """Say whom clients have to trust, where the certificate is of our own making."""
-    if parts.ca_file is not None:
-        click.echo(f"penstock: TLS with a generated certificate; clients trust {parts.ca_file}")
-
-
-def addresses_of(parts: Server) -> list[str]:
-    """Return where the worker listens."""
-    return [name_of(bound.socket) for bound in parts.listeners]
+def print_authority(server: Server) -> None:
+    """Print which authority clients have to trust, where the certificate was generated."""
+    if server.ca_file is not None:
+        click.echo(f"penstock: TLS with a generated certificate; clients trust {server.ca_file}")

@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from penstock.app import Server
-from penstock.cli.running import addresses_of, listen_on, run, tell_authority
+from penstock.cli.running import listen_on, print_authority, run
 from penstock.cli.workers import indexes, supervise, work
 from penstock.config import ConfigError, Settings, load
 
@@ -65,8 +65,8 @@ def serve(
         return
 
     def announce(parts: Server) -> None:
-        where = ", ".join(addresses_of(parts))
+        where = ", ".join(parts.addresses)
         click.echo(f"penstock: listening on {where}; {settings.delivery.kind} below {settings.data_dir}")
-        tell_authority(parts)
+        print_authority(parts)
 
     run(settings, announce)

@@ -14,7 +14,7 @@ from penstock.app import Overrides, Server
 from penstock.cli import reports
 from penstock.cli.faulting import Faulting, fault_options
 from penstock.cli.receiving import Account, Wishes, as_expected, receipt_options
-from penstock.cli.running import addresses_of, listen_on, run
+from penstock.cli.running import listen_on, run
 from penstock.cli.smtpsink import letters_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
 from penstock.delivery.discard import DiscardDelivery
@@ -112,7 +112,7 @@ def sink(
             counted.append(parts)
             faulting.begin(parts)
             account.begin(parts, faulting.desk)
-            click.echo(f"penstock: sink on {', '.join(addresses_of(parts))}", err=True)
+            click.echo(f"penstock: sink on {', '.join(parts.addresses)}", err=True)
 
         def is_done(parts: Server) -> bool:
             if sessions is not None and parts.worker.sessions >= sessions and not parts.worker.open_connections:
@@ -124,8 +124,12 @@ def sink(
             announce,
             done=is_done,
             allow_open=is_open,
-            given=Overrides(delivery=account.delivery, authenticator=faulting.authenticator, metrics=account.metrics),
-            kind=faulting.kind,
+            overrides=Overrides(
+                delivery=account.delivery,
+                authenticator=faulting.authenticator,
+                metrics=account.metrics,
+                components=(faulting.component,),
+            ),
             beside=lambda _: account.run(faulting.desk),
         )
         for parts in counted:

@@ -17,7 +17,7 @@ import trio
 
 from penstock.app import Overrides, Server
 from penstock.cli.journaling import JournalWriter, stderr
-from penstock.cli.running import innermost, run, tell_authority
+from penstock.cli.running import innermost, print_authority, run
 from penstock.config import ConfigError, Settings, check
 from penstock.journal import Journal
 from penstock.net.listen import ListenAddress, bind, close_listener, name_of, share
@@ -160,11 +160,11 @@ def work(settings: Settings, word: str) -> None:
         parts.worker.sessions = told.index * _SESSIONS
         line.append(Line(told.line))
         if told.index == 0:
-            tell_authority(parts)
+            print_authority(parts)
 
     async def beside(parts: Server) -> None:
         await line[0].ready()
         await line[0].wait_for_end()
         parts.worker.stop()
 
-    run(settings, announce, given=Overrides(sockets=sockets), beside=beside, is_shared=True)
+    run(settings, announce, overrides=Overrides(sockets=sockets), beside=beside, is_shared=True)

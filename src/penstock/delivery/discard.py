@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from penstock.delivery.base import Delivery
 from penstock.message import Message
 from penstock.reply import Reply
+from penstock.transaction import Transaction
 
 _DISCARDED: Final = Reply(250, "2.0.0", "Ok: discarded")
 
 
-class DiscardDelivery:
+class DiscardDelivery(Delivery):
     """Accepts every message, counts it, and forgets it. Its 250 promises nothing."""
 
     needs_body = False
@@ -21,10 +23,7 @@ class DiscardDelivery:
         self.octets = 0
         """Of the bodies, un-stuffed."""
 
-    async def start(self) -> None:
-        """Do nothing."""
-
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
         """Accept."""
         return self.discard(len(message.envelope.recipients), message.body.size)
 
@@ -34,6 +33,3 @@ class DiscardDelivery:
         self.recipients += recipients
         self.octets += octets
         return _DISCARDED
-
-    async def aclose(self) -> None:
-        """Do nothing."""

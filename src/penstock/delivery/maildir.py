@@ -23,9 +23,11 @@ import msgspec
 import trio
 
 from penstock import reply as replies
+from penstock.delivery.base import Delivery
 from penstock.message import Message
 from penstock.message import Path as MailPath
 from penstock.reply import Reply
+from penstock.transaction import Transaction
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _STALE: Final = 36 * 3600
@@ -47,10 +49,8 @@ class MaildirSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     writers: Annotated[int, msgspec.Meta(ge=1, le=256, description="Messages that are being synced at a time")] = 16
 
 
-class MaildirDelivery:
+class MaildirDelivery(Delivery):
     """Delivers into Maildirs below a folder. Its 250 promises that the message survives a power failure."""
-
-    needs_body = True
 
     def __init__(self, settings: MaildirSettings, data_dir: Path) -> None:
         self._template = settings.path
@@ -67,8 +67,12 @@ class MaildirDelivery:
             await trio.to_thread.run_sync(_make_maildir, folder)
             await trio.to_thread.run_sync(_sweep, folder / "tmp")
 
-    async def accept(self, message: Message) -> Reply:
-        """Deliver to all recipients, or to none: 452 4.3.1 when the disk is full, OSError for other trouble."""
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
+        """Deliver to all recipients, or to none: 452 4.3.1 when the disk is full, OSError for other errors."""
+        return await self.deliver(message)
+
+    async def deliver(self, message: Message) -> Reply:
+        """Deliver a message that has come from the spool. Return and raise what `accept` does."""
         copies = self._copies(message)
         try:
             await trio.to_thread.run_sync(self._deliver, message, copies, limiter=self._limiter)
@@ -77,9 +81,6 @@ class MaildirDelivery:
                 return replies.DISK_FULL.because(str(exc))
             raise
         return Reply(250, "2.0.0", f"Ok: delivered as {message.id}")
-
-    async def aclose(self) -> None:
-        """Do nothing: every accepted message is where it belongs."""
 
     def folder_of(self, recipient: MailPath) -> Path:
         """Return the Maildir of a recipient. No name leads out of the data folder."""

@@ -29,6 +29,7 @@ import trio
 from penstock.delivery.base import ChecksCapacity, Delivery
 from penstock.message import Envelope, Message, Recipient
 from penstock.reply import Reply
+from penstock.transaction import Transaction
 
 _MOST_WORDS: Final = 300
 """Characters of the hop's words in a 250."""
@@ -71,10 +72,8 @@ class Onward(Protocol):
         """Journal that the hop has taken a message for one of its recipients, with the reply that `done` has heard."""
 
 
-class PassthroughDelivery:
+class PassthroughDelivery(Delivery):
     """Passes messages on to the next hop, or to another delivery. Its 250 promises what the one of those does."""
-
-    needs_body = True
 
     def __init__(self, onward: Onward, fallback: Delivery, settings: PassthroughSettings) -> None:
         self.settings = settings
@@ -94,16 +93,16 @@ class PassthroughDelivery:
         """Ask the fallback: whatever comes has to fit there."""
         return None if self._room is None else self._room.check_capacity(octets)
 
-    async def accept(self, message: Message) -> Reply:
-        """Take a message that was not streamed."""
-        return await self.fallback.accept(message)
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
+        """Accept a message that was not streamed."""
+        return await self.fallback.accept(message, transaction)
 
     def open(self, head: Message) -> PassedMessage | None:
         """Begin with a message, if the next hop of all its recipients is known and has room."""
         passed = PassedMessage(self, head)
         size = head.envelope.size
-        intercepted_verbs = size + len(head.prefix) if size else 0
-        passed.forget = self.onward.begin(head.envelope, intercepted_verbs, passed.pipe, passed.done)
+        announced = size + len(head.prefix) if size else 0
+        passed.forget = self.onward.begin(head.envelope, announced, passed.pipe, passed.done)
         return None if passed.forget is None else passed
 
 
@@ -199,7 +198,7 @@ class PassedMessage:
         if scope.cancelled_caught:
             self.abort()
 
-    async def finish(self, message: Message) -> Reply:
+    async def finish(self, message: Message, transaction: Transaction) -> Reply:
         """Let the end of the text go on, and return what the client is to hear."""
         if not self._is_over:
             self.pipe.end()
@@ -210,7 +209,7 @@ class PassedMessage:
         replies = self._replies
         recipients = message.envelope.recipients
         if replies is None:
-            reply = await self._delivery.fallback.accept(message)
+            reply = await self._delivery.fallback.accept(message, transaction)
             return reply.because("the next hop did not answer in time, and may have it, too") if in_doubt else reply
         left = tuple(to for to, reply in zip(recipients, replies, strict=True) if not reply.accepts)
         if not left:
@@ -221,7 +220,7 @@ class PassedMessage:
             if reply.accepts:  # that the message was spooled says nothing of those
                 self._delivery.onward.note_delivered(message, to, reply)
         rest = message._replace(envelope=message.envelope._replace(recipients=left))
-        return await self._delivery.fallback.accept(rest)
+        return await self._delivery.fallback.accept(rest, transaction)
 
     def abort(self) -> None:
         """See to it that nothing more is sent, and nothing more heard."""

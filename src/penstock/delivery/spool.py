@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from penstock import reply as replies
+from penstock.delivery.base import Delivery
 from penstock.message import Message, Recipient
 from penstock.reply import Reply
 from penstock.spool.diskspace import Room
 from penstock.spool.entry import Entry
 from penstock.spool.spool import Spool, SpoolFullError
+from penstock.transaction import Transaction
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -30,26 +32,21 @@ class Relay(Protocol):
         """Attempt what was put as taken."""
 
 
-class SpoolDelivery:
+class SpoolDelivery(Delivery):
     """Puts messages into the spool. Its 250 promises that the message survives a power failure."""
 
-    needs_body = True
-
-    def __init__(self, spool: Spool, relay: Relay, room: Room) -> None:
+    def __init__(self, spool: Spool, relay: Relay, space: Room) -> None:
         self._spool = spool
         self._relay = relay
-        self._room = room
-
-    async def start(self) -> None:
-        """Do nothing: the spool is opened by whoever runs it."""
+        self._space = space
 
     def check_capacity(self, octets: int) -> Reply | None:
         """Refuse a MAIL that would touch the reserve of the disk (RFC 1870 6.1)."""
-        if self._room.takes(octets):
+        if self._space.takes(octets):
             return None
         return replies.DISK_FULL.because("the reserve of free space or inodes is reached")
 
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
         """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for its errors."""
         lanes = self._lanes(message)
         is_taken = self._relay.takes(lanes, message.size)
@@ -57,32 +54,14 @@ class SpoolDelivery:
             entries = await self._spool.put(message, lanes, is_taken=is_taken)
         except (OSError, sqlite3.Error, SpoolFullError) as exc:
             return _refusal(exc)
-        return self._accepted(message, entries)
-
-    def accept_later(self, message: Message, done: Callable[[Reply], None]) -> None:
-        """Do the same without a task, for a body that the database takes; a larger one needs `accept`."""
-        lanes = self._lanes(message)
-
-        def written(failure: BaseException | None, entries: list[Entry]) -> None:
-            done(_refusal(failure) if failure is not None else self._accepted(message, entries))
-
-        try:
-            self._spool.put_later(message, lanes, written, is_taken=self._relay.takes(lanes, message.size))
-        except SpoolFullError as exc:
-            done(_refusal(exc))
-
-    async def aclose(self) -> None:
-        """Do nothing: every accepted message is in the spool."""
+        self._space.used(message.size)
+        if entries:
+            self._relay.offer(entries)
+        return Reply(250, "2.0.0", f"Ok: spooled as {message.id}")
 
     def _lanes(self, message: Message) -> list[str]:
         lane_of = self._relay.lane_of
         return [lane_of(recipient) for recipient in message.envelope.recipients]
-
-    def _accepted(self, message: Message, entries: list[Entry]) -> Reply:
-        self._room.used(message.size)
-        if entries:
-            self._relay.offer(entries)
-        return Reply(250, "2.0.0", f"Ok: spooled as {message.id}")
 
 
 def _refusal(failure: BaseException) -> Reply:

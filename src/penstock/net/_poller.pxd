@@ -1,9 +1,16 @@
 """What other compiled modules may do with a poller and the sockets on it."""
 
+from libc.stdint cimport int64_t
+
 from penstock.metrics._session cimport Metrics
 
 
+cdef int64_t now() noexcept nogil
+
+
 cdef class Taker:
+    cdef public bint wants_turn
+
     cdef Py_ssize_t receive(self, int fd) except -2
     cdef object take(self, Py_ssize_t received)
     cdef bint wake(self, Py_ssize_t received, object failure) except -1

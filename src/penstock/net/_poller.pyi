@@ -32,6 +32,9 @@ class Taker:
                         or it was nudged, or with what was thrown. Must not raise.
     """
 
+    wants_turn: bool
+    """A turn has left input unread, so that others have theirs: it goes on in the next round, without receiving."""
+
 class TurnsOfTask(Taker):
     """The taker that a task leaves behind, which is woken by itself."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import trio
 from trio.lowlevel import (
@@ -179,6 +179,47 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
         self._check_open()
         return received
 
+    async def run_protocol(self, protocol: Any) -> int:
+        """Park this task while a protocol (the pump of a server connection) takes the turns.
+
+        Return when a turn has left something to the task: 0 at the end of the stream, otherwise the octets received
+        last, or -1; then `take_unsent` may have something to send. Raise BrokenResourceError when the connection is
+        lost, and whatever a turn raises.
+        """
+        watch = self._watch
+        if watch is None:
+            raise RuntimeError("a protocol needs a stream on a poller")
+        while watch.is_readable:
+            if self._turns >= _TURNS:
+                self._turns = 0
+                await checkpoint()
+            received = self._fill_nowait(protocol)
+            if received < 0:
+                continue
+            output = protocol.turn(received) if received else None
+            if output is None:
+                return received
+            if output:
+                await self.send_now(output)
+            if protocol.wants_turn:
+                await checkpoint()
+                return -1
+        self._turns = 0
+        if self._receiving:
+            self._conflict("receiving")
+        self._receiving = True
+        protocol.wants_turn = False
+        watch.taker = protocol
+        watch.reader = current_task()
+        try:
+            received = int(await wait_task_rescheduled(self._stop_reading))
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+        finally:
+            self._receiving = False
+        self._check_open()
+        return received
+
     def when_connected(self, connected: Callable[[], object]) -> None:
         """Have a function called once the connection is made, for a socket of which connect(2) said EINPROGRESS.
 
@@ -194,6 +235,11 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
         assert self._watch is not None
         unsent, self._watch.unsent = self._watch.unsent, None
         return unsent or b""
+
+    @property
+    def has_poller(self) -> bool:
+        """A poller watches this stream, so that `run_protocol` can be used."""
+        return self._watch is not None
 
     @property
     def can_be_nudged(self) -> bool:

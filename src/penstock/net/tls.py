@@ -211,6 +211,12 @@ class TlsTurns:
             return None
         return cls(*parts), delayed
 
+    @staticmethod
+    def unsent_alert(stream: trio.SSLStream[trio.abc.Stream]) -> bytes:
+        """Return the alert that tells the peer why a handshake has failed: SSLStream raises without sending it."""
+        outgoing = getattr(stream, "_outgoing", None)
+        return b"" if outgoing is None else outgoing.read()
+
     def recv(self, fd: int, octets: int = _READ, /) -> int:
         """Receive encrypted octets from a socket; see `Wire.recv`."""
         data = _poller.recv(fd, octets)

@@ -37,7 +37,9 @@ ACCEPT: Final = _Accept.ACCEPT
 Verdict = Reply | Literal[_Accept.ACCEPT] | None
 Answer = Verdict | Awaitable[Verdict]
 
-HOOK_POINTS = ("on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_message")
+HOOK_POINTS = (
+    "on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_message", "on_reset", "on_disconnect",
+)  # fmt: skip
 
 
 class ConnectPolicy(Protocol):
@@ -79,4 +81,21 @@ class MessagePolicy(Protocol):
     """Asked at the end of the data, before the delivery."""
 
     def on_message(self, transaction: Transaction, message: Message) -> Answer:
-        """Judge a whole message. Reading `message.body.chunks()` may touch the disk: use a thread for large ones."""
+        """Judge a whole message. Reading `message.body.chunks()` may touch the disk: use a thread for large ones.
+
+        `transaction.add_field(name, value)` adds a header field to it.
+        """
+
+
+class ResetPolicy(Protocol):
+    """Called at RSET, before the transaction is forgotten."""
+
+    def on_reset(self, transaction: Transaction) -> Answer:
+        """Note that the client has given up the transaction. The answer is ignored."""
+
+
+class DisconnectPolicy(Protocol):
+    """Called when a connection has ended that was greeted."""
+
+    def on_disconnect(self, transaction: Transaction) -> Answer:
+        """Note the end of a connection. The answer is ignored; `transaction` may still hold an open transaction."""

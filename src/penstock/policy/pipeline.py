@@ -111,6 +111,8 @@ class Pipeline:
         self.mail = watching("on_mail")
         self.rcpt = watching("on_rcpt")
         self.message = watching("on_message")
+        self.reset = watching("on_reset")
+        self.disconnect = watching("on_disconnect")
 
     async def on_connect(self, peer: Peer, listener: str) -> Reply | None:
         """Judge a client by its address. None is a yes."""
@@ -135,6 +137,16 @@ class Pipeline:
     async def on_message(self, transaction: Transaction, message: Message) -> Reply | None:
         """Judge a whole message."""
         return await _ask(self.message, "on_message", transaction, message)
+
+    async def on_reset(self, transaction: Transaction) -> None:
+        """Tell the policies that a client gives up its transaction."""
+        for guard, method in self.reset:
+            await guard.ask(method, "on_reset", transaction)
+
+    async def on_disconnect(self, transaction: Transaction) -> None:
+        """Tell the policies that a connection has ended."""
+        for guard, method in self.disconnect:
+            await guard.ask(method, "on_disconnect", transaction)
 
 
 async def _ask(asked: tuple[_Asked, ...], hook_point: str, *arguments: object) -> Reply | None:

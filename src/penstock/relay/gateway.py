@@ -23,7 +23,7 @@ class Mailboxes(Protocol):
     async def start(self) -> None:
         """Open what it needs. Raise OSError."""
 
-    async def accept(self, message: Message) -> Reply:
+    async def deliver(self, message: Message) -> Reply:
         """Deliver to all recipients, or to none of them."""
 
     async def aclose(self) -> None:

@@ -97,7 +97,7 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class LocalDelivery(Protocol):
     """What delivers into mailboxes on this machine; see penstock.delivery.base."""
 
-    async def accept(self, message: Message) -> Reply:
+    async def deliver(self, message: Message) -> Reply:
         """Deliver to all recipients, or to none of them."""
 
 
@@ -466,7 +466,7 @@ class Scheduler:
         message = Message(entry.id, entry.envelope, entry.prefix, entry.body, entry.received_at)
         try:
             with trio.CancelScope(shield=True):  # it is the disk that is waited for, and half a delivery is none
-                reply = await self._local.accept(message)
+                reply = await self._local.deliver(message)
             kind = Outcome.DELIVERED if reply.accepts else Outcome.FAILED if reply.is_permanent else Outcome.DEFERRED
             text, status = f"{reply.code} {reply.status or ''} {reply.text}", reply.status or f"{reply.code // 100}.0.0"
         except Exception as exc:  # noqa: BLE001 - rule 5; what went wrong with our disk is nobody else's business

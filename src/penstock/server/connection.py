@@ -1,18 +1,24 @@
 """One connection: read this first.
 
-The loop asks the session for the next event, answers it, and goes on; when the session needs more input, what was
-said is sent in one go and the socket is read. The session knows the language (penstock.smtp.server); what is decided
-here is whether a sender, a recipient, a message is wanted, and what becomes of the message.
+A connection is one task in the nursery of its worker, from the greeting to the close (`Connection.run`). The task asks
+for the next event, handles it, and goes on; the session knows the protocol (penstock.smtp.server), and what is decided
+here is whether a sender, a recipient, a message is wanted, and where the message goes.
+
+    run -> _open -> next_event <-> HANDLERS[type(event)] -> _close
+
+`next_event` parks the task while the pump (ext/pump.pyx) takes the turns that need no decision. Everything that decides
+or waits is awaited here: policies, passwords, deliveries. Nothing is read from the client meanwhile, so no reply can be
+lost or overtaken, whenever octets arrive.
 
 Rules
 -----
-1. A hook_point that has no hook is answered without a coroutine: handlers return None, or something to await.
-2. Only waiting for the client can be cut short (a clock, the end of the server). A message that is being committed is
-   committed, and its reply is tried, because the client will send again whatever it hears nothing of.
-3. A connection on a socket of our own has no task until something has to be awaited: its turns are taken by the poller
-   (penstock.net.stream), from the greeting to the 221. Idle clients, and those that only fill a sink, cost no task;
-   nor does a delivery that answers later (penstock.delivery.base.Defers): until then the client is not read from.
-4. A bug costs one connection: 421 to the client, a trace in the journal (RFC 5321 3.8).
+1. Only waiting for the client can be cut short (a timeout, the end of the server): `_wait` is the one place. A message
+   that is being committed is committed, and its reply is sent, because the client sends again what was not answered.
+2. What happens without waiting is a synchronous handler, named `..._now`; it returns False to leave the event to the
+   task. Listeners without policies have synchronous handlers for nearly everything.
+3. A bug costs one connection: 421 to the client, a traceback in the journal (RFC 5321 3.8).
+4. Components are optional and composed: `faults` (the sink's fault plan), `metrics` (statistics), a stream that is
+   paced. Without them they cost nothing.
 """
 
 from __future__ import annotations
@@ -21,32 +27,35 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 
-import outcome
 import trio
 
 from penstock import reply as replies
-from penstock.delivery.base import Defers
-from penstock.message import Body, CountedBody, Message
+from penstock.message import CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
-from penstock.net.stream import AheadStream
-from penstock.net.tls import Agreed, TlsLayer, tls_info
+from penstock.net.stream import AheadStream, SocketStream
+from penstock.net.tls import TlsTurns, tls_info
 from penstock.reply import Reply
-from penstock.server._turns import TurnTaker
-from penstock.server.limits import Deadlines
+from penstock.server._pump import Pump
+from penstock.server.deadlines import Deadlines
+from penstock.server.incoming import IncomingMessage
 from penstock.server.received import received_field
 from penstock.smtp import sasl
 from penstock.smtp._wire import VERBS
 from penstock.smtp.events import (
+    CLOSED,
+    NEED_DATA,
+    TURN_OVER,
     Auth,
     AuthAborted,
     AuthResponse,
     BeginData,
     BodyChunk,
+    Command,
     EndOfMessage,
+    Event,
     Hello,
     Mail,
     MessageAborted,
@@ -55,180 +64,294 @@ from penstock.smtp.events import (
     StartTls,
 )
 from penstock.smtp.states import State
-from penstock.transaction import Peer
+from penstock.transaction import Peer, Transaction
 
-_LAST_WORDS: Final = 5.0
-"""Seconds in which a last reply may be sent after a clock ran out."""
+if TYPE_CHECKING:
+    from penstock.server.listener import Listener
+
+_FINAL_REPLY: Final = 5.0
+"""Seconds in which the final reply may be sent after a timeout."""
 _LINGER: Final = 1.0
-"""Seconds in which a client that is sent away mid-sentence may read why, before the connection is reset."""
+"""Seconds in which a client that is dismissed while it sends may read the reply before the connection is reset."""
 _LINGER_OCTETS: Final = 1 << 20
 _PROXY_OCTETS: Final = 8192
 _READ_OCTETS: Final = 65_536
 
-
-if TYPE_CHECKING:
-    pass
-
 T = TypeVar("T")
+SyncHandlers = dict[type, Callable[["Connection", Any], bool]]
 
 
-class _SentAway(Exception):  # noqa: N818 - no error, but the end of a wait
-    """The client is to be sent away with `_last_words`."""
+class Host(Protocol):
+    """What a connection needs of its worker."""
+
+    connections: set[Connection]
+    is_stopping: bool
+
+    def admit(self, peer: Peer) -> Reply | None:
+        """Count a client in and return None, or return the refusal."""
+
+    def release(self, peer: Peer) -> None:
+        """Count a client out that was admitted."""
+
+    def ended(self, connection: Connection) -> None:
+        """Note that a connection is closed."""
 
 
-class Connection(TurnTaker):
+class Faults(Protocol):
+    """The component that makes a connection misbehave (penstock.sink.injector)."""
+
+    async def open(self) -> None:
+        """Do what happens before the connection is admitted. Raise BrokenResourceError to end it."""
+
+    async def greet(self) -> bool:
+        """Change the greeting that is in the output. Return False when it has refused the client."""
+
+    async def handle(self, event: Event) -> None:
+        """Handle an event in place of `Connection.handle`."""
+
+    def tls_context(self, ordinary: ssl.SSLContext) -> ssl.SSLContext:
+        """Return the context for the next handshake."""
+
+    def close(self) -> None:
+        """Forget the connection."""
+
+
+Component = Callable[["Connection"], object]
+"""Called with each new connection: may set its `faults`, or the `observer` of its session."""
+
+
+class _Dismissed(Exception):  # noqa: N818 - no error, but the end of a wait
+    """The client is to be sent `final_reply`."""
+
+
+class Connection:
     """A client, its stream and its session. `run` is the task of one connection."""
 
-    handlers: ClassVar[dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]] = {}
-    """What each event is for; each handler returns None, or something to await. A kind of connection that answers
-    otherwise has a table of its own, and is asked about all events."""
+    __slots__ = (
+        "_clocks", "_exchange", "_has_ended", "_is_admitted", "_is_sending", "_paused", "_received_ahead", "_scope",
+        "_socket", "_started", "faults", "final_reply", "incoming", "listener", "messages", "metrics",
+        "number", "peer", "pump", "session", "stream", "texts", "transaction", "worker",
+    )  # fmt: skip
 
-    __slots__ = ()
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        peer: Peer,
+        listener: Listener,
+        worker: Host,
+        number: int = 0,
+        *,
+        is_admitted: bool = False,
+    ) -> None:
+        """`is_admitted` says that the limits have counted the client in already; otherwise `run` asks them."""
+        self.stream = stream
+        """What is read and written: the socket, or TLS or a paced stream on top of it."""
+        self._socket = stream if isinstance(stream, SocketStream) and stream.has_poller else None
+        """The stream, while the pump may use it directly; None where every octet goes through `stream`."""
+        self.peer = peer
+        self.listener = listener
+        self.worker = worker
+        self.number = number
+        """What the journal calls it."""
+        self.transaction = Transaction(peer, listener.name)
+        pattern = listener.session
+        self.session = session = pattern.fresh(pattern.wire.fresh(), self.transaction)
+        self.metrics = None if listener.metrics is None else listener.metrics.new_session()
+        session.metrics = self.metrics
+        self.faults: Faults | None = None
+        self.pump = Pump(session, listener.sync_handlers, self)
+        self.incoming: IncomingMessage | None = None
+        """The message that is being received; its text has begun and not ended."""
+        self.texts = 0
+        """Texts begun so far."""
+        self.messages = 0
+        """Messages accepted so far."""
+        self.final_reply: Reply | None = None
+        """What the client is dismissed with at the next wait."""
+        self._exchange: sasl.Exchange | None = None
+        self._clocks: Deadlines | None = None
+        self._paused = False
+        self._scope: trio.CancelScope | None = None
+        self._is_sending = False
+        """A reply or a handshake is on its way; after a cut, half of it may be."""
+        self._is_admitted = is_admitted
+        self._has_ended = False
+        self._received_ahead = b""
+        self._started = trio.current_time()
+        for component in listener.components:
+            component(self)
 
     # ---- the life of a connection
 
-    async def run(self, woken: outcome.Outcome[int] | None = None) -> None:
-        """Serve the client until it leaves, breaks off, or is sent away. Raises nothing but cancellation.
-
-        `woken` is what the turns of a conversation have come to that began with `start`.
-        """
+    async def run(self) -> None:
+        """Serve the client until it leaves, breaks off, or is dismissed. Raise nothing but cancellation."""
         cause = "the session ended"
+        self.worker.connections.add(self)
         try:
-            if woken is None:
-                self._host.connections.add(self)
-                if not await self._open():
-                    return
-            else:
-                woken.unwrap()
-                assert self._socket is not None
-                await self._flush(self._socket.take_unsent())
-            if not await self._converse():
-                cause = "the client closed the connection"
-        except _SentAway:
-            assert self._last_words is not None
-            cause = self._last_words.text
-            await self._say_last_words()
+            if await self._open():
+                cause = await self._converse()
+        except _Dismissed:
+            assert self.final_reply is not None
+            cause = self.final_reply.text
+            await self._dismiss(self.final_reply)
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as exc:
             cause = f"connection lost: {exc.__cause__ or exc}"
-        except Exception as exc:  # noqa: BLE001 - rule 4: whatever it is, it costs this connection and no other
-            self._listener.journal.error(self.number, "connection", exc)
-            self._last_words = replies.UNEXPECTED
-            await self._say_last_words()
+        except trio.Cancelled:
+            cause = "the server stopped"
+            self._dismiss_nowait()
+            raise
+        except Exception as exc:  # noqa: BLE001 - rule 3: whatever it is, it costs this connection and no other
+            self.listener.journal.error(self.number, "connection", exc)
+            cause = replies.UNEXPECTED.text
+            await self._dismiss(replies.UNEXPECTED)
         finally:
             try:
-                self._drop_body(cause)
-                await self._linger()
+                self.drop_message(cause)
+                await self._close()
             finally:
                 self._end(cause)
+        if self.listener.pipeline.disconnect:
+            await self.listener.pipeline.on_disconnect(self.transaction)
 
-    @property
-    def octets(self) -> int:
-        """Octets that have come so far, as the socket had them."""
-        return self._octets
+    async def _converse(self) -> str:
+        """Handle events until the conversation is over. Return why it is."""
+        while True:
+            event = await self.next_event()
+            if event is None:
+                return "the client closed the connection"
+            if event is CLOSED:
+                if self.session.has_quit and self.pump.tls is None:
+                    return "QUIT"  # `_close` sends the 221 together with the end of the stream
+                await self.send_output()
+                return "QUIT" if self.session.has_quit else "the session ended"
+            await self._dispatch(event)
 
-    def abort(self) -> None:
-        """End a connection that has no task, at once."""
-        self._end("the server stopped")
-
-    def expire(self, last_words: Reply) -> None:
-        """Send the client away with these words: now if it is being waited for, otherwise at the next wait."""
-        if self._last_words is None:
-            self._last_words = last_words
-            if self._scope is not None:
-                self._scope.cancel()
-            elif self._is_attending and self._pending is None and self._committing is None:
-                assert self._socket is not None
-                self._socket.nudge()
-
-    def check_clocks(self, now: float) -> None:
-        """Send the client away when one of its clocks has run out."""
-        message = self._begun if self._is_in_message else 0
-        last_words = self._deadlines(now).expired(now, self._session.commands, message)
-        if last_words is not None:
-            self.expire(last_words)
-
-    def _deadlines(self, now: float) -> Deadlines:
-        """Return the clocks, which begin to run when the sweeper first looks."""
-        if self._clocks is None:
-            self._clocks = Deadlines(self._listener.limits, now)
-        return self._clocks
-
-    def stop(self, grace: float) -> None:
-        """Let a message that is under way arrive within `grace` seconds; send every other client away."""
-        if self._is_in_message:
-            now = trio.current_time()
-            self._deadlines(now).shorten_data(now + grace)
+    async def _dispatch(self, event: Event) -> None:
+        if self.faults is None:
+            await self.HANDLERS[type(event)](self, event)
         else:
-            self.expire(replies.SHUTTING_DOWN)
+            await self.faults.handle(event)
+
+    async def handle(self, event: Event) -> None:
+        """Handle an event as if there were no faults."""
+        await self.HANDLERS[type(event)](self, event)
+
+    async def next_event(self) -> Event | None:
+        """Return the next event that needs this task; None when the client has closed the connection.
+
+        What was said before is sent first, in one piece with the replies to whatever else has come.
+        """
+        while True:
+            event: Event | None = self.pump.advance()
+            if event is NEED_DATA or event is TURN_OVER:
+                await self.send_output()
+                if event is TURN_OVER:
+                    await trio.lowlevel.checkpoint()
+                    continue
+                if self.worker.is_stopping and self.incoming is None:
+                    self.expire(replies.SHUTTING_DOWN)
+                event = await self._wait_for_event()
+                if event is NEED_DATA:
+                    continue
+            return event
+
+    async def _wait_for_event(self) -> Event | None:
+        """Wait until octets have come. Return the event that the pump could not handle, NEED_DATA to go on."""
+        if self._socket is None:
+            data = await self._wait(self.stream.receive_some, _READ_OCTETS)
+            if not data:
+                return None
+            self.pump.feed(data)
+            return NEED_DATA
+        if self.pump.has_ended:
+            return None
+        received = await self._wait(self._socket.run_protocol, self.pump)
+        event: Event | None = self.pump.take_event()
+        if event is not None:
+            return event
+        if received == 0:
+            return None
+        await self._send_octets(self._socket.take_unsent())
+        return NEED_DATA
+
+    async def _wait(self, wait: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """Await something that depends on the client. Raise _Dismissed when it is dismissed meanwhile."""
+        if self.final_reply is None:
+            with trio.CancelScope() as scope:
+                self._scope = scope
+                result = await wait(*arguments)
+                self._scope = None
+                return result
+            self._scope = None
+        raise _Dismissed
 
     async def _open(self) -> bool:
         """Do what comes before the first command. Return False when there will be none."""
-        listener = self._listener
-        if listener.must_announce(self._peer) and not await self._read_proxy():
+        listener, pipeline = self.listener, self.listener.pipeline
+        if self.faults is not None:
+            await self.faults.open()
+        if listener.must_announce(self.peer) and not await self._read_proxy():
             return False
-        refusal = None if self._is_admitted else self._host.admit(self._peer)
+        refusal = None if self._is_admitted else self.worker.admit(self.peer)
         if refusal is None:
             self._is_admitted = True
-            listener.journal.connected(self.number, self._peer, listener.name)
+            listener.journal.connected(self.number, self.peer, listener.name)
             if listener.is_implicit_tls:
-                await self._start_tls()
-            if listener.pipeline.connect:
-                refusal = await listener.pipeline.on_connect(self._peer, listener.name)
+                await self.start_tls()
+            if pipeline.connect:
+                refusal = await pipeline.on_connect(self.peer, listener.name)
                 refusal = refusal if refusal is not None and not refusal.accepts else None
         if refusal is None:
-            self._session.greet()
-            return True
-        listener.journal.rejected_connection(self.number, self._peer, listener.name, refusal)
+            self.session.greet()
+            return self.faults is None or await self.faults.greet()
+        listener.journal.rejected_connection(self.number, self.peer, listener.name, refusal)
         if self._is_admitted or not listener.is_implicit_tls:  # a reply in the clear would only break a handshake
-            self._session.greet(refusal)
-            await self._flush_replies()
+            self.session.greet(refusal)
         return False
 
-    async def _converse(self) -> bool:
-        """Answer the client up to the end of the conversation. Return False when the client just leaves."""
+    async def _read_proxy(self) -> bool:
+        """Read the PROXY header of a trusted proxy; the client it names is the peer from now on."""
+        buffer = b""
         while True:
-            said = self._turn(0)
-            if said is None:
-                if self._has_left:
-                    return False
-                if self._pending is None:
-                    await self._flush_replies()
-                    return True
-                pending, self._pending = self._pending, None
-                await pending
-                continue
-            await self._flush(said)
-            if self._socket is None:
-                received = await self._wait(self._receive())
-            elif not self._takes_turns:
-                received = await self._wait(self._socket.attend(self._receiver, self._turn))
-            else:
-                self._is_attending = True
-                received = await self._socket.attend(self._receiver, self._turn)
-                self._is_attending = False
-            if not received:
+            data = await self._wait(self.stream.receive_some, _PROXY_OCTETS)
+            buffer += data
+            try:
+                line = parse_proxy(buffer)
+            except ProxyError as exc:
+                refusal = Reply(554, "5.5.0", "Bad PROXY header", cause=str(exc))
+                self.listener.journal.rejected_connection(self.number, self.peer, self.listener.name, refusal)
                 return False
+            if line is not None:
+                break
+            if not data:
+                return False
+        rest = buffer[line.consumed :]
+        if self.listener.is_implicit_tls:
+            self._received_ahead = rest
+        else:
+            self.pump.feed(rest)
+        if not line.is_local:
+            self.peer = self.transaction.peer = Peer(
+                line.source_address,
+                line.source_port,
+                line.destination_address,
+                line.destination_port,
+                proxy=self.peer.address or "unix",
+            )
+        return True
 
-    def _leave(self) -> None:
-        """End the session: that was asked for while it could not be, or the server stops."""
-        last_words = self._last_words or replies.SHUTTING_DOWN
-        self._drop_body(last_words.text)
-        self._session.close_with(last_words)
+    # ---- sending
 
-    async def _receive(self) -> int:
-        """Receive through TLS, or any other stream. Return the octets received, 0 at the end."""
-        data = await self._stream.receive_some(_READ_OCTETS)
-        self._wire.feed(data)
-        self._octets += len(data)
-        return len(data)
+    async def send_output(self) -> None:
+        """Send what the session and TLS have to say."""
+        await self._send_octets(self.pump.take_output())
 
-    async def _flush_replies(self) -> None:
-        """Send what was said."""
-        said = self._session.data_to_send()
-        await self._flush(said if self._tls is None else self._tls.encrypt(said))
+    async def send(self, data: bytes) -> None:
+        """Send octets, through TLS where it is active."""
+        await self._send_octets(data if self.pump.tls is None else self.pump.tls.encrypt(data))
 
-    async def _flush(self, data: bytes) -> None:
-        """Send, as it is, however long that takes."""
+    async def _send_octets(self, data: bytes) -> None:
+        """Send octets as they are on this level, however long the client takes."""
         if not data:
             return
         if self._socket is not None:
@@ -236,384 +359,484 @@ class Connection(TurnTaker):
             if sent == len(data):
                 return
             data = data[sent:]
-        if self._last_words is None:
-            await self._wait(self._stream.send_all(data), is_sending=True)
+        send = self.stream.send_all if self._socket is None else self._socket.send_now
+        self._is_sending = True
+        if self.final_reply is None:
+            await self._wait(send, data)
+        else:  # the client is being dismissed already, but what was said before is sent whole
+            with trio.move_on_after(_FINAL_REPLY) as scope:
+                await send(data)
+            if scope.cancelled_caught:
+                raise _Dismissed
+        self._is_sending = False
+
+    # ---- timeouts and the end
+
+    def expire(self, final_reply: Reply) -> None:
+        """Dismiss the client with this reply: now when it is being waited for, otherwise at the next wait."""
+        if self.final_reply is None:
+            self.final_reply = final_reply
+            if self._scope is not None:
+                self._scope.cancel()
+
+    def check_deadlines(self, now: float) -> None:
+        """Dismiss the client when one of its timeouts is over."""
+        if self._paused and not self.worker.is_stopping:
+            return
+        text = self.texts if self.incoming is not None else 0
+        final_reply = self._deadlines(now).expired(now, self.session.commands, text, self.pump.octets)
+        if final_reply is not None:
+            self.expire(final_reply)
+
+    def _deadlines(self, now: float) -> Deadlines:
+        """Return the clocks, which begin to run when the sweeper first looks."""
+        if self._clocks is None:
+            self._clocks = Deadlines(self.listener.limits, now)
+        return self._clocks
+
+    def stop(self, grace: float) -> None:
+        """Let a message that is being received arrive within `grace` seconds; dismiss every other client."""
+        if self.incoming is None:
+            self.expire(replies.SHUTTING_DOWN)
         else:
-            with trio.move_on_after(_LAST_WORDS):
-                await self._stream.send_all(data)
+            now = trio.current_time()
+            self._deadlines(now).shorten_data(now + grace)
+            self.pump.sync_handlers = {}  # so that the task sees the end of the message, and leaves
 
-    async def _wait(self, waiting: Awaitable[T], *, is_sending: bool = False) -> T:
-        """Wait for the client. Raise _SentAway when it is sent away meanwhile."""
-        with trio.CancelScope() as scope:
-            self._scope = scope
-            self._is_sending = is_sending
-            result = await waiting
-            self._scope = None
-            self._is_sending = False
-            return result
-        raise _SentAway
+    async def pause(self, seconds: float) -> None:
+        """Keep the client waiting on purpose, while its clocks stand still. It is cut short when the server stops."""
+        began = trio.current_time()
+        self._paused = True
+        try:
+            await self._wait(trio.sleep, seconds)
+        finally:
+            self._paused = False
+            if self._clocks is not None:  # otherwise they have not begun to run
+                self._clocks.stand_still(trio.current_time() - began)
 
-    async def _say_last_words(self) -> None:
-        """Say why the connection ends, unless half a reply or half a handshake is on its way already."""
-        assert self._last_words is not None
-        self._drop_body(self._last_words.text)
-        self._session.close_with(self._last_words)
+    async def drain(self, stream: trio.abc.Stream) -> None:
+        """Read from a stream until the client closes it, and forget what comes, while its clocks stand still."""
+        self._paused = True
+        try:
+            while await self._wait(stream.receive_some, _READ_OCTETS):
+                pass
+        finally:
+            self._paused = False
+
+    async def _dismiss(self, final_reply: Reply) -> None:
+        """Send the final reply, unless half of another one or half a handshake is on its way."""
+        self.drop_message(final_reply.text)
         if self._is_sending:
             return
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
-            await self._flush_replies()
+        self.final_reply = final_reply
+        self.session.close_with(final_reply)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, _Dismissed):
+            await self.send_output()
 
-    async def _linger(self) -> None:
-        """Close a stream that is not ours; let a client that is still talking read the last reply before a reset."""
-        stream, session = self._socket, self._session
-        if stream is None:
-            with trio.move_on_after(_LINGER, shield=True):
-                await self._stream.aclose()
+    def _dismiss_nowait(self) -> None:
+        """Send the final reply as far as the socket takes it at once: the task must end."""
+        self.drop_message(replies.SHUTTING_DOWN.text)
+        if self._socket is None or self._is_sending:
             return
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            if self._tls is not None:
-                stream.send_nowait(self._tls.end())
-            if session.state is State.CLOSED and not session.has_quit:
+        self.session.close_with(self.final_reply or replies.SHUTTING_DOWN)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
+            self._socket.send_nowait(self.pump.take_output())
+
+    async def _close(self) -> None:
+        """Send what is left, and close the stream."""
+        lost = (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
+        socket, pump = self._socket, self.pump
+        output = b""
+        with suppress(*lost):
+            output = b"" if self._is_sending else pump.take_output()
+        if socket is None:
+            with trio.move_on_after(_LINGER, shield=True), suppress(*lost):
+                await self.stream.send_all(output)
+                await self._linger(self.stream)
+                await self.stream.aclose()
+            await trio.aclose_forcefully(self.stream)
+            return
+        with suppress(*lost):
+            if self.session.has_quit and pump.tls is None:
+                socket.send_and_close_nowait(output)  # one packet has the reply and the end of the stream
+            elif socket.send_nowait(output) == len(output):
+                if pump.tls is not None:
+                    socket.send_nowait(pump.tls.end())
                 with trio.move_on_after(_LINGER):
-                    await stream.send_eof()
-                    left = _LINGER_OCTETS
-                    while left > 0 and (data := await stream.receive_some(_READ_OCTETS)):
-                        left -= len(data)
+                    await self._linger(socket)
 
-    # ---- before the first command
+    async def _linger(self, stream: trio.abc.Stream) -> None:
+        """Let a client that was dismissed read the reply: what it still sends must not reset the connection."""
+        if self.session.state is not State.CLOSED or self.session.has_quit or not isinstance(stream, SocketStream):
+            return
+        await stream.send_eof()
+        left = _LINGER_OCTETS
+        while left > 0 and (data := await stream.receive_some(_READ_OCTETS)):
+            left -= len(data)
 
-    async def _read_proxy(self) -> bool:
-        """Read the PROXY header of a trusted proxy, and take the client it names for the peer."""
-        buffer = b""
-        while True:
-            data = await self._wait(self._stream.receive_some(_PROXY_OCTETS))
-            buffer += data
-            try:
-                line = parse_proxy(buffer)
-            except ProxyError as exc:
-                self._listener.journal.rejected_connection(
-                    self.number,
-                    self._peer,
-                    self._listener.name,
-                    Reply(554, "5.5.0", "Bad PROXY header", cause=str(exc)),
-                )
-                return False
-            if line is not None:
-                break
-            if not data:
-                return False
-        rest = buffer[line.consumed :]
-        if self._listener.is_implicit_tls:
-            self._ahead = rest
-        else:
-            self._wire.feed(rest)
-        if not line.is_local:
-            self._peer = self._transaction.peer = Peer(
-                line.source_address,
-                line.source_port,
-                line.destination_address,
-                line.destination_port,
-                proxy=self._peer.address or "unix",
+    def _end(self, cause: str) -> None:
+        """Count the connection out and let everything go."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        session, octets = self.session, self.pump.octets
+        if self.metrics is not None:
+            self.metrics.ended("QUIT" if session.has_quit else cause, octets)
+        if self._is_admitted:
+            self.worker.release(self.peer)
+            seconds = trio.current_time() - self._started
+            self.listener.journal.disconnected(
+                self.number, self.peer, self.messages, session.errors, octets, seconds, cause
             )
-        return True
-
-    def _tls_context(self) -> ssl.SSLContext:
-        """Return what the handshake is done with."""
-        assert self._listener.tls is not None
-        return self._listener.tls
-
-    async def _start_tls(self) -> None:
-        """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
-        listener, context = self._listener, self._tls_context()
-        agreed: Agreed
-        if self._metrics is not None:
-            self._metrics.tls_begins()
         if self._socket is not None:
-            agreed = await self._shake_hands(TlsLayer(context, self._ahead))
-        else:
-            transport = AheadStream(self._ahead, self._stream) if self._ahead else self._stream
-            agreed = self._stream = stream = trio.SSLStream(transport, context, server_side=True)
-            await self._wait(stream.do_handshake(), is_sending=True)
-        info = tls_info(agreed)
-        if self._metrics is not None:
-            self._metrics.tls_begun()
-        self._session.tls_started(info)
-        if self._tls is not None:
-            self._tls.decrypt_into(self._wire.feed)  # what came in the breath of the client's Finished
-        listener.journal.tls(self.number, self._peer, info)
+            self._socket.close_nowait()
+        if self.faults is not None:
+            self.faults.close()
+            self.faults = None
+        self.pump.close()
+        self.worker.ended(self)
 
-    async def _shake_hands(self, layer: TlsLayer) -> Agreed:
-        """Do the handshake on a socket of our own."""
-        assert self._socket is not None
+    # ---- TLS
+
+    async def start_tls(self) -> None:
+        """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
+        assert self.listener.tls is not None
+        context = self.listener.tls if self.faults is None else self.faults.tls_context(self.listener.tls)
+        if self.metrics is not None:
+            self.metrics.tls_begins()
+        ahead, self._received_ahead = self._received_ahead, b""
+        transport = AheadStream(ahead, self.stream) if ahead else self.stream
+        self.stream = stream = trio.SSLStream(transport, context, server_side=True)
+        self._is_sending = True
         try:
-            said = layer.shake()
-            if said is not None:
-                await self._flush(said)
-                received = await self._wait(self._socket.attend(layer, layer.shake), is_sending=True)
-                layer.expect_more(received)
-        except (ssl.SSLError, trio.BrokenResourceError) as exc:
-            with suppress(ssl.SSLError, trio.BrokenResourceError):
-                self._socket.send_nowait(layer.encrypt(b""))  # the alert that says why
-            raise trio.BrokenResourceError(f"the handshake failed: {exc}") from exc
-        await self._flush(layer.encrypt(b""))
-        self._tls = self._receiver = layer
-        return layer.object
+            await self._wait(stream.do_handshake)
+        except trio.BrokenResourceError:
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(_LINGER):
+                await transport.send_all(TlsTurns.unsent_alert(stream))
+            raise
+        self._is_sending = False
+        info = tls_info(stream)
+        if self.metrics is not None:
+            self.metrics.tls_begun()
+        self.session.tls_started(info)
+        borrowed = TlsTurns.of(stream) if self._socket is not None and not ahead else None
+        if borrowed is None:
+            self._socket = None
+        else:
+            self.pump.tls, delayed = borrowed
+            await self._send_octets(delayed)
+            self.pump.feed_tls()  # what arrived together with the client's Finished
+        self.listener.journal.tls(self.number, self.peer, info)
+
+    def use_stream(self, stream: trio.abc.Stream) -> None:
+        """Read and write through this stream from now on, in the task: it stands on the one used so far.
+
+        With TLS, it goes below TLS.
+        """
+        self._socket = None
+        self.pump.tls = None
+        if isinstance(self.stream, trio.SSLStream):
+            self.stream.transport_stream = stream
+        else:
+            self.stream = stream
+
+    async def _on_starttls(self, _: StartTls) -> None:
+        self.drop_message("STARTTLS")
+        self.session.reply(replies.GO_AHEAD_TLS)
+        await self.send_output()
+        await self.start_tls()
 
     # ---- HELO MAIL RCPT
 
-    def _on_hello(self, event: Hello) -> Coroutine[Any, Any, None] | None:
-        self._drop_body(event.verb)
-        pipeline = self._listener.pipeline
-        if pipeline.helo:
-            return self._ask(replies.OK, event.name, pipeline.on_helo(self._transaction, event.name))
-        self._session.reply(replies.OK)
-        return None
+    async def _on_hello(self, event: Hello) -> None:
+        self.drop_message(event.verb)
+        pipeline = self.listener.pipeline
+        verdict = await pipeline.on_helo(self.transaction, event.name) if pipeline.helo else None
+        self._reply(verdict, replies.OK, event.name)
 
-    def _on_mail(self, event: Mail) -> Coroutine[Any, Any, None] | None:
-        listener = self._listener
-        if listener.room is not None:
-            refusal = listener.room.check_capacity(event.parameters.size or 0)
-            if refusal is not None:
-                self._refuse(refusal, event.path.text)  # RFC 1870 6.1
-                return None
-        pipeline = listener.pipeline
-        if pipeline.mail:
-            verdict = pipeline.on_mail(self._transaction, event.path, event.parameters)
-            return self._ask(replies.SENDER_OK, event.path.text, verdict)
-        self._session.reply(replies.SENDER_OK)
-        return None
+    async def _on_mail(self, event: Mail) -> None:
+        if self._refuse_mail(event):
+            return
+        pipeline = self.listener.pipeline
+        verdict = await pipeline.on_mail(self.transaction, event.path, event.parameters) if pipeline.mail else None
+        self._reply(verdict, replies.SENDER_OK, event.path.text)
 
-    def _on_rcpt(self, event: Rcpt) -> Coroutine[Any, Any, None] | None:
-        listener = self._listener
-        if listener.domains is not None and not listener.may_send(self._transaction, event.recipient.path):
-            self._refuse(replies.RELAY_DENIED, event.recipient.path.text)
-            return None
-        if listener.pipeline.rcpt:
-            verdict = listener.pipeline.on_rcpt(self._transaction, event.recipient)
-            return self._ask(replies.RECIPIENT_OK, event.recipient.path.text, verdict)
-        self._session.reply(replies.RECIPIENT_OK)
-        return None
+    def _on_mail_now(self, event: Mail) -> bool:
+        if not self._refuse_mail(event):
+            self.session.reply(replies.SENDER_OK)
+        return True
 
-    async def _ask(self, accepted: Reply, subject: str, verdict: Awaitable[Reply | None]) -> None:
-        """Answer an event with the verdict of the policies, or with the ordinary reply when they have none."""
-        reply = await verdict
-        if reply is None or reply.accepts:
-            self._session.reply(reply or accepted)
+    def _refuse_mail(self, event: Mail) -> bool:
+        """Refuse a message that there is no space for (RFC 1870 6.1). Return False when there is."""
+        delivery = self.listener.checks_capacity
+        refusal = None if delivery is None else delivery.check_capacity(event.parameters.size or 0)
+        if refusal is None:
+            return False
+        self.refuse(refusal, event.path.text)
+        return True
+
+    async def _on_rcpt(self, event: Rcpt) -> None:
+        if self._refuse_rcpt(event):
+            return
+        pipeline = self.listener.pipeline
+        verdict = await pipeline.on_rcpt(self.transaction, event.recipient) if pipeline.rcpt else None
+        self._reply(verdict, replies.RECIPIENT_OK, event.recipient.path.text)
+
+    def _on_rcpt_now(self, event: Rcpt) -> bool:
+        if not self._refuse_rcpt(event):
+            self.session.reply(replies.RECIPIENT_OK)
+        return True
+
+    def _refuse_rcpt(self, event: Rcpt) -> bool:
+        """Refuse a recipient in a domain that the client may not send to. Return False when it may."""
+        listener = self.listener
+        if listener.domains is None or listener.may_send(self.transaction, event.recipient.path):
+            return False
+        self.refuse(replies.RELAY_DENIED, event.recipient.path.text)
+        return True
+
+    def _reply(self, verdict: Reply | None, accepted: Reply, subject: str) -> None:
+        """Answer an event with the verdict of the policies, or the ordinary reply when they have none."""
+        if verdict is None or verdict.accepts:
+            self.session.reply(verdict or accepted)
         else:
-            self._refuse(reply, subject)
+            self.refuse(verdict, subject)
 
-    def _refuse(self, reply: Reply, subject: str) -> None:
+    def refuse(self, reply: Reply, subject: str) -> None:
         """Answer an event with a refusal, and journal it."""
-        self._journal_refusal(reply, subject)
-        self._session.reply(reply)
+        self.journal_refusal(reply, subject)
+        self.session.reply(reply)
 
-    def _journal_refusal(self, reply: Reply, subject: str = "") -> None:
-        verb = VERBS[self._session.last_verb]
-        self._listener.journal.refused(self.number, self._peer, verb, reply, self._transaction.sender, subject)
+    def journal_refusal(self, reply: Reply, subject: str = "") -> None:
+        """Journal that the last command was refused."""
+        verb = VERBS[self.session.last_verb]
+        self.listener.journal.refused(self.number, self.peer, verb, reply, self.transaction.sender, subject)
+
+    async def _on_command(self, event: Command) -> None:
+        if event.verb == "RSET" and self.listener.pipeline.reset and not event.argument:
+            await self.listener.pipeline.on_reset(self.transaction)
+        aborted = self.session.execute()
+        if aborted is not None:
+            await self.handle(aborted)
 
     # ---- the message
 
-    def _on_chunk(self, event: BodyChunk) -> Coroutine[Any, Any, None] | None:
-        body = self._body
-        if body is None or body.add_nowait(event.data):
-            return None
-        return body.add(event.data)
+    def begin_message(self, event: BeginData) -> None:
+        """Make ready for a text, without a reply."""
+        self.texts += 1
+        head = self._message(CountedBody(0)) if self.listener.streams is not None else None
+        self.incoming = IncomingMessage(self.listener, head, self.transaction)
+        self.session.wire.discard = not self.listener.keeps_body
 
-    def _on_aborted(self, event: MessageAborted) -> None:
-        self._drop_body(event.cause, will_be_refused=event.will_be_refused)
+    async def _on_begin_data(self, event: BeginData) -> None:
+        self._on_begin_data_now(event)
 
-    async def _judge(self, event: EndOfMessage) -> None:
-        listener, collector = self._listener, self._body
-        hops = 0 if collector is None else collector.received_fields()
-        body: Body = CountedBody(event.size) if collector is None else await collector.finish()
-        self._body = None
-        self._is_in_message = False
-        try:
-            message = self._message(body)
-            if collector is not None and collector.failure is not None:
-                reply = collector.failure
-            elif listener.max_hops and hops >= listener.max_hops:
-                reply = replies.MAIL_LOOP  # RFC 5321 6.3
-            else:
-                reply = await self._take(message)
-        finally:
-            body.close()
-        self._note(message, reply)
-        self._say(reply)
-
-    def _hand_over(self, defers: Defers, event: EndOfMessage) -> bool:
-        """Give a whole message to a delivery that answers later. Return False when that needs a task."""
-        listener, collector = self._listener, self._body
-        hops = 0 if collector is None else collector.received_fields()
-        body = CountedBody(event.size) if collector is None else collector.finish_nowait()
-        if body is None:
-            return False
-        self._body = None
-        self._is_in_message = False
-        message = self._committing = self._message(body)
-        if listener.max_hops and hops >= listener.max_hops:
-            self._settle(message, replies.MAIL_LOOP)
-            return True
-        try:
-            defers.accept_later(message, partial(self._settle, message))
-        except Exception as exc:  # noqa: BLE001 - a delivery that breaks has not taken the message
-            listener.journal.error(self.number, "delivery", exc)
-            if self._committing is message:
-                self._settle(message, replies.TRY_LATER)
+    def _on_begin_data_now(self, event: BeginData) -> bool:
+        self.begin_message(event)
+        self.session.reply(replies.GO_AHEAD_DATA)
         return True
 
-    def _settle(self, message: Message, reply: Reply) -> None:
-        """Answer a message that was handed over, whether the client is still there or not."""
-        if self._committing is not message:
-            raise RuntimeError(f"message {message.id} was settled before")
-        self._committing = None
-        message.body.close()
+    async def _on_chunk(self, event: BodyChunk) -> None:
+        if self.incoming is not None:
+            await self.incoming.add(event.data)
+
+    def _on_chunk_now(self, event: BodyChunk) -> bool:
+        return self.incoming is None or self.incoming.add_nowait(event.data)
+
+    async def _on_aborted(self, event: MessageAborted) -> None:
+        self._on_aborted_now(event)
+
+    def _on_aborted_now(self, event: MessageAborted) -> bool:
+        self.drop_message(event.cause, will_be_refused=event.will_be_refused)
+        return True
+
+    async def _on_end_of_message(self, event: EndOfMessage) -> None:
+        """Judge and deliver a whole message. From here to the reply, only the end of the process cuts it short."""
+        incoming, self.incoming = self.incoming, None
+        assert incoming is not None
+        try:
+            is_looping = self._is_looping(incoming)
+            body = await incoming.finish(event.size)
+            message = self._message(body) if incoming.head is None else incoming.head._replace(body=body)
+            reply = incoming.failure or (replies.MAIL_LOOP if is_looping else None)
+            if reply is None:
+                reply = await self._judge_and_deliver(message, incoming)
+        finally:
+            incoming.close()
         self._note(message, reply)
-        if self._has_ended or self._session.state is State.CLOSED:
-            return  # there is nobody left to tell
-        self._say(reply)
-        assert self._socket is not None
-        if self._socket.is_held:
-            self._socket.resume()
+        self.reply_to_message(reply)
 
-    def _note(self, message: Message, reply: Reply) -> None:
-        """Count and journal what became of a message."""
-        if reply.accepts:
-            self._messages += 1
-            sender, recipients = message.envelope[:2]
-            self._listener.journal.accepted(
-                self.number, self._peer, message.id, sender, recipients, message.body.size, reply
-            )
-        else:
-            self._journal_refusal(reply)
+    def _on_end_of_message_now(self, event: EndOfMessage) -> bool:
+        """Count a message that nobody keeps."""
+        listener, transaction = self.listener, self.transaction
+        assert listener.discards is not None
+        self.incoming = None
+        reply = listener.discards.discard(len(transaction.recipients), event.size)
+        if listener.journal.logs_mail:
+            recipients, message_id = transaction.recipients, listener.ids.next()
+            sender = transaction.sender
+            listener.journal.accepted(self.number, self.peer, message_id, sender, recipients, event.size, reply)
+        self.messages += 1
+        self.reply_to_message(reply)
+        return True
 
-    def _message(self, body: Body) -> Message:
-        listener, transaction = self._listener, self._transaction
-        message_id, now = listener.ids.next(), time.time()
-        only = transaction.recipients[0].path if len(transaction.recipients) == 1 else None
-        prefix = (
-            received_field(transaction, message_id, listener.offer.hostname, now, only) if listener.keeps_body else b""
-        )
-        return Message(message_id, transaction.envelope(), prefix, body, now)
+    def _is_looping(self, incoming: IncomingMessage) -> bool:
+        """Say whether a message has passed so many servers that it must be looping (RFC 5321 6.3)."""
+        most = self.listener.max_hops
+        return bool(most) and incoming.received_fields() >= most
 
-    async def _take(self, message: Message) -> Reply:
-        """Return the reply to a message: what the policies say, or what the delivery says."""
-        listener = self._listener
+    async def _judge_and_deliver(self, message: Message, incoming: IncomingMessage) -> Reply:
+        """Return the reply to a message: the refusal of a policy, or what the delivery says."""
+        listener, transaction = self.listener, self.transaction
         accepted: Reply | None = None
         if listener.pipeline.message:
-            accepted = await listener.pipeline.on_message(self._transaction, message)
+            accepted = await listener.pipeline.on_message(transaction, message)
             if accepted is not None and not accepted.accepts:
                 return accepted
+        if incoming.head is None and (fields := transaction.added_fields):
+            message = message._replace(prefix=fields + message.prefix)
         try:
-            reply = await self._deliver(message)
-        except Exception as exc:  # noqa: BLE001 - a delivery that breaks has not taken the message
+            reply = await incoming.deliver(message)
+        except Exception as exc:  # noqa: BLE001 - a delivery that raises has not accepted the message
             listener.journal.error(self.number, "delivery", exc)
             return replies.TRY_LATER
         return accepted if accepted is not None and reply.accepts else reply
 
-    def _deliver(self, message: Message) -> Awaitable[Reply]:
-        return self._listener.delivery.accept(message)
+    def _message(self, body: Any) -> Message:
+        listener, transaction = self.listener, self.transaction
+        message_id, now = listener.ids.next(), time.time()
+        only = transaction.recipients[0].path if len(transaction.recipients) == 1 else None
+        prefix = b""
+        if listener.keeps_body:
+            prefix = received_field(transaction, message_id, listener.extensions.hostname, now, only)
+        return Message(message_id, transaction.envelope(), prefix, body, now)
 
-    def _drop_body(self, cause: str, *, will_be_refused: bool = False) -> None:
-        """Forget a message that had begun and will not end, or will be refused when it does."""
-        if not self._is_in_message:
+    def reply_to_message(self, reply: Reply) -> None:
+        """Answer the end of a message; in LMTP, once per recipient."""
+        if self.transaction.is_lmtp:
+            self.session.reply_each([reply] * len(self.transaction.recipients))
+        else:
+            self.session.reply(reply)
+
+    def _note(self, message: Message, reply: Reply) -> None:
+        """Count and journal a message that was answered."""
+        if not reply.accepts:
+            self.journal_refusal(reply)
             return
-        self._is_in_message = False
-        if self._metrics is not None:
+        self.messages += 1
+        sender, recipients = message.envelope[:2]
+        size = message.body.size
+        self.listener.journal.accepted(self.number, self.peer, message.id, sender, recipients, size, reply)
+
+    def drop_message(self, cause: str, *, will_be_refused: bool = False) -> None:
+        """Forget a message that has begun and will not end, or will be refused when it does."""
+        incoming, self.incoming = self.incoming, None
+        if incoming is None:
+            return
+        if self.metrics is not None:
             if will_be_refused:
-                self._metrics.dooms()
+                self.metrics.dooms()
             else:
-                self._metrics.loses(cause)
-        self._listener.journal.lost(self.number, self._peer, self._transaction.sender, cause)
-        if self._body is not None:
-            self._body.discard()
-            self._body = None
+                self.metrics.loses(cause)
+        self.listener.journal.lost(self.number, self.peer, self.transaction.sender, cause)
+        incoming.close()
 
-    # ---- STARTTLS AUTH
+    async def _on_quit(self, _: Quit) -> None:
+        self.drop_message("QUIT")
 
-    async def _on_starttls(self, event: StartTls) -> None:
-        self._drop_body("STARTTLS")
-        self._session.reply(replies.GO_AHEAD_TLS)
-        await self._flush_replies()
-        await self._start_tls()
+    # ---- AUTH (RFC 4954)
 
-    def _on_auth(self, event: Auth) -> Coroutine[Any, Any, None]:
-        listener = self._listener
+    async def _on_auth(self, event: Auth) -> None:
+        listener = self.listener
         assert listener.authenticator is not None
-        # Without -PLUS on offer there is nothing to bind to: a client that says it could ("y") is right (RFC 5802 6).
-        offered = listener.offer.mechanisms_for(tls=self._transaction.tls is not None)
+        # Where -PLUS is not offered there is nothing to bind to: a client that says it could ("y") is right
+        # (RFC 5802 6).
+        offered = listener.extensions.mechanisms_for(tls=self.transaction.tls is not None)
         binding = listener.binding if "SCRAM-SHA-256-PLUS" in offered else None
-        self._exchange = sasl.start_exchange(
-            event.mechanism, scram_keys=listener.authenticator.scram_keys, binding=binding
-        )
-        return self._step(self._exchange.start, event.initial)
+        scram_keys = listener.authenticator.scram_keys
+        self._exchange = sasl.start_exchange(event.mechanism, scram_keys=scram_keys, binding=binding)
+        await self._authenticate(self._exchange.start, event.initial)
 
-    def _on_auth_response(self, event: AuthResponse) -> Coroutine[Any, Any, None]:
+    async def _on_auth_response(self, event: AuthResponse) -> None:
         assert self._exchange is not None
-        return self._step(self._exchange.respond, event.data)
+        await self._authenticate(self._exchange.respond, event.data)
 
-    def _on_auth_aborted(self, event: AuthAborted) -> None:
+    async def _on_auth_aborted(self, _: AuthAborted) -> None:
         self._exchange = None
 
-    async def _step(self, take: Callable[[Any], sasl.Step], data: bytes | None) -> None:
+    async def _authenticate(self, step: Callable[[Any], sasl.Step], data: bytes | None) -> None:
         """Take one step of an authentication, and answer it."""
-        listener, session = self._listener, self._session
-        if listener.auth_throttle.is_blocked(self._peer.network):
-            self._refuse(replies.AUTH_THROTTLED, "")
+        listener = self.listener
+        if listener.auth_throttle.is_blocked(self.peer.network):
+            self.refuse(replies.AUTH_THROTTLED, "")
             return
-        step = take(data)
-        if isinstance(step, sasl.Challenge):
-            session.challenge(step.data)
-        elif isinstance(step, sasl.Failure):
-            self._fail_auth("", step.reply, step.cause)
-        elif isinstance(step, sasl.Success):
-            await self._prove(step.name)
+        result = step(data)
+        if isinstance(result, sasl.Challenge):
+            self.session.challenge(result.data)
+        elif isinstance(result, sasl.Failure):
+            self._fail_auth("", result.reply, result.cause)
+        elif isinstance(result, sasl.Success):
+            await self._accept_auth(result.name)
         else:
             assert listener.authenticator is not None
-            if await listener.authenticator.verify(step.name, step.password):
-                await self._prove(step.name)
+            if await listener.authenticator.verify(result.name, result.password):
+                await self._accept_auth(result.name)
             else:
-                self._fail_auth(step.name, replies.AUTH_FAILED, "wrong name or password")
+                self._fail_auth(result.name, replies.AUTH_FAILED, "wrong name or password")
 
-    async def _prove(self, name: str) -> None:
-        """Answer a client that has proved to be somebody."""
-        listener, exchange = self._listener, self._exchange
+    async def _accept_auth(self, name: str) -> None:
+        """Answer a client that has proved its identity."""
+        listener, exchange = self.listener, self._exchange
         assert exchange is not None
         if listener.pipeline.auth:
-            verdict = await listener.pipeline.on_auth(self._transaction, name, exchange.mechanism)
+            verdict = await listener.pipeline.on_auth(self.transaction, name, exchange.mechanism)
             if verdict is not None and not verdict.accepts:
                 self._fail_auth(name, verdict, "policy")
                 return
         self._exchange = None
-        listener.auth_throttle.succeeded(self._peer.network)
-        listener.journal.authenticated(self.number, self._peer, name, exchange.mechanism)
-        self._session.authenticated(name)
+        listener.auth_throttle.succeeded(self.peer.network)
+        listener.journal.authenticated(self.number, self.peer, name, exchange.mechanism)
+        self.session.authenticated(name)
 
     def _fail_auth(self, name: str, reply: Reply, cause: str) -> None:
-        listener, exchange = self._listener, self._exchange
+        exchange, self._exchange = self._exchange, None
         mechanism = exchange.mechanism if exchange is not None else ""
-        self._exchange = None
         if reply.code == 535:
-            listener.auth_throttle.failed(self._peer.network)
-        listener.journal.auth_failed(self.number, self._peer, name, mechanism, cause)
-        self._session.reply(reply)
+            self.listener.auth_throttle.failed(self.peer.network)
+        self.listener.journal.auth_failed(self.number, self.peer, name, mechanism, cause)
+        self.session.reply(reply)
 
-    def _on_quit(self, event: Quit) -> None:
-        self._drop_body("QUIT")
+    # ---- which handler has which event
 
+    HANDLERS: ClassVar[dict[type, Callable[[Connection, Any], Coroutine[Any, Any, None]]]] = {
+        Hello: _on_hello,
+        Mail: _on_mail,
+        Rcpt: _on_rcpt,
+        Command: _on_command,
+        BeginData: _on_begin_data,
+        BodyChunk: _on_chunk,
+        EndOfMessage: _on_end_of_message,
+        MessageAborted: _on_aborted,
+        StartTls: _on_starttls,
+        Auth: _on_auth,
+        AuthResponse: _on_auth_response,
+        AuthAborted: _on_auth_aborted,
+        Quit: _on_quit,
+    }
 
-_HANDLERS: Final[dict[type, Callable[[Any, Any], Coroutine[Any, Any, None] | None]]] = {
-    Hello: Connection._on_hello,
-    Mail: Connection._on_mail,
-    Rcpt: Connection._on_rcpt,
-    BeginData: Connection._on_begin_data,
-    BodyChunk: Connection._on_chunk,
-    EndOfMessage: Connection._on_end,
-    MessageAborted: Connection._on_aborted,
-    StartTls: Connection._on_starttls,
-    Auth: Connection._on_auth,
-    AuthResponse: Connection._on_auth_response,
-    AuthAborted: Connection._on_auth_aborted,
-    Quit: Connection._on_quit,
-}
-Connection.handlers = _HANDLERS
+    @staticmethod
+    def sync_handlers_for(listener: Listener) -> SyncHandlers:
+        """Return the events of a listener's connections that need neither a decision nor a wait."""
+        connection, pipeline = Connection, listener.pipeline
+        handlers: SyncHandlers = {
+            BeginData: connection._on_begin_data_now,
+            BodyChunk: connection._on_chunk_now,
+            MessageAborted: connection._on_aborted_now,
+        }
+        if not pipeline.mail:
+            handlers[Mail] = connection._on_mail_now
+        if not pipeline.rcpt:
+            handlers[Rcpt] = connection._on_rcpt_now
+        if listener.discards is not None:
+            handlers[EndOfMessage] = connection._on_end_of_message_now
+        return handlers

@@ -1,4 +1,4 @@
-"""Limits: who may come in, how long it may take, and how often a password may be wrong.
+"""Limits: who may connect, and how often a password may be wrong.
 
 Every counter here is bounded: what is remembered of networks is forgotten after its window, and at most
 `_MOST_NETWORKS` are remembered at all.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import math
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Protocol
+from typing import Annotated, Final
 
 import msgspec
 import trio
@@ -41,13 +40,26 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 300.0
     data_timeout: Annotated[
         float,
-        msgspec.Meta(gt=0, le=86_400, description="Seconds from the 354, or the first BDAT, to the end"),
-    ] = 600.0
+        msgspec.Meta(gt=0, le=86_400, description="Seconds without an octet of a text (RFC 5321 4.5.3.2.5)"),
+    ] = 180.0
+    data_rate: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0, description="Octets per second that a text must come at, measured after data_timeout; 0 is no limit"
+        ),
+    ] = 100.0
+    junk_commands: Annotated[
+        int,
+        msgspec.Meta(
+            ge=1,
+            description="NOOP, RSET, VRFY, EXPN, HELP and EHLO commands without mail; those beyond count as errors",
+        ),
+    ] = 100
     session_timeout: Annotated[float, msgspec.Meta(gt=0, le=604_800, description="Seconds of a connection")] = 3600.0
 
     @property
-    def shortest_clock(self) -> float:
-        """Seconds of the shortest of the three clocks."""
+    def shortest_timeout(self) -> float:
+        """Seconds of the shortest of the three timeouts."""
         return min(self.command_timeout, self.data_timeout, self.session_timeout)
 
 
@@ -166,84 +178,3 @@ class AuthThrottle:
     def succeeded(self, network: str) -> None:
         """Forget the wrong passwords of a network that has got one right."""
         self._failures.forget(network)
-
-
-class Deadlines:
-    """The three clocks of a connection: idle command, whole DATA, whole session (never armed again).
-
-    They are looked at by the sweeper alone: a session counts its commands and messages and spends nothing on time. A
-    clock may thus run out up to two rounds of the sweeper late, and never early.
-    """
-
-    __slots__ = ("_commands", "_data_at", "_idle_at", "_limits", "_message", "_session_at", "_shortened_to")
-
-    def __init__(self, limits: LimitSettings, now: float) -> None:
-        self._limits = limits
-        self._commands = 0
-        self._message = 0
-        self._idle_at = now + limits.command_timeout
-        self._data_at = math.inf
-        self._shortened_to = math.inf
-        self._session_at = now + limits.session_timeout
-
-    def expired(self, now: float, commands: int, message: int) -> Reply | None:
-        """Return the last words for a connection whose clock has run out.
-
-        `commands` is how many lines the client has sent whole: one that drips octets is idle. `message` is the number
-        of the message that is under way, 0 when there is none.
-        """
-        if message:
-            if message != self._message:
-                self._data_at = now + self._limits.data_timeout
-            self._idle_at = now + self._limits.command_timeout  # for what comes behind it
-            limit, words = min(self._data_at, self._shortened_to), replies.DATA_TIMEOUT
-        else:
-            if commands != self._commands:
-                self._idle_at = now + self._limits.command_timeout
-            limit, words = self._idle_at, replies.IDLE_TIMEOUT
-        self._message = message
-        self._commands = commands
-        if now >= self._session_at:
-            return replies.SESSION_TIMEOUT
-        return words if now >= limit else None
-
-    def stand_still(self, seconds: float) -> None:
-        """Let all clocks run out so much later: the client was kept waiting on purpose."""
-        self._idle_at += seconds
-        self._data_at += seconds
-        self._session_at += seconds
-
-    def shorten_data(self, at: float) -> None:
-        """Let a message that is under way end at a time, if it would not end before."""
-        self._shortened_to = at
-
-
-class Expires(Protocol):
-    """What the sweeper looks after."""
-
-    def check_clocks(self, now: float, /) -> None:
-        """End the connection when one of its clocks has run out."""
-
-
-_AT_A_TIME: Final = 500
-"""Connections the sweeper looks at before the sessions have their turn."""
-
-
-class Sweeper:
-    """One task that looks after the clocks of all connections: cheaper than a cancel scope for each wait."""
-
-    def __init__(self, shortest_clock: float) -> None:
-        """Look every second, or four times in the shortest clock."""
-        self._interval = max(0.05, min(1.0, shortest_clock / 4))
-        self.watched: set[Any] = set()
-        """The connections it looks after (each an `Expires`): add and remove as they come and go."""
-
-    async def run(self) -> None:
-        """Look from time to time, until cancelled."""
-        while True:
-            await trio.sleep(self._interval)
-            now = trio.current_time()
-            for number, connection in enumerate(list(self.watched), 1):
-                connection.check_clocks(now)
-                if number % _AT_A_TIME == 0:
-                    await trio.lowlevel.checkpoint()

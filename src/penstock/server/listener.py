@@ -1,4 +1,4 @@
-"""What all connections of one listener share. Made once by `assemble`, never changed after."""
+"""What all connections of one listener share. Made once by penstock.app, never changed after."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from typing import Annotated, Literal
 import msgspec
 
 from penstock.auth.base import Authenticator
-from penstock.delivery.base import ChecksCapacity, Defers, Delivery, Discards, Streams
+from penstock.delivery.base import ChecksCapacity, Delivery, Discards, Streams
 from penstock.journal import Journal
 from penstock.message import MessageIds, Path
 from penstock.metrics._session import Metrics
 from penstock.policy.pipeline import Pipeline
 from penstock.server.body import BodySettings, MemoryBudget
+from penstock.server.connection import Component, Connection, SyncHandlers
 from penstock.server.domains import Domains
 from penstock.server.limits import AuthThrottle, LimitSettings
-from penstock.smtp._session import AUTO_ACCEPT_HELLO, AUTO_ACCEPT_MAIL, AUTO_ACCEPT_QUIT, AUTO_ACCEPT_RCPT
 from penstock.smtp._wire import Wire
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
-from penstock.smtp.server import ServerSession
+from penstock.smtp.server import (
+    AUTO_ACCEPT_HELLO,
+    AUTO_ACCEPT_MAIL,
+    AUTO_ACCEPT_QUIT,
+    AUTO_ACCEPT_RCPT,
+    ServerSession,
+)
+from penstock.smtp.states import NUMBER
 from penstock.transaction import Peer, Transaction
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -84,7 +91,7 @@ class Listener:
 
     name: str
     """What the journal calls the listener."""
-    offer: Extensions
+    extensions: Extensions
     wire: WireSettings
     limits: LimitSettings
     domains: Domains | None
@@ -111,37 +118,45 @@ class Listener:
     journal: Journal
     ids: MessageIds
     metrics: Metrics | None = None
-    """What counts the replies and the clocks of all sessions; None counts nothing."""
+    """What counts the replies and the latencies of all sessions; None counts nothing."""
+    components: tuple[Component, ...] = ()
+    """Called with each new connection."""
 
     session: ServerSession = field(init=False)
-    """What the sessions of connections are made like, and its wire what their wires are made like."""
+    """The pattern of all sessions, and its wire that of their wires."""
     keeps_body: bool = field(init=False)
-    """Somebody will read the body, so it has to be kept."""
+    """The body will be read, so it has to be kept."""
     discards: Discards | None = field(init=False)
-    """The delivery, when it keeps nothing and nobody wants to see a message before it."""
-    defers: Defers | None = field(init=False)
-    """The delivery, when it answers later without keeping a task, and nobody wants to see a message before it."""
-    room: ChecksCapacity | None = field(init=False)
-    """The delivery, when it can say before a message comes that there is no room for it."""
+    """The delivery, when it keeps nothing and no policy sees a message before it."""
+    checks_capacity: ChecksCapacity | None = field(init=False)
+    """The delivery, when it can say before a message comes that there is no space for it."""
     streams: Streams | None = field(init=False)
-    """The delivery, when it begins with a message before its end."""
+    """The delivery, when it begins with a message before its end, and no policy sees the message before it."""
+    sync_handlers: SyncHandlers = field(init=False)
+    """The events of a connection that need no task."""
 
     def __post_init__(self) -> None:
-        keeps = self.delivery.needs_body or bool(self.pipeline.message) or self.max_hops > 0
-        discards = self.delivery if isinstance(self.delivery, Discards) and not keeps else None
-        defers = self.delivery if isinstance(self.delivery, Defers) and not self.pipeline.message else None
-        object.__setattr__(self, "keeps_body", keeps)
-        object.__setattr__(self, "discards", discards)
-        object.__setattr__(self, "defers", defers)
-        room = self.delivery if isinstance(self.delivery, ChecksCapacity) else None
-        unasked = AUTO_ACCEPT_QUIT if self.pipeline.helo else AUTO_ACCEPT_QUIT | AUTO_ACCEPT_HELLO
-        unasked |= 0 if self.pipeline.mail or room is not None else AUTO_ACCEPT_MAIL
-        unasked |= 0 if self.pipeline.rcpt or self.domains is not None else AUTO_ACCEPT_RCPT
-        object.__setattr__(self, "room", room)
-        object.__setattr__(self, "streams", self.delivery if isinstance(self.delivery, Streams) else None)
-        wire = self.wire.make_wire(self.offer.max_size)
-        session = ServerSession(self.offer, wire, Transaction(Peer("", 0)), unasked)
-        object.__setattr__(self, "session", session)
+        delivery, pipeline = self.delivery, self.pipeline
+        keeps = delivery.needs_body or bool(pipeline.message) or self.max_hops > 0
+        checks_capacity = delivery if isinstance(delivery, ChecksCapacity) else None
+        auto_accept = AUTO_ACCEPT_QUIT if pipeline.helo else AUTO_ACCEPT_QUIT | AUTO_ACCEPT_HELLO
+        auto_accept |= 0 if pipeline.mail or checks_capacity is not None else AUTO_ACCEPT_MAIL
+        auto_accept |= 0 if pipeline.rcpt or self.domains is not None else AUTO_ACCEPT_RCPT
+        session = ServerSession(
+            self.extensions, self.wire.make_wire(self.extensions.max_size), Transaction(Peer("", 0)), auto_accept
+        )
+        if pipeline.reset:
+            session.intercepted_verbs = frozenset({NUMBER["RSET"]})
+        made = {
+            "session": session,
+            "keeps_body": keeps,
+            "discards": delivery if isinstance(delivery, Discards) and not keeps else None,
+            "checks_capacity": checks_capacity,
+            "streams": delivery if isinstance(delivery, Streams) and not pipeline.message else None,
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "sync_handlers", Connection.sync_handlers_for(self))
 
     def must_announce(self, peer: Peer) -> bool:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""

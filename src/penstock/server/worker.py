@@ -1,7 +1,7 @@
-"""A worker: listening sockets, the sessions they bring, one sweeper, one journal writer.
+"""A worker: listening sockets, one nursery task per connection, one sweeper, one journal writer.
 
-Two fates at the end: the listeners are cancelled at once, the sessions get a grace. `stop` may be called from a signal
-handler's task or from a test; `run` returns when the last session is over.
+On shutdown, listeners close at once; sessions get a grace period. `stop` may be called from the task of a signal
+handler or from a test; `run` returns when the last session is over.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from socket import AF_UNIX
 from socket import socket as Socket  # noqa: N812 - a field is called socket
 from typing import Final
 
-import outcome
 import trio
 
 from penstock.journal import Journal
 from penstock.metrics._session import Metrics
 from penstock.net._poller import HAS_EPOLL, Poller, close, send
 from penstock.net.listen import accept_forever, close_listener, name_of
-from penstock.net.stream import watch_sockets
+from penstock.net.stream import SocketStream, watch_sockets
 from penstock.reply import Reply
-from penstock.server._turns import Acceptor, Host
 from penstock.server.connection import Connection
-from penstock.server.limits import Admission, Sweeper
+from penstock.server.deadlines import Sweeper
+from penstock.server.limits import Admission
 from penstock.server.listener import Listener
 from penstock.transaction import Peer
 
@@ -33,14 +32,12 @@ _JOURNAL_INTERVAL: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class BoundListener:
-    """A listening socket and the listener behind it."""
+    """A listening socket and what its connections share."""
 
     socket: Socket
     listener: Listener
-    kind: type[Connection] = Connection
-    """What becomes of the sockets it accepts."""
     is_own: bool = True
-    """Nobody else listens there: the path of a unix socket ends with it."""
+    """No other process listens there: the path of a unix socket is removed at the end."""
 
     @property
     def local_address(self) -> tuple[str, int]:
@@ -51,7 +48,7 @@ class BoundListener:
         return (address, port)
 
 
-class Worker(Host):
+class Worker:
     """Serves the sessions of some listeners in one trio loop."""
 
     def __init__(
@@ -64,29 +61,33 @@ class Worker(Host):
         *,
         grace: float = 30.0,
         metrics: Metrics | None = None,
+        ended: Callable[[], None] | None = None,
     ) -> None:
-        """`grace` is the seconds a message under way has to arrive once the worker stops.
+        """`grace` is the seconds a message that is being received has to arrive once the worker stops.
 
-        `write_journal` gets whole lines, in the loop: it must neither wait nor raise.
-
-        `metrics` is that of the listeners, when they have one.
+        `write_journal` gets whole lines, in the loop: it must neither wait nor raise. `metrics` are those of the
+        listeners, when they have some. `ended` is called whenever a connection has ended.
         """
-        super().__init__(sweeper.watched, admission)
+        self.connections: set[Connection] = sweeper.watched
+        """The connections that are open."""
+        self.admission = admission
+        self.is_stopping = False
+        self.sessions = 0
+        """Connections so far, those that were refused before the greeting among them."""
         self._listeners = listeners
         self._sweeper = sweeper
         self._journal = journal
         self._write_journal = write_journal
         self._grace = grace
-        self._stop_wanted = trio.Event()
-        self._all_gone = trio.Event()
-        self._sessions: trio.Nursery | None = None
+        self._ended = ended
+        self._nursery: trio.Nursery | None = None
         self._poller = Poller() if HAS_EPOLL else None
         if self._poller is not None:
             self._poller.metrics = metrics
         self._accepting: list[trio.CancelScope] = []
         self._serving = trio.CancelScope()
 
-    # ---- what connections see
+    # ---- what others see
 
     @property
     def open_connections(self) -> int:
@@ -96,7 +97,7 @@ class Worker(Host):
     @property
     def octets_under_way(self) -> int:
         """Octets that have come over the connections that are open."""
-        return sum(connection.octets for connection in self.connections)
+        return sum(connection.pump.octets for connection in self.connections)
 
     @property
     def watched(self) -> int:
@@ -108,25 +109,26 @@ class Worker(Host):
         """Connections that count for the limits."""
         return self.admission.total
 
-    def ended(self) -> None:
-        """A connection is over while the worker wants to end."""
-        if not self.connections:
-            self._all_gone.set()
+    # ---- what connections use
 
-    def serve(self, connection: Connection) -> None:
-        """Give a new connection the task that it needs."""
-        assert self._sessions is not None
-        self._sessions.start_soon(connection.run)
+    def admit(self, peer: Peer) -> Reply | None:
+        """Count a client in and return None, or return the refusal."""
+        return self.admission.admit(peer.network)
 
-    def spawn(self, connection: Connection, woken: outcome.Outcome[int]) -> None:
-        """Give a connection that has come without a task one that goes on with `run`."""
-        assert self._sessions is not None
-        self._sessions.start_soon(connection.run, woken)
+    def release(self, peer: Peer) -> None:
+        """Count a client out that was admitted."""
+        self.admission.release(peer.network)
+
+    def ended(self, connection: Connection) -> None:
+        """Note that a connection is closed."""
+        self.connections.discard(connection)
+        if self._ended is not None:
+            self._ended()
 
     # ---- the life of a worker
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `stop` was called and the last session is over; `started` once all listeners are open."""
+        """Serve until `stop` was called and the last session is over; `started` once all listeners accept."""
         async with trio.open_nursery() as background:
             background.start_soon(self._sweeper.run)
             background.start_soon(self._keep_journal)
@@ -134,16 +136,12 @@ class Worker(Host):
                 background.start_soon(watch_sockets, self._poller)
             try:
                 with self._serving:
-                    async with trio.open_nursery() as sessions:
-                        self._sessions = sessions
-                        sessions.start_soon(self._outlast)
+                    async with trio.open_nursery() as self._nursery:
                         for bound in self._listeners:
                             self._journal.listening(name_of(bound.socket), bound.listener.name)
-                            sessions.start_soon(self._serve_listener, bound)
+                            self._nursery.start_soon(self._accept, bound)
                         task_status.started()
             finally:
-                for connection in list(self.connections):
-                    connection.abort()
                 for bound in self._listeners:
                     close_listener(bound.socket, unlinks=bound.is_own)
                 background.cancel_scope.cancel()
@@ -153,49 +151,67 @@ class Worker(Host):
         self._write_journal(self._journal.drain())
 
     def stop(self) -> None:
-        """Stop accepting; send idle clients away, and let messages under way arrive within the grace."""
+        """Stop accepting; dismiss idle clients, and let messages that are being received arrive within the grace."""
         if self.is_stopping:
             return
         self.is_stopping = True
-        self._stop_wanted.set()
         self._journal.stopping(len(self.connections))
         for scope in self._accepting:
             scope.cancel()
         for connection in list(self.connections):
             connection.stop(self._grace)
-        # Whatever does not end by itself (a hook, a disk that hangs) ends with this.
+        # Whatever does not end by then (a hook, a disk that hangs) ends with this.
         self._serving.deadline = trio.current_time() + self._grace * 2
 
     def abort(self) -> None:
-        """End every session now, messages under way among them."""
+        """End every session now, also where a message is being received."""
         self.stop()
         self._serving.cancel()
 
-    async def _outlast(self) -> None:
-        """Keep the nursery open while connections are, which may have no task in it."""
-        await self._stop_wanted.wait()
-        while self.connections:
-            self._all_gone = trio.Event()
-            await self._all_gone.wait()
+    # ---- accepting
 
-    async def _serve_listener(self, bound: BoundListener) -> None:
+    async def _accept(self, bound: BoundListener) -> None:
+        """Accept connections until the worker stops."""
+        listener, (address, port) = bound.listener, bound.local_address
 
-        porter = Acceptor(self, self._poller, bound.listener, bound.kind, *bound.local_address)
+        def serve(fd: int, client_address: str, client_port: int) -> None:
+            self._serve(fd, Peer(client_address, client_port, address, port), listener)
 
         def report_shortage(exc: OSError) -> None:
             self._journal.error(0, "accept", exc)
 
         with trio.CancelScope() as scope:
             self._accepting.append(scope)
-            await accept_forever(bound.socket, porter, report_shortage, self._poller)
+            await accept_forever(bound.socket, serve, report_shortage, self._poller)
         close_listener(bound.socket, unlinks=bound.is_own)
 
-    def report(self, exc: Exception) -> None:
-        """Journal why a client that was accepted is not served."""
-        self._journal.error(self.sessions, "accept", exc)
+    def _serve(self, fd: int, peer: Peer, listener: Listener) -> None:
+        """Give an accepted socket its connection and its task, or refuse it before it costs either."""
+        assert self._nursery is not None
+        self.sessions += 1
+        is_admitted = not listener.proxy_networks  # the client behind a proxy is known later
+        if is_admitted:
+            refusal = self.admit(peer)
+            if refusal is not None:
+                self._refuse(fd, peer, listener, refusal)
+                return
+        stream: SocketStream | None = None
+        try:
+            stream = SocketStream(fd, self._poller)
+            connection = Connection(stream, peer, listener, self, self.sessions, is_admitted=is_admitted)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it costs this client and no other
+            self._journal.error(self.sessions, "accept", exc)
+            if is_admitted:
+                self.release(peer)
+            if stream is None:
+                close(fd)
+            else:
+                stream.close_nowait()
+            return
+        self._nursery.start_soon(connection.run)
 
-    def turn_away(self, fd: int, peer: Peer, listener: Listener, refusal: Reply) -> None:
-        """Refuse a client before it costs a task: one send, no waiting."""
+    def _refuse(self, fd: int, peer: Peer, listener: Listener, refusal: Reply) -> None:
+        """Refuse a client before the greeting: one send, no waiting."""
         self._journal.rejected_connection(self.sessions, peer, listener.name, refusal)
         if listener.metrics is not None:
             listener.metrics.turned_away(refusal.encoded)
@@ -203,7 +219,7 @@ class Worker(Host):
             if not listener.is_implicit_tls:
                 send(fd, refusal.encoded)
         except OSError:
-            pass  # it has left, which is what it was asked for
+            pass  # it has left already
         finally:
             close(fd)
 

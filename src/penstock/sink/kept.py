@@ -26,11 +26,13 @@ from typing import Final, NamedTuple
 import trio
 
 from penstock import reply as replies
+from penstock.delivery.base import Delivery
 from penstock.message import Message
 from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
 from penstock.sequence import parse_counter
 from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store, Undo
+from penstock.transaction import Transaction
 
 _MOST_OCTETS: Final = 64 << 20
 _MOST_MESSAGES: Final = 100_000
@@ -222,10 +224,20 @@ class HeaderMarks:
             self._book().note(*counter)
 
 
-class KeepingDelivery:
-    """Keeps messages, on a shelf and in files (penstock.delivery.base). Its 250 promises that they are there."""
+class _Waiting:
+    """A message that waits to be written to the files."""
 
-    needs_body = True
+    __slots__ = ("kept", "message", "reply", "written")
+
+    def __init__(self, message: Message, kept: KeptMessage) -> None:
+        self.message = message
+        self.kept = kept
+        self.written = trio.Event()
+        self.reply: Reply | None = None
+
+
+class KeepingDelivery(Delivery):
+    """Keeps messages, on a shelf and in files (penstock.delivery.base). Its 250 promises that they are there."""
 
     def __init__(self, shelf: Shelf | None, stores: Sequence[Store] = (), marks: HeaderMarks | None = None) -> None:
         self.shelf = shelf
@@ -234,7 +246,7 @@ class KeepingDelivery:
         self._looked_at = shelf.longest if shelf is not None else _MOST_HEADER if marks is not None else 0
         """Octets of a text that are wanted in memory."""
         self._most_octets = min((store.most_octets for store in stores if store.most_octets is not None), default=None)
-        self._waiting: list[tuple[Message, KeptMessage, Callable[[Reply], None]]] = []
+        self._waiting: list[_Waiting] = []
         self._work = trio.Event()
         self._is_closing = False
         self._has_finished: trio.Event | None = None
@@ -252,24 +264,23 @@ class KeepingDelivery:
             self._has_finished = trio.Event()
             trio.lowlevel.spawn_system_task(self._write_all)
 
-    async def accept(self, message: Message) -> Reply:
-        """Keep a message whose body may lie in a file; two of those are read at a time."""
-        answered = trio.Event()
-        answers: list[Reply] = []
-
-        def done(reply: Reply) -> None:
-            answers.append(reply)
-            answered.set()
-
-        async with self._large:
-            kept = await trio.to_thread.run_sync(self._read, message)
-            self._keep(message, kept, done)
-            await answered.wait()
-        return answers[0]
-
-    def accept_later(self, message: Message, done: Callable[[Reply], None]) -> None:
-        """Keep a message whose body is in memory."""
-        self._keep(message, self._read(message), done)
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
+        """Keep a message. A body that lies in a file is read in a thread, two of them at a time."""
+        if getattr(message.body, "in_memory", False):
+            kept = self._read(message)
+        else:
+            async with self._large:
+                kept = await trio.to_thread.run_sync(self._read, message)
+        if self._most_octets is not None and kept.size > self._most_octets:
+            return _TOO_LONG.because(f"a line of JSON has at most {self._most_octets} octets of text")
+        if not self._stores:
+            return self._kept(kept)
+        waiting = _Waiting(message, kept)
+        self._waiting.append(waiting)
+        self._work.set()
+        await waiting.written.wait()
+        assert waiting.reply is not None
+        return waiting.reply
 
     def _read(self, message: Message) -> KeptMessage:
         """Return a message as the shelf has it, its text as far as that is looked at. May read the disk."""
@@ -279,15 +290,6 @@ class KeepingDelivery:
         return KeptMessage(
             message.id, message.received_at, envelope.sender.text, recipients, size, raw, is_cut=len(raw) < size
         )
-
-    def _keep(self, message: Message, kept: KeptMessage, done: Callable[[Reply], None]) -> None:
-        if self._most_octets is not None and kept.size > self._most_octets:
-            done(_TOO_LONG.because(f"a line of JSON has at most {self._most_octets} octets of text"))
-        elif not self._stores:
-            done(self._kept(kept))
-        else:
-            self._waiting.append((message, kept, done))
-            self._work.set()
 
     def _kept(self, message: KeptMessage) -> Reply:
         """Show a message that is where it should be."""
@@ -310,10 +312,10 @@ class KeepingDelivery:
             await trio.to_thread.run_sync(store.close)
         self._has_finished.set()
 
-    async def _write(self, batch: Sequence[tuple[Message, KeptMessage, Callable[[Reply], None]]]) -> None:
+    async def _write(self, batch: Sequence[_Waiting]) -> None:
         """Write messages to all files, or to none, and answer them."""
         failure: Reply | None = None
-        messages = [message for message, _, _ in batch]
+        messages = [each.message for each in batch]
         undos: list[Undo] = []
         try:
             for store in self._stores:
@@ -326,8 +328,9 @@ class KeepingDelivery:
             for undo in reversed(undos):
                 with contextlib.suppress(OSError):  # it stays there, as a message does whose 250 nobody hears
                     await trio.to_thread.run_sync(undo)
-        for _, kept, done in batch:
-            done(failure or self._kept(kept))
+        for each in batch:
+            each.reply = failure or self._kept(each.kept)
+            each.written.set()
 
     async def aclose(self) -> None:
         """Write what is waiting, and close the files."""

@@ -2,5 +2,5 @@
 
 cdef object of_type(object type, tuple items)
 cpdef object plain_mail(bytes argument, bint esmtp, bint eightbitmime, unsigned long long max_size)
-cdef object plain_recipient(bytes argument)
-cdef object plain_hello(bytes argument)
+cpdef object plain_recipient(bytes argument)
+cpdef object plain_hello(bytes argument)

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from penstock.message import Recipient
 from penstock.reply import Reply
 from penstock.smtp.events import Mail, Rcpt
 
@@ -10,6 +11,12 @@ BAD_RECIPIENT: Final[Reply]
 
 def plain_mail(argument: bytes, esmtp: bool, eightbitmime: bool, max_size: int) -> Mail | Reply | None:
     """Read a plain `FROM:<dot-string@domain> SIZE=n BODY=...`; None is for what is not plain."""
+
+def plain_recipient(argument: bytes) -> Recipient | Reply | None:
+    """Read a plain `TO:<dot-string@domain>`: the recipient, BAD_RECIPIENT, or None for what is not plain."""
+
+def plain_hello(argument: bytes) -> str | None:
+    """Read a plain name after EHLO; None is for what is not plain."""
 
 def plain_rcpt(argument: bytes) -> Rcpt | Reply | None:
     """Read a plain `TO:<dot-string@domain>`; None is for what is not plain."""

@@ -38,8 +38,8 @@ cdef class Wire:
     cdef size_t drop(self) noexcept
     cdef unsigned char *reserve(self, size_t octets) except NULL
     cdef void release(self) noexcept
-    cdef void settle(self) noexcept
-    cdef int step(self) except -1
+    cpdef void rest(self) noexcept
+    cpdef int next(self) except -1
     cdef int next_line(self) except -1
     cdef int cut(self, size_t start, size_t stop) except -1
     cdef bint violate(self, int kind) noexcept

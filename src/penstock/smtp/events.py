@@ -15,10 +15,13 @@ from penstock.message import MailParameters, Path, Recipient
 class _Need(Enum):
     DATA = "need data"
     CLOSED = "closed"
+    TURN_OVER = "turn over"
 
 
 NEED_DATA: Final = _Need.DATA
 """The input is used up: send what is to be sent, then feed more."""
+TURN_OVER: Final = _Need.TURN_OVER
+"""Enough commands were answered in one turn; there may be more input. Let others have their turn, then ask again."""
 CLOSED: Final = _Need.CLOSED
 """The conversation is over: send what is to be sent, then close."""
 
@@ -56,7 +59,7 @@ class Expand(NamedTuple):
 
 
 class Command(NamedTuple):
-    """One of the verbs in `intercepted_verbs`: RSET, NOOP, VRFY, EXPN or HELP. Answer with `obey`, or a refusal."""
+    """One of the verbs in `intercepted_verbs`: RSET, NOOP, VRFY, EXPN or HELP. Answer with `execute`, or a refusal."""
 
     verb: str
     argument: bytes
@@ -66,7 +69,7 @@ class BeginData(NamedTuple):
     """DATA, or the first BDAT of a message. Answer with GO_AHEAD_DATA for both (no 354 is sent for BDAT)."""
 
     size: int | None
-    """Octets intercepted_verbs by SIZE or by BDAT, None when the client did not say."""
+    """Octets announced by SIZE or by BDAT, None when the client did not say."""
 
 
 class BodyChunk(NamedTuple):
@@ -117,7 +120,7 @@ class Quit(NamedTuple):
 
 
 Event = (
-    Literal[_Need.DATA, _Need.CLOSED]
+    Literal[_Need.DATA, _Need.CLOSED, _Need.TURN_OVER]
     | Hello
     | Mail
     | Rcpt

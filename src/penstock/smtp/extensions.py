@@ -46,6 +46,8 @@ class Extensions:
     """Commands answered with 5yz before the session ends with 421 4.7.0."""
     max_unknown: int = 50
     """Recipients refused with 5yz before the session ends with 421 4.7.0."""
+    max_junk: int = 100
+    """Commands without mail (NOOP, RSET, EHLO ...) since the last MAIL; those beyond count as errors."""
     max_auth_failures: int = 3
     """Failed authentications before the session ends with 421 4.7.0."""
     starttls: bool = False

@@ -1,45 +1,53 @@
-"""The server's side of the conversation: octets in, events out, replies back. No I/O, no clock.
+"""The server's role in a conversation: octets in, events out, replies back. No I/O, no clock.
 
-    session = ServerSession(offer, wire, transaction)
+    session = ServerSession(extensions, wire, transaction)
     session.greet()
     while True:
         event = session.next_event()
-        if event is NEED_DATA: send session.data_to_send(), then session.receive(what came)
-        elif event is CLOSED:  send session.data_to_send(), then close
-        else:                  session.reply(what the driver thinks of it)
+        if event is NEED_DATA: send session.take_output(), then session.receive(what came)
+        elif event is CLOSED:  send session.take_output(), then close
+        else:                  session.reply(what the driver decides)
 
 Rules
 -----
-1. The next event is held back until the last one is answered. What the client pipelined behind it is not even looked
+1. The next event is held back until the last one is answered. What the client pipelined after it is not even looked
    at, so the answer decides how it is read.
 2. The *reply* moves the state: an event is a question, and a refusal leaves everything as it was.
-3. Replies wait in `data_to_send` while there is more input: pipelining then costs one send (RFC 2920 3.2).
-4. Each command gets one reply; each message gets one reply (in LMTP one a recipient), whatever its text holds.
-5. When what follows can not be told from commands any more (a BDAT without a length, a refused text whose end the
-   two sides see at different places), the session ends: never is text of a body read as a command.
-6. The budgets (errors, unknown recipients, failed authentications, messages) belong to the connection: neither RSET
-   nor EHLO nor STARTTLS renews them.
+3. Replies wait in the output while there is more input: pipelining then costs one send (RFC 2920 3.2).
+4. Each command gets one reply; each message gets one reply (in LMTP one per recipient), whatever its text holds.
+5. When what follows cannot be told from commands any more (a BDAT without a length, a refused text whose end the two
+   sides see at different places), the session ends: text of a body is never read as a command.
+6. The budgets (errors, unknown recipients, commands without mail, failed authentications, messages) belong to the
+   connection: neither RSET nor EHLO nor STARTTLS renews them.
+7. An event the driver has no decision to make for (`auto_accept`) is answered here with the reply that accepts it, and
+   never made. Nothing else differs: state, transaction and replies are the same.
 
-What a session is most of the time, that is EHLO, MAIL, RCPT, DATA and QUIT in their plain form, the intake of lines and
-the replies, is compiled: `SessionCore` (ext/session.pyx), which `ServerSession` inherits. Everything else is here.
+This file is compiled as it stands (server.pxd has the C types): nearly all clients send the same six commands in their
+plainest form, and what these cost decides what a server costs. Their arguments are read by penstock.smtp._grammar; any
+other form goes to penstock.smtp.grammar.
 """
 
 from __future__ import annotations
 
 import binascii
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+import cython  # type: ignore[import-untyped]  # it has no types, and is not needed at run time
 
 from penstock import reply as replies
+from penstock.message import NO_PARAMETERS
 from penstock.reply import Reply
 from penstock.smtp import _wire
-from penstock.smtp._session import SessionCore
-from penstock.smtp._wire import Wire
 from penstock.smtp.events import (
+    CLOSED,
+    NEED_DATA,
+    TURN_OVER,
     Auth,
     AuthAborted,
     AuthResponse,
     BeginData,
+    BodyChunk,
     Command,
     EndOfMessage,
     Event,
@@ -47,6 +55,7 @@ from penstock.smtp.events import (
     Hello,
     Mail,
     MessageAborted,
+    Quit,
     Rcpt,
     StartTls,
     Verify,
@@ -55,6 +64,7 @@ from penstock.smtp.extensions import Extensions
 from penstock.smtp.grammar import parse_any_mail, parse_any_rcpt, parse_hello_name
 from penstock.smtp.helptext import help_reply
 from penstock.smtp.states import (
+    ARGUMENT_LIMIT,
     AUTH_LINE_LIMIT,
     LINE_LIMIT,
     LONGER_LINES,
@@ -62,9 +72,35 @@ from penstock.smtp.states import (
     RULES,
     RULES_BEFORE_AUTH,
     RULES_BEFORE_TLS,
+    Rules,
     State,
+    Table,
 )
-from penstock.transaction import TlsInfo, Transaction
+
+if TYPE_CHECKING:
+    from penstock.message import Recipient
+    from penstock.transaction import TlsInfo, Transaction
+
+if not cython.compiled:  # compiled, these are the C constants and functions of server.pxd
+    from penstock.smtp._grammar import plain_hello, plain_mail, plain_recipient
+    from penstock.smtp._wire import CHUNK as T_CHUNK
+    from penstock.smtp._wire import COMMAND as T_COMMAND
+    from penstock.smtp._wire import NEED_DATA as T_NEED_DATA
+    from penstock.smtp._wire import TEXT_BROKEN as T_TEXT_BROKEN
+    from penstock.smtp._wire import TEXT_END as T_TEXT_END
+    from penstock.smtp._wire import VIOLATION as T_VIOLATION
+
+    V_HELO, V_EHLO, V_MAIL, V_RCPT, V_DATA, V_BDAT, V_QUIT = 1, 2, 4, 5, 6, 7, 10
+    P_MESSAGE, P_BDAT, P_UNASKED = 17, 7, 22
+
+# Events that a driver may have accepted without being asked: bits of `auto_accept`.
+AUTO_ACCEPT_HELLO: Final = 1
+AUTO_ACCEPT_MAIL: Final = 2
+AUTO_ACCEPT_RCPT: Final = 4
+AUTO_ACCEPT_QUIT: Final = 8
+
+OUTPUT_TAKEN: Final = -1
+"""What an observer is called with before the output is taken; otherwise it is called with each token of the wire."""
 
 VIOLATION_REPLIES: Final[dict[int, Reply]] = {
     _wire.BARE_LF: replies.BARE_LF_IN_TEXT,
@@ -73,7 +109,7 @@ VIOLATION_REPLIES: Final[dict[int, Reply]] = {
     _wire.LONG_LINE: replies.LONG_LINE_IN_TEXT,
     _wire.TOO_BIG: replies.TOO_BIG,
 }
-"""What a client hears of a text that breaks a rule of the wire."""
+"""The reply to a text that breaks a rule of the wire."""
 
 _BAD_LINES: Final[dict[int, Reply]] = {
     _wire.LINE_TOO_LONG: replies.LINE_TOO_LONG,
@@ -84,8 +120,14 @@ _BDAT_WITHOUT_LENGTH: Final = Reply(501, "5.5.4", "BDAT needs the number of octe
 _BDAT_NOT_OFFERED: Final = Reply(502, "5.5.1", "BDAT is not offered here", closes=True)
 _MAX_BDAT_DIGITS: Final = 18
 INTERCEPTABLE_VERBS: Final = frozenset(NUMBER[verb] for verb in ("RSET", "NOOP", "VRFY", "EXPN", "HELP"))
-"""Verbs that a session sees to by itself, unless its driver wants to be asked."""
+"""Verbs that a session answers itself unless its driver intercepts them."""
 NO_VERBS: Final[frozenset[int]] = frozenset()
+_JUNK: Final = frozenset(NUMBER[verb] for verb in ("HELO", "EHLO", "LHLO", "RSET", "NOOP", "VRFY", "EXPN", "HELP"))
+"""Verbs that bring no mail, which a client may send only so often (Postfix smtpd_junk_command_limit)."""
+
+_FOR_MESSAGE, _FOR_DATA, _FOR_MAIL, _FOR_RCPT, _FOR_HELLO, _FOR_CHUNK, _FOR_TLS, _FOR_AUTH, _FOR_COMMAND = range(1, 10)
+"""What the reply to an event is for; 0 where none is waited for."""
+
 # The states, looked up once: Python 3.11 is slow at members of an Enum.
 _AUTH_STATE: Final = State.AUTH
 _BODY: Final = State.BODY
@@ -100,60 +142,254 @@ _READY: Final = State.READY
 _REFUSED: Final = State.REFUSED
 _TLS_STATE: Final = State.TLS
 
+_BEGIN_DATA: Final = BeginData(None)
+_QUIT: Final = Quit()
 
-class ServerSession(SessionCore):
-    """One conversation. See the top of this file for how it is driven."""
 
-    __slots__ = ()
+class ServerSession:
+    """One conversation. See the top of this file for how it is driven, and server.pxd for the C types of the fields."""
 
-    def __init__(self, offer: Extensions, wire: Wire, transaction: Transaction, unasked: int = 0) -> None:
-        """`unasked` are the events that the driver takes no interest in, `UNASKED_...` of penstock.smtp._session.
+    extensions: Extensions
+    """What the listener offers, and its limits."""
+    wire: _wire.Wire
+    transaction: Transaction
+    """What is known of the client and of its open transaction: the session writes it."""
+    auto_accept: int
+    """The events that are accepted without asking the driver: bits AUTO_ACCEPT_..."""
+    intercepted_verbs: frozenset[int]
+    """Numbers of the verbs that are put to the driver as Command, among INTERCEPTABLE_VERBS."""
+    watched_prefixes: tuple[str, ...] | None
+    """See `watch`."""
+    first_letters: str | None
+    """The first letters of the watched prefixes."""
+    observer: Callable[[int], object] | None
+    """Called with each token of the wire before it is handled, and with OUTPUT_TAKEN before the output is taken."""
+    metrics: Any
+    """The SessionMetrics that count replies and latencies (penstock.metrics); None counts nothing."""
+    turn_limit: int
+    """Commands that one call of `next_event` may answer; 0 is no limit."""
+    commands: int
+    """Lines read so far."""
+    errors: int
+    """Replies 5xx so far, except for unknown recipients."""
+    unknown: int
+    """Recipients refused with 5xx so far."""
+    junk: int
+    """Commands that brought no mail since the last MAIL."""
+    last_verb: int
+    """The number of the last verb, for the journal."""
+    has_quit: bool
+    output_octets: int
+    """Octets of the replies that were not taken."""
+    _output: list[bytes]
+    _state: Any
+    """A State. (As one, mypy would believe that no call can change it.)"""
+    _table: Table
+    _rules: Rules
+    _event: Any
+    """The event that waits for its reply."""
+    _waiting: int
+    """What its reply is for, one of _FOR_...; 0 without one."""
+    _mails: int
+    _auth_failures: int
+    _chunk_is_last: bool
+    _chunk_octets: int
+    _chunk_refusal: Reply | None
 
-        Where the commands behind them are plain, the session accepts them by itself.
-        """
-        super().__init__(offer, wire, transaction, unasked)
+    def __init__(
+        self, extensions: Extensions, wire: _wire.Wire, transaction: Transaction, auto_accept: int = 0
+    ) -> None:
+        """`auto_accept` are the events that are accepted without asking the driver, bits `AUTO_ACCEPT_...`."""
+        self.extensions = extensions
+        self.wire = wire
+        self.transaction = transaction
+        self.auto_accept = auto_accept
         self.intercepted_verbs = NO_VERBS
-        transaction.is_lmtp = offer.is_lmtp
-        longest = AUTH_LINE_LIMIT if offer.mechanisms else LINE_LIMIT + LONGER_LINES["MAIL"]
-        wire.set_line_limit(longest)
+        self._output: list[bytes] = []
+        self._state = _OPENED
+        self._greeting = extensions.greeting
+        self._is_lmtp = extensions.is_lmtp
+        self._eightbitmime = extensions.eightbitmime
+        self._max_size = extensions.max_size
+        self._max_recipients = extensions.max_recipients
+        self._max_messages = extensions.max_messages
+        self._max_errors = extensions.max_errors
+        self._max_unknown = extensions.max_unknown
+        self._max_junk = extensions.max_junk
+        transaction.is_lmtp = extensions.is_lmtp
+        wire.set_line_limit(AUTH_LINE_LIMIT if extensions.mechanisms else LINE_LIMIT + LONGER_LINES["MAIL"])
         self._choose_table()
         self._rules = RULES[_HELLO]
+
+    def fresh(self, wire: _wire.Wire, transaction: Transaction) -> ServerSession:
+        """Return a new session with the settings of this one, at a fraction of the cost of making one.
+
+        `wire` is a fresh one of this session's wire.
+        """
+        other: ServerSession = type(self).__new__(type(self))
+        other.extensions = self.extensions
+        other.wire = wire
+        other.transaction = transaction
+        other.auto_accept = self.auto_accept
+        other.intercepted_verbs = self.intercepted_verbs
+        other.watched_prefixes = self.watched_prefixes
+        other.first_letters = self.first_letters
+        other._output = []
+        other._state = _OPENED
+        other._table = self._table
+        other._rules = self._rules
+        other._greeting = self._greeting
+        other._is_lmtp = self._is_lmtp
+        other._eightbitmime = self._eightbitmime
+        other._max_size = self._max_size
+        other._max_recipients = self._max_recipients
+        other._max_messages = self._max_messages
+        other._max_errors = self._max_errors
+        other._max_unknown = self._max_unknown
+        other._max_junk = self._max_junk
+        transaction.is_lmtp = self._is_lmtp
+        return other
 
     # ---- the driver's side
 
     @property
     def state(self) -> State:
         """Where the conversation stands."""
-        return self._state
+        return self._state  # type: ignore[no-any-return]
 
     @property
     def in_body(self) -> bool:
         """The text of a message, or the exchange about one, is under way."""
         return self._state in (_BODY, _OCTETS, _CHUNKS)
 
+    @property
+    def replies_waiting(self) -> list[bytes]:
+        """The replies since the output was last taken. Not to be changed."""
+        return self._output
+
+    def watch(self, prefixes: tuple[str, ...] | None) -> None:
+        """Ask the driver about recipients whose local part begins with one of these, whatever `auto_accept` says.
+
+        The prefixes are not empty and begin in ASCII, otherwise raise ValueError.
+        """
+        letters = set()
+        for prefix in prefixes or ():
+            if not prefix[:1].isascii() or not prefix:
+                raise ValueError(f"a watched prefix begins in ASCII, not {prefix!r}")
+            letters.add(prefix[0])
+        self.watched_prefixes = prefixes
+        self.first_letters = "".join(sorted(letters))
+
+    def greet(self, refusal: Reply | None = None) -> None:
+        """Send the greeting of RFC 5321 4.2, or in its place a refusal: 421 or 554, then the session ends."""
+        if refusal is None:
+            self.send_encoded(self._greeting)
+            self.enter(_HELLO)
+        else:
+            self.send_encoded(refusal.encoded)
+            self._state = _CLOSED
+
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in octets. Drivers that own a socket let the wire receive them instead."""
         self.wire.feed(data)
 
+    def take_output(self) -> bytes:
+        """Return the replies made since the last call, and forget them."""
+        data = b""
+        if self.observer is not None:
+            self.observer(OUTPUT_TAKEN)
+        if self._output:
+            data = self._output[0] if len(self._output) == 1 else b"".join(self._output)
+            self._output.clear()
+            self.output_octets = 0
+        if self.metrics is not None:
+            self.metrics.end_turn(len(data))
+            if self._waiting:
+                self.metrics.in_turn = True  # these replied to earlier commands: the clock of this one runs on
+        return data
+
+    def next_event(self) -> Event:
+        """Return what the client wants next. Raise RuntimeError while an event waits for its reply.
+
+        With NEED_DATA the wire has given its buffer back, but for the beginning of a line. After `turn_limit` commands
+        (0: no limit) TURN_OVER is returned: there may be more input, and other sessions should have their turn.
+        """
+        if self._waiting:
+            raise RuntimeError(f"{self._event} was not answered")
+        if self.metrics is not None and not self.metrics.in_turn:
+            self.metrics.begin_turn()
+        left = self.turn_limit
+        while self._state is not _CLOSED:
+            token = self.wire.next()
+            if self.observer is not None:
+                self.observer(token)
+            if token == T_COMMAND:
+                event = self.take_line()
+                if event is None:
+                    left -= 1
+                    if left == 0 and self._state is not _CLOSED:
+                        return TURN_OVER
+            elif token == T_NEED_DATA:
+                self.wire.rest()
+                return NEED_DATA
+            elif token == T_CHUNK:
+                return BodyChunk(self.wire.chunk)
+            elif token == T_TEXT_END:
+                event = self.take_text_end()
+            else:
+                event = self.take_violation(token)
+            if event is not None:
+                return event
+        return CLOSED
+
+    def reply(self, reply: Reply) -> None:
+        """Answer the last event; see each event for what its replies mean. Raise RuntimeError without one."""
+        waiting = self._waiting
+        self._waiting = 0
+        if waiting == _FOR_MESSAGE:
+            self.reply_to_message(reply)
+        elif waiting == _FOR_DATA:
+            self.reply_to_data(reply)
+        elif waiting == _FOR_RCPT:
+            self.reply_to_rcpt(reply)
+        elif waiting == _FOR_MAIL:
+            self.send(reply)
+            if reply.code < 400:
+                self.begin_transaction(self._event)
+        elif waiting == _FOR_HELLO:
+            self.reply_to_hello(reply)
+        elif waiting == _FOR_CHUNK:
+            self.reply_to_chunk(reply)
+        elif waiting == _FOR_AUTH:
+            self.reply_to_auth(reply)
+        elif waiting == _FOR_TLS:
+            self.send(reply)
+            if reply.accepts:
+                self._state = _TLS_STATE
+        elif waiting == _FOR_COMMAND:
+            self.send(reply)
+        else:
+            raise RuntimeError("no event waits for a reply")
+
     def reply_each(self, answers: Sequence[Reply]) -> None:
-        """Answer EndOfMessage in LMTP: a reply for each accepted recipient, in their order (RFC 2033 4.2)."""
-        if self._answered is not ServerSession._message_answered or not self.offer.is_lmtp:
-            raise RuntimeError("only the end of an LMTP message is answered for each recipient")
+        """Answer EndOfMessage in LMTP: a reply per accepted recipient, in their order (RFC 2033 4.2)."""
+        if self._waiting != _FOR_MESSAGE or not self._is_lmtp:
+            raise RuntimeError("only the end of an LMTP message is answered per recipient")
         if len(answers) != len(self.transaction.recipients):
             raise ValueError(f"{len(self.transaction.recipients)} recipients need as many replies")
-        self._answered = None
+        self._waiting = 0
         if any(reply.accepts for reply in answers):
-            self._message_taken()
+            self.note_accepted()
         self._end_transaction()
         for reply in answers:
-            self._say(reply)
+            self.send(reply)
 
     def challenge(self, data: bytes) -> None:
         """Answer Auth or AuthResponse with a 334 (RFC 4954 4)."""
-        if self._answered is not ServerSession._auth_answered:
+        if self._waiting != _FOR_AUTH:
             raise RuntimeError("no authentication is under way")
-        self._answered = None
-        self._emit(b"334 " + binascii.b2a_base64(data, newline=False) + b"\r\n")
+        self._waiting = 0
+        self.send_encoded(b"334 " + binascii.b2a_base64(data, newline=False) + b"\r\n")
         self._state = _AUTH_STATE
         self.wire.expect_line()
 
@@ -175,67 +411,132 @@ class ServerSession(SessionCore):
         transaction.tls = info
         self._choose_table()
         if self._state is not _OPENED:  # implicit TLS has not been greeted yet
-            self._enter(_HELLO)
+            self.enter(_HELLO)
 
-    def obey(self) -> Event | None:
-        """Answer Command: do what it asks for. Return the MessageAborted of a RSET that ended a text."""
+    def execute(self) -> Event | None:
+        """Answer Command as if it had not been intercepted. Return the MessageAborted of a RSET that ended a text."""
         command = self._event
-        if self._answered is None or not isinstance(command, Command):
-            raise RuntimeError("no command waits to be obeyed")
-        self._answered = None
+        if not self._waiting or not isinstance(command, Command):
+            raise RuntimeError("no command waits to be executed")
+        self._waiting = 0
         return _HANDLERS[NUMBER[command.verb]](self, command.argument)
 
     def close_with(self, reply: Reply) -> None:
-        """End the session from outside, in whatever state: a clock ran out, or the server stops (421)."""
+        """End the session from outside, in whatever state: a timeout, or the server stops (421)."""
         if self._state is not _CLOSED:
-            if self._answered is None:
-                self._answers_unasked()
-            self._answered = None
-            self._emit(reply.encoded)
+            if not self._waiting and self.metrics is not None:
+                self.metrics.phase = P_UNASKED
+            self._waiting = 0
+            self.send_encoded(reply.encoded)
             self._state = _CLOSED
 
-    # ---- state
+    # ---- state and replies
+
+    def enter(self, state: State) -> None:
+        """Go to a state in which commands are read."""
+        self._state = state
+        self._rules = self._table[state]
+
+    def send_encoded(self, encoded: bytes) -> None:
+        """Add a reply to the output as it is. Every reply passes here."""
+        self._output.append(encoded)
+        self.output_octets += len(encoded)
+        if self.metrics is not None:
+            self.metrics.replied(encoded)
+
+    def send(self, reply: Reply) -> None:
+        """Add a reply to the output; end the session when it says so, or when the error budget is used up."""
+        self.send_encoded(reply.encoded)
+        if reply.closes:
+            self._state = _CLOSED
+        elif reply.code >= 500:
+            self.count_error()
+
+    def count_error(self) -> None:
+        """Count an error of the client; with too many of them the session ends (Postfix smtpd_hard_error_limit)."""
+        self.errors += 1
+        if self.errors > self._max_errors:
+            self.close_with(replies.TOO_MANY_ERRORS)
 
     def _choose_table(self) -> None:
-        """Choose the table of rules for what TLS and AUTH have brought so far."""
-        offer, transaction = self.offer, self.transaction
-        if offer.require_tls and transaction.tls is None:
+        """Choose the table of rules for the present state of TLS and AUTH."""
+        extensions, transaction = self.extensions, self.transaction
+        if extensions.require_tls and transaction.tls is None:
             self._table = RULES_BEFORE_TLS
-        elif offer.require_auth and transaction.identity is None:
+        elif extensions.require_auth and transaction.identity is None:
             self._table = RULES_BEFORE_AUTH
         else:
             self._table = RULES
 
-    def _ask(self, event: Event, answered: Callable[[ServerSession, Reply], None]) -> Event:
-        """Hold back all that follows until the driver has answered."""
+    def _ask(self, event: Event, waiting: int) -> Event:
+        """Hold back all that follows until the driver has replied."""
         self._event = event
-        self._answered = answered
+        self._waiting = waiting
         return event
+
+    def _refuse(self, reply: Reply) -> Event | None:
+        """Answer a command with an error of the client's; no event is made."""
+        self.send(reply)
+        return None
 
     # ---- lines
 
-    def _take_verb(self, verb: int, argument: bytes) -> Event | None:
-        """Take a command that is not plain."""
-        if verb in self.intercepted_verbs:
-            return self._ask(Command(_wire.VERBS[verb], argument), ServerSession._say)
-        return _HANDLERS[verb](self, argument)
-
-    def _refuse(self, reply: Reply) -> Event | None:
-        """Answer a command with an error of the client's own making; there is no event to tell of."""
-        self._say(reply)
+    def take_line(self) -> Event | None:
+        """Read a command. Return the event that it is, None when it was answered."""
+        argument = self.wire.argument
+        verb = self.wire.verb
+        self.commands += 1
+        if self._state is _AUTH_STATE:
+            return self._take_auth_line(argument)
+        self.last_verb = verb
+        if self.metrics is not None:
+            self.metrics.phase = verb
+        refusal = self._rules[verb]
+        if len(argument) > ARGUMENT_LIMIT[verb]:
+            self.send(replies.LINE_TOO_LONG)
+        elif refusal is not None and verb != V_BDAT:  # octets follow a BDAT even where it is refused
+            self.send(refusal)
+        elif verb == V_RCPT:
+            return self.take_rcpt(argument)
+        elif verb == V_MAIL:
+            return self.take_mail(argument)
+        elif verb == V_DATA:
+            return self.take_data(argument)
+        elif verb in (V_EHLO, V_HELO):
+            return self.take_hello(verb, argument)
+        elif verb == V_QUIT:
+            return self.take_quit(argument)
+        else:
+            return self.take_other(verb, argument)
         return None
 
-    def _take_trouble(self, token: int) -> Event | None:
+    def take_other(self, verb: int, argument: bytes) -> Event | None:
+        """Read a command that is not among the plain ones."""
+        if verb in _JUNK:
+            self.junk += 1
+            if self.junk > self._max_junk:
+                self.count_error()
+                if self._state is _CLOSED:
+                    return None
+        if verb in self.intercepted_verbs:
+            return self._ask(Command(_wire.VERBS[verb], argument), _FOR_COMMAND)
+        return _HANDLERS[verb](self, argument)
+
+    def take_violation(self, token: int) -> Event | None:
         """Handle a token that a well-behaved client does not cause."""
-        if token == _wire.VIOLATION:
+        if token == T_VIOLATION:
             return MessageAborted(VIOLATION_REPLIES[self.wire.violation].text, will_be_refused=True)
-        if token == _wire.TEXT_BROKEN:
+        if token == T_TEXT_BROKEN:
+            if self.metrics is not None:
+                self.metrics.text_ends(P_MESSAGE)
             refusal = VIOLATION_REPLIES[self.wire.violation]
-            self._say(Reply(refusal.code, refusal.status, refusal.text, closes=True))
+            self.send(Reply(refusal.code, refusal.status, refusal.text, closes=True))
             return None
         self.commands += 1
         if self._state is _AUTH_STATE:
             return self._abort_auth(replies.AUTH_LINE_TOO_LONG if token == _wire.LINE_TOO_LONG else _BAD_LINES[token])
+        if self.metrics is not None:
+            self.metrics.phase = 0
         self.last_verb = 0
         return self._refuse(_BAD_LINES[token])
 
@@ -247,105 +548,248 @@ class ServerSession(SessionCore):
 
     # ---- HELO EHLO LHLO
 
+    def take_hello(self, verb: int, argument: bytes) -> Event | None:
+        """Read a HELO or EHLO; the plain one is answered here when the driver need not be asked."""
+        # After part of a message there is a body to forget, which the driver has to know.
+        if (
+            self.auto_accept & AUTO_ACCEPT_HELLO
+            and not self._is_lmtp
+            and (self._state is _HELLO or self._state is _READY)
+        ):
+            name = plain_hello(argument)
+            if name is not None:
+                self.junk += 1
+                if self.junk > self._max_junk:
+                    self.count_error()
+                    if self._state is _CLOSED:
+                        return None
+                self.accept_hello(verb, name)
+                return None
+        return self.take_other(verb, argument)
+
+    def accept_hello(self, verb: int, name: str) -> None:
+        """Answer HELO, EHLO or LHLO."""
+        transaction = self.transaction
+        transaction.forget()  # RFC 5321 4.1.4: EHLO is an implicit RSET
+        transaction.hello = name
+        transaction.is_esmtp = verb != V_HELO
+        self.enter(_READY)
+        if verb == V_HELO:
+            self.send_encoded(self.extensions.helo_answer)
+        else:
+            has_tls, has_identity = transaction.tls is not None, transaction.identity is not None
+            self.send_encoded(self.extensions.ehlo_answer(tls=has_tls, authenticated=has_identity))
+
     def _hello(self, argument: bytes) -> Event | None:
         verb = _wire.VERBS[self.last_verb]
-        if (verb == "LHLO") is not self.offer.is_lmtp:
+        if (verb == "LHLO") is not self._is_lmtp:
             return self._refuse(replies.UNKNOWN_COMMAND)  # RFC 2033 4.1: LHLO and nothing else
         name = parse_hello_name(argument)
         if isinstance(name, Reply):
             return self._refuse(name)
-        return self._ask(Hello(verb, name), ServerSession._hello_answered)
+        return self._ask(Hello(verb, name), _FOR_HELLO)
 
-    def _hello_answered(self, reply: Reply) -> None:
-        if not reply.accepts:
-            self._say(reply)
-            return
-        assert isinstance(self._event, Hello)
-        transaction = self.transaction
-        transaction.reset()  # RFC 5321 4.1.4: EHLO is an implicit RSET
-        transaction.hello = self._event.name
-        transaction.is_esmtp = self._event.verb != "HELO"
-        self._enter(_READY)
-        if transaction.is_esmtp:
-            answer = self.offer.ehlo_answer(
-                tls=transaction.tls is not None, authenticated=transaction.identity is not None
-            )
+    def reply_to_hello(self, reply: Reply) -> None:
+        """Answer Hello."""
+        if reply.accepts:
+            self.accept_hello(NUMBER[self._event.verb], self._event.name)
         else:
-            answer = self.offer.helo_answer
-        self._emit(answer)
+            self.send(reply)
 
     # ---- MAIL RCPT
 
-    def _parse_mail(self, argument: bytes) -> Mail | Reply:
-        """Read a MAIL that is not plain."""
+    def take_mail(self, argument: bytes) -> Event | None:
+        """Read a MAIL."""
+        if self._max_messages and self._mails >= self._max_messages:
+            self.send(replies.TOO_MANY_MESSAGES)
+            return None
         transaction = self.transaction
-        return parse_any_mail(argument, self.offer, esmtp=transaction.is_esmtp, tls=transaction.tls is not None)
+        mail = plain_mail(argument, transaction.is_esmtp, self._eightbitmime, self._max_size)
+        if mail is None:
+            mail = parse_any_mail(
+                argument, self.extensions, esmtp=transaction.is_esmtp, tls=transaction.tls is not None
+            )
+        if not isinstance(mail, Mail):
+            self.send(mail)
+            return None
+        if self.auto_accept & AUTO_ACCEPT_MAIL:
+            self.send_encoded(replies.SENDER_OK.encoded)
+            self.begin_transaction(mail)
+            return None
+        self._event = mail
+        self._waiting = _FOR_MAIL
+        return mail
 
-    def _parse_rcpt(self, argument: bytes) -> Rcpt | Reply:
-        """Read a RCPT that is not plain."""
+    def begin_transaction(self, mail: Mail) -> None:
+        """Open a transaction: MAIL was accepted."""
         transaction = self.transaction
-        return parse_any_rcpt(
-            argument, self.offer, esmtp=transaction.is_esmtp, smtputf8=transaction.parameters.smtputf8
-        )
+        self._mails += 1
+        self.junk = 0
+        if self._state is _REFUSED:
+            transaction.forget()  # a refused BDAT has left its transaction
+        transaction.sender = mail[0]
+        transaction.parameters = mail[1]
+        self.enter(_MAIL)
 
-    # ---- the end of a text
+    def take_rcpt(self, argument: bytes) -> Event | None:
+        """Read a RCPT."""
+        if len(self.transaction.recipients) >= self._max_recipients:
+            self.send(replies.TOO_MANY_RECIPIENTS)  # RFC 5321 4.5.3.1.10
+            return None
+        recipient = plain_recipient(argument)
+        if recipient is None:
+            transaction = self.transaction
+            rcpt = parse_any_rcpt(
+                argument, self.extensions, esmtp=transaction.is_esmtp, smtputf8=transaction.parameters.smtputf8
+            )
+            if not isinstance(rcpt, Rcpt):
+                self.send(rcpt)
+                return None
+            recipient = rcpt[0]
+        elif isinstance(recipient, Reply):
+            self.send(recipient)
+            return None
+        if self.auto_accept & AUTO_ACCEPT_RCPT and not (self.first_letters and self._is_watched(recipient[0][1])):
+            self.send_encoded(replies.RECIPIENT_OK.encoded)
+            self.add_recipient(recipient)
+            return None
+        event = Rcpt(recipient)
+        self._event = event
+        self._waiting = _FOR_RCPT
+        return event
 
-    def _ends_message(self) -> bool:
-        """Say whether the text that has just ended was all of a message."""
-        return self._state is not _OCTETS or (self._chunk_is_last and self._chunk_refusal is None)
+    def _is_watched(self, local: str) -> bool:
+        letters, prefixes = self.first_letters, self.watched_prefixes
+        return letters is not None and prefixes is not None and local[:1] in letters and local.startswith(prefixes)
 
-    def _end_text(self) -> Event | None:
-        """Handle the end of a chunk, or of a text that broke a rule."""
+    def reply_to_rcpt(self, reply: Reply) -> None:
+        """Answer Rcpt."""
+        self.send_encoded(reply.encoded)
+        if reply.code < 300:
+            self.add_recipient(self._event[0])
+        elif reply.closes:
+            self._state = _CLOSED
+        elif reply.code >= 500:
+            # Counted apart from errors: a list with a few dead addresses is no attack, a harvest is.
+            self.unknown += 1
+            if self.unknown > self._max_unknown:
+                self.close_with(replies.TOO_MANY_UNKNOWN)
+
+    def add_recipient(self, recipient: Recipient) -> None:
+        """Add an accepted recipient to the transaction."""
+        self.transaction.recipients.append(recipient)
+        if self._state is not _RCPT:
+            self.enter(_RCPT)
+
+    # ---- DATA and the end of a text
+
+    def take_data(self, argument: bytes) -> Event | None:
+        """Read a DATA."""
+        parameters = self.transaction.parameters
+        if argument:
+            self.send(replies.NO_ARGUMENT_ALLOWED)
+            return None
+        if parameters is NO_PARAMETERS:
+            event = _BEGIN_DATA
+        elif parameters.body_type == "BINARYMIME":
+            self.send(replies.BINARYMIME_NEEDS_BDAT)  # RFC 3030 3
+            return None
+        else:
+            event = BeginData(parameters.size)
+        self._event = event
+        self._waiting = _FOR_DATA
+        return event
+
+    def reply_to_data(self, reply: Reply) -> None:
+        """Answer BeginData after DATA."""
+        self.send(reply)
+        if reply.code < 400:
+            self._state = _BODY
+            self.wire.expect_text()
+            if self.metrics is not None:
+                self.metrics.text_begins()
+
+    def take_text_end(self) -> Event | None:
+        """Handle the end of a text, or of a BDAT chunk."""
         if self._state is _OCTETS:
+            if self.metrics is not None:
+                ends_message = self._chunk_is_last and self._chunk_refusal is None
+                self.metrics.text_ends(P_MESSAGE if ends_message else P_BDAT)
             return self._end_chunk()
-        self._refuse_message(VIOLATION_REPLIES[self.wire.violation])
-        return None
+        if self.metrics is not None:
+            self.metrics.text_ends(P_MESSAGE)
+        if self.wire.violation:
+            self._refuse_message(VIOLATION_REPLIES[self.wire.violation])
+            return None
+        event = self._event = EndOfMessage(self.wire.octets)
+        self._waiting = _FOR_MESSAGE
+        return event
+
+    def reply_to_message(self, reply: Reply) -> None:
+        """Answer EndOfMessage: in LMTP the same reply for every recipient (RFC 2033 4.2)."""
+        if reply.code < 400:
+            self.note_accepted()
+        if self._is_lmtp:
+            self._refuse_message(reply)
+        else:
+            self.transaction.forget()
+            self.enter(_READY)
+            self.send(reply)
+
+    def note_accepted(self) -> None:
+        """Count a message that was accepted."""
+        if self.metrics is not None:
+            self.metrics.message(self.transaction, self.wire.octets)
 
     def _refuse_message(self, reply: Reply) -> None:
-        """Refuse a message whose text has ended, for every recipient (RFC 2033 4.2)."""
-        times = len(self.transaction.recipients) if self.offer.is_lmtp else 1
+        """Answer a message whose text has ended, once per recipient in LMTP (RFC 2033 4.2)."""
+        times = len(self.transaction.recipients) if self._is_lmtp else 1
         self._end_transaction()
         for _ in range(times):
-            self._say(reply)
+            self.send(reply)
+
+    def _end_transaction(self) -> None:
+        self.transaction.forget()
+        self.enter(_READY)
 
     # ---- BDAT (RFC 3030)
 
     def _bdat(self, argument: bytes) -> Event | None:
-        if not self.offer.chunking:
+        if not self.extensions.chunking:
             return self._refuse(_BDAT_NOT_OFFERED)
         words = argument.upper().split()
         is_last = len(words) == 2 and words[1] == b"LAST"
         if not (len(words) == 1 or is_last) or not words[0].isdigit() or len(words[0]) > _MAX_BDAT_DIGITS:
-            return self._refuse(_BDAT_WITHOUT_LENGTH)  # rule 5: where the octets end nobody can say
+            return self._refuse(_BDAT_WITHOUT_LENGTH)  # rule 5: where the octets end is unknown
         octets = int(words[0])
         self._chunk_is_last = is_last
-        refusal = self._rules[_BDAT]
+        self._chunk_octets = octets
+        refusal = self._rules[V_BDAT]
         if refusal is not None:
-            self._swallow(octets, refusal)
+            self._drop_chunk(octets, refusal)
             return None
         if self._state is _RCPT:
-            self._event = event = BeginData(octets if is_last else self.transaction.parameters.size)
-            self._answered = lambda session, reply: session._bdat_answered(octets, reply)
-            return event
-        self._take_chunk(octets, first=False)
+            return self._ask(BeginData(octets if is_last else self.transaction.parameters.size), _FOR_CHUNK)
+        self._begin_chunk(octets, first=False)
         return None
 
-    def _bdat_answered(self, octets: int, reply: Reply) -> None:
+    def reply_to_chunk(self, reply: Reply) -> None:
+        """Answer BeginData after BDAT."""
         if reply.accepts:
-            self._take_chunk(octets, first=True)
+            self._begin_chunk(self._chunk_octets, first=True)
         else:
-            self._swallow(octets, reply)
+            self._drop_chunk(self._chunk_octets, reply)
 
-    def _take_chunk(self, octets: int, *, first: bool) -> None:
+    def _begin_chunk(self, octets: int, *, first: bool) -> None:
         self._state = _OCTETS
         self._chunk_refusal = None
-        if first:
-            self._text_begins()
+        if first and self.metrics is not None:
+            self.metrics.text_begins()
         is_text = self.transaction.parameters.body_type != "BINARYMIME"
         self.wire.expect_octets(octets, last=self._chunk_is_last, text=is_text, first=first)
 
-    def _swallow(self, octets: int, refusal: Reply) -> None:
-        """Read the octets of a refused BDAT before saying so: they must not be taken for commands."""
+    def _drop_chunk(self, octets: int, refusal: Reply) -> None:
+        """Read the octets of a refused BDAT before the refusal: they must not be taken for commands."""
         self._chunk_refusal = refusal
         self._state = _OCTETS
         self.wire.expect_octets(octets, first=True, drop=True)
@@ -359,24 +803,26 @@ class ServerSession(SessionCore):
             self._end_refused_chunk(refusal)
             return None
         if not self._chunk_is_last:
-            self._say(Reply(250, "2.0.0", f"{wire.octets} octets received"))
-            self._enter(_CHUNKS)
+            self.send(Reply(250, "2.0.0", f"{wire.octets} octets received"))
+            self.enter(_CHUNKS)
             return None
-        return self._ask(EndOfMessage(wire.octets), _message_answered)
+        event = self._event = EndOfMessage(wire.octets)
+        self._waiting = _FOR_MESSAGE
+        return event
 
     def _end_refused_chunk(self, refusal: Reply) -> None:
         transaction = self.transaction
         if transaction.sender is None:  # there is no transaction that could be over
-            self._enter(_READY if transaction.hello else _HELLO)
-            self._say(refusal)
+            self.enter(_READY if transaction.hello else _HELLO)
+            self.send(refusal)
         elif not transaction.recipients:
-            self._enter(_MAIL)
-            self._say(refusal)
-        elif self._chunk_is_last and self._table[_REFUSED][_BDAT] is not refusal:
+            self.enter(_MAIL)
+            self.send(refusal)
+        elif self._chunk_is_last and self._table[_REFUSED][V_BDAT] is not refusal:
             self._refuse_message(refusal)
         else:
-            self._enter(_REFUSED)
-            self._say(refusal)
+            self.enter(_REFUSED)
+            self.send(refusal)
 
     # ---- RSET NOOP QUIT VRFY EXPN HELP
 
@@ -386,33 +832,45 @@ class ServerSession(SessionCore):
         had_body = self._state is _CHUNKS
         self.transaction.reset()
         if self._state is not _HELLO:
-            self._enter(_READY)
-        self._say(replies.RESET_OK)
+            self.enter(_READY)
+        self.send(replies.RESET_OK)
         return MessageAborted("RSET") if had_body else None
 
-    def _noop(self, argument: bytes) -> None:
-        self._say(replies.OK)  # RFC 5321 4.1.1.9: an argument is ignored
+    def _noop(self, argument: bytes) -> Event | None:
+        self.send(replies.OK)  # RFC 5321 4.1.1.9: an argument is ignored
+        return None
+
+    def take_quit(self, argument: bytes) -> Event | None:
+        """Answer QUIT. The driver hears of it where it wants to, or has part of a body to forget."""
+        if argument:
+            self.send(replies.NO_ARGUMENT_ALLOWED)
+            return None
+        event = None if self.auto_accept & AUTO_ACCEPT_QUIT and self._state is not _CHUNKS else _QUIT
+        self.has_quit = True
+        self.send(replies.BYE)
+        return event
 
     def _vrfy(self, argument: bytes) -> Event | None:
         if not argument:
             return self._refuse(replies.BAD_ARGUMENT)
-        if not self.offer.can_verify:
-            self._say(replies.CANNOT_VERIFY)  # RFC 5321 3.5.3
+        if not self.extensions.can_verify:
+            self.send(replies.CANNOT_VERIFY)  # RFC 5321 3.5.3
             return None
-        return self._ask(Verify(argument.decode("utf-8", "replace")), ServerSession._say)
+        return self._ask(Verify(argument.decode("utf-8", "replace")), _FOR_COMMAND)
 
     def _expn(self, argument: bytes) -> Event | None:
-        if not self.offer.expn:
+        if not self.extensions.expn:
             return self._refuse(replies.NOT_IMPLEMENTED)
         if not argument:
             return self._refuse(replies.BAD_ARGUMENT)
-        if not self.offer.can_expand:
-            self._say(replies.CANNOT_EXPAND)
+        if not self.extensions.can_expand:
+            self.send(replies.CANNOT_EXPAND)
             return None
-        return self._ask(Expand(argument.decode("utf-8", "replace")), ServerSession._say)
+        return self._ask(Expand(argument.decode("utf-8", "replace")), _FOR_COMMAND)
 
-    def _help(self, argument: bytes) -> None:
-        self._say(help_reply(argument, is_lmtp=self.offer.is_lmtp))
+    def _help(self, argument: bytes) -> Event | None:
+        self.send(help_reply(argument, is_lmtp=self._is_lmtp))
+        return None
 
     # ---- STARTTLS (RFC 3207)
 
@@ -421,25 +879,20 @@ class ServerSession(SessionCore):
             return self._refuse(replies.NO_ARGUMENT_ALLOWED)
         if self.transaction.tls is not None:
             return self._refuse(replies.TLS_ALREADY)
-        if not self.offer.starttls:
+        if not self.extensions.starttls:
             return self._refuse(replies.NOT_IMPLEMENTED)
         if self.wire.waiting:
-            # What is behind it came without TLS and would be obeyed inside it (CVE-2011-0411).
+            # What follows came without TLS and would be obeyed inside it (CVE-2011-0411).
             self.wire.drop_input()
             return self._refuse(replies.INPUT_BEHIND_STARTTLS)
-        return self._ask(StartTls(), ServerSession._starttls_answered)
-
-    def _starttls_answered(self, reply: Reply) -> None:
-        self._say(reply)
-        if reply.accepts:
-            self._state = _TLS_STATE
+        return self._ask(StartTls(), _FOR_TLS)
 
     # ---- AUTH (RFC 4954)
 
     def _auth(self, argument: bytes) -> Event | None:
-        offer, transaction = self.offer, self.transaction
+        extensions, transaction = self.extensions, self.transaction
         words = argument.split()
-        if not offer.mechanisms:
+        if not extensions.mechanisms:
             return self._refuse(replies.AUTH_NOT_HERE)
         if not transaction.is_esmtp:
             return self._refuse(replies.EHLO_FIRST)
@@ -448,16 +901,16 @@ class ServerSession(SessionCore):
         if not 1 <= len(words) <= 2:
             return self._refuse(replies.BAD_ARGUMENT)
         mechanism = words[0].decode("ascii", "replace").upper()
-        if mechanism not in offer.mechanisms:
+        if mechanism not in extensions.mechanisms:
             return self._refuse(replies.UNKNOWN_MECHANISM)
-        if mechanism not in offer.mechanisms_for(tls=transaction.tls is not None):
+        if mechanism not in extensions.mechanisms_for(tls=transaction.tls is not None):
             return self._refuse(replies.AUTH_NEEDS_TLS)
         initial: bytes | None = None
         if len(words) == 2:
             initial = b"" if words[1] == b"=" else _decode_base64(words[1])
             if initial is None:
                 return self._refuse(replies.BAD_BASE64)
-        return self._ask(Auth(mechanism, initial), _auth_answered)
+        return self._ask(Auth(mechanism, initial), _FOR_AUTH)
 
     def _take_auth_line(self, line: bytes) -> Event:
         if line == b"*":
@@ -465,23 +918,24 @@ class ServerSession(SessionCore):
         data = _decode_base64(line)
         if data is None:
             return self._abort_auth(replies.BAD_BASE64)
-        return self._ask(AuthResponse(data), _auth_answered)
+        return self._ask(AuthResponse(data), _FOR_AUTH)
 
     def _abort_auth(self, reply: Reply) -> Event:
         self.wire.expect_commands()
-        self._enter(_READY)
-        self._say(reply)
+        self.enter(_READY)
+        self.send(reply)
         return AuthAborted()
 
-    def _auth_answered(self, reply: Reply) -> None:
+    def reply_to_auth(self, reply: Reply) -> None:
+        """Answer Auth or AuthResponse with a final reply; too many failures end the session."""
         self.wire.expect_commands()
-        self._enter(_READY)
-        self._emit(reply.encoded)
+        self.enter(_READY)
+        self.send_encoded(reply.encoded)
         if reply.closes:
             self._state = _CLOSED
         elif reply.code == 535:
             self._auth_failures += 1
-            if self._auth_failures >= self.offer.max_auth_failures:
+            if self._auth_failures >= self.extensions.max_auth_failures:
                 self.close_with(replies.TOO_MANY_AUTH_FAILURES)
 
 
@@ -493,10 +947,6 @@ def _decode_base64(text: bytes) -> bytes | None:
         return None
 
 
-_message_answered = ServerSession._message_answered
-_auth_answered = ServerSession._auth_answered
-
-_BDAT: Final = NUMBER["BDAT"]
 _HANDLERS: Final[dict[int, Callable[[ServerSession, bytes], Event | None]]] = {
     NUMBER[verb]: handler
     for verb, handler in {

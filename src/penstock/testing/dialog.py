@@ -17,12 +17,10 @@ from penstock.message import Path
 from penstock.reply import Reply
 from penstock.sink.faults import AppliedFault, FaultLog
 from penstock.smtp import _wire
-from penstock.smtp._session import SENDS
-from penstock.smtp._wire import VERBS, Wire
-from penstock.smtp.extensions import Extensions
-from penstock.smtp.server import ServerSession
+from penstock.smtp._wire import VERBS
+from penstock.smtp.server import OUTPUT_TAKEN, ServerSession
 from penstock.smtp.states import State
-from penstock.transaction import Peer, TlsInfo, Transaction
+from penstock.transaction import Peer, TlsInfo
 
 _NO_MECHANISM: Final = re.compile(r"[^A-Za-z0-9_-]")
 MOST_LINES: Final = 1000
@@ -52,24 +50,23 @@ class Dialog:
             self._lines.clear()
 
 
-class NotedSession(ServerSession):
-    """A session whose dialog is noted."""
+class DialogObserver:
+    """Notes the dialog of one session (the `observer` of a ServerSession)."""
 
-    __slots__ = ("_dialog", "_is_behind_auth", "_noted", "_number")
+    __slots__ = ("_dialog", "_is_after_auth", "_noted", "_number", "_session")
 
-    def __init__(self, offer: Extensions, wire: Wire, transaction: Transaction, dialog: Dialog, number: int) -> None:
-        super().__init__(offer, wire, transaction)
+    def __init__(self, session: ServerSession, dialog: Dialog, number: int) -> None:
+        self._session = session
         self._dialog = dialog
         self._number = number
-        self._is_behind_auth = False
+        self._is_after_auth = False
         """No command was known since AUTH."""
         self._noted = 0
-        """Replies in the out-buffer that were noted."""
-        self.observer = self._observe
+        """Replies in the output that were noted."""
 
-    def _observe(self, token: int) -> None:
+    def __call__(self, token: int) -> None:
         """Note what the wire has found, and what is about to be sent."""
-        if token == SENDS:
+        if token == OUTPUT_TAKEN:
             self._note_replies()
             self._noted = 0
             return
@@ -77,36 +74,38 @@ class NotedSession(ServerSession):
             return
         self._note_replies()
         if token == _wire.COMMAND:
-            told = self._command()
+            text = self._command()
         elif token == _wire.TEXT_END:
-            told = f"({self.wire.octets} octets of text)"
+            text = f"({self._session.wire.octets} octets of text)"
         else:
-            told = "(a line, or a text, that breaks a rule)"
-        self._dialog.note(self._number, "C:", told)
+            text = "(a line, or a text, that breaks a rule)"
+        self._dialog.note(self._number, "C:", text)
 
     def _command(self) -> str:
         """Return the command without what is secret in it."""
-        if self._state is State.AUTH:
+        wire = self._session.wire
+        if self._session.state is State.AUTH:
             return "(an answer, not shown)"
-        verb = VERBS[self.wire.verb]
-        argument = self.wire.argument.decode("utf-8", "replace")
+        verb = VERBS[wire.verb]
+        argument = wire.argument.decode("utf-8", "replace")
         if verb == "AUTH":
-            self._is_behind_auth = True
+            self._is_after_auth = True
             mechanism = _NO_MECHANISM.split(argument, maxsplit=1)[0]
             return f"AUTH {mechanism}{' (initial response, not shown)' if argument.strip() != mechanism else ''}"
-        if self.wire.verb:
-            self._is_behind_auth = False
+        if wire.verb:
+            self._is_after_auth = False
             return f"{verb} {argument}"
-        # The argument of an unknown verb is its line. A client that takes a refused AUTH for another answer says its
-        # password in the place of a command.
-        is_secret = self._is_behind_auth or argument[:4].upper() == "AUTH"
-        return "(no command, not shown behind AUTH)" if is_secret else argument
+        # The argument of an unknown verb is its line. A client that misreads the refusal of its AUTH sends its password
+        # in place of a command.
+        is_secret = self._is_after_auth or argument[:4].upper() == "AUTH"
+        return "(no command, not shown after AUTH)" if is_secret else argument
 
     def _note_replies(self) -> None:
-        for reply in self._out[self._noted :]:
+        output = self._session.replies_waiting
+        for reply in output[self._noted :]:
             for line in reply.decode("utf-8", "replace").splitlines():
                 self._dialog.note(self._number, "S:", "334 (a challenge)" if line.startswith("334") else line)
-        self._noted = len(self._out)
+        self._noted = len(output)
 
 
 class NotedJournal(Journal):
@@ -147,9 +146,11 @@ class NotedJournal(Journal):
         """Note a message that did not end."""
         self._dialog.note(session, "--", f"the message was lost: {cause}")
 
-    def disconnected(self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float) -> None:
+    def disconnected(
+        self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
+    ) -> None:
         """Note the end of a session."""
-        self._dialog.note(session, "--", f"the end, after {messages} messages and {seconds:.3f} s")
+        self._dialog.note(session, "--", f"the end, after {messages} messages and {seconds:.3f} s: {cause}")
 
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """Note what a policy threw: its client hears 451, as in earnest."""

@@ -12,17 +12,16 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import scramp
 import trio
 
-from penstock.message import Message, MessageId
+from penstock.delivery.base import Delivery
+from penstock.message import Message
 from penstock.reply import Reply
-from penstock.server.connection import Connection
 from penstock.sink.certificates import Certificates
 from penstock.smtp.sasl import ScramKeys
-from penstock.testing.dialog import Dialog, NotedSession
 from penstock.testing.inbox import Inbox, received
 from penstock.transaction import Transaction
 
@@ -105,49 +104,12 @@ class Users:
         return self._keys[name]
 
 
-class InboxDelivery:
-    """The delivery into an inbox (penstock.delivery.base). Its 250 promises that the test can see the message."""
-
-    needs_body = True
+class InboxDelivery(Delivery):
+    """The delivery into an inbox. Its 250 promises that the test can see the message."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
-        self.arriving: dict[MessageId, Transaction] = {}
-        """The transactions of messages on their way here: what came with them beside the envelope."""
 
-    async def start(self) -> None:
-        """Do nothing."""
-
-    async def accept(self, message: Message) -> Reply:
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
         """Put the message in the inbox, or refuse it with 452 when that is full."""
-        return self._inbox.put(received(message, self.arriving[message.id]))
-
-    async def aclose(self) -> None:
-        """Do nothing."""
-
-
-def kind_of_connection(delivery: InboxDelivery, dialog: Dialog, ended: Callable[[], None]) -> type[Connection]:
-    """Return what the sockets of a server become: connections whose dialog is noted and whose messages are known.
-
-    `ended` is called when one has come to its end.
-    """
-
-    class NotedConnection(Connection):
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            super().__init__(*arguments, **keywords)
-            self._session = NotedSession(self._listener.offer, self._wire, self._transaction, dialog, self.number)
-
-        async def _take(self, message: Message) -> Reply:
-            delivery.arriving[message.id] = self._transaction
-            try:
-                return await super()._take(message)
-            finally:
-                del delivery.arriving[message.id]
-
-        def _end(self, cause: str) -> None:
-            if not self._session.has_quit:
-                dialog.note(self.number, "--", cause)
-            super()._end(cause)
-            ended()
-
-    return NotedConnection
+        return self._inbox.put(received(message, transaction))

@@ -22,17 +22,16 @@ from penstock.app import Overrides, assemble
 from penstock.config import Settings, from_table
 from penstock.server.connection import Connection
 from penstock.server.worker import BoundListener
-from penstock.sink.connection import faulty
 from penstock.sink.faults import AppliedFault, FaultEngine
+from penstock.sink.injector import fault_injection
 from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
-from penstock.testing.dialog import Dialog, NotedFaults, NotedJournal
+from penstock.testing.dialog import Dialog, DialogObserver, NotedFaults, NotedJournal
 from penstock.testing.helpers import (
     Authority,
     InboxDelivery,
     Users,
     authority_of_process,
     folder_for,
-    kind_of_connection,
 )
 from penstock.testing.inbox import Inbox
 from penstock.testing.thread import WorkerThread
@@ -311,22 +310,28 @@ class SmtpServer:
         """Open the port and serve. Takes a few milliseconds, and blocks for them. Raise OSError when it can not."""
         if self._place is not None:
             raise RuntimeError("this server was started before; make another one")
-        delivery = InboxDelivery(self.inbox)
+        has_tls = self._settings.listener[0].tls.mode != "none"
+        certificates = self.authority.certificates if has_tls else None
         folder, self._remove_folder = folder_for(self)
         try:
-            parts = assemble(
+            server = assemble(
                 self._settings_in(str(folder)),
                 self._journal,
                 lambda _lines: None,
-                kind=self._kind_of_connection(delivery),
-                given=Overrides(delivery, Users(self._users), self._policies),
+                overrides=Overrides(
+                    delivery=InboxDelivery(self.inbox),
+                    authenticator=Users(self._users),
+                    policies=self._policies,
+                    components=(self._note_dialog, fault_injection(self._engine, certificates)),
+                    ended=self._thread.note_end,
+                ),
             )
         except BaseException:
             self._remove_folder()
             raise
-        self._place = _place_of(parts.listeners[0])
+        self._place = _place_of(server.listeners[0])
         self._is_running = True
-        self._thread.start(parts)
+        self._thread.start(server)
         if self._failure is not None:
             self.stop()  # raises what it was
         return self
@@ -360,11 +365,9 @@ class SmtpServer:
                 raise
             value.add_note(f"{exc}")  # what the test has thrown tells more
 
-    def _kind_of_connection(self, delivery: InboxDelivery) -> type[Connection]:
-        """Return what becomes of the sockets."""
-        noted = kind_of_connection(delivery, self.dialog, self._thread.note_end)
-        has_tls = self._settings.listener[0].tls.mode != "none"
-        return faulty(self._engine, noted, self.authority.certificates if has_tls else None)
+    def _note_dialog(self, connection: Connection) -> None:
+        """Have the dialog of a new connection noted."""
+        connection.session.observer = DialogObserver(connection.session, self.dialog, connection.number)
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure

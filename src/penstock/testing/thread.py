@@ -34,10 +34,10 @@ class WorkerThread:
         """Sessions may still end by themselves."""
         self._thread: threading.Thread | None = None
 
-    def start(self, parts: Server) -> None:
+    def start(self, server: Server) -> None:
         """Run the worker; return once it serves, or has failed."""
         name = f"penstock-test-server-{next(_numbers)}"
-        self._thread = threading.Thread(target=self._run, args=(parts,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(server,), name=name, daemon=True)
         self._thread.start()
         if not self._ready.wait(_STARTING):
             raise RuntimeError(f"the server has not started within {_STARTING:g} s")
@@ -66,24 +66,23 @@ class WorkerThread:
         self._is_patient = False
         self._session_ended.set()
 
-    def _run(self, parts: Server) -> None:
+    def _run(self, server: Server) -> None:
         """Be the thread."""
         try:
-            trio.run(self._serve, parts)
+            trio.run(self._serve, server)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, the test's thread has to hear of it
             self._failed(exc)
         finally:
-            for bound in parts.listeners:  # a worker does so itself, unless it fails before
-                bound.socket.close()
+            server.close()  # the worker has closed them already, unless the start has failed
             self._ready.set()
 
-    async def _serve(self, parts: Server) -> None:
+    async def _serve(self, server: Server) -> None:
         self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
-            await nursery.start(parts.worker.run)
+            await nursery.start(server.run)
             self._ready.set()
             await self._stop_wanted.wait()
-            while self._is_patient and parts.worker.open_connections:
+            while self._is_patient and server.worker.open_connections:
                 self._session_ended = trio.Event()
                 await self._session_ended.wait()
-            parts.worker.abort()
+            server.abort()

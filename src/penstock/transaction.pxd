@@ -1,7 +1,7 @@
-"""What other compiled modules may do with a transaction: read and write its fields."""
+"""The C types of penstock.transaction."""
 
 
-cdef class TransactionCore:
+cdef class Transaction:
     cdef public object peer
     cdef public str listener
     cdef public str hello
@@ -12,6 +12,7 @@ cdef class TransactionCore:
     cdef public object sender
     cdef public object parameters
     cdef public list recipients
-    cdef dict _findings
+    cdef dict _results
+    cdef list _fields
 
-    cdef int forget(self) except -1
+    cpdef forget(self)

@@ -1,0 +1,137 @@
+"""The pump of a server connection: the turns that need no decision.
+
+A connection is one task (penstock.server.connection). While nothing has to be decided or waited for, the task is parked
+and the poller calls its pump when octets have come: the pump receives into the wire, lets the session read it, and
+returns the replies. It goes on without the task as long as
+
+- the session can answer on its own, because nothing is registered for that hook point (`auto_accept`), or
+- a synchronous handler is registered for the event (a chunk that fits into memory, the end of a message that is only
+  counted), and returns True.
+
+Otherwise the task is woken, and finds the event with `take_event`. There is no third case.
+
+A turn is bounded: after TURN_COMMANDS commands, OUTPUT_LIMIT octets of output or TURN_TIME it ends, and the other
+connections have theirs before it goes on. Output that the socket does not take wakes the task, which sends it; nothing
+is read meanwhile.
+"""
+
+from libc.stdint cimport int64_t
+
+from penstock.net._poller cimport Taker, now
+from penstock.smtp._wire cimport Wire
+from penstock.smtp.server cimport ServerSession
+
+from penstock.smtp.events import CLOSED, NEED_DATA, TURN_OVER
+
+cdef enum:
+    READ_OCTETS = 65_536
+    COMMANDS_AT_A_TIME = 16     # between two looks at the clock
+    OUTPUT_LIMIT = 16_384       # octets
+    TURN_TIME = 500_000         # nanoseconds
+
+cdef object closed = CLOSED
+cdef object need_data = NEED_DATA
+cdef object turn_over = TURN_OVER
+
+
+cdef class Pump(Taker):
+    """Takes the turns of one connection."""
+
+    cdef readonly ServerSession session
+    cdef Wire wire
+    cdef dict handlers
+    cdef object owner
+    cdef public object tls
+    cdef object event
+    cdef readonly bint has_ended
+    cdef readonly long long octets
+
+    def __init__(self, ServerSession session not None, dict handlers not None, owner not None):
+        self.session = session
+        self.wire = session.wire
+        self.handlers = handlers
+        self.owner = owner
+        session.turn_limit = COMMANDS_AT_A_TIME
+
+    @property
+    def sync_handlers(self):
+        return self.handlers
+
+    @sync_handlers.setter
+    def sync_handlers(self, dict handlers not None):
+        self.handlers = handlers
+
+    cpdef object advance(self):
+        """Read the input. Return the event that the task has to handle; NEED_DATA and TURN_OVER are none."""
+        cdef object event, handler
+        cdef ServerSession session = self.session
+        cdef int64_t end = 0
+        while True:
+            event = session.next_event()
+            if event is need_data or event is closed:
+                return event
+            if event is not turn_over:
+                handler = self.handlers.get(type(event))
+                if handler is None or not handler(self.owner, event):
+                    return event
+            if session.output_octets >= OUTPUT_LIMIT:
+                return turn_over
+            if event is turn_over:
+                if end == 0:
+                    end = now() + TURN_TIME
+                elif now() >= end:
+                    return turn_over
+
+    cpdef bytes take_output(self):
+        """Return what has to be sent now: replies, and what TLS has to say."""
+        cdef bytes output = self.session.take_output()
+        return output if self.tls is None else self.tls.encrypt(output)
+
+    def feed(self, data not None):
+        """Take in octets that were received and decrypted elsewhere."""
+        self.octets += len(data)
+        self.wire.feed(data)
+
+    def feed_tls(self):
+        """Decrypt what was received."""
+        if not self.tls.decrypt_into(self.wire.feed):
+            self.has_ended = True
+
+    def take_event(self):
+        """Return the event that a turn could not handle, and forget it; None without one."""
+        event, self.event = self.event, None
+        return event
+
+    def close(self):
+        """Give the buffer of the wire back and let the connection go: they hold each other."""
+        self.wire.drop()
+        self.handlers = {}
+        self.owner = None
+
+    # ---- the poller's side
+
+    cdef Py_ssize_t receive(self, int fd) except -2:
+        return self.wire.receive(fd, READ_OCTETS) if self.tls is None else self.tls.recv(fd)
+
+    cdef object take(self, Py_ssize_t received):
+        cdef object event
+        if received > 0:
+            self.octets += received
+            if self.tls is not None and not self.tls.decrypt_into(self.wire.feed):
+                self.has_ended = True   # after what has come so far
+        event = self.advance()
+        if event is need_data:
+            return None if self.has_ended else self.take_output()
+        if event is turn_over:
+            self.wants_turn = True
+            return self.take_output()
+        self.event = event
+        return None
+
+    def recv(self, int fd):
+        """Receive for the next turn; see `Wire.recv`."""
+        return self.receive(fd)
+
+    def turn(self, Py_ssize_t received):
+        """Take a turn outside of the poller."""
+        return self.take(received)

@@ -1,0 +1,57 @@
+"""Deliveries in Python: `[delivery] kind = "package.module:Class"` or `"file.py:Class"`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from penstock.delivery.base import Delivery
+from penstock.loading import HookError, load_object
+from penstock.message import Message
+from penstock.reply import Reply
+from penstock.transaction import Transaction
+
+
+def load_delivery(reference: str, arguments: Mapping[str, object] = {}) -> Delivery:
+    """Return the delivery that a reference names: a class or function is called with the arguments.
+
+    An object that does not inherit from `Delivery` is one when it has an `accept(message, transaction)`; `start` and
+    `aclose` may be missing. Raise HookError when there is no such object, or when it is no delivery.
+    """
+    made = load_object(reference, arguments)
+    if isinstance(made, Delivery):
+        return made
+    accept = getattr(made, "accept", None)
+    if not inspect.iscoroutinefunction(accept):
+        raise HookError(f"{reference!r}: a delivery has an `async def accept(self, message, transaction)`")
+    try:
+        inspect.signature(accept).bind(None, None)
+    except TypeError as exc:
+        raise HookError(f"{reference!r}: accept is called with a message and a transaction: {exc}") from exc
+    return _Adopted(made)
+
+
+class _Adopted(Delivery):
+    """An object with an `accept`, as a delivery."""
+
+    def __init__(self, adopted: Any) -> None:
+        self.needs_body = bool(getattr(adopted, "needs_body", True))
+        self._adopted = adopted
+
+    async def start(self) -> None:
+        """Start it, where it has a `start`."""
+        if hasattr(self._adopted, "start"):
+            await self._adopted.start()
+
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
+        """Do what its `accept` does. Raise TypeError when that returns no Reply."""
+        reply = await self._adopted.accept(message, transaction)
+        if not isinstance(reply, Reply):
+            raise TypeError(f"accept returns a Reply, not {reply!r}")
+        return reply
+
+    async def aclose(self) -> None:
+        """Close it, where it has an `aclose`."""
+        if hasattr(self._adopted, "aclose"):
+            await self._adopted.aclose()

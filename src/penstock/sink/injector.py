@@ -1,0 +1,535 @@
+"""Fault injection: the component that makes a connection misbehave as a fault plan says.
+
+While nothing can go wrong, the connection works as any other, and asks only about recipients that begin like magic
+ones. Once there is a plan, or a fault was asked for, every event comes to the injector: the engine
+(penstock.sink.faults) decides, and what it decides is done here, in the task of the connection.
+
+A reply that goes out wrong is made by letting the connection handle the event as usual, and changing the octets before
+they are sent: the state of the session is that of the ordinary reply, whatever the client makes of it. The statistics
+count what was sent: while such a reply is made the session's metrics are held, and what goes out is reported to them.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import trio
+
+from penstock import reply as replies
+from penstock.metrics._session import PHASES as COUNTED_PHASES
+from penstock.net.stream import SocketStream
+from penstock.reply import Reply
+from penstock.server.connection import Component, Connection
+from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
+from penstock.sink.corrupt import dress, readable
+from penstock.sink.faults import Decision, FaultEngine, Occasion, Rule
+from penstock.sink.magic import WATCHED_PREFIXES, Magic
+from penstock.sink.pace import PacedStream
+from penstock.sink.plan import Ending, Phase, TlsFault
+from penstock.smtp._wire import VERBS
+from penstock.smtp.events import (
+    Auth,
+    BeginData,
+    BodyChunk,
+    Command,
+    EndOfMessage,
+    Event,
+    Hello,
+    Mail,
+    Quit,
+    Rcpt,
+    StartTls,
+)
+from penstock.smtp.server import INTERCEPTABLE_VERBS
+from penstock.smtp.states import State
+
+_LINGER_ZERO: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER of no seconds: close(2) then resets the connection."""
+_SMALL_WINDOW: Final = 4096
+"""SO_RCVBUF of a client that is read slowly; otherwise the kernel would take megabytes from it."""
+_LOOK: Final = 1.0
+"""Seconds between two looks whether a stalled client has left."""
+_MOST_HEAD: Final = 65_536
+"""Octets of a header in which a sequence number is looked for."""
+_BANNER: Final = COUNTED_PHASES.index("banner")
+_IN_PLACE_OF_HELLO: Final = b"554 5.7.0 TLS is broken here\r\n"
+
+
+def fault_injection(engine: FaultEngine, certificates: Certificates | None = None) -> Component:
+    """Return the component that gives each connection an injector (`penstock.app.Overrides.components`).
+
+    `certificates` are those whose authority the clients trust; without them, the client of a TLS fault does not know
+    the authority either.
+    """
+    magic = Magic()
+    used = certificates or Certificates(["localhost", "127.0.0.1", "::1"])
+    prefixes = WATCHED_PREFIXES if engine.has_magic else None
+
+    def attach(connection: Connection) -> None:
+        pattern = connection.listener.session
+        if pattern.watched_prefixes != prefixes:
+            pattern.watch(prefixes)  # for all later connections of the listener
+        connection.session.watch(prefixes)
+        connection.faults = FaultInjector(connection, engine, magic, used)
+
+    return attach
+
+
+class FaultInjector:
+    """What goes wrong on one connection (penstock.server.connection.Faults)."""
+
+    __slots__ = (
+        "_auto_accept", "_certificates", "_connection", "_engine", "_has_magic", "_head", "_intercepted", "_magic",
+        "_octets_passed", "_session", "_stops", "_sync_handlers", "_tls_fault",
+    )  # fmt: skip
+
+    def __init__(self, connection: Connection, engine: FaultEngine, magic: Magic, certificates: Certificates) -> None:
+        self._connection = connection
+        self._session = connection.session
+        self._engine = engine
+        self._magic = magic
+        self._certificates = certificates
+        self._auto_accept = connection.session.auto_accept
+        self._intercepted = connection.session.intercepted_verbs
+        self._sync_handlers = dict(connection.pump.sync_handlers)
+        if engine.has_magic:
+            self._sync_handlers.pop(Rcpt, None)
+        self._has_magic = False
+        """A magic recipient was named on this connection."""
+        self._tls_fault: TlsFault | None = None
+        """What spoils the next handshake."""
+        self._stops: Sequence[int] = ()
+        """Octets of the body at which there is something to decide."""
+        self._octets_passed = 0
+        """Octets of the body that have come."""
+        self._head: bytearray | None = None
+        """The header of the message, when its sequence number is there."""
+        engine.followers.add(self)
+        self.follow()
+
+    def follow(self) -> None:
+        """Look again whether anything can go wrong. May be called in any thread."""
+        session, pump = self._session, self._connection.pump
+        if self._engine.is_armed or self._has_magic:
+            session.auto_accept = 0
+            session.intercepted_verbs = INTERCEPTABLE_VERBS
+            pump.sync_handlers = {}
+        else:
+            session.auto_accept = self._auto_accept
+            session.intercepted_verbs = self._intercepted
+            pump.sync_handlers = self._sync_handlers
+
+    def close(self) -> None:
+        """Forget the connection."""
+        self._engine.followers.discard(self)
+
+    # ---- deciding
+
+    def _occasion(self, phase: Phase, *, hello: str | None = None, octets: int = 0, at: int = 0) -> Occasion:
+        """Return what is known of the session and its message."""
+        transaction = self._connection.transaction
+        return Occasion(
+            phase,
+            self._connection.peer.address,
+            self._connection.number,
+            transaction.hello if hello is None else hello,
+            transaction.tls is not None,
+            None if transaction.sender is None else transaction.sender.text,
+            tuple(recipient.path.text for recipient in transaction.recipients),
+            octets,
+            at=at,
+        )
+
+    def _occasion_of_connection(self, phase: Phase, *, hello: str | None = None) -> Occasion:
+        """Return what is known of the session where its message does not matter."""
+        occasion = self._occasion(phase, hello=hello)
+        occasion.sender, occasion.recipients = None, ()
+        return occasion
+
+    def _magic_rules(self, phase: Phase) -> Sequence[Rule]:
+        """Return the rules that the recipients of the message ask for."""
+        if not self._has_magic:
+            return ()
+        rules = (self._magic.rule(recipient.path.local) for recipient in self._connection.transaction.recipients)
+        return [rule for rule in rules if rule is not None and rule.phase == phase]
+
+    # ---- the events
+
+    async def handle(self, event: Event) -> None:
+        """Handle an event: decide whether anything goes wrong, and do it."""
+        if isinstance(event, Rcpt):
+            await self._handle_rcpt(event)
+        elif isinstance(event, BeginData):
+            await self._handle_begin_data(event)
+        elif isinstance(event, BodyChunk):
+            await self._handle_chunk(event)
+        elif isinstance(event, EndOfMessage):
+            await self._handle_end_of_message(event)
+        else:
+            decision = self._decide(event)
+            if decision is None:
+                await self._connection.handle(event)
+            else:
+                await self._apply(decision, event)
+
+    def _decide(self, event: Event) -> Decision | None:
+        """Ask the engine about an event that needs nothing but the occasion."""
+        if isinstance(event, Hello):
+            occasion = self._occasion("helo" if event.verb == "HELO" else "ehlo", hello=event.name)
+            occasion.sender = None  # EHLO in a transaction is no message
+            return self._engine.decide(occasion)
+        if isinstance(event, Mail):
+            occasion = self._occasion("mail", octets=event.parameters.size or 0)
+            occasion.sender = event.path.text
+            return self._engine.decide(occasion)
+        if isinstance(event, StartTls):
+            decision = self._engine.decide(self._occasion_of_connection("starttls"))
+            if decision is None and self._tls_fault is not None and self._tls_fault not in SPOILED_CONTEXTS:
+                return Decision(tls=self._tls_fault, has_verdict=True)  # as a rule of phase connect has said
+            return decision
+        if isinstance(event, Auth | Quit):
+            return self._engine.decide(self._occasion_of_connection("auth" if isinstance(event, Auth) else "quit"))
+        if isinstance(event, Command):
+            phase: Any = event.verb.lower()
+            return self._engine.decide(self._occasion_of_connection(phase))
+        return None
+
+    async def _handle_rcpt(self, event: Rcpt) -> None:
+        path = event.recipient.path
+        rule = None
+        if self._engine.has_magic and path.local.startswith(WATCHED_PREFIXES):
+            rule = self._magic.rule(path.local)
+            if rule is not None and not self._has_magic:
+                self._has_magic = True
+                self.follow()
+        occasion = self._occasion("rcpt", octets=self._connection.transaction.parameters.size or 0)
+        occasion.recipients = (path.text,)
+        magic = (rule,) if rule is not None and rule.phase == "rcpt" else ()
+        decision = self._engine.decide(occasion, magic)
+        if decision is None:
+            await self._connection.handle(event)
+        else:
+            await self._apply(decision, event)
+
+    async def _handle_begin_data(self, event: BeginData) -> None:
+        self._stops = self._engine.stops()
+        if self._magic_rules("body") and 0 not in self._stops:
+            self._stops = [0, *self._stops]
+        self._octets_passed = 0
+        occasion = self._occasion("data", octets=event.size or 0)
+        occasion.is_chunk = VERBS[self._session.last_verb] == "BDAT"
+        decision = self._engine.decide(occasion, self._magic_rules("data"))
+        if decision is None and 0 not in self._stops:
+            await self._connection.handle(event)
+            self._read_body()
+            return
+        await self._apply(decision or Decision(), event)
+        if self._connection.incoming is not None:
+            self._read_body()
+            await self._pass_stops()
+
+    def _read_body(self) -> None:
+        """Have the body come here, where a rule waits for an octet or a field of it."""
+        self._head = bytearray() if self._engine.header else None
+        if self._head is not None or any(self._stops):
+            self._session.wire.discard = False
+
+    async def _handle_chunk(self, event: BodyChunk) -> None:
+        self._octets_passed += len(event.data)
+        if self._head is not None and len(self._head) < _MOST_HEAD:
+            self._head += event.data[: _MOST_HEAD - len(self._head)]
+        await self._pass_stops()
+        if self._connection.incoming is not None:
+            await self._connection.handle(event)
+
+    async def _pass_stops(self) -> None:
+        """Do what goes wrong at the octets that have been reached."""
+        while self._stops and self._octets_passed >= self._stops[0] and self._connection.incoming is not None:
+            at, *self._stops = self._stops
+            magic = self._magic_rules("body") if not at else ()
+            decision = self._engine.decide(self._occasion("body", at=at), magic)
+            if decision is not None:
+                await self._apply(decision, None)
+
+    async def _handle_end_of_message(self, event: EndOfMessage) -> None:
+        occasion = self._occasion("dot", octets=event.size)
+        occasion.header = self._number_in_header()
+        decision = self._engine.decide(occasion, self._magic_rules("dot"))
+        refuses = decision is not None and decision.has_verdict and not decision.keeps and not _accepts(decision)
+        if not refuses:
+            self._engine.taken(occasion)
+        if decision is None:
+            await self._connection.handle(event)
+        else:
+            await self._apply(decision, event)
+
+    def _number_in_header(self) -> str:
+        """Return the value of the field that the plan looks for; "" without it."""
+        head, self._head = self._head, None
+        if not head:
+            return ""
+        pattern = rb"^%b[ \t]*:[ \t]*([^\r\n]*)" % re.escape(self._engine.header).encode()
+        found = re.search(pattern, head.partition(b"\r\n\r\n")[0], re.IGNORECASE | re.MULTILINE)
+        return "" if found is None else found[1].decode("ascii", "replace").strip()
+
+    # ---- before the first command
+
+    async def open(self) -> None:
+        """Do what goes wrong before the connection is admitted. Raise BrokenResourceError to end it."""
+        decision = self._engine.decide(self._occasion_of_connection("connect"))
+        if decision is None:
+            return
+        await self._pace_and_delay(decision)
+        if decision.tls is not None:
+            await self._spoil_implicit_tls(decision.tls)
+        if decision.end is not None or decision.reply is not None:
+            if self._connection.metrics is not None:
+                self._connection.metrics.says([(b"", "none")])
+            await self._break_off(decision.end or "drop")
+
+    async def greet(self) -> bool:
+        """Do what goes wrong with the greeting. Return False when the client was refused."""
+        decision = self._engine.decide(self._occasion_of_connection("banner"))
+        if decision is None:
+            return True
+        self._uncount(self._connection.listener.extensions.greeting)
+        greeting = self._session.take_output()
+        await self._pace_and_delay(decision)
+        if decision.reply is not None and decision.reply.accepts:
+            greeting = decision.reply.encoded
+        elif decision.reply is not None:
+            greeting = self._close_with(decision.reply)
+        await self._send_reply(greeting, decision)
+        return self._session.state is not State.CLOSED
+
+    async def _spoil_implicit_tls(self, fault: TlsFault) -> None:
+        """Do what spoils a handshake that begins with the connection; for a later one, remember it."""
+        if fault in SPOILED_CONTEXTS or not self._connection.listener.is_implicit_tls:
+            self._tls_fault = fault
+            return
+        self._count_failed_handshake()
+        if fault == "plaintext":
+            await self._connection.send(_IN_PLACE_OF_HELLO)
+        await self._break_off("stall" if fault == "stall" else "drop")
+
+    def _count_failed_handshake(self) -> None:
+        if self._connection.metrics is not None:
+            self._connection.metrics.tls_begins()  # and it will not come to its end
+
+    # ---- applying a decision
+
+    async def _apply(self, decision: Decision, event: Event | None) -> None:
+        """Do what the engine has decided, then what is left of the event. None is a stop in the midst of a body."""
+        earlier, output = self._take_output(event)
+        if event is None and self._connection.metrics is not None:
+            self._connection.metrics.pauses_text()
+        await self._connection.send(earlier)
+        await self._pace_and_delay(decision)
+        if decision.tls is not None:
+            await self._spoil_starttls(decision.tls, event)
+        elif decision.has_verdict:
+            output = await self._answer_held(decision, event) or output
+            await self._send_reply(output, decision, is_awaited=event is not None)
+            if self._session.state is State.TLS:
+                await self._connection.start_tls()
+        else:
+            if output:
+                await self._send_reply(output, decision)
+            if event is not None:
+                await self._connection.handle(event)
+
+    def _take_output(self, event: Event | None) -> tuple[bytes, bytes]:
+        """Return the replies to earlier commands, and that to this one where the session has made it already (QUIT)."""
+        if not isinstance(event, Quit):
+            return self._session.take_output(), b""
+        bye = replies.BYE.encoded
+        self._uncount(bye)
+        return self._session.take_output().removesuffix(bye), bye
+
+    def _uncount(self, encoded: bytes) -> None:
+        """Have a reply counted only when it is sent, as it is sent."""
+        if self._connection.metrics is not None:
+            self._connection.metrics.takes_back(encoded)
+
+    async def _answer_held(self, decision: Decision, event: Event | None) -> bytes:
+        """Answer an event while no reply is counted; `_send_reply` has to follow, which reports what is sent."""
+        metrics = self._connection.metrics
+        if metrics is None:
+            return await self._answer(decision, event)
+        metrics.hold()
+        try:
+            return await self._answer(decision, event)
+        except BaseException:
+            metrics.says([])
+            raise
+
+    async def _answer(self, decision: Decision, event: Event | None) -> bytes:
+        """Answer an event, and return the reply that is to be sent."""
+        reply, session = decision.reply, self._session
+        if event is None or isinstance(event, Quit):
+            return self._answer_unasked(reply, event)
+        ends_silently = decision.end is not None and reply is None and decision.dress is None
+        if ends_silently and not decision.keeps:
+            return b""  # the end is all that the client gets
+        if reply is not None and not reply.accepts and not decision.keeps:
+            self._refuse(reply, event)
+            return session.take_output()
+        if isinstance(event, StartTls):
+            session.reply(reply or replies.GO_AHEAD_TLS)
+            return session.take_output()
+        await self._connection.handle(event)
+        output = session.take_output()
+        if ends_silently:
+            return b""
+        return output if reply is None else reply.encoded * len(readable(output))  # in LMTP there is one per recipient
+
+    def _answer_unasked(self, reply: Reply | None, event: Event | None) -> bytes:
+        """Return what is sent in the midst of a body, or in place of the 221."""
+        if reply is None:
+            return b""
+        if event is None:
+            self._connection.drop_message(reply.text, will_be_refused=not reply.accepts)
+            self._session.close_with(reply)
+            return self._session.take_output()
+        return reply.encoded
+
+    def _close_with(self, reply: Reply) -> bytes:
+        """Refuse a client in place of the greeting. Return what is to be sent."""
+        metrics = self._connection.metrics
+        if metrics is not None:
+            metrics.hold()
+        self._session.close_with(reply)
+        if metrics is not None:
+            metrics.phase = _BANNER  # the session took it for a reply to nothing
+        return self._session.take_output()
+
+    def _refuse(self, reply: Reply, event: Event) -> None:
+        """Refuse what an event asks for."""
+        connection = self._connection
+        if isinstance(event, EndOfMessage):
+            incoming, connection.incoming = connection.incoming, None
+            if incoming is not None:
+                incoming.close()
+            connection.journal_refusal(reply)
+            connection.reply_to_message(reply)
+        elif isinstance(event, Mail):
+            connection.refuse(reply, event.path.text)
+        elif isinstance(event, Rcpt):
+            connection.refuse(reply, event.recipient.path.text)
+        else:
+            connection.refuse(reply, "")
+
+    async def _send_reply(self, output: bytes, decision: Decision, *, is_awaited: bool = True) -> None:
+        """Send a reply as the decision wants it, and end the connection where it wants that, too.
+
+        `is_awaited` says that the client waits for a reply, so that the end of the connection comes in place of one.
+        """
+        is_sent = bool(output) and (decision.end is None or decision.reply is not None or decision.dress is not None)
+        ordinary = readable(output)
+        if is_sent and decision.dress is not None:
+            output = dress(output, decision.dress, decision.drawn)
+        metrics = self._connection.metrics
+        if metrics is not None and is_sent:
+            metrics.says([(each, None if each in ordinary else decision.dress) for each in readable(output)])
+            metrics.sends(len(output))
+        elif metrics is not None and decision.end is not None and is_awaited:
+            metrics.says([(b"", "none")])
+        elif metrics is not None:
+            metrics.says([])
+        if is_sent:
+            await self._connection.send(output)
+        if decision.end is not None:
+            await self._break_off(decision.end)
+
+    async def _spoil_starttls(self, fault: TlsFault, event: Event | None) -> None:
+        """Answer STARTTLS, and spoil what follows."""
+        if fault == "refuse":
+            self._connection.refuse(replies.TLS_UNAVAILABLE, "")
+            return
+        if fault in SPOILED_CONTEXTS:
+            self._tls_fault = fault
+            assert event is not None
+            await self._connection.handle(event)
+            return
+        self._session.reply(replies.GO_AHEAD_TLS)
+        await self._connection.send_output()
+        self._count_failed_handshake()
+        if fault == "plaintext":
+            await self._connection.send(_IN_PLACE_OF_HELLO)
+            await self._break_off("drop")
+        await self._break_off("stall")
+
+    def tls_context(self, ordinary: ssl.SSLContext) -> ssl.SSLContext:
+        """Return the context for the next handshake."""
+        fault, self._tls_fault = self._tls_fault, None
+        return self._certificates.context(fault) if fault in SPOILED_CONTEXTS else ordinary
+
+    # ---- waiting and ending
+
+    async def _pace_and_delay(self, decision: Decision) -> None:
+        if decision.sets_pace:
+            self._set_pace(decision)
+        if decision.delay:
+            await self._connection.pause(decision.delay)
+
+    def _set_pace(self, decision: Decision) -> None:
+        """Read and write at a pace from now on."""
+        inner = self._innermost()
+        if isinstance(inner, SocketStream) and decision.read_rate:
+            with suppress(OSError):
+                inner.set_option(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL_WINDOW)
+        stream: trio.abc.Stream = self._connection.stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream
+        if not isinstance(stream, PacedStream):
+            stream = PacedStream(stream)
+            self._connection.use_stream(stream)
+        stream.read_rate = decision.read_rate or stream.read_rate
+        stream.write_rate = decision.write_rate or stream.write_rate
+        stream.split = decision.split or stream.split
+
+    def _innermost(self) -> trio.abc.Stream:
+        """Return the stream below TLS and pace."""
+        stream: trio.abc.Stream = self._connection.stream
+        while isinstance(stream, PacedStream | trio.SSLStream):
+            stream = stream.stream if isinstance(stream, PacedStream) else stream.transport_stream
+        return stream
+
+    async def _break_off(self, how: Ending) -> None:
+        """End the connection. Raise BrokenResourceError, always."""
+        stream = self._innermost()
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            if how == "stall":
+                await self._stall(stream)
+            elif how == "half-close" and isinstance(stream, trio.abc.HalfCloseableStream):
+                await stream.send_eof()
+                with trio.move_on_after(self._engine.longest_stall):
+                    await self._connection.drain(stream)
+            elif how == "reset" and isinstance(stream, SocketStream):
+                stream.set_option(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+        if isinstance(stream, SocketStream):
+            stream.close_nowait()
+        else:
+            await stream.aclose()
+        raise trio.BrokenResourceError(f"a fault: {how}")
+
+    async def _stall(self, stream: trio.abc.Stream) -> None:
+        """Keep silent until the client leaves, but no longer than the plan allows."""
+        until = trio.current_time() + self._engine.longest_stall
+        while (left := until - trio.current_time()) > 0:
+            await self._connection.pause(min(left, _LOOK))
+            if isinstance(stream, SocketStream) and stream.has_hung_up:
+                return
+
+
+def _accepts(decision: Decision) -> bool:
+    """Say whether a message is accepted although something goes wrong at its end."""
+    if decision.reply is not None:
+        return decision.reply.accepts
+    return decision.dress is not None
