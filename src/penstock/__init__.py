@@ -1,74 +1,111 @@
-"""Penstock: an SMTP server on trio with a compiled wire.
+"""Penstock: an SMTP server on trio with a compiled hot path.
 
-General layout, in the order of a message's way through the house:
+The way of a message through the packages, which is the order to read them in:
 
-    cli         the command line, one file a command; pytest_plugin, the fixtures
-    testing     a server in the process of a test, and its inbox
-    assemble    the only file where concrete parts meet: settings in, a worker out
-    config      TOML to settings; errors name the key
-    sink        the load-test target: plan.py and faults.py misbehave, receipts.py counts, web/ shows
-    load        the generator: plan.py, session.py, generator.py, report.py
-    inbound     THE LOOP. Read inbound/connection.py first: one connection from its greeting to its end.
-                server.py is a worker, listener.py what the connections of a listener share, limits.py who may come in
-                and how long it may take, body.py where a body waits, trace.py the Received field.
-    policy      what is thought of a client or a message: base.py is the seam, pipeline.py asks, hooks.py loads
-    auth        who a client is: base.py is the seam, users.py the users file
-    delivery    where a message goes: base.py is the seam; spool, maildir, passthrough and discard are the kinds
-    relay       SPOOL -> NEXT HOP: scheduler.py, route.py, pool.py, conversation.py, ledger.py, backoff.py, bounce.py
-    spool       DISK: store.py is the database, committer.py makes one fsync of many wishes, desk.py the operator's
-    net         SOCKETS: stream.py, listen.py, connect.py, tls.py, proxyline.py, resolver.py
-    smtp        THE LANGUAGE, pure: octets in, events out, replies back. server.py is the session, states.py the order
-                of commands as a table, grammar.py the arguments, offer.py the EHLO keywords, sasl.py the exchanges,
-                _wire (ext/wire.pyx) the octets.
-    transaction what is known so far of a connection
-    _histogram  latencies, counted (ext/histogram.pyx)
-    journal     one method for each mail event
-    message, reply   what travels, and what is said
+The command line (`cli`) reads a TOML file into frozen settings (`config`, with the rules of the file format in
+`schema`). `app` is the only place where concrete parts are assembled, started and stopped; `supervisor` runs several
+workers, each a process of its own. `testing` runs the same server inside a test, and `pytest_plugin` turns it into
+fixtures.
 
-A package imports only from those below it here; tests/test_layers.py keeps it so.
+A client connects to a socket of `net`: the poller, streams, TLS, listeners, the PROXY protocol, DNS look-ups and
+outgoing connections. Its session is one task of `server`: read server/connection.py first, it follows a connection from
+the greeting to the close. The octets go through `smtp`, the protocol without any I/O: octets in, events out, replies
+back (`reply`). What the client has said so far is its `transaction`; what it sends is a `message`. Compiled code, in
+ext/, answers what needs no decision and counts it in `metrics`; `_transaction` and `_journal` are compiled, too.
+
+What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?). A complete message
+goes to a `delivery`, and the client is told 250 after that has committed it: to a Maildir, to the `spool`, a durable
+queue, or straight to the next hop. From the spool, `relay` sends it on to the next hop, tries again later, and reports
+to the sender when it gives up. Everything that happens to mail is an event of the `journal`.
+
+`sink` is the target of load tests: it accepts everything, injects faults on request and keeps statistics. `load`
+generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found.
+
+A package imports only from packages below it; tests/test_layers.py has the order. Whatever programs that use Penstock
+need can be imported from `penstock` itself.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from penstock.message import Envelope, MailParameters, Message, Path, Recipient
-    from penstock.policy.base import ACCEPT, Verdict
+    from penstock.config import Settings
+    from penstock.delivery.base import Delivery
+    from penstock.message import Body, Envelope, MailParameters, Message, Path, Recipient
+    from penstock.policy.base import (
+        ACCEPT,
+        AuthPolicy,
+        ConnectPolicy,
+        HeloPolicy,
+        MailPolicy,
+        MessagePolicy,
+        RcptPolicy,
+        Verdict,
+    )
     from penstock.reply import Reply
+    from penstock.testing import SmtpServer
     from penstock.transaction import Peer, TlsInfo, Transaction
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACCEPT",
+    "AuthPolicy",
+    "Body",
+    "ConnectPolicy",
+    "Delivery",
     "Envelope",
+    "HeloPolicy",
     "MailParameters",
+    "MailPolicy",
     "Message",
+    "MessagePolicy",
     "Path",
     "Peer",
+    "RcptPolicy",
     "Recipient",
     "Reply",
+    "Settings",
+    "SmtpServer",
     "TlsInfo",
     "Transaction",
     "Verdict",
     "__version__",
 ]
 
-_HOMES = {
-    "message": ("Envelope", "Message", "Path", "Recipient"),
-    "policy.base": ("ACCEPT", "Verdict"),
+_MODULES: Final = {
+    "config": ("Settings",),
+    "delivery.base": ("Delivery",),
+    "message": ("Body", "Envelope", "MailParameters", "Message", "Path", "Recipient"),
+    "policy.base": (
+        "ACCEPT",
+        "AuthPolicy",
+        "ConnectPolicy",
+        "HeloPolicy",
+        "MailPolicy",
+        "MessagePolicy",
+        "RcptPolicy",
+        "Verdict",
+    ),
     "reply": ("Reply",),
-    "transaction": ("MailParameters", "Peer", "TlsInfo", "Transaction"),
+    "testing": ("SmtpServer",),
+    "transaction": ("Peer", "TlsInfo", "Transaction"),
 }
+"""The public names by the module that defines them."""
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is asked for: pytest loads this package into every run, for its plugin."""
-    for module, names in _HOMES.items():
+    """Import a public name at its first use: pytest loads this package in every run, for the plugin."""
+    for module, names in _MODULES.items():
         if name in names:
             value: object = getattr(import_module(f"penstock.{module}"), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module 'penstock' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those not yet imported among them."""
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m penstock` is `penstock`."""
+"""Run the command line: `python -m penstock` does the same as `penstock`."""
 
 from penstock.cli.main import main
 
