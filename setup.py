@@ -1,66 +1,84 @@
-"""Build the compiled modules; everything else about the package stands in pyproject.toml.
+"""Build the compiled modules; everything else about the package is in pyproject.toml.
 
-PENSTOCK_DEBUG=1 keeps the assertions, the bounds checks and the line numbers of the compiled code.
+PENSTOCK_DEBUG=1 builds with assertions, bounds checks and line numbers instead of optimizations. Building in the other
+mode rebuilds everything. The generated C goes to build/, never into the source tree or the sdist.
 """
 
 import os
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("PENSTOCK_DEBUG") == "1"
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "initializedcheck": DEBUG,
+    "embedsignature": False,
+    "annotation_typing": False,  # a .pxd has the C types; annotations are for readers and mypy
+}
 
 
-def has_new_declarations() -> bool:
-    """Say whether a .pxd is newer than what was translated: Cython does not look at those that stand elsewhere."""
-    translated = [path.stat().st_mtime for path in Path("ext").glob("*.c")]
-    return bool(translated) and min(translated) < max(path.stat().st_mtime for path in Path("src").rglob("*.pxd"))
+class BuildExt(build_ext):
+    """Translates to C only when something is built: an sdist holds the .pyx files and needs no Cython."""
+
+    def build_extensions(self) -> None:
+        """Translate and compile what has changed, or everything after a build in the other mode."""
+        from Cython.Build import cythonize  # noqa: PLC0415 - see above
+
+        self.parallel = self.parallel or os.cpu_count()
+        generated = Path("build", "debug" if DEBUG else "release")
+        stamp = Path("build", "mode")
+        if not stamp.exists() or stamp.read_text() != generated.name:
+            self.force = True
+        translated = cythonize(
+            self.extensions,
+            build_dir=str(generated),
+            force=self.force or has_new_declarations(generated),
+            include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd
+            compiler_directives=DIRECTIVES,
+            quiet=not self.verbose,
+        )
+        sources = {each.name: each.sources for each in translated}
+        for each in self.extensions:
+            each.sources = sources[each.name]
+        super().build_extensions()
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.write_text(generated.name)
+
+
+def has_new_declarations(generated: Path) -> bool:
+    """Return whether a .pxd is newer than the generated C: Cython checks only those beside the .pyx files."""
+    written = [path.stat().st_mtime for path in generated.rglob("*.c")]
+    return bool(written) and min(written) < max(path.stat().st_mtime for path in Path("src").rglob("*.pxd"))
 
 
 def extension(name: str, source: str, *headers: str) -> Extension:
-    """Describe a compiled module of ext/."""
+    """Return a compiled module, from a .pyx of ext/ or from plain Python with the C types of the .pxd beside it."""
     return Extension(
         name,
-        [f"ext/{source}"],
-        depends=[f"ext/{header}" for header in headers],
+        [source],
+        depends=list(headers),
         include_dirs=["ext"],
         extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3"],
+        define_macros=[] if DEBUG else [("CYTHON_WITHOUT_ASSERTIONS", "1")],
         undef_macros=["NDEBUG"] if DEBUG else [],
     )
 
 
-def python_module(name: str) -> Extension:
-    """Describe a module that is compiled from plain Python, with the C types of the .pxd beside it."""
-    module = extension(name, "")
-    module.sources = [f"src/{name.replace('.', '/')}.py"]
-    return module
-
-
 setup(
-    ext_modules=cythonize(
-        [
-            extension("penstock.smtp._wire", "wire.pyx", "scan.h"),
-            extension("penstock.smtp._grammar", "grammar.pyx"),
-            extension("penstock.net._poller", "poller.pyx"),
-            extension("penstock.server._pump", "pump.pyx"),
-            extension("penstock.metrics._histogram", "histogram.pyx"),
-            extension("penstock._journal", "journal.pyx"),
-            extension("penstock.metrics._session", "metrics.pyx"),
-            python_module("penstock.transaction"),
-            python_module("penstock.smtp.server"),
-        ],
-        force=has_new_declarations(),
-        build_dir="build/cython",
-        include_path=["src"],  # where `from penstock.smtp._wire cimport ...` finds its .pxd
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": DEBUG,
-            "wraparound": False,
-            "initializedcheck": False,
-            "linetrace": False,
-            "embedsignature": False,
-            "annotation_typing": False,  # the .pxd has the types; annotations are for readers and mypy
-        },
-    ),
+    cmdclass={"build_ext": BuildExt},
+    ext_modules=[
+        extension("penstock.smtp._wire", "ext/wire.pyx", "ext/scan.h"),
+        extension("penstock.smtp._grammar", "ext/grammar.pyx"),
+        extension("penstock.smtp.server", "src/penstock/smtp/server.py"),
+        extension("penstock.net._poller", "ext/poller.pyx"),
+        extension("penstock.server._pump", "ext/pump.pyx"),
+        extension("penstock.metrics._histogram", "ext/histogram.pyx"),
+        extension("penstock._journal", "ext/journal.pyx"),
+        extension("penstock.metrics._session", "ext/metrics.pyx"),
+        extension("penstock.transaction", "src/penstock/transaction.py"),
+    ],
 )
