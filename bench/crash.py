@@ -38,9 +38,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.cutting import CuttingProxy
-from bench.failing import FailingWrites
-from bench.measure import ENVIRONMENT, free_port
+from tests.ports import free_port
+
+from bench.cutting_proxy import CuttingProxy
+from bench.failing_disk import FailingWrites
+from bench.processes import ENVIRONMENT
 
 _SENDERS = 8
 _PATIENCE = 120.0

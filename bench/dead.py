@@ -14,7 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure import Peer, Running, free_port, machine, running
+from tests.ports import free_port
+
+from bench.measure import Peer, Running, machine, running
 
 _CONFIG = """hostname = "bench.example"
 data_dir = "data"

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.measure import ENVIRONMENT, POSTFIX, Peer, Round, Running, cpu_of, machine, running, summary
+from bench.measure import POSTFIX, Peer, Round, Running, cpu_of, machine, running, summary
+from bench.processes import ENVIRONMENT
 
 TARGET = 6.0
 """Times Postfix's messages per second."""

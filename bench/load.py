@@ -17,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.measure import ENVIRONMENT, PENSTOCK_SINK, Running, machine, running, summary
+from bench.measure import PENSTOCK_SINK, Running, machine, running, summary
+from bench.processes import ENVIRONMENT
 
 _FEW = 200
 _RATES = (100, 1000, 5000)

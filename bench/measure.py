@@ -1,14 +1,13 @@
-"""What the benches share: servers in processes of their own, their CPU and memory, smtp-source as the client.
+"""What the benchmarks share: servers to compare with, their CPU time and memory, smtp-source as the client.
 
-CPU is that of the server's process and its children, from /proc, in microseconds, user and system apart. The kernel
-counts it in ticks of 10 ms, so a round has to use some hundred of them to be worth reading.
+CPU time is that of the server's process and its descendants, from /proc, in microseconds, with user and system time
+apart. The kernel counts it in ticks of 10 ms: a round has to use some hundred ticks to be exact to a percent.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -21,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trustme
+from tests.ports import free_port
 
-ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+from bench.processes import ENVIRONMENT, family_of, started
+
 _TICK = 1_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -42,32 +43,23 @@ class Cpu:
         return Cpu(self.user - other.user, self.system - other.system)
 
 
-def children_of(pid: int) -> list[int]:
-    """Return a process and all below it."""
-    found = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += children_of(int(child))
-    return found
-
-
 def cpu_of(pid: int) -> Cpu:
-    """Return the CPU that a process, its children, and those it has waited for have used."""
+    """Return the CPU time of a process, its descendants, and the children it has waited for."""
     user = system = 0
-    for each in children_of(pid):
+    for each in family_of(pid):
         try:
             fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended meanwhile, and its parent has what it used
+            continue  # ended meanwhile: its time is counted with its parent's
         user += (int(fields[11]) + int(fields[13])) * _TICK
         system += (int(fields[12]) + int(fields[14])) * _TICK
     return Cpu(user, system)
 
 
 def rss_of(pid: int) -> int:
-    """Return the resident octets of a process and its children, shared pages counted once each."""
+    """Return the resident octets of a process and its descendants; each shared page counts once."""
     total = 0
-    for each in children_of(pid):
+    for each in family_of(pid):
         for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024
@@ -76,30 +68,30 @@ def rss_of(pid: int) -> int:
 
 @dataclass(frozen=True)
 class Peer:
-    """A server that can be measured."""
+    """A server to measure."""
 
     name: str
     command: Callable[[int, Path], Sequence[str]]
-    """The command line for a port and a folder of its own."""
+    """Returns the command line for a port and a folder of its own."""
     program: str
-    """What has to be installed."""
+    """The program that must be installed."""
     prepare: Callable[[], bool] | None = None
-    """Installs or builds the rest; says whether it is there."""
+    """Installs or builds the rest; returns whether that succeeded."""
     share: float = 1.0
-    """The part of a case's messages that is enough to measure it: slow ones need few."""
+    """The share of a case's messages that suffices: slow servers need few."""
     most_connections: int | None = None
-    """Connections it can hold, where that is few."""
+    """Connections it can hold, if they are few."""
 
     @property
     def is_installed(self) -> bool:
-        """The program is there, with all it needs."""
+        """Whether the program and all it needs are installed."""
         is_there = shutil.which(self.program, path=ENVIRONMENT["PATH"]) is not None
         return is_there and (self.prepare is None or self.prepare())
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs."""
+    """A running server."""
 
     pid: int
     port: int
@@ -107,41 +99,23 @@ class Running:
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """Its address and port."""
         return f"127.0.0.1:{self.port}"
-
-
-def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-    return port
 
 
 @contextmanager
 def running(peer: Peer) -> Iterator[Running]:
-    """Run a peer on a free port until the end of the block."""
+    """Run a server on a free port, in a folder of its own, until the end of the block. Raise RuntimeError."""
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         port = free_port()
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                list(peer.command(port, folder)), stdout=log, stderr=log, env=ENVIRONMENT, cwd=folder
-            )
-        try:
-            _wait_for(port, process, folder / "log")
+        with started(peer.command(port, folder), folder / "log", folder=folder) as process:
+            _wait_for_greeting(port, process, folder / "log")
             yield Running(process.pid, port, folder)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for_greeting(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as sock:
@@ -173,16 +147,16 @@ class Round:
         return self.messages / self.seconds
 
 
-class Stalled(Exception):  # noqa: N818 - it is what the table says
-    """A round that did not come to its end."""
+class Stalled(Exception):  # noqa: N818 - the word in the table
+    """A round that failed or took too long."""
 
 
 def smtp_source(
     server: Running, *, messages: int, sessions: int, size: int, extra: Sequence[str] = (), timeout: float = 600
 ) -> Round:
-    """Send messages with Postfix's smtp-source, and return what that cost the server.
+    """Send messages with Postfix's smtp-source and return what they cost the server.
 
-    Raise Stalled when that fails, or takes longer than `timeout` seconds.
+    Raise Stalled if that fails or takes longer than `timeout` seconds.
     """
     command = ["smtp-source", "-s", str(sessions), "-m", str(messages), "-l", str(size), *extra, server.address]
     before, started = cpu_of(server.pid), time.monotonic()
@@ -197,12 +171,12 @@ def smtp_source(
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median, the least and the greatest."""
+    """Return the median, the minimum and the maximum."""
     return statistics.median(values), min(values), max(values)
 
 
 def machine() -> str:
-    """Name the machine, for the head of a table."""
+    """Return the processor, kernel and Python version, for the head of a table."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -214,7 +188,7 @@ def machine() -> str:
     return f"{os.cpu_count()} x {model}, Linux {os.uname().release.partition('-')[0]}, Python {sys.version.split()[0]}"
 
 
-# ---- the peers that need no more than a command line
+# ---- the servers that need only a command line
 
 
 def _penstock_sink(port: int, _: Path) -> Sequence[str]:
@@ -232,7 +206,7 @@ def _smtp_sink(port: int, _: Path) -> Sequence[str]:
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate of the kind that Penstock makes for itself. Return its file and that of its key."""
+    """Make a certificate like those that Penstock generates. Return its file and the file of its key."""
     issued = trustme.CA(key_type=trustme.KeyType.ECDSA).issue_cert("localhost", key_type=trustme.KeyType.ECDSA)
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     issued.cert_chain_pems[0].write_to_path(str(certificate))
@@ -301,4 +275,4 @@ PENSTOCK_SERVE = Peer("penstock serve", _penstock_serve, sys.executable, share=0
 SMTP_SINK = Peer("smtp-sink", _smtp_sink, "smtp-sink")
 AIOSMTPD = Peer("aiosmtpd", _aiosmtpd, sys.executable, share=0.25)
 POSTFIX = Peer("postfix", _postfix, "postfix", share=0.1, most_connections=90)
-"""Durable, then the discard transport; a process for each connection. Needs root."""
+"""Syncs the queue file, then discards; a process for each connection. Needs root."""

@@ -1,11 +1,11 @@
-"""The peers that have to be installed or built first: nodemailer's smtp-server, Haraka, go-smtp.
+"""Servers that must be installed or built before they are measured: nodemailer's smtp-server, Haraka, go-smtp.
 
-npm packages are installed, and the Go program built, once into a cache folder of the user
-(`$XDG_CACHE_HOME/penstock-bench`, or ~/.cache); delete it to have newer ones. go-smtp is built without network from the
-sources of Debian's golang-github-emersion-go-smtp-dev and -go-sasl-dev. What can not be had counts as not installed.
-Each accepts every message and keeps none, speaks STARTTLS, and logs next to nothing.
+npm packages are installed, and the Go program is built, once into a cache folder of the user
+(`$XDG_CACHE_HOME/penstock-bench`, or ~/.cache); delete it to get newer versions. go-smtp is built without network from
+the sources of Debian's golang-github-emersion-go-smtp-dev and -go-sasl-dev. What cannot be built counts as not
+installed. Each server accepts every message, keeps none, offers STARTTLS and logs next to nothing.
 
-    python -m bench.other_servers [haraka ...]    # installs what can be had, and says what is there
+    python -m bench.other_servers [haraka ...]    # installs all or these, and prints which are available
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.measure import ENVIRONMENT, Peer, make_certificate
+from bench.measure import Peer, make_certificate
+from bench.processes import ENVIRONMENT
 
 _GO_SOURCES = Path("/usr/share/gocode")
 
@@ -87,7 +88,7 @@ _HARAKA: Final = _cache("haraka") / "node_modules" / "Haraka"
 
 
 def _npm(folder: Path, package: str) -> bool:
-    """Install a package with all it needs, unless it is there. Say whether it is there now."""
+    """Install a package with its dependencies, unless it is installed. Return whether it is installed now."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "node_modules" / package).is_dir() and shutil.which("npm") is not None:
         command = ["npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder), package]
@@ -136,9 +137,9 @@ def _haraka(port: int, folder: Path) -> Sequence[str]:
 def haraka(
     port: int, folder: Path, *, plugins: Mapping[str, str], settings: Mapping[str, str] | None = None
 ) -> Sequence[str]:
-    """Write the configuration of a Haraka that listens on a port; return the command that runs it.
+    """Write the configuration of a Haraka that listens on a port and return the command that runs it.
 
-    `plugins` are programs by their names, asked in this order; `settings` are further files of its configuration.
+    `plugins` are programs by name, in the order of their hooks; `settings` are further configuration files by name.
     """
     certificate, key = make_certificate(folder)
     config, programs = folder / "config", folder / "plugins"
@@ -146,7 +147,7 @@ def haraka(
     programs.mkdir()
     shutil.copy(certificate, config / "tls_cert.pem")
     shutil.copy(key, config / "tls_key.pem")
-    shutil.copy(_HARAKA / "config" / "connection.ini", config)  # it does not start without
+    shutil.copy(_HARAKA / "config" / "connection.ini", config)  # without it, it does not start
     files = {
         "log.ini": "[main]\nlevel=CRIT\n",
         "smtp.ini": f"listen=127.0.0.1:{port}\nnodes=0\n",
@@ -165,7 +166,7 @@ def haraka(
 
 
 def is_haraka_there() -> bool:
-    """Say whether Haraka was installed, as `python -m bench.other_servers` does."""
+    """Return whether `python -m bench.other_servers` has installed Haraka."""
     return (_HARAKA / "package.json").is_file() and shutil.which("node") is not None
 
 
@@ -182,4 +183,4 @@ GO_SMTP = Peer("go-smtp", _go_smtp, "go", _has_go_smtp)
 if __name__ == "__main__":
     for peer in (NODEMAILER, HARAKA, GO_SMTP):
         if peer.name in sys.argv[1:] or len(sys.argv) == 1:
-            print(f"{peer.name}: {'there' if peer.is_installed else 'not there'}")
+            print(f"{peer.name}: {'installed' if peer.is_installed else 'not installed'}")

@@ -33,7 +33,7 @@ from bench.measure import (
     summary,
 )
 from bench.other_servers import GO_SMTP, HARAKA, NODEMAILER
-from bench.tls import tls_source
+from bench.tls_client import tls_source
 
 
 @dataclass(frozen=True)

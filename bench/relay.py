@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 import trio
 
-from bench.measure import ENVIRONMENT, SMTP_SINK, Cpu, Round, Running, machine, running, summary
+from bench.measure import SMTP_SINK, Cpu, Round, Running, machine, running, summary
+from bench.processes import ENVIRONMENT
 from penstock.message import Envelope, Path, Recipient
 from penstock.relay.hop import Delivered, Hop, HopDown, HopLimits, Outcome, TlsPolicy
 from penstock.relay.pool import Pool

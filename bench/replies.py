@@ -43,7 +43,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from bench.measure import ENVIRONMENT, Peer, Running, free_port, machine, running
+from tests.ports import free_port
+
+from bench.measure import Peer, Running, machine, running
+from bench.processes import ENVIRONMENT
 
 SERVERS: Final = ("spool", "maildir", "passthrough", "sink")
 _CLIENTS: Final = 4

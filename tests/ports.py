@@ -1,4 +1,4 @@
-"""Ports for programs that can not be asked which one they took, and for what is not there."""
+"""Free ports, for programs that cannot report which port they got, and for servers that do not exist."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import socket
 from contextlib import suppress
 
 _OURS = range(10_000, 32_768)
-"""Below those that Linux gives to whoever asks for any (ip_local_port_range): the other tests, which run meanwhile."""
+"""Below the ephemeral ports of Linux (ip_local_port_range), which tests that run at the same time may be given."""
 
 
 def free_port() -> int:
-    """Return a port that is free now, and that nobody gets by chance."""
+    """Return a TCP port of 127.0.0.1 that is free now and not given out as an ephemeral port."""
     for port in random.SystemRandom().sample(_OURS, 100):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port

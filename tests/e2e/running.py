@@ -1,12 +1,10 @@
-"""A real server in a process of its own, and real messages."""
+"""Real servers in processes of their own, and real messages."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ENVIRONMENT = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+from bench import processes
+
+ENVIRONMENT = processes.ENVIRONMENT
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Server:
 
     @property
     def python(self) -> str:
-        """The Python that has Penstock."""
+        """The interpreter that runs it."""
         return sys.executable
 
     @property
@@ -42,7 +42,7 @@ class Server:
         return self.folder / "tls" / "ca.pem"
 
     def messages(self, count: int = 0) -> list[bytes]:
-        """Return what the Maildir holds, in no order, once that is so many messages, or after a minute in any case."""
+        """Return the messages in the Maildir, in no order, once they are `count` or more, or after a minute."""
         folder = self.folder / "maildir" / "new"
         deadline = time.monotonic() + 60
         while len(list(folder.iterdir())) < count and time.monotonic() < deadline:
@@ -50,20 +50,22 @@ class Server:
         return [path.read_bytes() for path in folder.iterdir()]
 
     def said(self, pattern: str) -> re.Match[str]:
-        """Wait until the server's output has something, and return it."""
+        """Wait until the server's output has a match and return it."""
         return _wait_for(self.process, pattern, self.out, self.journal)
 
     def stop(self) -> int:
-        """Stop gently; return the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+        """Stop with SIGTERM; return the exit code."""
+        return processes.stop(self.process, grace=60)
 
 
 @contextmanager
 def serving(
     folder: Path, toml: str = "", command: str = "serve", *arguments: str, has_address: bool = False
 ) -> Iterator[Server]:
-    """Run `penstock serve` on a free port, with these settings. `has_address`: the arguments say where."""
+    """Run `penstock serve`, or another command, until the end of the block.
+
+    It listens on a free port, unless the settings or, with `has_address`, the arguments have an address.
+    """
     folder.mkdir(exist_ok=True)
     command_line = [sys.executable, "-m", "penstock", command]
     if command == "serve":
@@ -74,41 +76,35 @@ def serving(
     elif not has_address:
         command_line += ["--listen", "127.0.0.1:0"]
     out, journal = folder / "out", folder / "journal"
-    with out.open("wb") as said, journal.open("wb") as errors:
-        process = subprocess.Popen([*command_line, *arguments], stdout=said, stderr=errors, env=ENVIRONMENT)
-    try:
+    with processes.started([*command_line, *arguments], out, errors=journal) as process:
         found = _wait_for(process, r"(?:listening|sink) on (?:127\.0\.0\.1:(\d+)|unix:)", out, journal)
         yield Server(process, int(found[1] or 0), folder, out, journal)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(timeout=60)
 
 
 def _wait_for(process: subprocess.Popen[bytes], pattern: str, *places: Path) -> re.Match[str]:
-    """Wait until the server says something: another process tells nobody but its output when it is ready."""
+    """Wait until the output of another process has a match: it reports nowhere else that it is ready."""
     deadline = time.monotonic() + 60
-    said = ""
+    output = ""
     while time.monotonic() < deadline and process.poll() is None:
-        said = "".join(place.read_text(errors="replace") for place in places)
-        if match := re.search(pattern, said):
+        output = "".join(place.read_text(errors="replace") for place in places)
+        if match := re.search(pattern, output):
             return match
         time.sleep(0.02)
-    raise AssertionError(f"the server has not said {pattern!r}: {said}")
+    raise AssertionError(f"the output has no match for {pattern!r}: {output}")
 
 
 def body_of(message: bytes) -> bytes:
-    """Return what stands below the header that servers add to."""
+    """Return the body of a message: servers add to the header."""
     return message.partition(b"\r\n\r\n")[2]
 
 
 def digest(body: bytes) -> str:
-    """Return the digest by which bodies are compared."""
+    """Return the digest that bodies are compared by."""
     return hashlib.sha256(body).hexdigest()
 
 
 def hard_bodies(seed: int = 1) -> dict[str, bytes]:
-    """Return bodies that servers are known to get wrong, by name. Lines end in CR LF."""
+    """Return bodies that servers are known to damage, by name. Lines end in CRLF."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 12))) for _ in range(500)]
     ordinary = b"".join(" ".join(rng.choices(words, k=11)).encode() + b"\r\n" for _ in range(300))

@@ -60,7 +60,7 @@ def _peer(kind: str) -> Peer:
     root = str(Path(__file__).parent.parent)
 
     def command(port: int, _: Path) -> Sequence[str]:
-        program = f"import sys; sys.path[0] = {root!r}; from bench.session import serve; serve({kind!r}, {port})"
+        program = f"import sys; sys.path[0] = {root!r}; from bench.delivery_cost import serve; serve({kind!r}, {port})"
         return [sys.executable, "-c", program]
 
     return Peer(kind, command, sys.executable)
