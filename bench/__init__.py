@@ -1,1 +1,1 @@
-"""Programs that measure; each prints what, per second, CPU per message and the ratio to its peer."""
+"""Benchmarks and failure tests, most of them beside other mail servers; `python -m bench` lists them."""

@@ -1,4 +1,4 @@
-"""A proxy that cuts cables: in the middle of a line, of a body, and between a dot and its answer. Seeded."""
+"""A proxy that cuts connections, by a random seed: within a line, within a body, between a final dot and its reply."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from types import TracebackType
 from typing import Literal, Self
 
 _RESET = struct.pack("ii", 1, 0)
-Fate = Literal["whole", "client", "server", "answer"]
+Cut = Literal["never", "client", "server", "reply"]
 
 
 @dataclass
-class _Cable:
-    """A connection through the proxy, and what is to become of it."""
+class _Link:
+    """A connection through the proxy, and where it is cut."""
 
     client: socket.socket
     server: socket.socket
-    fate: Fate
-    """`client`, `server`: cut after `left` octets from there; `answer`: cut when the answer to a dot comes back."""
+    cut: Cut
+    """`client`, `server`: after `left` octets from there; `reply`: when the reply to a final dot comes back."""
     left: int
     is_reset: bool
     texts: int = 0
@@ -31,21 +31,21 @@ class _Cable:
     ends: set[socket.socket] = field(default_factory=set)
 
     def passes(self, source: socket.socket, data: bytes) -> bool:
-        """Say whether data may pass; False cuts the cable."""
+        """Return whether data may pass; otherwise the connection is cut."""
         side = "client" if source is self.client else "server"
         if side == "client":
             self.texts += (self.tail + data).count(b"\r\n.\r\n") - self.tail.count(b"\r\n.\r\n")
             self.tail = (self.tail + data)[-4:]
-        if self.fate == "answer":
+        if self.cut == "reply":
             return side == "client" or self.texts <= self.left
-        if self.fate == side:
+        if self.cut == side:
             self.left -= len(data)
             return self.left > 0
         return True
 
 
 class CuttingProxy:
-    """Passes octets on between clients and a server, and cuts half of the connections somewhere. Use as a context."""
+    """Forwards octets between clients and a server, and cuts half of the connections. A context manager."""
 
     def __init__(self, server_port: int, seed: int) -> None:
         self._server_port = server_port
@@ -72,7 +72,7 @@ class CuttingProxy:
         self._thread.join()
 
     def stop_cutting(self) -> None:
-        """Let all connections pass from now on."""
+        """Let all connections live from now on."""
         self._is_cutting = False
 
     def _run(self) -> None:
@@ -81,7 +81,7 @@ class CuttingProxy:
                 if key.data is None:
                     self._accept()
                 else:
-                    self._pass_on(key.fileobj, key.data)
+                    self._forward(key.fileobj, key.data)
         for key in list(self._selector.get_map().values()):
             if isinstance(key.fileobj, socket.socket):
                 key.fileobj.close()
@@ -95,38 +95,38 @@ class CuttingProxy:
             client.close()
             return
         rng = self._rng
-        fate: Fate = rng.choice(["whole", "whole", "client", "server", "answer"])
-        left = {"client": rng.randrange(1, 200_000), "server": rng.randrange(1, 2_000), "answer": rng.randrange(5)}
-        cable = _Cable(client, server, fate, left.get(fate, 0), rng.random() < 0.5)
+        cut: Cut = rng.choice(["never", "never", "client", "server", "reply"])
+        left = {"client": rng.randrange(1, 200_000), "server": rng.randrange(1, 2_000), "reply": rng.randrange(5)}
+        link = _Link(client, server, cut, left.get(cut, 0), rng.random() < 0.5)
         for sock in (client, server):
-            sock.settimeout(10)  # both ends read: nothing stands still for long
-            self._selector.register(sock, selectors.EVENT_READ, cable)
+            sock.settimeout(10)  # both ends read: sending does not block for long
+            self._selector.register(sock, selectors.EVENT_READ, link)
 
-    def _pass_on(self, source: object, cable: _Cable) -> None:
+    def _forward(self, source: object, link: _Link) -> None:
         assert isinstance(source, socket.socket)
-        target = cable.server if source is cable.client else cable.client
+        target = link.server if source is link.client else link.client
         try:
             data = source.recv(65_536)
             if not data:
                 target.shutdown(socket.SHUT_WR)
                 self._selector.unregister(source)
-                cable.ends.add(source)
-                if len(cable.ends) == 2:
-                    cable.client.close()
-                    cable.server.close()
+                link.ends.add(source)
+                if len(link.ends) == 2:
+                    link.client.close()
+                    link.server.close()
                 return
-            if self._is_cutting and not cable.passes(source, data):
-                self._cut(cable)
+            if self._is_cutting and not link.passes(source, data):
+                self._cut(link)
                 return
             target.sendall(data)
         except OSError:
-            self._cut(cable)
+            self._cut(link)
 
-    def _cut(self, cable: _Cable) -> None:
+    def _cut(self, link: _Link) -> None:
         self.moments.append(time.time())
-        for sock in (cable.client, cable.server):
+        for sock in (link.client, link.server):
             if sock in self._selector.get_map():
                 self._selector.unregister(sock)
-            if cable.is_reset:
+            if link.is_reset:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             sock.close()

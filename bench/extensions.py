@@ -1,8 +1,10 @@
-"""`python -m bench.offers`: what each server offers after EHLO, and which dialogs of tests/ it answers otherwise.
+"""The EHLO keywords of several servers, and the dialogs of tests/ that they answer with other reply codes.
 
-The dialogs without settings are played over TCP against each server; compared are the reply codes alone, with no regard
-to texts and enhanced codes. A dialog differs when a code does, when the server says nothing within two seconds, or
-when it keeps a connection open that the dialog ends. Not every difference is a fault: smtp-sink means to accept.
+Each server is given the dialogs that need no settings, over TCP. Only reply codes are compared, not texts and enhanced
+status codes. A dialog differs if a code does, if there is no reply within two seconds, or if the connection stays open
+where the dialog closes it. Not every difference is a fault: smtp-sink accepts on purpose.
+
+    python -m bench.extensions
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ KEYWORDS = [
 
 
 def codes_only(dialog: Dialog) -> Dialog:
-    """Return the dialog with nothing but the codes of the replies, and without what only our own server can tell."""
+    """Return a dialog reduced to reply codes, without the checks of delivered messages."""
     steps = []
     for mark, text in dialog.steps:
         if mark == "M:":
@@ -49,7 +51,7 @@ async def keywords_of(server: Running) -> set[str]:
 
 
 async def differs(server: Running, dialog: Dialog) -> str:
-    """Return how a server answers a dialog otherwise; "" when it does not."""
+    """Return how the replies of a server differ from a dialog, "" if they do not."""
     stream = await trio.open_tcp_stream("127.0.0.1", server.port)
     async with stream:
         client = Client(stream, ssl.create_default_context(), whole)
@@ -59,12 +61,12 @@ async def differs(server: Running, dialog: Dialog) -> str:
         except AssertionError as exc:
             return str(exc)
         except trio.TooSlowError:
-            return "no answer within two seconds"
+            return "no reply within two seconds"
     return ""
 
 
 async def measure(server: Running) -> tuple[set[str], dict[str, str]]:
-    """Return the keywords of a server, and the dialogs it answers otherwise."""
+    """Return the keywords of a server, and how it differs from each dialog that it differs from."""
     dialogs = [codes_only(dialog) for path in DIALOGS if not (dialog := read_dialog(path)).settings]
     different = {dialog.name: how for dialog in dialogs if (how := await differs(server, dialog))}
     return await keywords_of(server), different
@@ -84,7 +86,7 @@ def main() -> None:
         if any(row):
             print(f"| {keyword} | " + " | ".join(row) + " |")
     total = sum(1 for path in DIALOGS if not read_dialog(path).settings)
-    print("| dialogs answered otherwise | " + " | ".join(f"{len(d)} of {total}" for _, d in results.values()) + " |\n")
+    print("| dialogs that differ | " + " | ".join(f"{len(d)} of {total}" for _, d in results.values()) + " |\n")
     for peer, (_, different) in results.items():
         for name, how in different.items():
             print(f"{peer.name}: {name}: {how}")

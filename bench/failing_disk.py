@@ -1,7 +1,7 @@
-"""Writes that fail: a library for LD_PRELOAD, built with the C compiler that Penstock needs anyway.
+"""A disk that fails: a library for LD_PRELOAD, built with the C compiler that Penstock needs anyway.
 
-While the switch file exists, each write, sync, truncate or creation of a file below a folder fails once in so many
-times, with EIO or ENOSPC in turn; some writes are cut short before. Which, is drawn from a seed.
+While the switch file exists, one in 40 writes, syncs and truncations of files below a folder fails with EIO or ENOSPC,
+chosen by a random seed; some failing writes are torn: half of the data is written.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ ssize_t pwrite64(int fd, const void *data, size_t size, off64_t place)
     REAL(ssize_t, "pwrite64");
     if (fails(fd)) {
         if (size > 512)
-            real(fd, data, size / 2, place);  /* a torn write, and then the error */
+            real(fd, data, size / 2, place);  /* a torn write */
         return -1;
     }
     return real(fd, data, size, place);
@@ -91,7 +91,7 @@ int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 
 
 class FailingWrites:
-    """The library, and the switch. Give `environment` to the program whose writes are to fail."""
+    """The library and its switch. `environment` is for the program whose writes have to fail."""
 
     def __init__(self, scratch: Path, folder: Path, seed: int) -> None:
         """Writes below `folder` fail; the library is built in `scratch`. Raise CalledProcessError."""
@@ -112,5 +112,5 @@ class FailingWrites:
         self._switch.touch()
 
     def end(self) -> None:
-        """Let them succeed again."""
+        """Let writes succeed again."""
         self._switch.unlink()

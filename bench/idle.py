@@ -1,14 +1,13 @@
-"""`python -m bench.idle`: resident memory of an idle connection, for Penstock and each peer, while mail flows.
+"""Resident memory of an idle connection, beside other servers, while mail flows.
 
-Each server holds N connections that have said EHLO and then nothing; smtp-source sends mail meanwhile, which has to go
-on. Prints the octets of resident memory that each connection costs, and the ratio to Penstock's.
+Each server holds N connections that have sent EHLO and nothing else, while smtp-source sends mail, which must not stop.
+
+    python -m bench.idle [--connections 10000] [--messages 5000]
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import selectors
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from bench.measure import (
     Running,
     Stalled,
     machine,
+    raise_file_limit,
     rss_of,
     running,
     smtp_source,
@@ -32,25 +32,25 @@ from bench.other_servers import GO_SMTP, HARAKA, NODEMAILER
 
 @contextmanager
 def idle_connections(server: Running, count: int) -> Iterator[list[socket.socket]]:
-    """Open connections, say EHLO on each, and read the answers. Raise OSError when one is not answered."""
+    """Open connections and send EHLO on each. Raise OSError if one is not answered."""
     sockets: list[socket.socket] = []
-    selector = selectors.DefaultSelector()
     try:
         for _ in range(count):
             sock = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-            sock.sendall(b"EHLO idle.example\r\n") if _answer(sock).startswith(b"220") else None
-            if b"250" not in _answer(sock):
-                raise OSError(f"it hangs up on connection {len(sockets) + 1}")
             sockets.append(sock)
+            if not _read_reply(sock).startswith(b"220"):
+                raise OSError(f"connection {len(sockets)} is refused")
+            sock.sendall(b"EHLO idle.example\r\n")
+            if not _read_reply(sock).startswith(b"250"):
+                raise OSError(f"connection {len(sockets)} is closed")
         yield sockets
     finally:
-        selector.close()
         for sock in sockets:
             sock.close()
 
 
-def _answer(sock: socket.socket) -> bytes:
-    """Read a whole reply."""
+def _read_reply(sock: socket.socket) -> bytes:
+    """Return a whole reply, or what came of it before the connection was closed."""
     data = b""
     while True:
         piece = sock.recv(4096)
@@ -62,15 +62,20 @@ def _answer(sock: socket.socket) -> bytes:
             return data
 
 
+def octets_per_connection(server: Running, count: int) -> float:
+    """Return the resident octets of an idle connection."""
+    before = rss_of(server.pid)
+    with idle_connections(server, count):
+        return (rss_of(server.pid) - before) / count
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--messages", type=int, default=5_000)
     arguments = parser.parse_args()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    count = min(arguments.connections, hard - 200)
+    count = min(arguments.connections, raise_file_limit() - 200)
     print(machine())
     print(f"{count} idle connections; meanwhile {arguments.messages} messages of 4 KB from smtp-source -s 100\n")
     print(f"{'server':<16} {'octets per connection':>22} {'still open':>15} {'messages/s meanwhile':>21}")
@@ -82,10 +87,10 @@ def main() -> None:
 
 
 def _measure(peer: Peer, count: int, messages: int) -> str:
-    """Return the line of a peer."""
-    sessions = min(100, 100 if peer.most_connections is None else peer.most_connections // 10)
+    """Return the line of a server."""
+    sessions = 100 if peer.most_connections is None else peer.most_connections // 10
     with running(peer) as server:
-        smtp_source(server, messages=500, sessions=sessions, size=4096)  # warm: what mail costs once is no connection's
+        warm_up(server, sessions)
         before = rss_of(server.pid)
         try:
             with idle_connections(server, count) as sockets:
@@ -98,9 +103,14 @@ def _measure(peer: Peer, count: int, messages: int) -> str:
     return f"{peer.name:<16} {each:>22.0f} {alive:>15} {flow.rate:>21.0f}"
 
 
+def warm_up(server: Running, sessions: int = 100) -> None:
+    """Send mail, so that memory which a server allocates once is not counted as that of connections."""
+    smtp_source(server, messages=500, sessions=sessions, size=4096)
+
+
 def _is_alive(sock: socket.socket) -> bool:
     sock.sendall(b"NOOP\r\n")
-    return _answer(sock).startswith(b"250")
+    return _read_reply(sock).startswith(b"250")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ apart. The kernel counts it in ticks of 10 ms: a round has to use some hundred t
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import statistics
@@ -173,6 +174,23 @@ def smtp_source(
 def summary(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the median, the minimum and the maximum."""
     return statistics.median(values), min(values), max(values)
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median, the minimum and the maximum of the ratios, round by round."""
+    return summary([a / b for a, b in zip(ours, theirs, strict=False)])  # one of the two may have stalled early
+
+
+def verdict(is_kept: bool) -> str:
+    """Return what a table prints behind a bound."""
+    return "kept" if is_kept else "MISSED"
+
+
+def raise_file_limit() -> int:
+    """Allow this process, and the programs it starts, as many open files as the system does. Return the number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""`python -m bench.replies`: check that every command and every message gets its one reply, in order.
+"""Account for replies: every command and every message must get its one reply, in order.
 
 Clients send a message and, 0 to 2 commit times after its final dot, `NOOP`, `MAIL`, a second message or `QUIT`: while
 the server is still committing the message, when it has just finished, or together with the dot. The commit time is
@@ -432,8 +432,10 @@ PROBES: Final = 1 + 24
 TRANSPORTS: Final = {"plain": ("plain",), "TLS": ("starttls", "implicit")}
 
 
-def measure(kind: str, counts: dict[str, int], seed: int, python: str) -> int:
-    """Print the rows of a kind of server and return the number of errors."""
+def measure(
+    kind: str, counts: dict[str, int], seed: int, python: str = sys.executable, *, is_quiet: bool = False
+) -> int:
+    """Return the number of errors of a kind of server, and print its rows unless `is_quiet`."""
     errors = 0
     for policy in POLICIES:
         with target(kind, policy=policy, python=python) as server:
@@ -442,6 +444,8 @@ def measure(kind: str, counts: dict[str, int], seed: int, python: str) -> int:
                 accounts, commit = run_sessions(server, transports, counts[name] // len(POLICIES), seed)
                 due += accounts.messages + PROBES * len(transports)
                 errors += accounts.errors
+                if is_quiet:
+                    continue
                 print(
                     f"{kind:<12} {policy or '-':<10} {name:<6} {accounts.sessions:>8} "
                     f"{commit * 1e3:>7.2f} ms {accounts.replies:>8} {accounts.lost:>6} {accounts.unexpected:>10} "
@@ -452,7 +456,8 @@ def measure(kind: str, counts: dict[str, int], seed: int, python: str) -> int:
                     print(f"    {example[:600]}")
             stored = count_stored(server, due)
             errors += stored != due
-            print(f"    {stored} of {due} messages stored", flush=True)
+            if not is_quiet:
+                print(f"    {stored} of {due} messages stored", flush=True)
     return errors
 
 

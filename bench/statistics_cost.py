@@ -1,6 +1,6 @@
-"""What receipts cost: two sinks, one that counts all there is and one that counts messages, round by round.
+"""The cost of a sink's statistics: one sink keeps all of them, the other counts only messages.
 
-python -m bench.receipts [--rounds N]
+python -m bench.statistics_cost [--rounds 7] [--sessions 20]
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CASES = {
 
 
 def main() -> None:
-    """Measure in turns, so that what disturbs the machine disturbs both; print medians and the ratio of each pair."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Let the sinks take turns, and print medians and the ratio of each pair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sessions", type=int, default=20)
     wanted = parser.parse_args()
     print(f"{machine()}; smtp-source -s {wanted.sessions}, microseconds of CPU per message")
-    print(f"{'':24}{'without':>9}{'with':>9}{'ratio':>8}{'least ratio':>13}")
+    print(f"{'':24}{'without':>9}{'with':>9}{'ratio':>8}{'minimum':>13}")
     with running(_sink("--no-receipts")) as without, running(_sink()) as counting:
         for name, (size, messages, extra) in CASES.items():
             pairs = []
@@ -47,7 +47,7 @@ def main() -> None:
                     ).cpu_per_message
                     for server in both
                 }
-                if number:  # the first one warms up
+                if number:  # the first round warms up
                     pairs.append((rounds[without.pid], rounds[counting.pid]))
             ratios = [after / before for before, after in pairs]
             before, after = (statistics.median(each) for each in zip(*pairs, strict=True))

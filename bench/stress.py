@@ -1,7 +1,9 @@
-"""`python -m bench.stress`: clients that connect, talk, break off, reset and are cut at random, for a minute.
+"""Clients that connect, send, break off, reset and are cancelled at random: nothing may leak.
 
-A whole worker runs in this process, with its poller, TLS, clocks and spool, and delivers into a Maildir. At the end
-everything is counted: descriptors, trio tasks, watched sockets, buffers of wires. What is more than before is a leak.
+A whole worker runs in this process, with its poller, TLS, timeouts and spool, and delivers into a Maildir. Descriptors,
+trio tasks, watched sockets and wire buffers are counted before and after. More than before is a leak.
+
+    python -m bench.stress [--seconds 60] [--clients 100] [--seed N]
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from penstock.smtp import _wire
 
 @dataclass
 class Report:
-    """What a stress has done, and what it has left."""
+    """What a run has done, and what it has left behind."""
 
     connections: int = 0
     delivered: int = 0
     reset: int = 0
     leaks: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What there is more of than before: the counts before and after."""
+    """Counts that have grown, before and after."""
 
 
-_TALK = [
+_TRANSACTION = [
     b"EHLO client.example\r\n",
     b"MAIL FROM:<a@example.com>\r\n",
     b"RCPT TO:<b@example.org>\r\n",
@@ -44,51 +46,51 @@ _TALK = [
 
 
 async def _client(port: int, rng: random.Random, tls: ssl.SSLContext, report: Report) -> None:
-    """Be one client: send a message, or a part of one, and end in one of several ways."""
+    """Run one client: send a message, or a part of one, and end in one of several ways."""
     report.connections += 1
     plain = await trio.open_tcp_stream("127.0.0.1", port)
     stream: trio.abc.Stream = plain
-    fate = rng.choice(["whole", "whole", "cut", "reset", "silent", "garbage", "tls", "pipelined"])
+    kind = rng.choice(["whole", "whole", "cut", "reset", "silent", "garbage", "tls", "pipelined"])
     try:
-        if fate == "silent":
+        if kind == "silent":
             await trio.sleep(rng.random() * 0.2)
-        elif fate == "garbage":
+        elif kind == "garbage":
             await stream.send_all(rng.randbytes(rng.randrange(1, 5000)))
         else:
             await stream.receive_some(4096)
-            if fate == "tls":
-                await stream.send_all(_TALK[0])
+            if kind == "tls":
+                await stream.send_all(_TRANSACTION[0])
                 await stream.receive_some(4096)
                 await stream.send_all(b"STARTTLS\r\n")
                 await stream.receive_some(4096)
                 stream = trio.SSLStream(stream, tls, server_hostname="localhost")
-            await _talk(stream, rng, fate)
+            await _send_message(stream, rng, kind)
     except (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass  # the server has sent it away
+        pass  # the server has closed the connection
     finally:
-        if fate in ("cut", "reset") or rng.random() < 0.3:
+        if kind in ("cut", "reset") or rng.random() < 0.3:
             report.reset += 1
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await trio.aclose_forcefully(plain)
 
 
-async def _talk(stream: trio.abc.Stream, rng: random.Random, fate: str) -> None:
-    """Send a message, up to a random place of it when it is to be cut."""
+async def _send_message(stream: trio.abc.Stream, rng: random.Random, kind: str) -> None:
+    """Send a message, only up to a random place if the connection is to be cut."""
     body = b"Subject: stress\r\n\r\n" + b"x" * 70 + b"\r\n" * rng.randrange(1, 50)
     if rng.random() < 0.1:
         body += (b"y" * 900 + b"\r\n") * 1000
-    if fate == "pipelined":
-        await stream.send_all(b"".join(_TALK))
+    if kind == "pipelined":
+        await stream.send_all(b"".join(_TRANSACTION))
         await stream.send_all(body + b".\r\nQUIT\r\n")
         while await stream.receive_some(4096):
             pass
         return
-    for line in _TALK:
+    for line in _TRANSACTION:
         await stream.send_all(line)
         await stream.receive_some(4096)
-        if fate in ("cut", "reset") and rng.random() < 0.2:
+        if kind in ("cut", "reset") and rng.random() < 0.2:
             return
-    if fate in ("cut", "reset"):
+    if kind in ("cut", "reset"):
         await stream.send_all(body[: rng.randrange(len(body))])
         return
     await stream.send_all(body + b"\r\n.\r\n")
@@ -122,14 +124,14 @@ async def stress(folder: Path, seconds: float, clients: int, seed: int) -> Repor
         await nursery.start(parts.gateway.run)
         await nursery.start(parts.worker.run)
         port = parts.listeners[0].socket.getsockname()[1]
-        await _one_by_one(port, tls, report)  # what the first of each kind makes, stays
-        await _all_gone(parts)
+        await _one_by_one(port, tls, report)  # what is allocated once is no leak
+        await _wait_until_idle(parts)
         before = _counts()
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as crowd:
                 for _ in range(clients):
                     crowd.start_soon(_again_and_again, port, random.Random(rng.random()), tls, report)
-        await _all_gone(parts)
+        await _wait_until_idle(parts)
         after = _counts()
         report.leaks = {what: (before[what], count) for what, count in after.items() if count > before[what]}
         if parts.worker.watched:
@@ -156,8 +158,8 @@ async def _again_and_again(port: int, rng: random.Random, tls: ssl.SSLContext, r
             await _client(port, rng, tls, report)
 
 
-async def _all_gone(parts: Server) -> None:
-    """Wait until the clocks have ended the last connection, and the last message is delivered."""
+async def _wait_until_idle(parts: Server) -> None:
+    """Wait until the timeouts have ended the last connection and the last message is delivered."""
     assert parts.gateway is not None
     with trio.fail_after(60):
         while parts.worker.open_connections or parts.gateway.scheduler.held:  # noqa: ASYNC110 - there is no event

@@ -1,6 +1,6 @@
-"""A client for TLS, the same for all servers: threads that say EHLO, STARTTLS, EHLO and send messages.
+"""A client for TLS: threads that send EHLO, STARTTLS, EHLO and messages. smtp-source has no TLS.
 
-smtp-source knows no TLS. Only the server's CPU is measured, so the client may cost what it likes.
+Only the CPU time of the server is measured, so that of the client does not matter.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import time
 
 from bench.measure import Round, Running, cpu_of
 
-_SAY = b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.org>\r\n", b"DATA\r\n"
+_ENVELOPE = b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.org>\r\n", b"DATA\r\n"
 
 
 def _context() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # the certificates are made for the bench
+    context.verify_mode = ssl.CERT_NONE  # each server makes its certificate for the run
     return context
 
 
@@ -51,7 +51,7 @@ def _connect(port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
 
 
 def tls_source(server: Running, *, messages: int, sessions: int, size: int, reuse: bool) -> Round:
-    """Send messages over STARTTLS and return what that cost the server."""
+    """Send messages over STARTTLS and return what they cost the server. Raise OSError or RuntimeError."""
     line = b"x" * 78 + b"\r\n"
     text = b"Subject: bench\r\n\r\n" + line * (size // len(line)) + b".\r\n"
     failures: list[Exception] = []
@@ -63,8 +63,8 @@ def tls_source(server: Running, *, messages: int, sessions: int, size: int, reus
             for _ in range(count):
                 if sock is None:
                     sock = _connect(server.port, context)
-                for said, code in zip((*_SAY, text), (b"250", b"250", b"354", b"250"), strict=True):
-                    _ask(sock, said, code)
+                for command, code in zip((*_ENVELOPE, text), (b"250", b"250", b"354", b"250"), strict=True):
+                    _ask(sock, command, code)
                 if not reuse:
                     _ask(sock, b"QUIT\r\n", b"221")
                     sock.close()

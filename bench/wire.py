@@ -1,8 +1,10 @@
-"""`python -m bench.wire`: octets per second of the compiled parser on mail bodies, beside memcpy and a Python reader.
+"""Octets per second of the compiled parser on message bodies, beside memcpy and a reader in Python.
 
-The bodies are made like real mail: text of ordinary lines, a base64 attachment, short lines, a text full of dots. Each
-is read as the text behind a 354, in blocks of 64 KB, 1 MB in all, so that a body stays in the cache of the processor;
-memcpy copies the same blocks. The wire copies each block into its buffer before it looks at it, as `recv` would.
+The bodies resemble real mail: ordinary text, a base64 attachment, short lines, lines that begin with dots. Each is read
+as the text after a 354, in blocks of 64 KB, 1 MB in all, so that it stays in the cache of the processor; memcpy copies
+the same blocks. The wire copies each block into its buffer before parsing it, as `recv` would.
+
+    python -m bench.wire
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import random
 import time
 from collections.abc import Callable
 
-from bench.measure import machine, summary
+from bench.measure import machine, summary, verdict
 from penstock.smtp import _wire
 from penstock.smtp._wire import Wire
 
@@ -65,10 +67,10 @@ def by_memcpy(body: bytes) -> None:
 
 
 def by_python(body: bytes) -> None:
-    """Read a body as a Python server does: line by line."""
+    """Read a body as servers in Python do: line by line."""
     lines = []
     for line in body.splitlines(keepends=True):
-        lines.append(line[1:] if line.startswith(b".") else line)  # noqa: PERF401 - as such readers are written
+        lines.append(line[1:] if line.startswith(b".") else line)  # noqa: PERF401 - such readers are written like this
     b"".join(lines)
 
 
@@ -99,7 +101,7 @@ def main() -> None:
         print(
             f"{name:<17} " + " ".join(f"{median / 1e9:>10.2f}" for median in medians) + f"   counted is {share:.2f} of"
             f" memcpy ({low:.2f} to {high:.2f})"
-            + (f", target 0.25: {'reached' if share >= 0.25 else 'MISSED'}" if name == "ordinary text" else "")
+            + (f", bound 0.25: {verdict(share >= 0.25)}" if name == "ordinary text" else "")
         )
 
 
