@@ -1,7 +1,8 @@
 """Start programs, and stop whatever was started: at the end, after an error, at Ctrl-C and at SIGTERM.
 
-SIGTERM and SIGHUP would end Python without running any `finally`; while a program runs, they raise SystemExit instead.
-A program that does not end its own children has them ended here: the script that starts Postfix is one.
+SIGTERM and SIGHUP would end Python without running any `finally`; while a program runs, they raise SystemExit instead,
+and no signal can come between the start of a program and the block that stops it. Children that a program leaves
+behind are stopped, too: the script that starts Postfix does not stop it.
 """
 
 from __future__ import annotations
@@ -46,14 +47,18 @@ def started(
     """Run a program until the end of the block. Its output goes to the log, its standard error to `errors` if given."""
     for file in {log, errors or log}:
         file.write_bytes(b"")
-    with _stopping_on_signals(), log.open("ab") as output, (errors or log).open("ab") as error_output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=error_output, env=environment, cwd=folder
-        )
+    with _handling_signals(), log.open("ab") as output, (errors or log).open("ab") as error_output:
+        process = None
         try:
+            with _deferring_signals():  # one that comes while the program starts must not lose it
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=error_output, env=environment, cwd=folder
+                )
             yield process
         finally:
-            stop(process)
+            if process is not None:
+                with _deferring_signals():
+                    stop(process)
 
 
 def stop(process: subprocess.Popen[bytes], grace: float = _GRACE) -> int:
@@ -88,20 +93,48 @@ def _start_of(pid: int) -> str:
     return "" if fields[0] == "Z" else fields[19]
 
 
+class _Signals:
+    """The signals that end a benchmark. While `deferrals` is not 0 they are kept in `pending`."""
+
+    numbers: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    defaults: Final = (signal.SIG_DFL, signal.default_int_handler)
+    deferrals = 0
+    pending = 0
+
+    @classmethod
+    def handle(cls, number: int, _: FrameType | None = None) -> None:
+        """Raise KeyboardInterrupt or SystemExit, now or later."""
+        if cls.deferrals:
+            cls.pending = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+
 @contextmanager
-def _stopping_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit, unless something handles them already."""
-
-    def stop_here(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    changed = []
-    if threading.current_thread() is threading.main_thread():
-        changed = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
-    for each in changed:
-        signal.signal(each, stop_here)
+def _deferring_signals() -> Iterator[None]:
+    _Signals.deferrals += 1
     try:
         yield
     finally:
-        for each in changed:
-            signal.signal(each, signal.SIG_DFL)
+        _Signals.deferrals -= 1
+    if _Signals.pending and not _Signals.deferrals:
+        number, _Signals.pending = _Signals.pending, 0
+        _Signals.handle(number)
+
+
+@contextmanager
+def _handling_signals() -> Iterator[None]:
+    """Handle the signals, unless something else does already, such as an outer block or trio."""
+    replaced = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in _Signals.numbers}
+        replaced = {number: handler for number, handler in handlers.items() if handler in _Signals.defaults}
+    for number in replaced:
+        signal.signal(number, _Signals.handle)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)

@@ -3,20 +3,21 @@
 The way of a message through the packages, which is the order to read them in:
 
 The command line (`cli`) reads a TOML file into frozen settings (`config`, with the rules of the file format in
-`schema`). `app` is the only place where concrete parts are assembled, started and stopped; `supervisor` runs several
-workers, each a process of its own. `testing` runs the same server inside a test, and `pytest_plugin` turns it into
-fixtures.
+`schema`). `app` is the only place where concrete parts are assembled, started and stopped; `loading` finds the policies
+and deliveries that the configuration names by "module:name". `supervisor` runs several workers, each a process of its
+own. `testing` runs the same server inside a test, and `pytest_plugin` turns it into fixtures.
 
 A client connects to a socket of `net`: the poller, streams, TLS, listeners, the PROXY protocol, DNS look-ups and
 outgoing connections. Its session is one task of `server`: read server/connection.py first, it follows a connection from
 the greeting to the close. The octets go through `smtp`, the protocol without any I/O: octets in, events out, replies
 back (`reply`). What the client has said so far is its `transaction`; what it sends is a `message`. Compiled code, in
-ext/, answers what needs no decision and counts it in `metrics`; `_transaction` and `_journal` are compiled, too.
+ext/ and in the .py files with a .pxd beside them, answers what needs no decision and counts it in `metrics`.
 
 What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?). A complete message
 goes to a `delivery`, and the client is told 250 after that has committed it: to a Maildir, to the `spool`, a durable
 queue, or straight to the next hop. From the spool, `relay` sends it on to the next hop, tries again later, and reports
-to the sender when it gives up. Everything that happens to mail is an event of the `journal`.
+to the sender when it gives up. Everything that happens to mail is an event of the `journal`, which compiled code
+(`_journal`) encodes.
 
 `sink` is the target of load tests: it accepts everything, injects faults on request and keeps statistics. `load`
 generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found.
@@ -31,6 +32,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from penstock.app import open_server, serve
     from penstock.config import Settings
     from penstock.delivery.base import Delivery
     from penstock.message import Body, Envelope, MailParameters, Message, Path, Recipient
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
         ACCEPT,
         AuthPolicy,
         ConnectPolicy,
+        DisconnectPolicy,
         HeloPolicy,
         MailPolicy,
         MessagePolicy,
         RcptPolicy,
+        ResetPolicy,
         Verdict,
     )
     from penstock.reply import Reply
@@ -56,6 +60,7 @@ __all__ = [
     "Body",
     "ConnectPolicy",
     "Delivery",
+    "DisconnectPolicy",
     "Envelope",
     "HeloPolicy",
     "MailParameters",
@@ -67,15 +72,19 @@ __all__ = [
     "RcptPolicy",
     "Recipient",
     "Reply",
+    "ResetPolicy",
     "Settings",
     "SmtpServer",
     "TlsInfo",
     "Transaction",
     "Verdict",
     "__version__",
+    "open_server",
+    "serve",
 ]
 
 _MODULES: Final = {
+    "app": ("open_server", "serve"),
     "config": ("Settings",),
     "delivery.base": ("Delivery",),
     "message": ("Body", "Envelope", "MailParameters", "Message", "Path", "Recipient"),
@@ -83,10 +92,12 @@ _MODULES: Final = {
         "ACCEPT",
         "AuthPolicy",
         "ConnectPolicy",
+        "DisconnectPolicy",
         "HeloPolicy",
         "MailPolicy",
         "MessagePolicy",
         "RcptPolicy",
+        "ResetPolicy",
         "Verdict",
     ),
     "reply": ("Reply",),
