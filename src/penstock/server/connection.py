@@ -710,6 +710,8 @@ class Connection:
         prefix = b""
         if listener.keeps_body:
             prefix = received_field(transaction, message_id, listener.extensions.hostname, now, only)
+        if self.session.tolerated:
+            listener.journal.tolerated(self.number, self.peer, message_id, self.session.tolerated)
         return Message(message_id, transaction.envelope(), prefix, body, now)
 
     def reply_to_message(self, reply: Reply) -> None:

@@ -191,6 +191,8 @@ class ServerSession:
     """The event that waits for its reply."""
     _waiting: int
     """What its reply is for, one of _FOR_...; 0 without one."""
+    tolerated: tuple[str, ...]
+    """Irregularities of MAIL and RCPT in this transaction that were let through (penstock.smtp.grammar)."""
     _mails: int
     _auth_failures: int
     _chunk_is_last: bool
@@ -630,6 +632,7 @@ class ServerSession:
             transaction.forget()  # a refused BDAT has left its transaction
         transaction.sender = mail[0]
         transaction.parameters = mail[1]
+        self.tolerated = mail[2]
         self.enter(_MAIL)
 
     def take_rcpt(self, argument: bytes) -> Event | None:
@@ -647,6 +650,8 @@ class ServerSession:
                 self.send(rcpt)
                 return None
             recipient = rcpt[0]
+            if rcpt[1]:
+                self.tolerated += rcpt[1]
         if self.auto_accept & AUTO_ACCEPT_RCPT and not (self.first_letters and self._is_watched(recipient[0][1])):
             self.send_encoded(replies.RECIPIENT_OK.encoded)
             self.add_recipient(recipient)
