@@ -1,7 +1,7 @@
 """Policies in Python: a `module:object` of the configuration becomes a policy.
 
-What is wrong with one (no such module, no hook_point, a method that is misspelt or takes other arguments) is said at
-the start, not when the first mail comes.
+Errors (a missing module, an object without hooks, a misspelt method or one with other arguments) are reported at the
+start, not when the first mail arrives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ARGUMENTS: Final = {
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A policy in Python, asked in the order of the file."""
+    """A policy in Python. Policies are called in the order of the file."""
 
     hook: Annotated[str, msgspec.Meta(description="package.module:name, or path/to/file.py:name")]
     arguments: Annotated[
@@ -39,20 +39,20 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         float,
         msgspec.Meta(gt=0, le=600, description="Seconds a call may take before it counts as failed (451)"),
     ] = 10.0
-    concurrency: Annotated[int, msgspec.Meta(ge=1, description="Calls that may be under way at a time")] = 1000
+    concurrency: Annotated[int, msgspec.Meta(ge=1, description="Calls that may run at the same time")] = 1000
     breaker_failures: Annotated[
-        int, msgspec.Meta(ge=1, description="Failures in a row after which it is left alone for a while")
+        int, msgspec.Meta(ge=1, description="Consecutive failures after which it is not called for a while")
     ] = 10
     breaker_pause: Annotated[
         float,
-        msgspec.Meta(ge=0, le=3600, description="Seconds it is left alone; the answer is 451 meanwhile"),
+        msgspec.Meta(ge=0, le=3600, description="Seconds it is not called; the reply is 451 meanwhile"),
     ] = 30.0
 
 
 def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
-    """Return the policy that a reference names: an object as it is, a class or function called with the arguments.
+    """Return the policy that a reference names: an object itself, or the result of calling a class or function.
 
-    Raise HookError when there is no such object, or when it is no policy.
+    Raise HookError when there is no such object, or when it is not a policy.
     """
     policy = load_object(reference, arguments)
     check_policy(reference, policy)
@@ -60,7 +60,7 @@ def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
 
 
 def check_policy(reference: str, policy: object) -> None:
-    """Raise HookError when an object is no policy; `reference` is what the error calls it."""
+    """Raise HookError when an object is not a policy; the error calls it `reference`."""
     methods = [name for name in dir(policy) if name.startswith("on_")]
     for name in methods:
         if name not in HOOK_POINTS:
@@ -69,7 +69,7 @@ def check_policy(reference: str, policy: object) -> None:
         try:
             inspect.signature(method).bind(*[None] * _ARGUMENTS[name])
         except ValueError:
-            continue  # compiled code may not tell its arguments
+            continue  # compiled code may have no signature
         except TypeError as exc:
             raise HookError(
                 f"{reference!r}: {name} is called with {_ARGUMENTS[name]} arguments, see penstock.policy.base: {exc}"
