@@ -41,7 +41,7 @@ from penstock.net.tls import TlsTurns, tls_info
 from penstock.reply import Reply
 from penstock.server._pump import Pump
 from penstock.server.deadlines import Deadlines
-from penstock.server.incoming import IncomingMessage
+from penstock.server.incoming import COUNTED, CountedMessage, IncomingMessage
 from penstock.server.received import received_field
 from penstock.smtp import sasl
 from penstock.smtp._wire import VERBS
@@ -161,7 +161,7 @@ class Connection:
         session.metrics = self.metrics
         self.faults: Faults | None = None
         self.pump = Pump(session, listener.sync_handlers, self)
-        self.incoming: IncomingMessage | None = None
+        self.incoming: IncomingMessage | CountedMessage | None = None
         """The message that is being received; its text has begun and not ended."""
         self.texts = 0
         """Texts begun so far."""
@@ -622,18 +622,22 @@ class Connection:
 
     # ---- the message
 
-    def begin_message(self, event: BeginData) -> None:
-        """Make ready for a text, without a reply."""
+    def _begin_message(self) -> None:
+        """Make ready for a text."""
         self.texts += 1
-        head = self._message(CountedBody(0)) if self.listener.streams is not None else None
-        self.incoming = IncomingMessage(self.listener, head, self.transaction)
-        self.session.wire.discard = not self.listener.keeps_body
+        listener = self.listener
+        self.session.wire.discard = not listener.keeps_body
+        if not listener.keeps_body:
+            self.incoming = COUNTED
+        else:
+            head = self._message(CountedBody(0)) if listener.streams is not None else None
+            self.incoming = IncomingMessage(listener, head)
 
     async def _on_begin_data(self, event: BeginData) -> None:
         self._on_begin_data_now(event)
 
     def _on_begin_data_now(self, event: BeginData) -> bool:
-        self.begin_message(event)
+        self._begin_message()
         self.session.reply(replies.GO_AHEAD_DATA)
         return True
 
@@ -658,7 +662,8 @@ class Connection:
         try:
             is_looping = self._is_looping(incoming)
             body = await incoming.finish(event.size)
-            message = self._message(body) if incoming.head is None else incoming.head._replace(body=body)
+            message = incoming.head._replace(body=body) if incoming.head is not None else self._message(body)
+            message = message._replace(prefix=message.prefix + incoming.separator)
             reply = incoming.failure or (replies.MAIL_LOOP if is_looping else None)
             if reply is None:
                 reply = await self._judge_and_deliver(message, incoming)
@@ -681,12 +686,12 @@ class Connection:
         self.reply_to_message(reply)
         return True
 
-    def _is_looping(self, incoming: IncomingMessage) -> bool:
+    def _is_looping(self, incoming: IncomingMessage | CountedMessage) -> bool:
         """Say whether a message has passed so many servers that it must be looping (RFC 5321 6.3)."""
         most = self.listener.max_hops
         return bool(most) and incoming.received_fields() >= most
 
-    async def _judge_and_deliver(self, message: Message, incoming: IncomingMessage) -> Reply:
+    async def _judge_and_deliver(self, message: Message, incoming: IncomingMessage | CountedMessage) -> Reply:
         """Return the reply to a message: the refusal of a policy, or what the delivery says."""
         listener, transaction = self.listener, self.transaction
         accepted: Reply | None = None
@@ -697,7 +702,10 @@ class Connection:
         if incoming.head is None and (fields := transaction.added_fields):
             message = message._replace(prefix=fields + message.prefix)
         try:
-            reply = await incoming.deliver(message)
+            if incoming.flow is None:
+                reply = await listener.delivery.accept(message, transaction)
+            else:
+                reply = await incoming.flow.finish(message, transaction)
         except Exception as exc:  # noqa: BLE001 - a delivery that raises has not accepted the message
             listener.journal.error(self.number, "delivery", exc)
             return replies.TRY_LATER
