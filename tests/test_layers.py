@@ -28,7 +28,7 @@ ROWS = [
     {"metrics"},
     {"journal"},
     {"transaction", "_journal"},
-    {"message", "reply", "schema", "sequence", "loading", "addresses", "window"},
+    {"addresses", "files", "loading", "message", "reply", "schema", "sequence", "window"},
 ]
 """From the top layer to the bottom."""
 
