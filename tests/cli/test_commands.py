@@ -39,7 +39,7 @@ def test_config_check_names_the_key(tmp_path: Path) -> None:
     file.write_text('domains = ["example.org"]\n[[listener]]\nadress = "127.0.0.1:25"\n')
     result = run("config", "check", str(file))
     assert result.exit_code == 1
-    assert "listener[0].adress: there is no such key" in result.output
+    assert "listener[0].adress: unknown key (did you mean address?)" in result.output
     file.write_text('domains = ["example.org"]\n[[listener]]\naddress = "127.0.0.1:25"\n')
     assert run("config", "check", str(file)).output.endswith("ok\n")
 
