@@ -80,6 +80,10 @@ def test_version() -> None:
         (["sink", "--listen", "0.0.0.0:2525"], "open relay"),
         (["serve", "--listen", "nonsense"], "127.0.0.1:2525"),
         (["serve", "--config", "no-such-file.toml"], "No such file"),
+        (["sink", "--report", "a.json", "--report", "b.json"], "--report is given 2 times; it takes one value"),
+        (["sink", "--web", "127.0.0.1:0", "--web", "127.0.0.1:1"], "--web is given 2 times"),
+        (["serve", "--data", "a", "--data", "b"], "--data is given 2 times"),
+        (["user", "list", "--file", "a", "--file", "b"], "--file is given 2 times"),
     ],
 )
 def test_a_start_that_can_not_be_says_why(

@@ -80,12 +80,12 @@ async def test_counters_that_nobody_reads_hold_up_nobody(
         is_free.wait(20)
 
     monkeypatch.setattr(receiving, "_print", write)
-    account = receiving.Account(receiving.Wishes(counters=True))
+    statistics = receiving.Receiving(receiving.ReceivingOptions(counters=True))
     settings = parse(f'data_dir = "{tmp_path}"\n[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n')
-    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=account.metrics))
-    account.begin(parts)
+    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=statistics.metrics))
+    statistics.begin(parts)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(account.run)
+        nursery.start_soon(statistics.run)
         assert await trio.to_thread.run_sync(has_begun.wait, 20)
         nursery.cancel_scope.cancel()
     is_free.set()

@@ -103,7 +103,7 @@ def test_the_end_does_not_wait_for_a_write_that_does_not_end(monkeypatch: pytest
 def test_lines_of_several_processes_leave_in_pieces_that_a_pipe_takes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     disk.may.release(9)
-    monkeypatch.setattr(journaling, "_PIECE", 10)
+    monkeypatch.setattr(journaling, "_ATOMIC", 10)
     write = JournalWriter(2, tell, is_shared=True)
     long = b"x" * 20 + b"\n"
     write(b"one\ntwo\nthree\n" + long + b"four\n")

@@ -56,8 +56,14 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("phase = 'rcpt'\nreplay = '450'", "rule[0].replay: there is no such key; here may stand: at, delay"),
-        ("phase = 'rctp'\nreply = '450'", "rule[0].phase: there is no 'rctp'; here may stand: connect, banner, ehlo"),
+        (
+            "phase = 'rcpt'\nreplay = '450'",
+            "rule[0].replay: unknown key (did you mean reply?); expected one of: at, delay",
+        ),
+        (
+            "phase = 'rctp'\nreply = '450'",
+            "rule[0].phase: unknown value 'rctp' (did you mean rcpt?); expected one of: connect, banner, ehlo",
+        ),
     ],
 )
 def test_a_plan_with_a_mistake_stops_the_start(tmp_path: Path, rule: str, why: str) -> None:
@@ -144,25 +150,44 @@ def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:
         assert client.sendmail("a@example.com", ["450@example.org", "drop@example.org"], "Hello") == {}
 
 
-def test_anybody_may_authenticate(tmp_path: Path) -> None:
-    with serving(tmp_path / "data", "", "sink", "--auth") as server:
-        for mechanism in ("PLAIN", "LOGIN"):
+@pytest.mark.parametrize("name", ["alice", ""])
+def test_auth_accepts_every_name_in_every_mechanism(tmp_path: Path, name: str) -> None:
+    bearer = f"user={name}\1auth=Bearer token\1\1"
+    with serving(tmp_path / "data", "", "sink", "--auth", "--config", str(journaling_sink(tmp_path))) as server:
+        for mechanism, respond in {
+            "PLAIN": lambda _=None: f"\0{name}\0",
+            "LOGIN": lambda challenge=None: None if challenge is None else name,
+            "CRAM-MD5": lambda challenge=None: None if challenge is None else f"{name} 0123456789abcdef",
+            "XOAUTH2": lambda _=None: bearer,
+            "OAUTHBEARER": lambda _=None: f"n,a={name},\1auth=Bearer token\1\1",
+        }.items():
             with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
                 client.ehlo()
-                assert client.esmtp_features["auth"].split() == ["PLAIN", "LOGIN"]
-                client.user, client.password = "anybody", "anything"
-                assert client.auth(mechanism, getattr(client, f"auth_{mechanism.lower()}"))[0] == 235
+                assert mechanism in client.esmtp_features["auth"].split()
+                assert client.auth(mechanism, respond)[0] == 235
+                assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
+        server.stop()
+        lines = [json.loads(line) for line in server.journal.read_text().splitlines() if line.startswith("{")]
+        found = [(line["mechanism"], line.get("name", "")) for line in lines if line["event"] == "authenticated"]
+        assert found == [(each, name) for each in ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2", "OAUTHBEARER")]
+
+
+def journaling_sink(folder: Path) -> Path:
+    """Return a configuration of a sink that journals as JSON."""
+    file = folder / "sink.toml"
+    file.write_text('journal.format = "json"\n[[listener]]\naddress = "127.0.0.1:0"\n')
+    return file
 
 
 def test_authentication_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
-    file.write_text('[[rule]]\nphase = "auth"\nreply = "535 5.7.8 Wrong"\nmatch.first = 2\n')
+    file.write_text('[[rule]]\nphase = "auth"\nreply = "535 5.7.8 Wrong"\nmatch.first = 3\n')
     with (
         serving(tmp_path / "data", "", "sink", "--auth", "--faults", str(file)) as server,
         smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
     ):
         with pytest.raises(smtplib.SMTPAuthenticationError, match="Wrong"):
-            client.login("alice", "secret", initial_response_ok=True)  # which tries both mechanisms
+            client.login("alice", "secret", initial_response_ok=True)  # which tries three mechanisms
         assert client.login("alice", "secret")[0] == 235
 
 
@@ -252,7 +277,7 @@ def test_listeners_and_limits_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--key", "key.pem"], "--key goes with --certificate"),
+        (["--key", "key.pem"], "--key requires --certificate"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--certificate", "nowhere.pem"], "nowhere.pem"),
         (["--ca-file", "nowhere/ca.pem"], "nowhere/ca.pem"),

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.cli.main import main
-from penstock.cli.smtpsink import LETTERS, letters_help
+from penstock.cli.smtpsink import LETTERS, smtp_sink_help
 from tests.e2e.running import Server, serving
 
 
@@ -274,17 +274,17 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("-S", "x"), "-S goes with -d or -D"),
+        (("-S", "x"), "-S requires -d or -D"),
         (("-R", "/srv"), "systemd RootDirectory="),
         (("-u", "nobody-at-all"), "setpriv --reuid=nobody-at-all"),
-        (("-4", "-6"), "-4 and -6 leave nothing"),
-        (("-a", "--auth"), "-a and --auth exclude each other"),
-        (("-f", "RCTP"), "-f: there is no command 'RCTP'; there are CONNECT, HELO"),
-        (("-s", "RCTP"), "-s: there is no command 'RCTP'"),
+        (("-4", "-6"), "-4 and -6 are mutually exclusive"),
+        (("-a", "--auth"), "-a and --auth are mutually exclusive"),
+        (("-f", "RCTP"), "-f: unknown command 'RCTP'; expected one of: CONNECT, HELO"),
+        (("-s", "RCTP"), "-s: unknown command 'RCTP'"),
         (("-W", "RCPT"), "-W takes COMMAND:SECONDS or COMMAND:SECONDS:ODDS"),
         (("-W", "RCPT:1:100"), "-W takes COMMAND:SECONDS"),
-        (("-W", "RCTP:1"), "-W: there is no command 'RCTP'"),
-        (("-B", "250 Fine", "-f", "RCPT"), "-B: '250 Fine' is no refusal"),
+        (("-W", "RCTP:1"), "-W: unknown command 'RCTP'"),
+        (("-B", "250 Fine", "-f", "RCPT"), "-B: '250 Fine' is not a 4xx or 5xx reply"),
         (("-b", "Fine", "-r", "RCPT"), "a reply looks like"),
         (("-M", "0"), "x>=1"),
         ((":2525", "100"), "open relay"),
@@ -329,4 +329,4 @@ def test_the_help_names_each_letter() -> None:
         assert "--describe-faults" in output
         for letter in LETTERS:
             assert f"-{letter.letter} " in output
-    assert all(len(line) < 110 for line in letters_help().splitlines())
+    assert all(len(line) < 110 for line in smtp_sink_help().splitlines())

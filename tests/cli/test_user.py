@@ -54,7 +54,7 @@ def test_a_password_keeps_its_blanks(path: Path) -> None:
 def test_add_refuses_a_password_of_no_use(path: Path, stdin: bytes) -> None:
     result = run(path, "add", "alice", "--password-stdin", stdin=stdin)
     assert result.exit_code == 1
-    assert "a password" in result.output
+    assert "password" in result.output
     assert not path.exists()
 
 
@@ -69,7 +69,7 @@ def test_add_refuses_a_user_who_is_there_before_it_asks_for_a_password(path: Pat
     run(path, "add", "alice", "--password-stdin", stdin="old\n")
     result = run(path, "add", "alice")
     assert result.exit_code == 1
-    assert "alice is in" in result.output and "--replace" in result.output
+    assert "alice already exists in" in result.output and "--replace" in result.output
     assert "Password" not in result.output
     assert has_password(path, "alice", "old")
 
@@ -84,14 +84,14 @@ def test_remove_removes(path: Path) -> None:
     run(path, "add", "alice", "--password-stdin", stdin="secret\n")
     result = run(path, "remove", "alice")
     assert result.exit_code == 0
-    assert result.output == "alice was removed\n"
+    assert result.output.startswith("removed alice from ")
     assert UsersFile(path).names() == []
 
 
 def test_remove_names_a_user_who_is_not_there(path: Path) -> None:
     result = run(path, "remove", "alice")
     assert result.exit_code == 1
-    assert f"there is no alice in {path}" in result.output
+    assert f"alice does not exist in {path}" in result.output
 
 
 def test_list_is_alphabetical(path: Path) -> None:

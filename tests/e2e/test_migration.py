@@ -752,7 +752,7 @@ def test_what_the_table_says_is_so(tmp_path: Path, setup: Setup) -> None:
     ("arguments", "told"),
     [
         ("-R /var/empty", "-R of smtp-sink"),
-        ("-S From", "-S goes with -d or -D"),
+        ("-S From", "-S requires -d or -D"),
         ("-u nobody-like-this", "-u of smtp-sink"),
     ],
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from penstock.smtp.sasl import MECHANISMS, ScramKeys
+from penstock.smtp.sasl import MECHANISMS, Exchange, ScramKeys
 
 
 class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,3 +43,11 @@ class Authenticator(Protocol):
         Invented keys have the shape of real ones: salt length and iterations are what everybody gets to see
         (RFC 5802 5.1). Quick: it is asked in the loop. Whatever it raises, the client hears 454.
         """
+
+
+@runtime_checkable
+class StartsExchanges(Protocol):
+    """The add-on of an authenticator that has SASL exchanges of its own, such as one that accepts everybody."""
+
+    def start_exchange(self, mechanism: str) -> Exchange:
+        """Return a new exchange for a mechanism of the listener."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from penstock.cli import filecheck
+from penstock.cli.once import OnceGroup
 from penstock.config import ConfigError, Settings, load, to_toml
 from penstock.config import describe as describe_all
 
@@ -20,7 +21,7 @@ def _load(file: Path) -> Settings:
         raise click.ClickException(str(exc)) from exc
 
 
-@click.group()
+@click.group(cls=OnceGroup)
 def config() -> None:
     """Check, show and describe configuration files."""
 

@@ -9,12 +9,13 @@ import msgspec
 
 from penstock.app import Server
 from penstock.cli.filecheck import tls_problems
+from penstock.cli.once import OnceCommand
 from penstock.cli.running import listen_on, print_authority, run
 from penstock.cli.workers import indexes, supervise, work
 from penstock.config import ConfigError, Settings, load
 
 
-@click.command()
+@click.command(cls=OnceCommand)
 @click.option(
     "--config",
     "config_file",

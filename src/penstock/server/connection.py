@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 import trio
 
 from penstock import reply as replies
+from penstock.auth.base import StartsExchanges
 from penstock.message import CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
@@ -753,8 +754,11 @@ class Connection:
         # (RFC 5802 6).
         offered = listener.extensions.mechanisms_for(tls=self.transaction.tls is not None)
         binding = listener.binding if "SCRAM-SHA-256-PLUS" in offered else None
-        scram_keys = listener.authenticator.scram_keys
-        self._exchange = sasl.start_exchange(event.mechanism, scram_keys=scram_keys, binding=binding)
+        authenticator = listener.authenticator
+        if isinstance(authenticator, StartsExchanges):
+            self._exchange = authenticator.start_exchange(event.mechanism)
+        else:
+            self._exchange = sasl.start_exchange(event.mechanism, scram_keys=authenticator.scram_keys, binding=binding)
         await self._authenticate(self._exchange.start, event.initial)
 
     async def _on_auth_response(self, event: AuthResponse) -> None:
