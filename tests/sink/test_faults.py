@@ -158,7 +158,7 @@ def test_a_rate_is_a_bucket_of_tokens(per: str, same: Occasion, other: Occasion 
     assert [is_hit(engine, mail()) for _ in range(4)] == [False, False, False, True]
     decision = engine.decide(mail())
     assert decision is not None
-    assert decision.reply == Reply(421, "4.7.0", "Too fast, please try again later", closes=True)
+    assert decision.reply == Reply(421, "4.7.0", "Rate limit exceeded, please try again later", closes=True)
 
 
 def test_a_greylist_lets_a_triplet_through_after_a_while() -> None:
@@ -401,11 +401,11 @@ def test_a_drawn_delay_is_the_same_again() -> None:
 @pytest.mark.parametrize(
     ("phase", "reply", "count", "expected"),
     [
-        ("RCTP", 450, 1, "no reply in a phase 'RCTP'"),
-        ("connect", 450, 1, "no reply in a phase 'connect'"),
-        ("rcpt", 99, 1, "a reply looks like"),
+        ("RCTP", 450, 1, "unknown phase 'RCTP'; expected one of"),
+        ("connect", 450, 1, "unknown phase 'connect'"),
+        ("rcpt", 99, 1, "expected a reply such as"),
         ("rcpt", "450 5.1.1 No", 1, "an enhanced status code for 450"),
-        ("rcpt", 450, 0, "a count is 1 to"),
+        ("rcpt", 450, 0, "count must be between 1 and"),
     ],
 )
 def test_fail_next_says_what_is_wrong(phase: str, reply: int | str, count: int, expected: str) -> None:

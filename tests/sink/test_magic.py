@@ -14,10 +14,10 @@ from tests.sink.playing import EHLO, MAIL, talking, took
 @pytest.mark.parametrize(
     ("recipient", "reply"),
     [
-        ("450@x.example", "450 4.0.0 As the recipient asks for"),
-        ("450-4.2.2@x.example", "450 4.2.2 As the recipient asks for"),
-        ("550-5.1.1+tag@x.example", "550 5.1.1 As the recipient asks for"),
-        ("rcpt-552-5.2.2@x.example", "552 5.2.2 As the recipient asks for"),
+        ("450@x.example", "450 4.0.0 Requested by the recipient"),
+        ("450-4.2.2@x.example", "450 4.2.2 Requested by the recipient"),
+        ("550-5.1.1+tag@x.example", "550 5.1.1 Requested by the recipient"),
+        ("rcpt-552-5.2.2@x.example", "552 5.2.2 Requested by the recipient"),
         ("greylist@x.example", "451 4.7.1 Greylisted, please try again later"),
         ("flaky-100@x.example", "451 4.0.0 Temporary failure, please try again later"),
     ],
@@ -36,9 +36,9 @@ async def test_a_recipient_asks_for_the_fate_of_the_whole_message(tmp_path: Path
     async with talking(tmp_path, has_magic=True) as talk:
         assert (await talk.begin("dot-451@x", "b@example.org"))[:3] == "250"
         await talk.ask("DATA")
-        assert await talk.end() == "451 4.0.0 As the recipient asks for"
+        assert await talk.end() == "451 4.0.0 Requested by the recipient"
         assert (await talk.begin("data-452-4.3.1@x"))[:3] == "250"
-        assert await talk.ask("DATA") == "452 4.3.1 As the recipient asks for"
+        assert await talk.ask("DATA") == "452 4.3.1 Requested by the recipient"
         assert (await talk.ask("RSET"))[:3] == "250"
         assert (await talk.mail())[:3] == "250"
         assert len(talk.recorder.delivered) == 1
