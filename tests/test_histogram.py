@@ -85,7 +85,7 @@ def test_n_at_once_are_n_one_by_one() -> None:
     histogram.record_n(5_000_000, 3)
     histogram.record_n(7, 0)
     assert told(histogram) == told(counted([5_000_000] * 3))
-    with pytest.raises(ValueError, match="n is not negative"):
+    with pytest.raises(ValueError, match="n must not be negative"):
         histogram.record_n(5, -1)
 
 
@@ -109,8 +109,8 @@ def test_a_percentile_beyond_its_bounds_is_an_error(p: float) -> None:
     [
         ({"unit": "s"}, "the unit"),
         ({"count": 7}, "count 1, not 7"),
-        ({"buckets": [[1001, 1]]}, "no bucket"),
-        ({"buckets": [[1000, -1]]}, "no bucket"),
+        ({"buckets": [[1001, 1]]}, "is not a bucket"),
+        ({"buckets": [[1000, -1]]}, "is not a bucket"),
     ],
 )
 def test_a_dictionary_that_no_histogram_has_told_is_an_error(changed: dict[str, object], error: str) -> None:

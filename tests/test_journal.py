@@ -154,7 +154,7 @@ def test_events_can_be_left_out(events: Literal["all", "mail", "errors", "none"]
 
 
 def test_a_journal_that_nobody_drains_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_WAITING", 10)
+    monkeypatch.setattr(module, "_MAX_WAITING", 10)
     journal = Journal(JournalSettings(format="json"))
     for _ in range(25):
         journal.stopped()

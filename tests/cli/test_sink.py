@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import smtplib
 import ssl
+from base64 import b64encode
 from contextlib import suppress
 from pathlib import Path
 
@@ -152,19 +153,20 @@ def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["alice", ""])
 def test_auth_accepts_every_name_in_every_mechanism(tmp_path: Path, name: str) -> None:
-    bearer = f"user={name}\1auth=Bearer token\1\1"
     with serving(tmp_path / "data", "", "sink", "--auth", "--config", str(journaling_sink(tmp_path))) as server:
-        for mechanism, respond in {
-            "PLAIN": lambda _=None: f"\0{name}\0",
-            "LOGIN": lambda challenge=None: None if challenge is None else name,
-            "CRAM-MD5": lambda challenge=None: None if challenge is None else f"{name} 0123456789abcdef",
-            "XOAUTH2": lambda _=None: bearer,
-            "OAUTHBEARER": lambda _=None: f"n,a={name},\1auth=Bearer token\1\1",
+        for mechanism, responses in {
+            "PLAIN": [f"\0{name}\0"],
+            "LOGIN": [name, "secret"],
+            "CRAM-MD5": [f"{name} 0123456789abcdef"],
+            "XOAUTH2": [f"user={name}\1auth=Bearer token\1\1"],
+            "OAUTHBEARER": [f"n,a={name},\1auth=Bearer token\1\1"],
         }.items():
             with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
                 client.ehlo()
                 assert mechanism in client.esmtp_features["auth"].split()
-                assert client.auth(mechanism, respond)[0] == 235
+                assert client.docmd("AUTH", mechanism)[0] == 334
+                replies = [client.docmd(b64encode(text.encode()).decode())[0] for text in responses]
+                assert replies == [334] * (len(responses) - 1) + [235]
                 assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
         server.stop()
         lines = [json.loads(line) for line in server.journal.read_text().splitlines() if line.startswith("{")]

@@ -404,7 +404,7 @@ def test_a_drawn_delay_is_the_same_again() -> None:
         ("RCTP", 450, 1, "unknown phase 'RCTP'; expected one of"),
         ("connect", 450, 1, "unknown phase 'connect'"),
         ("rcpt", 99, 1, "expected a reply such as"),
-        ("rcpt", "450 5.1.1 No", 1, "an enhanced status code for 450"),
+        ("rcpt", "450 5.1.1 No", 1, "expected an enhanced status code such as '4.1.1' for 450"),
         ("rcpt", 450, 0, "count must be between 1 and"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_report_is_read_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     ("data", "why"),
-    [(b"", "no report"), (b"{}", "no report"), (b'{"schema":"other"}', "no report")],
+    [(b"", "not a report"), (b"{}", "not a report"), (b'{"schema":"other"}', "not a report")],
 )
 def test_what_is_no_report_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):

@@ -253,8 +253,8 @@ class RuleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         TlsFault | None,
         Meta(
             description="TLS fault, in phase starttls, or connect with implicit TLS: refuse (454), wrong-name, "
-            "expired, alert (fatal, after the handshake), stall (during the handshake), plaintext (a reply instead of the "
-            "handshake), tls-1.2 (no newer version)"
+            "expired, alert (fatal, after the handshake), stall (during the handshake), plaintext (a reply instead "
+            "of the handshake), tls-1.2 (no newer version)"
         ),
     ] = None
     keeps: Annotated[
