@@ -497,7 +497,11 @@ SETUPS = (
             same("-p", does_not_offer("pipelining")),
             same("-T 65000", takes_mail),
             same("-h NAME", greets_with(b"220 sink.example.org ")),
-            Row("smtp-sink `-m 3`", "the same, but those beyond hear 421 instead of waiting", takes_three_connections),
+            Row(
+                "smtp-sink `-m 3`",
+                "the same, but further clients receive 421 instead of waiting",
+                takes_three_connections,
+            ),
             same("-t 1", sends_the_idle_away),
             same("-c", shows_counters),
         ),
@@ -549,7 +553,7 @@ SETUPS = (
         rows=(
             Row(
                 "smtp-sink `-d TEMPLATE`, `-D TEMPLATE`, `-S STRING`",
-                "the same letters; the parameters of MAIL and RCPT stand in an order of their own",
+                "the same options; the order of the parameters of MAIL and RCPT differs",
                 writes_dumps,
             ),
         ),
@@ -662,14 +666,18 @@ SETUPS = (
     Setup(
         "a name",
         command="serve",
-        toml=CONFIGURED,
+        toml=CONFIGURED + '[listener.wire]\nbare_cr = "reject"\n',
         rows=(
             Row(
                 "MailHog `-hostname mx.example.org`",
                 '`penstock sink -h mx.example.org`; `hostname = "mx.example.org"` of `penstock serve`',
                 greets_with(b"220 mx.example.org "),
             ),
-            Row("Mailpit `--smtp-strict-rfc-headers`", "as it is in `penstock serve`", refuses_bare_cr),
+            Row(
+                "Mailpit `--smtp-strict-rfc-headers`",
+                '`penstock serve`: `[listener.wire] bare_cr = "reject"`',
+                refuses_bare_cr,
+            ),
         ),
     ),
     Setup(
@@ -680,7 +688,7 @@ SETUPS = (
         rows=(
             Row(
                 "Mailpit `--smtp-tls-cert`, `--smtp-tls-key`",
-                "`penstock sink --certificate FILE --key FILE`; without, one is made: `--ca-file FILE`",
+                "`penstock sink --certificate FILE --key FILE`; a generated certificate: `--ca-file FILE`",
                 shows_its_own_certificate,
             ),
             Row(
@@ -727,7 +735,7 @@ SETUPS = (
         rows=(
             Row(
                 "Mailpit `--smtp-allowed-recipients REGEX`",
-                "`penstock sink --config FILE`: `domains`, or a `[[check]]` of your own in Python",
+                "`penstock sink --config FILE`: `domains`, or a `[[check]]` policy in Python",
                 takes_matching_recipients_only,
             ),
         ),
@@ -784,7 +792,7 @@ def table() -> str:
     rest = [row for row in rows if not row[1].startswith("the same: `penstock")]
     programs = ["smtp-sink", "Mailpit", "MailHog"]
     rest.sort(key=lambda row: programs.index(row[0].split()[0]))
-    shown = [(f"smtp-sink {', '.join(letters)}", "the same letters of `penstock sink`"), *rest]
+    shown = [(f"smtp-sink {', '.join(letters)}", "the same options of `penstock sink`"), *rest]
     return "\n".join(["| there | here |", "|---|---|", *(f"| {theirs} | {ours} |" for theirs, ours in shown)])
 
 
