@@ -659,7 +659,7 @@ def test_wrong_options_are_named_at_once(options: dict[str, Any], told: str) -> 
 
 
 def test_something_that_is_no_policy_is_named_at_the_start() -> None:
-    with pytest.raises(ValueError, match="on_rctp is not a hook"):
+    with pytest.raises(ValueError, match="unknown hook on_rctp"):
         SmtpServer(policies=[type("Typo", (), {"on_rctp": None})()]).start()
 
 

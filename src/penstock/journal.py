@@ -80,78 +80,78 @@ class Journal:
     def listening(self, address: str, listener: str) -> None:
         """A listener accepts connections."""
         if self._logs_connections:
-            self._record("listening", 0, None, address, listener)
+            self._note("listening", 0, None, address, listener)
 
     def stopping(self, sessions: int) -> None:
         """The server stops accepting connections; `sessions` are open."""
         if self._logs_connections:
-            self._record("stopping", 0, None, sessions)
+            self._note("stopping", 0, None, sessions)
 
     def stopped(self) -> None:
         """The last session has ended."""
         if self._logs_connections:
-            self._record("stopped", 0, None)
+            self._note("stopped", 0, None)
 
     def error(self, session: int, where: str, exc: BaseException) -> None:
         """An error that is not about a message: a bug, or the operating system."""
         if self._logs_errors:
-            self._record("error", session, None, where, exc)
+            self._note("error", session, None, where, exc)
 
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """A policy raised an exception, missed its deadline, or returned an invalid value."""
         if self._logs_errors:
-            self._record("hook-failed", 0, None, hook, hook_point, cause)
+            self._note("hook-failed", 0, None, hook, hook_point, cause)
 
     def users_failed(self, cause: str) -> None:
         """A users file has changed and cannot be read, or no longer exists."""
         if self._logs_errors:
-            self._record("users-failed", 0, None, cause)
+            self._note("users-failed", 0, None, cause)
 
     def users_read(self, file: str, users: int) -> None:
         """A users file was read again and has `users` users."""
         if self._logs_errors:
-            self._record("users-read", 0, None, file, users)
+            self._note("users-read", 0, None, file, users)
 
     # ---- connections
 
     def connected(self, session: int, peer: Peer, listener: str) -> None:
         """A connection was accepted."""
         if self._logs_connections:
-            self._record("connected", session, peer, listener)
+            self._note("connected", session, peer, listener)
 
     def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
         """A connection was refused before its first command."""
         if self.logs_mail:
-            self._record("rejected", session, peer, listener, reply)
+            self._note("rejected", session, peer, listener, reply)
 
     def tls(self, session: int, peer: Peer, info: TlsInfo) -> None:
         """A TLS handshake was completed."""
         if self._logs_connections:
-            self._record("tls", session, peer, info.version, info.cipher)
+            self._note("tls", session, peer, info.version, info.cipher)
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
         """A client has authenticated."""
         if self.logs_mail:
-            self._record("authenticated", session, peer, name, mechanism)
+            self._note("authenticated", session, peer, name, mechanism)
 
     def auth_failed(self, session: int, peer: Peer, name: str, mechanism: str, cause: str) -> None:
         """An authentication has failed."""
         if self.logs_mail:
-            self._record("auth-failed", session, peer, name, mechanism, cause)
+            self._note("auth-failed", session, peer, name, mechanism, cause)
 
     def disconnected(
         self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
     ) -> None:
         """A session has ended; `cause` is the reason: "QUIT", a timeout, or a connection error."""
         if self._logs_connections:
-            self._record("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
+            self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
 
     # ---- mail
 
     def refused(self, session: int, peer: Peer, verb: str, reply: Reply, sender: Path | None, subject: str) -> None:
         """A command was refused by a decision, not for its syntax; `subject` is its argument."""
         if self.logs_mail:
-            self._record("refused", session, peer, verb, reply, sender, subject)
+            self._note("refused", session, peer, verb, reply, sender, subject)
 
     def accepted(
         self,
@@ -165,60 +165,60 @@ class Journal:
     ) -> None:
         """A message with `octets` octets of body was accepted. The list of recipients must not change afterwards."""
         if self.logs_mail:
-            self._record("accepted", session, peer, message_id, sender, recipients, octets, reply)
+            self._note("accepted", session, peer, message_id, sender, recipients, octets, reply)
 
     def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
         """A message began and did not end."""
         if self.logs_mail:
-            self._record("lost", session, peer, sender, cause)
+            self._note("lost", session, peer, sender, cause)
 
     # ---- the relay
 
     def recovered(self, messages: int, interrupted: int, swept: int) -> None:
         """The spool was opened: waiting messages, attempts that were interrupted, orphaned files that were removed."""
         if self._logs_connections:
-            self._record("recovered", 0, None, messages, interrupted, swept)
+            self._note("recovered", 0, None, messages, interrupted, swept)
 
     def attempted(self, message_id: str, to: Recipients, hop: str, attempts: int) -> None:
         """A message is tried again at a next hop."""
         if self.logs_mail:
-            self._record("attempted", 0, None, message_id, to, hop, attempts)
+            self._note("attempted", 0, None, message_id, to, hop, attempts)
 
     def delivered(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, seconds: float) -> None:
         """A message was delivered to recipients, `seconds` after its arrival."""
         if self.logs_mail:
-            self._record("delivered", 0, None, message_id, to, hop, said, attempts, round(seconds, 3))
+            self._note("delivered", 0, None, message_id, to, hop, said, attempts, round(seconds, 3))
 
     def deferred(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, wait: float) -> None:
         """A delivery has failed temporarily; it is retried after `wait` seconds."""
         if self.logs_mail:
-            self._record("deferred", 0, None, message_id, to, hop, said, attempts, round(wait))
+            self._note("deferred", 0, None, message_id, to, hop, said, attempts, round(wait))
 
     def bounced(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, report: str) -> None:
         """A delivery has failed permanently; `report` says whether the sender is notified."""
         if self.logs_mail:
-            self._record("bounced", 0, None, message_id, to, hop, said, attempts, report)
+            self._note("bounced", 0, None, message_id, to, hop, said, attempts, report)
 
     def reported(self, report_id: str, message_id: str, action: str, sender: Path) -> None:
         """A delivery report was sent to the sender of a message, as a new message."""
         if self.logs_mail:
-            self._record("reported", 0, None, report_id, message_id, action, sender)
+            self._note("reported", 0, None, report_id, message_id, action, sender)
 
     # ---- next hops
 
     def hop_down(self, hop: str, cause: str, seconds: float) -> None:
         """A next hop has failed repeatedly and is not tried for `seconds` seconds."""
         if self._logs_errors:
-            self._record("hop-down", 0, None, hop, cause, seconds)
+            self._note("hop-down", 0, None, hop, cause, seconds)
 
     def hop_up(self, hop: str) -> None:
         """A next hop that was down accepts mail again."""
         if self._logs_errors:
-            self._record("hop-up", 0, None, hop)
+            self._note("hop-up", 0, None, hop)
 
     # ---- lines
 
-    def _record(self, event: str, session: int, peer: Peer | None, *values: Any) -> None:
+    def _note(self, event: str, session: int, peer: Peer | None, *values: Any) -> None:
         waiting = self._waiting
         if len(waiting) >= _BATCH:
             self._format()

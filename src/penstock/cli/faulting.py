@@ -99,7 +99,7 @@ class FaultInjection:
             raise click.ClickException(f"{fault_log}: {exc.strerror}") from exc
         self._engine = FaultEngine(receipts=self._log, has_magic=magic)
         self._certificates: Certificates | None = None
-        self.control = FaultDesk(self._engine, self._log, seed=seed)
+        self.desk = FaultDesk(self._engine, self._log, seed=seed)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> FaultInjection:

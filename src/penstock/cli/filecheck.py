@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from penstock.auth.users import UsersFile
 from penstock.config import ListenerSettings, Settings
+from penstock.delivery.custom import load_delivery
 from penstock.journal import Journal, JournalSettings
-from penstock.loading import HookError, load_object
+from penstock.loading import HookError
 from penstock.net.tls import TlsSettings, client_context, server_context
 from penstock.policy.hooks import load_hook
 from penstock.policy.recipients import FileRecipients
@@ -62,7 +63,7 @@ def problems(settings: Settings) -> list[str]:
             found.append(f"recipients.file: {exc}")
     if ":" in settings.delivery.kind:
         try:
-            load_object(settings.delivery.kind, settings.delivery.arguments)
+            load_delivery(settings.delivery.kind, settings.delivery.arguments)
         except HookError as exc:
             found.append(f"delivery.kind: {exc}")
     for number, hook in enumerate(settings.check):

@@ -1,7 +1,6 @@
-"""Policies in Python: a `module:object` of the configuration becomes a policy.
+"""Policies in Python: loads the `module:object` of a [[check]] table.
 
-What is wrong with one (no such module, no hook_point, a method that is misspelt or takes other arguments) is said at
-the start, not when the first mail comes.
+Mistakes (an unknown module, a misspelt method, wrong arguments) are reported at the start, not when mail arrives.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import msgspec
 
 from penstock.loading import HookError, load_object
 from penstock.policy.base import HOOK_POINTS
+from penstock.schema import suggest
 
 _ARGUMENTS: Final = {
     "on_connect": 2,
@@ -25,34 +25,38 @@ _ARGUMENTS: Final = {
     "on_reset": 1,
     "on_disconnect": 1,
 }
-"""How many arguments each hook is called with (penstock.policy.base)."""
+"""Number of arguments of each hook (penstock.policy.base)."""
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A policy in Python, asked in the order of the file."""
+    """A policy in Python. Policies are asked in the order of the file."""
 
-    hook: Annotated[str, msgspec.Meta(description="package.module:name, or path/to/file.py:name")]
+    hook: Annotated[str, msgspec.Meta(description="Policy to load: package.module:name or path/to/file.py:name")]
     arguments: Annotated[
-        dict[str, Any], msgspec.Meta(description="Keyword arguments when the name is a class or a function")
+        dict[str, Any], msgspec.Meta(description="Keyword arguments, if the name is a class or a function")
     ] = {}
     deadline: Annotated[
         float,
-        msgspec.Meta(gt=0, le=600, description="Seconds a call may take before it counts as failed (451)"),
+        msgspec.Meta(
+            gt=0,
+            le=600,
+            description="Seconds that a call may take; after that it has failed and the client receives 451",
+        ),
     ] = 10.0
-    concurrency: Annotated[int, msgspec.Meta(ge=1, description="Calls that may be under way at a time")] = 1000
+    concurrency: Annotated[int, msgspec.Meta(ge=1, description="Maximum number of simultaneous calls")] = 1000
     breaker_failures: Annotated[
-        int, msgspec.Meta(ge=1, description="Failures in a row after which it is left alone for a while")
+        int, msgspec.Meta(ge=1, description="Consecutive failures after which the policy is not called for a while")
     ] = 10
     breaker_pause: Annotated[
         float,
-        msgspec.Meta(ge=0, le=3600, description="Seconds it is left alone; the answer is 451 meanwhile"),
+        msgspec.Meta(ge=0, le=3600, description="Seconds for which it is not called; clients receive 451 meanwhile"),
     ] = 30.0
 
 
 def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
-    """Return the policy that a reference names: an object as it is, a class or function called with the arguments.
+    """Return the policy of a reference: an object unchanged, a class or function called with the arguments.
 
-    Raise HookError when there is no such object, or when it is no policy.
+    Raise HookError if it cannot be loaded or is not a policy.
     """
     policy = load_object(reference, arguments)
     check_policy(reference, policy)
@@ -60,19 +64,21 @@ def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
 
 
 def check_policy(reference: str, policy: object) -> None:
-    """Raise HookError when an object is no policy; `reference` is what the error calls it."""
+    """Raise HookError if an object is not a policy; `reference` is its name in the error."""
     methods = [name for name in dir(policy) if name.startswith("on_")]
     for name in methods:
         if name not in HOOK_POINTS:
-            raise HookError(f"{reference!r}: {name} is not a hook; available: {', '.join(HOOK_POINTS)}")
+            raise HookError(
+                f"{reference!r}: unknown hook {name}{suggest(name, HOOK_POINTS)}; available: {', '.join(HOOK_POINTS)}"
+            )
         method = getattr(policy, name)
         try:
             inspect.signature(method).bind(*[None] * _ARGUMENTS[name])
         except ValueError:
-            continue  # compiled code may not tell its arguments
+            continue  # compiled code may have no signature
         except TypeError as exc:
             raise HookError(
-                f"{reference!r}: {name} is called with {_ARGUMENTS[name]} arguments, see penstock.policy.base: {exc}"
+                f"{reference!r}: {name} must take {_ARGUMENTS[name]} arguments (see penstock.policy.base): {exc}"
             ) from exc
     if not methods:
-        raise HookError(f"{reference!r}: it has none of {', '.join(HOOK_POINTS)}")
+        raise HookError(f"{reference!r}: the policy has no hook; available: {', '.join(HOOK_POINTS)}")
