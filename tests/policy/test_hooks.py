@@ -50,7 +50,11 @@ def test_a_module_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         (GOOD, "make", "creating the object failed: TypeError"),
         ("thing = 1", "thing", "the policy has no hook; available: on_connect"),
         ("1/0", "x", "loading the module failed: ZeroDivisionError"),
-        ("class P:\n def on_rcptt(self, a, b): ...", "P", r"unknown hook on_rcptt \(did you mean on_rcpt\?\); available"),
+        (
+            "class P:\n def on_rcptt(self, a, b): ...",
+            "P",
+            r"unknown hook on_rcptt \(did you mean on_rcpt\?\); available",
+        ),
         ("class P:\n def on_rcpt(self, a): ...", "P", "on_rcpt must take 2 arguments"),
         ("class P:\n on_mail = 1", "P", "on_mail must take 3 arguments"),
         ("async def make(): ...", "make", "must be a plain def, not async def"),

@@ -1,4 +1,4 @@
-"""A plan is strict and telling, and described by its own classes."""
+"""Fault plans: every mistake is reported with its key, and the classes describe themselves."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ RULE = "[[rule]]\n"
         ("x = ", "invalid TOML"),
     ],
 )
-def test_a_mistake_is_told_by_its_key(toml: str, expected: str) -> None:
+def test_a_mistake_is_reported_with_its_key(toml: str, expected: str) -> None:
     with pytest.raises(PlanError) as error:
         parse_plan(toml)
     assert expected in str(error.value)
 
 
-def test_a_file_names_itself_in_errors(tmp_path: Path) -> None:
+def test_errors_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
     with pytest.raises(PlanError, match=r"plan\.toml: No such file"):
         load_plan(file)
@@ -128,11 +128,11 @@ def test_a_file_names_itself_in_errors(tmp_path: Path) -> None:
         ("571 5.7.1", Reply(571, "5.7.1", "Injected fault")),
     ],
 )
-def test_a_reply_is_read_as_it_is_said(text: str, expected: Reply) -> None:
+def test_a_reply_is_parsed_with_optional_status_and_text(text: str, expected: Reply) -> None:
     assert reply_of(text) == expected
 
 
-def test_the_description_is_a_file_that_means_the_defaults() -> None:
+def test_the_description_reads_back_as_the_defaults() -> None:
     text = schema.describe(PlanSettings)
     assert parse_plan(text) == PlanSettings()
     assert max(map(len, text.splitlines())) <= 120
@@ -149,6 +149,6 @@ def test_every_key_of_a_rule_is_described() -> None:
         assert phase in text
 
 
-def test_a_plan_goes_to_a_table_and_back() -> None:
+def test_a_plan_survives_conversion_to_a_table() -> None:
     plan = parse_plan(RULE + 'phase = "rcpt"\nmatch = { recipient = ["x@*"], sequence = [1, 5] }\nreply = "450"')
     assert msgspec.convert(msgspec.to_builtins(plan), PlanSettings) == plan
