@@ -510,9 +510,9 @@ def test_what_is_wrong_with_a_plan_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("RCTP", 450), "there is no reply in a phase 'RCTP'; a phase is one of banner"),
-        (("RCPT", 999), "a reply looks like"),
-        (("RCPT", 450, 0), "a count is 1 to"),
+        (("RCTP", 450), "unknown phase 'RCTP'; expected one of: banner"),
+        (("RCPT", 999), "expected a reply such as"),
+        (("RCPT", 450, 0), "count must be between 1 and"),
     ],
 )
 def test_what_is_wrong_with_a_failure_is_named(arguments: tuple[Any, ...], told: str) -> None:

@@ -34,7 +34,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class Disk:
-    """A file whose writes wait for permission, then take the given octets or fail; after the given acts, they succeed."""
+    """A file whose writes wait for permission, then take the given octets, fail, or at last succeed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *acts: int | OSError) -> None:
         self.pieces: list[bytes] = []

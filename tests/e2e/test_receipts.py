@@ -45,7 +45,7 @@ def test_missing_or_duplicate_messages_set_the_exit_code(tmp_path: Path, numbers
     with serving(tmp_path / "data", "", "sink", "--expect", "3") as server:
         send(server, *numbers)
         assert server.stop() == 1
-        assert "missing, or came twice" in server.journal.read_text()
+        assert "missing or duplicated" in server.journal.read_text()
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_top_shows_a_running_sink(tmp_path: Path) -> None:
     [
         (["--keep", "zip:x"], "last:N"),
         (["--sequence-header", "X Y"], "no name of a header field"),
-        (["--sequence-recipient", "("], "no regular expression"),
-        (["--sequence-header", "X", "--sequence-recipient", "(.)"], "exclude each other"),
+        (["--sequence-recipient", "("], "not a regular expression"),
+        (["--sequence-header", "X", "--sequence-recipient", "(.)"], "mutually exclusive"),
         (["--web", "0.0.0.0:0"], "needs a token"),
         (["--web", "127.0.0.1:0", "--web-token", "short"], "8 to 128"),
         (["--web", "nonsense"], "looks like"),
-        (["--no-receipts", "--report", "x"], "no other option"),
+        (["--no-receipts", "--report", "x"], "cannot be combined with options"),
     ],
 )
 def test_conflicting_options_are_reported(options: list[str], why: str) -> None:
