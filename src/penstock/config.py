@@ -86,11 +86,11 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             description="spool: written to stable storage before the 250, then delivered as the routes say; "
             "passthrough: sent to the next hop before the 250, or spooled if that is slow or down; maildir: written to "
-            "the Maildir before the 250; discard: dropped; package.module:Class or path/to/file.py:Class: a delivery in "
-            "Python"
+            "the Maildir before the 250; discard: dropped; package.module:Class or path/to/file.py:Class: a delivery "
+            "in Python"
         ),
     ] = "spool"
-    arguments: Annotated[dict[str, Any], Meta(description="Keyword arguments of a delivery in Python")] = {}  # noqa: RUF012 - msgspec copies it
+    arguments: Annotated[dict[str, Any], Meta(description="Keyword arguments of a delivery in Python")] = {}  # noqa: RUF012
     maildir: MaildirSettings = MaildirSettings()
     passthrough: PassthroughSettings = PassthroughSettings()
 

@@ -286,6 +286,8 @@ def _bounds(meta: Meta | None) -> str:
 
 
 def _toml_value(value: object) -> str:
-    """Return a value as TOML, an array on one line."""
+    """Return a value as TOML, on one line; a table must be empty."""
+    if value == {}:
+        return "{}"
     text = tomli_w.dumps({"x": msgspec.to_builtins(value)}).removeprefix("x = ").strip()
     return re.sub(r"\n\s+", " ", re.sub(r",?\n\]", "]", re.sub(r"\[\n\s+", "[", text)))

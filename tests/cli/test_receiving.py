@@ -82,7 +82,9 @@ async def test_unread_counters_do_not_block_the_sink(
     monkeypatch.setattr(receiving, "_print", write)
     statistics = receiving.Receiving(receiving.ReceivingOptions(counters=True))
     settings = parse(f'data_dir = "{tmp_path}"\n[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n')
-    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=statistics.metrics))
+    parts = assemble(
+        settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=statistics.metrics)
+    )
     statistics.begin(parts)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(statistics.run)

@@ -6,7 +6,8 @@ import datetime
 import re
 import resource
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,6 @@ from penstock.auth.users import UsersFile
 from penstock.config import ListenerSettings, Settings
 from penstock.delivery.custom import load_delivery
 from penstock.journal import Journal, JournalSettings
-from penstock.loading import HookError
 from penstock.net.tls import TlsSettings, client_context, server_context
 from penstock.policy.hooks import load_hook
 from penstock.policy.recipients import FileRecipients
@@ -37,41 +37,42 @@ class _FileError(ValueError):
 def problems(settings: Settings) -> list[str]:
     """Return what would stop or break the service, each with its key: missing, unreadable or unusable files.
 
-    Loads the policies. Never prompts for a passphrase.
+    Loads the policies and the delivery. Never prompts for a passphrase.
     """
     found = tls_problems(settings)
-    folder = Path(settings.data_dir).absolute()
+    for key, use in _uses(settings, Path(settings.data_dir).absolute()):
+        try:
+            use()
+        except (OSError, ValueError) as exc:
+            found.append(f"{key}: {exc}")
+    return found
+
+
+def _uses(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the keys that name files or Python code, and a function that uses them as the server does."""
     for number, route in enumerate(settings.route):
         if route.auth is not None:
-            key = f"route[{number}].auth.password_file"
-            found += _unreadable(key, folder / route.auth.password_file)
+            yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_bytes
         if route.tls.ca_file:
-            try:
-                client_context(verify=True, ca_file=str(folder / route.tls.ca_file))
-            except OSError as exc:
-                found.append(f"route[{number}].tls.ca_file: {folder / route.tls.ca_file}: {_reason(exc)}")
+            yield f"route[{number}].tls.ca_file", partial(_check_ca_file, folder / route.tls.ca_file)
     for number, listener in enumerate(settings.listener):
         if listener.auth is not None:
-            try:
-                UsersFile(folder / listener.auth.users).names()
-            except (OSError, ValueError) as exc:
-                found.append(f"listener[{number}].auth.users: {exc}")
+            yield f"listener[{number}].auth.users", UsersFile(folder / listener.auth.users).names
     if settings.recipients.file:
-        try:
-            FileRecipients(folder / settings.recipients.file, bool, Journal(JournalSettings(events="none")))
-        except (OSError, ValueError) as exc:
-            found.append(f"recipients.file: {exc}")
+        silent = Journal(JournalSettings(events="none"))
+        yield "recipients.file", partial(FileRecipients, folder / settings.recipients.file, bool, silent)
     if ":" in settings.delivery.kind:
-        try:
-            load_delivery(settings.delivery.kind, settings.delivery.arguments)
-        except HookError as exc:
-            found.append(f"delivery.kind: {exc}")
+        yield "delivery.kind", partial(load_delivery, settings.delivery.kind, settings.delivery.arguments)
     for number, hook in enumerate(settings.check):
-        try:
-            load_hook(hook.hook, hook.arguments)
-        except HookError as exc:
-            found.append(f"check[{number}].hook: {exc}")
-    return found
+        yield f"check[{number}].hook", partial(load_hook, hook.hook, hook.arguments)
+
+
+def _check_ca_file(file: Path) -> None:
+    """Raise ValueError, which names the file, if it has no certificates."""
+    try:
+        client_context(verify=True, ca_file=str(file))
+    except OSError as exc:
+        raise ValueError(f"{file}: {_reason(exc)}") from exc
 
 
 def warnings(settings: Settings, *, reads_files: bool = True) -> list[str]:
@@ -195,14 +196,6 @@ def _read(key: str, file: Path) -> bytes:
         return file.read_bytes()
     except OSError as exc:
         raise _FileError(f"{key}: {file}: {_reason(exc)}") from exc
-
-
-def _unreadable(key: str, file: Path) -> list[str]:
-    try:
-        _read(key, file)
-    except _FileError as exc:
-        return [str(exc)]
-    return []
 
 
 def _reason(exc: OSError) -> str:
