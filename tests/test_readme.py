@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from penstock.config import parse
+from penstock.delivery.custom import load_delivery
 from penstock.message import NO_PARAMETERS, NULL_PATH, CountedBody, Envelope, Message, MessageId
 from penstock.message import Path as MailPath
 from penstock.policy.hooks import load_hook
@@ -42,12 +43,13 @@ async def test_the_policy_refuses_a_blocked_domain(tmp_path: Path) -> None:
 
 async def test_the_delivery_writes_every_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(example("deliveries.py"), names)
+    (tmp_path / "deliveries.py").write_text(example("deliveries.py"))
+    delivery = load_delivery(f"{tmp_path}/deliveries.py:Archive")
+    await delivery.start()
     message = Message(
         MessageId("1M8KRQ663CFG00000045"), Envelope(NULL_PATH, ()), b"Received: test\r\n", CountedBody(0), 0.0
     )
-    reply = await names["Archive"]().accept(message, Transaction(Peer("192.0.2.1", 25)))
+    reply = await delivery.accept(message, Transaction(Peer("192.0.2.1", 25)))
     assert reply == Reply(250, "2.0.0", f"Archived as {message.id}")
     file = trio.Path(tmp_path) / "archive" / f"{message.id}.eml"
     assert await file.read_bytes() == b"Received: test\r\n"
