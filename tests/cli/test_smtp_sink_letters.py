@@ -285,7 +285,7 @@ def run(*arguments: str) -> tuple[int, str]:
         (("-W", "RCPT:1:100"), "-W takes COMMAND:SECONDS"),
         (("-W", "RCTP:1"), "-W: unknown command 'RCTP'"),
         (("-B", "250 Fine", "-f", "RCPT"), "-B: '250 Fine' is not a 4xx or 5xx reply"),
-        (("-b", "Fine", "-r", "RCPT"), "a reply looks like"),
+        (("-b", "Fine", "-r", "RCPT"), "expected a reply such as"),
         (("-M", "0"), "x>=1"),
         ((":2525", "100"), "open relay"),
         (("inet:0.0.0.0:2525", "100"), "open relay"),
