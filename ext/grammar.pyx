@@ -1,7 +1,8 @@
 """The plain form of the arguments of EHLO, MAIL and RCPT, as nearly all clients send them.
 
-The plain form is a part of the whole grammar (penstock.smtp.grammar): each function here returns None for what it does
-not know, and otherwise exactly what the whole grammar would. A property test compares the two.
+The plain form is a subset of the whole grammar (penstock.smtp.grammar), in its strict and in its tolerant mode: each
+function here returns None for an argument that is not plain, and otherwise exactly what the whole grammar returns. A
+property test compares the two.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -19,16 +20,12 @@ cdef extern from "Python.h":
     object PyType_GenericAlloc(object type, Py_ssize_t items)
 
 cdef enum:
-    # RFC 5321 4.5.3.1.1, 4.5.3.1.2, 4.5.3.1.3 (with the angle brackets), 2.3.5
-    MAX_LOCAL_PART = 64
+    # The limits of the DNS (RFC 1035 2.3.4). Local parts and paths are bounded by the command line only.
     MAX_DOMAIN = 255
-    MAX_PATH = 256
     MAX_LABEL = 63
     MAX_HELLO = 255
     MAX_SIZE_DIGITS = 20    # RFC 1870 5
 
-cdef object bad_sender = Reply(501, "5.1.7", "Bad sender address syntax")
-cdef object bad_recipient = Reply(501, "5.1.3", "Bad recipient address syntax")
 cdef object too_big = replies.TOO_BIG
 cdef object path_type = Path
 cdef object recipient_type = Recipient
@@ -36,8 +33,8 @@ cdef object mail_type = Mail
 cdef object rcpt_type = Rcpt
 cdef object no_parameters = NO_PARAMETERS
 
-BAD_SENDER = bad_sender
-BAD_RECIPIENT = bad_recipient
+BAD_SENDER = Reply(501, "5.1.7", "Bad sender address syntax")
+BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address syntax")
 
 cdef bint[256] is_atext
 cdef bint[256] is_let_dig
@@ -48,7 +45,7 @@ for octet in range(256):
 
 
 cdef object of_type(object type, tuple items):
-    """Return a named tuple without the detour over its constructor."""
+    """Return a named tuple without calling its constructor."""
     cdef object made = PyType_GenericAlloc(type, len(items))
     cdef Py_ssize_t i
     for i in range(len(items)):
@@ -58,7 +55,7 @@ cdef object of_type(object type, tuple items):
 
 
 cdef size_t skip_local_part(const unsigned char *p, size_t at, size_t stop) noexcept:
-    """Return where a Dot-string ends (RFC 5321 4.1.2), which begins at `at`; 0 when there is none."""
+    """Return the end of the Dot-string that begins at `at` (RFC 5321 4.1.2), 0 when there is none."""
     while at < stop and is_atext[p[at]]:
         at += 1
         if at < stop and p[at] == c'.':
@@ -69,7 +66,7 @@ cdef size_t skip_local_part(const unsigned char *p, size_t at, size_t stop) noex
 
 
 cdef size_t skip_domain(const unsigned char *p, size_t at, size_t stop) noexcept:
-    """Return where a Domain of letters, digits and hyphens ends; 0 when there is none."""
+    """Return the end of the Domain of letters, digits and hyphens that begins at `at`, 0 when there is none."""
     cdef size_t label
     while True:
         label = at
@@ -82,11 +79,8 @@ cdef size_t skip_domain(const unsigned char *p, size_t at, size_t stop) noexcept
         at += 1
 
 
-cdef object plain_path(const unsigned char *p, size_t begin, size_t stop, size_t *end, object bad):
-    """Read `<local@domain>`, which begins at `begin`. Return the path and where it ends, `bad` when a part is too long.
-
-    None is for what is no plain path.
-    """
+cdef object plain_path(const unsigned char *p, size_t begin, size_t stop, size_t *end):
+    """Return the path `<local@domain>` that begins at `begin` and set its end; None when it is not plain."""
     cdef size_t at, local, domain, i
     cdef char lower[MAX_DOMAIN]
     if begin >= stop or p[begin] != c'<':
@@ -99,9 +93,9 @@ cdef object plain_path(const unsigned char *p, size_t begin, size_t stop, size_t
     at = skip_domain(p, domain, stop)
     if at == 0 or at >= stop or p[at] != c'>':
         return None
+    if at - domain > MAX_DOMAIN:
+        return None
     end[0] = at + 1
-    if domain - local - 1 > MAX_LOCAL_PART or at - domain > MAX_DOMAIN or at + 1 - begin > MAX_PATH:
-        return bad
     for i in range(at - domain):
         lower[i] = p[domain + i] + 32 if c'A' <= p[domain + i] <= c'Z' else p[domain + i]
     return of_type(path_type, (
@@ -111,8 +105,8 @@ cdef object plain_path(const unsigned char *p, size_t begin, size_t stop, size_t
     ))
 
 
-cdef bint says(const unsigned char *p, size_t at, size_t stop, const char *word, size_t length) noexcept:
-    """Say whether a word, given in upper case, stands at a place, in whatever case."""
+cdef bint has_word(const unsigned char *p, size_t at, size_t stop, const char *word, size_t length) noexcept:
+    """Return whether there is a word at a place, in any case; `word` is in upper case."""
     cdef size_t i
     if stop - at < length:
         return False
@@ -122,12 +116,12 @@ cdef bint says(const unsigned char *p, size_t at, size_t stop, const char *word,
     return True
 
 
-cdef bint begins_with(const unsigned char *p, size_t *at, size_t stop, const char *word, size_t length) noexcept:
-    """Skip blanks and a word behind them. Where that is not what comes, skip nothing and return False."""
+cdef bint skip_word(const unsigned char *p, size_t *at, size_t stop, const char *word, size_t length) noexcept:
+    """Skip blanks and the word after them; skip nothing and return False when something else follows."""
     cdef size_t place = at[0]
     while place < stop and p[place] == c' ':
         place += 1
-    if place == at[0] or not says(p, place, stop, word, length):
+    if place == at[0] or not has_word(p, place, stop, word, length):
         return False
     at[0] = place + length
     return True
@@ -138,60 +132,54 @@ cpdef object plain_mail(bytes argument, bint esmtp, bint eightbitmime, unsigned 
     cdef size_t stop = PyBytes_GET_SIZE(argument)
     cdef size_t at = 0, digits
     cdef object path, size = None, body_type = None
-    if not says(p, 0, stop, b"FROM:", 5):
+    if not has_word(p, 0, stop, b"FROM:", 5):
         return None
-    path = plain_path(p, 5, stop, &at, bad_sender)
+    path = plain_path(p, 5, stop, &at)
     if path is None:
         return None
-    if at < stop and begins_with(p, &at, stop, b"SIZE=", 5):
+    if at < stop and skip_word(p, &at, stop, b"SIZE=", 5):
         digits = at
         while at < stop and c'0' <= p[at] <= c'9':
             at += 1
         if at == digits or at - digits > MAX_SIZE_DIGITS:
             return None
         size = int(argument[digits:at])
-    if at < stop and begins_with(p, &at, stop, b"BODY=8BITMIME", 13):
+    if at < stop and skip_word(p, &at, stop, b"BODY=8BITMIME", 13):
         body_type = "8BITMIME"
-    elif at < stop and begins_with(p, &at, stop, b"BODY=7BIT", 9):
+    elif at < stop and skip_word(p, &at, stop, b"BODY=7BIT", 9):
         body_type = "7BIT"
     if at < stop:
         return None
     if size is None and body_type is None:
-        return path if path is bad_sender else of_type(mail_type, (path, no_parameters))
+        return of_type(mail_type, (path, no_parameters, ()))
     if not esmtp or (body_type is not None and not eightbitmime):
         return None
-    if path is bad_sender:
-        return path
     if size is not None and size > max_size > 0:
         return too_big  # RFC 1870 6.1
-    return of_type(mail_type, (path, MailParameters(size, "7BIT" if body_type is None else body_type)))
+    return of_type(mail_type, (path, MailParameters(size, "7BIT" if body_type is None else body_type), ()))
 
 
 def plain_rcpt(bytes argument not None):
     cdef object recipient = plain_recipient(argument)
-    if recipient is None or recipient is bad_recipient:
-        return recipient
-    return of_type(rcpt_type, (recipient,))
+    return None if recipient is None else of_type(rcpt_type, (recipient, ()))
 
 
 cpdef object plain_recipient(bytes argument):
-    """Read what follows RCPT, when it is plain. Return the recipient, the refusal of one that is too long, or None."""
+    """Return the recipient that a plain argument of RCPT names, None when the argument is not plain."""
     cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
     cdef size_t stop = PyBytes_GET_SIZE(argument)
     cdef size_t at = 0
     cdef object path
-    if not says(p, 0, stop, b"TO:", 3):
+    if not has_word(p, 0, stop, b"TO:", 3):
         return None
-    path = plain_path(p, 3, stop, &at, bad_recipient)
+    path = plain_path(p, 3, stop, &at)
     if path is None or at < stop:
         return None
-    if path is bad_recipient:
-        return path
     return of_type(recipient_type, (path, None, None))
 
 
 cpdef object plain_hello(bytes argument):
-    """Return the name behind EHLO, when it is one that everybody takes: printable and not too long; else None."""
+    """Return the argument of EHLO when it is one word of printable ASCII that is not too long, else None."""
     cdef const unsigned char *p = <const unsigned char *> PyBytes_AS_STRING(argument)
     cdef size_t size = PyBytes_GET_SIZE(argument), i
     if not 1 <= size <= MAX_HELLO:

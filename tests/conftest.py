@@ -1,7 +1,7 @@
-"""Fixtures of the whole suite, and what it needs.
+"""Fixtures of the whole suite, and the programs it needs.
 
-Some files talk to real peers. Those whose program is not installed are not collected, and the header says so. With
-PENSTOCK_PEERS=required, as in .ci/run, a missing program is an error.
+Some files test with other mail programs. A file whose program is not installed is not collected, and the header of the
+report says so. With PENSTOCK_PEERS=required, as in .ci/run, a missing program is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROGRAMS = {
     "e2e/test_dumps.py": ["smtp-sink"],
     "relay/test_smtp_sink.py": ["smtp-sink"],
 }
-"""What a file needs from Debian's packages, Haraka from npm."""
+"""The programs that a file needs, from Debian packages; Haraka comes from npm."""
 TESTS = Path(__file__).parent
 
 
@@ -34,18 +34,18 @@ def _find(program: str) -> str | None:
 
 
 def missing(name: str) -> list[str]:
-    """Return what a file needs and this machine has not."""
+    """Return what a file needs and this machine does not have."""
     programs = PROGRAMS.get(name, [])
     found = [program for program in programs if _find(program) is None]
     if "postfix" in programs and os.geteuid() != 0:
-        found.append("root (Postfix starts as nobody else)")
+        found.append("root (to start Postfix)")
     if name == "e2e/test_haraka.py" and not is_haraka_there():
         found.append("Haraka (python -m bench.other_servers haraka)")
     return found
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out what can not run here."""
+    """Leave out the files whose programs are missing."""
     name = str(collection_path.relative_to(TESTS)) if collection_path.is_relative_to(TESTS) else ""
     lacking = missing(name)
     if lacking and os.environ.get("PENSTOCK_PEERS") == "required":
@@ -54,10 +54,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_report_header() -> list[str]:
-    """Say what is left out."""
-    return [
-        f"not collected: {name}, for want of {', '.join(lacking)}" for name in PROGRAMS if (lacking := missing(name))
-    ]
+    """Report the files that are left out."""
+    return [f"not collected: {name}, missing: {', '.join(lacking)}" for name in PROGRAMS if (lacking := missing(name))]
 
 
 @pytest.fixture(scope="session")

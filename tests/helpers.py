@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import trio
 
-from penstock.app import Secrets, Shared, make_listener
+from penstock.app import Secrets, Shared, make_listener, own_domain
+from penstock.auth.throttle import AuthThrottle
 from penstock.config import ListenerSettings
 from penstock.delivery.base import Delivery
 from penstock.journal import Journal, JournalSettings
@@ -22,7 +23,7 @@ from penstock.reply import DISK_FULL, Reply
 from penstock.server.body import BodySettings, MemoryBudget
 from penstock.server.connection import Connection
 from penstock.server.domains import Domains
-from penstock.server.limits import Admission, AdmissionSettings, AuthThrottle
+from penstock.server.limits import Admission, AdmissionSettings
 from penstock.server.listener import Listener
 from penstock.smtp.sasl import ChannelBinding, ScramKeys
 from penstock.transaction import Peer, Transaction
@@ -121,6 +122,8 @@ def listener_of(
         body=BodySettings(),
         budget=MemoryBudget(memory),
         ids=MessageIds(),
+        own_domain="" if domains is None else own_domain(Domains(domains), "mx.example.org"),
+        refuses_routing=True,
     )
     secrets = Secrets(tls if wanted.tls.mode != "none" else None, ChannelBinding("tls-server-end-point", b"x"))
     return make_listener(wanted, shared, secrets, Alice() if wanted.auth else None)

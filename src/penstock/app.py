@@ -9,7 +9,6 @@ test server use `assemble` and `Server.run` themselves.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import ssl
 import sys
@@ -22,8 +21,10 @@ from pathlib import Path
 
 import trio
 
+from penstock.addresses import canonical_domain, parse_network
 from penstock.auth.base import Authenticator, AuthSettings
-from penstock.auth.users import UsersAuthenticator, UsersFile
+from penstock.auth.throttle import AuthThrottle
+from penstock.auth.users import UsersAuthenticator, UsersFile, load_secret
 from penstock.config import DeliverySettings, ListenerSettings, Settings, check
 from penstock.delivery.base import Delivery
 from penstock.delivery.custom import load_delivery
@@ -34,7 +35,7 @@ from penstock.delivery.spool import SpoolDelivery
 from penstock.journal import Journal, JournalSettings
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
-from penstock.net.listen import ListenAddress, bind, name_of
+from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
 from penstock.net.resolver import Resolver
 from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
@@ -51,8 +52,8 @@ from penstock.relay.scheduler import Scheduler
 from penstock.server.body import BodySettings, MemoryBudget
 from penstock.server.connection import Component
 from penstock.server.deadlines import Sweeper
-from penstock.server.domains import Domains
-from penstock.server.limits import Admission, AuthThrottle
+from penstock.server.domains import Domains, RelayControl
+from penstock.server.limits import Admission
 from penstock.server.listener import Listener
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions
@@ -99,6 +100,10 @@ class Shared:
     ids: MessageIds
     metrics: Metrics | None = None
     components: Sequence[Component] = ()
+    own_domain: str = ""
+    """Domain of `<postmaster>` and of senders without a domain; "" leaves them without one."""
+    refuses_routing: bool = False
+    """Mail for `domains` goes on to other servers, so sender-specified routing is refused."""
 
 
 @dataclass(slots=True)
@@ -235,6 +240,9 @@ def assemble(
         ids=ids,
         metrics=overrides.metrics,
         components=overrides.components,
+        # A delivery from outside (a sink, a test) gets addresses as the client has sent them.
+        own_domain="" if overrides.delivery is not None else own_domain(domains, settings.own_hostname),
+        refuses_routing=overrides.delivery is None and settings.delivery.has_relay,
     )
     listeners, ca_file = bind_listeners(settings, shared, overrides)
     worker = Worker(
@@ -260,7 +268,7 @@ def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> 
             ca_file = ca_file or secrets.ca_file
             listener = make_listener(wanted, shared, secrets, overrides.authenticator if wanted.auth else None)
             if overrides.sockets is None:
-                bound += [BoundListener(sock, listener) for sock in bind(ListenAddress.parse(wanted.address))]
+                bound += [BoundListener(sock, listener) for sock in bind_listener(wanted)]
             else:
                 bound += [BoundListener(sock, listener, is_own=False) for sock in overrides.sockets[number]]
     except BaseException:
@@ -268,6 +276,17 @@ def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> 
             each.socket.close()
         raise
     return bound, ca_file
+
+
+def bind_listener(listener: ListenerSettings) -> list[socket.socket]:
+    """Return the listening sockets of a listener. Raise OSError."""
+    group = find_group(listener.group) if listener.group else None
+    return bind(ListenAddress.parse(listener.address), mode=parse_mode(listener.mode), group=group)
+
+
+def own_domain(domains: Domains | None, hostname: str) -> str:
+    """Return the domain whose postmaster `<postmaster>` is: the first of `domains`, or else the hostname."""
+    return (domains.first if domains is not None else "") or canonical_domain(hostname)
 
 
 def collect_policies(checks: Sequence[HookSettings], given: Sequence[object]) -> list[tuple[object, HookSettings]]:
@@ -375,7 +394,9 @@ def read_secrets(settings: TlsSettings, shared: Shared) -> Secrets:
 
 def make_authenticator(settings: AuthSettings | None, data_dir: Path, journal: Journal) -> Authenticator | None:
     """Return the authenticator of a listener; None without AUTH."""
-    return None if settings is None else UsersAuthenticator(UsersFile(data_dir / settings.users), journal)
+    if settings is None:
+        return None
+    return UsersAuthenticator(UsersFile(data_dir / settings.users), journal, secret=load_secret(data_dir / "secret"))
 
 
 def make_listener(
@@ -384,12 +405,16 @@ def make_listener(
     """Assemble what all connections of a listener share."""
     return Listener(
         name=wanted.name or wanted.address,
-        extensions=make_extensions(wanted, shared.hostname),
+        extensions=make_extensions(wanted, shared.hostname, shared.own_domain),
         wire=wanted.wire,
         limits=wanted.limits,
-        domains=shared.domains,
-        relay_networks=tuple(ipaddress.ip_network(network) for network in wanted.relay_networks),
-        proxy_networks=tuple(ipaddress.ip_network(network) for network in wanted.proxy_networks),
+        relay_control=RelayControl(
+            shared.domains,
+            shared.own_domain,
+            allow_untrusted_routing=wanted.allow_untrusted_routing or not shared.refuses_routing,
+        ),
+        relay_networks=tuple(map(parse_network, wanted.relay_networks)),
+        proxy_networks=tuple(map(parse_network, wanted.proxy_networks)),
         tls=secrets.context,
         is_implicit_tls=wanted.tls.mode == "implicit",
         binding=secrets.binding,
@@ -408,11 +433,13 @@ def make_listener(
     )
 
 
-def make_extensions(listener: ListenerSettings, hostname: str) -> Extensions:
+def make_extensions(listener: ListenerSettings, hostname: str, own_domain: str = "") -> Extensions:
     """Return what a listener offers, and its limits."""
     limits, extensions, auth = listener.limits, listener.extensions, listener.auth
     return Extensions(
         hostname=hostname,
+        own_domain=own_domain,
+        tolerant_addresses=listener.addresses == "tolerant",
         is_lmtp=listener.kind == "lmtp",
         max_size=listener.max_size,
         max_recipients=limits.recipients,

@@ -18,11 +18,12 @@ import msgspec
 import tomli_w
 
 from penstock import schema
+from penstock.addresses import canonical_domain, domain_of, parse_network
 from penstock.auth.base import AuthSettings
 from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
 from penstock.journal import JournalSettings
-from penstock.net.listen import ListenAddress
+from penstock.net.listen import ListenAddress, find_group, parse_mode
 from penstock.net.resolver import ResolverSettings, parse_server
 from penstock.net.tls import TlsSettings
 from penstock.policy.hooks import HookSettings
@@ -38,10 +39,6 @@ from penstock.spool.spool import SpoolSettings
 
 Struct = msgspec.Struct
 Meta = msgspec.Meta
-
-_HOSTNAME = re.compile(
-    r"(?=.{1,255}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
-)
 
 
 class ConfigError(ValueError):
@@ -68,6 +65,24 @@ class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(description="Networks of proxies that must send a PROXY header, version 1 or 2"),
     ] = ()
     relay_networks: Annotated[tuple[str, ...], Meta(description="Networks whose clients may relay to any domain")] = ()
+    addresses: Annotated[
+        Literal["tolerant", "strict"],
+        Meta(
+            description="tolerant: accept common syntax errors, such as a..b@example.org, an underscore in a domain or "
+            "MAIL FROM:<root>; strict: the syntax of RFC 5321"
+        ),
+    ] = "tolerant"
+    allow_untrusted_routing: Annotated[
+        bool,
+        Meta(
+            description="Accept user%other.example@domain, other.example!user@domain and the like from clients that "
+            "may not relay. A next hop that obeys them becomes an open relay"
+        ),
+    ] = False
+    mode: Annotated[str, Meta(description="Permissions of a unix socket, in octal")] = "0660"
+    group: Annotated[
+        str, Meta(description="Group of a unix socket: a name or a number; that of the process if empty")
+    ] = ""
     tls: TlsSettings = TlsSettings()
     auth: Annotated[AuthSettings | None, Meta(description="AUTH is offered only with this table")] = None
     limits: LimitSettings = LimitSettings()
@@ -150,7 +165,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def own_hostname(self) -> str:
         """The configured host name, or the machine's."""
         if self.hostname:
-            return self.hostname
+            return canonical_domain(self.hostname)
         found = socket.getfqdn()
         return found if "." in found else socket.gethostname()
 
@@ -213,13 +228,15 @@ def from_table(table: Mapping[str, object], *, allow_open: bool = False) -> Sett
 
 def check(settings: Settings, *, allow_open: bool = False) -> None:
     """Raise ConfigError for settings that cannot work together. `allow_open` permits an open relay, such as a sink."""
-    if settings.hostname and not _HOSTNAME.fullmatch(settings.hostname):
+    if settings.hostname and domain_of(settings.hostname, utf8=True) is None:
         raise ConfigError(f"hostname: {settings.hostname!r} is not a host name")
     for domain in settings.domains or ():
-        if not _HOSTNAME.fullmatch(domain.removeprefix(".")):
+        try:
+            canonical_domain(domain.removeprefix("."))
+        except ValueError as exc:
             raise ConfigError(
-                f'domains: {domain!r} is not a domain; write it in ASCII (xn--...), and ".example.org" for subdomains'
-            )
+                f'domains: {domain!r} is not a domain; expected "example.org", or ".example.org" for all names below it'
+            ) from exc
     _check_delivery(settings.delivery)
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
@@ -276,7 +293,7 @@ def _check_outbound(settings: Settings) -> None:
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:
     for network in networks:
         try:
-            ipaddress.ip_network(network)
+            parse_network(network)
         except ValueError as exc:
             raise ConfigError(f"{key}: {exc}") from exc
 
@@ -301,6 +318,12 @@ def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_ope
         address = ListenAddress.parse(listener.address)
     except ValueError as exc:
         raise ConfigError(f"address: {exc}") from exc
+    for key, check in (("mode", parse_mode), ("group", find_group)):
+        try:
+            if getattr(listener, key):
+                check(getattr(listener, key))
+        except ValueError as exc:
+            raise ConfigError(f"{key}: {exc}") from exc
     _check_networks("proxy_networks", listener.proxy_networks)
     _check_networks("relay_networks", listener.relay_networks)
     _check_tls(listener.tls)

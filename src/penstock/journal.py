@@ -167,6 +167,11 @@ class Journal:
         if self.logs_mail:
             self._note("accepted", session, peer, message_id, sender, recipients, octets, reply)
 
+    def tolerated(self, session: int, peer: Peer, message_id: MessageId, kinds: Sequence[str]) -> None:
+        """The commands of a message had irregularities that the tolerant mode lets through."""
+        if self.logs_mail:
+            self._note("tolerated", session, peer, message_id, ",".join(sorted(set(kinds))))
+
     def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
         """A message began and did not end."""
         if self.logs_mail:
@@ -269,6 +274,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "disconnected": ("messages", "errors", "octets", "seconds", "cause"),
     "refused": ("verb", "reply", "from", "subject"),
     "accepted": ("id", "from", "to", "size", "reply"),
+    "tolerated": ("id", "kinds"),
     "lost": ("from", "cause"),
     "recovered": ("messages", "interrupted", "swept"),
     "attempted": ("id", "to", "hop", "attempts"),

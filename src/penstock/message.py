@@ -54,7 +54,10 @@ class Path(NamedTuple):
     local: str
     """The local part without quoting."""
     domain: str
-    """The domain in lower case, or the address literal with its brackets; "" for the null path and bare Postmaster."""
+    """The domain in canonical form (lower-case A-labels, no trailing dot), or the address literal with its brackets.
+
+    "" for the null path, and for a mailbox without a domain.
+    """
 
     def __str__(self) -> str:
         return self.text

@@ -5,10 +5,10 @@ The session writes here as replies move its state; checks, hooks and the trace h
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from typing import Any, Final, NamedTuple
 
+from penstock.addresses import literal_of_address, network_of
 from penstock.message import NO_PARAMETERS, NULL_PATH, Envelope, MailParameters, Path, Recipient
 
 _FIELD: Final = re.compile(rb"[!-9;-~]+: [^\r\n\x00]*(?:\r\n[ \t]+[^\r\n\x00 \t][^\r\n\x00]*)*\r\n")
@@ -21,7 +21,7 @@ class Peer(NamedTuple):
     """The two ends of a connection. An address of "" is a unix socket."""
 
     address: str
-    """IP address of the client: what PROXY said where a trusted proxy said it, otherwise the socket's own."""
+    """IP address of the client: from the PROXY header of a trusted proxy, otherwise the socket's own."""
     port: int
     local_address: str = ""
     local_port: int = 0
@@ -31,25 +31,17 @@ class Peer(NamedTuple):
     @property
     def literal(self) -> str:
         """The address literal of RFC 5321 4.1.3: "[192.0.2.1]" or "[IPv6:2001:db8::1]"; "[unix]" without one."""
-        if not self.address:
-            return "[unix]"
-        return f"[IPv6:{self.address}]" if ":" in self.address else f"[{self.address}]"
+        return literal_of_address(self.address)
+
+    @property
+    def local_literal(self) -> str:
+        """The address literal of the server's address, in the canonical form of recipients' domains."""
+        return literal_of_address(self.local_address).lower()
 
     @property
     def network(self) -> str:
-        """What limits per client count by: the IPv4 address, the IPv6 /64, "" for a unix socket.
-
-        The IPv6 loopback is itself, and an IPv4 address in IPv6 clothes (RFC 4291 2.5.5.2) the IPv4 address: a /64
-        would put them, and all others like them, into one.
-        """
-        if ":" not in self.address:
-            return self.address
-        address = ipaddress.IPv6Address(self.address.partition("%")[0])
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        if address.is_loopback:
-            return str(address)
-        return f"{ipaddress.IPv6Address(int(address) >> 64 << 64)}/64"
+        """What limits per client count by: the IPv4 address, the IPv6 /64, "" for a unix socket."""
+        return network_of(self.address)
 
 
 class TlsInfo(NamedTuple):

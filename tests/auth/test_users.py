@@ -24,6 +24,7 @@ from penstock.auth.users import (
     UsersFile,
     UsersFileError,
     check_name,
+    load_secret,
     make_hasher,
     make_user,
 )
@@ -351,6 +352,65 @@ def test_invented_scram_keys_look_like_real_ones_and_stay_the_same(file: UsersFi
     assert invented.salt != one.scram_keys("carol").salt
 
 
+# ---- names without case
+
+
+async def test_users_are_found_in_any_case(file: UsersFile) -> None:
+    file.add("Alice", "secret")
+    authenticator = UsersAuthenticator(file)
+    assert await authenticator.verify("ALICE", "secret")
+    assert authenticator.canonical_name("aLICE") == "Alice"
+    assert authenticator.canonical_name("bob") == "bob"
+    assert scram(authenticator, "alice", "secret") == Success("alice", "")
+    assert authenticator.scram_keys("BOB") == authenticator.scram_keys("bob")
+
+
+def test_a_user_is_added_and_removed_in_any_case(file: UsersFile) -> None:
+    file.add("Alice", "secret")
+    assert not file.add("alice", "other")
+    assert file.add("alice", "other", replace=True)
+    assert file.names() == ["alice"]
+    assert file.remove("ALICE")
+    assert file.names() == []
+
+
+def test_a_file_with_one_name_in_two_cases_is_malformed(file: UsersFile) -> None:
+    file.path.write_text(f"{good_line('alice')}\n{good_line('ALICE')}\n")
+    with pytest.raises(UsersFileError, match=":2: the user ALICE is already in line 1"):
+        file.read()
+
+
+# ---- the secret behind invented keys
+
+
+def test_all_processes_get_the_same_secret_and_keep_it(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "secret"
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda: found.append(load_secret(path))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 16
+    assert len({*found, load_secret(path)}) == 1
+    assert len(found[0]) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_damaged_secret_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"short")
+    with pytest.raises(ValueError, match="expected 32 octets, found 5"):
+        load_secret(tmp_path / "secret")
+
+
+def test_unknown_users_have_the_same_salt_in_every_worker(file: UsersFile) -> None:
+    secret = b"x" * 32
+    one, other = (UsersAuthenticator(file, secret=secret) for _ in range(2))
+    assert one.scram_keys("bob") == other.scram_keys("bob")
+    assert one.scram_keys("bob") != UsersAuthenticator(file, secret=b"y" * 32).scram_keys("bob")
+
+
 # ---- the file changes while the server runs
 
 
@@ -444,7 +504,7 @@ async def test_the_journal_hears_once_of_each_change_of_what_is_wrong(file: User
     file.path.unlink()
     (gone,) = told()
     assert gone[0] == "users-failed"
-    assert "No such file" in gone[1] and gone[1].endswith("; what was read before still holds")
+    assert "No such file" in gone[1] and gone[1].endswith("; the users read before remain")
     overwrite(file.path, "alice\n")
     (malformed,) = told()
     assert "users:1: " in malformed[1]

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -63,11 +64,38 @@ def test_no_recipient_leads_out_of_the_folder(tmp_path: Path, local: str) -> Non
     message = make_message()
     path = message.envelope.sender._replace(local=local, domain="example.org")
     folder = maildir(tmp_path, "{domain}/{local}").folder_of(path)
-    assert folder.parent == tmp_path / "example.org"
-    assert folder.name not in ("", ".", "..")
-    assert not folder.name.startswith(".")
-    assert "\0" not in folder.name
-    assert len(folder.name) <= 200
+    names = folder.relative_to(tmp_path / "example.org").parts
+    assert names
+    for name in names:
+        assert not name.startswith(".")
+        assert "\0" not in name
+        assert len(name) <= 255
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("o'brien", "o_brien"),
+        ("a/b", "a_b"),
+        ("a%2fb", "a/b"),
+        ("..", "__"),
+        (".a", "_a"),
+        ("", "postmaster"),
+        ("", "%00"),
+        ("\u00fc", "_"),
+        ("x" * 300, "x" * 301),
+        ("x" * 300, "x" * 200),
+        ("x" * 200 + "/" + "y", "x" * 200 + "%" + "y"),
+        ("x" * 200 + "%", "x" * 200),
+    ],
+)
+def test_different_local_parts_have_different_folders(tmp_path: Path, one: str, other: str) -> None:
+    delivery, sender = maildir(tmp_path, "{domain}/{local}"), make_message().envelope.sender
+    folders = [delivery.folder_of(sender._replace(local=local, domain="example.org")) for local in (one, other)]
+    assert folders[0] != folders[1]
+    for folder, local in zip(folders, (one, other), strict=True):
+        name = str(folder.relative_to(tmp_path / "example.org")).replace("%/", "")
+        assert unquote("" if name == "%00" else name) == local
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -1,4 +1,4 @@
-"""Haraka as a real sender against fault plans: it tries again, and the receipts explain each message."""
+"""Haraka as a sender, with fault plans: it retries, and the statistics explain each message."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MESSAGES = 6
 RELAY = """
 exports.hook_connect = function (next, connection) { connection.relaying = true; next(); };
 exports.hook_rcpt = function (next) { next(OK); };
-exports.hook_deferred = function (next) { next(DENYSOFT, '1'); };  // a second, not a minute
+exports.hook_deferred = function (next) { next(DENYSOFT, '1'); };  // retry after a second, not a minute
 exports.hook_get_mx = function (next) { next(OK, {priority: 0, exchange: '127.0.0.1', port: PORT}); };
 """
 OUTBOUND = "enable_tls={tls}\nlocal_mx_ok=true\n"
-HARD_TIMES = """
+FAULTS = """
 seed = 3
 [[rule]]
 name = "closing"
@@ -48,7 +48,7 @@ end = "drop"
 
 @contextmanager
 def relaying(next_hop: Server, *, tls: bool) -> Iterator[int]:
-    """Run a Haraka that relays everything to the server; yield its port."""
+    """Run a Haraka that relays everything to a server; yield its port."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="penstock-haraka-") as name:
         folder = Path(name)
@@ -72,11 +72,11 @@ def relaying(next_hop: Server, *, tls: bool) -> Iterator[int]:
             process.wait(timeout=60)
 
 
-def test_haraka_tries_again_and_delivers_each_message_once(tmp_path: Path) -> None:
+def test_haraka_retries_and_delivers_each_message_once(tmp_path: Path) -> None:
     expected = ("--messages", str(MESSAGES), "--expect", str(MESSAGES))
-    with sink(tmp_path, HARD_TIMES, *expected) as server, relaying(server, tls=False) as port:
+    with sink(tmp_path, FAULTS, *expected) as server, relaying(server, tls=False) as port:
         send_marked(port, [marked("haraka", number) for number in range(1, MESSAGES + 1)])
-        assert server.process.wait(timeout=90) == 0  # all have come, none is missing, none came twice
+        assert server.process.wait(timeout=90) == 0  # nothing is missing or came twice
     report = receipts(tmp_path)
     assert report["messages"]["accepted"] == MESSAGES
     (run,) = report["sequences"]["runs"]
@@ -88,7 +88,7 @@ def test_haraka_tries_again_and_delivers_each_message_once(tmp_path: Path) -> No
     }
 
 
-def test_haraka_delivers_over_starttls_once_it_is_there(tmp_path: Path) -> None:
+def test_haraka_delivers_over_starttls_once_it_is_offered(tmp_path: Path) -> None:
     plan = '[[rule]]\nphase = "starttls"\nmatch.first = 1\ntls = "refuse"\n'
     with sink(tmp_path, plan, "--messages", "2") as server, relaying(server, tls=True) as port:
         send_marked(port, [marked("tls", number) for number in (1, 2)])

@@ -1,4 +1,4 @@
-"""Large messages go through in small memory."""
+"""Large messages need little memory."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ BLOCK = LINE * 64
 
 
 def peak_of(pid: int) -> int:
-    """Return the most resident octets since `forget_peak`."""
+    """Return the peak of resident octets since `reset_peak`."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmHWM")
 
 
-def forget_peak(pid: int) -> int:
-    """Start measuring the peak anew; return what is resident now."""
+def reset_peak(pid: int) -> int:
+    """Start measuring the peak again; return the resident octets."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return peak_of(pid)
 
 
 def send(server: Server, octets: int) -> bytes:
-    """Send a message of about that many octets and return the last reply."""
+    """Send a message of about `octets` octets and return the last reply."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=120) as sock:
         sock.sendall(b"EHLO x\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n")
-        said = b""
-        while b"\r\n354" not in said:
-            said += sock.recv(65536)
+        replies = b""
+        while b"\r\n354" not in replies:
+            replies += sock.recv(65536)
         for _ in range(octets // len(BLOCK)):
             sock.sendall(BLOCK)
         sock.sendall(b".\r\n")
@@ -49,8 +49,8 @@ def send(server: Server, octets: int) -> bytes:
 
 def test_a_message_of_100_megabytes_adds_less_than_2_megabytes(tmp_path: Path) -> None:
     with serving(tmp_path / "data", TOML) as server:
-        assert send(server, 1_000_000).startswith(b"250")  # warm: the thread and its stack are no message's
-        before = forget_peak(server.process.pid)
+        assert send(server, 1_000_000).startswith(b"250")  # warms up: threads and stacks do not belong to a message
+        before = reset_peak(server.process.pid)
         assert send(server, 100_000_000).startswith(b"250")
         added = peak_of(server.process.pid) - before
         assert added < 2 * 1024 * 1024, added
@@ -63,11 +63,11 @@ def test_many_large_messages_at_a_time_stay_within_the_budget(tmp_path: Path) ->
     count, octets = 40, 4_000_000
     with serving(tmp_path / "data", TOML) as server:
         with ThreadPoolExecutor(count) as pool:
-            list(pool.map(send, [server] * count, [100_000] * count))  # warm: threads, sockets, blocks
-            before = forget_peak(server.process.pid)
+            list(pool.map(send, [server] * count, [100_000] * count))  # warms up: threads, sockets, blocks
+            before = reset_peak(server.process.pid)
             replies = list(pool.map(send, [server] * count, [octets] * count))
         assert all(reply.startswith(b"250") for reply in replies)
-        # 160 MB of messages in the budget of 16, and what threads and the allocator keep besides.
+        # 160 MB of messages in a budget of 16, and what threads and the allocator use besides.
         added = peak_of(server.process.pid) - before
         assert added < 24 * 1024 * 1024, added
 
@@ -76,7 +76,7 @@ def test_a_message_above_the_limit_is_not_buffered_and_the_session_goes_on(tmp_p
     toml = TOML.replace("max_size = 0", "max_size = 1_000_000")
     with serving(tmp_path / "data", toml) as server:
         send(server, 500_000)
-        before = forget_peak(server.process.pid)
+        before = reset_peak(server.process.pid)
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as sock:
             file = sock.makefile("rb")
             for line in (b"EHLO x", b"MAIL FROM:<a@example.com>", b"RCPT TO:<b@example.org>", b"DATA"):

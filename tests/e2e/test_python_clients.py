@@ -1,4 +1,4 @@
-"""Clients in Python: smtplib and aiosmtplib, as their users use them."""
+"""Clients in Python: smtplib and aiosmtplib."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_smtplib_authenticates_and_a_wrong_password_is_refused(tmp_path: Path) -
             with pytest.raises(smtplib.SMTPAuthenticationError) as error:
                 client.login("alice", "wrong")
             assert error.value.smtp_code == 535
-            add_user(folder, "bob", "later")  # the running server notices
+            add_user(folder, "bob", "later")  # the running server reads the file again
             client.login("bob", "later")
             client.send_message(message())
         assert b"with ESMTPSA id" in server.messages(1)[0]
@@ -134,7 +134,7 @@ def test_a_connection_cut_in_the_text_delivers_nothing(tmp_path: Path) -> None:
         assert b'"event":"lost"' in server.journal.read_bytes()
 
 
-def test_the_sink_counts_and_stops_by_itself(tmp_path: Path) -> None:
+def test_the_sink_counts_and_stops_after_its_messages(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "", "sink", "--messages", "3", "--json") as server:
         client = smtplib.SMTP("127.0.0.1", server.port, timeout=30)
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""swaks, the field's own test client."""
+"""swaks, the usual SMTP test client."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""Fuzz the sink: plans and dialogs at random, with the invariants as sentences.
+"""Fuzz the sink with random fault plans and random dialogs.
 
     python -m tests.fuzz.faults [seconds]
 
-plays for that long (20 seconds by default); tests/fuzz/test_faults.py plays a short form in the suite. A failure prints
-the seed, and `python -m tests.fuzz.faults --seed N` plays it again.
+runs for 20 seconds by default; tests/fuzz/test_faults.py is a short form in the suite. A failure prints the seed, and
+`python -m tests.fuzz.faults --seed N` repeats it.
 
-Whatever the plan says, and whatever the client sends:
+For every plan and every input:
 
 1. Nothing raises, and the conversation ends.
-2. The same plan, seed and octets are answered the same.
-3. The receipts have the octets that the client got.
-4. The receipts have each message that was delivered, as accepted or as unheard.
-5. A message that the receipts call accepted was answered with a 2yz that can be read.
-6. The receipts have a latency for each reply.
+2. The same plan, seed and input get the same replies.
+3. The statistics count the octets that the client received.
+4. The statistics count each delivered message, as accepted or as unheard.
+5. The client was sent a readable 2xx reply for each message that is counted as accepted.
+6. The statistics have a latency for each reply.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ CONDITIONS = [
 
 
 def rule_of(rng: random.Random, number: int) -> str:
-    """Return a rule at random; not every one is allowed."""
+    """Return a random rule, which may be invalid."""
     phase = rng.choice(PLANNED)
     lines = ["[[rule]]", f'name = "r{number}"', f'phase = "{phase}"']
     if phase == "body":
@@ -76,7 +76,7 @@ def rule_of(rng: random.Random, number: int) -> str:
 
 
 def plan_of(rng: random.Random) -> str:
-    """Return a plan at random; rules that the checks refuse are left out."""
+    """Return a random plan of valid rules."""
     plan = f"seed = {rng.randrange(100)}\nlongest_stall = 30\n"
     for number in range(rng.randint(1, 5)):
         rule = rule_of(rng, number)
@@ -89,7 +89,7 @@ def plan_of(rng: random.Random) -> str:
 
 
 def dialog_of(rng: random.Random) -> list[bytes]:
-    """Return what a client sends, in pieces it sends at a time."""
+    """Return what a client sends, split into segments."""
     lines: list[str] = []
     while len(lines) < 25:
         lines += TRANSACTION if rng.random() < 0.4 else [rng.choice(LINES)]
@@ -103,22 +103,22 @@ def dialog_of(rng: random.Random) -> list[bytes]:
 
 
 class Errors(Journal):
-    """A journal that keeps what must not be."""
+    """A journal that collects errors."""
 
     def __init__(self) -> None:
         super().__init__(JournalSettings())
         self.raised: list[BaseException] = []
 
     def error(self, session: int, where: str, exc: BaseException, *args: Any) -> None:
-        """Keep it."""
+        """Collect the exception."""
         self.raised.append(exc)
 
 
 class Outcome:
-    """What became of a conversation."""
+    """The result of a conversation."""
 
     def __init__(self) -> None:
-        self.heard = b""
+        self.received = b""
         self.metrics = Metrics()
         self.recorder = Recorder()
         self.journal = Errors()
@@ -126,7 +126,7 @@ class Outcome:
 
 
 async def converse(folder: Path, plan: str, dialog: list[bytes], *, is_lmtp: bool) -> Outcome:
-    """Play a dialog against a plan, in a time that does not pass."""
+    """Run a dialog against a plan, on a virtual clock."""
     outcome = Outcome()
     settings = {"kind": "lmtp"} if is_lmtp else {}
     async with (
@@ -145,7 +145,7 @@ async def converse(folder: Path, plan: str, dialog: list[bytes], *, is_lmtp: boo
 
         async def listen() -> None:
             async for data in talk.stream:
-                outcome.heard += data
+                outcome.received += data
 
         nursery.start_soon(listen)
         try:
@@ -162,7 +162,7 @@ async def converse(folder: Path, plan: str, dialog: list[bytes], *, is_lmtp: boo
 
 
 def one(seed: int, folder: Path) -> None:
-    """Play one plan, and see to the invariants."""
+    """Run the plan and the dialog of a seed and check the invariants."""
     rng = random.Random(seed)
     plan, dialog, is_lmtp = plan_of(rng), dialog_of(rng), rng.random() < 0.3
 
@@ -170,21 +170,21 @@ def one(seed: int, folder: Path) -> None:
         return trio.run(lambda: converse(folder, plan, dialog, is_lmtp=is_lmtp), clock=MockClock(autojump_threshold=0))
 
     outcome = play()
-    metrics, heard = outcome.metrics, outcome.heard
+    metrics, received = outcome.metrics, outcome.received
     assert outcome.journal.raised == [], f"1. {outcome.journal.raised}"
     assert metrics.open_sessions == 0, "1. the conversation has not ended"
-    assert _ID.sub(b"", play().heard) == _ID.sub(b"", heard), "2. answered otherwise the second time"
-    assert metrics.sent == len(heard), f"3. {metrics.sent} octets in the receipts, {len(heard)} heard"
+    assert _ID.sub(b"", play().received) == _ID.sub(b"", received), "2. other replies the second time"
+    assert metrics.sent == len(received), f"3. {metrics.sent} octets counted, {len(received)} received"
     delivered, taken = len(outcome.recorder.delivered), metrics.accepted + metrics.unheard
     assert delivered == taken, f"4. {delivered} delivered, {metrics.accepted} accepted, {metrics.unheard} unheard"
-    read = len(re.findall(rb"^2[0-9][0-9](?: [^\n]*)?\r?$", heard, re.MULTILINE))
-    assert metrics.accepted <= read, f"5. {metrics.accepted} accepted, {read} answers of 2yz"
+    read = len(re.findall(rb"^2[0-9][0-9](?: [^\n]*)?\r?$", received, re.MULTILINE))
+    assert metrics.accepted <= read, f"5. {metrics.accepted} accepted, {read} replies of 2xx"
     latencies = sum(metrics.latency(phase).count for phase in PHASES if phase not in {"text", "tls", "think"})
     assert metrics.replies == latencies, f"6. {metrics.replies} replies, {latencies} latencies"
 
 
 def main() -> None:
-    """Play for a while, or one seed."""
+    """Run for a while, or run one seed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("seconds", nargs="?", type=float, default=20.0)
     parser.add_argument("--seed", type=int)

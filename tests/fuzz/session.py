@@ -1,19 +1,19 @@
-"""Fuzz the session from every state, with the invariants as sentences.
+"""Fuzz the server session from every state.
 
     python -m tests.fuzz.session [seconds]
 
-plays for that long (20 seconds by default); tests/fuzz/test_session.py plays a short form in the suite. A failure
-prints the seed and the input, and `python -m tests.fuzz.session --seed N` plays it again.
+runs for 20 seconds by default; tests/fuzz/test_session.py is a short form in the suite. A failure prints the seed and
+the input, and `python -m tests.fuzz.session --seed N` repeats it.
 
-For any octets, from any state, in any split:
+For every input, from every state, however it is split:
 
-1. Nothing raises, and every reply is a reply: lines of at most 512 octets, a code of three digits, CR LF.
+1. Nothing raises, and every reply is a reply: lines of at most 512 octets, a code of three digits, CRLF.
 2. The same octets in another split get the same replies and the same messages.
 3. A message is delivered only after a CRLF.CRLF, or the octets of its last BDAT; never two for one.
-4. A closed session stays closed, and says nothing more.
-5. What follows STARTTLS in the same breath is never obeyed.
-6. Text is never obeyed: no octet of a BDAT, in whatever state, and no line between a 354 and its end.
-7. A session that accepts by itself (`auto_accept`) says and delivers what one does whose driver accepts.
+4. A closed session stays closed and sends nothing more.
+5. Commands that arrive together with STARTTLS are never executed.
+6. Text is never executed: no octet of a BDAT, in any state, and no line between a 354 and the final dot.
+7. A session that accepts on its own (`auto_accept`) replies and delivers like one whose driver accepts.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ WORDS = [
 
 @dataclass
 class Play:
-    """What a session has said and delivered."""
+    """The output and the messages of a session."""
 
-    said: bytes = b""
+    output: bytes = b""
     messages: list[tuple[int, bytes]] = field(default_factory=list)
     handshakes: int = 0
     closed: bool = False
 
 
 class Driver:
-    """Drives a session as a connection does, with simple opinions: `bad` is refused, passwords alternate."""
+    """Drives a session as a connection does: `bad` recipients are refused, every third AUTH step succeeds."""
 
     def __init__(self, *, is_lmtp: bool = False, is_patient: bool = False, auto_accept: int = 0) -> None:
         offer = Extensions(
@@ -101,11 +101,11 @@ class Driver:
         self._steps = 0
 
     def feed(self, data: bytes) -> None:
-        """Feed octets and answer every event they bring."""
+        """Feed octets and answer every event."""
         session, play = self.session, self.play
         if play.closed:
             assert session.next_event() is CLOSED, "4. a closed session goes on"
-            assert session.take_output() == b"", "4. a closed session speaks"
+            assert session.take_output() == b"", "4. a closed session sends"
             return
         session.receive(data)
         while True:
@@ -116,11 +116,11 @@ class Driver:
                 play.closed = True
                 break
             self._answer(event)
-        play.said += session.take_output()
+        play.output += session.take_output()
 
     def _answer(self, event: object) -> None:
         session, play = self.session, self.play
-        assert not (isinstance(event, Verify) and event.argument == "canary"), "6. text was obeyed"
+        assert not (isinstance(event, Verify) and event.argument == "canary"), "6. text was executed"
         if isinstance(event, BodyChunk):
             self._body += event.data
         elif isinstance(event, MessageAborted):
@@ -160,7 +160,7 @@ _AUTO_ACCEPT = AUTO_ACCEPT_HELLO | AUTO_ACCEPT_MAIL | AUTO_ACCEPT_RCPT | AUTO_AC
 
 
 def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False, auto_accept: int = 0) -> Play:
-    """Play pieces against a new session; a patient one has no budgets of errors and messages."""
+    """Feed pieces to a new session; a patient one has no limits on errors and messages."""
     driver = Driver(is_lmtp=is_lmtp, is_patient=is_patient, auto_accept=auto_accept)
     for piece in [b"", *pieces]:
         driver.feed(piece)
@@ -168,7 +168,7 @@ def play(pieces: list[bytes], *, is_lmtp: bool = False, is_patient: bool = False
 
 
 def check(prefix: bytes, data: bytes, cuts: list[int], *, is_lmtp: bool) -> None:
-    """Raise AssertionError when an invariant does not hold for a state, octets and a split."""
+    """Raise AssertionError if an invariant does not hold for a state, an input and a split."""
     octets = prefix + data
     if is_lmtp:
         octets = octets.replace(b"EHLO c", b"LHLO c")
@@ -186,13 +186,13 @@ def check(prefix: bytes, data: bytes, cuts: list[int], *, is_lmtp: bool) -> None
         ends = (b"\r\n" + octets).count(b"\r\n.\r\n") + octets.upper().count(b"LAST")
         assert len(each.messages) <= ends, "3. a message without an end"
     if comparable:
-        assert whole.said == parted.said == single.said, "2. another split, other replies"
+        assert whole.output == parted.output == single.output, "2. another split, other replies"
         assert whole.messages == parted.messages == single.messages, "2. another split, other messages"
 
 
 def check_replies(each: Play) -> None:
-    """1. Every reply is a reply."""
-    left = each.said
+    """Invariant 1: every reply has the form of a reply."""
+    left = each.output
     while left:
         match = REPLY_LINE.match(left)
         assert match, f"1. this is no reply: {left[:80]!r}"
@@ -200,7 +200,7 @@ def check_replies(each: Play) -> None:
 
 
 def one(seed: int) -> None:
-    """Play the round of a seed."""
+    """Run the round of a seed."""
     rng = random.Random(seed)
     prefix = rng.choice(list(STATES.values()))
     words = [rng.choice(WORDS) for _ in range(rng.randint(1, 14))]
@@ -223,7 +223,7 @@ _TRANSACTION = b"RSET\r\nEHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
 
 
 def sing(seed: int) -> None:
-    """Play the round of a seed in which text is full of commands that must not be obeyed."""
+    """Run the round of a seed whose text is full of commands, which must not be executed."""
     rng = random.Random(seed)
     octets = STATES[rng.choice(["greeted", "hello", "helo", "mail", "rcpt", "chunks"])]
     for _ in range(rng.randint(1, 6)):
@@ -246,7 +246,7 @@ def sing(seed: int) -> None:
 
 
 def main() -> None:
-    """Play rounds until the time is over."""
+    """Run rounds until the time is over."""
     if "--seed" in sys.argv:
         seed = int(sys.argv[sys.argv.index("--seed") + 1])
         one(seed)

@@ -1,4 +1,4 @@
-"""The short form of the fuzz of the sink."""
+"""The short form of the sink's fuzzer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short form of the session fuzz: every state, and rounds of fixed seeds."""
+"""The short form of the session's fuzzer: every state, and rounds with fixed seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_the_invariants_hold_for_random_octets(seed: int) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("is_lmtp", [False, True])
-def test_every_word_in_every_state(state: str, is_lmtp: bool) -> None:
+def test_the_invariants_hold_for_every_command_in_every_state(state: str, is_lmtp: bool) -> None:
     for word in WORDS:
         check(STATES[state], word + b"NOOP\r\n", [], is_lmtp=is_lmtp)
 

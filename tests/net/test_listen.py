@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import grp
+import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import trio
 import trio.testing
 
 from penstock.net._poller import accept, close
-from penstock.net.listen import ListenAddress, accept_forever, bind, close_listener, name_of
+from penstock.net.listen import ListenAddress, accept_forever, bind, close_listener, find_group, name_of, parse_mode
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,8 @@ from penstock.net.listen import ListenAddress, accept_forever, bind, close_liste
     [
         ("127.0.0.1:2525", "127.0.0.1", 2525, True),
         ("[::1]:25", "::1", 25, True),
+        ("[::ffff:127.0.0.1]:25", "::ffff:127.0.0.1", 25, True),
+        ("[::ffff:192.0.2.1]:25", "::ffff:192.0.2.1", 25, False),
         ("localhost:0", "localhost", 0, True),
         (":25", "", 25, False),
         ("0.0.0.0:25", "0.0.0.0", 25, False),
@@ -61,6 +66,43 @@ def test_a_unix_socket_takes_the_place_of_a_dead_one(tmp_path: Path) -> None:
     (second,) = bind(address)
     assert name_of(second) == str(address)
     second.close()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o600), (0o077, 0o660), (0o022, 0o666)])
+def test_a_unix_socket_has_the_given_mode_whatever_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        (sock,) = bind(ListenAddress.parse(f"unix:{tmp_path / 'lmtp'}"), mode=mode, group=os.getgid())
+    finally:
+        os.umask(before)
+    with sock:
+        found = (tmp_path / "lmtp").stat()
+        assert stat.S_IMODE(found.st_mode) == mode
+        assert found.st_gid == os.getgid()
+
+
+def test_a_unix_socket_is_for_the_owner_and_the_group_by_default(tmp_path: Path) -> None:
+    (sock,) = bind(ListenAddress.parse(f"unix:{tmp_path / 'lmtp'}"))
+    with sock:
+        assert stat.S_IMODE((tmp_path / "lmtp").stat().st_mode) == 0o660
+
+
+@pytest.mark.parametrize(("text", "mode"), [("0660", 0o660), ("600", 0o600), ("0777", 0o777)])
+def test_modes_are_octal(text: str, mode: int) -> None:
+    assert parse_mode(text) == mode
+
+
+@pytest.mark.parametrize("text", ["", "0o660", "888", "66", "06600", "-660", "rw"])
+def test_other_modes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="three octal digits"):
+        parse_mode(text)
+
+
+def test_groups_have_names_and_numbers() -> None:
+    group = grp.getgrgid(os.getgid())
+    assert find_group(group.gr_name) == find_group(str(group.gr_gid)) == group.gr_gid
+    with pytest.raises(ValueError, match="no group 'no such group'"):
+        find_group("no such group")
 
 
 async def test_closing_a_unix_listener_removes_its_file(tmp_path: Path) -> None:
@@ -114,3 +156,20 @@ def test_the_address_of_a_client_is_written_as_everywhere(address: str) -> None:
         assert accepted is not None
         assert accepted[1:] == client.getsockname()
     close(accepted[0])
+
+
+async def test_clients_of_an_inherited_dual_stack_socket_have_ipv4_addresses() -> None:
+    listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    listener.setblocking(False)
+    place = ("127.0.0.1", listener.getsockname()[1])
+    accepted: list[tuple[int, str, int]] = []
+    with listener, socket.create_connection(place) as client:
+        async with trio.open_nursery() as nursery:
+
+            def handle(fd: int, address: str, port: int) -> None:
+                accepted.append((fd, address, port))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(accept_forever, listener, handle, lambda _: None)
+        assert accepted[0][1:] == client.getsockname()
+    close(accepted[0][0])

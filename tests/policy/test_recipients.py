@@ -109,7 +109,7 @@ async def test_a_file_that_becomes_useless_changes_nothing(
     mock_clock.jump(1.0)
     assert await ask(policy, "bob@example.org") is None
     assert await ask(policy, "eve@example.org") == UNKNOWN
-    assert lines.drain().count(b"still holds") == 1
+    assert lines.drain().count(b"read before remain") == 1
 
 
 @pytest.mark.parametrize(

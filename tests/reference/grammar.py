@@ -1,4 +1,4 @@
-"""A slow, obvious reader of mailboxes: the oracle for the grammar. One character at a time, straight from the ABNF."""
+"""A slow, simple reader of mailboxes, written after the ABNF: the reference for the strict grammar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_dot_string(text: str) -> bool:
 
 
 def unquote(text: str) -> str | None:
-    """Return what a Quoted-string stands for."""
+    """Return the contents of a Quoted-string, None when it is not one."""
     if len(text) < 2 or text[0] != '"' or text[-1] != '"':
         return None
     result = ""
@@ -69,15 +69,26 @@ def is_literal(text: str) -> bool:
     return True
 
 
+def canonical_literal(text: str) -> str:
+    """Return an address literal with its IPv6 address compressed, and one that is IPv4-mapped as IPv4."""
+    tag, colon, content = text[1:-1].partition(":")
+    if tag != "ipv6" or not colon:
+        return text
+    address = ipaddress.IPv6Address(content)
+    return f"[{address.ipv4_mapped}]" if address.ipv4_mapped else f"[ipv6:{address}]"
+
+
 def read_mailbox(text: str) -> tuple[str, str] | None:
-    """Return local part and domain of an ASCII mailbox; None when it is none."""
+    """Return the local part and the domain of an ASCII mailbox, None when it is not one."""
     for i, c in enumerate(text):
         if c != "@":
             continue
         local, domain = text[:i], text[i + 1 :]
         name = local if is_dot_string(local) else unquote(local)
-        if name is None or len(local) > 64:
+        if name is None:
             continue
-        if is_domain(domain) or is_literal(domain):
+        if is_domain(domain):
             return name, domain.lower()
+        if is_literal(domain):
+            return name, canonical_literal(domain.lower())
     return None

@@ -47,7 +47,11 @@ def hosts(way: Way | None) -> list[str]:
     ("routes", "expected"),
     [
         ([{"domains": ["*.example.org"], **MX}], r"route\[0\]\.domains: '\*\.example\.org' is not a domain"),
-        ([{"domains": ["bücher.example"], **MX}], r"write it in ASCII \(xn--"),
+        ([{"domains": ["bü_cher.example"], **MX}], r"is not a domain; expected \"example.org\""),
+        (
+            [{"domains": ["xn--bcher-kva.example"], **MX}, {"domains": ["BÜCHER.example."], **MX}],
+            r"route\[1\]\.domains: 'BÜCHER\.example\.' is in route\[0\]",
+        ),
         ([{"domains": ["a.org"], **MX}, {"domains": ["A.org"], **MX}], r"route\[1\]\.domains: 'A\.org' is in"),
         ([MX, MX], r"route\[1\]\.domains: route\[0\] has no domains either"),
         ([{"domains": ["example.org"], **MX}], "route: reports have to go to the senders.*add a route without domains"),

@@ -8,7 +8,7 @@ import trio.testing
 from penstock import reply as replies
 from penstock.reply import Reply
 from penstock.server.deadlines import Deadlines, Sweeper
-from penstock.server.limits import Admission, AdmissionSettings, AuthThrottle, LimitSettings
+from penstock.server.limits import Admission, AdmissionSettings, LimitSettings
 from penstock.transaction import Peer
 
 
@@ -83,23 +83,9 @@ def test_what_was_let_go_is_forgotten() -> None:
     assert admission._of_network == {}
 
 
-def test_wrong_passwords_are_counted_over_connections() -> None:
-    clock = Clock()
-    throttle = AuthThrottle(AdmissionSettings(auth_failures=3, auth_window=600), clock)
-    for _ in range(3):
-        assert not throttle.is_blocked("192.0.2.1")
-        throttle.failed("192.0.2.1")
-    assert throttle.is_blocked("192.0.2.1")
-    assert not throttle.is_blocked("192.0.2.2")
-    clock.now += 1300
-    assert not throttle.is_blocked("192.0.2.1")
-
-
-def test_a_right_password_forgives() -> None:
-    throttle = AuthThrottle(AdmissionSettings(auth_failures=1), Clock())
-    throttle.failed("192.0.2.1")
-    throttle.succeeded("192.0.2.1")
-    assert not throttle.is_blocked("192.0.2.1")
+def test_exempt_networks_may_be_written_as_ipv4_mapped() -> None:
+    admission = Admission(AdmissionSettings(per_network=1, exempt=("::ffff:10.0.0.0/104",)), Clock())
+    assert [admission.admit(Peer(address, 1).network) for address in ("10.1.2.3", "::ffff:10.1.2.3")] == [None] * 2
 
 
 def test_the_idle_clock_starts_again_with_a_whole_command() -> None:

@@ -1,15 +1,16 @@
-"""The Received field: true, parseable, and not to be broken out of."""
+"""The Received field, and how the body is kept apart from it."""
 
 from __future__ import annotations
 
 from email import message_from_bytes
 from email.utils import parsedate_to_datetime
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.message import MailParameters, MessageId, Path
-from penstock.server.received import received_field
+from penstock.server.received import MAX_START, Seam, received_field, seam
 from penstock.transaction import Peer, TlsInfo, Transaction
 
 WHEN = 1_700_000_000.25
@@ -72,8 +73,102 @@ def test_peers_of_all_kinds_have_a_literal() -> None:
     assert "([IPv6:2001:db8::1])" in field_of(make(peer=Peer("2001:db8::1", 25)))
     assert "([unix])" in field_of(make(peer=Peer("", 0)))
 
+    assert "([192.0.2.1])" in field_of(make(peer=Peer("::ffff:192.0.2.1", 25)))
+
 
 @given(st.text(max_size=255))
 def test_no_hello_breaks_the_header(hello: str) -> None:
     text = field_of(make(hello=hello))
     assert text.count("(") == text.count(")") == 2
+    assert text.count(";") == 1
+    assert not set('"\\<') & set(text)
+    assert text.count(",") == 1
+    assert text.isascii()
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("hello", "shown"),
+    [
+        ("[IPv6:2001:db8::1]", "[IPv6:2001:db8::1]"),
+        ("my_windows_pc", "my_windows_pc"),
+        ('x" by evil; Mon', "x??by?evil??Mon"),
+        ("two words", "two?words"),
+        ("café", "caf?"),
+    ],
+)
+def test_specials_of_a_hello_name_are_replaced(hello: str, shown: str) -> None:
+    assert field_of(make(hello=hello)).startswith(f"from {shown} (")
+
+
+def test_a_recipient_that_makes_a_line_too_long_is_not_named() -> None:
+    local = "x" * 1000
+    assert "for <" not in field_of(make(), Path(f"{local}@example.org", local, "example.org"))
+
+
+# ---- the seam between the trace fields and the body
+
+EMPTY_LINE = Seam(0, b"\r\n")
+NOTHING = Seam(0, b"")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"Subject: x\r\n\r\ntext\r\n", NOTHING),
+        (b"Subject:x", NOTHING),
+        (b"Subject : x\r\n", NOTHING),
+        (b"X-!#$%&'*+:\r\n", NOTHING),
+        (b"\r\ntext\r\n", NOTHING),
+        (b"\ntext\n", NOTHING),
+        (b"", NOTHING),
+        (b" folded: into the field above\r\n", EMPTY_LINE),
+        (b"\tby evil.example\r\n", EMPTY_LINE),
+        (b"just text\r\n", EMPTY_LINE),
+        (b"text", EMPTY_LINE),
+        (b": no name\r\n", EMPTY_LINE),
+        (b"two words: no field\r\n", EMPTY_LINE),
+        (b"caf\xc3\xa9: no field\r\n", EMPTY_LINE),
+        (b"\0: x", EMPTY_LINE),
+        (b"\r", EMPTY_LINE),
+        (b"From a@b Mon Jan  1 00:00:00 2024\r\nSubject: x\r\n", Seam(35, b"")),
+        (b"From a@b\nSubject: x\n", Seam(9, b"")),
+        (b">From a@b\r\nSubject: x\r\n", Seam(11, b"")),
+        (b"From a@b\r\n folded\r\n", Seam(10, b"\r\n")),
+        (b"From a@b\r\ntext\r\n", Seam(10, b"\r\n")),
+        (b"From a@b\r\n\r\ntext\r\n", Seam(10, b"")),
+        (b"From a@b\r\nFrom c@d\r\n", Seam(10, b"\r\n")),
+        (b"From a@b\r\n", Seam(10, b"")),
+        (b"From a@b", EMPTY_LINE),
+        (b"From " + b"x" * MAX_START + b"\r\nSubject: x\r\n", EMPTY_LINE),
+        (b"From: a@b\r\n", NOTHING),
+        (b"From\t: a@b\r\n", NOTHING),
+        (b"Fro: x", NOTHING),
+        (b"x" * (MAX_START + 10) + b": y", EMPTY_LINE),
+    ],
+)
+def test_a_body_never_continues_the_trace_fields(body: bytes, expected: Seam) -> None:
+    assert seam(body, is_whole=True) == expected
+    for end in range(len(body) + 1):
+        assert seam(body[:end], is_whole=False) in (None, expected)
+
+
+def test_the_seam_is_known_from_few_octets() -> None:
+    for start in (b"x", b">", b"From x", b"x ", b"\r"):
+        body = start + start[-1:] * MAX_START
+        assert seam(body, is_whole=False) is not None
+
+
+@given(
+    st.lists(st.sampled_from([b"From ", b">", b":", b" ", b"\t", b"\r\n", b"\n", b"\r", b"a", b"\x80"]), max_size=12)
+)
+def test_trace_fields_above_any_body_parse_as_they_were(parts: list[bytes]) -> None:
+    body = b"".join(parts)
+    joined = seam(body, is_whole=True)
+    assert joined is not None
+    field = received_field(make(), MessageId("ABC"), "mx.example.org", WHEN, None)
+    parsed = message_from_bytes(field + joined.separator + body[joined.skip :])
+    alone = message_from_bytes(field + b"\r\n")
+    assert parsed.items()[:1] == alone.items()
+    for end in range(len(body)):
+        assert seam(body[:end], is_whole=False) in (None, joined)

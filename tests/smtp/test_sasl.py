@@ -20,8 +20,10 @@ from penstock.smtp.sasl import (
     Step,
     Success,
     VerifyPassword,
+    decode_response,
     start_exchange,
 )
+from tests.steps import steps_of
 
 BINDING = ChannelBinding("tls-server-end-point", bytes(range(32)))
 OTHER_BINDING = ChannelBinding("tls-server-end-point", bytes(32))
@@ -69,6 +71,7 @@ def converse(exchange: Exchange, peer: Any) -> Step:
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_an_exchange_knows_its_mechanism(mechanism: str) -> None:
     assert begin(mechanism).mechanism == mechanism
+    assert begin(mechanism).name == ""
 
 
 def test_an_unknown_mechanism_is_a_key_error() -> None:
@@ -79,6 +82,27 @@ def test_an_unknown_mechanism_is_a_key_error() -> None:
 def test_plus_without_a_binding_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         begin("SCRAM-SHA-256-PLUS", None)
+
+
+# ---- base64
+
+
+@pytest.mark.parametrize(
+    ("line", "data"),
+    [
+        (b"YWxpY2U=", b"alice"),
+        (b"YWxpY2U= \t ", b"alice"),
+        (b"", b""),
+        (b" ", b""),
+        (b" YWxpY2U=", None),
+        (b"YWxp Y2U=", None),
+        (b"YWxpY2U", None),
+        (b"*", None),
+        (b"YWxpY2U=\r", None),
+    ],
+)
+def test_lines_are_strict_base64_with_blanks_at_the_end(line: bytes, data: bytes | None) -> None:
+    assert decode_response(line) == data
 
 
 # ---- PLAIN
@@ -285,6 +309,31 @@ def test_scram_looks_up_no_name_that_is_too_long(name: str) -> None:
     step = exchange.start(f"n,,n={name},r=abc".encode())
     assert code_of(step) == 501
     assert isinstance(step, Failure) and step.cause == "the name is too long"
+
+
+@pytest.mark.parametrize("length", [256, 9000, 1_000_000])
+def test_scram_checks_lengths_before_saslprep(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(text: str) -> str:
+        raise AssertionError(len(text))
+
+    monkeypatch.setattr(scramp.core, "saslprep", prepare)
+    for message in ("n,,n=" + "a" * length + ",r=abc", "n,,x=y,n=" + "é" * length, "n,,n=" + "=2C" * length + ",r=a"):
+        assert code_of(begin("SCRAM-SHA-256").start(message.encode())) == 501
+
+
+def test_scram_accepts_a_name_of_255_octets_with_escapes() -> None:
+    challenge_of(begin("SCRAM-SHA-256").start(b"n,,n=" + b"=2C" * 255 + b",r=abc"))
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("repeated", [b"a", b"\0", b",", b"n=a,", b"=2C", "é".encode(), b"x=y,", b"p="])
+def test_twice_the_message_costs_at_most_twice_the_steps(mechanism: str, repeated: bytes) -> None:
+    def steps(times: int) -> int:
+        return steps_of(lambda: begin(mechanism).start(b"n,,n=" + repeated * times))
+
+    steps(1)
+    assert steps(400) <= 2 * steps(200) + 100
+    assert steps(100_000) <= steps(1) + 100
 
 
 def test_scram_whose_keys_cannot_be_looked_up_is_a_temporary_failure() -> None:

@@ -1,1 +1,1 @@
-"""Who a client is: the authenticator seam and the users file."""
+"""Authentication of clients: the authenticator seam, the users file, logins and their throttle."""

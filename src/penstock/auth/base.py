@@ -1,4 +1,4 @@
-"""The authenticator seam: who may prove to be whom, and how."""
+"""The authenticator seam: what verifies users, and the settings of authentication."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     users: Annotated[
         str,
-        msgspec.Meta(min_length=1, description="The users file, as `penstock user` writes it; relative to data_dir"),
+        msgspec.Meta(min_length=1, description="The users file, written by `penstock user`; relative to data_dir"),
     ] = "users"
     mechanisms: Annotated[
         tuple[Literal["SCRAM-SHA-256-PLUS", "SCRAM-SHA-256", "PLAIN", "LOGIN"], ...],
         msgspec.Meta(description=f"Mechanisms in the order they are offered: {', '.join(MECHANISMS)}"),
     ] = MECHANISMS
-    required: Annotated[bool, msgspec.Meta(description="No MAIL before AUTH: 530 5.7.0")] = False
+    required: Annotated[bool, msgspec.Meta(description="Refuse MAIL before AUTH: 530 5.7.0")] = False
     without_tls: Annotated[
         bool,
-        msgspec.Meta(description="Extensions PLAIN and LOGIN in the clear, too: for a loopback or a trusted network"),
+        msgspec.Meta(description="Also offer PLAIN and LOGIN without TLS: for loopback or a trusted network"),
     ] = False
 
 
 class Authenticator(Protocol):
-    """Knows users. Both questions take the same time for a name that exists and for one that does not."""
+    """Verifies users. Both methods take the same time for known and for unknown names."""
 
     async def verify(self, name: str, password: str) -> bool:
-        """Say whether the password is that user's. Slow on purpose (argon2, in a thread, few at a time).
+        """Return whether the password is that of the user.
 
-        The name has 1 to 255 octets, the password 1 to 1024. Raise what you like when there is no telling: that is a
-        surprise and not a wrong password, it costs the connection and counts as no guess.
+        The name has 1 to 255 octets in UTF-8, the password 1 to 1024. Slow on purpose (argon2, in a thread, few at the
+        same time). Raise if the backend is unavailable: the connection is closed, and the attempt does not count.
         """
 
     def scram_keys(self, name: str) -> ScramKeys:
-        """Return what a SCRAM exchange needs of a user; for an unknown one, keys no password fits, always the same.
+        """Return the SCRAM keys of a user; for an unknown name, keys that no password fits, always the same ones.
 
-        Invented keys have the shape of real ones: salt length and iterations are what everybody gets to see
-        (RFC 5802 5.1). Quick: it is asked in the loop. Whatever it raises, the client hears 454.
+        Invented keys have the shape of real ones, because everybody can see the salt and the iterations (RFC 5802 5.1).
+        Called in the event loop, so it has to be quick. Whatever it raises, the client gets 454.
         """
 
 
@@ -51,3 +51,11 @@ class StartsExchanges(Protocol):
 
     def start_exchange(self, mechanism: str) -> Exchange:
         """Return a new exchange for a mechanism of the listener."""
+
+
+@runtime_checkable
+class CanonicalNames(Protocol):
+    """Add-on of an authenticator for which several spellings of a name are the same user."""
+
+    def canonical_name(self, name: str) -> str:
+        """Return the one spelling of a user name that has been authenticated: the identity of the session."""

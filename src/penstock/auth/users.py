@@ -1,15 +1,15 @@
-"""Users in a file: a line a user, its password as an argon2id hash (RFC 9106) and as SCRAM keys (RFC 5803).
+"""The users file: one user per line, with the password as argon2id hash (RFC 9106) and as SCRAM keys (RFC 5803).
 
-    # name, password, keys; blanks between them
+    # name, password hash, keys; separated by blanks
     alice  $argon2id$v=19$m=19456,t=2,p=1$...  SCRAM-SHA-256$4096:salt$stored:server
 
-The file is written whole or not at all, one writer at a time, and what an operator wrote beside the users (comments,
-empty lines, the order) stays. It is read again when it has changed, so that `penstock user` works while the server
-runs.
+The file is written atomically, by one process at a time, and comments, empty lines and the order of the lines are kept.
+It is read again when it has changed, so `penstock user` works while the server runs. Names are compared without case.
 
-Nobody learns who exists. A name that is not there costs the hash of a password, as a wrong password does, and SCRAM
-answers it with keys of the same shape, the same each time. That holds for the keys this file makes: those copied from
-elsewhere with another salt length or count of iterations tell that their user exists.
+The server does not disclose which names exist. An unknown name costs the hash of a password, as a wrong password does,
+and SCRAM answers it with invented keys of the same shape. They depend on a secret in data_dir, so they are the same in
+every worker and after a restart. Keys that were copied from elsewhere, with another salt length or number of
+iterations, do disclose that their user exists.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ from penstock.journal import Journal
 from penstock.smtp.sasl import MAX_NAME, MAX_PASSWORD, ScramKeys
 
 ITERATIONS: Final = 4096
-"""Of SCRAM (RFC 7677 4)."""
+"""SCRAM iterations of new keys (RFC 7677 4)."""
 _SALT_OCTETS: Final = 16
-"""Of SCRAM salts, also of the invented ones: told here, because a library may change its mind."""
+"""Octets of SCRAM salts, real or invented: set here, because the default of a library may change."""
 _KEY_OCTETS: Final = 32
-"""Of SCRAM keys: an SHA-256 each."""
+"""Octets of a SCRAM key: a SHA-256 hash."""
 _MAX_ITERATIONS: Final = 10_000_000
-"""More than that is what scramp refuses, too."""
+"""scramp refuses more."""
 _MAX_FILE: Final = 64 << 20
 """Octets of a users file: about 250,000 users."""
 _AT_A_TIME: Final = 2
-"""Passwords that are being checked at a time: each costs 19 MiB and a core."""
-_SECRET: Final = os.urandom(32)
-"""Of this process, not of one authenticator: two listeners must invent the same keys for the same unknown name."""
+"""Passwords that are verified at the same time: each takes 19 MiB and a core."""
+_SECRET_OCTETS: Final = 32
+"""Octets of the secret behind invented SCRAM keys."""
+_PROCESS_SECRET: Final = os.urandom(_SECRET_OCTETS)
+"""Used without a secret in a file: at least two listeners of a process invent the same keys for a name."""
 
 _B64: Final = r"[A-Za-z0-9+/]+"
 _ARGON2ID: Final = re.compile(rf"\$argon2id\$v=19\$m=[0-9]{{1,9}},t=[0-9]{{1,9}},p=[0-9]{{1,3}}\${_B64}\${_B64}")
@@ -54,45 +56,45 @@ _SCRAM: Final = re.compile(rf"SCRAM-SHA-256\$([0-9]{{4,8}}):({_B64}={{0,2}})\$({
 
 
 class UsersFileError(ValueError):
-    """A users file that can not be used; the text names the file and the line."""
+    """The users file cannot be used; the text names the file and the line."""
 
 
 class User(NamedTuple):
-    """A line of the file."""
+    """A user: one line of the file."""
 
     name: str
     password_hash: str
     scram: ScramKeys
 
     def line(self) -> str:
-        """Return the line, without its end."""
+        """Return the line, without its line end."""
         salt, stored, server, iterations = self.scram
         texts = [base64.b64encode(part).decode() for part in (salt, stored, server)]
         return f"{self.name} {self.password_hash} SCRAM-SHA-256${iterations}:{texts[0]}${texts[1]}:{texts[2]}"
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a name that no user can have.
+    """Raise ValueError unless a name can be that of a user.
 
-    A name has 1 to 255 octets, only printable characters, no blanks, and no # in front. It is written as SASLprep
-    (RFC 4013) would write it, because that is how SCRAM asks for it (RFC 5802 5.1).
+    A name has 1 to 255 octets of printable characters without blanks, and does not begin with #. It must not be changed
+    by SASLprep (RFC 4013), which SCRAM applies to it (RFC 5802 5.1).
     """
     if not name or name[0] == "#" or " " in name or not name.isprintable() or len(name.encode()) > MAX_NAME:
         raise ValueError(
-            f"a user name is 1 to {MAX_NAME} octets that print, without blanks, and begins with no #; not {name!r}"
+            f"a user name is 1 to {MAX_NAME} printable octets without blanks and does not begin with #; not {name!r}"
         )
-    if name.isascii():  # SASLprep leaves it alone, and is slow
+    if name.isascii():  # SASLprep does not change it, and is slow
         return
     try:
         prepared = scramp.core.saslprep(name)
     except scramp.ScramException as exc:
         raise ValueError(f"SASLprep (RFC 4013) does not allow the user name {name!r}: {exc}") from exc
     if prepared != name:
-        raise ValueError(f"SASLprep (RFC 4013) turns the user name {name!r} into {prepared!r}; use that one")
+        raise ValueError(f"SASLprep (RFC 4013) changes the user name {name!r} to {prepared!r}; use that one")
 
 
 def make_user(name: str, password: str, hasher: argon2.PasswordHasher) -> User:
-    """Return a user with a new password. Raise ValueError for a name or a password that is of no use. Slow."""
+    """Return a user with a new password. Raise ValueError for an invalid name or password. Slow."""
     check_name(name)
     octets = password.encode("utf-8", "surrogatepass")
     if not 1 <= len(octets) <= MAX_PASSWORD or "\0" in password:
@@ -112,67 +114,66 @@ def make_hasher() -> argon2.PasswordHasher:
 
 
 def _parse_user(line: str) -> User:
-    """Return the user of a line. Raise ValueError that says what is wrong, and repeats no hash and no key."""
+    """Return the user of a line. Raise ValueError, whose text contains no hash and no key."""
     words = line.split()
     if len(words) != 3:
         raise ValueError(f"a line is 'name $argon2id$... SCRAM-SHA-256$...', three words, not {len(words)}")
     name, password_hash, scram = words
     check_name(name)
     if not _ARGON2ID.fullmatch(password_hash):
-        raise ValueError("the second word is no argon2id hash: '$argon2id$v=19$m=...,t=...,p=...$salt$hash'")
+        raise ValueError("the second word is not an argon2id hash: '$argon2id$v=19$m=...,t=...,p=...$salt$hash'")
     return User(name, password_hash, _parse_keys(scram))
 
 
 def _parse_keys(text: str) -> ScramKeys:
     match = _SCRAM.fullmatch(text)
     if match is None:
-        raise ValueError("the third word is no 'SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey' (RFC 5803)")
+        raise ValueError("the third word is not 'SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey' (RFC 5803)")
     iterations = int(match[1])
     if not ITERATIONS <= iterations <= _MAX_ITERATIONS:
-        raise ValueError(f"SCRAM takes {ITERATIONS} to {_MAX_ITERATIONS} iterations, not {iterations}")
+        raise ValueError(f"SCRAM needs {ITERATIONS} to {_MAX_ITERATIONS} iterations, not {iterations}")
     try:
         salt, stored, server = (base64.b64decode(part, validate=True) for part in match.groups()[1:])
     except ValueError as exc:
-        raise ValueError(f"the SCRAM keys are no base64: {exc}") from exc
+        raise ValueError(f"the SCRAM keys are not base64: {exc}") from exc
     if len(salt) < 12 or len(stored) != _KEY_OCTETS or len(server) != _KEY_OCTETS:
         raise ValueError(f"a SCRAM salt has at least 12 octets, and each key {_KEY_OCTETS}")
     return ScramKeys(salt, stored, server, iterations)
 
 
 class UsersFile:
-    """The file, read and written as a whole. Blocking; all of it raises OSError and UsersFileError."""
+    """Reads and writes the file. All methods block, and raise OSError and UsersFileError."""
 
     def __init__(self, path: Path, hasher: argon2.PasswordHasher | None = None) -> None:
         self.path = path
         self.hasher = hasher or make_hasher()
 
     def read(self) -> dict[str, User]:
-        """Return the users by name, in the order of the file. Raise FileNotFoundError when there is none.
+        """Return the users by name, in the order of the file. Raise FileNotFoundError when it is missing.
 
-        Costs about 10 microseconds a user.
+        Takes about 10 microseconds per user.
         """
         return self._parse(self._read_text())
 
     def names(self) -> list[str]:
-        """Return the names in the order of the file; none when there is no file."""
+        """Return the names in the order of the file, [] without a file."""
         try:
             return list(self.read())
         except FileNotFoundError:
             return []
 
     def add(self, name: str, password: str, *, replace: bool = False) -> bool:
-        """Add a user, and make the file and its folder if need be; with `replace` also give a new password.
+        """Add a user, and create the file and its folder if necessary. `replace` gives an existing user a new password.
 
-        Return False, and change nothing, when the name is there already. Raise ValueError for a name or a password
-        that is of no use.
+        Return False, and change nothing, when the user exists. Raise ValueError for an invalid name or password.
         """
         line = make_user(name, password, self.hasher).line()
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         return self._edit(name, line, lambda is_there: replace or not is_there)
 
     def remove(self, name: str) -> bool:
-        """Remove a user; return False when there is none of that name."""
-        if name not in self.names():
+        """Remove a user. Return False when the user does not exist."""
+        if name.casefold() not in map(str.casefold, self.names()):
             return False
         return self._edit(name, None, lambda is_there: is_there)
 
@@ -189,7 +190,8 @@ class UsersFile:
 
     def _parse(self, text: str) -> dict[str, User]:
         users: dict[str, User] = {}
-        # Not splitlines: it knows line ends that no editor counts.
+        lines: dict[str, int] = {}
+        # Not splitlines, which also splits at characters that are no line ends to an editor.
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
@@ -197,15 +199,16 @@ class UsersFile:
                 user = _parse_user(line)
             except ValueError as exc:
                 raise UsersFileError(f"{self.path}:{number}: {exc}") from exc
-            if user.name in users:
-                raise UsersFileError(f"{self.path}:{number}: {user.name} is there already, further up")
+            before = lines.setdefault(user.name.casefold(), number)
+            if before != number:
+                raise UsersFileError(f"{self.path}:{number}: the user {user.name} is already in line {before}")
             users[user.name] = user
         return users
 
     def _edit(self, name: str, line: str | None, is_wanted: Callable[[bool], bool]) -> bool:
-        """Put a line in the place of a name, or behind the others; None removes it. Say whether that was wanted.
+        """Replace the line of a user, or append it; None removes it. Return whether `is_wanted` allowed that.
 
-        A file that is malformed is not touched.
+        A malformed file is not changed.
         """
         target = self.path.resolve()  # a link stays a link
         with _locked(target.parent) as folder:
@@ -213,12 +216,13 @@ class UsersFile:
                 text = self._read_text()
             except FileNotFoundError:
                 text = ""
-            is_there = name in self._parse(text)
+            folded = name.casefold()
+            is_there = folded in map(str.casefold, self._parse(text))
             if not is_wanted(is_there):
                 return False
             lines = text.removesuffix("\n").split("\n") if text else []
             if is_there:
-                at = next(number for number, old in enumerate(lines) if old.split()[:1] == [name])
+                at = next(n for n, old in enumerate(lines) if old.split()[:1] and old.split()[0].casefold() == folded)
                 lines[at : at + 1] = [] if line is None else [line]
             elif line is not None:
                 lines.append(line)
@@ -228,9 +232,9 @@ class UsersFile:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Keep other writers out of a folder, and lend its descriptor.
+    """Lock a folder against other writers, and yield its descriptor.
 
-    They hold the lock for one small write, and the kernel takes it back from one that dies: waiting is short.
+    Waiting is short: the lock is held for one small write, and the kernel releases it when its process dies.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -241,8 +245,8 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 def _write_whole(target: Path, data: bytes, folder: int) -> None:
-    """Put data in the place of a file, mode 0600: whole and on the disk, or the file stays as it was."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # is made with mode 0600
+    """Replace a file atomically and durably, with mode 0600; when that fails, the file is unchanged."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # has mode 0600
     new = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -254,57 +258,96 @@ def _write_whole(target: Path, data: bytes, folder: int) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    os.fsync(folder)  # the new name, too, is on the disk
+    os.fsync(folder)  # makes the new name durable
 
 
 def _keep_owner(descriptor: int, target: Path) -> None:
-    """Give a file the owner of the one it replaces: root's `penstock user add` must not lock the server out."""
+    """Give a file the owner of the one it replaces: after `penstock user add` by root the server must still read it."""
     with contextlib.suppress(FileNotFoundError):
         old = target.stat()
         if old.st_uid != os.geteuid():
             os.fchown(descriptor, old.st_uid, old.st_gid)
 
 
+def load_secret(path: Path) -> bytes:
+    """Return the secret behind invented SCRAM keys; create it, with mode 0600, when there is no file.
+
+    All processes that call this get the same secret. Blocks. Raise OSError, and ValueError for a file of another size.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # has mode 0600
+    new = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(_SECRET_OCTETS))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            path.hardlink_to(new)  # fails when another process was first, and never shows half a file
+    finally:
+        new.unlink()
+    secret = path.read_bytes()
+    if len(secret) != _SECRET_OCTETS:
+        raise ValueError(f"{path}: expected {_SECRET_OCTETS} octets, found {len(secret)}; remove the file")
+    return secret
+
+
 class UsersAuthenticator:
     """The authenticator of a users file (penstock.auth.base)."""
 
     last_error: str | None
-    """Why the file could not be read again, None when it could; the users known before stay."""
+    """Why the file could not be read again, None when it could. The users read before remain."""
 
-    def __init__(self, file: UsersFile, journal: Journal | None = None, *, at_a_time: int = _AT_A_TIME) -> None:
-        """Read the file; one that is not there has no users yet. Raise UsersFileError or OSError.
+    def __init__(
+        self,
+        file: UsersFile,
+        journal: Journal | None = None,
+        *,
+        secret: bytes = _PROCESS_SECRET,
+        at_a_time: int = _AT_A_TIME,
+    ) -> None:
+        """Read the file; a missing one has no users yet. Raise UsersFileError or OSError.
 
-        One that is of no use later leaves things as they were, and is journaled; so is its getting better. `at_a_time`
-        passwords are checked at a time, each in a thread; the others wait for their turn.
+        When reading it again fails later, that is journaled, and so is its recovery. `secret` is that of `load_secret`.
+        `at_a_time` passwords are verified at the same time, each in a thread.
         """
         self._journal = journal
         self._file = file
         self._limiter = trio.CapacityLimiter(at_a_time)
-        # Hashed as any password is, so that checking against it takes as long.
-        self._nobody = file.hasher.hash(os.urandom(32).hex())
+        self._secret = secret
+        # Hashed like any password, so that verifying against it takes as long.
+        self._unknown = file.hasher.hash(os.urandom(32).hex())
         self._users: dict[str, User] = {}
+        """The users by their names in folded case."""
         self._stamp: tuple[int, int, int] | None = None
         self.last_error = None
-        # The stamp is taken first: a change between the two is seen at the next look.
+        # The stamp is taken first: a change between the two is noticed at the next look-up.
         with contextlib.suppress(FileNotFoundError):
             stamp = self._stamp_now()
-            self._users = file.read()
+            self._users = _by_folded_name(file.read())
             self._stamp = stamp
 
     async def verify(self, name: str, password: str) -> bool:
-        """Say whether the password is that user's. Raise RuntimeError when argon2 can not tell (memory, a bad hash)."""
+        """Return whether the password is that of the user. Raise RuntimeError when argon2 fails (out of memory)."""
         user = self._look_up(name)
-        password_hash = self._nobody if user is None else user.password_hash
+        password_hash = self._unknown if user is None else user.password_hash
         is_right = await trio.to_thread.run_sync(self._check, password_hash, password, limiter=self._limiter)
         return is_right and user is not None
 
     def scram_keys(self, name: str) -> ScramKeys:
-        """Return the keys of a user; for an unknown one, keys that no password fits, the same each time."""
+        """Return the keys of a user; for an unknown one, keys that no password fits, always the same ones."""
         user = self._look_up(name)
-        invented = ScramKeys(
-            _invent(b"salt", name)[:_SALT_OCTETS], _invent(b"stored", name), _invent(b"server", name), ITERATIONS
-        )
-        return invented if user is None else user.scram
+        salt, stored, server = (self._invent(purpose, name) for purpose in (b"salt", b"stored", b"server"))
+        return ScramKeys(salt[:_SALT_OCTETS], stored, server, ITERATIONS) if user is None else user.scram
+
+    def canonical_name(self, name: str) -> str:
+        """Return the name as the file has it."""
+        user = self._users.get(name.casefold())
+        return name if user is None else user.name
+
+    def _invent(self, purpose: bytes, name: str) -> bytes:
+        """Return 32 octets that look random, the same for the same name and secret."""
+        return hmac.digest(self._secret, purpose + name.casefold().encode(), hashlib.sha256)
 
     def _check(self, password_hash: str, password: str) -> bool:
         try:
@@ -312,35 +355,35 @@ class UsersAuthenticator:
         except argon2.exceptions.VerifyMismatchError:
             return False
         except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError) as exc:
-            # Not False: a client that hears 535 throws a good password away.
-            raise RuntimeError(f"argon2 can not check a password: {exc}") from exc
+            # Not False: a client that gets 535 discards a good password.
+            raise RuntimeError(f"argon2 cannot verify a password: {exc}") from exc
 
     def _stamp_now(self) -> tuple[int, int, int]:
-        """Return what changes when the file does."""
+        """Return a value that changes when the file does."""
         stat = self._file.path.stat()
         return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
     def _look_up(self, name: str) -> User | None:
         self._refresh()
-        return self._users.get(name)
+        return self._users.get(name.casefold())
 
     def _refresh(self) -> None:
-        """Read the file again if it has changed: one stat otherwise."""
+        """Read the file again if it has changed; otherwise this is one stat."""
         try:
             stamp = self._stamp_now()
             if stamp == self._stamp:
                 return
             self._stamp = stamp
-            self._users = self._file.read()
+            self._users = _by_folded_name(self._file.read())
             self._note(None)
         except UsersFileError as exc:
-            self._note(exc)  # as malformed as it is, until it changes
+            self._note(exc)  # not read again until it changes
         except OSError as exc:
             self._note(exc)
-            self._stamp = None  # may pass by itself: try again at the next look
+            self._stamp = None  # may be temporary: try again at the next look-up
 
     def _note(self, exc: Exception | None) -> None:
-        """Keep why the file is of no use, None when it is good; the journal hears of each change."""
+        """Remember why the file cannot be used, None when it can; journal each change."""
         error = None if exc is None else str(exc)
         if error == self.last_error:
             return
@@ -349,9 +392,8 @@ class UsersAuthenticator:
             if error is None:
                 self._journal.users_read(str(self._file.path), len(self._users))
             else:
-                self._journal.users_failed(f"{error}; what was read before still holds")
+                self._journal.users_failed(f"{error}; the users read before remain")
 
 
-def _invent(purpose: bytes, name: str) -> bytes:
-    """Return 32 octets that nobody can tell from random ones, the same for the same name."""
-    return hmac.digest(_SECRET, purpose + name.encode(), hashlib.sha256)
+def _by_folded_name(users: dict[str, User]) -> dict[str, User]:
+    return {name.casefold(): user for name, user in users.items()}

@@ -15,12 +15,12 @@ import click
 import msgspec
 import trio
 
-from penstock.app import Overrides, Server
+from penstock.app import Overrides, Server, bind_listener
 from penstock.cli.journaling import JournalWriter, stderr
 from penstock.cli.running import innermost, print_authority, run
 from penstock.config import ConfigError, Settings, check
 from penstock.journal import Journal
-from penstock.net.listen import ListenAddress, bind, close_listener, name_of, share
+from penstock.net.listen import close_listener, name_of, share
 from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
 from penstock.supervisor import Line, Supervisor, WorkerError
@@ -69,7 +69,7 @@ def supervise(settings: Settings, wanted: Sequence[int], count: int) -> None:
     """Run workers until a signal; `count` of them listen. Ends the process with code 1 when one does not start."""
     try:
         check(settings)
-        listeners = [bind(ListenAddress.parse(listener.address)) for listener in settings.listener]
+        listeners = [bind_listener(listener) for listener in settings.listener]
     except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
     except OSError as exc:

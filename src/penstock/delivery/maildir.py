@@ -33,7 +33,9 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _STALE: Final = 36 * 3600
 """Seconds after which a file in tmp has no writer any more (the Maildir convention)."""
 _FOLDERS: Final = ("tmp", "new", "cur")
-_UNSAFE: Final = re.compile(r"[^\w@+=.,~-]|^\.+")
+_UNSAFE: Final = re.compile(rb"[^A-Za-z0-9_@+=.,~-]")
+_LONGEST_NAME: Final = 200
+"""Octets of a folder's name; file systems allow 255."""
 
 
 class MaildirSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,10 +85,13 @@ class MaildirDelivery(Delivery):
         return Reply(250, "2.0.0", f"Ok: delivered as {message.id}")
 
     def folder_of(self, recipient: MailPath) -> Path:
-        """Return the Maildir of a recipient. No name leads out of the data folder."""
-        local, domain = _safe(recipient.local), _safe(recipient.domain)
-        # Not str.format: an operator's template is no program.
-        path = self._template.replace("{local}", local or "postmaster").replace("{domain}", domain or "localhost")
+        """Return the Maildir of a recipient. Two recipients never share one by accident, and no name leads out of it.
+
+        Local parts are compared without case, as in Postfix.
+        """
+        local, domain = _escape(recipient.local.lower()), _escape(recipient.domain or "localhost")
+        # Not str.format: the template is no format string.
+        path = self._template.replace("{domain}", domain).replace("{local}", local)
         return self._data_dir / path
 
     def _copies(self, message: Message) -> dict[Path, list[MailPath]]:
@@ -120,10 +125,19 @@ class MaildirDelivery(Delivery):
             _sync_folder(folder / "new")
 
 
-def _safe(text: str) -> str:
-    """Return a name that is one harmless part of a file's path, at most 200 octets."""
-    cleaned = _UNSAFE.sub("_", text.lower())
-    return cleaned.encode()[:200].decode(errors="ignore")
+def _escape(name: str) -> str:
+    """Return a name as a relative path, from which it can be read back.
+
+    Octets other than ASCII letters, digits and `@+=.,~_-` become %XX, and so does a dot in front. A long name is split
+    into several folders whose names end in %, which no other name does: a file name has at most 255 octets.
+    """
+    if not name:
+        return "%00"  # the local part of ""@example.org; a local part has no NUL
+    escaped = _UNSAFE.sub(lambda found: f"%{found[0][0]:02X}".encode(), name.encode()).decode()
+    if escaped.startswith("."):
+        escaped = f"%2E{escaped[1:]}"
+    parts = [escaped[start : start + _LONGEST_NAME] for start in range(0, len(escaped), _LONGEST_NAME)]
+    return "%/".join(parts)
 
 
 def _write_copy(path: Path, message: Message, recipients: Iterable[MailPath]) -> None:

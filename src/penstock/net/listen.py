@@ -1,8 +1,10 @@
-"""Listening sockets: bind, accept in batches, survive a shortage of descriptors."""
+"""Listening sockets: bind, accept in batches, pause when file descriptors run out."""
 
 from __future__ import annotations
 
-import ipaddress
+import grp
+import os
+import re
 import socket
 import stat
 from collections.abc import Callable, Sequence
@@ -13,14 +15,17 @@ from typing import Any
 
 import trio
 
+from penstock.addresses import canonical_address, parse_address
 from penstock.net._poller import SHORTAGES, Poller, accept
 
 BACKLOG = 4096
-"""Connections the kernel keeps waiting; it cuts this to net.core.somaxconn."""
+"""Connections in the kernel's queue; the kernel limits this to net.core.somaxconn."""
 _BATCH = 64
-"""Connections accepted before the sessions get their turn."""
+"""Connections accepted before other tasks run."""
 _PAUSE = 0.1
-"""Seconds without accepting when descriptors run out: those who wait stay in the kernel's queue."""
+"""Seconds without accepting when descriptors run out: new connections stay in the kernel's queue."""
+SOCKET_MODE = 0o660
+"""Permissions of unix sockets: connecting needs write permission, which the owner and the group have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +47,18 @@ class ListenAddress:
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host and "[" not in host and "]" not in host:
-            raise ValueError(f"an IPv6 address stands in brackets: [{host}]:{port}")
+            raise ValueError(f"an IPv6 address needs brackets: [{host}]:{port}")
         if not colon or "[" in host or "]" in host or not port.isdecimal() or int(port) > 65_535:
             raise ValueError(f"a listen address looks like 127.0.0.1:2525, [::1]:2525 or unix:/path, not {text!r}")
         return cls(host, int(port))
 
     @property
     def is_loopback(self) -> bool:
-        """Only this machine can reach it."""
+        """Whether only this machine can connect."""
         if self.path or self.host == "localhost":
             return True
         try:
-            return ipaddress.ip_address(self.host).is_loopback
+            return parse_address(self.host).is_loopback
         except ValueError:
             return False
 
@@ -63,8 +68,28 @@ class ListenAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def _bind_unix(path: str) -> socket.socket:
-    """Bind a unix socket, in the place of one that nobody listens on any more."""
+def parse_mode(text: str) -> int:
+    """Return the permissions of a unix socket, "0660" for example. Raise ValueError."""
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ValueError(f'permissions are three octal digits, such as "0660", not {text!r}')
+    return int(text, 8)
+
+
+def find_group(name: str) -> int:
+    """Return the number of a group given by its name or number. Raise ValueError."""
+    if name.isascii() and name.isdecimal():
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as exc:
+        raise ValueError(f"there is no group {name!r}") from exc
+
+
+def _bind_unix(path: str, mode: int, group: int | None) -> socket.socket:
+    """Bind a unix socket, replacing one that nothing listens on any more.
+
+    Nothing can connect before `listen`, so the permissions are set in time.
+    """
     place = Path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -73,21 +98,25 @@ def _bind_unix(path: str) -> socket.socket:
                 if probe.connect_ex(path) != 0:
                     place.unlink()
         sock.bind(path)
+        if group is not None:
+            os.chown(path, -1, group)
+        place.chmod(mode)
     except OSError:
         sock.close()
         raise
     return sock
 
 
-def bind(address: ListenAddress) -> list[socket.socket]:
-    """Return the listening sockets of an address: one for each IP address its name stands for.
+def bind(address: ListenAddress, *, mode: int = SOCKET_MODE, group: int | None = None) -> list[socket.socket]:
+    """Return the listening sockets of an address: one for each IP address of a host name.
 
-    Raise OSError, which names the address, when one can not be bound. Port 0 takes a free port.
+    `mode` and `group` are the permissions and the group number of a unix socket; without a group it has that of the
+    process. Port 0 takes a free port. Raise OSError, which names the address, when one cannot be bound.
     """
     sockets: list[socket.socket] = []
     try:
         if address.path:
-            sockets.append(_bind_unix(address.path))
+            sockets.append(_bind_unix(address.path, mode, group))
         else:
             found = socket.getaddrinfo(
                 address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -110,7 +139,7 @@ def _bind_tcp(family: int, place: Any, *, is_shared: bool = False) -> socket.soc
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if is_shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # Inherited by what it accepts: replies leave in one send a batch, waiting for more only delays them.
+        # Accepted sockets inherit it: the replies of a batch leave in one send, waiting for more only delays them.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -122,14 +151,14 @@ def _bind_tcp(family: int, place: Any, *, is_shared: bool = False) -> socket.soc
 
 
 def share(sockets: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
-    """Return so many sets of listening sockets, the given one first, among which the kernel spreads the clients.
+    """Return `count` sets of listening sockets, the given one first; the kernel spreads connections over them.
 
-    There can be but one unix socket of a path: it is in every set. Raise OSError.
+    A path has only one unix socket, which is in every set. Raise OSError.
     """
     sets = [list(sockets)]
     for sock in sockets:
         if sock.family != socket.AF_UNIX:
-            # Only now: a second server by mistake is still told that the address is in use.
+            # Not before: a second server that is started by mistake must fail with "address already in use".
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     while len(sets) < count:
         sets.append([sock if sock.family == socket.AF_UNIX else _another(sock) for sock in sockets])
@@ -144,24 +173,28 @@ def _another(sock: socket.socket) -> socket.socket:
 
 
 def name_of(sock: socket.socket) -> str:
-    """Return where a socket listens, in the form that `ListenAddress.parse` reads."""
+    """Return the address a socket listens on, in the form that `ListenAddress.parse` reads."""
     place = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return str(ListenAddress("", 0, str(place)))
     return str(ListenAddress(place[0], place[1]))
 
 
+Accepted = Callable[[int, str, int], None]
+"""Takes the descriptor over; gets the client's IP address ("" on a unix socket) and port. Must not raise."""
+
+
 async def accept_forever(
     listener: socket.socket,
-    handle: Callable[[int, str, int], None],
+    handle: Accepted,
     report_shortage: Callable[[OSError], None],
     poller: Poller | None = None,
 ) -> None:
-    """Accept connections, in batches, until cancelled: in the turns of a poller, where there is one.
+    """Accept connections in batches until cancelled, in the turns of a poller when there is one.
 
-    `handle` gets the descriptor, the client's IP address ("" on a unix socket) and its port; it takes the descriptor
-    over and must not raise.
+    Clients have canonical addresses, also on an IPv6 socket that accepts IPv4 (one that another process has bound).
     """
+    handle = _with_canonical_address(listener, handle)
     descriptor = listener.fileno()
     while poller is not None:
         await _until_shortage(poller, descriptor, handle, report_shortage)
@@ -176,17 +209,24 @@ async def accept_forever(
                     report_shortage(exc)
                     await trio.sleep(_PAUSE)
                     break
-                # Any other error belongs to the one connection that was to be accepted (accept(2)).
+                # Any other error concerns only the connection that was to be accepted (accept(2)).
                 continue
             if accepted is None:
                 break
             handle(*accepted)
 
 
+def _with_canonical_address(listener: socket.socket, handle: Accepted) -> Accepted:
+    """Return a handler for clients whose addresses may be IPv4-mapped; the same one where none can be."""
+    if listener.family != socket.AF_INET6 or listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return handle
+    return lambda descriptor, address, port: handle(descriptor, canonical_address(address), port)
+
+
 async def _until_shortage(
     poller: Poller,
     descriptor: int,
-    handle: Callable[[int, str, int], None],
+    handle: Accepted,
     report_shortage: Callable[[OSError], None],
 ) -> None:
     """Let the poller accept until descriptors run out."""
@@ -204,7 +244,7 @@ async def _until_shortage(
 
 
 def close_listener(listener: socket.socket, *, unlinks: bool = True) -> None:
-    """Stop listening; a unix socket leaves no file behind, unless others still listen there."""
+    """Stop listening. `unlinks`: also remove the file of a unix socket, which no other process listens on."""
     if listener.fileno() < 0:
         return
     path = listener.getsockname() if unlinks and listener.family == socket.AF_UNIX else ""

@@ -1,10 +1,10 @@
-"""The PROXY protocol, versions 1 and 2: who the client is when a proxy stands between (HAProxy, proxy-protocol.txt).
+"""The PROXY protocol, versions 1 and 2 (HAProxy, proxy-protocol.txt): the client's address behind a proxy.
 
-`parse` is given all that came so far and says who the client is, that more is needed, or that this is no PROXY header.
-It never looks at more than `MAX_HEADER` octets.
+`parse` gets all octets received so far. It returns the header, or asks for more octets, or raises when they are not a
+PROXY header. It never looks at more than `MAX_HEADER` octets.
 
-Roads not taken: the library proxy-protocol of PyPI parses both versions, but its reading is written for asyncio, and
-its parsers take a header of unbounded length on trust.
+Roads not taken: the library proxy-protocol of PyPI parses both versions, but its reader is written for asyncio, and its
+parsers accept a header of unbounded length.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from penstock.addresses import canonical_address, parse_address
+
 MAX_V1: Final = 107
 """Octets of the longest line of version 1, with its CR LF (section 2.1)."""
 MAX_HEADER: Final = 16 + 4096
-"""Octets of a header of version 2 that we are ready to read: its addresses have at most 216, the rest is for TLVs."""
+"""Octets of the longest header of version 2 that is accepted: its addresses have at most 216, the rest is for TLVs."""
 _V2_SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
 _V2_FIXED: Final = 16
 
 
 class ProxyError(ValueError):
-    """The octets are no PROXY header."""
+    """The octets are not a PROXY header."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxyLine:
-    """What a PROXY header says."""
+    """The contents of a PROXY header. Addresses are in canonical form (penstock.addresses)."""
 
     consumed: int
     """Octets of the header."""
     is_local: bool
-    """The proxy speaks for itself or does not know (LOCAL, UNKNOWN): the socket's own addresses hold."""
+    """LOCAL or UNKNOWN: there is no client behind the proxy, or it is not known. Use the addresses of the socket."""
     source_address: str = ""
     source_port: int = 0
     destination_address: str = ""
@@ -41,12 +43,12 @@ class ProxyLine:
 
 
 def parse(buffer: bytes) -> ProxyLine | None:
-    """Read a header at the start of the buffer; None when more input is needed. Raise ProxyError."""
+    """Read the header at the start of the buffer. Return None when more octets are needed. Raise ProxyError."""
     if buffer.startswith(_V2_SIGNATURE[: len(buffer)]):
         return _parse_v2(buffer)
     if buffer.startswith(b"PROXY "[: len(buffer)]):
         return _parse_v1(buffer)
-    raise ProxyError("no PROXY header")
+    raise ProxyError("not a PROXY header")
 
 
 def _parse_v1(buffer: bytes) -> ProxyLine | None:
@@ -63,12 +65,13 @@ def _parse_v1(buffer: bytes) -> ProxyLine | None:
         raise ProxyError("a line of version 1 is PROXY TCP4|TCP6 SOURCE DESTINATION PORT PORT, or PROXY UNKNOWN")
     version = 4 if words[1] == "TCP4" else 6
     try:
-        source, destination = ipaddress.ip_address(words[2]), ipaddress.ip_address(words[3])
+        source, destination = (ipaddress.ip_address(word) for word in words[2:4])
+        addresses = [str(parse_address(word)) for word in words[2:4]]
     except ValueError as exc:
         raise ProxyError(str(exc)) from exc
-    if source.version != version or destination.version != version:
-        raise ProxyError(f"an address is not of {words[1]}")
-    return ProxyLine(consumed, False, str(source), _port(words[4]), str(destination), _port(words[5]))
+    if source.version != version or destination.version != version or "%" in words[2] + words[3]:
+        raise ProxyError(f"{words[1]} needs two addresses of its own family")
+    return ProxyLine(consumed, False, addresses[0], _port(words[4]), addresses[1], _port(words[5]))
 
 
 def _port(text: str) -> int:
@@ -85,11 +88,11 @@ def _parse_v2(buffer: bytes) -> ProxyLine | None:
     if version_command >> 4 != 2 or version_command & 0xF > 1:
         raise ProxyError("version 2 has the commands LOCAL and PROXY")
     if consumed > MAX_HEADER:
-        raise ProxyError(f"a header of {consumed} octets is too long")
+        raise ProxyError(f"a header of {consumed} octets is longer than {MAX_HEADER}")
     if len(buffer) < consumed:
         return None
     octets = {1: 4, 2: 16}.get(family >> 4)
-    if version_command & 0xF == 0 or octets is None:  # LOCAL, or UNSPEC, or a unix socket behind the proxy
+    if version_command & 0xF == 0 or octets is None:  # LOCAL, UNSPEC or AF_UNIX
         return ProxyLine(consumed, is_local=True)
     if length < octets * 2 + 4:
         raise ProxyError("the header is too short for its addresses")
@@ -99,8 +102,8 @@ def _parse_v2(buffer: bytes) -> ProxyLine | None:
     return ProxyLine(
         consumed,
         False,
-        str(ipaddress.ip_address(source)),
+        canonical_address(str(ipaddress.ip_address(source))),
         source_port,
-        str(ipaddress.ip_address(destination)),
+        canonical_address(str(ipaddress.ip_address(destination))),
         destination_port,
     )

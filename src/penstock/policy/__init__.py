@@ -1,1 +1,1 @@
-"""What a gateway thinks of a client or a message: the policy seam and its pipeline."""
+"""Policies: checks of clients, recipients and messages, and the pipeline that calls them."""

@@ -1,14 +1,17 @@
-"""The policy seam: what a hook is given, and what it may answer.
+"""The policy interface: the arguments of each hook, and the verdicts it may return.
 
 A policy is any object with some of the methods named in `HOOK_POINTS`. Each method may be a plain function or an
-`async def`; a method that is not there costs nothing. A verdict never is an exception:
+`async def`; a missing method costs nothing. A hook returns
 
-- `None`: no opinion, the next policy is asked;
-- `ACCEPT`: yes, and the policies behind this one are not asked;
-- a `Reply`: no (4yz, 5yz), said to the client in these words; a 2yz replaces the ordinary text of the acceptance.
+- `None`: no opinion, the next policy is called;
+- `ACCEPT`: accepted, and the policies after this one are not called;
+- a `Reply`: 4xx and 5xx refuse, with this reply; 2xx replaces the ordinary reply of an acceptance.
 
-A hook that throws, or takes longer than its deadline, counts as a failed check: the client hears 451 and the journal
-gets one line with the cause.
+A hook that raises, or takes longer than its deadline, is a failed check: the client gets 451, and the cause is
+journaled.
+
+Domains of paths are in canonical form: lower-case A-labels without a trailing dot (`xn--bcher-kva.example`). The
+client's IP address is in canonical form, too: an IPv4-mapped IPv6 address is the IPv4 address.
 
 >>> class NoBulkFromAfar:
 ...     def on_rcpt(self, transaction, recipient):
@@ -32,7 +35,7 @@ class _Accept(Enum):
 
 
 ACCEPT: Final = _Accept.ACCEPT
-"""The verdict that ends the asking with a yes."""
+"""The verdict that accepts without calling the policies that follow."""
 
 Verdict = Reply | Literal[_Accept.ACCEPT] | None
 Answer = Verdict | Awaitable[Verdict]

@@ -29,7 +29,7 @@ _ARGUMENTS: Final = {
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A policy in Python. Policies are asked in the order of the file."""
+    """A policy in Python. Policies are called in the order of the file."""
 
     hook: Annotated[str, msgspec.Meta(description="Policy to load: package.module:name or path/to/file.py:name")]
     arguments: Annotated[
@@ -43,20 +43,20 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="Seconds that a call may take; after that it has failed and the client receives 451",
         ),
     ] = 10.0
-    concurrency: Annotated[int, msgspec.Meta(ge=1, description="Maximum number of simultaneous calls")] = 1000
+    concurrency: Annotated[int, msgspec.Meta(ge=1, description="Calls that may run at the same time")] = 1000
     breaker_failures: Annotated[
-        int, msgspec.Meta(ge=1, description="Consecutive failures after which the policy is not called for a while")
+        int, msgspec.Meta(ge=1, description="Consecutive failures after which it is not called for a while")
     ] = 10
     breaker_pause: Annotated[
         float,
-        msgspec.Meta(ge=0, le=3600, description="Seconds for which it is not called; clients receive 451 meanwhile"),
+        msgspec.Meta(ge=0, le=3600, description="Seconds it is not called; the reply is 451 meanwhile"),
     ] = 30.0
 
 
 def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
-    """Return the policy of a reference: an object unchanged, a class or function called with the arguments.
+    """Return the policy that a reference names: an object itself, or the result of calling a class or function.
 
-    Raise HookError if it cannot be loaded or is not a policy.
+    Raise HookError when there is no such object, or when it is not a policy.
     """
     policy = load_object(reference, arguments)
     check_policy(reference, policy)
@@ -64,7 +64,7 @@ def load_hook(reference: str, arguments: Mapping[str, object] = {}) -> object:
 
 
 def check_policy(reference: str, policy: object) -> None:
-    """Raise HookError if an object is not a policy; `reference` is its name in the error."""
+    """Raise HookError when an object is not a policy; the error calls it `reference`."""
     methods = [name for name in dir(policy) if name.startswith("on_")]
     for name in methods:
         if name not in HOOK_POINTS:

@@ -1,8 +1,8 @@
-"""Asks the policies of a listener at each hook_point, in their order.
+"""Calls the policies of a listener at each hook point, in their order.
 
-A hook_point that nobody watches is an empty tuple, so that its cost is one `if` of the caller. A policy that throws,
-takes too long or answers nonsense has failed: the client hears 451 and the journal gets one line. One that fails again
-and again is left alone for a while, with the same 451: mail waits for a check, it does not go around it.
+A hook point without a policy is an empty tuple and costs one `if` of the caller. A policy that raises, takes too long
+or returns something else than a verdict has failed: the client gets 451, and the cause is journaled. A policy that
+fails repeatedly is not called for a while; the reply is the same 451 meanwhile, because mail must not bypass a check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FAILED: Final = replies.CHECK_FAILED
 
 
 class _Guard:
-    """One policy with its deadline, its bound of concurrency and its breaker."""
+    """One policy with its deadline, its concurrency limit and its circuit breaker."""
 
     def __init__(self, policy: object, settings: HookSettings, journal: Journal) -> None:
         self.policy = policy
@@ -36,13 +36,13 @@ class _Guard:
         self._closed_until = 0.0
 
     async def ask(self, method: Callable[..., Any], hook_point: str, *arguments: object) -> object:
-        """Return the policy's answer, or CHECK_FAILED."""
+        """Return the policy's verdict, or CHECK_FAILED."""
         if trio.current_time() < self._closed_until:
             return _FAILED
         cause = ""
         answer: object = None
-        # The `try` is around the scope: what a hook's own nursery throws while the deadline cancels it comes out of
-        # the scope as a group, once the scope has taken its Cancelled out of it.
+        # The `try` is outside of the scope: exceptions that a nursery of the hook raises while the deadline cancels it
+        # leave the scope as a group, after the scope has removed its Cancelled from it.
         try:
             with trio.move_on_after(self._settings.deadline) as scope:
                 async with self._limiter:
@@ -52,11 +52,11 @@ class _Guard:
             if scope.cancelled_caught:
                 cause = f"no answer within {self._settings.deadline} s"
             elif isinstance(answer, Reply):
-                if 300 <= answer.code < 400:  # would ask the client for more, and is no refusal
-                    cause = f"a Reply of a policy is 2yz, 4yz or 5yz, not {answer.code}"
+                if 300 <= answer.code < 400:  # would ask the client for more: not a verdict
+                    cause = f"a policy returns a 2xx, 4xx or 5xx reply, not {answer.code}"
             elif answer is not None and answer is not ACCEPT:
                 cause = f"an answer is None, ACCEPT or a Reply, not {answer!r}"
-        except BaseException as exc:  # whatever a hook throws, sys.exit() among it, the check has failed
+        except BaseException as exc:  # also SystemExit of a hook: the check has failed
             if _is_ours(exc):
                 raise
             cause = _cause_of(exc)
@@ -75,19 +75,19 @@ class _Guard:
 
 
 def _is_ours(exc: BaseException) -> bool:
-    """Say whether an exception is how a session is ended from outside."""
+    """Return whether an exception cancels the session from outside."""
     if isinstance(exc, BaseExceptionGroup):
         return exc.subgroup(trio.Cancelled) is not None
     return isinstance(exc, trio.Cancelled | GeneratorExit)
 
 
 def _cause_of(exc: BaseException) -> str:
-    """Return what the journal says of an exception; out of a nursery that held one, of that one."""
+    """Return the text of an exception for the journal; of a group with one exception, of that one."""
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
     try:
         return f"{type(exc).__name__}: {exc}"
-    except Exception:  # noqa: BLE001 - an exception of a hook may have a __str__ of its own, that throws
+    except Exception:  # noqa: BLE001 - the __str__ of an exception may raise
         return type(exc).__name__
 
 
@@ -95,7 +95,7 @@ _Asked = tuple[_Guard, Callable[..., Any]]
 
 
 class Pipeline:
-    """The policies of a listener. The attributes named like hook points say who watches; empty is nobody."""
+    """The policies of a listener. Attributes named like hook points hold the policies that have the hook."""
 
     def __init__(self, policies: Sequence[tuple[object, HookSettings]], journal: Journal) -> None:
         guards = [_Guard(policy, settings, journal) for policy, settings in policies]
@@ -150,14 +150,14 @@ class Pipeline:
 
 
 async def _ask(asked: tuple[_Asked, ...], hook_point: str, *arguments: object) -> Reply | None:
-    """Ask one after the other: the first refusal or ACCEPT ends it; an accepting reply is kept unless one refuses."""
+    """Call policies in order. The first refusal or ACCEPT ends this; an accepting reply is kept unless one refuses."""
     kept: Reply | None = None
     for guard, method in asked:
         answer = await guard.ask(method, hook_point, *arguments)
         if answer is ACCEPT:
             break
         if isinstance(answer, Reply):
-            if answer.code == 421 and not answer.closes:  # RFC 5321 3.8: whoever says so closes
+            if answer.code == 421 and not answer.closes:  # RFC 5321 3.8: a server that sends 421 closes
                 return Reply(421, answer.status, answer.text, closes=True, cause=answer.cause)
             if not answer.accepts:
                 return answer

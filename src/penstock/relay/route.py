@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Annotated, Final
 from urllib.parse import urlsplit
 
-import idna
 import msgspec
 
+from penstock.addresses import canonical_domain, domain_of
 from penstock.message import Recipient
 from penstock.net.resolver import Exchanger, Resolver
 from penstock.relay.hop import Hop, HopLimits, TlsPolicy
 
-_DOMAIN: Final = re.compile(
-    r"\.?(?=.{1,255}$)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
-)
 _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
 _PORTS: Final = {"smtp": 25, "smtps": 465, "lmtp": 24}
 _FORMS: Final = "smtp://host:25, smtps://host:465, lmtp://host:24 or lmtp+unix:///path"
@@ -84,10 +81,12 @@ def check_routes(routes: Sequence[RouteSettings]) -> None:
     for number, route in enumerate(routes):
         key = f"route[{number}]"
         for domain in route.domains:
-            if not _DOMAIN.fullmatch(domain):
-                form = 'write it in ASCII (xn--...), and ".example.org" for all names below'
-                raise ValueError(f"{key}.domains: {domain!r} is not a domain; {form}")
-            before = owner.setdefault(domain.lower(), number)
+            try:
+                canonical = _canonical(domain)
+            except ValueError as exc:
+                form = 'expected "example.org", or ".example.org" for all names below it'
+                raise ValueError(f"{key}.domains: {domain!r} is not a domain; {form}") from exc
+            before = owner.setdefault(canonical, number)
             if before != number:
                 raise ValueError(f"{key}.domains: {domain!r} is in route[{before}], too")
         if not route.domains:
@@ -105,6 +104,12 @@ def check_routes(routes: Sequence[RouteSettings]) -> None:
             "route: reports have to go to the senders, wherever they are: add a route without domains, such as "
             '[[route]] next_hop = "mx"'
         )
+
+
+def _canonical(domain: str) -> str:
+    """Return the canonical form of a domain of a route; a leading dot stays. Raise ValueError."""
+    below = "." if domain.startswith(".") else ""
+    return below + canonical_domain(domain.removeprefix("."))
 
 
 def _check_hops(route: RouteSettings) -> None:
@@ -230,17 +235,15 @@ class Routes:
                 self._default = route
             for domain in each.domains:
                 names = self._below if domain.startswith(".") else self._exact
-                names[domain.lower().removeprefix(".")] = route
+                names[_canonical(domain).removeprefix(".")] = route
 
     def lane_of(self, recipient: Recipient) -> str:
         """Return the lane a recipient waits in: its domain, as the DNS writes it."""
         domain = recipient.path.domain
         if domain.isascii():
             return domain or self._own_lane  # RFC 5321 4.1.1.3: <Postmaster> is ours
-        try:
-            return idna.encode(domain, uts46=True, std3_rules=True).decode().lower()
-        except (idna.IDNAError, UnicodeError):
-            return domain
+        # Spooled before domains had a canonical form.
+        return domain_of(domain, utf8=True, underscores=True) or domain
 
     def way_now(self, lane: str) -> Way | None:
         """Return the way of a lane when that is known without asking anybody."""

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeVar
 import trio
 
 from penstock import reply as replies
-from penstock.auth.base import StartsExchanges
+from penstock.auth.login import Login
 from penstock.message import CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
@@ -129,7 +129,7 @@ class Connection:
     """A client, its stream and its session. `run` is the task of one connection."""
 
     __slots__ = (
-        "_clocks", "_exchange", "_has_ended", "_is_admitted", "_is_sending", "_paused", "_received_ahead", "_scope",
+        "_clocks", "_has_ended", "_is_admitted", "_is_sending", "_login", "_paused", "_received_ahead", "_scope",
         "_socket", "_started", "faults", "final_reply", "incoming", "listener", "messages", "metrics",
         "number", "peer", "pump", "session", "stream", "texts", "transaction", "worker",
     )  # fmt: skip
@@ -169,7 +169,7 @@ class Connection:
         """Messages accepted so far."""
         self.final_reply: Reply | None = None
         """What the client is dismissed with at the next wait."""
-        self._exchange: sasl.Exchange | None = None
+        self._login: Login | None = None
         self._clocks: Deadlines | None = None
         self._paused = False
         self._scope: trio.CancelScope | None = None
@@ -589,11 +589,11 @@ class Connection:
         return True
 
     def _refuse_rcpt(self, event: Rcpt) -> bool:
-        """Refuse a recipient in a domain that the client may not send to. Return False when it may."""
-        listener = self.listener
-        if listener.domains is None or listener.may_send(self.transaction, event.recipient.path):
+        """Refuse a recipient that the client may not send to. Return False when it may."""
+        refusal = self.listener.refusal(self.transaction, event.recipient.path)
+        if refusal is None:
             return False
-        self.refuse(replies.RELAY_DENIED, event.recipient.path.text)
+        self.refuse(refusal, event.recipient.path.text)
         return True
 
     def _reply(self, verdict: Reply | None, accepted: Reply, subject: str) -> None:
@@ -710,6 +710,8 @@ class Connection:
         prefix = b""
         if listener.keeps_body:
             prefix = received_field(transaction, message_id, listener.extensions.hostname, now, only)
+        if self.session.tolerated:
+            listener.journal.tolerated(self.number, self.peer, message_id, self.session.tolerated)
         return Message(message_id, transaction.envelope(), prefix, body, now)
 
     def reply_to_message(self, reply: Reply) -> None:
@@ -754,61 +756,38 @@ class Connection:
         # (RFC 5802 6).
         offered = listener.extensions.mechanisms_for(tls=self.transaction.tls is not None)
         binding = listener.binding if "SCRAM-SHA-256-PLUS" in offered else None
-        authenticator = listener.authenticator
-        if isinstance(authenticator, StartsExchanges):
-            self._exchange = authenticator.start_exchange(event.mechanism)
-        else:
-            self._exchange = sasl.start_exchange(event.mechanism, scram_keys=authenticator.scram_keys, binding=binding)
-        await self._authenticate(self._exchange.start, event.initial)
+        self._login = login = Login(
+            event.mechanism, listener.authenticator, listener.auth_throttle, self.peer.network, binding
+        )
+        await self._answer_auth(login, await login.start(event.initial))
 
     async def _on_auth_response(self, event: AuthResponse) -> None:
-        assert self._exchange is not None
-        await self._authenticate(self._exchange.respond, event.data)
+        login = self._login
+        assert login is not None
+        await self._answer_auth(login, await login.respond(event.data))
 
     async def _on_auth_aborted(self, _: AuthAborted) -> None:
-        self._exchange = None
+        self._login = None
 
-    async def _authenticate(self, step: Callable[[Any], sasl.Step], data: bytes | None) -> None:
-        """Take one step of an authentication, and answer it."""
-        listener = self.listener
-        if listener.auth_throttle.is_blocked(self.peer.network):
-            self.refuse(replies.AUTH_THROTTLED, "")
+    async def _answer_auth(self, login: Login, step: sasl.Challenge | sasl.Success | sasl.Failure) -> None:
+        """Answer one step of an authentication."""
+        journal = self.listener.journal
+        if isinstance(step, sasl.Challenge):
+            self.session.challenge(step.data)
             return
-        result = step(data)
-        if isinstance(result, sasl.Challenge):
-            self.session.challenge(result.data)
-        elif isinstance(result, sasl.Failure):
-            self._fail_auth("", result.reply, result.cause)
-        elif isinstance(result, sasl.Success):
-            await self._accept_auth(result.name)
-        else:
-            assert listener.authenticator is not None
-            if await listener.authenticator.verify(result.name, result.password):
-                await self._accept_auth(result.name)
-            else:
-                self._fail_auth(result.name, replies.AUTH_FAILED, "wrong name or password")
-
-    async def _accept_auth(self, name: str) -> None:
-        """Answer a client that has proved its identity."""
-        listener, exchange = self.listener, self._exchange
-        assert exchange is not None
-        if listener.pipeline.auth:
-            verdict = await listener.pipeline.on_auth(self.transaction, name, exchange.mechanism)
+        if isinstance(step, sasl.Success) and self.listener.pipeline.auth:
+            verdict = await self.listener.pipeline.on_auth(self.transaction, step.name, login.mechanism)
             if verdict is not None and not verdict.accepts:
-                self._fail_auth(name, verdict, "policy")
-                return
-        self._exchange = None
-        listener.auth_throttle.succeeded(self.peer.network)
-        listener.journal.authenticated(self.number, self.peer, name, exchange.mechanism)
-        self.session.authenticated(name)
-
-    def _fail_auth(self, name: str, reply: Reply, cause: str) -> None:
-        exchange, self._exchange = self._exchange, None
-        mechanism = exchange.mechanism if exchange is not None else ""
-        if reply.code == 535:
-            self.listener.auth_throttle.failed(self.peer.network)
-        self.listener.journal.auth_failed(self.number, self.peer, name, mechanism, cause)
-        self.session.reply(reply)
+                step = sasl.Failure(verdict, "policy")
+        self._login = None
+        if isinstance(step, sasl.Failure):
+            login.finish(step.reply)
+            journal.auth_failed(self.number, self.peer, login.name, login.mechanism, step.cause)
+            self.session.reply(step.reply)
+        else:
+            login.finish(replies.AUTHENTICATED)
+            journal.authenticated(self.number, self.peer, step.name, login.mechanism)
+            self.session.authenticated(step.name)
 
     # ---- which handler has which event
 

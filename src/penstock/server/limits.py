@@ -1,13 +1,11 @@
-"""Limits: who may connect, and how often a password may be wrong.
+"""Limits of connections, and admission before the greeting.
 
-Every counter here is bounded: what is remembered of networks is forgotten after its window, and at most
-`_MOST_NETWORKS` are remembered at all.
+Every counter here is bounded: those of networks end with their window (penstock.window).
 """
 
 from __future__ import annotations
 
 import functools
-import ipaddress
 from collections.abc import Callable
 from typing import Annotated, Final
 
@@ -15,9 +13,10 @@ import msgspec
 import trio
 
 from penstock import reply as replies
+from penstock.addresses import parse_address, parse_network
 from penstock.reply import Reply
+from penstock.window import SlidingWindow
 
-_MOST_NETWORKS: Final = 100_000
 _MINUTE: Final = 60.0
 
 
@@ -81,51 +80,15 @@ class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     )
 
 
-class _Window:
-    """Counts events of networks in a sliding window, estimated from two fixed ones."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._turn = -1
-        self._now: dict[str, int] = {}
-        self._before: dict[str, int] = {}
-
-    def count(self, network: str) -> float:
-        """Return how many events a network has had within the last window."""
-        part = self._advance()
-        return self._now.get(network, 0) + self._before.get(network, 0) * (1 - part)
-
-    def add(self, network: str) -> None:
-        """Count an event. A network beyond the bound of memory is not counted."""
-        self._advance()
-        if network in self._now or len(self._now) < _MOST_NETWORKS:
-            self._now[network] = self._now.get(network, 0) + 1
-
-    def forget(self, network: str) -> None:
-        """Forget the events of a network."""
-        self._now.pop(network, None)
-        self._before.pop(network, None)
-
-    def _advance(self) -> float:
-        """Change windows when it is time. Return how much of the present one is over, 0 to 1."""
-        turn, part = divmod(self._clock() / self._seconds, 1)
-        if turn != self._turn:
-            self._before = self._now if turn == self._turn + 1 else {}
-            self._now = {}
-            self._turn = int(turn)
-        return part
-
-
 class Admission:
     """Counts connections: in total, of a network, of a network in a minute. Asked before the greeting."""
 
     def __init__(self, settings: AdmissionSettings, clock: Callable[[], float] = trio.current_time) -> None:
         self._settings = settings
-        self._exempt = [ipaddress.ip_network(network) for network in settings.exempt]
+        self._exempt = [parse_network(network) for network in settings.exempt]
         self._is_exempt = functools.lru_cache(maxsize=65_536)(self._find_exempt)
         self._of_network: dict[str, int] = {}
-        self._recent = _Window(_MINUTE, clock)
+        self._recent = SlidingWindow(_MINUTE, clock)
         self.total = 0
         """Connections that are open."""
 
@@ -156,25 +119,5 @@ class Admission:
     def _find_exempt(self, network: str) -> bool:
         if not network:
             return True  # a unix socket
-        address = ipaddress.ip_address(network.partition("/")[0])
+        address = parse_address(network.partition("/")[0])
         return any(address in exempt for exempt in self._exempt)
-
-
-class AuthThrottle:
-    """Counts wrong passwords of networks, over connections."""
-
-    def __init__(self, settings: AdmissionSettings, clock: Callable[[], float] = trio.current_time) -> None:
-        self._limit = settings.auth_failures
-        self._failures = _Window(settings.auth_window, clock)
-
-    def is_blocked(self, network: str) -> bool:
-        """Say whether a network has guessed too often."""
-        return self._failures.count(network) >= self._limit
-
-    def failed(self, network: str) -> None:
-        """Count a wrong password."""
-        self._failures.add(network)
-
-    def succeeded(self, network: str) -> None:
-        """Forget the wrong passwords of a network that has got one right."""
-        self._failures.forget(network)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,16 +10,19 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from penstock.addresses import Network, parse_address
 from penstock.auth.base import Authenticator
+from penstock.auth.throttle import AuthThrottle
 from penstock.delivery.base import ChecksCapacity, Delivery, Discards, Streams
 from penstock.journal import Journal
 from penstock.message import MessageIds, Path
 from penstock.metrics._session import Metrics
 from penstock.policy.pipeline import Pipeline
+from penstock.reply import Reply
 from penstock.server.body import BodySettings, MemoryBudget
 from penstock.server.connection import Component, Connection, SyncHandlers
-from penstock.server.domains import Domains
-from penstock.server.limits import AuthThrottle, LimitSettings
+from penstock.server.domains import RelayControl
+from penstock.server.limits import LimitSettings
 from penstock.smtp._wire import Wire
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
@@ -34,7 +36,6 @@ from penstock.smtp.server import (
 from penstock.smtp.states import NUMBER
 from penstock.transaction import Peer, Transaction
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 WireRule = Literal["accept", "normalize", "reject"]
 
 
@@ -89,7 +90,7 @@ def _is_in(peer: Peer, networks: Sequence[Network]) -> bool:
     """Say whether a client's address is in one of the networks; a unix socket is in every one."""
     if not peer.address:
         return True
-    address = ipaddress.ip_address(peer.address)
+    address = parse_address(peer.address)
     return any(address in network for network in networks)
 
 
@@ -102,8 +103,8 @@ class Listener:
     extensions: Extensions
     wire: WireSettings
     limits: LimitSettings
-    domains: Domains | None
-    """The domains that anybody may send to; None is every domain."""
+    relay_control: RelayControl
+    """Which recipients a client may send to."""
     relay_networks: tuple[Network, ...] = ()
     """Clients from here may send to any domain, too."""
     proxy_networks: tuple[Network, ...] = ()
@@ -149,7 +150,7 @@ class Listener:
         checks_capacity = delivery if isinstance(delivery, ChecksCapacity) else None
         auto_accept = AUTO_ACCEPT_QUIT if pipeline.helo else AUTO_ACCEPT_QUIT | AUTO_ACCEPT_HELLO
         auto_accept |= 0 if pipeline.mail or checks_capacity is not None else AUTO_ACCEPT_MAIL
-        auto_accept |= 0 if pipeline.rcpt or self.domains is not None else AUTO_ACCEPT_RCPT
+        auto_accept |= 0 if pipeline.rcpt or self.relay_control.domains is not None else AUTO_ACCEPT_RCPT
         session = ServerSession(
             self.extensions, self.wire.make_wire(self.extensions.max_size), Transaction(Peer("", 0)), auto_accept
         )
@@ -170,14 +171,10 @@ class Listener:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""
         return bool(self.proxy_networks) and _is_in(peer, self.proxy_networks)
 
-    def may_send(self, transaction: Transaction, path: Path) -> bool:
-        """Say whether a client may send to a mailbox: to the listener's domains, or anywhere when it may relay.
-
-        Postmaster is always reachable, without a domain and at our address (RFC 5321 4.5.1).
-        """
-        if self.domains is None or path.domain in self.domains or not path.domain:
-            return True
+    def refusal(self, transaction: Transaction, path: Path) -> Reply | None:
+        """Return why a client may not send to a mailbox, None when it may."""
         peer = transaction.peer
-        if path.domain == Peer(peer.local_address, 0).literal.lower():
-            return path.local.lower() == "postmaster"
-        return transaction.identity is not None or _is_in(peer, self.relay_networks)
+        may_relay = transaction.identity is not None or (
+            bool(self.relay_networks) and _is_in(peer, self.relay_networks)
+        )
+        return self.relay_control.refusal(path, may_relay=may_relay, own_literal=peer.local_literal)

@@ -37,6 +37,7 @@ class _AcceptAll:
 
     def __init__(self, mechanism: str) -> None:
         self.mechanism = mechanism
+        self.name = ""  # claimed by nobody: names are not throttled
         self._responses: list[bytes] = []
 
     def start(self, initial: bytes | None) -> Step:

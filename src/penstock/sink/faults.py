@@ -33,7 +33,6 @@ order. `since`, `until`, outages, rates and greylists depend on the clock.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import math
 import threading
 from collections import Counter, deque
@@ -44,6 +43,7 @@ from typing import Final, NamedTuple, Protocol
 import trio
 
 from penstock import sequence
+from penstock.addresses import parse_address, parse_network
 from penstock.reply import Reply
 from penstock.sequence import Mark
 from penstock.sink.memory import Buckets, Counters, Mailboxes, Triplets
@@ -295,7 +295,7 @@ class Rule:
         self.needs_identity = (
             match.every > 1 or match.probability < 1 or bool(match.attempts) or self.is_drawn
         ) or settings.dress == "garbage"
-        self._networks = tuple(ipaddress.ip_network(network) for network in match.network)
+        self._networks = tuple(parse_network(network) for network in match.network)
         self._hello, self._sender, self._recipient = glob(match.hello), glob(match.sender), glob(match.recipient)
         self._held = 0
         rate, grey, box = settings.rate, settings.greylist, settings.mailbox
@@ -328,7 +328,7 @@ class Rule:
         if self._networks:
             if not occasion.address:
                 return False
-            address = ipaddress.ip_address(occasion.address)
+            address = parse_address(occasion.address)
             if not any(address in network for network in self._networks):
                 return False
         if self._hello is not None and not self._hello.match(occasion.hello):

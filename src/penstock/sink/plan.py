@@ -16,12 +16,12 @@ rules are combined, and what the same seed repeats.
 from __future__ import annotations
 
 import fnmatch
-import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
 from penstock import schema
+from penstock.addresses import parse_network
 from penstock.reply import Reply
 from penstock.schema import Meta, SchemaError, Struct
 
@@ -120,7 +120,7 @@ class MatchSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def __post_init__(self) -> None:
         for network in self.network:
-            ipaddress.ip_network(network)
+            parse_network(network)
         if self.until and self.until <= self.since:
             raise ValueError("until must be greater than since")
         if self.sequence is not None and self.sequence[0] > self.sequence[1]:

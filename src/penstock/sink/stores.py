@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol, cast
 
 import msgspec
 
@@ -74,7 +74,7 @@ class MaildirStore:
         name = f"{int(message.received_at)}.P{os.getpid()}Q{next(self._numbers)}I{message.id}.{self._host}"
         unfinished, finished = self._path / "tmp" / name, self._path / "new" / name
         try:
-            with unfinished.open("xb", buffering=0) as file:
+            with _open_private(unfinished, "xb") as file:
                 _write_all(file, message.body.chunks())
             unfinished.rename(finished)
         except OSError:
@@ -97,7 +97,7 @@ class _FileStore:
 
     def open(self) -> None:
         """Open the file behind what it has."""
-        self._file = self._path.open("ab", buffering=0)
+        self._file = _open_private(self._path, "ab")
 
     def write(self, messages: Sequence[Message]) -> Undo:
         """Append the messages."""
@@ -197,11 +197,11 @@ class DumpStore:
         if slash:  # "dump/" has a folder, too: the name in it is the number
             Path(folder or "/").mkdir(parents=True, exist_ok=True)
         if not self._is_single:
-            with Path(path).open("ab", buffering=0) as file:
+            with _open_private(Path(path), "ab") as file:
                 size = _append(file, self._pieces(message, number))
             return partial(os.truncate, path, size)
         file_of_its_own = Path(path + number)
-        with file_of_its_own.open("xb", buffering=0) as file:
+        with _open_private(file_of_its_own, "xb") as file:
             try:
                 _write_all(file, self._pieces(message, number))
             except OSError:
@@ -312,6 +312,15 @@ def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
             yield b"".join(waiting)
             waiting, octets = [], 0
     yield b"".join(waiting)
+
+
+def _open_private(path: Path, mode: str) -> BinaryIO:
+    """Open a file for unbuffered writing; a new one can be read by its owner only (mode 0600), whatever the umask."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600)
+
+    return cast("BinaryIO", open(path, mode, buffering=0, opener=opener))
 
 
 def _append(file: BinaryIO, pieces: Iterable[bytes]) -> int:

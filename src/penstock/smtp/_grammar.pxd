@@ -1,4 +1,4 @@
-"""What other compiled modules may call of the plain grammar."""
+"""Functions of the plain grammar that other compiled modules call."""
 
 cdef object of_type(object type, tuple items)
 cpdef object plain_mail(bytes argument, bint esmtp, bint eightbitmime, unsigned long long max_size)

@@ -10,13 +10,13 @@ BAD_SENDER: Final[Reply]
 BAD_RECIPIENT: Final[Reply]
 
 def plain_mail(argument: bytes, esmtp: bool, eightbitmime: bool, max_size: int) -> Mail | Reply | None:
-    """Read a plain `FROM:<dot-string@domain> SIZE=n BODY=...`; None is for what is not plain."""
+    """Read a plain `FROM:<dot-string@domain> SIZE=n BODY=...`; return None when the argument is not plain."""
 
-def plain_recipient(argument: bytes) -> Recipient | Reply | None:
-    """Read a plain `TO:<dot-string@domain>`: the recipient, BAD_RECIPIENT, or None for what is not plain."""
+def plain_recipient(argument: bytes) -> Recipient | None:
+    """Read a plain `TO:<dot-string@domain>`; return None when the argument is not plain."""
 
 def plain_hello(argument: bytes) -> str | None:
-    """Read a plain name after EHLO; None is for what is not plain."""
+    """Return the argument of EHLO when it is one short word of printable ASCII, else None."""
 
-def plain_rcpt(argument: bytes) -> Rcpt | Reply | None:
-    """Read a plain `TO:<dot-string@domain>`; None is for what is not plain."""
+def plain_rcpt(argument: bytes) -> Rcpt | None:
+    """Read a plain `TO:<dot-string@domain>`; return None when the argument is not plain."""

@@ -1,7 +1,7 @@
-"""What a session tells its driver: one event for each command that needs a decision.
+"""Events of a server session: one for each command that needs a decision.
 
-The session holds the next event back until the last one is answered with `ServerSession.reply` (or what its docstring
-here names instead); commands that need no decision it answers by itself.
+The session returns the next event only after the last one was answered with `ServerSession.reply`, or with the method
+that the docstring here names. Commands that need no decision are answered by the session.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class _Need(Enum):
 
 
 NEED_DATA: Final = _Need.DATA
-"""The input is used up: send what is to be sent, then feed more."""
+"""The input is used up: send the pending output, then feed more."""
 TURN_OVER: Final = _Need.TURN_OVER
-"""Enough commands were answered in one turn; there may be more input. Let others have their turn, then ask again."""
+"""Enough commands were answered in one turn, there may be more input: let other tasks run, then ask again."""
 CLOSED: Final = _Need.CLOSED
-"""The conversation is over: send what is to be sent, then close."""
+"""The conversation is over: send the pending output, then close."""
 
 
 class Hello(NamedTuple):
-    """HELO, EHLO or LHLO. An accepting reply is not sent itself: the session words the answer."""
+    """HELO, EHLO or LHLO. An accepting reply is replaced by the session's own, which lists the extensions."""
 
     verb: str
     name: str
@@ -38,22 +38,26 @@ class Mail(NamedTuple):
 
     path: Path
     parameters: MailParameters
+    tolerated: tuple[str, ...] = ()
+    """Irregularities that the tolerant mode let through (`penstock.smtp.grammar.TOLERATED`)."""
 
 
 class Rcpt(NamedTuple):
     """RCPT, with its path and parameters checked."""
 
     recipient: Recipient
+    tolerated: tuple[str, ...] = ()
+    """Irregularities that the tolerant mode let through (`penstock.smtp.grammar.TOLERATED`)."""
 
 
 class Verify(NamedTuple):
-    """VRFY, where the listener has a lookup for it."""
+    """VRFY, when the listener can verify users."""
 
     argument: str
 
 
 class Expand(NamedTuple):
-    """EXPN, where the listener has a lookup for it."""
+    """EXPN, when the listener can expand lists."""
 
     argument: str
 
@@ -69,7 +73,7 @@ class BeginData(NamedTuple):
     """DATA, or the first BDAT of a message. Answer with GO_AHEAD_DATA for both (no 354 is sent for BDAT)."""
 
     size: int | None
-    """Octets announced by SIZE or by BDAT, None when the client did not say."""
+    """Octets announced by SIZE or by BDAT, None when the client announced none."""
 
 
 class BodyChunk(NamedTuple):
@@ -86,11 +90,11 @@ class EndOfMessage(NamedTuple):
 
 
 class MessageAborted(NamedTuple):
-    """The body that had begun is void; the session has answered or will. Needs no answer."""
+    """The message whose body has begun is discarded; the session has answered or will. Needs no answer."""
 
     cause: str
     will_be_refused: bool = False
-    """It is read to its end, which a refusal answers; otherwise the client has given it up."""
+    """The body is read to its end and then refused; False when the client has aborted the message."""
 
 
 class StartTls(NamedTuple):
@@ -106,13 +110,13 @@ class Auth(NamedTuple):
 
 
 class AuthResponse(NamedTuple):
-    """The client's answer to a challenge, decoded."""
+    """The client's response to a challenge, decoded."""
 
     data: bytes
 
 
 class AuthAborted(NamedTuple):
-    """The client gave the exchange up, or broke it; the session has answered. Needs no answer."""
+    """The client cancelled the exchange or sent an unreadable line; the session has answered. Needs no answer."""
 
 
 class Quit(NamedTuple):

@@ -1,6 +1,7 @@
-"""What a listener offers to its clients: the EHLO keywords and the limits of the language.
+"""The extensions and protocol limits of a listener.
 
-One `Extensions` a listener, made at the start; the answers to EHLO are encoded once for each state that changes them.
+Each listener has one `Extensions`, made at the start. The replies to EHLO are encoded once for each state of a
+connection that changes them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import msgspec
 
 
 class ExtensionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The extensions of a listener: all are offered unless switched off."""
+    """The extensions of a listener: all are offered unless disabled."""
 
     pipelining: Annotated[bool, msgspec.Meta(description="PIPELINING (RFC 2920)")] = True
     eightbitmime: Annotated[bool, msgspec.Meta(description="8BITMIME (RFC 6152)")] = True
     smtputf8: Annotated[bool, msgspec.Meta(description="SMTPUTF8 (RFC 6531)")] = True
     enhancedstatuscodes: Annotated[
-        bool, msgspec.Meta(description="ENHANCEDSTATUSCODES (RFC 2034); replies have the codes either way")
+        bool, msgspec.Meta(description="ENHANCEDSTATUSCODES (RFC 2034); replies have the codes in any case")
     ] = True
     chunking: Annotated[bool, msgspec.Meta(description="CHUNKING: BDAT (RFC 3030)")] = True
     binarymime: Annotated[bool, msgspec.Meta(description="BINARYMIME (RFC 3030); only with CHUNKING")] = True
@@ -30,36 +31,40 @@ class ExtensionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 @dataclass(frozen=True)
 class Extensions:
-    """The constants of a listener's language."""
+    """The protocol constants of a listener."""
 
     hostname: str = "localhost"
-    """The name in the greeting and in the answer to EHLO (RFC 5321 4.1.1.1)."""
+    """The name in the greeting and in the reply to EHLO (RFC 5321 4.1.1.1)."""
+    own_domain: str = ""
+    """Domain of `<postmaster>` and of senders without a domain; "" leaves them without one."""
+    tolerant_addresses: bool = True
+    """Accept common irregularities in arguments (penstock.smtp.grammar); False is the syntax of the RFCs."""
     is_lmtp: bool = False
-    """LHLO in place of EHLO, and a reply for each recipient at the end of the data (RFC 2033)."""
+    """LHLO instead of EHLO, and one reply per recipient at the end of the data (RFC 2033)."""
     max_size: int = 26_214_400
-    """SIZE: the octets a message may have (RFC 1870); 0 is no limit."""
+    """SIZE: octets of a message (RFC 1870); 0 is no limit."""
     max_recipients: int = 1000
     """LIMITS RCPTMAX: recipients of a transaction (RFC 9422); at least 100 (RFC 5321 4.5.3.1.8)."""
     max_messages: int = 0
-    """LIMITS MAILMAX: transactions of a connection (RFC 9422); 0 is no limit, and then it is not offered."""
+    """LIMITS MAILMAX: transactions of a connection (RFC 9422); 0 is no limit and is not announced."""
     max_errors: int = 20
-    """Commands answered with 5yz before the session ends with 421 4.7.0."""
+    """Commands answered with 5xx before the session ends with 421 4.7.0."""
     max_unknown: int = 50
-    """Recipients refused with 5yz before the session ends with 421 4.7.0."""
+    """Recipients refused with 5xx before the session ends with 421 4.7.0."""
     max_junk: int = 100
-    """Commands without mail (NOOP, RSET, EHLO ...) since the last MAIL; those beyond count as errors."""
+    """Commands without mail (NOOP, RSET, EHLO ...) since the last MAIL; further ones count as errors."""
     max_auth_failures: int = 3
     """Failed authentications before the session ends with 421 4.7.0."""
     starttls: bool = False
-    """STARTTLS is offered until TLS is active (RFC 3207)."""
+    """Offer STARTTLS until TLS is active (RFC 3207)."""
     require_tls: bool = False
-    """Nothing but EHLO, STARTTLS, NOOP, RSET, HELP and QUIT before TLS: 530 5.7.0."""
+    """Refuse all commands but EHLO, STARTTLS, NOOP, RSET, HELP and QUIT before TLS: 530 5.7.0."""
     require_auth: bool = False
-    """No MAIL before AUTH: 530 5.7.0."""
+    """Refuse MAIL before AUTH: 530 5.7.0."""
     mechanisms: tuple[str, ...] = ()
-    """AUTH mechanisms of the listener, in the order they are offered; () is no AUTH."""
+    """AUTH mechanisms of the listener, in the order they are offered; () does not offer AUTH."""
     auth_without_tls: bool = False
-    """Offer mechanisms that send a password in the clear without TLS, too (RFC 4954 4 forbids it by default)."""
+    """Also offer mechanisms that send a clear-text password when there is no TLS (RFC 4954 4 forbids it by default)."""
     pipelining: bool = True
     eightbitmime: bool = True
     smtputf8: bool = True
@@ -68,19 +73,20 @@ class Extensions:
     binarymime: bool = True
     dsn: bool = True
     requiretls: bool = True
-    """REQUIRETLS is offered inside TLS (RFC 8689)."""
+    """Offer REQUIRETLS inside TLS (RFC 8689)."""
     can_verify: bool = False
-    """VRFY is put to the driver instead of being answered with 252."""
+    """Pass VRFY to the driver instead of answering 252."""
     can_expand: bool = False
-    """EXPN is put to the driver instead of being answered with 252."""
+    """Pass EXPN to the driver instead of answering 252."""
     expn: bool = True
-    """EXPN is known; without it the answer is 502."""
+    """EXPN is implemented; otherwise the reply is 502."""
     _answers: dict[tuple[bool, bool], bytes] = field(default_factory=dict, repr=False, compare=False)
 
     def mechanisms_for(self, *, tls: bool) -> tuple[str, ...]:
         """Return the mechanisms offered with or without TLS.
 
-        Without TLS those that send a password in the clear are left out, and so is -PLUS, which has no channel to bind.
+        Without TLS, mechanisms that send a clear-text password are left out, and so is -PLUS: there is no channel to
+        bind to.
         """
         if tls:
             return self.mechanisms
@@ -91,7 +97,7 @@ class Extensions:
         )
 
     def keywords(self, *, tls: bool, authenticated: bool) -> list[str]:
-        """Return the EHLO lines behind the hostname for a state of the connection."""
+        """Return the EHLO lines after the hostname for a state of the connection."""
         lines = []
         if self.pipelining:
             lines.append("PIPELINING")  # RFC 2920
@@ -126,7 +132,7 @@ class Extensions:
         return f"LIMITS RCPTMAX={self.max_recipients}{mailmax}"
 
     def ehlo_answer(self, *, tls: bool, authenticated: bool) -> bytes:
-        """Return the encoded 250 to EHLO or LHLO (RFC 5321 4.1.1.1), made once for each state."""
+        """Return the encoded reply to EHLO or LHLO (RFC 5321 4.1.1.1), made once for each state."""
         state = (tls, authenticated)
         answer = self._answers.get(state)
         if answer is None:
@@ -147,4 +153,4 @@ class Extensions:
 
 
 CLEARTEXT_MECHANISMS = frozenset({"PLAIN", "LOGIN"})
-"""Mechanisms that hand the password to whoever listens."""
+"""Mechanisms that send the password itself."""

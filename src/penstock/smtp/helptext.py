@@ -1,4 +1,4 @@
-"""What HELP says (RFC 5321 4.1.1.8): the list of verbs, and one verb explained."""
+"""The replies to HELP (RFC 5321 4.1.1.8): the list of verbs, or the syntax of one verb."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOPICS: Final[dict[str, str]] = {
     "RCPT": "RCPT TO:<address> [NOTIFY=NEVER|SUCCESS,FAILURE,DELAY] [ORCPT=type;xtext]:\n"
     "  name a recipient (RFC 5321 4.1.1.3)",
     "DATA": "DATA: the message follows, up to <CR><LF>.<CR><LF> (RFC 5321 4.1.1.4)",
-    "BDAT": "BDAT <octets> [LAST]: that many octets of the message follow (RFC 3030 2)",
+    "BDAT": "BDAT <octets> [LAST]: the given number of octets of the message follows (RFC 3030 2)",
     "RSET": "RSET: drop the transaction (RFC 5321 4.1.1.5)",
     "VRFY": "VRFY <user>: verify a user (RFC 5321 4.1.1.6)",
     "EXPN": "EXPN <list>: expand a list (RFC 5321 4.1.1.7)",
@@ -27,7 +27,7 @@ TOPICS: Final[dict[str, str]] = {
 }
 
 _EXPLANATIONS: Final = {verb: Reply(214, "2.0.0", text) for verb, text in TOPICS.items()}
-_UNKNOWN_TOPIC: Final = Reply(504, "5.5.4", "There is no help on that; HELP lists the verbs")
+_UNKNOWN_TOPIC: Final = Reply(504, "5.5.4", "No help on that; HELP lists the verbs")
 
 
 def _list_of_verbs(hidden: frozenset[str]) -> Reply:
@@ -40,7 +40,7 @@ _VERBS_OF_LMTP: Final = _list_of_verbs(frozenset({"HELO", "EHLO"}))
 
 
 def help_reply(argument: bytes, *, is_lmtp: bool) -> Reply:
-    """Return the answer to HELP with that argument."""
+    """Return the reply to HELP with an argument."""
     if not argument:
         return _VERBS_OF_LMTP if is_lmtp else _VERBS_OF_SMTP
     return _EXPLANATIONS.get(argument.decode("ascii", "replace").upper(), _UNKNOWN_TOPIC)

@@ -1,18 +1,20 @@
-"""SASL exchanges on the server's side (RFC 4422): messages in, steps out. base64 is the session's business.
+"""SASL exchanges, server side (RFC 4422): messages in, steps out.
 
-PLAIN and LOGIN end in a question, `VerifyPassword`, because a password is checked slowly and elsewhere. SCRAM proves
-itself, from keys that are looked up by name; its arithmetic is the library scramp's.
+PLAIN and LOGIN end with `VerifyPassword`, because checking a password is slow and is done by the authenticator. SCRAM
+verifies the proof itself, with keys that are looked up by name; the arithmetic is that of the library scramp.
 
-Three rules hold for every exchange:
+Rules for every exchange:
 
-1. An exchange has one function a state, and is over unless that function names the next one. So nothing the client
-   sends after a failure, a success or a question can succeed: there is no state left for it to reach.
-2. Whatever the octets, the answer is a step. What scramp raises becomes a `Failure` in one place, `_Scram.respond`.
-3. 535 is for a proof that was read and is wrong, and so counts as a guess; 501 is for what could not be read.
+1. Each state is one function. The exchange is over unless that function sets the next one, so nothing the client sends
+   after a failure, a success or a `VerifyPassword` can succeed.
+2. Every input leads to a step. Exceptions of scramp become a `Failure` in one place, `_Scram.respond`.
+3. Lengths are checked first. SASLprep (RFC 4013) costs about 10 us a character, before anybody is authenticated.
+4. 535 is for a proof that was read and is wrong, 501 for a message that cannot be read. Both count as failed attempts.
 """
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
@@ -22,17 +24,21 @@ from penstock import reply as replies
 from penstock.reply import Reply
 
 MECHANISMS: Final = ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-256", "PLAIN", "LOGIN")
-"""What `start_exchange` knows, the strongest first (RFC 7677, RFC 5802, RFC 4616; LOGIN is older than its RFCs)."""
+"""The implemented mechanisms, the strongest first (RFC 7677, RFC 5802, RFC 4616; LOGIN has no RFC)."""
 
 MAX_NAME: Final = 255
 """Octets of a user name in UTF-8."""
 MAX_PASSWORD: Final = 1024
 """Octets of a password in UTF-8."""
+MAX_SCRAM_MESSAGE: Final = 2048
+"""Octets of a SCRAM message: the escaped name has at most three times `MAX_NAME`, the nonce and the channel binding
+have less than 200 each in practice."""
 _MALFORMED: Final = Reply(501, "5.5.2", "Cannot read that authentication message")
+_OTHER_AUTHZID: Final = "the authorization identity is another user"
 
 
 class ScramKeys(NamedTuple):
-    """What a server keeps of a password for SCRAM-SHA-256 (RFC 5802 3): enough to check it, not to know it."""
+    """What a server stores of a password for SCRAM-SHA-256 (RFC 5802 3): enough to verify it, not to learn it."""
 
     salt: bytes
     """At least 12 octets."""
@@ -45,7 +51,7 @@ class ScramKeys(NamedTuple):
 
 
 class ChannelBinding(NamedTuple):
-    """What ties an exchange to the TLS it runs in (RFC 5929)."""
+    """The channel binding of the TLS connection that an exchange runs in (RFC 5929)."""
 
     name: str
     """ "tls-server-end-point"."""
@@ -54,16 +60,16 @@ class ChannelBinding(NamedTuple):
 
 
 class Challenge(NamedTuple):
-    """Send this with a 334."""
+    """Send the data with a 334."""
 
     data: bytes
 
 
 class VerifyPassword(NamedTuple):
-    """Ask the authenticator; its answer ends the exchange."""
+    """Ask the authenticator whether the password is right. The exchange is over."""
 
     authzid: str
-    """Whom the client wants to act for: "" or the same as `name`, others are refused."""
+    """The authorization identity: "" or the same as `name`; others are refused."""
     name: str
     """1 to `MAX_NAME` octets, no NUL."""
     password: str
@@ -71,36 +77,38 @@ class VerifyPassword(NamedTuple):
 
 
 class Success(NamedTuple):
-    """The client has proved to be this user."""
+    """The client is authenticated as this user."""
 
     name: str
-    """As SASLprep leaves it (RFC 5802 5.1): the name that `scram_keys` was asked for."""
+    """Prepared with SASLprep (RFC 5802 5.1): the name that `scram_keys` was called with."""
     authzid: str
-    """Always "": no mechanism that proves itself here takes another."""
+    """Always "": SCRAM is refused with an authorization identity."""
 
 
 class Failure(NamedTuple):
-    """The client has not: 535 for a wrong proof, 501 for a message that can not be read, 454 when keys are missing."""
+    """Authentication failed: 535 for a wrong proof, 501 for an unreadable message, 454 without keys."""
 
     reply: Reply
-    """What the client hears."""
+    """The reply to the client."""
     cause: str
-    """What the journal hears; holds no password."""
+    """The cause for the journal; contains no password."""
 
 
 Step = Challenge | VerifyPassword | Success | Failure
 
 
 class Exchange(Protocol):
-    """One authentication under way. Neither method raises, whatever the octets."""
+    """One authentication under way. Its methods do not raise."""
 
     mechanism: str
+    name: str
+    """The user name that the client claims, "" until it is known."""
 
     def start(self, initial: bytes | None) -> Step:
-        """Take the initial response, b"" for an empty one; None when there was none (RFC 4954 4)."""
+        """Handle the initial response: b"" for an empty one, None when there was none (RFC 4954 4)."""
 
     def respond(self, data: bytes) -> Step:
-        """Take the response to the last challenge; a `Failure` when there was none."""
+        """Handle the response to the last challenge. Return a `Failure` when there was no challenge."""
 
 
 def start_exchange(
@@ -108,10 +116,10 @@ def start_exchange(
 ) -> Exchange:
     """Return a new exchange.
 
-    `scram_keys` returns keys for every name, also for those that do not exist. `binding` is that of the TLS the
-    exchange runs in: None without TLS, and also where no -PLUS mechanism was offered, because a client that says it
-    saw none ("y", RFC 5802 6) is refused when there is a binding. Raise KeyError for a mechanism that is not in
-    `MECHANISMS`, and for a -PLUS one without a binding.
+    `scram_keys` returns keys for every name, also for unknown ones. `binding` is that of the TLS connection; None
+    without TLS, and also when no -PLUS mechanism was offered: a client that reports this ("y", RFC 5802 6) is refused
+    when there is a binding. Raise KeyError for a mechanism that is not in `MECHANISMS`, and for a -PLUS mechanism
+    without a binding.
     """
     if mechanism == "PLAIN":
         return _Plain()
@@ -122,8 +130,19 @@ def start_exchange(
     return _Scram(mechanism, scram_keys, binding)
 
 
+def decode_response(line: bytes) -> bytes | None:
+    """Decode a line of an AUTH exchange, or an initial response, from base64 (RFC 4954 4, RFC 4648 4).
+
+    Trailing blanks are removed (RFC 5321 4.1.1). Return None when the rest is not base64.
+    """
+    try:
+        return binascii.a2b_base64(line.rstrip(b" \t"), strict_mode=True)
+    except binascii.Error:
+        return None
+
+
 def _text(data: bytes, most: int) -> str | None:
-    """Return a name or password; None for one that is empty, too long, not UTF-8, or has a NUL."""
+    """Return a name or password; None when it is empty, too long, not UTF-8, or has a NUL."""
     if not data or len(data) > most or b"\0" in data:
         return None
     try:
@@ -132,22 +151,23 @@ def _text(data: bytes, most: int) -> str | None:
         return None
 
 
-def _question(authzid: str, name: bytes, password: bytes) -> Step:
+def _verify(authzid: str, name: bytes, password: bytes) -> Step:
     name_text, password_text = _text(name, MAX_NAME), _text(password, MAX_PASSWORD)
     if name_text is None or password_text is None:
         return Failure(_MALFORMED, "a name or a password is empty, too long, or not UTF-8")
     return VerifyPassword(authzid, name_text, password_text)
 
 
-def _is_over(data: bytes) -> Step:  # noqa: ARG001 - a state like the others, whatever comes
-    """Refuse a response that nobody has asked for."""
+def _is_over(data: bytes) -> Step:  # noqa: ARG001 - has the signature of a state
+    """Refuse a response without a challenge."""
     return Failure(_MALFORMED, "the exchange is over")
 
 
 class _StateByState:
-    """An exchange whose states are functions: `_take` is the state, and names the next one or ends it (rule 1)."""
+    """An exchange whose states are functions: `_take` is the state, and sets the next one or ends it (rule 1)."""
 
     mechanism: str
+    name = ""
     _prompt = b""
     _take: Callable[[bytes], Step]
 
@@ -172,16 +192,16 @@ class _Plain(_StateByState):
         if len(parts) != 3:
             return Failure(_MALFORMED, "a PLAIN message has two NULs")
         authzid, name, password = parts
-        question = _question("", name, password)
+        question = _verify("", name, password)
         if not isinstance(question, VerifyPassword) or not authzid:
             return question
         if authzid != name:
-            return Failure(replies.AUTH_FAILED, "nobody may act for somebody else")
+            return Failure(replies.AUTH_FAILED, _OTHER_AUTHZID)
         return question._replace(authzid=question.name)
 
 
 class _Login(_StateByState):
-    """LOGIN: a name and a password, each asked for; an initial response is the name."""
+    """LOGIN: asks for the name, then for the password; an initial response is the name."""
 
     mechanism = "LOGIN"
     _prompt = b"Username:"
@@ -191,14 +211,16 @@ class _Login(_StateByState):
         self._name = b""
 
     def _take_name(self, data: bytes) -> Step:
-        if _text(data, MAX_NAME) is None:
+        name = _text(data, MAX_NAME)
+        if name is None:
             return Failure(_MALFORMED, "a name is empty, too long, or not UTF-8")
+        self.name = name
         self._name = data
         self._take = self._take_password
         return Challenge(b"Password:")
 
     def _take_password(self, data: bytes) -> Step:
-        return _question("", self._name, data)
+        return _verify("", self._name, data)
 
 
 _SCRAM_REPLIES: Final = {
@@ -207,26 +229,28 @@ _SCRAM_REPLIES: Final = {
     "server-does-support-channel-binding": replies.AUTH_FAILED,
     "no-resources": replies.AUTH_UNAVAILABLE,
 }
-"""What each server-error-value of RFC 5802 7 means here; the others are mistakes in the message."""
+"""The replies for server-error-values of RFC 5802 7; the others are errors in the message."""
 
 
 class _Scram(_StateByState):
     """SCRAM-SHA-256 and SCRAM-SHA-256-PLUS (RFC 5802, RFC 7677).
 
-    The server's last message is a challenge like the others, and the client's answer to it is empty: a 235 has no
-    room for data (RFC 4954 4). An authzid is refused, even the user's own: scramp can not read one.
+    The server's last message is sent as a challenge, and the client's response to it is empty: a 235 carries no data
+    (RFC 4954 4). An authorization identity is refused, even the user's own: scramp cannot read one.
     """
 
     def __init__(self, mechanism: str, scram_keys: Callable[[str], ScramKeys], binding: ChannelBinding | None) -> None:
         self.mechanism = mechanism
         self._take = self._take_client_first
-        self._name = ""
         self._scram_keys = scram_keys
-        # Without the -PLUS the library still wants to know the binding: a client that says "y", I could bind but you
-        # can not, is told that somebody between us took the -PLUS away (RFC 5802 6).
+        # Without -PLUS the library still needs the binding: it refuses a client that says "y" (I could bind, the server
+        # cannot), because then an attacker has removed -PLUS from the offer (RFC 5802 6).
         self._server = scramp.ScramMechanism(mechanism).make_server(self._look_up, channel_binding=binding)
 
     def respond(self, data: bytes) -> Step:
+        if len(data) > MAX_SCRAM_MESSAGE:
+            self._take = _is_over
+            return Failure(_MALFORMED, f"a SCRAM message has at most {MAX_SCRAM_MESSAGE} octets")
         try:
             return super().respond(data)
         except scramp.ScramException as exc:
@@ -235,37 +259,40 @@ class _Scram(_StateByState):
             return Failure(_MALFORMED, str(exc))
 
     def _look_up(self, name: str) -> ScramKeys | None:
-        """Return the keys of a name, which SASLprep may have made longer; None when it is too long to look up."""
+        """Return the keys of a name; None when it is too long, because SASLprep may have made it longer."""
         if len(name.encode()) > MAX_NAME:
             return None
-        self._name = name
+        self.name = name
         return self._scram_keys(name)
 
     def _take_client_first(self, data: bytes) -> Step:
         text = data.decode()
-        header = text.split(",", 2)  # gs2-header: flag "," [ authzid ] "," (RFC 5802 7)
-        if len(header) == 3 and header[1]:
-            return Failure(replies.AUTH_FAILED, "nobody may act for somebody else")
+        parts = text.split(",")  # gs2-cbind-flag "," [ authzid ] "," "n=" saslname "," "r=" nonce (RFC 5802 7)
+        names = [part[2:].replace("=2C", ",").replace("=3D", "=") for part in parts[2:] if part.startswith("n=")]
+        if any(len(name.encode()) > MAX_NAME for name in names):
+            return Failure(_MALFORMED, "the name is too long")
+        if len(parts) > 2 and parts[1]:
+            return Failure(replies.AUTH_FAILED, _OTHER_AUTHZID)
         self._server.set_client_first(text)
         self._take = self._take_client_final
         return Challenge(self._server.get_server_first().encode())
 
     def _take_client_final(self, data: bytes) -> Step:
         self._server.set_client_final(data.decode())
-        # Only here, behind the proof: a wrong one has left by an exception.
+        # Only now: a wrong proof has raised.
         self._take = self._take_last_word
         return Challenge(self._server.get_server_final().encode())
 
     def _take_last_word(self, data: bytes) -> Step:
         if data:
             return Failure(_MALFORMED, "the last response of SCRAM is empty")
-        return Success(self._name, "")
+        return Success(self.name, "")
 
 
 def _failure_of(exc: scramp.ScramException) -> Failure:
-    """Translate what scramp raises; its error values are those of RFC 5802 7."""
+    """Translate an exception of scramp; its error values are those of RFC 5802 7."""
     error = getattr(exc.server_error, "value", exc.server_error)
-    if error == "unknown-user":  # nobody is unknown to `scram_keys`: `_look_up` did not ask
+    if error == "unknown-user":  # `scram_keys` knows every name: `_look_up` did not call it
         return Failure(_MALFORMED, "the name is too long")
     cause = str(exc) if exc.__cause__ is None else f"{exc}: {exc.__cause__}"
     return Failure(_SCRAM_REPLIES.get(error, _MALFORMED), cause)

@@ -43,6 +43,7 @@ cdef class ServerSession:
     cdef tuple _rules
     cdef object _event                  # the one that waits for its reply
     cdef int _waiting                   # what its reply is for
+    cdef readonly tuple tolerated       # irregularities of the transaction that were let through
     cdef int _mails
     cdef int _auth_failures
     cdef bint _chunk_is_last

@@ -63,6 +63,7 @@ from penstock.smtp.events import (
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.grammar import parse_any_mail, parse_any_rcpt, parse_hello_name
 from penstock.smtp.helptext import help_reply
+from penstock.smtp.sasl import decode_response
 from penstock.smtp.states import (
     ARGUMENT_LIMIT,
     AUTH_LINE_LIMIT,
@@ -190,6 +191,8 @@ class ServerSession:
     """The event that waits for its reply."""
     _waiting: int
     """What its reply is for, one of _FOR_...; 0 without one."""
+    tolerated: tuple[str, ...]
+    """Irregularities of MAIL and RCPT in this transaction that were let through (penstock.smtp.grammar)."""
     _mails: int
     _auth_failures: int
     _chunk_is_last: bool
@@ -584,7 +587,7 @@ class ServerSession:
         verb = _wire.VERBS[self.last_verb]
         if (verb == "LHLO") is not self._is_lmtp:
             return self._refuse(replies.UNKNOWN_COMMAND)  # RFC 2033 4.1: LHLO and nothing else
-        name = parse_hello_name(argument)
+        name = parse_hello_name(argument, tolerant=self.extensions.tolerant_addresses)
         if isinstance(name, Reply):
             return self._refuse(name)
         return self._ask(Hello(verb, name), _FOR_HELLO)
@@ -629,6 +632,7 @@ class ServerSession:
             transaction.forget()  # a refused BDAT has left its transaction
         transaction.sender = mail[0]
         transaction.parameters = mail[1]
+        self.tolerated = mail[2]
         self.enter(_MAIL)
 
     def take_rcpt(self, argument: bytes) -> Event | None:
@@ -646,9 +650,8 @@ class ServerSession:
                 self.send(rcpt)
                 return None
             recipient = rcpt[0]
-        elif isinstance(recipient, Reply):
-            self.send(recipient)
-            return None
+            if rcpt[1]:
+                self.tolerated += rcpt[1]
         if self.auto_accept & AUTO_ACCEPT_RCPT and not (self.first_letters and self._is_watched(recipient[0][1])):
             self.send_encoded(replies.RECIPIENT_OK.encoded)
             self.add_recipient(recipient)
@@ -907,15 +910,15 @@ class ServerSession:
             return self._refuse(replies.AUTH_NEEDS_TLS)
         initial: bytes | None = None
         if len(words) == 2:
-            initial = b"" if words[1] == b"=" else _decode_base64(words[1])
+            initial = b"" if words[1] == b"=" else decode_response(words[1])
             if initial is None:
                 return self._refuse(replies.BAD_BASE64)
         return self._ask(Auth(mechanism, initial), _FOR_AUTH)
 
     def _take_auth_line(self, line: bytes) -> Event:
-        if line == b"*":
+        if line.rstrip(b" \t") == b"*":
             return self._abort_auth(replies.AUTH_CANCELLED)
-        data = _decode_base64(line)
+        data = decode_response(line)
         if data is None:
             return self._abort_auth(replies.BAD_BASE64)
         return self._ask(AuthResponse(data), _FOR_AUTH)
@@ -924,6 +927,7 @@ class ServerSession:
         self.wire.expect_commands()
         self.enter(_READY)
         self.send(reply)
+        self._count_auth_failure()
         return AuthAborted()
 
     def reply_to_auth(self, reply: Reply) -> None:
@@ -933,18 +937,14 @@ class ServerSession:
         self.send_encoded(reply.encoded)
         if reply.closes:
             self._state = _CLOSED
-        elif reply.code == 535:
-            self._auth_failures += 1
-            if self._auth_failures >= self.extensions.max_auth_failures:
-                self.close_with(replies.TOO_MANY_AUTH_FAILURES)
+        elif reply.is_permanent:
+            self._count_auth_failure()
 
-
-def _decode_base64(text: bytes) -> bytes | None:
-    """Decode strictly (RFC 4648 4); None when it is not base64."""
-    try:
-        return binascii.a2b_base64(text, strict_mode=True)
-    except binascii.Error:
-        return None
+    def _count_auth_failure(self) -> None:
+        """Count an exchange that has failed, be it by a wrong proof, a malformed message or the client's choice."""
+        self._auth_failures += 1
+        if self._auth_failures >= self.extensions.max_auth_failures:
+            self.close_with(replies.TOO_MANY_AUTH_FAILURES)
 
 
 _HANDLERS: Final[dict[int, Callable[[ServerSession, bytes], Event | None]]] = {

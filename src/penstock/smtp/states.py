@@ -1,7 +1,7 @@
 """The order of commands as a table (RFC 5321 4.1.4, RFC 3030 2, RFC 3207 4, RFC 4954 4).
 
-A state says which verbs are refused in it, and with which reply; what the table does not name is allowed. The session
-looks a verb up by its number (`_wire.VERBS`), so that a rule costs one index.
+For each state the table has the verbs that are refused in it, with the reply; all others are allowed. The session looks
+a verb up by its number (`_wire.VERBS`), so a rule costs one index.
 
         greet        HELO/EHLO/LHLO        MAIL          RCPT            DATA            CRLF.CRLF
     OPENED --> HELLO ------------> READY ------> MAIL ------> RCPT ------------> BODY ------------> READY
@@ -21,41 +21,41 @@ from penstock.smtp._wire import VERBS
 
 
 class State(IntEnum):
-    """Where a conversation stands."""
+    """The state of a session."""
 
     OPENED = 0
-    """Nothing was said; the greeting comes first."""
+    """Nothing was sent; the greeting comes first."""
     HELLO = 1
-    """Greeted, or TLS has just begun: HELO, EHLO or LHLO comes next."""
+    """After the greeting, and after the TLS handshake: HELO, EHLO or LHLO comes next."""
     READY = 2
     """No transaction is open."""
     MAIL = 3
     """MAIL was accepted, no recipient yet."""
     RCPT = 4
-    """There is a recipient."""
+    """At least one recipient was accepted."""
     BODY = 5
-    """The text behind a 354."""
+    """In the text after a 354."""
     CHUNKS = 6
-    """Between two BDAT of one message."""
+    """Between two BDAT commands of one message."""
     REFUSED = 7
-    """A BDAT was refused: only a new transaction helps (RFC 3030 2)."""
+    """A BDAT was refused: RSET or MAIL has to follow (RFC 3030 2)."""
     OCTETS = 8
-    """The octets of a BDAT."""
+    """In the octets of a BDAT."""
     AUTH = 9
-    """In the exchange of AUTH."""
+    """In an AUTH exchange."""
     TLS = 10
     """Between the 220 to STARTTLS and the end of the handshake."""
     CLOSED = 11
-    """The last reply was made."""
+    """The last reply was sent."""
 
 
 NUMBER: Final = {name: number for number, name in enumerate(VERBS)}
 """The number of a verb."""
 
 Rules = tuple[Reply | None, ...]
-"""A reply, or None for "allowed", at the number of each verb."""
+"""For the number of each verb, the reply that refuses it, None when it is allowed."""
 Table = tuple[Rules, ...]
-"""The rules at the number of each state; () where no verb is looked up."""
+"""For the number of each state, its rules; () when it reads no commands."""
 
 
 def _rules(**refusals: Reply) -> Rules:
@@ -102,7 +102,7 @@ _ALLOWED_BEFORE_AUTH = _ALLOWED_BEFORE_TLS | {"AUTH"}
 
 
 def require(allowed: frozenset[str], refusal: Reply) -> Table:
-    """Return the table in which every verb that is not allowed meets the refusal, whatever the state."""
+    """Return the table that refuses every verb that is not allowed, in every state."""
     overlay = tuple(None if verb in allowed else refusal for verb in VERBS)
     return tuple(
         tuple(over or rule for over, rule in zip(overlay, rules, strict=True)) if rules else () for rules in RULES
@@ -115,7 +115,7 @@ RULES_BEFORE_AUTH: Final = require(_ALLOWED_BEFORE_AUTH, reply.AUTH_REQUIRED)
 """The table of a listener that requires authentication, before it (RFC 4954 6)."""
 
 LINE_LIMIT: Final = 512
-"""Octets of a command line with its CRLF (RFC 5321 4.5.3.1.4)."""
+"""Octets of a command line with its CRLF, without what extensions add (RFC 5321 4.5.3.1.4)."""
 AUTH_LINE_LIMIT: Final = 12_288
 """Octets of a line of an AUTH exchange, and of the AUTH command (RFC 4954 4)."""
 LONGER_LINES: Final = {
@@ -126,10 +126,10 @@ LONGER_LINES: Final = {
     "RCPT": 29 + 507,
     "AUTH": AUTH_LINE_LIMIT - LINE_LIMIT,
 }
-"""What the extensions add to the line of a verb."""
+"""Octets that extensions add to the line of a verb."""
 ARGUMENT_LIMIT: Final = tuple(
-    # the verb, one space and the CRLF are no part of the argument; an unknown line is all argument
+    # without the verb, one space and the CRLF; an unknown line is all argument
     LINE_LIMIT + LONGER_LINES.get(verb, 0) - (len(verb) + 1 if verb else 0) - 2
     for verb in VERBS
 )
-"""Octets the argument of each verb may have."""
+"""Octets of the longest argument of each verb."""

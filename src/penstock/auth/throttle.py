@@ -1,0 +1,114 @@
+"""Limits password guessing, over all connections of a worker.
+
+Rules
+-----
+1. An attempt counts as a failure *before* anything is verified, and is taken back when it succeeds. So attempts that
+   run at the same time cannot pass the limit together.
+2. Attempts are counted by network and by user name. A success takes back its own attempt and forgets the failures of
+   its own name, and nothing else: an attacker with one valid account must not clear the failures of its network.
+3. Exempt networks and unix sockets are limited by name only: a webmail on the same machine speaks for all its users.
+4. Every exchange that does not succeed counts, also one with malformed messages or one that the client cancels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import trio
+
+from penstock.addresses import parse_address, parse_network
+from penstock.window import SlidingWindow
+
+_CACHE: Final = 65_536
+"""Networks for which it is remembered whether they are exempt."""
+
+
+class ThrottleSettings(Protocol):
+    """The settings of the throttle, which are a part of those of admission."""
+
+    @property
+    def auth_failures(self) -> int:
+        """Failures of a network or of a user name within the window before further attempts are refused."""
+
+    @property
+    def auth_window(self) -> float:
+        """Seconds."""
+
+    @property
+    def exempt(self) -> Sequence[str]:
+        """Networks that are limited by name only."""
+
+
+class AuthThrottle:
+    """Counts failed authentications by network and by user name."""
+
+    def __init__(self, settings: ThrottleSettings, clock: Callable[[], float] = trio.current_time) -> None:
+        self._limit = settings.auth_failures
+        self._networks = SlidingWindow(settings.auth_window, clock)
+        self._names = SlidingWindow(settings.auth_window, clock)
+        self._exempt = [parse_network(network) for network in settings.exempt]
+        self._is_exempt = functools.lru_cache(maxsize=_CACHE)(self._find_exempt)
+
+    def begin(self, network: str) -> Attempt | None:
+        """Count an attempt from a network (`Peer.network`, "" for a unix socket) as a failure.
+
+        Return None, and count nothing, when the network has had too many failures.
+        """
+        if self._is_exempt(network):
+            return Attempt(self, "")
+        if self._networks.count(network) >= self._limit:
+            return None
+        self._networks.add(network)
+        return Attempt(self, network)
+
+    def _find_exempt(self, network: str) -> bool:
+        if not network:
+            return True  # a unix socket
+        address = parse_address(network.partition("/")[0])
+        return any(address in exempt for exempt in self._exempt)
+
+    def _claim(self, name: str) -> bool:
+        if self._names.count(name) >= self._limit:
+            return False
+        self._names.add(name)
+        return True
+
+
+class Attempt:
+    """One authentication that is under way, counted as a failure until it is taken back."""
+
+    def __init__(self, throttle: AuthThrottle, network: str) -> None:
+        """`network` is "" when the attempt is not counted by network."""
+        self._throttle = throttle
+        self._network = network
+        self._name: str | None = None
+
+    def claim(self, name: str) -> bool:
+        """Count the attempt by user name as well, once, before anything is verified.
+
+        Return False, and count nothing, when the name has had too many failures. Names are compared without case.
+        """
+        name = name.casefold()
+        if self._name is None:
+            if not self._throttle._claim(name):  # noqa: SLF001 - the two classes are one component
+                return False
+            self._name = name
+        return True
+
+    def succeeded(self) -> None:
+        """Take the attempt back, and forget the failures of the name."""
+        if self._network:
+            self._throttle._networks.remove(self._network)  # noqa: SLF001
+        if self._name is not None:
+            self._throttle._names.forget(self._name)  # noqa: SLF001
+        self._network, self._name = "", None
+
+    def withdrawn(self) -> None:
+        """Take the attempt back: nothing was verified because the server could not."""
+        if self._network:
+            self._throttle._networks.remove(self._network)  # noqa: SLF001
+        if self._name is not None:
+            self._throttle._names.remove(self._name)  # noqa: SLF001
+        self._network, self._name = "", None
