@@ -70,6 +70,8 @@ class Generator:
         self._number = number or itertools.count(1).__next__
         self._on_interval = on_interval
         self._total = plan.total
+        self._is_open_loop = plan.is_open_loop
+        self._thinks = plan.think > 0
         self._targets: list[Target] = []
         self._text_of = text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
         self._sessions: list[Session] = []
@@ -140,14 +142,17 @@ class Generator:
         if session.is_promised:
             session.is_promised = False
             self._promised -= 1
-        if self.is_stopping or self._started == self._total or self._has_to_think(session):
+        if self.is_stopping or self._started == self._total:
             return None
+        if self._thinks:
+            if self._has_to_think(session):
+                return None
+            self._rested.discard(session)
         intended = 0
-        if self.plan.is_open_loop:
+        if self._is_open_loop:
             if not self._intended:
                 return None
             intended = self._intended.popleft()
-        self._rested.discard(session)
         self._started += 1
         number = self._number()
         return Job(number, self._text_of(number), intended)
@@ -220,12 +225,12 @@ class Generator:
             return False
         return self._is_pacing or (
             len(self._intended) > self._promised
-            if self.plan.is_open_loop
+            if self._is_open_loop
             else self._total is None or self._started + self._promised < self._total
         )
 
     def _has_to_think(self, session: Session) -> bool:
-        return bool(self.plan.think and session.concluded) and session not in self._rested
+        return self._thinks and session.concluded > 0 and session not in self._rested
 
     async def _think(self, session: Session, scope: trio.CancelScope) -> None:
         with scope:
