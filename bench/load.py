@@ -1,10 +1,10 @@
-"""`python -m bench.load`: what a message costs the generator, beside Postfix's smtp-source on the same work.
+"""`python -m bench.load`: CPU per message of the generator, compared with Postfix's smtp-source on the same work.
 
-Both send to the same sink, in turn; compared is the CPU of the generator's process for each message, its start left
-out: each is also run with few messages, and the difference counts. smtp-source knows neither PIPELINING nor STARTTLS:
-for these `penstock load` is compared with smtp-source without.
+Both send to the same sink, in turn. The CPU of the start is excluded: each is also run with few messages, and the
+difference counts. smtp-source has neither PIPELINING nor STARTTLS: `penstock load` with these is compared with
+smtp-source without.
 
-`--pace` measures the open loop instead: how late messages start, and what that costs.
+`--pace` measures the open loop instead: how late messages start, and the CPU that it uses.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _EDGES = (50, 100, 200, 500, 1000, 2000, 5000, 1_000_000)
 
 @dataclass(frozen=True)
 class Work:
-    """What both are given to do."""
+    """The work of both."""
 
     title: str
     ours: Sequence[str]
     theirs: Sequence[str]
     messages: int
     target: float | None = None
-    """Messages for each second of CPU, of smtp-source's, that we mean to reach."""
+    """Messages per second of CPU to reach, relative to smtp-source."""
 
 
 WORKS = [
@@ -47,7 +47,7 @@ WORKS = [
 
 
 def _cpu(command: Sequence[str]) -> float:
-    """Run a command, and return the seconds of CPU it has used."""
+    """Run a command and return the seconds of CPU that it used."""
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -57,13 +57,13 @@ def _cpu(command: Sequence[str]) -> float:
 
 
 def _cost(command: Sequence[str], count: str, messages: int) -> float:
-    """Return the microseconds of CPU of a message."""
+    """Return the microseconds of CPU per message."""
     few = _cpu([*command, count, str(_FEW)])
     return (_cpu([*command, count, str(messages)]) - few) / (messages - _FEW) * 1e6
 
 
 def measure(work: Work, server: Running, rounds: int) -> None:
-    """Print what a work costs both."""
+    """Measure one work and print the result."""
     ours = [sys.executable, "-m", "penstock", "load", "--sessions", "20", "--size", "4096", *work.ours, server.address]
     theirs = ["smtp-source", "-s", "20", "-l", "4096", *work.theirs]
     pairs = []
@@ -73,7 +73,7 @@ def measure(work: Work, server: Running, rounds: int) -> None:
     a, b = (summary([pair[which] for pair in pairs])[0] for which in (0, 1))
     ratio, low, high = summary([pair[1] / pair[0] for pair in pairs])
     line = (
-        f"  {work.title:<27} penstock load {a:6.1f} us, smtp-source {b:6.1f} us: {ratio:.2f} of its messages a second"
+        f"  {work.title:<27} penstock load {a:6.1f} us, smtp-source {b:6.1f} us: {ratio:.2f} of its messages per second"
     )
     line += f" ({low:.2f} to {high:.2f})"
     if work.target is not None:
@@ -93,16 +93,16 @@ def measure_pace(server: Running, rate: int) -> None:
     command += ["--rate", str(rate), "--duration", str(seconds), server.address]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE)
     assert process.stdout is not None
-    told = json.loads(process.stdout.read())
+    report = json.loads(process.stdout.read())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    late = told["phases"]["late_start"]
+    late = report["phases"]["late_start"]
     cpu = (usage.ru_utime + usage.ru_stime) / seconds
-    words = "  ".join(
+    shown = "  ".join(
         f"{name} {late[key] * 1e6:6,.0f}" for name, key in (("p50", "p50"), ("p90", "p90"), ("p99", "p99"))
     )
     print(
-        f"  {rate:6,} a second: us from the intended start to MAIL: {words}; {cpu:4.0%} of a core, its start included",
+        f"  {rate:6,} per second: us from the intended start to MAIL: {shown}; {cpu:4.0%} of a core, start included",
         flush=True,
     )
     buckets = [0] * len(_EDGES)
@@ -118,7 +118,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pace", action="store_true", help="how late messages of an open loop start")
+    parser.add_argument("--pace", action="store_true", help="measure how late messages of an open loop start")
     arguments = parser.parse_args()
     print(machine(), flush=True)
     with running(PENSTOCK_SINK) as server:

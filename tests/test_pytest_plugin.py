@@ -1,11 +1,13 @@
-"""The fixtures, in runs of pytest of their own: with each kind of test, with Django, and over pytest-xdist."""
+"""The fixtures, in their own runs of pytest: each kind of test, libraries that send mail, pytest-xdist."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -25,19 +27,19 @@ def send(server, subject="Hello", recipient="bob@example.org"):
 
 @pytest.fixture
 def tests(pytester: pytest.Pytester) -> pytest.Pytester:
-    """Give a folder for tests, with something that sends."""
+    """Return a directory for tests, with a module that sends mail."""
     pytester.makepyfile(sending=SEND)
     pytester.makeini("[pytest]\naddopts = --strict-markers -p no:cacheprovider\nfilterwarnings = error\n")
     return pytester
 
 
 def run(tests: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    """Run pytest within this one, which is quick."""
+    """Run pytest in this process, which is quick."""
     return tests.runpytest_inprocess(*arguments)
 
 
 def run_apart(tests: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    """Run pytest as a user does, in a process of its own."""
+    """Run pytest as users do, in its own process."""
     return tests.runpytest_subprocess(*arguments)
 
 
@@ -131,7 +133,7 @@ def test_the_nearest_of_classes_and_parameters_wins(tests: pytest.Pytester) -> N
     run(tests).assert_outcomes(passed=5)
 
 
-def test_what_a_test_has_received_is_forgotten_behind_its_report(tests: pytest.Pytester) -> None:
+def test_received_mail_is_forgotten_after_the_report(tests: pytest.Pytester) -> None:
     tests.makepyfile("""
         import gc
         import weakref
@@ -225,13 +227,13 @@ def test_a_failing_test_shows_what_was_received_and_said(tests: pytest.Pytester)
             "*_ test_nobody_sends _*",
             "E *TimeoutError: waited 0 s for 1 message; 0 messages in the inbox",
             "*- smtp_server -*",
-            "nobody has connected",
+            "no client has connected",
         ]
     )
     result.stdout.no_fnmatch_line("*not shown*")
 
 
-def test_what_breaks_inside_the_server_is_an_error_of_the_test(tests: pytest.Pytester) -> None:
+def test_a_failure_of_the_server_is_an_error_of_the_test(tests: pytest.Pytester) -> None:
     tests.makepyfile("""
         import smtplib
         import pytest
@@ -373,20 +375,154 @@ def test_django_sends(tests: pytest.Pytester, tls: str, protocol: str) -> None:
     run_apart(tests).assert_outcomes(passed=1)
 
 
+@pytest.mark.parametrize("scope", ["session", "package", "module", "class"])
+def test_a_server_lives_as_long_as_its_fixture(tests: pytest.Pytester, scope: str) -> None:
+    tests.makepyfile(f"""
+        import pytest
+        from sending import send
+
+        servers = []
+
+        @pytest.fixture(scope="{scope}")
+        def shared(smtp_server_factory):
+            server = smtp_server_factory(tls="starttls")
+            yield server
+            assert server.is_running, "it stops after the teardown of the fixture"
+            send(server)
+
+        class TestClass:
+            @pytest.mark.parametrize("number", [1, 2])
+            def test_shared(self, shared, number):
+                send(shared)
+                servers.append(shared)
+                assert len(shared.inbox) == number
+
+        def test_after(request):
+            assert servers[0] is servers[1]
+            assert servers[0].is_running is ("{scope}" != "class")
+    """)
+    run(tests).assert_outcomes(passed=3)
+
+
+def test_a_server_started_by_a_test_stops_with_the_test(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import pytest
+
+        servers = []
+
+        @pytest.fixture
+        def inner(smtp_server_factory):
+            servers.append(smtp_server_factory())
+            yield
+
+        def test_starts(smtp_server_factory, inner):
+            servers.append(smtp_server_factory())
+            assert all(server.is_running for server in servers)
+
+        def test_after():
+            assert [server.is_running for server in servers] == [False, False]
+    """)
+    run(tests).assert_outcomes(passed=2)
+
+
+def test_a_failing_test_shows_the_shared_server_it_uses(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        import pytest
+        from sending import send
+
+        @pytest.fixture(scope="module")
+        def shared(smtp_server_factory):
+            return smtp_server_factory()
+
+        def test_uses_it(shared):
+            send(shared, "shown")
+            assert False
+
+        def test_uses_none():
+            assert False
+    """)
+    result = run(tests)
+    result.assert_outcomes(failed=2)
+    assert result.stdout.str().count("- smtp_server -") == 1
+    result.stdout.fnmatch_lines(["    Subject: shown (*"])
+
+
+SNAPSHOT = """
+    import smtplib
+    from email.message import EmailMessage
+    import pytest
+
+    @pytest.mark.parametrize("name", ["a b", "a/b"])
+    def test_mail(smtp_server, smtp_snapshot, name):
+        for number in (1, 2):
+            mail = EmailMessage()
+            mail.set_content(f"TEXT {name} {number} at 12:34\\n")
+            mail.add_alternative("<p>Grüße</p>", subtype="html")
+            with smtplib.SMTP(smtp_server.host, smtp_server.port) as client:
+                client.send_message(mail, "a@example.org", ["b@example.org"])
+            smtp_snapshot(smtp_server.latest(), replace={r"\\d\\d:\\d\\d": "HH:MM"})
+"""
+
+
+def test_snapshots_are_written_compared_and_updated(tests: pytest.Pytester) -> None:
+    tests.makepyfile(test_snap=SNAPSHOT)
+    result = run_apart(tests)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*there is no snapshot *test_mail_a_b_*.txt; *--smtp-snapshot-update"])
+    run_apart(tests, "--smtp-snapshot-update").assert_outcomes(passed=2)
+    files = sorted((tests.path / "__snapshots__" / "test_snap").iterdir())
+    assert len(files) == 8, "text and HTML, two messages, two tests with names alike"
+    assert "HH:MM" in files[1].read_text()
+    run_apart(tests).assert_outcomes(passed=2)
+    tests.makepyfile(test_snap=SNAPSHOT.replace("TEXT", "Other"))
+    result = run_apart(tests)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(
+        ["*the message differs from its snapshot*", "*-TEXT a b 1 at HH:MM", "*+Other a b 1 at HH:MM"]
+    )
+
+
+def test_html_that_is_gone_differs_from_its_snapshot(tests: pytest.Pytester) -> None:
+    tests.makepyfile(test_snap=SNAPSHOT)
+    run_apart(tests, "--smtp-snapshot-update").assert_outcomes(passed=2)
+    plain = "\n".join(line for line in SNAPSHOT.splitlines() if "alternative" not in line)
+    tests.makepyfile(test_snap=plain)
+    result = run_apart(tests)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*-<p>Grüße</p>"])
+    run_apart(tests, "--smtp-snapshot-update").assert_outcomes(passed=2)
+    assert not list((tests.path / "__snapshots__" / "test_snap").glob("*.html"))
+
+
 EXAMPLES = re.findall(r"(?m)(?:^    .*\n|^\n(?=    ))+", penstock.pytest_plugin.__doc__ or "")
-"""The indented texts of the documentation."""
+"""The indented parts of the documentation."""
+LIBRARIES = {"flask", "flask_mail", "fastapi", "celery", "playwright"}
+"""Libraries that examples use and that this machine need not have."""
+
+
+def can_run(example: str) -> bool:
+    """Return whether the libraries of an example, and its browser, are installed."""
+    used = {name for name in LIBRARIES if re.search(rf"(?m)^ *(?:import|from) {name}\b", example)}
+    browsers = re.findall(r'executable_path="([^"]+)"', example)
+    return all(map(importlib.util.find_spec, used)) and all(Path(browser).exists() for browser in browsers)
 
 
 def test_the_documentation_has_its_examples() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 12
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split()[-1])
+@pytest.mark.parametrize(
+    "example", [each for each in EXAMPLES if can_run(each)], ids=lambda example: example.split()[-1]
+)
 def test_the_examples_of_the_documentation_run(tests: pytest.Pytester, example: str) -> None:
     tests.makepyfile(textwrap.dedent(example))
     if "django" in example:
         tests.makeconftest("from django.conf import settings\n\nsettings.configure()\n")
-    run_apart(tests).assert_outcomes(passed=example.count("def test_"))
+    if "smtp_snapshot" in example:
+        run_apart(tests, "--smtp-snapshot-update").assert_outcomes(passed=1)
+    passed = run_apart(tests).parseoutcomes()
+    assert set(passed) <= {"passed", "warnings"}
+    assert passed["passed"] >= example.count("def test_")
 
 
 def test_unittest_uses_the_server_without_a_fixture(tests: pytest.Pytester) -> None:
@@ -407,9 +543,14 @@ def test_unittest_uses_the_server_without_a_fixture(tests: pytest.Pytester) -> N
 
 
 def test_the_marker_and_the_fixtures_are_listed(tests: pytest.Pytester) -> None:
-    run(tests, "--markers").stdout.fnmatch_lines(["@pytest.mark.smtp_server(*options): the options of *"])
+    run(tests, "--markers").stdout.fnmatch_lines(["@pytest.mark.smtp_server(*options): options of *"])
     run(tests, "--fixtures").stdout.fnmatch_lines_random(
-        ["smtp_authority *session scope*", "smtp_server --*", "smtp_server_factory --*"]
+        [
+            "smtp_authority *session scope*",
+            "smtp_server --*",
+            "smtp_server_factory *session scope*",
+            "smtp_snapshot --*",
+        ]
     )
 
 

@@ -28,6 +28,7 @@ import penstock.testing
 from penstock import Reply, Transaction
 from penstock.message import Recipient
 from penstock.testing import Authority, Inbox, PlanError, ReceivedMessage, SmtpServer
+from penstock.testing.links import links_of
 
 ALICE = "alice@example.org"
 BOB = "bob@example.org"
@@ -187,7 +188,7 @@ def test_asyncio_waits_for_a_message_that_comes_later() -> None:
 
 def test_a_wait_in_vain_tells_what_came_instead() -> None:
     with SmtpServer() as server:
-        with pytest.raises(TimeoutError, match="waited 0 s for 1 message; 0 messages in the inbox\nnobody"):
+        with pytest.raises(TimeoutError, match="waited 0 s for 1 message; 0 messages in the inbox\nno client"):
             server.inbox.wait(timeout=0)
         send(server)
         with pytest.raises(TimeoutError) as caught:
@@ -552,7 +553,7 @@ def test_the_report_tells_of_faults_and_of_those_that_nobody_met() -> None:
         with pytest.raises(smtplib.SMTPRecipientsRefused):
             send(server)
         told = server.report()
-    assert "no client came for the failure of 3 data" in told
+    assert "fail_next of 3 data was not used" in told
     assert "#1 -- fault 'fail-next' in phase rcpt: reply 450 4.0.0" in told
 
 
@@ -747,3 +748,86 @@ def test_the_examples_of_the_documentation_run() -> None:
         failed, tried = doctest.testmod(module, extraglobs={"smtplib": smtplib}, optionflags=doctest.ELLIPSIS)
         assert tried
         assert not failed
+
+
+# ---- assertions and links
+
+
+def test_assert_sent_returns_what_matches() -> None:
+    with SmtpServer() as server:
+        send(server)
+        send(server, "Subject: Your order\r\n\r\n", (BOB, "eve@example.org"))
+        assert len(server.assert_sent()) == 2
+        assert [message.subject for message in server.assert_sent(to=BOB, count=2)] == ["Hello", "Your order"]
+        assert len(server.inbox.assert_sent(to="eve@example.org", subject="order", count=1)) == 1
+        assert server.assert_sent(to="nobody@example.org", count=0) == []
+        assert server.latest().subject == "Your order"
+        assert server.latest(to=BOB, subject="Hello").text == "How are you?\n"
+
+
+def test_a_failed_assertion_shows_what_was_sent() -> None:
+    with SmtpServer() as server:
+        with pytest.raises(AssertionError, match="expected at least 1 message, found 0; 0 messages in the inbox"):
+            server.assert_sent()
+        send(server)
+        with pytest.raises(
+            AssertionError, match=r"(?s)expected 2 messages with recipient 'bob.*found 1.*Subject: Hello"
+        ):
+            server.assert_sent(to=BOB, count=2)
+        with pytest.raises(AssertionError, match="there is no message with subject 'order'; 1 message in the inbox"):
+            server.latest(subject="order")
+
+
+def test_reset_forgets_mail_faults_and_the_dialog() -> None:
+    with SmtpServer(faults={"rule": [{"phase": "rcpt", "greylist": {"wait": 60}}]}) as server:
+        server.faults("")
+        send(server)
+        server.fail_next("MAIL", 450)
+        server.reset()
+        assert (len(server.inbox), server.dialog.lines(), server.applied_faults) == (0, [], [])
+        with pytest.raises(smtplib.SMTPRecipientsRefused, match="Greylisted"):
+            send(server)
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r"])
+def test_bare_line_ends_are_accepted_unless_refused(ending: bytes) -> None:
+    text = b"Subject: Hello\r\n\r\nHow are" + ending + b"you?\r\n"
+    for wire, codes in ((None, (354, 250)), ({"bare_lf": "reject", "bare_cr": "reject"}, (354, 550))):
+        with SmtpServer(listener=wire and {"wire": wire}) as server:
+            with smtplib.SMTP(server.host, server.port) as client:
+                client.ehlo()
+                client.mail(ALICE)
+                client.rcpt(BOB)
+                assert client.docmd("DATA")[0] == codes[0]
+                client.send(text + b".\r\n")
+                assert client.getreply()[0] == codes[1]
+            assert [message.raw for message in server.inbox] == ([text] if codes[1] == 250 else [])
+
+
+@pytest.mark.parametrize(
+    ("html", "text", "links"),
+    [
+        ('<a href="https://a.example/?x=1&amp;y=2">A</a>', "", ["https://a.example/?x=1&y=2"]),
+        ("<A HREF='HTTP://A.example/'>A</A><area href=http://b.example>", "", ["HTTP://A.example/", "http://b.example"]),
+        ('<a name="x">A</a><a href="#top">B</a><a href="mailto:a@b.example">C</a><img src="http://c.example">', "", []),
+        ("", "See https://a.example/x, (http://b.example/y) or http://c.example/z_(1).",
+         ["https://a.example/x", "http://b.example/y", "http://c.example/z_(1)"]),
+        ("", "<https://a.example/x> https://a.example/x\n\"http://b.example\"", ["https://a.example/x", "http://b.example"]),
+        ('<a href="https://a.example/">A</a>', "https://a.example/ https://b.example/",
+         ["https://a.example/", "https://b.example/"]),
+        ("<a href='http://unclosed.example/", "", []),
+        ("", "no links: http:// https:/x ftp://a.example", []),
+    ],
+)  # fmt: skip
+def test_links_are_found_in_html_and_in_text(html: str, text: str, links: list[str]) -> None:
+    assert list(links_of(html, text)) == links
+
+
+def test_links_of_a_message_come_from_its_parts() -> None:
+    mail = EmailMessage()
+    mail.set_content("Plain: https://a.example/plain\n")
+    mail.add_alternative('<a href="https://a.example/html">x</a>', subtype="html")
+    with SmtpServer() as server:
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.send_message(mail, ALICE, [BOB])
+        assert server.latest().links == ("https://a.example/html", "https://a.example/plain")

@@ -1,4 +1,4 @@
-"""`penstock load`: exit codes, reports, comparison."""
+"""`penstock load`: exit codes, reports, thresholds, comparison, profiles, workers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def load(*words: str, code: int = 0) -> str:
+def load(*arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "penstock", "load", *words], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", "penstock", "load", *arguments], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -34,23 +34,23 @@ def load(*words: str, code: int = 0) -> str:
 def test_a_run_ends_with_a_table_and_a_json_report(sink: Server, tmp_path: Path) -> None:
     report = tmp_path / "a.json"
     out = load(sink.address, "--messages", "50", "--reuse", "--auth", "a:secret", "--report", str(report), code=1)
-    assert "not as it should be" in out, "AUTH is not offered there"
+    assert "Refusals and errors" in out, "AUTH is not offered there"
     assert "secret" not in report.read_text()
     out = load(sink.address, "--messages", "50", "--reuse", "--report", str(report))
     assert "50 accepted" in out
-    told = json.loads(report.read_bytes())
-    assert (told["report"], told["schema"], told["accepted"]) == ("penstock load", 1, 50)
-    assert told["phases"]["message"]["count"] == 50
-    assert sum(count for phase, code, count in told["replies"] if phase == "dot" and code == 250) == 50
+    found = json.loads(report.read_bytes())
+    assert (found["report"], found["schema"], found["accepted"]) == ("penstock load", 1, 50)
+    assert found["phases"]["message"]["count"] == 50
+    assert sum(count for phase, code, count in found["replies"] if phase == "dot" and code == 250) == 50
 
 
-def test_a_page_needs_nothing_but_itself(sink: Server, tmp_path: Path) -> None:
+def test_the_html_report_is_self_contained(sink: Server, tmp_path: Path) -> None:
     report = tmp_path / "run.html"
     load(sink.address, "--messages", "20", "--report", str(report), "--helo", "a<b>&c.example")
     page = report.read_text()
     assert "<svg" in page
     assert "<dt>message</dt><dd>from the intended start (open loop) or the MAIL (closed loop)" in page
-    assert "<dt>auth</dt>" not in page, "only what was timed is explained"
+    assert "<dt>auth</dt>" not in page, "only measured phases are explained"
     assert "a&lt;b&gt;&amp;c.example" in page
     assert not re.search(r"<script|<link|src=|@import|url\(|https?://", page)
 
@@ -59,18 +59,19 @@ def test_two_reports_are_compared(sink: Server, tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         load(sink.address, "--messages", "20", "--report", str(tmp_path / name))
     out = load("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
-    assert "message p99 ms" in out
+    assert "message.p99 ms" in out
+    assert "noise" in out
     (tmp_path / "c.json").write_text("{}")
-    assert "no report" in load("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"), code=2)
+    assert "is not a report" in load("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"), code=2)
 
 
-def test_wrong_words_are_named() -> None:
+def test_usage_errors_name_the_option_and_the_right_form() -> None:
     assert "HOST:PORT" in load(code=2)
     assert "a target looks like" in load("127.0.0.1:x", code=2)
     assert "a..b has no address" in load("a..b:25", code=2)
     assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
-    assert "--to 'a@b\\r\\nRSET': this can not stand in a command" in load("127.0.0.1:1", "--to", "a@b\r\nRSET", code=2)
-    assert "--run: a run must be" in load("127.0.0.1:1", "--run", "A b", code=2)
+    assert "--to 'a@b\\r\\nRSET': not allowed in a command" in load("127.0.0.1:1", "--to", "a@b\r\nRSET", code=2)
+    assert "--run: a run is named by" in load("127.0.0.1:1", "--run", "A b", code=2)
     assert "--source: 'abc'" in load("127.0.0.1:1", "--source", "abc", code=2)
     assert "before the @" in load("127.0.0.1:1", "--to", "postmaster", "--recipients", "2", code=2)
     assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)
@@ -81,12 +82,12 @@ def test_a_dead_target_is_an_error(tmp_path: Path) -> None:
     assert "enoent" in out
 
 
-def test_the_words_of_smtp_source_have_their_counterparts() -> None:
+def test_options_of_smtp_source_have_counterparts() -> None:
     """smtp-source -s 3 -m 6 -l 2000 -d -r 2 -f a@x.org -t b@y.org -M me.example, and -L."""
-    words = ["--sessions", "3", "--messages", "6", "--size", "2000", "--reuse", "--recipients", "2"]
-    words += ["--from", "a@x.org", "--to", "b@y.org", "--helo", "me.example"]
+    options = ["--sessions", "3", "--messages", "6", "--size", "2000", "--reuse", "--recipients", "2"]
+    options += ["--from", "a@x.org", "--to", "b@y.org", "--helo", "me.example"]
     with SmtpServer() as server:
-        load(f"127.0.0.1:{server.port}", *words)
+        load(f"127.0.0.1:{server.port}", *options)
         assert len(server.inbox) == 6
         for message in server.inbox:
             assert message.sender == "a@x.org"
@@ -98,14 +99,14 @@ def test_the_words_of_smtp_source_have_their_counterparts() -> None:
         assert len(server.inbox) == 2
 
 
-def test_messages_take_recipients_in_turn() -> None:
+def test_messages_use_recipients_round_robin() -> None:
     with SmtpServer() as server:
         load(f"127.0.0.1:{server.port}", "--messages", "5", "--to", "a@x.org", "--to", "b@y.org", "--sessions", "1")
         assert [message.recipients for message in server.inbox] == [("a@x.org",), ("b@y.org",)] * 2 + [("a@x.org",)]
 
 
-def test_a_report_that_can_not_be_written_costs_nothing_else(sink: Server, tmp_path: Path) -> None:
-    assert "can not be written" in load(sink.address, "--report", str(tmp_path / "none" / "a.json"), code=2)
+def test_an_unwritable_report_costs_nothing_else(sink: Server, tmp_path: Path) -> None:
+    assert "cannot be written" in load(sink.address, "--report", str(tmp_path / "none" / "a.json"), code=2)
     full = tmp_path / "full.json"
     full.symlink_to("/dev/full")
     out = load(sink.address, "--messages", "5", "--report", str(full), code=1)
@@ -113,35 +114,35 @@ def test_a_report_that_can_not_be_written_costs_nothing_else(sink: Server, tmp_p
     assert "No space left on device" in out
 
 
-def test_a_message_is_sent_when_the_last_of_its_recipients_is_refused() -> None:
+def test_a_message_with_a_refused_last_recipient_is_sent() -> None:
     plan = {"rule": [{"phase": "rcpt", "reply": "550 5.1.1 No", "match": {"recipient": ["load1@*"]}}]}
     with SmtpServer(faults=plan) as server:
         for words in ((), ("--bdat",), ("--pipeline",), ("--pipeline", "--bdat")):
             assert "4 accepted" in load(f"127.0.0.1:{server.port}", "--recipients", "2", "--messages", "4", *words)
 
 
-def test_a_greeting_that_comes_with_the_end_of_the_handshake_is_heard() -> None:
+def test_a_greeting_with_the_end_of_the_handshake_is_read() -> None:
     plan = {"rule": [{"phase": "connect", "tls": "tls-1.2"}]}
     with SmtpServer(tls="implicit", faults=plan) as server:
         words = ("--tls", "implicit", "--no-resumption", "--messages", "200", "--sessions", "20", "--timeout", "20")
         assert "200 accepted" in load(f"127.0.0.1:{server.port}", *words)
 
 
-def test_a_second_signal_ends_the_run_with_all_that_is_known(tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_run_with_a_report(tmp_path: Path) -> None:
     report = tmp_path / "a.json"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         command = [sys.executable, "-m", "penstock", "load", address, "--sessions", "1", "--report", str(report)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            client, _ = listener.accept()  # who hears nothing
+            client, _ = listener.accept()  # gets no greeting
             process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGTERM)  # a second one of the same kind could melt into the first
+            process.send_signal(signal.SIGTERM)  # a second one of the same kind could merge with the first
             process.wait(60)
             assert process.stdout is not None
             out = process.stdout.read()
             client.close()
     assert process.returncode == 1, out
-    assert "1,000 never begun" in out
+    assert "1,000 not started" in out
     assert json.loads(report.read_bytes())["unsent"] == 1000
 
 
@@ -150,3 +151,135 @@ def test_the_sink_takes_bdat_in_lmtp(tmp_path: Path) -> None:
         words = ["--lmtp", "--bdat", "--recipients", "3", "--messages", "6", "--reuse"]
         assert "6 accepted" in load(server.address, *words)
         assert "6 accepted" in load(server.address, *words, "--pipeline")
+
+
+def test_reports_of_both_kinds_come_from_one_run(sink: Server, tmp_path: Path) -> None:
+    files = [tmp_path / "a.json", tmp_path / "a.html", tmp_path / "b.json"]
+    load(sink.address, "--messages", "20", *(word for file in files for word in ("--report", str(file))))
+    assert files[0].read_bytes() == files[2].read_bytes()
+    assert "<svg" in files[1].read_text()
+
+
+def test_the_json_report_has_the_complete_timeline(sink: Server, tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    load(sink.address, "--duration", "1.4s", "--sessions", "2", "--reuse", "--report", str(report))
+    found = json.loads(report.read_bytes())
+    timeline = found["timeline"]
+    assert sum(row["accepted"] for row in timeline) == found["accepted"]
+    assert sum(row["length"] for row in timeline) == pytest.approx(found["seconds"], abs=0.01)
+    assert all(row["p99"] >= row["p50"] > 0 and row["dot_p99"] >= row["dot_p50"] > 0 for row in timeline)
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("dot.p99<60s", 0),
+        ("rate>=1", 0),
+        ("error_rate<0.1%", 0),
+        ("dot.p99<1us", 1),
+        ("rate>=1000000000", 1),
+        ("tls.p50<1s", 1),
+    ],
+)
+def test_thresholds_decide_the_exit_code(sink: Server, condition: str, code: int) -> None:
+    out = load(sink.address, "--messages", "20", "--threshold", "message.max<60s", "--threshold", condition, code=code)
+    assert ("VIOLATED" in out) is bool(code)
+
+
+def test_a_refused_message_fails_the_run_whatever_the_thresholds_say() -> None:
+    plan = {"rule": [{"phase": "rcpt", "reply": "550 5.1.1 No", "match": {"recipient": ["bad@*"]}}]}
+    with SmtpServer(faults=plan) as server:
+        options = ["--messages", "4", "--to", "good@x.org", "--to", "bad@x.org", "--threshold", "error_rate<=50%"]
+        out = load(f"127.0.0.1:{server.port}", *options, code=1)
+    assert "passed" in out
+
+
+def test_a_regression_beyond_the_limit_fails_the_comparison(sink: Server, tmp_path: Path) -> None:
+    fast, slow = str(tmp_path / "fast.json"), str(tmp_path / "slow.json")
+    load(sink.address, "--messages", "400", "--reuse", "--sessions", "2", "--report", fast)
+    with SmtpServer(faults={"rule": [{"phase": "dot", "delay": {"seconds": 0.05}}]}) as server:
+        load(f"127.0.0.1:{server.port}", "--messages", "40", "--sessions", "2", "--reuse", "--report", slow)
+    page, data = tmp_path / "c.html", tmp_path / "c.json"
+    options = ["--fail-on-regression", "10%", "--report", str(page), "--report", str(data)]
+    out = load("--compare", fast, slow, *options, code=1)
+    assert "regression: dot.p50" in out
+    assert "The second run is worse." in page.read_text()
+    found = json.loads(data.read_bytes())
+    assert found["verdict"] == "worse"
+    assert set(found["regressions"]) == {"rate", "dot.p50", "dot.p99", "message.p50", "message.p99"}
+    assert json.loads(load("--compare", fast, slow, "--json"))["changes"] == found["changes"]
+    assert "better" in load("--compare", slow, fast, "--fail-on-regression", "10%")
+    load("--compare", fast, fast, "--fail-on-regression", "10%")
+
+
+def test_a_comparison_refuses_what_belongs_to_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    pair = ["--compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]
+    assert "remove 127.0.0.1:25" in load(*pair, "127.0.0.1:25", code=2)
+    assert "remove --messages" in load(*pair, "--messages", "5", code=2)
+    assert "remove --threshold" in load(*pair, "--threshold", "rate>1", code=2)
+    assert "needs --compare" in load("127.0.0.1:1", "--fail-on-regression", "10%", code=2)
+    assert "a percentage looks like 10%" in load(*pair, "--fail-on-regression", "10", code=2)
+
+
+def test_stages_and_a_warm_up_shape_the_run(sink: Server, tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    options = ["--stages", "0s:200,400ms:200,200ms:0", "--warm-up", "100ms", "--reuse", "--sessions", "4"]
+    load(sink.address, *options, "--report", str(report))
+    found = json.loads(report.read_bytes())
+    warm_up = found["warm_up"]
+    assert warm_up["accepted"] > 0
+    assert found["accepted"] + warm_up["accepted"] == 100
+    assert found["phases"]["message"]["count"] == found["accepted"]
+
+
+def test_several_workers_send_every_number_once(tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    with SmtpServer() as server:
+        address = f"127.0.0.1:{server.port}"
+        for options, most in (
+            (["--messages", "50"], 50),
+            (["--duration", "0.3"], 10_000),
+            (["--rate", "100", "--duration", "0.5"], 50),
+        ):
+            server.inbox.clear()
+            load(address, *options, "--workers", "3", "--sessions", "7", "--run", "r", "--report", str(report))
+            numbers = sorted(int(message.sender.removeprefix("seq-r-").partition("@")[0]) for message in server.inbox)
+            assert numbers == list(range(1, len(numbers) + 1))
+            assert len(numbers) <= most
+            found = json.loads(report.read_bytes())
+            assert found["accepted"] == found["phases"]["message"]["count"] == len(numbers)
+            assert sum(count for _, count in found["phases"]["dot"]["histogram"]["buckets"]) == len(numbers)
+            assert sum(row["accepted"] for row in found["timeline"]) == len(numbers)
+
+
+def test_workers_report_errors_and_signals_like_one_process(tmp_path: Path) -> None:
+    assert "a..b has no address" in load("a..b:25", "--workers", "2", code=2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = [sys.executable, "-m", "penstock", "load", address, "--sessions", "2", "--workers", "2", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            clients = [listener.accept()[0] for _ in range(2)]
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=60)
+            for client in clients:
+                client.close()
+    found = json.loads(out)
+    assert (process.returncode, found["interrupted"], found["unsent"]) == (1, True, 1000)
+
+
+def test_the_search_finds_a_rate_below_that_of_the_server(tmp_path: Path) -> None:
+    report = tmp_path / "a.json"
+    with SmtpServer(faults={"rule": [{"phase": "dot", "delay": {"seconds": 0.01}}]}) as server:
+        options = ["--find-rate", "dot.p99<2s", "--duration", "0.5", "--sessions", "1", "--reuse", "--rate", "20"]
+        out = load(f"127.0.0.1:{server.port}", *options, "--report", str(report))
+    found = json.loads(report.read_bytes())
+    assert 20 <= found["sustainable_rate"] <= 200, "one session with a delay of 10 ms sends at most 100 per second"
+    assert not all(each["passed"] for each in found["search"])
+    assert "highest sustainable rate" in out
+
+
+def test_a_condition_that_no_rate_meets_is_a_failure(sink: Server) -> None:
+    options = ["--find-rate", "dot.p99<1us", "--duration", "0.1", "--rate", "2"]
+    assert "not sustained" in load(sink.address, *options, code=1)

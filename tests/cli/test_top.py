@@ -1,4 +1,4 @@
-"""`penstock top`: addresses, bars, and a screen of what a sink has said."""
+"""`penstock top`: addresses, bars, and the screen."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from penstock.cli.main import main
-from penstock.cli.top import Answer, Display, Place, Seconds, bars
+from penstock.cli.top import Api, Display, LiveResponse, Seconds, bars
 from penstock.metrics._session import Metrics
 from tests.sink.test_statistics import receipts
 
 
 @pytest.mark.parametrize(
-    ("url", "place"),
+    ("url", "api"),
     [
-        ("http://127.0.0.1:8025/", Place("127.0.0.1", 8025, None)),
-        ("127.0.0.1:1", Place("127.0.0.1", 1, None)),
-        ("localhost", Place("localhost", 8025, None)),
-        ("http://[::1]:9", Place("::1", 9, None)),
+        ("http://127.0.0.1:8025/", Api("127.0.0.1", 8025, None)),
+        ("127.0.0.1:1", Api("127.0.0.1", 1, None)),
+        ("localhost", Api("localhost", 8025, None)),
+        ("http://[::1]:9", Api("::1", 9, None)),
     ],
 )
-def test_addresses_are_read_as_people_write_them(url: str, place: Place) -> None:
-    assert Place.parse(url, None) == place
+def test_addresses_are_read_in_all_forms(url: str, api: Api) -> None:
+    assert Api.parse(url, None) == api
 
 
 @pytest.mark.parametrize("url", ["https://localhost", "http://", "http://localhost/x", "localhost:99999", ""])
-def test_an_address_that_can_not_be_is_refused(url: str) -> None:
+def test_a_wrong_address_is_refused(url: str) -> None:
     result = CliRunner().invoke(main, ["top", url])
     assert result.exit_code == 2
 
 
-def test_nobody_there_is_one_line() -> None:
+def test_a_missing_sink_is_reported_in_one_line() -> None:
     result = CliRunner().invoke(main, ["top", "127.0.0.1:1", "--once"])
     assert result.exit_code == 1
     assert "127.0.0.1:1" in result.output
@@ -51,10 +51,10 @@ def shown_at(width: int, height: int | None = None) -> list[str]:
         clock.now += 1
         seconds.samples.append(made.take_sample())
     report = made.report(is_full=False)
-    seconds.answer = Answer(0, report, [], 70, report.faults)
+    seconds.response = LiveResponse(0, report, [], 70, report.faults)
     console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
-        console.print(Display(Place("127.0.0.1", 8025, None), seconds, height=height))
+        console.print(Display(Api("127.0.0.1", 8025, None), seconds, height=height))
     return capture.get().splitlines()
 
 
@@ -64,19 +64,19 @@ def test_the_screen_fits_the_terminal(width: int, height: int) -> None:
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
     text = "\n".join(lines[1:])  # the addresses may be cut
-    for words in ("messages", "p99", "k3: missing", "k3: twice", "1,234", "banner"):
+    for words in ("messages", "p99", "k3: missing", "k3: duplicates", "1,234", "banner"):
         assert words in text
     assert "…" not in text
 
 
-def test_a_screen_without_a_bound_has_every_reply() -> None:
+def test_without_a_height_every_reply_is_shown() -> None:
     text = "\n".join(shown_at(80))
     assert "421" in text
     assert "459" in text
     assert " more" not in text
 
 
-def test_what_there_is_no_room_for_is_counted_and_refusals_stay() -> None:
+def test_rows_that_do_not_fit_are_counted_and_refusals_stay() -> None:
     text = "\n".join(shown_at(80, 24))
     assert " more" in text
     assert "421" in text
@@ -99,11 +99,11 @@ def test_the_screen_shows_rates_latencies_replies_and_faults() -> None:
     sample = made.take_sample()
     seconds = Seconds()
     report = made.report(is_full=False)
-    seconds.answer = Answer(0, report, [sample], 1, report.faults)
+    seconds.response = LiveResponse(0, report, [sample], 1, report.faults)
     seconds.samples.append(sample)
     console = Console(width=160, record=True, file=None, force_terminal=False, quiet=False)
     with console.capture() as capture:
-        console.print(Display(Place("127.0.0.1", 8025, None), seconds, "gone"))
+        console.print(Display(Api("127.0.0.1", 8025, None), seconds, "gone"))
     shown = capture.get()
     for words in (
         "gone",

@@ -64,7 +64,7 @@ async def test_all_that_is_sent_arrives_once(tmp_path: Path, words: dict[str, An
     assert sum(record["size"] for record in accepted) == pytest.approx(counts.octets, rel=0.01)
     assert counts.phases["message"].count == counts.phases["dot"].count == messages
     assert counts.phases["session"].count == counts.connections
-    assert counts.phases["connect"].count == counts.phases["banner"].count == counts.connections
+    assert counts.phases["connect"].count == counts.phases["greeting"].count == counts.connections
     per_connection = words.get("per_connection", 0)
     least = -(-messages // per_connection) if per_connection else 4
     assert least <= counts.connections < least + 4
@@ -343,7 +343,7 @@ async def test_a_slow_connection_is_told_apart_from_a_slow_greeting(tmp_path: Pa
     counts = generator.counts
     assert is_clean(counts, 1), counts.as_report()
     assert counts.phases["connect"].count == 1
-    assert counts.phases["connect"].max > 10 * counts.phases["banner"].max
+    assert counts.phases["connect"].max > 10 * counts.phases["greeting"].max
 
 
 @pytest.mark.parametrize(
@@ -479,3 +479,47 @@ async def test_a_stopped_run_ends_with_what_is_under_way(tmp_path: Path) -> None
             generator.stop()
     assert generator.counts.accepted == generator.counts.attempted == len(server.events("accepted"))
     assert generator.counts.failed == generator.counts.unsent == 1_000_000 - generator.counts.attempted
+
+
+async def test_think_time_separates_the_messages_of_a_session(tmp_path: Path) -> None:
+    for per_connection in (0, 1):
+        async with running(tmp_path / str(per_connection)) as server:
+            counts = await run(server.port, messages=4, sessions=1, think=0.05, per_connection=per_connection)
+        assert is_clean(counts, 4), counts.as_report()
+        assert counts.elapsed >= 0.15
+        assert counts.phases["message"].max < 1e9
+
+
+async def test_a_stop_ends_the_think_time(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        counts = await run(server.port, messages=None, duration=0.1, sessions=4, think=1000.0)
+    assert is_clean(counts, 4)
+
+
+async def test_the_warm_up_is_counted_apart(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        plan = Plan(
+            targets=[Target("127.0.0.1", server.port)], rate=200.0, duration=0.5, warm_up=0.25, per_connection=0
+        )
+        generator = Generator(plan)
+        counts = await generator.run()
+    assert generator.warm_up is not None
+    assert generator.warm_up.accepted > 0
+    assert counts.accepted > 0
+    assert generator.warm_up.accepted + counts.accepted == len(server.events("accepted")) == 100
+    assert counts.attempted == counts.accepted == counts.phases["message"].count
+    assert counts.unsent == counts.failed == 0
+
+
+async def test_counts_of_several_processes_add_up_exactly(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        parts = [await run(server.port, sessions=3, workers=3, worker=worker, messages=41) for worker in range(3)]
+    whole = Counts()
+    for part in parts:
+        whole.add(part.as_report())
+    assert [part.accepted for part in parts] == [14, 14, 13]
+    assert is_clean(whole, 41)
+    for phase, histogram in whole.phases.items():
+        assert histogram.count == sum(part.phases[phase].count for part in parts)
+        assert histogram.max == max(part.phases[phase].max for part in parts)
+    assert whole.replies["dot", 250] == 41

@@ -1,4 +1,4 @@
-"""The files of reports: known to be possible before the run, and written whole or not at all."""
+"""Report files: checked before the run, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STDOUT: Final = Path("-")
 
 
 def check_place(file: Path) -> None:
-    """Raise click.UsageError where no file can be written: better before a run of an hour than behind it."""
+    """Raise click.UsageError if the file cannot be written: better before a run of an hour than after it."""
     folder = file.parent
     if file != STDOUT and not (folder.is_dir() and os.access(file if file.exists() else folder, os.W_OK)):
-        raise click.UsageError(f"{file} can not be written")
+        raise click.UsageError(f"{file} cannot be written")
 
 
 def write(file: Path, data: bytes) -> None:
-    """Write a report; - is standard output. Raise click.ClickException, and leave what was there as it was."""
+    """Write a report; - is standard output. Raise click.ClickException; an existing file then stays as it was."""
     try:
         if file == STDOUT:
             sys.stdout.buffer.write(data)
@@ -34,7 +34,7 @@ def write(file: Path, data: bytes) -> None:
 
 
 def _write_whole(file: Path, data: bytes) -> None:
-    """Put a file into its place when all of it is there."""
+    """Write a new file and move it into place."""
     new = file.with_name(f".{file.name}.new")
     try:
         new.write_bytes(data)

@@ -1,4 +1,4 @@
-"""`penstock top`: what a running sink does, in a terminal."""
+"""`penstock top`: live statistics of a running sink in the terminal."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from penstock.sink.report import FaultCount, Report, Sample
 
 _TIMEOUT: Final = 5.0
 _MOST_OCTETS: Final = 8 << 20
-"""Octets of an answer; a sink's has less than a tenth of that."""
+"""Octets of a response; that of a sink has less than a tenth of it."""
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _WIDTH: Final = 60
-"""Seconds that a line of bars shows at most."""
+"""Most seconds that a line of bars shows."""
 _LEAST_BARS: Final = 10
 _VALUE: Final = 10
 """Columns of a value: "1,234.5 ms"."""
 _BESIDE_BARS: Final = 46
-"""Columns beside the bars: the frame, a name, a value, a note, and what is between them."""
+"""Columns beside the bars: the frame, a name, a value, a note, and the gaps."""
 _ABOVE_TABLES: Final = 10
 """Lines of the address and of the frame with the bars."""
 _ABOVE_ROWS: Final = 2
@@ -39,8 +39,8 @@ _GAP: Final = 3
 _ROWS_OF_FAULTS: Final = 16
 
 
-class Answer(msgspec.Struct):
-    """What `/api/live` says, as far as it is shown here."""
+class LiveResponse(msgspec.Struct):
+    """The response of `/api/live`, as far as it is shown here."""
 
     generation: int
     report: Report
@@ -49,61 +49,63 @@ class Answer(msgspec.Struct):
     faults: list[FaultCount]
 
 
-class Place(NamedTuple):
-    """Where the HTTP API of a sink is."""
+class Api(NamedTuple):
+    """The HTTP API of a sink."""
 
     host: str
     port: int
     token: str | None
 
     @classmethod
-    def parse(cls, url: str, token: str | None) -> Place:
+    def parse(cls, url: str, token: str | None) -> Api:
         """Read "http://127.0.0.1:8025/" or "127.0.0.1:8025". Raise ValueError."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or parts.hostname is None or parts.path not in ("", "/") or parts.query:
-            raise ValueError(f"the address of a sink's page looks like http://127.0.0.1:8025, not {url!r}")
+            raise ValueError(f"the address of a sink's web page looks like http://127.0.0.1:8025, not {url!r}")
         return cls(parts.hostname, parts.port or 8025, token)
 
-    def live(self, after: int) -> Answer:
-        """Ask for what is behind a sample. Raise OSError, or ValueError for an answer that is none."""
+    def live(self, after: int) -> LiveResponse:
+        """Request the samples after one. Raise OSError, or ValueError for a wrong response."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_TIMEOUT)
         headers = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         try:
             connection.request("GET", f"/api/live?after={after}", headers=headers)
-            answer = connection.getresponse()
-            data = answer.read(_MOST_OCTETS)
+            response = connection.getresponse()
+            data = response.read(_MOST_OCTETS)
         except http.client.HTTPException as exc:
-            raise ValueError(f"this is no page of a sink: {exc}") from exc
+            raise ValueError(f"not the web page of a sink: {exc}") from exc
         finally:
             connection.close()
-        if answer.status != 200:
-            raise ValueError(f"the sink said {answer.status}: {data[:200].decode(errors='replace')}")
+        if response.status != 200:
+            raise ValueError(f"the sink replied {response.status}: {data[:200].decode(errors='replace')}")
         try:
-            return msgspec.json.decode(data, type=Answer)
+            return msgspec.json.decode(data, type=LiveResponse)
         except msgspec.DecodeError as exc:
-            raise ValueError(f"this is no page of a sink: {exc}") from exc
+            raise ValueError(f"not the web page of a sink: {exc}") from exc
 
 
 class Seconds:
-    """The samples that are shown, and the last answer."""
+    """The samples that are shown, and the last response."""
 
     def __init__(self) -> None:
         self.samples: deque[Sample] = deque(maxlen=_WIDTH)
-        self.answer: Answer | None = None
+        self.response: LiveResponse | None = None
         self._last = 0
 
-    def look(self, place: Place) -> None:
-        """Ask the sink. Raise as `Place.live` does."""
-        answer = place.live(self._last)
-        if self.answer is not None and (answer.generation != self.answer.generation or answer.last < self._last):
-            self.samples.clear()  # its counters, or the sink itself, were started over
-            answer = place.live(0)
-        self.samples.extend(answer.samples)
-        self._last, self.answer = answer.last, answer
+    def update(self, api: Api) -> None:
+        """Request the latest samples. Raise as `Api.live` does."""
+        response = api.live(self._last)
+        if self.response is not None and (
+            response.generation != self.response.generation or response.last < self._last
+        ):
+            self.samples.clear()  # its counters were reset, or the sink was restarted
+            response = api.live(0)
+        self.samples.extend(response.samples)
+        self._last, self.response = response.last, response
 
 
 def bars(values: Sequence[float], width: int = _WIDTH) -> str:
-    """Return a line of bars, the greatest value as high as the line; the newest is at the right."""
+    """Return a line of bars, scaled to the greatest value; the newest is at the right."""
     values = values[-width:]
     most = max(values, default=0)
     shown = "".join(_BARS[-(-int(value * 800 / most) // 100) if most else 0] for value in values)
@@ -111,22 +113,22 @@ def bars(values: Sequence[float], width: int = _WIDTH) -> str:
 
 
 class Display:
-    """What is shown, made for the terminal it is shown on."""
+    """The screen, fitted to its terminal."""
 
-    def __init__(self, place: Place, seconds: Seconds, trouble: str = "", *, height: int | None = None) -> None:
-        """`height` is how many lines there are; None is any number."""
+    def __init__(self, api: Api, seconds: Seconds, trouble: str = "", *, height: int | None = None) -> None:
+        """`height` is the number of lines; None is no limit."""
         self._height = height
-        self._place = place
+        self._api = api
         self._seconds = seconds
         self._trouble = trouble
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the parts; the tables have as many rows as there is room for."""
-        yield self._where()
-        answer = self._seconds.answer
-        if answer is None:
+        """Yield the parts; tables have as many rows as fit."""
+        yield self._title()
+        response = self._seconds.response
+        if response is None:
             return
-        width, report = options.max_width, answer.report
+        width, report = options.max_width, response.report
         shown = max(_LEAST_BARS, min(_WIDTH, width - _BESIDE_BARS))
         title = f"last {shown} s"
         lines = _lines(report, list(self._seconds.samples), shown)
@@ -134,35 +136,35 @@ class Display:
         left = None if self._height is None else max(0, self._height - _ABOVE_TABLES)
         yield _tables(report, console, width, left)
 
-    def _where(self) -> Text:
-        where = Text(
-            f"penstock top  http://{self._place.host}:{self._place.port}",
+    def _title(self) -> Text:
+        title = Text(
+            f"penstock top  http://{self._api.host}:{self._api.port}",
             style="bold",
             no_wrap=True,
             overflow="ellipsis",
         )
         if self._trouble:
-            where.append(f"   {self._trouble}", style="red")
-        if self._seconds.answer is not None:
-            report = self._seconds.answer.report
-            where.append(f"   sink on {', '.join(report.listen)}   {report.seconds:,.0f} s", style="dim")
-        return where
+            title.append(f"   {self._trouble}", style="red")
+        if self._seconds.response is not None:
+            report = self._seconds.response.report
+            title.append(f"   sink on {', '.join(report.listen)}   {report.seconds:,.0f} s", style="dim")
+        return title
 
 
 def _tables(report: Report, console: Console, width: int, height: int | None) -> RenderableType:
-    """Return the tables side by side, as many as the terminal is wide enough for."""
+    """Return the tables, as many side by side as fit."""
     rows = None if height is None else max(0, height - _ABOVE_ROWS)
-    others = _others(report, _ROWS_OF_FAULTS if rows is None else min(rows, _ROWS_OF_FAULTS))
-    three = [latency_table(report), reply_table(report, rows), others]
+    failures = _failures(report, _ROWS_OF_FAULTS if rows is None else min(rows, _ROWS_OF_FAULTS))
+    three = [latency_table(report), reply_table(report, rows), failures]
     if _width_of(three, console) <= width:
         return _beside(*three)
     three[0] = latency_table(report, is_narrow=True)
     if _width_of(three, console) <= width:
         return _beside(*three)
     if rows is not None:
-        rows = max(0, rows - len(others.rows) - _ABOVE_ROWS - 1)
-    below = Group(others, "", reply_table(report, rows))
-    if _width_of([three[0], others], console) <= width and _width_of(three[:2], console) <= width:
+        rows = max(0, rows - len(failures.rows) - _ABOVE_ROWS - 1)
+    below = Group(failures, "", reply_table(report, rows))
+    if _width_of([three[0], failures], console) <= width and _width_of(three[:2], console) <= width:
         return _beside(three[0], below)
     return Group(below, "", three[0])
 
@@ -192,7 +194,7 @@ def _lines(report: Report, samples: Sequence[Sample], width: int) -> Table:
             [s.messages / s.seconds for s in samples],
             "cyan",
             "/s",
-            f"{messages.accepted + messages.unheard:,} in all",
+            f"{messages.accepted + messages.unheard:,} total",
         ),
         ("replies", [s.replies / s.seconds for s in samples], "blue", "/s", f"{replies:,}"),
         ("sessions", [s.sessions for s in samples], "green", "", f"peak {report.sessions.peak:,}"),
@@ -202,13 +204,13 @@ def _lines(report: Report, samples: Sequence[Sample], width: int) -> Table:
         ("faults", [s.faults / s.seconds for s in samples], "magenta", "/s", f"{_faults(report):,}"),
     ]
     for name, values, style, unit, note in rows:
-        now = _in_words(values[-1] if values else 0, unit)
+        now = _with_unit(values[-1] if values else 0, unit)
         bar = Text(bars(values, width), style=style)
         table.add_row(name, bar, Text(now.rjust(_VALUE), style="bold"), Text(note, style="dim"))
     return table
 
 
-def _in_words(value: float, unit: str) -> str:
+def _with_unit(value: float, unit: str) -> str:
     if unit == "ns":
         return milliseconds(int(value)) if value else "-"
     return f"{octets(value)}/s" if unit == "B/s" else f"{value:,.0f}{unit}"
@@ -218,58 +220,63 @@ def _faults(report: Report) -> int:
     return sum(each.count for each in report.faults)
 
 
-def _others(report: Report, most: int | None = None) -> Table:
-    """Return a table of messages that were not accepted, of loss and duplicates, and of faults."""
+def _failures(report: Report, most: int | None = None) -> Table:
+    """Return a table of messages that were not accepted, of lost and duplicate ones, and of faults."""
     messages = report.messages
     rows = [("refused", messages.refused, "red"), ("lost", messages.lost, "red"), ("unheard", messages.unheard, "red")]
     for run in report.sequences.runs:
         name = run.run or "(no name)"
-        rows += [(f"{name}: missing", run.missing, "red"), (f"{name}: twice", run.duplicates, "red")]
+        rows += [(f"{name}: missing", run.missing, "red"), (f"{name}: duplicates", run.duplicates, "red")]
         if not run.missing and not run.duplicates:
-            rows.append((f"{name}: all there, once", run.distinct, ""))
+            rows.append((f"{name}: complete", run.distinct, ""))
     rows += [(f"{each.rule}: {each.phase} {each.action}", each.count, "magenta") for each in report.faults]
     table = plain_table("Loss and faults", "what", ">count")
     for name, count, style in [row for row in rows if row[1]][:most]:
         table.add_row(name, f"{count:,}", style=style)
     if not table.row_count and most != 0:
-        table.add_row("no marked message, no fault", "")
+        table.add_row("no numbered message, no fault", "")
     return table
 
 
 @click.command()
 @click.argument("url", default="http://127.0.0.1:8025")
-@click.option("--token", envvar="PENSTOCK_WEB_TOKEN", metavar="TOKEN", help="What the sink asks for, if it does.")
-@click.option("--once", is_flag=True, help="Print what there is, and end.")
+@click.option(
+    "--token",
+    envvar="PENSTOCK_WEB_TOKEN",
+    metavar="TOKEN",
+    help="Password of the sink's web page [PENSTOCK_WEB_TOKEN].",
+)
+@click.option("--once", is_flag=True, help="Print once and exit.")
 def top(url: str, token: str | None, once: bool) -> None:
-    """Show what a sink with --web does, once a second, in this terminal. Ctrl-C ends it; the sink goes on."""
+    """Show live statistics of a sink that runs with --web, once a second. Ctrl-C quits; the sink keeps running."""
     try:
-        place = Place.parse(url, token)
+        api = Api.parse(url, token)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
     seconds, console = Seconds(), Console()
     try:
-        seconds.look(place)
+        seconds.update(api)
     except (OSError, ValueError) as exc:
         raise click.ClickException(f"{url}: {exc}") from exc
     if once:
-        console.print(Display(place, seconds))
+        console.print(Display(api, seconds))
         return
     try:
         with Live(
-            Display(place, seconds, height=console.height), console=console, screen=True, auto_refresh=False
+            Display(api, seconds, height=console.height), console=console, screen=True, auto_refresh=False
         ) as live:
-            _follow(place, seconds, live)
+            _follow(api, seconds, live)
     except KeyboardInterrupt:
         return
 
 
-def _follow(place: Place, seconds: Seconds, live: Live) -> None:
-    """Look once a second, until interrupted. A sink that is gone may come back."""
+def _follow(api: Api, seconds: Seconds, live: Live) -> None:
+    """Update once a second, until interrupted. A sink that has stopped may come back."""
     while True:
         time.sleep(1)
         trouble = ""
         try:
-            seconds.look(place)
+            seconds.update(api)
         except (OSError, ValueError) as exc:
             trouble = str(exc)
-        live.update(Display(place, seconds, trouble, height=live.console.height), refresh=True)
+        live.update(Display(api, seconds, trouble, height=live.console.height), refresh=True)

@@ -1,5 +1,7 @@
-"""The generator: load on a server, and what it felt like.
+"""The load generator: sends messages to a server and measures each phase.
 
-plan.py is what is to be sent, resolve.py where to, texts.py the messages, session.py a connection that sends them,
-generator.py and pace.py who starts when, counts.py what is counted, report.py and page.py what is shown of it.
+Read in this order: plan.py (what to send) and schedule.py (when), resolve.py (where to), texts.py (the messages),
+session.py (one connection), generator.py and pace.py (which session starts what), counts.py (what is counted),
+workers.py (several processes). On a finished run: report.py (terminal), page.py and plot.py (HTML), thresholds.py (pass
+or fail), compare.py (two runs), search.py (the highest sustainable rate).
 """

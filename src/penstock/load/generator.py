@@ -1,24 +1,27 @@
-"""Who starts when: closed loop and open loop, ramps, the clocks, the end.
+"""One run of one process: which session starts which message when, in a closed or an open loop.
 
-In a closed loop a session that is free starts the next message. In an open loop messages have intended starts, evenly
-at the rate; one that finds no session free waits for it, and its latency counts from when it was to start. So a server
-that stalls is charged for all the messages that it kept from starting, not for the few that happened to be under way
-(coordinated omission).
+In a closed loop a session that is free starts the next message, after its think time if it has one. In an open loop
+messages have intended starts (penstock.load.schedule); a message that finds no free session waits for one, and its
+latency counts from its intended start. So a server that stalls is charged for all the messages it delayed, and not only
+for the few that were in flight (coordinated omission).
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import resource
 import ssl
+import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from time import perf_counter, perf_counter_ns
 from typing import Final
 
 import trio
 
-from penstock.load.counts import Counts
-from penstock.load.pace import Pace, starts_within
+from penstock.load.counts import Counts, Interval
+from penstock.load.pace import Pace
 from penstock.load.plan import Plan, Target
 from penstock.load.resolve import resolved
 from penstock.load.session import Job, Session
@@ -28,47 +31,73 @@ from penstock.net.stream import watch_sockets
 from penstock.net.tls import client_context
 from penstock.smtp.client import Capabilities
 
-_MOST_WAITING: Final = 1_000_000
-"""Intended starts that may wait for a session; more are dropped, and counted."""
+_MAX_WAITING: Final = 1_000_000
+"""Messages that may wait for a session; further ones are dropped and counted."""
 _RETRY: Final = 0.05
-"""Seconds before a session that could not connect tries again."""
-_FAILURES: Final = 10
-"""Connections in a row that came to nothing, per session, before the run is given up."""
+"""Seconds before a session reconnects after a failed connection."""
+_MAX_FAILURES: Final = 10
+"""Failed connections in a row, per session, after which the run is given up."""
 
 
 class Generator:
     """A run. `run` returns when it is over."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Raise PlanError, OSError."""
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        number: Callable[[], int] | None = None,
+        on_interval: Callable[[Interval], Awaitable[None]] | None = None,
+    ) -> None:
+        """Raise PlanError, OSError.
+
+        `number` returns the number of the next message, from 1 on. `on_interval` gets what was counted in each second,
+        but for the last.
+        """
         plan.check()
         self.plan = plan
         self.counts = Counts()
+        self.warm_up: Counts | None = None
+        """The counts of the warm-up, once it is over."""
         self.poller = Poller()
         self.tls: ssl.SSLContext | None = None
         if plan.tls != "none":
             self.tls = client_context(verify=plan.ca_file is not None, ca_file=str(plan.ca_file or ""))
         self.tls_sessions: dict[Target, ssl.SSLSession | None] = {}
         self.known_offer = (b"", Capabilities())
+        self.last_interval: Interval | None = None
+        """What was counted in the last second, once the run is over."""
+        self._number = number or itertools.count(1).__next__
+        self._on_interval = on_interval
+        self._total = plan.total
+        self._is_open_loop = plan.is_open_loop
+        self._thinks = plan.think > 0
         self._targets: list[Target] = []
         self._text_of = text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
         self._sessions: list[Session] = []
         self._idle: list[Session] = []
+        """Sessions that wait for a message to be due."""
+        self._thinking: dict[Session, trio.CancelScope] = {}
+        self._rested: set[Session] = set()
+        """Sessions whose think time is over."""
         self._started = 0
-        """Messages that were given a session."""
+        """Messages that were given to a session."""
         self._promised = 0
-        """Sessions that connect, and have not asked for a message yet."""
+        """Sessions that connect and have not asked for a message yet."""
         self._intended: deque[int] = deque()
-        self._is_pacing = plan.rate is not None
+        self._is_pacing = plan.is_open_loop
         """There are messages that are not due yet."""
         self._pace: Pace | None = None
         self.is_stopping = False
         """`stop` was called."""
         self._open = 0
         self._failures = 0
-        """Connections in a row that brought no message to an end."""
+        """Connections in a row that completed no message."""
+        self._cpu_begun = 0.0
+        """CPU time of the process when the figures began."""
         self._over = trio.Event()
         self._stopped = trio.Event()
+        self._scope = trio.CancelScope()
         self._nursery: trio.Nursery
 
     @property
@@ -77,79 +106,118 @@ class Generator:
         return self._open
 
     @property
+    def accepted(self) -> int:
+        """Accepted messages so far."""
+        return self.counts.accepted
+
+    @property
+    def failed(self) -> int:
+        """Failed messages so far."""
+        return self.counts.failed
+
+    @property
     def is_over(self) -> bool:
         """The last session has ended."""
         return self._over.is_set()
 
     def stop(self) -> None:
-        """Start nothing any more; what is under way may end. Intended starts that wait are dropped, and counted."""
+        """Start no more messages; those in flight may end. Messages that wait for a session are dropped and counted."""
         self.is_stopping = True
         self._stopped.set()
         self.counts.dropped += len(self._intended)
         self._intended.clear()
         self._end_pace()
+        for session in list(self._thinking):
+            self._rest(session)
 
-    # ---- what sessions see
+    def abort(self) -> None:
+        """End the run now; messages in flight are lost."""
+        self.stop()
+        self._scope.cancel()
+
+    # ---- called by sessions
 
     def next_job(self, session: Session) -> Job | None:
-        """Return the next message; None when there is none now."""
-        plan = self.plan
+        """Return the next message; None if there is none now."""
         if session.is_promised:
             session.is_promised = False
             self._promised -= 1
-        if self.is_stopping or (plan.messages is not None and self._started >= plan.messages):
+        if self.is_stopping or self._started == self._total:
             return None
+        if self._thinks:
+            if self._has_to_think(session):
+                return None
+            self._rested.discard(session)
         intended = 0
-        if plan.rate is not None:
+        if self._is_open_loop:
             if not self._intended:
                 return None
             intended = self._intended.popleft()
         self._started += 1
-        return Job(self._started, self._text_of(self._started), intended)
+        number = self._number()
+        return Job(number, self._text_of(number), intended)
 
     def wait_for_job(self, session: Session) -> bool:
-        """Have `begin` called when there is a message. Return False when there will be none."""
+        """Call `begin` when there is a message. Return False if there will be none."""
+        if not self.is_stopping and self._started != self._total and self._has_to_think(session):
+            scope = self._thinking[session] = trio.CancelScope()
+            self._nursery.start_soon(self._think, session, scope)
+            return True
         if not self._is_pacing:
             return False
         self._idle.append(session)
         return True
 
     def ended(self, session: Session) -> None:
-        """A connection is over: begin the next one, where there is work for it."""
+        """A connection has ended: begin the next one, if there is work for it."""
         self._open -= 1
         if session.is_promised:
             self._promised -= 1
         if session in self._idle:
             self._idle.remove(session)
+        if session in self._thinking:
+            self._thinking.pop(session).cancel()
+        self._rested.discard(session)
         if session.concluded:
             self._failures = 0
         else:
             self._failures += 1
-        if self._failures > _FAILURES * self.plan.sessions:
+        if self._failures > _MAX_FAILURES * self.plan.sessions:
             self.counts.has_given_up = True
             self.stop()
         if not self._has_work():
-            if self._open == 0:
-                self._over.set()
+            self._finish_if_idle()
             return
         self._open += 1
         if self._failures:  # no message waits for a target that may be gone for good
-            self._nursery.start_soon(self._connect_later, session)
+            self._nursery.start_soon(self._connect_later, session, _RETRY)
+        elif self.plan.think:
+            self._nursery.start_soon(self._connect_later, session, self.plan.think)
         else:
             self._promise(session)
             session.connect()
 
-    async def _connect_later(self, session: Session) -> None:
-        await trio.sleep(_RETRY)
-        session.connect()
+    async def _connect_later(self, session: Session, seconds: float) -> None:
+        """Connect after a pause, if there is still work."""
+        with trio.move_on_after(seconds):
+            await self._stopped.wait()
+        if self._has_work():
+            session.connect()
+        else:
+            self._open -= 1
+            self._finish_if_idle()
+
+    def _finish_if_idle(self) -> None:
+        if self._open == 0:
+            self._over.set()
 
     def _promise(self, session: Session) -> None:
-        """Keep a message for a session that connects."""
+        """Reserve a message for a session that connects."""
         session.is_promised = True
         self._promised += 1
 
     def spawn(self, session: Session, unsent: bytes) -> None:
-        """Give a session a task that runs `push`."""
+        """Run `push` of a session in a task."""
         self._nursery.start_soon(session.push, unsent)
 
     def _has_work(self) -> bool:
@@ -157,48 +225,65 @@ class Generator:
             return False
         return self._is_pacing or (
             len(self._intended) > self._promised
-            if self.plan.rate is not None
-            else self.plan.messages is None or self._started + self._promised < self.plan.messages
+            if self._is_open_loop
+            else self._total is None or self._started + self._promised < self._total
         )
+
+    def _has_to_think(self, session: Session) -> bool:
+        return self._thinks and session.concluded > 0 and session not in self._rested
+
+    async def _think(self, session: Session, scope: trio.CancelScope) -> None:
+        with scope:
+            await trio.sleep(self.plan.think)
+            self._rest(session)
+
+    def _rest(self, session: Session) -> None:
+        """End the think time of a session."""
+        del self._thinking[session]
+        self._rested.add(session)
+        session.begin()
 
     # ---- the run
 
     async def resolve(self) -> None:
-        """Look the targets up. Raise PlanError when one has no address."""
+        """Resolve the targets. Raise PlanError if one has no address."""
         plan = self.plan
         self._targets = [await resolved(target, plan.sources, plan.timeout) for target in plan.targets]
 
     async def run(self) -> Counts:
-        """Send everything, and return what was counted. Raise PlanError when a target has no address."""
+        """Send everything, and return the counts. Raise PlanError if a target has no address."""
         plan = self.plan
         if not self._targets:
             await self.resolve()
-        _raise_limit()
+        _raise_descriptor_limit()
         gc.collect()
         gc.freeze()
         sources = plan.sources or ("",)
         self._sessions = [
             Session(self, self._targets[n % len(self._targets)], sources[n % len(sources)])
-            for n in range(min(plan.sessions, plan.messages or plan.sessions))
+            for n in range(plan.worker, min(plan.sessions, plan.messages or plan.sessions), plan.workers)
         ]
         self.counts = Counts()
+        self._cpu_begun = time.process_time()
         try:
-            await self._send_all()
+            with self._scope:
+                await self._send_all()
         finally:
             self._end()
         return self.counts
 
     def _end(self) -> None:
-        """Settle the counts; what is under way after a second signal is lost."""
+        """Complete the counts; messages in flight after a second signal are lost."""
         counts = self.counts
         for session in self._sessions:
             session.abandon()
         counts.ended = perf_counter()
+        counts.cpu = time.process_time() - self._cpu_begun
         plan = self.plan
-        wanted = _starts(plan)
-        if wanted is not None and (plan.rate is not None or plan.duration is None):  # not a matter of the time it took
-            counts.unsent = max(0, wanted - counts.attempted - counts.dropped)
-        counts.tick(0)
+        if self._total is not None and (plan.is_open_loop or plan.duration is None):  # else the time decides how many
+            dropped = counts.dropped + (self.warm_up.dropped if self.warm_up is not None else 0)
+            counts.unsent = max(0, self._total - self._started - dropped)
+        self.last_interval = counts.tick(0, is_last=True)
         self.poller.close()
         gc.unfreeze()
 
@@ -210,8 +295,10 @@ class Generator:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._sweep)
             self._open = len(self._sessions)
-            if plan.rate is not None:
-                self._pace = Pace(self.poller, plan.rate, plan.ramp, _starts(plan), self._due)
+            if plan.is_open_loop:
+                self._pace = Pace(
+                    self.poller, plan.schedule, self._total, self._due, first=plan.worker, step=plan.workers
+                )
             elif plan.duration is not None:
                 nursery.start_soon(self._stop_after, plan.duration)
             nursery.start_soon(self._start_sessions)
@@ -219,16 +306,15 @@ class Generator:
             nursery.cancel_scope.cancel()
 
     async def _start_sessions(self) -> None:
-        """Start the sessions, one after the other within the ramp of a closed loop."""
-        pause = self.plan.ramp / len(self._sessions) if self.plan.rate is None else 0.0
+        """Start the sessions, in a closed loop evenly within the ramp."""
+        pause = 0.0 if self.plan.is_open_loop else self.plan.ramp / len(self._sessions)
         for session in self._sessions:
             self._promise(session)
         for number, session in enumerate(self._sessions):
             if self.is_stopping:
                 self._open -= len(self._sessions) - number
                 self._promised -= len(self._sessions) - number
-                if self._open == 0:
-                    self._over.set()
+                self._finish_if_idle()
                 return
             session.connect()
             if pause:
@@ -238,14 +324,17 @@ class Generator:
                 await trio.lowlevel.checkpoint()
 
     async def _stop_after(self, seconds: float) -> None:
-        """Start nothing any more after the duration of a closed loop."""
+        """Stop after the duration of a closed loop."""
         await trio.sleep(seconds)
         self.stop()
 
     def _due(self, at: int) -> None:
-        """Give a message that is due to a session, or let it wait for one."""
-        if len(self._intended) >= _MOST_WAITING:
+        """Give a message that is due to an idle session, or let it wait."""
+        if len(self._intended) >= _MAX_WAITING:
             self.counts.dropped += 1
+        elif self.plan.give_up_at is not None and len(self._intended) >= self.plan.give_up_at:
+            self.counts.dropped += 1
+            self.stop()
         else:
             self._intended.append(at)
             if self._idle:
@@ -256,29 +345,34 @@ class Generator:
             self._end_pace()
 
     def _end_pace(self) -> None:
-        """Have no more messages become due; sessions that wait for one say QUIT."""
+        """No more messages become due: idle sessions send QUIT."""
         self._is_pacing = False
         if self._pace is not None:
             self._pace.close()
             self._pace = None
-        self._dismiss_idle()
-
-    def _dismiss_idle(self) -> None:
-        """Let sessions that wait say QUIT."""
         idle, self._idle = self._idle, []
         for session in idle:
             session.begin()
 
     async def _tick(self) -> None:
-        """End the seconds."""
+        """End the warm-up, then each second."""
         due = trio.current_time()
+        if self.plan.warm_up:
+            due += self.plan.warm_up
+            await trio.sleep_until(due)
+            self.warm_up = self.counts
+            # A message that began in the warm-up counts where it ends: a server that stalls then is charged for it.
+            self.counts = Counts(attempted=self.warm_up.in_flight)
+            self._cpu_begun = time.process_time()
         while True:
             due += 1
             await trio.sleep_until(due)
-            self.counts.tick(self._open)
+            interval = self.counts.tick(self._open)
+            if self._on_interval is not None:
+                await self._on_interval(interval)
 
     async def _sweep(self) -> None:
-        """End the connections that wait too long for an answer."""
+        """End connections whose reply is overdue."""
         timeout = self.plan.timeout
         while True:
             await trio.sleep(min(1.0, timeout / 4))
@@ -288,15 +382,7 @@ class Generator:
                     session.time_out(timeout)
 
 
-def _starts(plan: Plan) -> int | None:
-    """Return how many messages an open loop starts: all that are due within its duration, however late."""
-    if plan.duration is None or plan.rate is None:
-        return plan.messages
-    due = starts_within(plan.duration, plan.rate, plan.ramp)
-    return due if plan.messages is None else min(plan.messages, due)
-
-
-def _raise_limit() -> None:
-    """Allow as many descriptors as the system lets us have."""
+def _raise_descriptor_limit() -> None:
+    """Raise the limit of open files to the hard limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

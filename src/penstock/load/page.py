@@ -1,244 +1,340 @@
-"""A report as one self-contained page: no script, no network, light and dark, narrow and wide."""
+"""Reports as one self-contained HTML page: no script, no network, light and dark, from a phone to a wide screen."""
 
 from __future__ import annotations
 
 import datetime
-import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
+from penstock.load import plot
+from penstock.load.compare import VERDICTS, Change, failed, overall, seconds_of
 from penstock.load.counts import PHASES
-from penstock.load.report import failed, milliseconds
+from penstock.load.report import rows_of
+from penstock.load.units import milliseconds
 
-_WIDE: Final = 720
-_HIGH: Final = 220
-_LEFT: Final = 64
-_BELOW: Final = 26
-_TOP: Final = 10
-_MOST_POINTS: Final = 360
+Report = Mapping[str, Any]
 _COLUMNS: Final = (("p50", "p50"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
+_MAX_KINDS: Final = 6
+"""Kinds of errors that are told apart in the plot over time."""
+_CLASSES: Final = {2: "c", 3: "a", 4: "b", 5: "d"}
+"""Colours of replies, by their first digit."""
 
 _STYLE: Final = """
-:root { color-scheme: light dark; --ink: #1c2430; --dim: #667085; --line: #d9dee7; --paper: #fff; --card: #f6f8fb;
-  --a: #2563eb; --b: #d97706; --c: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #333b49; --paper: #12161d;
-  --card: #1a202a; --a: #6ea8fe; --b: #f5b454; --c: #f97066; } }
+:root { color-scheme: light dark; --ink: #1c2430; --dim: #566073; --line: #d9dee7; --paper: #fff; --card: #f6f8fb;
+  --a: #2563eb; --b: #c2710c; --c: #15803d; --d: #b42318; --e: #7c3aed; --f: #0e7490; --g: #be185d; --h: #6b7280; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #a3adbd; --line: #333b49; --paper: #12161d;
+  --card: #1a202a; --a: #6ea8fe; --b: #f5b454; --c: #4ade80; --d: #f97066; --e: #b794f6; --f: #67d4e8; --g: #f687b3;
+  --h: #9ca3af; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 980px; padding: 24px 16px 64px; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.05rem; margin: 36px 0 8px; }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 36px 0 8px; }
 p, .dim { color: var(--dim); } p { margin: 4px 0; }
 code { font: 0.85em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 10px; margin: 20px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(112px, 1fr)); gap: 10px; margin: 20px 0; }
 .tile { background: var(--card); border-radius: 10px; padding: 12px; font-size: 0.9rem; white-space: nowrap; }
-.tile b { display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .tile small { font-size: 0.9rem; }
-.bad b { color: var(--c); }
+.bad b, .worse, .violated { color: var(--d); } .better, .passed { color: var(--c); } .same { color: var(--dim); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.95rem; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--dim); font-size: 0.85rem; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 110px; }
 tr.whole td { font-weight: 600; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font-size: 12px; }
-.grid { stroke: var(--line); } .a { stroke: var(--a); } .b { stroke: var(--b); } .c { stroke: var(--c); }
-.curve { fill: none; stroke-width: 2; stroke-linejoin: round; } .bar { fill: var(--a); }
+figure { margin: 0; }
+.plot { position: relative; height: 230px; margin: 10px 12px 26px 62px; }
+.plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
+.plot span { position: absolute; color: var(--dim); font-size: 12px; line-height: 1; white-space: nowrap; }
+.plot .y { right: calc(100% + 8px); transform: translateY(50%); }
+.plot .x { top: calc(100% + 8px); transform: translateX(-50%); }
+.grid { stroke: var(--line); } .grid, .line { vector-effect: non-scaling-stroke; }
+.line { fill: none; stroke-width: 1.75; stroke-linejoin: round; }
+line.dashed, polyline.dashed { stroke-dasharray: 5 4; }
+figcaption { display: flex; gap: 4px 18px; flex-wrap: wrap; color: var(--dim); font-size: 0.85rem; }
+figcaption i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; vertical-align: middle;
+  margin-right: 6px; }
+figcaption i.dashed { opacity: 0.55; }
+.share { width: 100%; min-width: 110px; height: 12px; display: block; border-radius: 3px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; color: var(--dim); font-size: 0.85rem; }
 dt { font-weight: 600; } dd { margin: 0; }
-@media (max-width: 560px) { svg text { font-size: 20px; } }
-.key { display: flex; gap: 18px; flex-wrap: wrap; color: var(--dim); font-size: 0.85rem; }
-.key i { display: inline-block; width: 14px; height: 3px; vertical-align: middle; margin-right: 6px; }
-"""
+@media (max-width: 560px) { .minor { display: none; } th, td { padding: 5px 6px; } table { font-size: 0.85rem; }
+  .plot { margin-left: 52px; } }
+""" + "".join(
+    f".line.{name} {{ stroke: var(--{name}); }} .bar.{name} {{ fill: var(--{name}); }} "
+    f"i.{name} {{ background: var(--{name}); }}\n"
+    for name in plot.COLOURS
+)
 
 
-def page(report: dict[str, Any]) -> str:
-    """Return the page of a report."""
+def page(report: Report) -> str:
+    """Return the page of a run."""
+    targets = escape(", ".join(report["targets"]))
     when = datetime.datetime.fromtimestamp(report["started"], datetime.UTC)
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>penstock load: {escape(", ".join(report["targets"]))}</title><style>{_STYLE}</style>
-<h1>penstock load <span class="dim">{escape(", ".join(report["targets"]))}</span></h1>
+    return _page(
+        f"penstock load: {targets}",
+        f"""<h1>penstock load <span class="dim">{targets}</span></h1>
 <p>{when:%Y-%m-%d %H:%M:%S} UTC, {escape(report["machine"])}</p>
 <p><code>{escape(report["command"])}</code></p>
 {_tiles(report)}
-<h2>Latency of a message, second by second</h2>{_latency_chart(report)}
-<h2>Messages a second</h2>{_rate_chart(report)}
-<h2>Latencies of a message</h2>{_histogram_chart(report)}
+{_threshold_table(report)}{_search_table(report)}
+<h2>Latency of a message, by second</h2>{_latency_plot(report)}
+<h2>Messages per second</h2>{_rate_plot(report)}
+<h2>Errors over time</h2>{_error_plot(report)}
+<h2>Latency by percentile</h2>{_spectrum([("", report)])}
 <h2>Phases, in milliseconds</h2>{_phase_table(report)}{_legend(report)}
-<h2>Replies</h2>{_reply_table(report)}
-{_error_table(report)}
+<h2>Replies by phase</h2>{_reply_table(report)}
+{_error_table(report)}""",
+    )
+
+
+def comparison_page(first: Report, second: Report, changes: Sequence[Change], names: Sequence[str]) -> str:
+    """Return the page of two runs, one laid over the other."""
+    runs = list(zip(names, (first, second), strict=True))
+    verdict = overall(changes)
+    rows = [
+        [*map(escape, cells), f'<span class="{verdict}">{verdict}</span>' if verdict else ""]
+        for *cells, verdict in rows_of(changes)
+    ]
+    commands = "".join(
+        f"<dt>{escape(name)}</dt><dd><code>{escape(report['command'])}</code></dd>" for name, report in runs
+    )
+    return _page(
+        "penstock load: comparison",
+        f"""<h1>penstock load <span class="dim">comparison</span></h1>
+<dl>{commands}</dl>
+<p><b class="{verdict}">{VERDICTS[verdict]}</b> A change counts when it exceeds the noise.</p>
+{_table(["", "first", "second", "change", "noise", "verdict"], rows)}
+<h2>Latency by percentile</h2>{_spectrum(runs)}
+<h2>Latency of a message, by second</h2>{_overlay(runs, "p99", "p50")}
+<h2>Messages per second</h2>{_overlay_rates(runs)}""",
+    )
+
+
+def _page(title: str, body: str) -> str:
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{_STYLE}</style>
+{body}
 </html>
 """
 
 
-def _tiles(report: dict[str, Any]) -> str:
+def _tiles(report: Report) -> str:
     failures = failed(report)
     message = report["phases"].get("message")
     tiles = [
         (f"{report['accepted']:,}", "accepted", ""),
         (f"{failures:,}", "failed", " bad" if failures else ""),
-        (f"{report['rate']:,.0f}", "a second", ""),
-        (f"{milliseconds(message['p50'])} <small>ms</small>" if message else "-", "median", ""),
+        (f"{report['rate']:,.0f}<small>/s</small>", "rate", ""),
+        (f"{milliseconds(message['p50'])} <small>ms</small>" if message else "-", "p50", ""),
         (f"{milliseconds(message['p99'])} <small>ms</small>" if message else "-", "p99", ""),
-        (f"{report['octets'] / 1e6:,.1f} <small>MB</small>", "of messages", ""),
+        (f"{report['octets'] / 1e6:,.1f} <small>MB</small>", "accepted", ""),
         (f"{report['connections']:,}", "connections", ""),
     ]
+    if "sustainable_rate" in report:
+        tiles.insert(0, (f"{report['sustainable_rate']:,.4g}<small>/s</small>", "sustainable", ""))
     return '<div class="tiles">{}</div>'.format(
         "".join(f'<div class="tile{kind}"><b>{value}</b>{name}</div>' for value, name, kind in tiles)
     )
 
 
-# ---- charts
+# ---- plots
 
 
-def _seconds(report: dict[str, Any]) -> list[list[float]]:
-    """Return the seconds of a run, but not what is left of a last one: it would look like the end of everything."""
-    timeline: list[list[float]] = report["timeline"]
-    return timeline[: int(report["seconds"])] or timeline
+def _steps(report: Report) -> Iterator[tuple[float, float, dict[str, Any]]]:
+    """Yield the begin and the end of each second, and its row."""
+    begin = 0.0
+    for row in seconds_of(report):
+        end = begin + max(row["length"], 1e-3)
+        yield begin, end, row
+        begin = end
 
 
-def _thinned(rows: Sequence[Sequence[float]], worst: bool) -> list[list[float]]:
-    """Join seconds, so that a long run has no more points than can be seen: the worst of them, or the mean."""
-    step = math.ceil(len(rows) / _MOST_POINTS) or 1
-    join: Callable[[Sequence[float]], float] = max if worst else _mean
-    return [
-        [rows[i][0], *(join([row[column] for row in rows[i : i + step]]) for column in range(1, len(rows[0])))]
-        for i in range(0, len(rows), step)
+def _line(
+    name: str, colour: str, report: Report, column: str, *, is_rate: bool = False, is_dashed: bool = False
+) -> plot.Series:
+    """Return a column of the timeline as a line of steps, one for each second."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for begin, end, row in _steps(report):
+        value = row.get(column, 0) / (row["length"] or 1.0) if is_rate else row.get(column, 0)
+        if value or is_rate:
+            runs[-1] += [(begin, value), (end, value)]
+        elif runs[-1]:
+            runs.append([])  # nothing was measured in this second
+    return plot.Series(name, colour, [run for run in runs if run], is_dashed)
+
+
+def _length(*found: Report) -> float:
+    return max((end for report in found for _, end, _ in _steps(report)), default=1.0)
+
+
+def _values(series: Sequence[plot.Series]) -> list[float]:
+    return [value for each in series for run in each.runs for _, value in run]
+
+
+def _latency_plot(report: Report) -> str:
+    series = [
+        _line("longest", "d", report, "max"),
+        _line("p99", "b", report, "p99"),
+        _line("p50", "a", report, "p50"),
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _frame(ticks: Sequence[tuple[float, str]], below: Sequence[tuple[float, str]], inside: str, name: str) -> str:
-    """Return an SVG with lines at heights (0 to 1) and words below at places (0 to 1)."""
-    lines = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDE}" y1="{_y(at):.1f}" y2="{_y(at):.1f}"/>'
-        f'<text x="{_LEFT - 8}" y="{_y(at) + 4:.1f}" text-anchor="end">{text}</text>'
-        for at, text in ticks
-    )
-    words = "".join(f'<text x="{_x(at):.1f}" y="{_HIGH - 6}" text-anchor="middle">{text}</text>' for at, text in below)
-    return (
-        f'<svg viewBox="0 0 {_WIDE + 12} {_HIGH}" role="img" aria-label="{escape(name)}">{lines}{words}{inside}</svg>'
-    )
-
-
-def _x(part: float) -> float:
-    return _LEFT + part * (_WIDE - _LEFT)
-
-
-def _y(part: float) -> float:
-    return _TOP + (1 - part) * (_HIGH - _BELOW - _TOP)
-
-
-def _nice(most: float) -> float:
-    """Return a round number that is not less."""
-    if most <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(most))
-    return next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= most)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:g}"
-
-
-def _curves(rows: list[list[float]], columns: Sequence[tuple[int, str, str]], unit: float, name: str) -> str:
-    """Return a chart of columns over seconds, each with its class and its name."""
-    if not rows:
-        return "<p>Nothing was measured.</p>"
-    if len(rows) == 1:
-        rows = [*rows, [1.0, *rows[0][1:]]]  # a point alone draws nothing
-    top = _nice(max(row[column] for row in rows for column, _, _ in columns) * unit)
-    last = max(rows[-1][0], 1)
-    inside = ""
-    for column, kind, _ in columns:
-        points = " ".join(f"{_x(row[0] / last):.1f},{_y(row[column] * unit / top):.1f}" for row in rows)
-        inside += f'<polyline class="curve {kind}" points="{points}"/>'
-    ticks = [(part / 4, _number(top * part / 4)) for part in range(5)]
-    step = _nice(last / 5)
-    below = [(second * step / last, f"{second * step:g} s") for second in range(1, int(last / step) + 1)]
-    key = "".join(f'<span><i style="background:var(--{kind})"></i>{text}</span>' for _, kind, text in columns)
-    return _frame(ticks, below, inside, name) + f'<div class="key">{key}</div>'
-
-
-def _latency_chart(report: dict[str, Any]) -> str:
-    rows = _thinned(_seconds(report), worst=True)
-    columns = [(6, "c", "longest, ms"), (5, "b", "p99, ms"), (4, "a", "p50, ms")]
-    return _curves(rows, columns, 1e3, "Latency of a message by second: median, 99th percentile, longest")
-
-
-def _rate_chart(report: dict[str, Any]) -> str:
-    rows = _thinned(_seconds(report), worst=False)
-    return _curves(rows, [(1, "a", "accepted"), (2, "c", "failed")], 1, "Messages accepted and failed by second")
-
-
-def _histogram_chart(report: dict[str, Any]) -> str:
-    """Return the latencies of messages as bars, on a logarithmic scale."""
-    message = report["phases"].get("message")
-    if message is None:
+    if not _values(series):
         return "<p>No message was answered.</p>"
-    bars: dict[int, int] = {}
-    for least, count in message["histogram"]["buckets"]:
-        bars[round(math.log10(max(least, 1000)) * 12)] = bars.get(round(math.log10(max(least, 1000)) * 12), 0) + count
-    first, last = min(bars) - 1, max(bars) + 1
-    top = _nice(max(bars.values()))
-    width = (_WIDE - _LEFT) / (last - first + 1)
-    inside = "".join(
-        f'<rect class="bar" x="{_LEFT + (bar - first) * width + 1:.1f}" y="{_y(count / top):.1f}" '
-        f'width="{max(width - 2, 1):.1f}" height="{_y(0) - _y(count / top):.1f}"/>'
-        for bar, count in bars.items()
-    )
-    below = [
-        ((exponent * 12 - first + 0.5) / (last - first + 1), f"{10.0 ** (exponent - 6):g} ms")
-        for exponent in range(3, 13)
-        if first <= exponent * 12 <= last
+    axis = plot.latency_axis(_values(series))
+    return plot.lines("Latency of a message by second", series, plot.time_axis(_length(report)), axis)
+
+
+def _rate_plot(report: Report) -> str:
+    series = [
+        _line("accepted", "a", report, "accepted", is_rate=True),
+        _line("failed", "d", report, "failed", is_rate=True),
     ]
-    return _frame([(part / 2, _number(top * part / 2)) for part in range(3)], below, inside, "Messages by latency")
+    axis = plot.linear(max(_values(series), default=1.0))
+    return plot.lines("Messages accepted and failed per second", series, plot.time_axis(_length(report)), axis)
+
+
+def _error_plot(report: Report) -> str:
+    total: Counter[str] = Counter()
+    for _, _, row in _steps(report):
+        total.update(row["errors"])
+    if not total:
+        return "<p>There were no refusals and no errors.</p>"
+    shown = [kind for kind, _ in total.most_common(_MAX_KINDS)]
+    kinds = [(kind, plot.COLOURS[(place + 3) % len(plot.COLOURS)]) for place, kind in enumerate(shown)]
+    if len(total) > len(shown):
+        kinds.append(("others", "h"))
+    columns = []
+    for begin, end, row in _steps(report):
+        values = [row["errors"].get(kind, 0) / (end - begin) for kind in shown]
+        if len(kinds) > len(shown):
+            values.append(sum(count for kind, count in row["errors"].items() if kind not in shown) / (end - begin))
+        columns.append((begin, end, values))
+    axis = plot.linear(max(sum(values) for _, _, values in columns), "/s")
+    return plot.bars("Refusals and errors per second", kinds, columns, plot.time_axis(_length(report)), axis)
+
+
+def _spectrum(runs: Sequence[tuple[str, Report]]) -> str:
+    """Return the percentile spectrum of messages and of the replies to them, as HdrHistogram plots it."""
+    series = []
+    for (name, report), colours in zip(runs, ("ac", "bd"), strict=False):
+        for phase, colour in zip(("message", "dot"), colours, strict=True):
+            summary = report["phases"].get(phase)
+            if summary is not None:
+                label = f"{name}: {phase}" if name else phase
+                series.append(plot.Series(label, colour, [list(_spectrum_points(summary))], phase == "dot"))
+    if not series:
+        return "<p>No message was answered.</p>"
+    summaries = [report["phases"].get(phase, {}) for _, report in runs for phase in ("message", "dot")]
+    count = max(summary.get("count", 0) for summary in summaries)
+    axis = plot.latency_axis(_values(series))
+    return plot.lines("Latency by percentile", series, plot.percentile_axis(count), axis)
+
+
+def _spectrum_points(summary: Mapping[str, Any]) -> Iterator[tuple[float, float]]:
+    """Yield 1 / (1 - part) and the latency that this part of the durations does not exceed."""
+    count, seen = summary["count"], 0
+    yield 1.0, summary["min"]
+    for low, number in summary["histogram"]["buckets"]:
+        seen += number
+        if seen < count:
+            yield count / (count - seen), min(max(low / 1e9, summary["min"]), summary["max"])
+    yield float(max(count, 1)), summary["max"]
+
+
+def _overlay(runs: Sequence[tuple[str, Report]], *columns: str) -> str:
+    series = [
+        _line(f"{name}: {column}", colour, report, column, is_dashed=column == columns[-1])
+        for (name, report), colours in zip(runs, ("ac", "bd"), strict=True)
+        for column, colour in zip(columns, colours, strict=True)
+    ]
+    if not _values(series):
+        return "<p>No message was answered.</p>"
+    length = _length(*(report for _, report in runs))
+    return plot.lines("Latency by second", series, plot.time_axis(length), plot.latency_axis(_values(series)))
+
+
+def _overlay_rates(runs: Sequence[tuple[str, Report]]) -> str:
+    series = [
+        _line(name, colour, report, "accepted", is_rate=True) for (name, report), colour in zip(runs, "ab", strict=True)
+    ]
+    length = _length(*(report for _, report in runs))
+    axis = plot.linear(max(_values(series), default=1.0))
+    return plot.lines("Messages accepted per second", series, plot.time_axis(length), axis)
 
 
 # ---- tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], whole: str = "") -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], whole: str = "", texts: Sequence[int] = ()) -> str:
+    """Return a table; cells are HTML. The columns `texts` may wrap."""
     body = "".join(
-        f"<tr{' class=whole' if row[0] == whole else ''}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>"
+        f"<tr{' class=whole' if row[0] == whole else ''}>"
+        + "".join(f"<td{' class=text' if place in texts else ''}>{cell}</td>" for place, cell in enumerate(row))
+        + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table><tr>{"".join(f"<th>{cell}</th>" for cell in head)}</tr>{body}</table></div>'
 
 
-def _phase_table(report: dict[str, Any]) -> str:
+def _threshold_table(report: Report) -> str:
+    rows = [
+        [
+            f"<code>{escape(each['threshold'])}</code>",
+            escape(each["shown"]),
+            '<span class="passed">passed</span>' if each["passed"] else '<span class="violated">violated</span>',
+        ]
+        for each in report.get("thresholds", ())
+    ]
+    return "<h2>Thresholds</h2>" + _table(["threshold", "measured", "verdict"], rows) if rows else ""
+
+
+def _search_table(report: Report) -> str:
+    rows = [
+        [f"{each['rate']:,.4g}/s", "sustained" if each["passed"] else "not sustained", escape(each["reason"])]
+        for each in report.get("search", ())
+    ]
+    return "<h2>Search for the sustainable rate</h2>" + _table(["rate", "verdict", "measured"], rows) if rows else ""
+
+
+def _phase_table(report: Report) -> str:
     rows = []
     for phase in PHASES:
-        told = report["phases"].get(phase)
-        if told is not None:
-            rows.append([phase, f"{told['count']:,}", *(milliseconds(told[column]) for column, _ in _COLUMNS)])
+        summary = report["phases"].get(phase)
+        if summary is not None:
+            rows.append([phase, f"{summary['count']:,}", *(milliseconds(summary[column]) for column, _ in _COLUMNS)])
     return _table(["phase", "count", *(name for _, name in _COLUMNS)], rows, "message")
 
 
-def _legend(report: dict[str, Any]) -> str:
+def _legend(report: Report) -> str:
     terms = "".join(
         f"<dt>{phase}</dt><dd>{meaning}</dd>" for phase, meaning in PHASES.items() if phase in report["phases"]
     )
     return f"<dl>{terms}</dl>"
 
 
-def _reply_table(report: dict[str, Any]) -> str:
+def _reply_table(report: Report) -> str:
+    """Return the replies of each phase: a bar of their classes, and the codes."""
     rows = []
-    for phase, code, count in report["replies"]:
-        examples = report["examples"].get(f"{phase} {code}", [])
-        rows.append([f"{phase} {code}", f"{count:,}", escape("; ".join(examples[:2]))])
-    return _table(["reply", "count", "for example"], rows)
+    for phase in PHASES:
+        found = [(code, count) for name, code, count in report["replies"] if name == phase]
+        total = sum(count for _, count in found)
+        if total:
+            parts = [(_CLASSES.get(code // 100, "h"), count / total) for code, count in sorted(found)]
+            codes = ", ".join(f"{code}: {count:,}" for code, count in sorted(found))
+            examples = [example for code, _ in found for example in report["examples"].get(f"{phase} {code}", [])[:1]]
+            rows.append([phase, plot.share_bar(parts), codes, escape("; ".join(examples[:2]))])
+    return _table(["phase", "share", "replies by code", "example"], rows, texts=(2, 3))
 
 
-def _error_table(report: dict[str, Any]) -> str:
+def _error_table(report: Report) -> str:
     if not report["errors"]:
         return ""
     rows = [
         [escape(kind), f"{count:,}", escape("; ".join(report["examples"].get(kind, [])[:2]))]
         for kind, count in sorted(report["errors"].items())
     ]
-    return "<h2>Connections that ended otherwise than they should</h2>" + _table(["kind", "count", "for example"], rows)
+    return "<h2>Connections that ended with an error</h2>" + _table(["kind", "count", "example"], rows, texts=(2,))

@@ -1,25 +1,23 @@
-"""What is shown of a run on a terminal, and of two runs side by side."""
+"""Reports on a terminal: the result of a run, its thresholds, and the comparison of two runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from penstock.load.compare import VERDICTS, Change, failed, overall
 from penstock.load.counts import PHASES
+from penstock.load.units import milliseconds
 
-Report = dict[str, Any]
+Report = Mapping[str, Any]
 _COLUMNS: Final = ("p50", "p90", "p99", "p99_9", "max")
-_MILLI: Final = 1e3
-
-
-def milliseconds(seconds: float) -> str:
-    """Return a time with three figures, in milliseconds."""
-    ms = seconds * _MILLI
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+_COLOURS: Final = {"better": "green", "worse": "red", "same": "dim", "mixed": "yellow"}
+_BUSY: Final = 0.9
+"""Part of a core beyond which the generator itself may be what limits the rate."""
 
 
 def summary_table(report: Report) -> Group:
@@ -30,59 +28,81 @@ def summary_table(report: Report) -> Group:
     if failures:
         head.append(f"\n{failures:,} failed", style="bold red")
         head.append(
-            f": {report['refused']:,} refused, {report['lost']:,} without an answer, {report['dropped']:,} dropped, "
-            f"{report['unsent']:,} never begun"
+            f": {report['refused']:,} refused, {report['lost']:,} without a reply, {report['dropped']:,} dropped, "
+            f"{report['unsent']:,} not started"
         )
     if report["has_given_up"]:
-        head.append("\ngiven up: too many connections in a row came to nothing", style="bold red")
+        head.append("\nrun given up: too many connections in a row failed", style="bold red")
     if report["late"]:
-        head.append(f"\n{report['late']:,} starts waited for a free session", style="yellow")
-    latencies = Table("phase", box=None, pad_edge=False, title="milliseconds", title_justify="left", title_style="dim")
+        head.append(f"\n{report['late']:,} messages waited for a free session", style="yellow")
+    if report["seconds"] > 1 and report["cpu"] > _BUSY * report["seconds"] * report["workers"]:
+        share = report["cpu"] / report["seconds"] / report["workers"]
+        head.append(f"\nthe generator itself was busy ({share:.0%} of a core): use more --workers", style="yellow")
+    if report.get("warm_up"):
+        head.append(f"\nwarm-up of {report['warm_up']['seconds']:g} s not counted", style="dim")
+    if "sustainable_rate" in report:
+        head.append(f"\nhighest sustainable rate: {report['sustainable_rate']:,.4g}/s", style="bold")
+    parts: list[RenderableType] = [head, "", _latency_table(report), *_failure_table(report)]
+    if report.get("thresholds"):
+        parts += ["", _threshold_table(report)]
+    return Group(*parts)
+
+
+def _latency_table(report: Report) -> Table:
+    table = Table("phase", box=None, pad_edge=False, title="Latency in ms", title_justify="left", title_style="dim")
     for column in ("count", *_COLUMNS):
-        latencies.add_column(column.replace("_", "."), justify="right")
+        table.add_column(column.replace("_", "."), justify="right")
     for phase in PHASES:
-        told = report["phases"].get(phase)
-        if told is not None:
-            cells = [milliseconds(told[column]) for column in _COLUMNS]
-            latencies.add_row(phase, f"{told['count']:,}", *cells, style="bold" if phase == "message" else "")
-    return Group(head, "", latencies, *_troubles(report))
+        summary = report["phases"].get(phase)
+        if summary is not None:
+            cells = [milliseconds(summary[column]) for column in _COLUMNS]
+            table.add_row(phase, f"{summary['count']:,}", *cells, style="bold" if phase == "message" else "")
+    return table
 
 
-def _troubles(report: Report) -> Iterator[Table]:
-    """Yield tables of refusals and errors, when there are any."""
+def _failure_table(report: Report) -> Iterator[RenderableType]:
+    """Yield a table of refusals and errors, if there are any."""
     rows = [(f"{phase} {code}", count) for phase, code, count in report["replies"] if code >= 400]
     rows += sorted(report["errors"].items())
     if not rows:
         return
-    table = Table(
-        "", "count", "for example", box=None, pad_edge=False, title="not as it should be", title_justify="left"
-    )
-    for what, count in rows:
-        table.add_row(what, f"{count:,}", Text("\n".join(report["examples"].get(what, [])[:2])))
+    table = Table("", "count", "example", box=None, pad_edge=False, title="Refusals and errors", title_justify="left")
+    for kind, count in rows:
+        table.add_row(kind, f"{count:,}", Text("\n".join(report["examples"].get(kind, [])[:2])))
+    yield ""
     yield table
 
 
-def comparison(first: Report, second: Report) -> Table:
-    """Return a table of two runs, and of how the second differs."""
-    table = Table("", box=None, pad_edge=False)
-    for column in ("first", "second", "change"):
-        table.add_column(column, justify="right")
-    rows: list[tuple[str, float, float, str]] = [
-        ("accepted", first["accepted"], second["accepted"], "{:,.0f}"),
-        ("failed", failed(first), failed(second), "{:,.0f}"),
-        ("a second", first["rate"], second["rate"], "{:,.0f}"),
-    ]
-    for phase in PHASES:
-        a, b = first["phases"].get(phase), second["phases"].get(phase)
-        if a is not None and b is not None:
-            rows += [(f"{phase} {p} ms", a[p] * _MILLI, b[p] * _MILLI, "{:,.2f}") for p in ("p50", "p99")]
-    for name, a, b, form in rows:
-        change = f"{(b - a) / a:+.1%}" if a else ""
-        table.add_row(name, form.format(a), form.format(b), change)
+def _threshold_table(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, title="Thresholds", title_justify="left", show_header=False)
+    for each in report["thresholds"]:
+        verdict = "passed" if each["passed"] else "VIOLATED"
+        table.add_row(Text(each["threshold"]), each["shown"], Text(verdict, style="green" if each["passed"] else "red"))
     return table
 
 
-def failed(report: Report) -> int:
-    """Return how many messages were not accepted; reports of earlier versions know of none that were not begun."""
-    count: int = report["refused"] + report["lost"] + report["dropped"] + report.get("unsent", 0)
-    return count
+def comparison_table(changes: Sequence[Change]) -> Group:
+    """Return a table of the changes between two runs, with verdicts."""
+    table = Table("", box=None, pad_edge=False)
+    for column in ("first", "second", "change", "noise"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for name, *cells, verdict in rows_of(changes):
+        table.add_row(name, *cells, Text(verdict, style=_COLOURS.get(verdict, "")))
+    verdict = overall(changes)
+    return Group(table, "", Text(VERDICTS[verdict], style=f"bold {_COLOURS[verdict]}"))
+
+
+def rows_of(changes: Sequence[Change]) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """Yield each change as text: name, first, second, change, noise, verdict."""
+    for each in changes:
+        unit, form = {"s": (" ms", "{:,.2f}"), "messages/s": ("/s", "{:,.1f}")}.get(each.unit, ("", "{:,.0f}"))
+        scale = 1e3 if each.unit == "s" else 1
+        yield (
+            f"{each.metric}{unit}",
+            form.format(each.first * scale),
+            form.format(each.second * scale),
+            "" if each.change is None else f"{each.change:+.1%}",
+            "" if each.noise is None else f"±{each.noise:.1%}",
+            each.verdict or "",
+        )

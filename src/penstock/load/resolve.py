@@ -1,7 +1,8 @@
-"""Names of targets: each is looked up once, before a run begins, and stands for one of its addresses.
+"""Name resolution: each target is resolved once, before the run, to one of its addresses.
 
-That is what wrk and h2load do: a run measures one server. Several addresses are tried in their order, and the first
-that takes a connection is the one; the last need not be asked. So `localhost` works whichever family a server has.
+That is what wrk and h2load do: a run measures one server. Several addresses are tried in order, and the first that
+accepts a connection is used; the last one is used without trying it. So `localhost` works whichever address family a
+server listens on.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from penstock.load.plan import Place, PlanError, Target
 
 
 async def resolved(target: Target, sources: Sequence[str], timeout: float) -> Target:  # noqa: ASYNC109 - of each address
-    """Return a target with its address, one of a family we come from. Raise PlanError when there is none."""
+    """Return a target with an address of the family of the sources. Raise PlanError if it has none."""
     if target.path:
         return target
     try:
         found = await trio.socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        words = exc.strerror if isinstance(exc, OSError) else exc
-        raise PlanError(f"{target.host} has no address: {words}") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise PlanError(f"{target.host} has no address: {reason}") from exc
     families = {socket.AF_INET6 if ":" in source else socket.AF_INET for source in sources}
     places = [
         (family, (str(place[0]), *place[1:]))
@@ -33,12 +34,12 @@ async def resolved(target: Target, sources: Sequence[str], timeout: float) -> Ta
     if not places:
         raise PlanError(f"{target.host} has no address that {', '.join(sources)} can reach")
     for family, place in places[:-1]:
-        if await _takes_a_connection(family, place, timeout):
+        if await _accepts(family, place, timeout):
             return replace(target, family=family, place=place)
     return replace(target, family=places[-1][0], place=places[-1][1])
 
 
-async def _takes_a_connection(family: int, place: Place, timeout: float) -> bool:  # noqa: ASYNC109
+async def _accepts(family: int, place: Place, timeout: float) -> bool:  # noqa: ASYNC109
     with trio.move_on_after(timeout), trio.socket.socket(family, socket.SOCK_STREAM) as sock:
         try:
             await sock.connect(place)

@@ -36,7 +36,7 @@ Group = tuple[bytes, Sequence[str]]
 Script = Generator[Group, list[int], None]
 _SHAKE: Final[Sequence[str]] = ("the handshake",)
 """No answer, but a handshake is awaited."""
-_HELLO: Final[Sequence[str]] = ("ehlo",)
+_HELLO: Final[Sequence[str]] = ("hello",)
 _LAST_LINE: Final = re.compile(rb"(?:^|\n)250 [^\n]*\r\n\Z")
 _CODES: Final = {b"%d " % code: code for code in range(200, 600)}
 """The beginnings of answers of one line (RFC 5321 4.2)."""
@@ -414,7 +414,7 @@ class Session(Taker):
     def _conversation(self) -> Script:
         """Be a client, from the greeting to the QUIT."""
         plan = self._crew.plan
-        (code,) = yield b"", ("banner",)
+        (code,) = yield b"", ("greeting",)
         if code != 220:
             raise _Refused(self.answer.text)
         offer = yield from self._greet()

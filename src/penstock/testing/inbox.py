@@ -1,7 +1,7 @@
-"""The inbox of a test's server: what was received, and waiting for it without sleeping.
+"""The inbox of a test server: what was received, and waiting for it without sleeping.
 
-Messages are put in by the server's thread and looked at by the test's. A test that waits is woken by the message
-itself, whatever loop it runs in: a condition for those without one, a thread-safe call into trio or asyncio otherwise.
+The server's thread adds messages and the test's thread reads them. A test that waits is woken by the message itself: by
+a condition without an event loop, by a thread-safe call into trio or asyncio otherwise.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ import trio
 from penstock.journal import escape
 from penstock.message import Envelope, Message, MessageId
 from penstock.reply import Reply
+from penstock.testing.links import links_of
 from penstock.transaction import Peer, TlsInfo, Transaction
 
 T = TypeVar("T")
 
 Predicate = Callable[["ReceivedMessage"], bool]
 _now: Final = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
-"""Seconds of a clock that goes on when a test has stopped the others (freezegun)."""
+"""Seconds of a clock that a test does not freeze (freezegun)."""
 
 
 @dataclass(frozen=True)
 class ReceivedMessage:
-    """A message that the server has accepted, and how it came."""
+    """A message that the server has accepted, and how it was sent."""
 
     id: MessageId
     """The id in the server's reply and its Received field."""
     raw: bytes
-    """The text as it was received: dots un-stuffed, line ends CR LF, no field of the server's own."""
+    """The message as it was received: dots un-stuffed, no header field added."""
     envelope: Envelope
-    """What MAIL and RCPT said, their parameters (SIZE, BODY, SMTPUTF8, NOTIFY, ORCPT, RET, ENVID ...) among it."""
+    """The arguments of MAIL and RCPT, with their parameters (SIZE, BODY, SMTPUTF8, NOTIFY, ORCPT, RET, ENVID ...)."""
     peer: Peer
-    """The client's address and port, and ours."""
+    """Address and port of the client and of the server."""
     hello: str
-    """The name the client gave itself in EHLO, HELO or LHLO."""
+    """The name in the client's EHLO, HELO or LHLO."""
     protocol: str
-    """How it came, in the words of RFC 3848: "ESMTP", "ESMTPSA" (TLS and AUTH), "LMTP", "UTF8SMTPS" ..."""
+    """The protocol as RFC 3848 names it: "ESMTP", "ESMTPSA" (TLS and AUTH), "LMTP", "UTF8SMTPS" ..."""
     tls: TlsInfo | None
-    """Version and cipher; None when the message came in the clear."""
+    """Version and cipher; None without TLS."""
     identity: str | None
     """The user who had authenticated; None without AUTH."""
     received_at: float
@@ -68,15 +69,15 @@ class ReceivedMessage:
 
     @cached_property
     def email(self) -> EmailMessage:
-        """The message as Python's email package reads it (policy.default), read at the first look."""
+        """The message as Python's email package parses it (policy.default), at first use."""
         return message_from_bytes(self.raw, policy=policy.default)
 
     @property
     def subject(self) -> str:
-        """The Subject field, decoded; "" without one, and as it stands when it can not be decoded."""
+        """The Subject field, decoded; "" without one, and unchanged if it cannot be decoded."""
         try:
             return str(self.email["Subject"] or "")
-        except Exception:  # noqa: BLE001 - the email package throws much at malformed fields
+        except Exception:  # noqa: BLE001 - the email package raises many exceptions for malformed fields
             return str(BytesHeaderParser(policy=policy.compat32).parsebytes(self.raw)["Subject"] or "")
 
     @property
@@ -89,18 +90,23 @@ class ReceivedMessage:
         """The HTML of the message, decoded, its line ends LF; "" without one."""
         return self._part("html")
 
+    @cached_property
+    def links(self) -> tuple[str, ...]:
+        """The http and https links in their order, each once: the targets of <a href> first, then those of the text."""
+        return links_of(self.html, self.text)
+
     def _part(self, kind: str) -> str:
         try:
             part = self.email.get_body((kind,))
             text = "" if part is None else str(part.get_content())
-        except (LookupError, AttributeError):  # a charset that nobody knows, parts that do not fit together
+        except (LookupError, AttributeError):  # an unknown charset, an impossible structure
             found = (part for part in self.email.walk() if part.get_content_type() == f"text/{kind}")
             payload = next((part.get_payload(decode=True) for part in found), b"")
             text = payload.decode("utf-8", "replace") if isinstance(payload, bytes) else str(payload)
         return text.replace("\r\n", "\n")
 
     def describe(self) -> str:
-        """Return two lines that say who sent what to whom, and how."""
+        """Return two lines: sender and recipients; subject, size and protocol."""
         recipients = ", ".join(f"<{escape(name)}>" for name in self.recipients[:10])
         more = f" and {len(self.recipients) - 10} more" if len(self.recipients) > 10 else ""
         by = f", as {escape(self.identity)}" if self.identity is not None else ""
@@ -112,7 +118,7 @@ class ReceivedMessage:
 
 
 def received(message: Message, transaction: Transaction) -> ReceivedMessage:
-    """Join a message and what is known of the connection it came by."""
+    """Join a message and what is known of its connection."""
     return ReceivedMessage(
         id=message.id,
         raw=b"".join(message.body.chunks()),
@@ -127,16 +133,16 @@ def received(message: Message, transaction: Transaction) -> ReceivedMessage:
 
 
 class _Waiter(Protocol):
-    """A task that waits for the inbox to change."""
+    """A task that waits for a change of the inbox."""
 
     def wake(self) -> None:
-        """Let it look again. For any thread."""
+        """Let it check again. Thread-safe."""
 
     async def sleep(self) -> None:
         """Wait until `wake` was called."""
 
     async def checkpoint(self) -> None:
-        """Let other tasks have a turn, and be cancelled."""
+        """Let other tasks run; may be cancelled."""
 
 
 class _TrioWaiter:
@@ -172,14 +178,14 @@ class _AsyncioWaiter:
 
 
 class Inbox(Sequence[ReceivedMessage]):
-    """The messages of a server in the order they came: a sequence, with waiting. For any thread.
+    """The messages of a server in the order of their arrival: a sequence, with waiting and assertions. Thread-safe.
 
-    It holds at most `max_messages` of together at most `max_octets`; the server refuses what is more with 452 4.3.1,
+    It holds at most `max_messages` with together at most `max_octets`; the server refuses further ones with 452 4.3.1,
     rather than forgetting a message that a test may look for.
     """
 
     def __init__(self, *, max_messages: int, max_octets: int, context: Callable[[], str] = str) -> None:
-        """`context` is asked for what a wait in vain should tell beside what is there."""
+        """`context` returns what the error of a failed wait or assertion shows besides the messages."""
         if max_messages < 1 or max_octets < 1:
             raise ValueError("an inbox has room for at least one message and one octet")
         self._max_messages = max_messages
@@ -188,7 +194,7 @@ class Inbox(Sequence[ReceivedMessage]):
         self._changed = threading.Condition()
         self._messages: list[ReceivedMessage] = []
         self._changes = 0
-        """How often somebody was woken."""
+        """How often the inbox has changed."""
         self._octets = 0
         self._waiters: set[_Waiter] = set()
         self._failure: BaseException | None = None
@@ -196,7 +202,7 @@ class Inbox(Sequence[ReceivedMessage]):
     # ---- the server's side
 
     def put(self, message: ReceivedMessage) -> Reply:
-        """Take a message and wake those who wait. Return the reply for its client."""
+        """Add a message and wake the tests that wait. Return the reply for the client."""
         with self._changed:
             if len(self._messages) >= self._max_messages:
                 return Reply(452, "4.3.1", f"The inbox of this test is full: max_messages={self._max_messages}")
@@ -208,7 +214,7 @@ class Inbox(Sequence[ReceivedMessage]):
         return Reply(250, "2.0.0", f"Ok: received as {message.id}")
 
     def fail(self, failure: BaseException) -> None:
-        """Let everybody who waits, now or later, hear that nothing will come any more."""
+        """Raise this in all waits, now and later: no more messages will arrive."""
         with self._changed:
             self._failure = failure
             self._wake()
@@ -234,7 +240,7 @@ class Inbox(Sequence[ReceivedMessage]):
 
     @property
     def last(self) -> ReceivedMessage:
-        """The message that came last. Raise IndexError when there is none."""
+        """The latest message. Raise IndexError if there is none."""
         with self._changed:
             if not self._messages:
                 raise IndexError("the inbox is empty")
@@ -242,7 +248,7 @@ class Inbox(Sequence[ReceivedMessage]):
 
     @property
     def octets(self) -> int:
-        """Octets of all messages together."""
+        """Octets of all messages."""
         return self._octets
 
     def clear(self) -> None:
@@ -254,13 +260,48 @@ class Inbox(Sequence[ReceivedMessage]):
     def __repr__(self) -> str:
         return f"<Inbox of {len(self)} message{'s' if len(self) != 1 else ''}>"
 
+    # ---- assertions
+
+    def latest(self, *, to: str | None = None, subject: str | None = None) -> ReceivedMessage:
+        """Return the latest message, of those to a recipient, or with a part of the subject, if given.
+
+        Raise AssertionError, which shows what has arrived, if there is none.
+        """
+        found, what = self._sent(to, subject)
+        if not found:
+            raise AssertionError(self._shown(f"there is no {what}"))
+        return found[-1]
+
+    def assert_sent(
+        self, *, to: str | None = None, subject: str | None = None, count: int | None = None
+    ) -> list[ReceivedMessage]:
+        """Check that messages were sent, and return them: to this recipient, with this part of the subject.
+
+        `count` is their exact number; without it, at least one. 0 asserts that there is none. Does not wait: see
+        `wait_for`. Raise AssertionError, which shows what has arrived.
+        """
+        found, what = self._sent(to, subject)
+        if (count is None and not found) or (count is not None and len(found) != count):
+            expected = "at least 1" if count is None else str(count)
+            what = what if expected.endswith("1") else what.replace("message", "messages", 1)
+            raise AssertionError(self._shown(f"expected {expected} {what}, found {len(found)}"))
+        return found
+
+    def _sent(self, to: str | None, subject: str | None) -> tuple[list[ReceivedMessage], str]:
+        """Return the messages that match, and their description."""
+        messages = self[:]
+        if to is None and subject is None:
+            return messages, "message"
+        wanted, what = _matcher(None, None, to, subject)
+        return [message for message in messages if wanted(message)], what.removeprefix("a ")
+
     # ---- waiting
 
     def wait(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:
-        """Wait until at least `count` messages are there, and return all that are, in the order they came.
+        """Wait until there are at least `count` messages, and return all of them.
 
-        `timeout` is in seconds. Raise TimeoutError, which tells what has come instead, and what the server has died of
-        when it has. Blocks the thread: in an async test, use `wait_async`.
+        `timeout` is in seconds. Raise TimeoutError, which shows what has arrived instead, or RuntimeError if the server
+        has failed. Blocks the thread: in an async test, use `wait_async`.
         """
         return self._wait(partial(_at_least, count), timeout, _plural(count))
 
@@ -273,16 +314,16 @@ class Inbox(Sequence[ReceivedMessage]):
         subject: str | None = None,
         timeout: float = 5.0,
     ) -> ReceivedMessage:
-        """Wait for a message that answers the description, and return the first that does.
+        """Wait for a matching message, and return the first one.
 
-        It answers when the predicate says so, `sender` is its sender, `recipient` one of its recipients, and `subject`
-        part of its subject: all of those that are given. Messages that came before count. Raise as `wait` does.
+        A message matches if the predicate returns true, `sender` is its sender, `recipient` is one of its recipients,
+        and `subject` is part of its subject: all that are given. Earlier messages count. Raise as `wait` does.
         """
         wanted, what = _matcher(predicate, sender, recipient, subject)
         return self._wait(partial(_first, wanted), timeout, what)
 
-    async def wait_async(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:  # noqa: ASYNC109 - is told in the error
-        """Do what `wait` does, in a test that runs in trio or asyncio."""
+    async def wait_async(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:  # noqa: ASYNC109 - the error names it
+        """Like `wait`, in a test that runs in trio or asyncio."""
         return await self._wait_async(partial(_at_least, count), timeout, _plural(count))
 
     async def wait_for_async(
@@ -292,23 +333,23 @@ class Inbox(Sequence[ReceivedMessage]):
         sender: str | None = None,
         recipient: str | None = None,
         subject: str | None = None,
-        timeout: float = 5.0,  # noqa: ASYNC109 - is told in the error
+        timeout: float = 5.0,  # noqa: ASYNC109 - the error names it
     ) -> ReceivedMessage:
-        """Do what `wait_for` does, in a test that runs in trio or asyncio."""
+        """Like `wait_for`, in a test that runs in trio or asyncio."""
         wanted, what = _matcher(predicate, sender, recipient, subject)
         return await self._wait_async(partial(_first, wanted), timeout, what)
 
     def _look(self, look: Callable[[list[ReceivedMessage]], T | None]) -> tuple[T | None, int]:
-        """Return what there is, if it is enough, and how often something has changed.
+        """Return what was found, and how often the inbox has changed.
 
-        The test's predicate is asked outside the lock, which the server needs to go on. Raise RuntimeError when nothing
-        more will come.
+        The predicate is called without the lock, which the server needs to continue. Raise RuntimeError if no more
+        messages will arrive.
         """
         with self._changed:
             messages, changes, failure = list(self._messages), self._changes, self._failure
         found = look(messages)
         if found is None and failure is not None:
-            raise RuntimeError("the server has died, nothing more will come") from failure
+            raise RuntimeError("the server has died, no more messages will arrive") from failure
         return found, changes
 
     def _wait(self, look: Callable[[list[ReceivedMessage]], T | None], timeout: float, what: str) -> T:
@@ -325,7 +366,7 @@ class Inbox(Sequence[ReceivedMessage]):
         raise TimeoutError(self._in_vain(timeout, what))
 
     async def _wait_async(self, look: Callable[[list[ReceivedMessage]], T | None], timeout: float, what: str) -> T:  # noqa: ASYNC109
-        """Wait in a task. A thread keeps the time: that of a loop may stand still, or run ahead, in a test."""
+        """Wait in a task. A thread keeps the time: the clock of a loop may be frozen, or run ahead, in a test."""
         deadline = _deadline(timeout)
         while True:
             waiter: _Waiter = _TrioWaiter() if trio.lowlevel.in_trio_task() else _AsyncioWaiter()
@@ -347,9 +388,13 @@ class Inbox(Sequence[ReceivedMessage]):
                     self._waiters.discard(waiter)
 
     def _in_vain(self, timeout: float, what: str) -> str:
-        """Return what a wait in vain says."""
+        """Return the text of a failed wait."""
+        return self._shown(f"waited {timeout:g} s for {what}")
+
+    def _shown(self, failure: str) -> str:
+        """Return a failure, followed by the messages that there are."""
         there = "\n".join(f"{number}. {message.describe()}" for number, message in enumerate(self[-10:], 1))
-        parts = [f"waited {timeout:g} s for {what}; {_plural(len(self))} in the inbox", there, self._context()]
+        parts = [f"{failure}; {_plural(len(self))} in the inbox", there, self._context()]
         return "\n".join(part for part in parts if part)
 
 
@@ -374,12 +419,12 @@ def _plural(count: int) -> str:
 def _matcher(
     predicate: Predicate | None, sender: str | None, recipient: str | None, subject: str | None
 ) -> tuple[Predicate, str]:
-    """Return a predicate of all that is given, and what it looks for in words."""
-    asked = {"sender": sender, "recipient": recipient, "subject": subject}
-    words = [f"{name} {text!r}" for name, text in asked.items() if text is not None]
+    """Return a predicate for all that is given, and its description."""
+    given = {"sender": sender, "recipient": recipient, "subject": subject}
+    parts = [f"{name} {text!r}" for name, text in given.items() if text is not None]
     if predicate is not None:
-        words.append(f"{getattr(predicate, '__name__', 'a predicate')}")
-    if not words:
+        parts.append(f"{getattr(predicate, '__name__', 'a predicate')}")
+    if not parts:
         raise ValueError("say what to wait for: a predicate, sender, recipient or subject")
 
     def is_wanted(message: ReceivedMessage) -> bool:
@@ -390,4 +435,4 @@ def _matcher(
             and (predicate is None or predicate(message))
         )
 
-    return is_wanted, f"a message with {' and '.join(words)}"
+    return is_wanted, f"a message with {' and '.join(parts)}"

@@ -1,8 +1,8 @@
-"""A real Penstock in the test's own process, in a thread with a loop of its own.
+"""A real Penstock server in the process of the test, in its own thread with its own event loop.
 
-The thread makes it work for every kind of test: one without a loop may block in smtplib, and one in trio or asyncio
-shares nothing with the server but the inbox and the socket. The test's thread assembles the worker and binds its
-sockets, so that what is wrong with the arguments is raised there; the server's thread only runs it.
+Because of the thread it works in every kind of test: one without an event loop may block in smtplib, and one in trio
+or asyncio shares nothing with the server but the inbox and the socket. The test's thread assembles the worker and
+binds its sockets, so that wrong arguments are raised there; the server's thread only runs it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from penstock.testing.helpers import (
     authority_of_process,
     folder_for,
 )
-from penstock.testing.inbox import Inbox
+from penstock.testing.inbox import Inbox, ReceivedMessage
 from penstock.testing.thread import WorkerThread
 
-_MOST_GRACE: Final = 20.0
+_MAX_GRACE: Final = 20.0
 _DJANGO_BACKEND: Final = "django.core.mail.backends.smtp.EmailBackend"
 _STATUS: Final = re.compile(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}")
 _SHOWN_LINES: Final = 60
@@ -45,7 +45,7 @@ _LINES_IN_ERRORS: Final = 12
 
 
 def _joined(table: dict[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table with further keys; tables within it are joined, too."""
+    """Return a table with further keys; nested tables are merged."""
     result = dict(table)
     for key, value in further.items():
         both = isinstance(value, Mapping) and isinstance(table.get(key), dict)
@@ -69,13 +69,13 @@ def _settings_of(
 
 
 def _place_of(bound: BoundListener) -> tuple[str, int]:
-    """Return the address and port of a bound, or the path of a unix socket and 0."""
+    """Return the address and port of a bound listener, or the path of a unix socket and 0."""
     address, port = bound.local_address
     return (address, port) if address else (str(bound.socket.getsockname()), 0)
 
 
 FaultPlan = PlanSettings | Mapping[str, Any] | str | Path
-"""A fault plan: its settings, a table as TOML has it, TOML text, or a file of that."""
+"""A fault plan: its settings, a table as in TOML, TOML text, or the path of a TOML file."""
 
 
 def _plan_of(plan: FaultPlan) -> PlanSettings:
@@ -101,7 +101,7 @@ class SmtpServer:
     ...     server.inbox.last.subject
     'Hello'
 
-    Messages are in `inbox` before their client hears 250. The server may be started and stopped once.
+    Messages are in `inbox` before their client gets the 250. The server can be started and stopped once.
     """
 
     def __init__(
@@ -127,24 +127,24 @@ class SmtpServer:
     ) -> None:
         """Check the arguments; `start`, or `with`, opens the port. Raise ValueError that says what is wrong.
 
-        `tls`: "starttls" offers it after EHLO, "implicit" begins with it; `require_tls` refuses mail before STARTTLS.
-        `users`: passwords by name; with them AUTH is offered (SCRAM-SHA-256, PLAIN, LOGIN; in the clear, too, when
+        `tls`: "starttls" offers it after EHLO, "implicit" starts with it; `require_tls` refuses mail before STARTTLS.
+        `users`: passwords by name; with them AUTH is offered (SCRAM-SHA-256, PLAIN, LOGIN; without TLS as well if
         `tls` is "none"), and `require_auth` refuses mail without it.
-        `lmtp`: LHLO in the place of EHLO, and a reply for each recipient.
+        `lmtp`: LMTP: LHLO, and a reply for each recipient.
         `max_size`: octets of a message (SIZE); 0 is no limit.
-        `domains`: those that may be sent to without AUTH; None is all of them.
-        `policies`: objects as penstock.policy.base describes, asked in this order.
-        `faults`: the plan to begin with, see the method `faults`; `magic_recipients` lets recipients ask for a fault,
-        such as `450-4.2.1@example.org` (`penstock sink --describe-faults` has the grammar).
+        `domains`: accepted without AUTH; None accepts all.
+        `policies`: objects as penstock.policy.base describes, called in this order.
+        `faults`: the first fault plan, see the method `faults`; with `magic_recipients` a recipient can request a
+        fault, such as `450-4.2.1@example.org` (`penstock sink --describe-faults` has the grammar).
         `address`: "127.0.0.1:0" takes a free port; also "[::1]:0" and "unix:/path/of/socket".
         `hostname`: the server's name in its greeting.
-        `listener`: further keys of a [[listener]] table of the configuration, in its form:
-        `{"limits": {"recipients": 100}, "extensions": {"pipelining": False}}`. A sender whose lines end in LF alone (as
-        those of `message.as_bytes()` in smtplib) hears 550, but for `{"wire": {"bare_lf": "accept"}}`.
-        `max_messages`, `max_octets`: the room of the inbox; what is beyond is refused with 452.
-        `grace`: seconds that open sessions have to end by themselves when the server stops. A sender that the test does
-        not wait for then hears the rest of its replies; a session that is left open costs that long.
-        `authority`: whose certificate is shown; one is made for the process when there is none.
+        `listener`: further keys of a [[listener]] table of the configuration:
+        `{"limits": {"recipients": 100}, "extensions": {"pipelining": False}}`. Bare LF and CR, NUL and long lines are
+        accepted, as by the sink; `{"wire": {"bare_lf": "reject"}}` refuses a message with bare LF, as some servers do.
+        `max_messages`, `max_octets`: capacity of the inbox; further messages are refused with 452.
+        `grace`: seconds that open sessions have to end when the server stops. A sender that the test does not wait for
+        gets the rest of its replies; a session that is left open delays the stop by this time.
+        `authority`: issuer of the server's certificate; by default one per process.
         """
         self._users = dict(users or {})
         if require_auth and not users:
@@ -153,8 +153,8 @@ class SmtpServer:
             raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
         if not all(type(text) is str and text for pair in self._users.items() for text in pair):
             raise ValueError("users are names and their passwords: {'alice': 'secret'}")
-        if not 0 <= grace <= _MOST_GRACE:
-            raise ValueError(f"grace is 0 to {_MOST_GRACE:g} seconds, not {grace!r}")
+        if not 0 <= grace <= _MAX_GRACE:
+            raise ValueError(f"grace is 0 to {_MAX_GRACE:g} seconds, not {grace!r}")
         self._authority = authority
         self._policies = tuple(policies)
         table: dict[str, Any] = {
@@ -163,17 +163,20 @@ class SmtpServer:
             "kind": "lmtp" if lmtp else "smtp",
             "max_size": max_size,
             "tls": {"mode": tls, "required": require_tls},
+            # As the sink: senders of tests have bare line ends (`message.as_bytes()`), and servers accept them.
+            "wire": {"bare_lf": "accept", "bare_cr": "accept", "nul": "accept", "long_line": "accept"},
         }
         if users:
             table["auth"] = {"required": require_auth, "without_tls": tls == "none"}
         self._settings = _settings_of(_joined(table, listener or {}), hostname, domains, max_octets)
         self.dialog = Dialog()
-        """What was said: `dialog.lines()`. Without passwords, and the last thousand lines."""
-        self.inbox = Inbox(max_messages=max_messages, max_octets=max_octets, context=self._last_words)
+        """The SMTP dialog, its last thousand lines, without passwords: `dialog.lines()`."""
+        self.inbox = Inbox(max_messages=max_messages, max_octets=max_octets, context=self._end_of_dialog)
         """The messages that were received."""
         self._journal = NotedJournal(self.dialog)
         self._faults = NotedFaults(self.dialog)
-        self._engine = FaultEngine(_plan_of(faults), receipts=self._faults, has_magic=magic_recipients)
+        self._first_plan = _plan_of(faults)
+        self._engine = FaultEngine(self._first_plan, receipts=self._faults, has_magic=magic_recipients)
         self._thread = WorkerThread(grace=grace, failed=self._fail)
         self._process = os.getpid()
         self._remove_folder: Callable[[], object]
@@ -181,7 +184,7 @@ class SmtpServer:
         self._is_running = False
         self._failure: BaseException | None = None
 
-    # ---- where it is
+    # ---- address
 
     @property
     def host(self) -> str:
@@ -195,33 +198,33 @@ class SmtpServer:
 
     @property
     def ca_file(self) -> Path:
-        """The authority that clients have to trust, as a PEM file."""
+        """The CA certificate that clients must trust, as a PEM file."""
         return self.authority.ca_file
 
     @property
     def authority(self) -> Authority:
-        """Who has signed the certificate."""
+        """The issuer of the certificate."""
         if self._authority is None:
             self._authority = authority_of_process()
         return self._authority
 
     def ssl_context(self) -> ssl.SSLContext:
-        """Return a new context for a client: it trusts the server's authority and no other, and checks the name."""
+        """Return a new client context that trusts only this server's authority and checks the host name."""
         return self.authority.ssl_context()
 
     def django_settings(self) -> dict[str, Any]:
-        """Return Django's settings for sending to this server, as the first of its users when it has some.
+        """Return Django's settings for sending to this server, as its first user if it has users.
 
-        They are those of the Django that is installed: MAILERS from 6.1 on.
+        They fit the installed version of Django: MAILERS from 6.1 on.
 
-        Django trusts the authorities of the machine only. With TLS, let it trust the server's one:
+        Django trusts the CA certificates of the system only. With TLS, let it trust the server's authority:
         `monkeypatch.setenv("SSL_CERT_FILE", str(server.ca_file))`.
         """
-        from django import VERSION  # type: ignore[import-untyped] # noqa: PLC0415 - only those who have it ask for this
+        from django import VERSION  # type: ignore[import-untyped] # noqa: PLC0415 - optional
 
         mode = self._settings.listener[0].tls.mode
         name, password = next(iter(self._users.items()), ("", ""))
-        if VERSION >= (6, 1):  # where the settings below are deprecated
+        if VERSION >= (6, 1):  # the settings below are deprecated
             options = {
                 "host": self.host,
                 "port": self.port,
@@ -243,15 +246,46 @@ class SmtpServer:
             "EMAIL_TIMEOUT": 10,
         }
 
-    # ---- what goes wrong
+    # ---- what was sent
+
+    def assert_sent(
+        self, *, to: str | None = None, subject: str | None = None, count: int | None = None
+    ) -> list[ReceivedMessage]:
+        r"""Check that messages were sent, and return them: see `Inbox.assert_sent`.
+
+        >>> with SmtpServer() as server:
+        ...     with smtplib.SMTP(server.host, server.port) as client:
+        ...         _ = client.sendmail("alice@example.org", ["bob@example.org"], "Subject: Hello\n\nHow are you?")
+        ...     [message] = server.assert_sent(to="bob@example.org", subject="Hello", count=1)
+        ...     message.sender
+        'alice@example.org'
+        """
+        return self.inbox.assert_sent(to=to, subject=subject, count=count)
+
+    def latest(self, *, to: str | None = None, subject: str | None = None) -> ReceivedMessage:
+        """Return the latest message, or the latest that matches: see `Inbox.latest`."""
+        return self.inbox.latest(to=to, subject=subject)
+
+    def reset(self) -> None:
+        """Forget all messages, the dialog and applied faults, and put the first fault plan in force again.
+
+        For a server that several tests share.
+        """
+        self._engine.load(self._first_plan)
+        self._engine.reset()
+        self._faults.clear()
+        self.inbox.clear()
+        self.dialog.clear()
+
+    # ---- faults
 
     def fail_next(self, phase: str, code: int, *, status: str = "", text: str = "", times: int = 1) -> None:
-        """Give the next `times` commands of a phase this reply in the place of the ordinary one.
+        """Reply to the next `times` commands of a phase with this code.
 
-        `phase` is the verb of a command ("RCPT"; a first BDAT is "DATA", too), "." for the end of the text, or "banner"
-        for the greeting, in any case. `code` is 200 to 599, and 421 ends the connection; `status` is its enhanced
-        status code ("4.2.2"), and `text` what the client reads: both have an ordinary value. Several wait for their
-        turn in the order they were asked for. Raise ValueError.
+        `phase` is the verb of a command ("RCPT"; a first BDAT counts as "DATA"), "." for the end of the message, or
+        "banner" for the greeting; upper or lower case. `code` is 200 to 599, and 421 closes the connection. `status` is
+        the enhanced status code ("4.2.2") and `text` the text of the reply; both have defaults. Several calls apply in
+        their order. Raise ValueError.
 
         >>> with SmtpServer() as server, smtplib.SMTP(server.host, server.port) as client:
         ...     server.fail_next("RCPT", 452, status="4.2.2", text="Mailbox full")
@@ -264,11 +298,11 @@ class SmtpServer:
         self._engine.fail_next(phase, reply_of(said), times)
 
     def faults(self, plan: FaultPlan) -> None:
-        """Put a fault plan in force, for open sessions, too; an empty one is none.
+        """Put a fault plan in force, for open sessions as well; an empty plan means no faults.
 
-        A plan is a table as TOML has it, TOML text, or the Path of a file: rules of when a client meets a delay, a
-        wrong reply, a reset, a bad certificate ...; `penstock sink --describe-faults` prints all of its keys. The same
-        seed and the same mail meet the same faults. Raise PlanError (a ValueError) that names the key.
+        A plan is a table as in TOML, TOML text, or the Path of a file. Its rules say when a client gets a delay, a
+        wrong reply, a reset, a bad certificate ...; `penstock sink --describe-faults` prints all keys. The same seed
+        and the same mail give the same faults. Raise PlanError (a ValueError) that names the key.
 
         >>> plan = {"rule": [{"phase": "rcpt", "match": {"recipient": ["*@slow.example"]}, "greylist": {"wait": 60}}]}
         >>> with SmtpServer() as server, smtplib.SMTP(server.host, server.port) as client:
@@ -280,11 +314,11 @@ class SmtpServer:
 
     @property
     def applied_faults(self) -> list[AppliedFault]:
-        """The faults that clients have met, the last thousand of them, the oldest first."""
+        """The applied faults, the last thousand, oldest first."""
         return list(self._faults.last)
 
     def report(self) -> str:
-        """Return what was received, what failed, and the last lines of the dialog: for a human to look at."""
+        """Return the received messages, failures and the last lines of the dialog as text."""
         messages = list(self.inbox)
         lines = [f"{self!r}: {len(messages)} received"]
         if len(messages) > _SHOWN_MESSAGES:
@@ -292,22 +326,25 @@ class SmtpServer:
         first = max(len(messages) - _SHOWN_MESSAGES, 0)
         lines += [f"[{number}] {message.describe()}" for number, message in enumerate(messages[first:], first)]
         lines += [f"failed: {type(exc).__name__}: {exc}" for exc in self._journal.failures]
-        lines += [
-            f"no client came for the failure of {count} {phase}" for phase, count in self._engine.pending().items()
-        ]
+        lines += [f"fail_next of {count} {phase} was not used" for phase, count in self._engine.pending().items()]
         said = self.dialog.lines()
         lines.append("dialog:" if len(said) <= _SHOWN_LINES else f"dialog (the last {_SHOWN_LINES} lines):")
-        lines += said[-_SHOWN_LINES:] or ["nobody has connected"]
+        lines += said[-_SHOWN_LINES:] or ["no client has connected"]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
         where = "not started" if self._place is None else ":".join(str(part) for part in self._place if part)
         return f"<SmtpServer {where}{' stopped' if self._place and not self._is_running else ''}>"
 
-    # ---- its life
+    # ---- start and stop
+
+    @property
+    def is_running(self) -> bool:
+        """The server was started and not stopped."""
+        return self._is_running
 
     def start(self) -> Self:
-        """Open the port and serve. Takes a few milliseconds, and blocks for them. Raise OSError when it can not."""
+        """Open the port and serve; blocks for a few milliseconds. Raise OSError."""
         if self._place is not None:
             raise RuntimeError("this server was started before; make another one")
         has_tls = self._settings.listener[0].tls.mode != "none"
@@ -333,16 +370,16 @@ class SmtpServer:
         self._is_running = True
         self._thread.start(server)
         if self._failure is not None:
-            self.stop()  # raises what it was
+            self.stop()  # raises the failure
         return self
 
     def stop(self) -> None:
-        """Let the sessions end within the grace, then end them, and close the port. Does nothing the second time.
+        """Let the sessions end within the grace, then end them, and close the port. A second call does nothing.
 
-        Raise RuntimeError, from what was thrown, when something in the server has failed meanwhile: such a test may
-        have passed for the wrong reason.
+        Raise RuntimeError, from the original exception, if something in the server has failed: the test may have passed
+        for the wrong reason.
         """
-        if not self._is_running or os.getpid() != self._process:  # a child of os.fork has no such thread
+        if not self._is_running or os.getpid() != self._process:  # a child of os.fork has no server thread
             return
         self._is_running = False
         self._thread.stop()
@@ -363,7 +400,7 @@ class SmtpServer:
         except RuntimeError as exc:
             if value is None:
                 raise
-            value.add_note(f"{exc}")  # what the test has thrown tells more
+            value.add_note(f"{exc}")  # the exception of the test says more
 
     def _note_dialog(self, connection: Connection) -> None:
         """Have the dialog of a new connection noted."""
@@ -374,7 +411,7 @@ class SmtpServer:
         self.inbox.fail(failure)
 
     def _settings_in(self, folder: str) -> Settings:
-        """Return the settings with a folder to work in, and with the authority's certificate when TLS needs one."""
+        """Return the settings with a state directory, and with the authority's certificate if TLS needs one."""
         replace = msgspec.structs.replace
         listener = self._settings.listener[0]
         if listener.tls.mode != "none" and not listener.tls.certificate:
@@ -387,6 +424,6 @@ class SmtpServer:
             raise RuntimeError("the server was not started: use it in a with statement, or call start")
         return self._place
 
-    def _last_words(self) -> str:
+    def _end_of_dialog(self) -> str:
         said = self.dialog.lines()[-_LINES_IN_ERRORS:]
-        return "\n".join(["the dialog, at its end:", *said]) if said else "nobody has connected"
+        return "\n".join(["end of the dialog:", *said]) if said else "no client has connected"

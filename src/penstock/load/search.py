@@ -1,0 +1,69 @@
+"""Search for the highest rate that a server sustains under a threshold.
+
+The rate is doubled until a trial fails (or halved until one passes), then the gap is bisected. A trial sustains its
+rate when its threshold holds, every message was accepted, and the run did not fall behind its schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from penstock.load.thresholds import Threshold
+
+_PRECISION: Final = 1.05
+"""The search ends when the lowest failed rate is at most this multiple of the highest sustained one."""
+_MAX_RATE: Final = 1e6
+_MIN_RATE: Final = 1.0
+_BEHIND: Final = 0.5
+"""Seconds by which a trial may end late; a longer delay means that messages have piled up."""
+_BEHIND_PART: Final = 0.05
+
+
+class Trial(NamedTuple):
+    """One run of the search."""
+
+    rate: float
+    passed: bool
+    reason: str
+    """Why it failed, or the measured value."""
+    report: dict[str, Any]
+
+
+def judge(report: dict[str, Any], rate: float, seconds: float, threshold: Threshold) -> Trial:
+    """Return whether a rate was sustained in a run of an intended length."""
+    result = threshold.check(report)
+    if report["refused"] + report["lost"] + report["unsent"] or not report["accepted"]:
+        return Trial(rate, False, f"{report['refused'] + report['lost'] + report['unsent']:,} failed", report)
+    if report["dropped"] or report["seconds"] > seconds + max(_BEHIND, _BEHIND_PART * seconds):
+        return Trial(rate, False, "the server fell behind", report)
+    return Trial(rate, result.passed, f"{result.threshold}: {result.shown}", report)
+
+
+def find_rate(trial: Callable[[float], Trial | None], first: float) -> Trial | None:
+    """Return the trial with the highest sustained rate; None if there is none.
+
+    `trial` runs a rate; it returns None when the user has stopped the search.
+    """
+    best: Trial | None = None
+    limit: float | None = None
+    rate = min(max(first, _MIN_RATE), _MAX_RATE)
+    while limit is None or best is None or limit / best.rate > _PRECISION:
+        done = trial(rate)
+        if done is None:
+            return best
+        if done.passed:
+            best = done
+            if rate >= _MAX_RATE:
+                return best
+        else:
+            limit = rate
+            if rate <= _MIN_RATE:
+                return None
+        if best is None:
+            rate = max(rate / 2, _MIN_RATE)
+        elif limit is None:
+            rate = min(rate * 2, _MAX_RATE)
+        else:
+            rate = (best.rate + limit) / 2
+    return best
