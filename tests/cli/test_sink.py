@@ -7,6 +7,7 @@ import smtplib
 import ssl
 from base64 import b64encode
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -289,3 +290,28 @@ def test_unusable_files_of_options_are_named(arguments: list[str], told: str) ->
     result = CliRunner().invoke(main, ["sink", *arguments])
     assert result.exit_code in (1, 2)
     assert told in result.output
+
+
+def test_the_fault_log_names_time_session_and_message(tmp_path: Path) -> None:
+    plan, log = tmp_path / "plan.toml", tmp_path / "faults.jsonl"
+    plan.write_text('[[rule]]\nphase = "dot"\nreply = "450 4.2.1 Busy"\n')
+    with serving(tmp_path / "data", "", "sink", "--faults", str(plan), "--fault-log", str(log)) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client, suppress(smtplib.SMTPDataError):
+            client.sendmail("a@x.example", ["b@example.org"], "Subject: x\nMessage-ID: <1@x.example>\n\nHello")
+        assert server.stop() == 0
+    [fault] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (fault["session"], fault["message_id"]) == (1, "<1@x.example>")
+    assert datetime.fromisoformat(fault["time"]).tzinfo is not None
+
+
+def test_the_summary_has_refusals_duplicates_and_faults(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--keep", "last:10", "--report", str(report))
+    with serving(tmp_path / "data", "", "sink", *options) as server:
+        for recipient in ("b@example.org", "b@example.org", "450-4.2.2@example.org"):
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client, suppress(smtplib.SMTPRecipientsRefused):
+                client.sendmail("a@x.example", [recipient], "Message-ID: <1@x.example>\n\nHello")
+        assert server.stop() == 0
+    assert "refusals=1 lost=0 duplicates=1 faults=1" in server.out.read_text()
+    found = json.loads(report.read_text())["sequences"]["message_ids"]
+    assert (found["distinct"], found["duplicates"], found["duplicate_examples"]) == (1, 1, ["<1@x.example>"])

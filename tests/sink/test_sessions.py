@@ -14,7 +14,7 @@ from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings
 from penstock.server.connection import Component
-from penstock.sink.faults import AppliedFault, FaultEngine
+from penstock.sink.faults import AppliedFault, FaultEngine, FaultReceipts
 from penstock.sink.injector import fault_injection
 from penstock.sink.plan import parse_plan
 from tests.tagged import marked
@@ -52,7 +52,7 @@ MESSAGES = 400
 ATTEMPTS = 6
 
 
-class Faults:
+class Faults(FaultReceipts):
     """Keeps every fault."""
 
     def __init__(self) -> None:

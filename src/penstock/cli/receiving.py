@@ -20,7 +20,8 @@ from penstock.cli import reports
 from penstock.delivery.base import Delivery
 from penstock.metrics._session import Metrics
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
-from penstock.sink.report import Report, Sample, json_schema
+from penstock.sink.messageids import MessageIdTracker
+from penstock.sink.report import MessageIdCounts, Report, Sample, json_schema
 from penstock.sink.statistics import Expectation, FaultBook, FaultControl, RecipientMarks, Statistics
 from penstock.sink.stores import Store
 
@@ -119,6 +120,7 @@ class Receiving:
         self._statistics: Statistics | None = None
         self._sockets: list[socket.socket] = []
         self._keeping: KeepingDelivery | None = None
+        self._message_ids: MessageIdTracker | None = None
         self.metrics: Metrics | None = None
         """None if nothing is counted."""
         try:
@@ -144,8 +146,12 @@ class Receiving:
         source = None if pattern is None else RecipientMarks(pattern)
         metrics = self.metrics = Metrics(source=source, reads_marks=header is None)
         marks = None if header is None else HeaderMarks(header, lambda: metrics.sequences)
+        if (options.keep or self._stores) and source is None and marks is None:
+            self._message_ids = MessageIdTracker()
         if options.keep or marks is not None or self._stores:
-            self._keeping = make_keeping([KeepSettings.parse(each) for each in options.keep], marks, self._stores)
+            self._keeping = make_keeping(
+                [KeepSettings.parse(each) for each in options.keep], marks, self._stores, self._message_ids
+            )
         if options.web is not None:
             self._sockets = _web().bind_web(options.web, options.web_token)
 
@@ -166,7 +172,12 @@ class Receiving:
         }
         expectation = Expectation(next(name for name, is_it in places.items() if is_it), options.expect)
         self._statistics = Statistics(
-            self.metrics, parts.worker, faults=faults, expectation=expectation, listen=parts.addresses
+            self.metrics,
+            parts.worker,
+            faults=faults,
+            expectation=expectation,
+            listen=parts.addresses,
+            message_ids=self._message_ids,
         )
         for sock in self._sockets[:1]:
             click.echo(f"penstock: live page at {_web().url_of(sock)}", err=True)
@@ -365,14 +376,28 @@ def reply_table(report: Report, most: int | None = None) -> Table:
 
 
 def _sequence_tables(report: Report) -> list[Table]:
+    tables = [_message_id_table(report.sequences.message_ids)] if report.sequences.message_ids is not None else []
     if not report.sequences.runs:
-        return []
+        return tables
     table = plain_table("Sequences", "run", ">distinct", ">missing", ">duplicates", ">out of order", ">highest")
     for run in report.sequences.runs:
         counts = (run.distinct, run.missing, run.duplicates, run.out_of_order, run.highest)
         style = "red" if run.missing or run.duplicates else None
         table.add_row(run.run or "(no name)", *(f"{count:,}" for count in counts), style=style)
-    return [table]
+    return [table, *tables]
+
+
+def _message_id_table(ids: MessageIdCounts) -> Table:
+    table = plain_table("Message-IDs", ">distinct", ">duplicates", ">without")
+    counts = (ids.distinct, ids.duplicates, ids.missing_id)
+    table.add_row(*(f"{count:,}" for count in counts), style="red" if ids.duplicates else None)
+    return table
+
+
+def duplicates_of(report: Report) -> int:
+    """Return the duplicate messages, by sequence tag or by Message-ID."""
+    ids = report.sequences.message_ids
+    return sum(run.duplicates for run in report.sequences.runs) + (0 if ids is None else ids.duplicates)
 
 
 def _fault_tables(report: Report) -> list[Table]:

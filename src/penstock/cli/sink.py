@@ -14,7 +14,7 @@ from penstock.app import Overrides, Server
 from penstock.cli import reports
 from penstock.cli.faulting import FaultInjection, fault_options
 from penstock.cli.once import OnceCommand
-from penstock.cli.receiving import Receiving, ReceivingOptions, as_expected, receipt_options
+from penstock.cli.receiving import Receiving, ReceivingOptions, as_expected, duplicates_of, receipt_options
 from penstock.cli.running import listen_on, run
 from penstock.cli.smtpsink import smtp_sink_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
@@ -23,7 +23,7 @@ from penstock.journal import JournalSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.server.limits import LimitSettings
 from penstock.server.listener import WireSettings
-from penstock.sink.report import encode
+from penstock.sink.report import Report, encode
 
 _replace = msgspec.structs.replace
 
@@ -139,7 +139,9 @@ def sink(
         for parts in counted:
             faults.end()
             report, file = receiving.end(), options["report_file"]
-            click.echo(_report(_counts(parts, receiving), as_json=as_json), err=file == reports.STDOUT)
+            click.echo(
+                _report(_counts(parts, receiving) | _troubles(report), as_json=as_json), err=file == reports.STDOUT
+            )
             if report is not None:
                 if file is not None:
                     reports.write(file, encode(report))
@@ -194,6 +196,18 @@ def _counts(parts: Server, receiving: Receiving) -> dict[str, int]:
         sessions, messages = parts.worker.sessions, delivery.messages
         recipients, octets = delivery.recipients, delivery.octets
     return {"sessions": sessions, "messages": messages, "recipients": recipients, "octets": octets}
+
+
+def _troubles(report: Report | None) -> dict[str, int]:
+    """Return refusing replies, lost and duplicate messages and faults; nothing without statistics."""
+    if report is None:
+        return {}
+    return {
+        "refusals": sum(each.count for each in report.replies if each.code >= 400),
+        "lost": report.messages.lost,
+        "duplicates": duplicates_of(report),
+        "faults": sum(each.count for each in report.faults),
+    }
 
 
 def _report(counts: dict[str, int], *, as_json: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,41 @@ class FaultDesk:
 
 
 class FaultFile(FaultLog):
-    """A log that also writes each fault to a file, one JSON object a line: what is compared between two runs."""
+    """A log that also writes each fault to a file with its time, as one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
-        """Begin the file anew. Raise OSError."""
+        """Create or truncate the file. Raise OSError."""
         super().__init__()
         self._file = path.open("wb")
         self.failure: OSError | None = None
-        """Why there is no more in it; the sink goes on."""
+        """The error that ended the writing; the sink continues."""
 
     def on_fault(self, fault: AppliedFault) -> None:
-        """Count, keep, and write."""
+        """Count the fault, keep it and write it."""
         super().on_fault(fault)
         if self.failure is None:
             try:
-                self._file.write(msgspec.json.encode(fault._asdict()) + b"\n")
+                self._file.write(msgspec.json.encode({"time": _now(), **fault._asdict()}) + b"\n")
             except OSError as exc:
                 self.failure = exc
 
+    @property
+    def wants_message_ids(self) -> bool:
+        """The file names the message of each fault."""
+        return True
+
     def close(self) -> None:
-        """Write what is left. Raise OSError when the file is not whole."""
+        """Write what is left. Raise OSError if the file is incomplete."""
         try:
             self._file.close()
         except OSError as exc:
             self.failure = self.failure or exc
         if self.failure is not None:
             raise self.failure
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def to_toml(plan: PlanSettings) -> str:

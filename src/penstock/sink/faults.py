@@ -85,10 +85,17 @@ class AppliedFault(NamedTuple):
     """The recipient in phase rcpt, the first one in later phases."""
     sequence: str = ""
     """Sequence tag of the message, if it has one."""
+    message_id: str = ""
+    """Message-ID of the message, if its header has arrived and the log wants it."""
 
 
 class FaultReceipts(Protocol):
     """Receives every injected fault."""
+
+    @property
+    def wants_message_ids(self) -> bool:
+        """Faults name the Message-ID of their message, for which the header of every message is read."""
+        return False
 
     def on_fault(self, fault: AppliedFault) -> None:
         """Record a fault. Called by the session: must not block."""
@@ -109,6 +116,11 @@ class FaultLog:
             key = (fault.rule, fault.phase, "other")  # magic recipients can request any number of different replies
         self.counts[key] += 1
         self.last.append(fault)
+
+    @property
+    def wants_message_ids(self) -> bool:
+        """Counts need no Message-ID."""
+        return False
 
     def clear(self) -> None:
         """Drop all counts and faults."""
@@ -134,6 +146,8 @@ class Occasion:
     """Size of the message: declared (SIZE=) in phase rcpt, counted in phase dot; 0 if unknown."""
     header: str = ""
     """Value of the header field that [identity] names."""
+    message_id: str = ""
+    """Message-ID, if the log wants it."""
     at: int = 0
     """Offset in the body."""
     is_chunk: bool = False
@@ -617,5 +631,14 @@ class FaultEngine:
         sender = occasion.sender or ""
         for action in actions:
             self.receipts.on_fault(
-                AppliedFault(rule, occasion.phase, action, occasion.session, sender, recipient, str(mark or ""))
+                AppliedFault(
+                    rule,
+                    occasion.phase,
+                    action,
+                    occasion.session,
+                    sender,
+                    recipient,
+                    str(mark or ""),
+                    occasion.message_id,
+                )
             )

@@ -30,6 +30,7 @@ from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
 from penstock.sink.corrupt import dress, readable
 from penstock.sink.faults import Decision, FaultEngine, Occasion, Rule
 from penstock.sink.magic import WATCHED_PREFIXES, Magic
+from penstock.sink.messageids import message_id_of
 from penstock.sink.pace import PacedStream
 from penstock.sink.plan import Ending, Phase, TlsFault
 from penstock.smtp._wire import VERBS
@@ -237,8 +238,8 @@ class FaultInjector:
             await self._pass_stops()
 
     def _read_body(self) -> None:
-        """Have the body come here, where a rule waits for an octet or a field of it."""
-        self._head = bytearray() if self._engine.header else None
+        """Have the body come here, where a rule or the log waits for an octet or a field of it."""
+        self._head = bytearray() if self._engine.header or self._engine.receipts.wants_message_ids else None
         if self._head is not None or any(self._stops):
             self._session.wire.discard = False
 
@@ -255,12 +256,15 @@ class FaultInjector:
         while self._stops and self._octets_passed >= self._stops[0] and self._connection.is_receiving:
             at, *self._stops = self._stops
             magic = self._magic_rules("body") if not at else ()
-            decision = self._engine.decide(self._occasion("body", at=at), magic)
+            occasion = self._occasion("body", at=at)
+            occasion.message_id = self._message_id()
+            decision = self._engine.decide(occasion, magic)
             if decision is not None:
                 await self._apply(decision, None)
 
     async def _handle_end_of_message(self, event: EndOfMessage) -> None:
         occasion = self._occasion("dot", octets=event.size)
+        occasion.message_id = self._message_id()
         occasion.header = self._number_in_header()
         decision = self._engine.decide(occasion, self._magic_rules("dot"))
         refuses = decision is not None and decision.has_verdict and not decision.keeps and not _accepts(decision)
@@ -271,10 +275,16 @@ class FaultInjector:
         else:
             await self._apply(decision, event)
 
+    def _message_id(self) -> str:
+        """Return the Message-ID, as far as the header has arrived, if the log wants it."""
+        if not self._head or not self._engine.receipts.wants_message_ids:
+            return ""
+        return message_id_of(bytes(self._head.partition(b"\r\n\r\n")[0]))
+
     def _number_in_header(self) -> str:
         """Return the value of the field that the plan looks for; "" without it."""
         head, self._head = self._head, None
-        if not head:
+        if not head or not self._engine.header:
             return ""
         pattern = rb"^%b[ \t]*:[ \t]*([^\r\n]*)" % re.escape(self._engine.header).encode()
         found = re.search(pattern, head.partition(b"\r\n\r\n")[0], re.IGNORECASE | re.MULTILINE)

@@ -31,6 +31,7 @@ from penstock.message import Message
 from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
 from penstock.sequence import parse_counter
+from penstock.sink.messageids import MessageIdTracker
 from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store, Undo
 from penstock.transaction import Transaction
 
@@ -239,11 +240,18 @@ class _Waiting:
 class KeepingDelivery(Delivery):
     """Keeps messages, on a shelf and in files (penstock.delivery.base). Its 250 promises that they are there."""
 
-    def __init__(self, shelf: Shelf | None, stores: Sequence[Store] = (), marks: HeaderMarks | None = None) -> None:
+    def __init__(
+        self,
+        shelf: Shelf | None,
+        stores: Sequence[Store] = (),
+        marks: HeaderMarks | None = None,
+        message_ids: MessageIdTracker | None = None,
+    ) -> None:
         self.shelf = shelf
         self._stores = stores
         self._marks = marks
-        self._looked_at = shelf.longest if shelf is not None else _MOST_HEADER if marks is not None else 0
+        self._message_ids = message_ids
+        self._looked_at = shelf.longest if shelf is not None else _MOST_HEADER if marks or message_ids else 0
         """Octets of a text that are wanted in memory."""
         self._most_octets = min((store.most_octets for store in stores if store.most_octets is not None), default=None)
         self._waiting: list[_Waiting] = []
@@ -295,6 +303,8 @@ class KeepingDelivery(Delivery):
         """Show a message that is where it should be."""
         if self._marks is not None:
             self._marks.take(message.raw)
+        if self._message_ids is not None:
+            self._message_ids.note(message.sender, header_of(message.raw))
         if self.shelf is not None:
             self.shelf.put(message)
         return Reply(250, "2.0.0", f"Ok: kept as {message.id}")
@@ -352,10 +362,13 @@ def _beginning(chunks: Iterable[bytes], most: int) -> bytes:
 
 
 def make_keeping(
-    settings: Sequence[KeepSettings], marks: HeaderMarks | None, stores: Sequence[Store] = ()
+    settings: Sequence[KeepSettings],
+    marks: HeaderMarks | None,
+    stores: Sequence[Store] = (),
+    message_ids: MessageIdTracker | None = None,
 ) -> KeepingDelivery:
     """Return the delivery that keeps what the settings ask for, in further stores, too, and takes a header's marks."""
     counts = [each.messages for each in settings if each.kind == "last"]
     shelf = Shelf(max(counts, default=_DEFAULT_MESSAGES)) if settings else None
     asked = [_STORES[each.kind](each.path) for each in settings if each.path is not None]
-    return KeepingDelivery(shelf, [*asked, *stores], marks)
+    return KeepingDelivery(shelf, [*asked, *stores], marks, message_ids)

@@ -130,6 +130,16 @@ class RunCounts(msgspec.Struct, frozen=True, kw_only=True):
     missing_examples: Annotated[list[int], Meta(description="The first 100 of them")]
 
 
+class MessageIdCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Duplicates by Message-ID, of messages without a sequence tag; counted where messages are kept (--keep)."""
+
+    distinct: Annotated[int, Meta(description="Different Message-IDs")]
+    duplicates: Annotated[int, Meta(description="Messages whose Message-ID had arrived before")]
+    duplicate_examples: Annotated[list[str], Meta(description="Up to 100 of them")]
+    missing_id: Annotated[int, Meta(description="Messages without a Message-ID")]
+    further: Annotated[int, Meta(description="Messages beyond the limit of 500,000 Message-IDs, which are not tracked")]
+
+
 class SequenceCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Missing and duplicate messages, by their sequence tags (penstock.sequence)."""
 
@@ -138,6 +148,7 @@ class SequenceCounts(msgspec.Struct, frozen=True, kw_only=True):
     unmarked: Annotated[int, Meta(description="Messages without a sequence tag")]
     further: Annotated[int, Meta(description="Tags beyond the limits of 64 runs and 64 MiB, which are not tracked")]
     runs: list[RunCounts]
+    message_ids: MessageIdCounts | None = None
 
 
 class FaultCount(msgspec.Struct, frozen=True, kw_only=True):

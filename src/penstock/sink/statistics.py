@@ -20,10 +20,12 @@ import trio
 from penstock.metrics._session import PHASES, Metrics
 from penstock.metrics._session import Sequence as Run
 from penstock.sequence import Mark, parse_counter
+from penstock.sink.messageids import MessageIdTracker
 from penstock.sink.report import (
     FaultCount,
     Latency,
     MessageCounts,
+    MessageIdCounts,
     OctetCounts,
     ReplyCount,
     Report,
@@ -159,6 +161,7 @@ class Statistics:
         faults: FaultBook | None = None,
         expectation: Expectation = NOTHING_EXPECTED,
         listen: Sequence[str] = (),
+        message_ids: MessageIdTracker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
@@ -166,6 +169,7 @@ class Statistics:
         self._faults: FaultBook = faults or NoFaults()
         self._expectation = expectation
         self._listen = list(listen)
+        self._message_ids = message_ids
         self._clock = clock
         self.samples: deque[Sample] = deque(maxlen=_SAMPLES)
         """The last seconds, newest last."""
@@ -246,6 +250,8 @@ class Statistics:
         self.metrics.reset()
         self.metrics.forget_recent()
         self._faults.reset()
+        if self._message_ids is not None:
+            self._message_ids.reset()
         self.samples.clear()
         self.generation += 1
         self._start()
@@ -308,7 +314,21 @@ class Statistics:
             unmarked=book.unmarked,
             further=book.further,
             runs=[_counts_of(run, expected) for run in book.runs.values()],
+            message_ids=_counts_of_ids(self._message_ids),
         )
+
+
+def _counts_of_ids(ids: MessageIdTracker | None) -> MessageIdCounts | None:
+    """Return the counts of Message-IDs; None if no message was counted by it."""
+    if ids is None or not ids.distinct + ids.missing_id:
+        return None
+    return MessageIdCounts(
+        distinct=ids.distinct,
+        duplicates=ids.duplicates,
+        duplicate_examples=list(ids.examples),
+        missing_id=ids.missing_id,
+        further=ids.further,
+    )
 
 
 def _counts_of(run: Run, expected: int | None) -> RunCounts:
