@@ -24,6 +24,7 @@ from rich.text import Text
 
 from penstock import __version__
 from penstock.cli import reports
+from penstock.cli.once import OnceCommand
 from penstock.load.compare import Change, compare, overall, regressions
 from penstock.load.counts import Counts
 from penstock.load.generator import Generator
@@ -105,7 +106,7 @@ class Runner(Protocol):
         """Send everything."""
 
 
-@click.command(context_settings={"max_content_width": 110})
+@click.command(cls=OnceCommand, context_settings={"max_content_width": 110})
 @click.argument("targets", nargs=-1, metavar="HOST:PORT...")
 @click.option(
     "--sessions", type=click.IntRange(1, 50_000), default=10, show_default=True, help="Concurrent connections."

@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from penstock.cli.once import OnceCommand
 from penstock.cli.receiving import latency_table, milliseconds, octets, plain_table, reply_table
 from penstock.sink.report import FaultCount, Report, Sample
 
@@ -238,7 +239,7 @@ def _failures(report: Report, most: int | None = None) -> Table:
     return table
 
 
-@click.command()
+@click.command(cls=OnceCommand)
 @click.argument("url", default="http://127.0.0.1:8025")
 @click.option(
     "--token",
