@@ -22,7 +22,7 @@ LARGE = 16 << 20
 
 
 @asynccontextmanager
-async def serving(*, most: int = 10, shelf: Shelf | None = None) -> AsyncIterator[int]:
+async def serving(*, limit: int = 10, shelf: Shelf | None = None) -> AsyncIterator[int]:
     """Serve the page of a sink, and return its port."""
     (sock,) = bind_web("127.0.0.1:0", None)
     port: int = sock.getsockname()[1]
@@ -30,7 +30,7 @@ async def serving(*, most: int = 10, shelf: Shelf | None = None) -> AsyncIterato
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
-            await serve_web(app, [sock], most=most)
+            await serve_web(app, [sock], limit=limit)
 
         nursery.start_soon(serve)
         yield port
@@ -86,20 +86,20 @@ async def served(port: int) -> None:
 
 
 async def test_a_client_too_many_hears_so() -> None:
-    async with serving(most=2) as port, calling(port) as first:
+    async with serving(limit=2) as port, calling(port) as first:
         async with calling(port) as second:
             for caller in (first, second):
                 assert await caller.answer() == (200, {"status": "ok"})
             async with calling(port) as third:
                 status, said = await third.answer()
-                assert (status, said) == (503, {"error": "this page has 2 connections, and no room for more"})
+                assert (status, said) == (503, {"error": "all 2 connections to this page are in use; try again later"})
                 assert await third.rest() == b""
             assert (await first.answer())[0] == 200
         await served(port)
 
 
 async def test_a_client_that_has_left_keeps_no_connection(autojump_clock: object) -> None:
-    async with serving(most=1) as port:
+    async with serving(limit=1) as port:
         began = trio.current_time()
         for _ in range(5):
             await served(port)
@@ -147,7 +147,7 @@ def large() -> Shelf:
 
 
 async def test_a_client_that_does_not_read_is_not_waited_for(autojump_clock: object) -> None:
-    async with serving(shelf=large(), most=1) as port, calling(port) as deaf:
+    async with serving(shelf=large(), limit=1) as port, calling(port) as deaf:
         deaf.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         await deaf.stream.send_all(b"GET /api/messages/M1/raw HTTP/1.1\r\nhost: localhost\r\n\r\n")
         await trio.sleep(1)
