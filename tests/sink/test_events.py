@@ -171,7 +171,7 @@ async def test_an_event_is_made_once_for_all_that_follow(monkeypatch: pytest.Mon
 
 
 async def test_a_stream_too_many_hears_so_and_a_place_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MOST_STREAMS", 2)
+    monkeypatch.setattr(app, "MAX_STREAMS", 2)
     async with sink() as running, httpx.AsyncClient(base_url=running.url) as client:
         async with running.follow() as one:
             await one.event()
@@ -179,7 +179,7 @@ async def test_a_stream_too_many_hears_so_and_a_place_is_free_again(monkeypatch:
                 await two.event()
                 refused = await client.get("/api/events")
                 assert refused.status_code == 503
-                assert "ask /api/live instead" in refused.json()["error"]
+                assert "use /api/live" in refused.json()["error"]
                 assert (await client.get("/api/live")).status_code == 200
         status = "503"
         while status == "503":  # it takes the server a turn to see that somebody has left
