@@ -80,6 +80,16 @@ _OPTIONS: Final = (
         metavar="TOKEN",
         help="What the page and the API ask for; needed where other machines reach them [PENSTOCK_WEB_TOKEN].",
     ),
+    click.option(
+        "--web-origin",
+        metavar="URL",
+        help="URL of the page behind a reverse proxy, such as https://mail.example.org/sink/.",
+    ),
+    click.option(
+        "--release",
+        metavar="HOST:PORT",
+        help="Let users of the page send kept messages on through this server.",
+    ),
     click.option("-c", "--counters", is_flag=True, help="Show the counters each second [always on a terminal]."),
     click.option("--receipts/--no-receipts", "counts", default=True, help="Count what can be counted [default: yes]."),
 )
@@ -102,6 +112,8 @@ class Wishes(NamedTuple):
     keep: tuple[str, ...] = ()
     web: str | None = None
     web_token: str | None = None
+    web_origin: str | None = None
+    release: str | None = None
     counters: bool = False
     counts: bool = True
 
@@ -115,6 +127,8 @@ class Account:
         self._stores = stores
         self._receipts: Statistics | None = None
         self._sockets: list[socket.socket] = []
+        self._origin: Any = None
+        self._hop: Any = None
         self._keeping: KeepingDelivery | None = None
         self.metrics: Metrics | None = None
         """None when nothing is to be counted."""
@@ -143,7 +157,10 @@ class Account:
         marks = None if header is None else HeaderMarks(header, lambda: metrics.sequences)
         if wishes.keep or marks is not None or self._stores:
             self._keeping = make_keeping([KeepSettings.parse(each) for each in wishes.keep], marks, self._stores)
+        if wishes.web is None and (wishes.web_origin is not None or wishes.release is not None):
+            raise ValueError("--web-origin and --release need --web")
         if wishes.web is not None:
+            self._origin, self._hop = _web().web_settings(wishes.web_origin, wishes.release)
             self._sockets = _web().bind_web(wishes.web, wishes.web_token)
 
     @property
@@ -178,7 +195,14 @@ class Account:
                 from penstock.sink.web.app import make_app  # noqa: PLC0415 - needs the extra `web`
 
                 shelf = None if self._keeping is None else self._keeping.shelf
-                app = make_app(self._receipts, shelf=shelf, faults=faults, token=self._wishes.web_token)
+                app = make_app(
+                    self._receipts,
+                    shelf=shelf,
+                    faults=faults,
+                    token=self._wishes.web_token,
+                    origin=self._origin,
+                    hop=self._hop,
+                )
                 nursery.start_soon(_web().serve_web, app, self._sockets)
 
     async def _count(self) -> None:
