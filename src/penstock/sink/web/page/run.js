@@ -37,13 +37,13 @@ function tiles(live, samples, name) {
   const gone = [lost && `${group(lost)} in broken connections`, missing && `${group(missing)} missing`, twice && `${group(twice)} duplicates`];
   $("facts").replaceChildren(
     tile("Accepted", group(accepted + unheard), [
-      `${rate((accepted + unheard) / Math.max(report.seconds, 1))}/s, ${octets(size)} in ${clock(report.seconds)}`,
+      `${rate((accepted + unheard) / Math.max(report.seconds, 1))}/s in ${clock(report.seconds)}, ${octets(size)}`,
       `${name}: ${group(recent)}, ${rate(recent / seconds)}/s`,
     ]),
     tile("Refused (5xx)", group(permanent.count), [permanent.text, `${name}: ${group(of("5"))}`], permanent.count ? "bad" : ""),
     tile("Deferred (4xx)", group(temporary.count), [temporary.text, `${name}: ${group(of("4"))}`], temporary.count ? "warn" : ""),
     tile("Faults", group(faulted), [
-      unheard ? `${group(unheard)} accepted without a readable 250` : live.has_plan ? "applied by the fault plan" : "no fault plan",
+      unheard ? `${group(unheard)} accepted without a readable 250` : live.has_plan ? "by the fault plan" : "no fault plan",
       `${name}: ${group(sum(samples, (each) => each.faults))}`,
     ]),
     tile("Lost", group(lost + missing), [
