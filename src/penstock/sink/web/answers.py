@@ -28,7 +28,12 @@ class Refused(Exception):  # noqa: N818 - an answer, not an accident
 
 def as_json(value: object, status: int = 200) -> Response:
     """Return a JSON response."""
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+    return encoded(msgspec.json.encode(value), status)
+
+
+def encoded(data: bytes, status: int = 200) -> Response:
+    """Return a response of JSON that was encoded before: in a thread, if it is large."""
+    return Response(data, status, media_type="application/json")
 
 
 async def read_json(request: Request, kind: type[S]) -> S:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Final
 from urllib.parse import quote
 
@@ -18,6 +17,7 @@ from penstock.sink.web.answers import (
     Refused,
     as_json,
     check_parameters,
+    encoded,
     in_thread,
     number_of,
     read_json,
@@ -93,13 +93,20 @@ class MessagesApi:
         wanted = limit + 1 if query.is_empty else shelf.count
         candidates = shelf.newest(wanted, request.query_params.get("before"))
 
-        def lines_of(work: Work) -> tuple[Sequence[view.MessageLine], bool]:
+        def answer(work: Work) -> bytes:
             found = candidates if query.is_empty else query.find(candidates, limit + 1, work)
-            return [view.line(each, work) for each in found[:limit]], len(found) > limit
+            lines = [view.line(each, work) for each in found[:limit]]
+            return msgspec.json.encode(
+                {
+                    "kept": len(shelf),
+                    "keeps": shelf.count,
+                    "changes": changes,
+                    "has_more": len(found) > limit,
+                    "messages": lines,
+                }
+            )
 
-        lines, has_more = await in_thread(request, lines_of)
-        answer = {"kept": len(shelf), "keeps": shelf.count, "changes": changes, "has_more": has_more, "messages": lines}
-        return as_json(answer)
+        return encoded(await in_thread(request, answer))
 
     async def delete_matching(self, request: Request) -> Response:
         """Delete the messages that match a query; without one, all of them."""
@@ -118,7 +125,7 @@ class MessagesApi:
         """Return a message with its header and parts."""
         check_parameters(request)
         message = self._message(request)
-        return as_json(await in_thread(request, lambda work: view.view(message, work)))
+        return encoded(await in_thread(request, lambda work: msgspec.json.encode(view.view(message, work))))
 
     async def mark(self, request: Request) -> Response:
         """Mark a message as read or unread."""

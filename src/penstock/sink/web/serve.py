@@ -144,16 +144,14 @@ class _Client:
 
     async def _send(self, message: Message) -> None:
         """Send a piece of the answer (ASGI `send`)."""
-        data = b""
         if message["type"] == "http.response.start":
-            data += self._http.send(h11.Response(status_code=message["status"], headers=message["headers"]))
-        else:
-            body = message.get("body", b"")
-            if body and not self._is_head:
-                data += self._http.send(h11.Data(data=body))
-            if not message.get("more_body", False):
-                data += self._http.send(h11.EndOfMessage())
-        await self._write(data)
+            await self._write(self._http.send(h11.Response(status_code=message["status"], headers=message["headers"])))
+            return
+        body = memoryview(b"" if self._is_head else message.get("body", b""))
+        for at in range(0, len(body), _PIECE):  # a large answer must not hold up the sessions
+            await self._write(self._http.send(h11.Data(data=bytes(body[at : at + _PIECE]))))
+        if not message.get("more_body", False):
+            await self._write(self._http.send(h11.EndOfMessage()))
 
     async def refuse(self, status: int, error: str) -> None:
         """Send an answer of our own, the last one on this connection."""
@@ -187,14 +185,14 @@ class _Client:
             return b""
 
     async def _write(self, data: bytes | None) -> None:
-        """Send piece by piece. Raise BrokenResourceError when the client does not read one in time."""
-        view = memoryview(data or b"")
+        """Send a piece of an answer. Raise BrokenResourceError when the client does not read it in time."""
+        if not data:
+            return
         self._is_broken = True
-        for at in range(0, len(view), _PIECE):
-            with trio.move_on_after(_TIMEOUT) as scope:
-                await self._stream.send_all(view[at : at + _PIECE])
-            if scope.cancelled_caught:
-                raise trio.BrokenResourceError("the client does not read")
+        with trio.move_on_after(_TIMEOUT) as scope:
+            await self._stream.send_all(data)
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError("the client does not read")
         self._is_broken = False
 
 
