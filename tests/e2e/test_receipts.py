@@ -83,7 +83,7 @@ def test_top_shows_a_sink_that_runs(tmp_path: Path) -> None:
     ("options", "why"),
     [
         (["--keep", "zip:x"], "last:N"),
-        (["--sequence-header", "X Y"], "no name of a header field"),
+        (["--sequence-header", "X Y"], "is not a header field name"),
         (["--sequence-recipient", "("], "no regular expression"),
         (["--sequence-header", "X", "--sequence-recipient", "(.)"], "exclude each other"),
         (["--web", "0.0.0.0:0"], "needs a token"),
