@@ -165,6 +165,13 @@ async def test_embedded_messages_reports_and_invitations_are_readable() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("kind", "is_attachment"), [(b"text/html", False), (b"text/plain", True)])
+async def test_an_image_is_an_attachment_where_no_html_shows_it(kind: bytes, is_attachment: bool) -> None:
+    image = encoded(PNG, b"Content-Type: image/png\r\nContent-ID: <x>\r\nContent-Disposition: inline\r\n")
+    async with keeping(mixed(b"Content-Type: " + kind + b"\r\n\r\ntext", image)) as client:
+        assert (await client.get("/api/messages/M0")).json()["parts"][2]["is_attachment"] == is_attachment
+
+
 async def test_html_is_made_fit_for_a_frame() -> None:
     async with keeping(NEWSLETTER) as client:
         page = await client.get(f"/api/messages/M0/parts/{HTML}/view")

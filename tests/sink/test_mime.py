@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import email
+import itertools
 import quopri
 
 import pytest
@@ -97,6 +98,28 @@ def test_an_inner_multipart_without_an_end_stops_at_the_outer_one() -> None:
 def test_well_formed_mail_is_read_as_the_standard_library_reads_it(raw: bytes) -> None:
     walked = [part for part in email.message_from_bytes(raw).walk() if not part.is_multipart()]
     assert contents(raw) == [part.get_payload(decode=True) for part in walked]
+
+
+@given(
+    raw=st.sampled_from([NEWSLETTER, FORWARDED, REPORT, INVITATION]),
+    cuts=st.lists(st.tuples(st.integers(0, 1200), st.integers(0, 80), st.binary(max_size=4)), max_size=4),
+)
+def test_damaged_mail_has_a_structure_whose_parts_are_within_each_other(
+    raw: bytes, cuts: list[tuple[int, int, bytes]]
+) -> None:
+    for at, length, data in cuts:
+        raw = raw[:at] + data + raw[at + length :]
+    found = parts(raw)
+    for part in found:
+        assert part.start <= part.body <= part.end <= len(part.data)
+        assert part.size(Work()) == len(part.content(Work()))
+        assert part.within <= part.number < len(found)
+    for one, other in itertools.pairwise(found):
+        assert other.depth <= one.depth + 1
+        if other.depth > one.depth and other.data is one.data:
+            assert one.body <= other.start <= other.end <= one.end
+        elif other.data is one.data:
+            assert one.end <= other.start
 
 
 @given(data=st.binary(max_size=300), cut=st.integers(0, 76))

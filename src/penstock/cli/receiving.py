@@ -70,8 +70,8 @@ _OPTIONS: Final = (
         "--keep",
         multiple=True,
         metavar="WHAT",
-        help="Keep messages: last:N in memory (16 MiB of each), maildir:DIR, mbox:FILE or jsonl:FILE (64 MiB at most). "
-        "May be repeated.",
+        help="Keep messages: last:N in memory (128 MiB in all), maildir:DIR, mbox:FILE or jsonl:FILE (64 MiB each). "
+        "Can be repeated.",
     ),
     click.option("--web", metavar="HOST:PORT", help="Show a live page and an HTTP API there, such as 127.0.0.1:8025."),
     click.option(

@@ -4,7 +4,15 @@ A web page anywhere can make its visitors' browsers send requests to addresses o
 token therefore answers only requests whose Host names this machine (another name means DNS rebinding), and pages of
 other origins cannot change anything. An address that other machines can reach needs a token.
 
-Behind a reverse proxy the browser's origin is not this server's address: `WebOrigin` says what it is.
+Behind a reverse proxy the browser's origin is not this server's address: --web-origin says what it is. The page works
+below any path, and its events are not buffered, so that nginx needs no more than
+
+    location /sink/ {
+        proxy_pass http://127.0.0.1:8025;       # --web-origin https://mail.example.org/sink/
+    }
+
+The proxy decides who has access then, or passes the token on. With or without a "/" after the port, which makes nginx
+remove the path, the page finds its way.
 """
 
 from __future__ import annotations

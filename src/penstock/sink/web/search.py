@@ -29,7 +29,7 @@ from penstock.sink.web import charset, fields, mime
 from penstock.sink.web.charset import without_surrogates
 from penstock.sink.web.fields import value_of
 from penstock.sink.web.mime import Work
-from penstock.sink.web.view import is_attachment, shown_as, subject_of
+from penstock.sink.web.view import attachments, shown_as, subject_of
 
 MAX_QUERY: Final = 200
 _MAX_TEXT: Final = 262_144
@@ -59,7 +59,7 @@ class _Searched:
 
     @cached_property
     def attachments(self) -> int:
-        return sum(map(is_attachment, self._structure.parts))
+        return len(attachments(self._structure))
 
     @cached_property
     def fields(self) -> dict[str, str]:

@@ -163,7 +163,7 @@ def summary(message: KeptMessage, work: Work) -> Summary:
         message.summary = Summary(
             AddressView(name=author.name[:_MAX_VALUE], address=author.address[:_MAX_VALUE]),
             subject_of(header),
-            sum(map(is_attachment, structure.parts)),
+            len(attachments(structure)),
         )
     return message.summary
 
@@ -226,7 +226,7 @@ def _trouble(message: KeptMessage, structure: Structure, count: int) -> str:
 
 
 def _views(message: KeptMessage, structure: Structure, work: Work) -> Iterator[PartView]:
-    room = _MAX_TEXTS
+    room, files = _MAX_TEXTS, attachments(structure)
     for part in structure.parts:
         kind, size = shown_as(part), part.size(work)
         has_text = kind in ("text", "html", "calendar")
@@ -245,7 +245,7 @@ def _views(message: KeptMessage, structure: Structure, work: Work) -> Iterator[P
             filename=part.filename,
             content_id=part.content_id,
             size=size,
-            is_attachment=is_attachment(part),
+            is_attachment=part.number in files,
             is_whole=is_whole(message, part),
             shown_as=kind,
             facts=_facts(part, structure, text),
@@ -277,8 +277,13 @@ def shown_as(part: Part) -> Kind:
     return "text" if is_text and kind != "image/svg+xml" else "file"
 
 
-def is_attachment(part: Part) -> bool:
-    """Say whether a part is a file, and no text of the message or image within one."""
+def attachments(structure: Structure) -> set[int]:
+    """Return the numbers of the parts that are files: neither a text of a message nor an image within its HTML."""
+    with_html = {part.within for part in structure.parts if shown_as(part) == "html"}
+    return {part.number for part in structure.parts if _is_file(part, has_html=part.within in with_html)}
+
+
+def _is_file(part: Part, *, has_html: bool) -> bool:
     if part.type.startswith("multipart/"):
         return False
     if part.disposition == "attachment" or (part.has_parts and part.number > 0):
@@ -286,7 +291,7 @@ def is_attachment(part: Part) -> bool:
     if shown_as(part) in ("text", "html", "calendar"):
         is_body = part.number == part.within or part.disposition == "inline"
         return part.filename != "" and not is_body
-    return not part.has_parts and not part.content_id
+    return not part.has_parts and not (part.content_id and has_html)
 
 
 # ---- facts

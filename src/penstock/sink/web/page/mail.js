@@ -77,7 +77,7 @@ export class Mail {
   // Read the list again when the kept mail has changed since. One request at a time; the newest state wins.
   async refresh(isForced = false) {
     if (!this.isShown || !this.live?.keeps || this.isAsking) return;
-    if (!isForced && this.changes >= this.live.mail_changes) return;
+    if (!isForced && this.changes === this.live.mail_changes) return;
     const { query, limit } = this;
     this.isAsking = true;
     try {
