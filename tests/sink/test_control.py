@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.sink.control import FaultDesk, FaultFile, describe_faults, to_toml
+from penstock.sink.control import FaultAdmin, FaultFile, describe_faults, to_toml
 from penstock.sink.faults import AppliedFault, FaultEngine, FaultLog, Occasion
 from penstock.sink.plan import PHASES, PlanSettings, parse_plan
 from penstock.sink.report import FaultCount
@@ -28,10 +28,10 @@ outage = { down = 30, every = 300 }
 """
 
 
-def desk_of(plan: str = "", seed: int | None = None) -> tuple[FaultDesk, FaultEngine]:
+def admin_of(plan: str = "", seed: int | None = None) -> tuple[FaultAdmin, FaultEngine]:
     log = FaultLog()
     engine = FaultEngine(parse_plan(plan), receipts=log, clock=lambda: 0.0)
-    return FaultDesk(engine, log, seed=seed), engine
+    return FaultAdmin(engine, log, seed=seed), engine
 
 
 def test_a_plan_goes_to_toml_and_back() -> None:
@@ -42,32 +42,32 @@ def test_a_plan_goes_to_toml_and_back() -> None:
 
 
 def test_a_plan_is_replaced() -> None:
-    desk, engine = desk_of()
-    assert desk.plan() == ""
-    desk.replace(PLAN)
+    admin, engine = admin_of()
+    assert admin.plan() == ""
+    admin.replace(PLAN)
     assert engine.plan == parse_plan(PLAN)
-    assert parse_plan(desk.plan()) == engine.plan
+    assert parse_plan(admin.plan()) == engine.plan
     with pytest.raises(ValueError, match=r"rule\[0\]\.phase: unknown value 'x'; expected one of: connect, banner"):
-        desk.replace("[[rule]]\nphase = 'x'")
+        admin.replace("[[rule]]\nphase = 'x'")
     assert engine.plan == parse_plan(PLAN)
 
 
 def test_the_seed_of_the_command_line_has_the_last_word() -> None:
-    desk, engine = desk_of(seed=9)
-    desk.replace(PLAN)
+    admin, engine = admin_of(seed=9)
+    admin.replace(PLAN)
     assert engine.plan.seed == 9
 
 
 def test_faults_are_counted_and_forgotten() -> None:
-    desk, engine = desk_of('[[rule]]\nname = "x"\nphase = "noop"\nreply = "450"')
+    admin, engine = admin_of('[[rule]]\nname = "x"\nphase = "noop"\nreply = "450"')
     for _ in range(3):
         engine.decide(Occasion("noop", "192.0.2.1"))
-    desk.fail_next("NOOP", "451", 2)
-    assert desk.pending() == {"noop": 2}
-    assert desk.counted() == [FaultCount(rule="x", phase="noop", action="reply 450 4.0.0", count=3)]
-    desk.reset()
-    assert desk.counted() == []
-    assert desk.pending() == {}
+    admin.fail_next("NOOP", "451", 2)
+    assert admin.pending() == {"noop": 2}
+    assert admin.counted() == [FaultCount(rule="x", phase="noop", action="reply 450 4.0.0", count=3)]
+    admin.reset()
+    assert admin.counted() == []
+    assert admin.pending() == {}
 
 
 def test_the_description_is_a_plan_that_means_the_defaults() -> None:

@@ -1,4 +1,4 @@
-"""The events that pages follow: one a second, the same for all, going on where they broke off."""
+"""Server-sent events: one per second, the same for all clients, continuing after the last one received."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Event(NamedTuple):
 
 
 class Sink:
-    """The page of a sink whose seconds pass when the test says so."""
+    """The page of a sink whose clock the test moves."""
 
     def __init__(self, made: Statistics, clock: Clock, port: int, scope: trio.CancelScope) -> None:
         self.receipts = made
@@ -55,14 +55,14 @@ class Sink:
 
 
 class Follower:
-    """A client of the events. Takes an answer for lines: each event is a chunk of its own."""
+    """A client of the events. Reads lines: each event is a chunk of its own."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._rest = b""
 
     async def line(self) -> str:
-        """Return the next line. Raise EOFError behind the last one."""
+        """Return the next line. Raise EOFError after the last one."""
         while b"\n" not in self._rest:
             data = await self._stream.receive_some()
             if not data:
@@ -96,7 +96,7 @@ async def sink(seconds: int = 3) -> AsyncIterator[Sink]:
             nursery.cancel_scope.cancel()
 
 
-async def test_a_stream_says_what_it_is() -> None:
+async def test_a_stream_has_its_type() -> None:
     async with sink() as running, running.follow() as events:
         head = []
         while line := await events.line():
@@ -106,7 +106,7 @@ async def test_a_stream_says_what_it_is() -> None:
         assert "cache-control: no-store" in head
 
 
-async def test_the_first_event_has_all_samples_and_each_second_has_one_more() -> None:
+async def test_the_first_event_has_all_samples() -> None:
     async with sink() as running, running.follow() as events:
         first = await events.event()
         assert (first.seconds, first.live["last"], first.live["generation"]) == ([1, 2, 3], 3, 0)
@@ -116,14 +116,14 @@ async def test_the_first_event_has_all_samples_and_each_second_has_one_more() ->
             assert (event.seconds, event.live["last"]) == ([second], second)
 
 
-async def test_what_an_event_says_is_what_live_says() -> None:
+async def test_an_event_is_what_live_returns() -> None:
     async with sink() as running, running.follow() as events, httpx.AsyncClient() as client:
         event = await events.event()
         assert event.live == (await client.get(f"{running.url}/api/live")).json()
 
 
 @pytest.mark.parametrize("way", ["after", "header"])
-async def test_a_stream_goes_on_where_it_broke_off(way: str) -> None:
+async def test_a_stream_continues_after_the_last_event(way: str) -> None:
     async with sink() as running:
         async with running.follow() as events:
             known = (await events.event()).id
@@ -134,12 +134,12 @@ async def test_a_stream_goes_on_where_it_broke_off(way: str) -> None:
 
 
 @pytest.mark.parametrize("known", ["7", "x.0.2", "..", "0.2", "x" * 1000, "%C3%A4.0.2"])
-async def test_whoever_knows_another_sink_gets_all_samples(known: str) -> None:
+async def test_a_client_of_another_sink_gets_all_samples(known: str) -> None:
     async with sink() as running, running.follow(after=known) as events:
         assert (await events.event()).seconds == [1, 2, 3]
 
 
-async def test_counters_that_start_over_are_an_event_of_their_own() -> None:
+async def test_a_reset_is_an_event_of_its_own() -> None:
     async with sink() as running, running.follow() as events:
         known = (await events.event()).id
         running.receipts.reset()
@@ -170,8 +170,8 @@ async def test_an_event_is_made_once_for_all_that_follow(monkeypatch: pytest.Mon
         assert made == 2
 
 
-async def test_a_stream_too_many_hears_so_and_a_place_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MOST_STREAMS", 2)
+async def test_a_stream_too_many_is_refused_until_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_STREAMS", 2)
     async with sink() as running, httpx.AsyncClient(base_url=running.url) as client:
         async with running.follow() as one:
             await one.event()
@@ -179,10 +179,10 @@ async def test_a_stream_too_many_hears_so_and_a_place_is_free_again(monkeypatch:
                 await two.event()
                 refused = await client.get("/api/events")
                 assert refused.status_code == 503
-                assert "ask /api/live instead" in refused.json()["error"]
+                assert "use /api/live" in refused.json()["error"]
                 assert (await client.get("/api/live")).status_code == 200
         status = "503"
-        while status == "503":  # it takes the server a turn to see that somebody has left
+        while status == "503":  # the server needs a turn to see that a client has left
             async with running.follow() as again:
                 status = (await again.line()).split(" ")[1]
         assert status == "200"
@@ -201,7 +201,7 @@ async def test_streams_end_with_the_sink() -> None:
             await events.event()
 
 
-async def test_a_stream_outlasts_the_patience_with_requests(autojump_clock: object) -> None:
+async def test_a_stream_outlasts_the_time_out_of_requests(autojump_clock: object) -> None:
     async with sink() as running, running.follow() as events:
         await events.event()
         for second in (4, 5, 6):

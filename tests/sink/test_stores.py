@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import stat
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -150,7 +152,7 @@ def test_a_json_line_is_one_line(tmp_path: Path) -> None:
 
 
 class Broken(Pieces):
-    """A body that can not be read."""
+    """A body that cannot be read."""
 
     def chunks(self) -> Iterator[bytes]:
         yield b"half"
@@ -196,3 +198,13 @@ def test_a_template_that_ends_with_a_slash_is_a_folder(tmp_path: Path) -> None:
     DumpStore(f"{tmp_path}/%Y/", is_single=True).write([message(b"x\r\n")])
     (file,) = (tmp_path / "2026").iterdir()
     assert file.read_bytes().endswith(b"x\n\n")
+
+
+def test_dumps_can_be_read_by_their_owner_only(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        DumpStore(str(tmp_path / "one."), is_single=True).write([message(b"x\r\n")])
+        DumpStore(str(tmp_path / "many"), is_single=False).write([message(b"x\r\n")])
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()] == [0o600, 0o600]

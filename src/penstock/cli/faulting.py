@@ -17,7 +17,7 @@ from penstock.config import ListenerSettings, Settings
 from penstock.server.connection import Component
 from penstock.sink.accept_all import ACCEPT_ALL_MECHANISMS, AcceptAllAuthenticator
 from penstock.sink.certificates import Certificates
-from penstock.sink.control import FaultDesk, FaultFile, describe_faults
+from penstock.sink.control import FaultAdmin, FaultFile, describe_faults
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.injector import fault_injection
 from penstock.sink.plan import NO_PLAN, PlanError, load_plan
@@ -99,7 +99,7 @@ class FaultInjection:
             raise click.ClickException(f"{fault_log}: {exc.strerror}") from exc
         self._engine = FaultEngine(receipts=self._log, has_magic=magic)
         self._certificates: Certificates | None = None
-        self.desk = FaultDesk(self._engine, self._log, seed=seed)
+        self.desk = FaultAdmin(self._engine, self._log, seed=seed)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> FaultInjection:
@@ -119,10 +119,12 @@ class FaultInjection:
             plan = NO_PLAN if self._plan_file is None else load_plan(self._plan_file)
         except PlanError as exc:
             raise click.ClickException(str(exc)) from exc
-        plan = self.letters.plan(plan, settings.hostname)
+        loaded, plan = plan, self.letters.plan(plan, settings.hostname)
         if self._seed is not None:
             plan = _replace(plan, seed=self._seed)
         self._engine.load(plan)
+        if self._plan_file is not None and plan.rule == loaded.rule:
+            self.desk.note_text(self._plan_file.read_text(encoding="utf-8"))
         names = dict.fromkeys([settings.own_hostname, "localhost", "127.0.0.1", "::1"])
         self._certificates = Certificates(list(names))
         self._certificates.put(folder)

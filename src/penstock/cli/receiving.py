@@ -71,7 +71,7 @@ _OPTIONS: Final = (
         "--keep",
         multiple=True,
         metavar="STORE",
-        help="Keep messages: last:N in memory (up to 16 MiB each), maildir:DIR, mbox:FILE or jsonl:FILE (up to 64 MiB "
+        help="Keep messages: last:N in memory (128 MiB in all), maildir:DIR, mbox:FILE or jsonl:FILE (up to 64 MiB "
         "each). May be repeated.",
     ),
     click.option(
@@ -83,6 +83,16 @@ _OPTIONS: Final = (
         metavar="TOKEN",
         help="Password of the web page and the API; required on addresses that other machines can reach "
         "[PENSTOCK_WEB_TOKEN].",
+    ),
+    click.option(
+        "--web-origin",
+        metavar="URL",
+        help="URL of the page behind a reverse proxy, such as https://mail.example.org/sink/.",
+    ),
+    click.option(
+        "--release",
+        metavar="HOST:PORT",
+        help="Let users of the page send kept messages on through this server.",
     ),
     click.option("-c", "--counters", is_flag=True, help="Print counters every second [default on a terminal]."),
     click.option("--receipts/--no-receipts", "counts", default=True, help="Collect statistics [default: yes]."),
@@ -106,6 +116,8 @@ class ReceivingOptions(NamedTuple):
     keep: tuple[str, ...] = ()
     web: str | None = None
     web_token: str | None = None
+    web_origin: str | None = None
+    release: str | None = None
     counters: bool = False
     counts: bool = True
 
@@ -119,6 +131,8 @@ class Receiving:
         self._stores = stores
         self._statistics: Statistics | None = None
         self._sockets: list[socket.socket] = []
+        self._origin: Any = None
+        self._hop: Any = None
         self._keeping: KeepingDelivery | None = None
         self._message_ids: MessageIdTracker | None = None
         self.metrics: Metrics | None = None
@@ -152,7 +166,10 @@ class Receiving:
             self._keeping = make_keeping(
                 [KeepSettings.parse(each) for each in options.keep], marks, self._stores, self._message_ids
             )
+        if options.web is None and (options.web_origin is not None or options.release is not None):
+            raise ValueError("--web-origin and --release need --web")
         if options.web is not None:
+            self._origin, self._hop = _web().web_settings(options.web_origin, options.release)
             self._sockets = _web().bind_web(options.web, options.web_token)
 
     @property
@@ -192,7 +209,14 @@ class Receiving:
                 from penstock.sink.web.app import make_app  # noqa: PLC0415 - needs the extra `web`
 
                 shelf = None if self._keeping is None else self._keeping.shelf
-                app = make_app(self._statistics, shelf=shelf, faults=faults, token=self._options.web_token)
+                app = make_app(
+                    self._statistics,
+                    shelf=shelf,
+                    faults=faults,
+                    token=self._options.web_token,
+                    origin=self._origin,
+                    hop=self._hop,
+                )
                 nursery.start_soon(_web().serve_web, app, self._sockets)
 
     async def _count(self) -> None:

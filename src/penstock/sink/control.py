@@ -1,11 +1,11 @@
-"""The desk where a running sink's faults are seen to: what the HTTP API and the receipts ask an engine for."""
+"""Administration of a running sink's faults: what the HTTP API and the statistics ask of a fault engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import tomli_w
@@ -18,25 +18,124 @@ from penstock.sink.plan import PlanSettings, parse_plan
 from penstock.sink.report import FaultCount
 
 
-class FaultDesk:
-    """The plan of an engine as text, and its counts as the report has them (see penstock.sink.statistics)."""
+class PlanExample(NamedTuple):
+    """A fault plan to start from."""
+
+    title: str
+    text: str
+
+
+EXAMPLES: Final = (
+    PlanExample(
+        "Mailbox full",
+        """\
+# One recipient has a full mailbox: refused for good at RCPT.
+[[rule]]
+name = "full"
+phase = "rcpt"
+match = { recipient = ["full@*"] }
+reply = "552 5.2.2 Mailbox full"
+""",
+    ),
+    PlanExample(
+        "Greylisting",
+        """\
+# The first attempt of each client, sender and recipient is deferred for a minute.
+[[rule]]
+name = "greylist"
+phase = "rcpt"
+greylist = { wait = 60 }
+""",
+    ),
+    PlanExample(
+        "Slow server",
+        """\
+# Replies to the end of a message are late: half of them by 0.2 s, one in a hundred by 5 s.
+[[rule]]
+name = "slow"
+phase = "dot"
+delay = { percentiles = [[50, 0.2], [90, 1.0], [99, 5.0]] }
+""",
+    ),
+    PlanExample(
+        "Temporary failures",
+        """\
+# One message in ten is deferred, the same ones in each run with this seed.
+seed = 1
+
+[[rule]]
+name = "busy"
+phase = "dot"
+match = { probability = 0.1 }
+reply = "451 4.3.0 Temporary failure, please try again later"
+""",
+    ),
+    PlanExample(
+        "Lost acknowledgment",
+        """\
+# One message in twenty is accepted, but the connection ends before the reply: the client sends it again (RFC 1047).
+[[rule]]
+name = "lost-reply"
+phase = "dot"
+match = { every = 20 }
+end = "drop"
+keeps = true
+""",
+    ),
+    PlanExample(
+        "Rate limit",
+        """\
+# Each client address may open 10 connections per second; more are refused.
+[[rule]]
+name = "too-fast"
+phase = "banner"
+rate = { per = "address", count = 10, seconds = 1 }
+""",
+    ),
+    PlanExample(
+        "Outages",
+        """\
+# The server is down for 30 seconds in every 5 minutes.
+[[rule]]
+name = "outage"
+phase = "connect"
+end = "reset"
+outage = { down = 30, every = 300 }
+""",
+    ),
+)
+"""Plans that a user can start from. Each is valid."""
+
+
+class FaultAdmin:
+    """The plan of a fault engine as text, and its counts (see penstock.sink.statistics)."""
 
     def __init__(self, engine: FaultEngine, log: FaultLog, *, seed: int | None = None) -> None:
-        """`log` is what the engine tells its faults; `seed` has the last word over that of every plan."""
+        """`log` is the one the engine records its faults in; `seed` overrides that of every plan."""
         self._engine = engine
         self._log = log
         self._seed = seed
+        self._text = ""
+        """The plan in force as its author wrote it."""
+        self._plan_of_text: PlanSettings | None = None
 
     def plan(self) -> str:
-        """Return the plan in force, as TOML, without what is the default."""
+        """Return the plan in force as TOML: with its comments if it came as text, else without default values."""
+        if self._plan_of_text is self._engine.plan:
+            return self._text
         return to_toml(self._engine.plan)
 
     def replace(self, text: str) -> None:
-        """Put another plan in force, in open sessions, too. Raise PlanError that names the key."""
+        """Put another plan in force, in open sessions too. Raise PlanError that names the key."""
         plan = parse_plan(text)
         if self._seed is not None:
             plan = msgspec.structs.replace(plan, seed=self._seed)
         self._engine.load(plan)
+        self.note_text(text)
+
+    def note_text(self, text: str) -> None:
+        """Let `plan` return this text as long as the plan that is in force now stays in force."""
+        self._text, self._plan_of_text = text, self._engine.plan
 
     def fail_next(self, phase: str, reply: str, count: int) -> None:
         """Give the next commands of a phase this reply. Raise ValueError."""
@@ -47,14 +146,14 @@ class FaultDesk:
         return self._engine.pending()
 
     def counted(self) -> Sequence[FaultCount]:
-        """Return how often each rule did what."""
+        """Return the number of faults by rule, phase and action."""
         return [
             FaultCount(rule=rule, phase=phase, action=action, count=count)
             for (rule, phase, action), count in sorted(self._log.counts.items())
         ]
 
     def reset(self) -> None:
-        """Start over: the counts, and the plan."""
+        """Reset the counts, and restart the plan."""
         self._engine.reset()
         self._log.clear()
 
@@ -98,7 +197,7 @@ def _now() -> str:
 
 
 def to_toml(plan: PlanSettings) -> str:
-    """Return a plan as TOML, without what is the default."""
+    """Return a plan as TOML, without default values."""
     return tomli_w.dumps(_changed(plan))
 
 
@@ -117,7 +216,7 @@ def _changed(value: msgspec.Struct) -> dict[str, Any]:
 
 
 def describe_faults() -> str:
-    """Return all that there is to know of plans and magic recipients: a plan that means the defaults, with comments."""
+    """Return the reference of fault plans and magic recipients: a plan of default values, with comments."""
     prose = "\n".join([(faults.__doc__ or "").partition("\n\n")[2].rstrip(), "", GRAMMAR.rstrip()])
     comments = "\n".join(f"# {line}".rstrip() for line in prose.splitlines())
     return f"{schema.describe(PlanSettings)}\n# ----\n\n{comments}\n"

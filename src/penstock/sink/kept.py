@@ -1,14 +1,14 @@
-"""Messages that a sink keeps, to be looked at: the last ones in memory, and all of them in files if wanted.
+"""Messages that a sink keeps: the last ones in memory, and all of them in files if wanted.
 
-    last:1000             the last 1,000 in memory, together at most 64 MiB
+    last:1000             the last 1,000 in memory, together at most 128 MiB
     maildir:DIR           each in a file of its own (https://cr.yp.to/proto/maildir.html)
     mbox:FILE             one file, "From " lines between, "From " within quoted with ">" (mboxrd, RFC 4155)
-    jsonl:FILE            one JSON object a line: id, received_at, sender, recipients, size, and `text` or `base64`
+    jsonl:FILE            one JSON object per line: id, received_at, sender, recipients, size, and `text` or `base64`
 
-A message's 250 is sent when it is in the file, so a sender that hears it finds it there; but nothing is synced to the
-disk, because a sink promises nothing beyond the life of the machine. What is kept is the text as it was received,
-without any field of the server's own. Files hold messages of any size, but for a line of JSON, which has at most
-64 MiB; in memory a message has at most 16 MiB, and is shown cut when it is longer.
+The 250 is sent after the message was written, so a sender that reads it finds the message in the file. Nothing is
+synced to the disk: a sink promises nothing beyond the life of the machine. What is kept is the text as it was received,
+without header fields of the server. Files take messages of any size, except a line of JSON: at most 64 MiB. A message
+of more than 128 MiB does not fit into memory: its first MiB is kept there, and the message is marked as cut.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from email import policy
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -35,19 +34,19 @@ from penstock.sink.messageids import MessageIdTracker
 from penstock.sink.stores import JsonLinesStore, MaildirStore, MboxStore, Store, Undo
 from penstock.transaction import Transaction
 
-_MOST_OCTETS: Final = 64 << 20
-_MOST_MESSAGES: Final = 100_000
+_MAX_OCTETS: Final = 128 << 20
+"""Octets of all messages in memory."""
+_MAX_MESSAGES: Final = 100_000
 _DEFAULT_MESSAGES: Final = 1000
-_MOST_IN_BATCH: Final = 256
-_MOST_LARGE: Final = 2
-"""Messages that were too long for the memory of a session, and are read and written at a time."""
-_MOST_HEADER: Final = 65_536
-"""Octets of a header that are looked at."""
+_MAX_BATCH: Final = 256
+"""Messages that are written together."""
+_MAX_READERS: Final = 2
+"""Bodies in files that are read and written at a time."""
+_CUT_AT: Final = 1 << 20
+"""Octets that are kept of a message that does not fit into memory."""
+_MAX_HEADER: Final = 65_536
+"""Octets of a header that are searched."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_SUBJECT: Final = re.compile(rb"^Subject:((?:[^\r\n]|\r\n[ \t])*)", re.IGNORECASE | re.MULTILINE)
-_MOST_SUBJECT: Final = 2000
-
-
 _TOO_LONG: Final = Reply(552, "5.3.4", "The message is too long to be kept")
 _STORES: Final[dict[str, Callable[[Path], Store]]] = {
     "maildir": MaildirStore,
@@ -57,23 +56,25 @@ _STORES: Final[dict[str, Callable[[Path], Store]]] = {
 
 
 class KeepSettings(NamedTuple):
-    """What `--keep` asks for."""
+    """The value of `--keep`."""
 
     kind: str
     """last, maildir, mbox or jsonl."""
     path: Path | None = None
     messages: int = _DEFAULT_MESSAGES
-    """How many are in memory."""
+    """Messages in memory."""
 
     @classmethod
     def parse(cls, text: str) -> KeepSettings:
-        """Read "last:1000" or "maildir:DIR". Raise ValueError that shows the forms there are."""
+        """Read "last:1000" or "maildir:DIR". Raise ValueError that shows the valid forms."""
         kind, _, rest = text.partition(":")
-        if kind == "last" and rest.isascii() and rest.isdigit() and 1 <= int(rest) <= _MOST_MESSAGES:
+        if kind == "last" and rest.isascii() and rest.isdigit() and 1 <= int(rest) <= _MAX_MESSAGES:
             return cls(kind, None, int(rest))
         if kind in _STORES and rest:
             return cls(kind, Path(rest))
-        raise ValueError(f"{text!r} is none of last:N (1 to {_MOST_MESSAGES}), maildir:DIR, mbox:FILE, jsonl:FILE")
+        raise ValueError(
+            f"cannot keep {text!r}: expected last:N (N from 1 to {_MAX_MESSAGES}), maildir:DIR, mbox:FILE or jsonl:FILE"
+        )
 
 
 @dataclass(slots=True)
@@ -86,112 +87,109 @@ class KeptMessage:
     sender: str
     recipients: tuple[str, ...]
     size: int
-    """Octets of the text as it came."""
-    raw: bytes
-    """The text; its beginning when `is_cut`."""
+    """Octets of the message as it was received."""
+    raw: bytes = field(repr=False)
+    """The message as it was received; its first octets when `is_cut`."""
     is_cut: bool = False
-    """The text was too long to be kept whole."""
-    _subject: str | None = field(default=None, repr=False)
-
-    @property
-    def subject(self) -> str:
-        """The Subject field, decoded; "" without one. Reads the header at the first look."""
-        if self._subject is None:
-            self._subject = read_subject(self.raw)
-        return self._subject
+    """The message is larger than all room in memory."""
+    is_read: bool = False
+    """A user has opened it."""
+    summary: object = field(default=None, repr=False)
+    """What lists show of it: filled in by penstock.sink.web.view, once."""
 
 
 def header_of(raw: bytes) -> bytes:
-    """Return the header of a text, the first 64 KiB of it at most."""
+    """Return the header of a message, the first 64 KiB of it at most."""
     if raw.startswith(b"\r\n"):
         return b""
-    end = raw.find(b"\r\n\r\n", 0, _MOST_HEADER)
-    return raw[: end + 2 if end >= 0 else _MOST_HEADER]
-
-
-def read_subject(raw: bytes) -> str:
-    """Return the Subject of a text, at most 500 characters, decoded from at most 2,000 octets: sessions wait for it."""
-    found = _SUBJECT.search(header_of(raw))
-    if found is None:
-        return ""
-    try:
-        field = found[1][:_MOST_SUBJECT].decode("ascii", "surrogateescape")
-        return str(policy.default.header_fetch_parse("Subject", field)).strip()[:500]
-    except Exception as exc:  # noqa: BLE001 - the email package throws much at malformed fields
-        return f"(unreadable: {type(exc).__name__})"
+    end = raw.find(b"\r\n\r\n", 0, _MAX_HEADER)
+    return raw[: end + 2 if end >= 0 else _MAX_HEADER]
 
 
 # ---- in memory
 
 
 class Shelf:
-    """The last messages, bounded in count and octets. One that alone is more than a quarter of that is kept cut."""
+    """The last messages, bounded in count and octets: the oldest make room for new ones."""
 
-    def __init__(self, count: int = _DEFAULT_MESSAGES, octets: int = _MOST_OCTETS) -> None:
-        if count < 1 or octets < 4:
-            raise ValueError("a shelf has room for at least one message")
+    def __init__(self, count: int = _DEFAULT_MESSAGES, octets: int = _MAX_OCTETS) -> None:
+        if count < 1 or octets < 1:
+            raise ValueError("a shelf needs room for at least one message")
         self.count = count
         """Messages there is room for."""
-        self.longest = octets // 4
-        """Octets of a message that are kept."""
-        self._most = octets
+        self.room = octets
+        """Octets there is room for."""
         self._put = 0
         """Messages that were ever put here: the place of the last one."""
         self._messages: dict[str, tuple[int, KeptMessage]] = {}
-        """Each with its place, by their ids."""
+        """Each with its place, by id."""
         self._deleted: dict[str, int] = {}
-        """The places of the last ones that were deleted, as many as there is room for messages."""
+        """The places of the last deleted messages, at most `count`."""
         self.octets = 0
         """Octets that are kept."""
+        self.changes = 0
+        """Goes up with each message that comes, is deleted, or is marked as read."""
 
     def __len__(self) -> int:
         return len(self._messages)
 
     def put(self, message: KeptMessage) -> None:
-        """Keep a message, and forget the oldest where there is no room."""
-        if len(message.raw) > self.longest:
-            message.raw = message.raw[: self.longest]
+        """Keep a message, and drop the oldest ones to make room. One larger than all room is cut, and marked."""
+        if len(message.raw) > self.room:
+            message.raw = message.raw[: min(_CUT_AT, self.room)]
             message.is_cut = True
         self._put += 1
+        self.changes += 1
         self._messages[message.id] = (self._put, message)
         self.octets += len(message.raw)
-        while len(self._messages) > self.count or self.octets > self._most:
-            self._take(next(iter(self._messages)))
+        while len(self._messages) > self.count or self.octets > self.room:
+            self._remove(next(iter(self._messages)))
 
     def get(self, name: str) -> KeptMessage | None:
         """Return a message by its id."""
         _, message = self._messages.get(name, (0, None))
         return message
 
+    def mark(self, name: str, *, is_read: bool) -> bool:
+        """Mark a message as read or unread. Return False when it is not there."""
+        message = self.get(name)
+        if message is None:
+            return False
+        self.changes += message.is_read is not is_read
+        message.is_read = is_read
+        return True
+
     def delete(self, name: str) -> bool:
-        """Forget a message. Return False when it is not there."""
-        place = self._take(name)
+        """Delete a message. Return False when it is not there."""
+        place = self._remove(name)
         if place:
+            self.changes += 1
             self._deleted[name] = place
             if len(self._deleted) > self.count:
                 del self._deleted[next(iter(self._deleted))]
         return place > 0
 
-    def _take(self, name: str) -> int:
-        """Take a message away, and return its place; 0 when it is not there."""
+    def _remove(self, name: str) -> int:
+        """Remove a message, and return its place; 0 when it is not there."""
         place, gone = self._messages.pop(name, (0, None))
         if gone is not None:
             self.octets -= len(gone.raw)
         return place
 
     def clear(self) -> int:
-        """Forget all messages, and return how many they were."""
+        """Delete all messages, and return their number."""
         count = len(self._messages)
         self._messages.clear()
         self._deleted.clear()
         self.octets = 0
+        self.changes += 1
         return count
 
     def newest(self, limit: int, before: str | None = None) -> list[KeptMessage]:
-        """Return up to `limit` messages, the newest first; those that were put before a message when it is named.
+        """Return up to `limit` messages, the newest first; with `before`, those put before the message of that id.
 
-        One that was deleted still has its place. All there are came later than one that was pushed out, and none
-        before one that was never there, or is not among the last that were deleted.
+        A deleted message still has its place. Nothing is before a message that had to make room, that was never there,
+        or that is not among the last deleted ones.
         """
         end = self._put + 1
         if before is not None:
@@ -204,25 +202,25 @@ class Shelf:
 
 
 class HeaderMarks:
-    """Takes the mark of each message out of a header field that the user names."""
+    """Reads the sequence tag of each message from a header field that the user names."""
 
     def __init__(self, name: str, book: Callable[[], SequenceTracker]) -> None:
-        """Raise ValueError when there can be no such field."""
+        """Raise ValueError when the name cannot be one of a header field (RFC 5322 3.6.8)."""
         if not re.fullmatch(r"[!-9;-~]{1,70}", name):
-            raise ValueError(f"{name!r} is no name of a header field")
+            raise ValueError(f"{name!r} is not a header field name")
         self._field = re.compile(
             rb"^" + re.escape(name.encode()) + rb":(?:[ \t]|\r\n[ \t])*([^\r\n]*)", re.IGNORECASE | re.MULTILINE
         )
-        self._book = book
+        self._tracker = book
 
     def take(self, raw: bytes) -> None:
-        """Take the mark of a message that is accepted."""
+        """Record the tag of an accepted message."""
         found = self._field.search(header_of(raw))
         counter = None if found is None else parse_counter(found[1].decode("ascii", "replace"))
         if counter is None:
-            self._book().mark("")
+            self._tracker().mark("")
         else:
-            self._book().note(*counter)
+            self._tracker().note(*counter)
 
 
 class _Waiting:
@@ -238,7 +236,7 @@ class _Waiting:
 
 
 class KeepingDelivery(Delivery):
-    """Keeps messages, on a shelf and in files (penstock.delivery.base). Its 250 promises that they are there."""
+    """Keeps messages in memory and in files (penstock.delivery.base). Its 250 promises that they are there."""
 
     def __init__(
         self,
@@ -251,15 +249,13 @@ class KeepingDelivery(Delivery):
         self._stores = stores
         self._marks = marks
         self._message_ids = message_ids
-        self._looked_at = shelf.longest if shelf is not None else _MOST_HEADER if marks or message_ids else 0
-        """Octets of a text that are wanted in memory."""
-        self._most_octets = min((store.most_octets for store in stores if store.most_octets is not None), default=None)
+        self._max_octets = min((store.most_octets for store in stores if store.most_octets is not None), default=None)
         self._waiting: list[_Waiting] = []
         self._work = trio.Event()
         self._is_closing = False
         self._has_finished: trio.Event | None = None
         """Set when the files are closed; None before they are opened."""
-        self._large = trio.Semaphore(_MOST_LARGE)
+        self._readers = trio.Semaphore(_MAX_READERS)
         self.failures = 0
         """Messages that could not be written."""
         self.last_failure = ""
@@ -277,30 +273,38 @@ class KeepingDelivery(Delivery):
         if getattr(message.body, "in_memory", False):
             kept = self._read(message)
         else:
-            async with self._large:
+            async with self._readers:
                 kept = await trio.to_thread.run_sync(self._read, message)
-        if self._most_octets is not None and kept.size > self._most_octets:
-            return _TOO_LONG.because(f"a line of JSON has at most {self._most_octets} octets of text")
+        if self._max_octets is not None and kept.size > self._max_octets:
+            return _TOO_LONG.because(f"a line of JSON holds at most {self._max_octets} octets of text")
         if not self._stores:
             return self._kept(kept)
         waiting = _Waiting(message, kept)
         self._waiting.append(waiting)
         self._work.set()
-        await waiting.written.wait()
+        # Shielded: the thread that writes reads the body, which its owner closes when this returns or raises.
+        with trio.CancelScope(shield=True):
+            await waiting.written.wait()
         assert waiting.reply is not None
         return waiting.reply
 
     def _read(self, message: Message) -> KeptMessage:
-        """Return a message as the shelf has it, its text as far as that is looked at. May read the disk."""
+        """Return a message as it is kept in memory, with as much of its text as is wanted. May read the disk."""
         envelope, size = message.envelope, message.body.size
         recipients = tuple(recipient.path.text for recipient in envelope.recipients)
-        raw = _beginning(message.body.chunks(), self._looked_at)
+        raw = _beginning(message.body.chunks(), self._wanted(size))
         return KeptMessage(
             message.id, message.received_at, envelope.sender.text, recipients, size, raw, is_cut=len(raw) < size
         )
 
+    def _wanted(self, size: int) -> int:
+        """Return how many octets of a message are wanted in memory."""
+        if self.shelf is None:
+            return _MAX_HEADER if self._marks is not None or self._message_ids is not None else 0
+        return size if size <= self.shelf.room else min(_CUT_AT, self.shelf.room)
+
     def _kept(self, message: KeptMessage) -> Reply:
-        """Show a message that is where it should be."""
+        """Make a message visible that was written to all files."""
         if self._marks is not None:
             self._marks.take(message.raw)
         if self._message_ids is not None:
@@ -310,13 +314,13 @@ class KeepingDelivery(Delivery):
         return Reply(250, "2.0.0", f"Ok: kept as {message.id}")
 
     async def _write_all(self) -> None:
-        """Write what comes, until `aclose`. A system task: the sessions and the worker end before it."""
+        """Write waiting messages until `aclose`. A system task: it outlives the sessions and the worker."""
         assert self._has_finished is not None
         while self._waiting or not self._is_closing:
             await self._work.wait()
             self._work = trio.Event()
             while self._waiting:
-                batch, self._waiting = self._waiting[:_MOST_IN_BATCH], self._waiting[_MOST_IN_BATCH:]
+                batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
                 await self._write(batch)
         for store in self._stores:
             await trio.to_thread.run_sync(store.close)
@@ -329,14 +333,14 @@ class KeepingDelivery(Delivery):
         undos: list[Undo] = []
         try:
             for store in self._stores:
-                undos.append(await trio.to_thread.run_sync(store.write, messages))  # noqa: PERF401 - one may throw
+                undos.append(await trio.to_thread.run_sync(store.write, messages))  # noqa: PERF401 - one may raise
         except Exception as exc:  # noqa: BLE001 - whatever it is, these messages were not kept
             is_full = isinstance(exc, OSError) and exc.errno in _FULL
             failure = (replies.DISK_FULL if is_full else replies.TRY_LATER).because(str(exc))
             self.failures += len(batch)
             self.last_failure = str(exc)
             for undo in reversed(undos):
-                with contextlib.suppress(OSError):  # it stays there, as a message does whose 250 nobody hears
+                with contextlib.suppress(OSError):  # a message without a 250 may stay: its sender tries again
                     await trio.to_thread.run_sync(undo)
         for each in batch:
             each.reply = failure or self._kept(each.kept)
@@ -367,7 +371,7 @@ def make_keeping(
     stores: Sequence[Store] = (),
     message_ids: MessageIdTracker | None = None,
 ) -> KeepingDelivery:
-    """Return the delivery that keeps what the settings ask for, in further stores, too, and takes a header's marks."""
+    """Return the delivery that keeps what the settings ask for, in further stores too, and reads tags from a header."""
     counts = [each.messages for each in settings if each.kind == "last"]
     shelf = Shelf(max(counts, default=_DEFAULT_MESSAGES)) if settings else None
     asked = [_STORES[each.kind](each.path) for each in settings if each.path is not None]

@@ -1,8 +1,9 @@
 """Files that a sink keeps messages in: a Maildir, an mbox, JSON lines, and the dumps of Postfix's smtp-sink.
 
-One thread writes for all sessions, many messages at a time. What is written is the text as it was received, without
-any field of the server's own but for those of a dump. A text is read in pieces, so that one of any length costs no
-memory; a line of JSON has to be whole, and has a bound. A file that could not be written to is as long as before.
+One thread writes for all sessions, many messages at a time. What is written is the text as it was received; only dumps
+have header fields of the server. A text is read in pieces, so that its length costs no memory; a line of JSON is built
+in memory, and has a bound. After a failed write a file is as long as before. New files have mode 0600, whatever
+the umask allows, and the folders of a Maildir 0700: mail is private.
 """
 
 from __future__ import annotations
@@ -28,27 +29,28 @@ from penstock.message import Message, Recipient
 _FROM: Final = re.compile(rb"^(>*From )", re.MULTILINE)
 _LONG: Final = 1 << 20
 """Octets of a line that is written in several pieces."""
-_MOST_IN_LINE: Final = 64 << 20
+_MAX_LINE: Final = 64 << 20
+"""Octets of the text in a line of JSON."""
 
 
 Undo = Callable[[], None]
-"""Takes messages back that were written, because another store could not. Raise OSError."""
+"""Removes messages that were written, because another store could not write them. Raises OSError."""
 
 
 class Store(Protocol):
-    """Where messages are written to, by one thread."""
+    """Where one thread writes messages to."""
 
     most_octets: int | None
-    """Octets of a text it takes; None takes any."""
+    """Octets of a text it accepts; None for any number."""
 
     def open(self) -> None:
-        """Make what is needed. Raise OSError with the path."""
+        """Open or create the files. Raise OSError with the path."""
 
     def write(self, messages: Sequence[Message]) -> Undo:
-        """Write messages so that others can read them, all or none. Return what takes them back. Raise OSError."""
+        """Write messages so that others can read them, all or none. Return what removes them. Raise OSError."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Close the files."""
 
 
 class MaildirStore:
@@ -62,7 +64,7 @@ class MaildirStore:
         self._host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
 
     def open(self) -> None:
-        """Make the folders."""
+        """Create the folders."""
         for name in ("tmp", "new", "cur"):
             (self._path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -80,7 +82,7 @@ class MaildirStore:
         except OSError:
             unfinished.unlink(missing_ok=True)
             raise
-        return partial(finished.unlink, missing_ok=True)  # somebody may have read it already, and moved it
+        return partial(finished.unlink, missing_ok=True)  # a mail reader may have moved it
 
     def close(self) -> None:
         """Do nothing."""
@@ -96,7 +98,7 @@ class _FileStore:
         self._file: BinaryIO | None = None
 
     def open(self) -> None:
-        """Open the file behind what it has."""
+        """Open the file to append to it."""
         self._file = _open_private(self._path, "ab")
 
     def write(self, messages: Sequence[Message]) -> Undo:
@@ -130,9 +132,9 @@ class MboxStore(_FileStore):
 
 
 class JsonLinesStore(_FileStore):
-    """A file of JSON objects, one a line."""
+    """A file of JSON objects, one per line."""
 
-    most_octets: int | None = _MOST_IN_LINE
+    most_octets: int | None = _MAX_LINE
 
     def _pieces(self, message: Message) -> Iterator[bytes]:
         envelope, raw = message.envelope, b"".join(message.body.chunks())
@@ -173,13 +175,13 @@ def unescape(text: str) -> bytes:
 class DumpStore:
     """The files of smtp-sink's -d (one for each message) and -D (one for many): see "DUMP FILE FORMAT" in smtp-sink(1).
 
-    The parameters of MAIL and RCPT stand in an order of their own, whatever that of the client was.
+    The parameters of MAIL and RCPT are written in a fixed order, not in that of the client.
     """
 
     most_octets: int | None = None
 
     def __init__(self, template: str, *, is_single: bool, start: bytes = b"") -> None:
-        """`template` is expanded by strftime(3), in local time; `start` stands before each message."""
+        """`template` is expanded by strftime(3), in local time; `start` is written before each message."""
         self._template = template
         self._is_single = is_single
         self._start = start
@@ -194,20 +196,20 @@ class DumpStore:
     def _write(self, message: Message) -> Undo:
         path, number = time.strftime(self._template, time.localtime(message.received_at)), os.urandom(8).hex()
         folder, slash, _ = path.rpartition("/")
-        if slash:  # "dump/" has a folder, too: the name in it is the number
+        if slash:  # "dump/" is a folder: the name of the file is the number
             Path(folder or "/").mkdir(parents=True, exist_ok=True)
         if not self._is_single:
             with _open_private(Path(path), "ab") as file:
                 size = _append(file, self._pieces(message, number))
             return partial(os.truncate, path, size)
-        file_of_its_own = Path(path + number)
-        with _open_private(file_of_its_own, "xb") as file:
+        unique = Path(path + number)
+        with _open_private(unique, "xb") as file:
             try:
                 _write_all(file, self._pieces(message, number))
             except OSError:
-                file_of_its_own.unlink(missing_ok=True)
+                unique.unlink(missing_ok=True)
                 raise
-        return file_of_its_own.unlink
+        return unique.unlink
 
     def _pieces(self, message: Message, number: str) -> Iterator[bytes]:
         yield self._start
@@ -223,7 +225,7 @@ class DumpStore:
 
 
 def _head_of(message: Message, number: str) -> bytes:
-    """Return the fields that smtp-sink writes above a message."""
+    """Return the header fields that smtp-sink writes above a message."""
     envelope = message.envelope
     found = _RECEIVED.match(message.prefix)
     assert found is not None
@@ -259,7 +261,7 @@ def _rcpt_of(recipient: Recipient) -> str:
 
 
 def _each(messages: Sequence[Message], write: Callable[[Message], Undo]) -> Undo:
-    """Write one message after the other. Return what takes all of them back, the last one first."""
+    """Write one message after the other. Return what removes all of them, the last one first."""
     undos: list[Undo] = []
 
     def undo() -> None:
@@ -268,7 +270,7 @@ def _each(messages: Sequence[Message], write: Callable[[Message], Undo]) -> Undo
 
     try:
         for message in messages:
-            undos.append(write(message))  # noqa: PERF401 - one may throw
+            undos.append(write(message))  # noqa: PERF401 - one may raise
     except OSError:
         undo()
         raise
@@ -276,7 +278,7 @@ def _each(messages: Sequence[Message], write: Callable[[Message], Undo]) -> Undo
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Yield a text with LF in the place of CR LF, in pieces, and whether each begins a line.
+    """Yield a text with LF instead of CR LF, in pieces, and whether each begins a line.
 
     A piece ends with a line, unless the line is very long or the last one.
     """
@@ -324,12 +326,12 @@ def _open_private(path: Path, mode: str) -> BinaryIO:
 
 
 def _append(file: BinaryIO, pieces: Iterable[bytes]) -> int:
-    """Write pieces at the end of a file, all of them or none. Return how long it was."""
+    """Append pieces to a file, all of them or none. Return its previous length."""
     size = os.fstat(file.fileno()).st_size
     try:
         _write_all(file, pieces)
     except OSError:
-        with suppress(OSError):  # a device, which has no length
+        with suppress(OSError):  # a device has no length
             os.ftruncate(file.fileno(), size)
         raise
     return size

@@ -1,41 +1,48 @@
-"""The HTTP API of a sink, and the page that stands on it.
+"""The HTTP API of a sink, and its page.
 
-    GET    /                            the live page
+    GET    /                            the page
     GET    /api/health                  {"status": "ok"}
     GET    /api/receipts                the whole report (penstock.sink.report)
-    GET    /api/live?after=N            what changes: totals, and the samples behind the N-th
-    GET    /api/events?after=ID         the same as server-sent events, one a second
-    POST   /api/receipts/reset          all counters start over
-    GET    /api/plan                    the fault plan in force, TOML
-    PUT    /api/plan                    another one; 400 names the key that is wrong
+    POST   /api/receipts/reset          reset all counters
+    GET    /api/live?after=N            what changes: totals, and the samples after the N-th
+    GET    /api/events?after=ID         the same as server-sent events, one per second
+    GET    /api/history                 the whole run in at most 720 samples
+    GET    /api/plan                    the fault plan in force, TOML, with its comments
+    PUT    /api/plan                    replace it; 400 names the wrong key
+    POST   /api/plan/check              check a plan without using it: {"error": "", "rules": [...]}
+    GET    /api/plan/examples           plans to start from
     POST   /api/fail-next               {"phase": "RCPT", "reply": "452 4.2.2 Full", "count": 3}
-    GET    /api/messages?q=&limit=&before=      kept messages, the newest first
-    DELETE /api/messages                forget them all
-    GET    /api/messages/ID             headers and parts;  DELETE forgets it
-    GET    /api/messages/ID/raw         the text as it was received
-    GET    /api/messages/ID/parts/N     a part, decoded
+    GET    /api/messages?q=&limit=&before=      kept messages, the newest first; q: see penstock.sink.web.search
+    DELETE /api/messages?q=             delete the messages that match, all of them without q
+    GET    /api/messages/ID             header and parts
+    PATCH  /api/messages/ID             {"is_read": true}
+    DELETE /api/messages/ID             delete it
+    GET    /api/messages/ID/raw         the message as it was received
+    POST   /api/messages/ID/release     {"recipients": ["a@example.org"]}: send it on through the hop of --release
+    GET    /api/messages/ID/parts/N     a part, decoded, whole
+    GET    /api/messages/ID/parts/N/view?remote=    an HTML or text part as UTF-8; HTML is made fit for a frame
 
-`before` is the id of a message: the list goes on with those that were kept before it, in the order in which they were
-kept, which need not be that of their ids. A message that was deleted meanwhile still has its place; one that has made
-room for others, or was never there, has nothing before it, so a list that is read page by page ends. What is kept in
-the meantime is in none of the further pages.
+`before` is the id of a message: the list continues with those kept before it, in the order in which they were kept,
+which need not be the order of their ids. A deleted message still has its place; nothing is before a message that had to
+make room for others or was never there, so a list that is read page by page ends. Messages kept in the meantime appear
+on none of the further pages.
 
-Errors are {"error": "..."} with 400, 401, 403, 404, 408, 409, 413, 421 or 503.
+Errors are {"error": "..."} with 400, 401, 403, 404, 405, 408, 409, 413, 421, 502 or 503. Unknown query parameters are
+an error. Parts that are not kept whole are 409, never shortened.
 
 What all pages ask for once a second is made once a second, however many they are. Most of them follow the events: each
-is what /api/live gives, behind the sample that the event before had as its last. An event's id names this sink, the
-generation of its counters and that sample; whoever comes again with it (`Last-Event-ID`, or `after`) gets what was
-missed, or all samples when the id is of another sink or generation. Beyond 50 streams the answer is 503, and there is
-/api/live, which scripts may like better anyway.
+has what /api/live returns after the last sample of the event before. An event's id names this sink, the generation of
+its counters and that sample; a client that comes back with it (`Last-Event-ID`, or `after`) gets what it missed, or all
+samples when the id is from another sink or generation. More than 50 streams are refused with 503; /api/live remains.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Final
-from urllib.parse import quote
 
 import msgspec
 import trio
@@ -44,110 +51,94 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from penstock.sink.kept import KeptMessage, Shelf
+from penstock.sink.control import EXAMPLES
+from penstock.sink.kept import Shelf
+from penstock.sink.plan import parse_plan
 from penstock.sink.report import FaultCount, Report, Sample, encode
 from penstock.sink.statistics import FaultControl, Statistics
-from penstock.sink.web import mime
-from penstock.sink.web.guard import PART_POLICY, App, Guard, Receive, Scope, Send
+from penstock.sink.web.answers import Refused, as_json, check_parameters, number_of, read_json, wait_until_gone
+from penstock.sink.web.guard import App, Guard, Receive, Scope, Send, WebOrigin
+from penstock.sink.web.history import History
+from penstock.sink.web.messages import MessagesApi
+from penstock.sink.web.release import Hop
 
 _PAGE: Final = Path(__file__).parent / "page"
-_MOST_LISTED: Final = 200
-_LISTED: Final = 50
-_MOST_QUERY: Final = 200
 _FRESH: Final = 0.5
-"""Seconds for which the answer to /api/live is given again."""
-_LAST_MESSAGES: Final = 12
-MOST_STREAMS: Final = 50
-"""Clients that follow /api/events at a time; half of the connections that there are."""
-_AGAIN: Final = 1000
-"""Milliseconds until a browser tries again when a stream broke off."""
+"""Seconds for which a report is used again."""
+MAX_STREAMS: Final = 50
+"""Clients that follow /api/events at a time: half of the connections."""
+_RETRY: Final = 1000
+"""Milliseconds after which a browser opens a broken stream again."""
 
 Meta = msgspec.Meta
 
 
 class FailNext(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What /api/fail-next is sent."""
+    """The body of /api/fail-next."""
 
     phase: Annotated[str, Meta(min_length=1, max_length=20)]
     reply: Annotated[str | int, Meta(description='"452 4.2.2 Mailbox full", "452" or 452')]
     count: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
 
 
-class MessageLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A message in a list."""
-
-    id: str
-    received_at: float
-    sender: str
-    recipients: list[str]
-    subject: str
-    size: int
-
-
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """What a page shows: the report without what is long."""
+    """What a page shows: the report without its long parts."""
 
-    generation: Annotated[int, Meta(description="Goes up when the counters start over")]
+    generation: Annotated[int, Meta(description="Incremented when the counters are reset")]
     report: Report
-    samples: Annotated[list[Sample], Meta(description="Behind the one that was asked for, the newest at the end")]
-    last: Annotated[int, Meta(description="Ask for what is behind this next time")]
+    samples: Annotated[list[Sample], Meta(description="After the sample that the client named, the newest last")]
+    last: Annotated[int, Meta(description="The number to send as `after` next time")]
     faults: list[FaultCount]
-    pending: Annotated[dict[str, int], Meta(description="What fail-next still waits for")]
-    has_plan: Annotated[bool, Meta(description="There is an engine of fault plans")]
-    keeps: Annotated[int, Meta(description="How many messages are kept at most; 0 keeps none")]
-    kept: Annotated[int, Meta(description="How many are kept now")]
-    messages: Annotated[list[MessageLine], Meta(description="The last ones that are kept, the newest first")]
-
-
-class _Refused(Exception):  # noqa: N818 - an answer, not an accident
-    def __init__(self, status: int, error: str) -> None:
-        super().__init__(error)
-        self.status = status
-        self.error = error
-
-
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+    pending: Annotated[dict[str, int], Meta(description="Commands that fail-next will still fail, by phase")]
+    has_plan: Annotated[bool, Meta(description="Fault plans are available")]
+    keeps: Annotated[int, Meta(description="How many messages are kept at most; 0: none")]
+    kept: Annotated[int, Meta(description="How many messages are kept now")]
+    mail_changes: Annotated[int, Meta(description="Incremented with each change of the kept mail")]
+    release_hop: Annotated[str, Meta(description="Where released messages go; empty: they cannot be released")]
 
 
 async def _refuse(_: Request, exc: Exception) -> Response:
-    assert isinstance(exc, _Refused)
-    return _json({"error": exc.error}, exc.status)
+    assert isinstance(exc, Refused)
+    return as_json({"error": exc.error}, exc.status)
 
 
-async def _not_found(_: Request, __: Exception) -> Response:
-    return _json({"error": "there is no such page"}, 404)
+async def _not_found(request: Request, _: Exception) -> Response:
+    return as_json({"error": f"unknown path {request.url.path[:200]!r}"}, 404)
 
 
-async def _wrong_method(_: Request, __: Exception) -> Response:
-    return _json({"error": "this page has no such method"}, 405)
+async def _wrong_method(request: Request, exc: Exception) -> Response:
+    allowed = (getattr(exc, "headers", None) or {}).get("Allow", "")
+    return as_json({"error": f"{request.method} is not allowed here; expected one of: {allowed}"}, 405)
 
 
 class SinkApi:
-    """The handlers of the API."""
+    """The handlers of statistics and faults."""
 
     def __init__(
         self,
-        receipts: Statistics,
+        statistics: Statistics,
         *,
         shelf: Shelf | None = None,
         faults: FaultControl | None = None,
+        hop: Hop | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
-        self._receipts = receipts
+        self._statistics = statistics
         self._shelf = shelf
         self._faults = faults
+        self._hop = hop
         self._clock = clock
-        self._made_at = -1.0
-        self._made: tuple[Report, list[MessageLine]] | None = None
+        self._report: Report | None = None
+        self._report_at = -1.0
         self._generation = -1
         self._name = secrets.token_hex(4)
         self._streams = 0
         self._events: dict[int, bytes] = {}
         self._events_of = ""
+        self.history = History(statistics)
 
     def routes(self) -> list[Route]:
-        """Return where each handler is found."""
+        """Return the routes of the handlers."""
         return [
             *(Route(path, _file(name)) for path, name in _FILES.items()),
             Route("/api/health", self.health),
@@ -155,67 +146,78 @@ class SinkApi:
             Route("/api/receipts/reset", self.reset, methods=["POST"]),
             Route("/api/live", self.live),
             Route("/api/events", self.events),
+            Route("/api/history", self.whole_run),
             Route("/api/plan", self.plan),
             Route("/api/plan", self.replace_plan, methods=["PUT"]),
+            Route("/api/plan/check", self.check_plan, methods=["POST"]),
+            Route("/api/plan/examples", self.examples),
             Route("/api/fail-next", self.fail_next, methods=["POST"]),
-            Route("/api/messages", self.messages),
-            Route("/api/messages", self.forget_all, methods=["DELETE"]),
-            Route("/api/messages/{name}", self.message),
-            Route("/api/messages/{name}", self.forget, methods=["DELETE"]),
-            Route("/api/messages/{name}/raw", self.raw),
-            Route("/api/messages/{name}/parts/{number:int}", self.part),
         ]
 
-    # ---- receipts
+    # ---- statistics
 
-    async def health(self, _: Request) -> Response:
-        """Say that the loop has its turns."""
-        return _json({"status": "ok"})
+    async def health(self, request: Request) -> Response:
+        """Answer, which shows that the loop of the sessions runs."""
+        check_parameters(request)
+        return as_json({"status": "ok"})
 
-    async def receipts(self, _: Request) -> Response:
+    async def receipts(self, request: Request) -> Response:
         """Return the whole report."""
-        return Response(encode(self._receipts.report()), media_type="application/json")
+        check_parameters(request)
+        return Response(encode(self._statistics.report()), media_type="application/json")
 
-    async def reset(self, _: Request) -> Response:
-        """Start the counters over."""
-        self._receipts.reset()
-        return _json({"generation": self._receipts.generation})
+    async def reset(self, request: Request) -> Response:
+        """Reset the counters."""
+        check_parameters(request)
+        self._statistics.reset()
+        return as_json({"generation": self._statistics.generation})
+
+    async def whole_run(self, request: Request) -> Response:
+        """Return the whole run."""
+        check_parameters(request)
+        self.history.update()
+        points, span = self.history.points, self.history.span
+        return as_json({"generation": self._statistics.generation, "span": span, "samples": points})
 
     async def live(self, request: Request) -> Response:
         """Return what a page shows."""
-        return _json(self._live(_number(request, "after", 0, 0, 1 << 53)))
+        check_parameters(request, "after")
+        return as_json(self._live(number_of(request, "after", 0, 0, 1 << 53)))
 
     def _live(self, after: int) -> Live:
         """Return what a page shows that has the samples up to one."""
-        receipts, now = self._receipts, self._clock()
-        if self._made is None or now - self._made_at >= _FRESH or self._generation != receipts.generation:
-            self._made = (receipts.report(is_full=False), self._last_messages())
-            self._made_at, self._generation = now, receipts.generation
-        report, messages = self._made
-        wanted = min(max(receipts.taken - after, 0), len(receipts.samples)) if after else len(receipts.samples)
-        samples = list(receipts.samples)[len(receipts.samples) - wanted :]
+        statistics, now = self._statistics, self._clock()
+        is_old = now - self._report_at >= _FRESH or self._generation != statistics.generation
+        if self._report is None or is_old:
+            self._report = statistics.report(is_full=False)
+            self._report_at, self._generation = now, statistics.generation
+        available = len(statistics.samples)
+        wanted = min(max(statistics.taken - after, 0), available) if after else available
         shelf, faults = self._shelf, self._faults
         return Live(
-            generation=receipts.generation,
-            report=report,
-            samples=samples,
-            last=receipts.taken,
-            faults=report.faults,
+            generation=statistics.generation,
+            report=self._report,
+            samples=list(statistics.samples)[available - wanted :],
+            last=statistics.taken,
+            faults=self._report.faults,
             pending={} if faults is None else faults.pending(),
             has_plan=faults is not None,
             keeps=0 if shelf is None else shelf.count,
             kept=0 if shelf is None else len(shelf),
-            messages=messages,
+            mail_changes=0 if shelf is None else shelf.changes,
+            release_hop="" if self._hop is None or shelf is None else str(self._hop),
         )
 
     async def events(self, request: Request) -> App:
         """Follow what a page shows."""
+        check_parameters(request, "after")
         known = self._known(request.headers.get("last-event-id") or request.query_params.get("after", ""))
 
         async def stream(scope: Scope, receive: Receive, send: Send) -> None:
-            if self._streams >= MOST_STREAMS:
-                raise _Refused(503, f"{MOST_STREAMS} clients follow the events already: ask /api/live instead")
-            headers = [(b"content-type", b"text/event-stream")]
+            if self._streams >= MAX_STREAMS:
+                raise Refused(503, f"{MAX_STREAMS} clients follow the events, which is the limit; use /api/live")
+            # nginx buffers answers by default, which would hold events back.
+            headers = [(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"no")]
             self._streams += 1
             try:
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -223,7 +225,7 @@ class SinkApi:
                     await send({"type": "http.response.body", "body": b""})
                     return
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_watch, receive, nursery.cancel_scope)
+                    nursery.start_soon(wait_until_gone, receive, nursery.cancel_scope)
                     await self._follow(send, known)
             finally:
                 self._streams -= 1
@@ -231,177 +233,87 @@ class SinkApi:
         return stream
 
     def _known(self, event: str) -> int:
-        """Return the last sample that the receiver of an event has; 0 when it was none of ours."""
-        whose, _, taken = event.rpartition(".")
-        is_ours = whose == f"{self._name}.{self._receipts.generation}"
+        """Return the last sample that the receiver of an event has; 0 when the event is not from this sink."""
+        source, _, taken = event.rpartition(".")
+        is_ours = source == f"{self._name}.{self._statistics.generation}"
         return int(taken) if is_ours and taken.isascii() and taken.isdigit() and len(taken) <= 16 else 0
 
     async def _follow(self, send: Send, known: int) -> None:
-        """Send an event for each sample, and when the counters start over, for ever."""
-        receipts = self._receipts
-        generation = receipts.generation
-        await send({"type": "http.response.body", "body": b"retry: %d\n" % _AGAIN, "more_body": True})
+        """Send an event for each sample, and when the counters are reset, until cancelled."""
+        statistics = self._statistics
+        generation = statistics.generation
+        await send({"type": "http.response.body", "body": b"retry: %d\n" % _RETRY, "more_body": True})
         while True:
-            taken = receipts.taken
+            taken = statistics.taken
             await send({"type": "http.response.body", "body": self._event(known), "more_body": True})
             known = taken
-            if (receipts.generation, receipts.taken) == (generation, taken):
-                await receipts.wait_for_news()
-            if receipts.generation != generation:
-                generation, known = receipts.generation, 0
+            if (statistics.generation, statistics.taken) == (generation, taken):
+                await statistics.wait_for_news()
+            if statistics.generation != generation:
+                generation, known = statistics.generation, 0
 
     def _event(self, known: int) -> bytes:
-        """Return the event for those that have the samples up to one: made once for all of them."""
-        receipts = self._receipts
-        name = f"{self._name}.{receipts.generation}.{receipts.taken}"
+        """Return the event for clients that have the samples up to one: made once for all of them."""
+        statistics = self._statistics
+        name = f"{self._name}.{statistics.generation}.{statistics.taken}"
         if name != self._events_of:
             self._events_of, self._events = name, {}
         if known not in self._events:
             self._events[known] = b"id: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(self._live(known)))
         return self._events[known]
 
-    def _last_messages(self) -> list[MessageLine]:
-        return [] if self._shelf is None else [_line(each) for each in self._shelf.newest(_LAST_MESSAGES)]
-
     # ---- faults
 
     def _control(self) -> FaultControl:
         if self._faults is None:
-            raise _Refused(409, "this sink has no fault plan")
+            raise Refused(409, "this sink injects no faults")
         return self._faults
 
-    async def plan(self, _: Request) -> Response:
+    async def plan(self, request: Request) -> Response:
         """Return the plan in force."""
+        check_parameters(request)
         return Response(self._control().plan(), media_type="application/toml")
 
     async def replace_plan(self, request: Request) -> Response:
         """Put another plan in force."""
+        check_parameters(request)
+        control = self._control()
         try:
-            self._control().replace((await request.body()).decode())
+            control.replace((await request.body()).decode())
         except ValueError as exc:
-            raise _Refused(400, f"the plan was not taken: {exc}") from exc
-        return _json({"plan": "in force"})
+            raise Refused(400, f"the plan is invalid: {exc}") from exc
+        return as_json({"plan": "in force"})
+
+    async def check_plan(self, request: Request) -> Response:
+        """Check a plan. Return what is wrong with it, or the names of its rules."""
+        check_parameters(request)
+        try:
+            plan = parse_plan((await request.body()).decode())
+        except ValueError as exc:
+            return as_json({"error": str(exc), "rules": []})
+        return as_json({"error": "", "rules": plan.names()})
+
+    async def examples(self, request: Request) -> Response:
+        """Return plans to start from."""
+        check_parameters(request)
+        return as_json([each._asdict() for each in EXAMPLES])
 
     async def fail_next(self, request: Request) -> Response:
         """Let the next commands of a phase fail."""
+        check_parameters(request)
         control = self._control()
+        wanted = await read_json(request, FailNext)
         try:
-            wanted = msgspec.json.decode(await request.body(), type=FailNext)
             control.fail_next(wanted.phase, str(wanted.reply), wanted.count)
-        except msgspec.ValidationError as exc:
-            raise _Refused(400, str(exc)) from exc
-        except msgspec.DecodeError as exc:
-            raise _Refused(400, f"the body is no JSON: {exc}") from exc
         except ValueError as exc:
-            raise _Refused(400, str(exc)) from exc
-        return _json({"pending": control.pending()})
-
-    # ---- messages
-
-    def _kept(self, request: Request) -> KeptMessage:
-        message = None if self._shelf is None else self._shelf.get(request.path_params["name"])
-        if message is None:
-            raise _Refused(404, "this message is not kept, or no longer")
-        return message
-
-    def _shelf_or_not(self) -> Shelf:
-        if self._shelf is None:
-            raise _Refused(409, "this sink keeps no messages: start it with --keep last:1000")
-        return self._shelf
-
-    async def messages(self, request: Request) -> Response:
-        """List the messages that a query finds."""
-        shelf = self._shelf_or_not()
-        query = request.query_params.get("q", "").strip()
-        limit = _number(request, "limit", _LISTED, 1, _MOST_LISTED)
-        before = request.query_params.get("before")
-        if len(query) > _MOST_QUERY:
-            raise _Refused(400, f"q has at most {_MOST_QUERY} characters")
-        if not query:
-            found = shelf.newest(limit, before)
-        else:
-            candidates = shelf.newest(shelf.count, before)
-            found = await trio.to_thread.run_sync(mime.find, candidates, query, limit, limiter=_threads())
-        return _json({"kept": len(shelf), "keeps": shelf.count, "messages": [_line(each) for each in found]})
-
-    async def forget_all(self, _: Request) -> Response:
-        """Forget all messages."""
-        return _json({"forgotten": self._shelf_or_not().clear()})
-
-    async def message(self, request: Request) -> Response:
-        """Return a message taken apart."""
-        return _json(await trio.to_thread.run_sync(mime.view, self._kept(request), limiter=_threads()))
-
-    async def forget(self, request: Request) -> Response:
-        """Forget a message."""
-        self._shelf_or_not().delete(self._kept(request).id)
-        return _json({"forgotten": 1})
-
-    async def raw(self, request: Request) -> Response:
-        """Return the text of a message."""
-        message = self._kept(request)
-        headers = {"content-disposition": f'inline; filename="{message.id}.eml"'}
-        return Response(message.raw, media_type="text/plain; charset=utf-8", headers=headers)
-
-    async def part(self, request: Request) -> Response:
-        """Return a part of a message, so that a browser can do no harm with it."""
-        message = self._kept(request)
-        try:
-            number = request.path_params["number"]
-            found = await trio.to_thread.run_sync(mime.content, message, number, limiter=_threads())
-        except Exception as exc:
-            raise _Refused(404, f"this part can not be read: {type(exc).__name__}") from exc
-        if found is None:
-            raise _Refused(404, "this message has no such part")
-        way = "attachment" if found.is_file else "inline"
-        headers = {
-            "content-security-policy": PART_POLICY,
-            "content-disposition": f"{way}; filename*=UTF-8''{quote(found.filename, safe='')}",
-        }
-        return Response(found.data, media_type=found.media_type, headers=headers)
+            raise Refused(400, str(exc)) from exc
+        return as_json({"pending": control.pending()})
 
 
-async def _watch(receive: Receive, scope: trio.CancelScope) -> None:
-    """Wait until a client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
-
-
-_limiter: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("penstock-mime")
-
-
-def _threads() -> trio.CapacityLimiter:
-    """Return what lets one thread at a time take mail apart: it shares the interpreter with the sessions."""
-    try:
-        return _limiter.get()
-    except LookupError:
-        limiter = trio.CapacityLimiter(1)
-        _limiter.set(limiter)
-        return limiter
-
-
-def _line(message: KeptMessage) -> MessageLine:
-    return MessageLine(
-        id=message.id,
-        received_at=message.received_at,
-        sender=mime.without_surrogates(message.sender),
-        recipients=[mime.without_surrogates(each) for each in message.recipients[:5]],
-        subject=mime.without_surrogates(message.subject),
-        size=message.size,
-    )
-
-
-def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and least <= int(text) <= most):
-        raise _Refused(400, f"{name} is a number from {least} to {most}, not {text[:40]!r}")
-    return int(text)
-
-
-_FILES: Final = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+_FILES: Final = {
+    "/": "index.html",
+    **{f"/{name}": name for name in ("page.css", "page.js", "dom.js", "plots.js", "run.js", "mail.js", "plan.js")},
+}
 _TYPES: Final = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 
 
@@ -416,9 +328,24 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def make_app(
-    receipts: Statistics, *, shelf: Shelf | None = None, faults: FaultControl | None = None, token: str | None = None
+    statistics: Statistics,
+    *,
+    shelf: Shelf | None = None,
+    faults: FaultControl | None = None,
+    token: str | None = None,
+    origin: WebOrigin | None = None,
+    hop: Hop | None = None,
 ) -> App:
-    """Return the ASGI application."""
-    api = SinkApi(receipts, shelf=shelf, faults=faults)
-    handlers = {_Refused: _refuse, 404: _not_found, 405: _wrong_method}
-    return Guard(Starlette(routes=api.routes(), exception_handlers=handlers), token=token)
+    """Return the ASGI application. `origin` is its URL behind a proxy, `hop` takes released messages."""
+    api = SinkApi(statistics, shelf=shelf, faults=faults, hop=hop)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(api.history.follow)
+            yield
+            nursery.cancel_scope.cancel()
+
+    handlers = {Refused: _refuse, 404: _not_found, 405: _wrong_method}
+    routes = [*api.routes(), *MessagesApi(shelf, hop).routes()]
+    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), token=token, origin=origin)

@@ -1,285 +1,325 @@
-"""A kept message taken apart, as the page shows it. Everything here may meet malformed mail, and answers all the same.
+"""The MIME structure of a message: a flat list of parts, each a range of octets that is decoded when it is asked for.
 
-Parsing takes time, and the size of a message does not say how much: these functions are called in a thread.
+Rules
+-----
+1. Nothing is cut in silence: each part can be decoded whole, a container as the octets it consists of. What is beyond
+   a bound stays in its container, and the structure says so (`is_partial`).
+2. The cost is proportional to the octets. A multipart is searched for its delimiter lines once; the octets searched in
+   all levels together are bounded (MAX_SCANNED), whatever the nesting. Lines that only look like delimiters count too.
+3. The functions run in a thread that shares the interpreter with the SMTP sessions. They call `Work.pause` after each
+   piece of at most 256 KiB, which gives the interpreter to other threads and ends work whose client has left.
+4. Malformed mail gives a simpler structure, never an exception: a multipart without delimiters is a text, a message
+   nested too deep is a file.
+
+The parser of the standard library checks each line against the boundaries of all levels, which takes 20 s for 1 MB.
 """
 
 from __future__ import annotations
 
-import codecs
-import itertools
+import binascii
 import re
-from collections.abc import Iterator, Sequence
-from email import message_from_bytes, policy
-from email.message import Message
-from typing import Annotated, Any, Final, NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
 
-import msgspec
+from penstock.sink.web.fields import Field, file_name, read_header, read_parameters, value_of
 
-from penstock.sink.kept import KeptMessage, header_of
-
-_MOST_PARTS: Final = 200
-_MOST_FIELDS: Final = 500
-_MOST_VALUE: Final = 4000
-_MOST_READ: Final = 8000
-"""Characters of a field that are decoded: for addresses that takes the square of their length."""
-_MOST_DECODED: Final = 65_536
-"""Characters of all fields that are decoded; the fields behind them are shown as they are."""
-_MOST_SHOWN: Final = 262_144
-"""Characters of a text part."""
-_MOST_SEARCHED: Final = 65_536
-"""Octets of a message in which words are looked for."""
-_IMAGES: Final = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
-"""What a browser may show. No SVG: it is a program."""
-_NO_CHARSETS: Final = frozenset({"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"})
-"""Codecs of Python that are for other things than mail. Punycode takes the square of the length."""
-_EXTENDED: Final = re.compile(r";[^;=*]*+\*[^;=]*+=[^;]*+")
-"""A parameter of RFC 2231."""
-_NO_WORDS: Final = frozenset({"from:", "to:", "subject:"})
+MAX_PARTS: Final = 1000
+MAX_DEPTH: Final = 100
+MAX_SCANNED: Final = 512 << 20
+"""Octets searched for delimiters."""
+_CANDIDATE: Final = 1024
+"""Octets that a line which may be a delimiter counts as."""
+_PIECE: Final = 1 << 18
+_MAX_BOUNDARY: Final = 1000
+_MESSAGES: Final = frozenset({"message/rfc822", "message/global", "message/news"})
+_TYPE: Final = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+/[!#$%&'*+.^_`|~0-9a-z-]+")
+_NOT_BASE64: Final = bytes(
+    octet for octet in range(256) if octet not in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+)
 
 
-class _Lenient(policy.EmailPolicy):
-    """Reads fields so that none of them throws while a message is taken apart."""
-
-    def header_fetch_parse(self, name: str, value: str) -> Any:
-        """Return the beginning of a field; without its extended parameters where it can not be read."""
-        try:
-            return super().header_fetch_parse(name, value[:_MOST_READ])
-        except Exception:  # noqa: BLE001 - the email package throws much at malformed mail
-            return _EXTENDED.sub("", value[:_MOST_READ])
+class Abandoned(Exception):  # noqa: N818 - an end, not an error
+    """Nobody waits for the result any more."""
 
 
-_LENIENT: Final = _Lenient()
+class Work:
+    """A piece of work in a thread, which can be given up from another one."""
+
+    def __init__(self) -> None:
+        self.is_abandoned = False
+
+    def abandon(self) -> None:
+        """Let the next `pause` raise."""
+        self.is_abandoned = True
+
+    def pause(self) -> None:
+        """Give the interpreter to a thread that waits for it. Raise Abandoned."""
+        if self.is_abandoned:
+            raise Abandoned
+        time.sleep(0)
 
 
-class PartView(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a message."""
+@dataclass(slots=True)
+class Part:
+    """A part of a message: the message itself, a part of a multipart, or an embedded message."""
 
-    number: Annotated[int, msgspec.Meta(description="Where it is found: /api/messages/ID/parts/NUMBER")]
-    depth: Annotated[int, msgspec.Meta(description="How many multiparts it is in")]
+    number: int
+    depth: int
+    """How many containers it is in."""
+    within: int
+    """The number of the message it belongs to: 0 or the part of an embedded message."""
+    fields: list[Field]
+    data: bytes = field(repr=False)
+    start: int
+    """Where its header begins in `data`."""
+    body: int
+    end: int
     type: str
+    parameters: Mapping[str, str]
+    disposition: str
     filename: str
-    size: Annotated[int, msgspec.Meta(description="Octets, decoded; of a multipart 0")]
-    shown_as: Annotated[str, msgspec.Meta(description="text, html, image or file; multipart for what holds others")]
-    text: Annotated[str, msgspec.Meta(description="Of a text, its first 262,144 characters")] = ""
+    content_id: str
+    """Without angle brackets."""
+    encoding: str
+    """Content-Transfer-Encoding, in lower case."""
+    has_parts: bool = False
 
+    @property
+    def charset(self) -> str:
+        """The label of the charset; may be empty."""
+        return self.parameters.get("charset", "")
 
-class MessageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A message with its header and its parts."""
+    @property
+    def boundary(self) -> bytes:
+        """What delimits the parts of a multipart (RFC 2046 5.1.1); may be empty."""
+        return self.parameters.get("boundary", "").rstrip()[:_MAX_BOUNDARY].encode()
 
-    id: str
-    received_at: float
-    sender: str
-    recipients: list[str]
-    subject: str
-    size: int
-    is_cut: bool
-    headers: list[tuple[str, str]]
-    parts: list[PartView]
-    trouble: Annotated[str, msgspec.Meta(description="Why it could not be read, when it could not")] = ""
+    @property
+    def source(self) -> bytes:
+        """The part with its header, as it was received."""
+        return self.data[self.start : self.end]
 
+    def pieces(self, work: Work) -> Iterator[bytes]:
+        """Return the content, decoded, in pieces. Of a container these are the octets it consists of."""
+        pieces = _cut(self.data, self.body, self.end, work)
+        decoder = self._decoder
+        return pieces if decoder is None else decoder(pieces)
 
-class PartContent(NamedTuple):
-    """A part as it is sent to a browser."""
+    @property
+    def _decoder(self) -> Callable[[Iterator[bytes]], Iterator[bytes]] | None:
+        # A multipart has no encoding of its own (RFC 2045 6.4), whatever its header says.
+        return None if self.type.startswith("multipart/") and self.has_parts else _DECODERS.get(self.encoding)
 
-    media_type: str
-    data: bytes
-    filename: str
-    is_file: bool
-    """To be saved, never to be shown."""
-
-
-def without_surrogates(text: str) -> str:
-    """Return a text that can be encoded: some charsets and encoded words decode to halves of a character."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def view(message: KeptMessage) -> MessageView:
-    """Take a message apart."""
-    headers: list[tuple[str, str]] = []
-    parts: list[PartView] = []
-    trouble = ""
-    try:
-        parsed = _parsed(message.raw)
-        headers = _fields(parsed)
-        parts = [_view(number, depth, part) for number, (depth, part) in enumerate(_walk(parsed))]
-    except Exception as exc:  # noqa: BLE001 - see above
-        trouble = without_surrogates(f"{type(exc).__name__}: {exc}")
-    return MessageView(
-        id=message.id,
-        received_at=message.received_at,
-        sender=without_surrogates(message.sender),
-        recipients=[without_surrogates(each) for each in message.recipients[:1000]],
-        subject=without_surrogates(message.subject),
-        size=message.size,
-        is_cut=message.is_cut,
-        headers=headers,
-        parts=parts,
-        trouble=trouble,
-    )
-
-
-def _parsed(raw: bytes) -> Message:
-    return message_from_bytes(raw, policy=_LENIENT)
-
-
-def _fields(parsed: Message) -> list[tuple[str, str]]:
-    """Return the first fields decoded, or as they are where they can not be."""
-    fields: list[tuple[str, str]] = []
-    decoded = 0
-    for name, raw in itertools.islice(parsed.raw_items(), _MOST_FIELDS):
-        text = str(raw)
-        decoded += min(len(text), _MOST_READ)
-        if decoded <= _MOST_DECODED:
-            text = _value(name, text)
-        fields.append((without_surrogates(name), without_surrogates(text[:_MOST_VALUE])))
-    return fields
-
-
-def _value(name: str, raw: str) -> str:
-    try:
-        return str(policy.default.header_fetch_parse(name, raw[:_MOST_READ]))
-    except Exception:  # noqa: BLE001 - see above
-        return raw
-
-
-def _walk(part: Message, depth: int = 0) -> Iterator[tuple[int, Message]]:
-    """Yield a part and all within it, up to a bound, deepest 20."""
-    found: list[tuple[int, Message]] = [(depth, part)]
-    count = 0
-    while found and count < _MOST_PARTS:
-        depth, part = found.pop(0)
-        count += 1
-        yield depth, part
-        if part.is_multipart() and depth < 20:
-            within = part.get_payload()
-            if isinstance(within, list):
-                found[:0] = [(depth + 1, each) for each in within if isinstance(each, Message)]
-
-
-def _kind(part: Message) -> str:
-    kind = part.get_content_type()
-    if part.is_multipart():
-        return "multipart"
-    if kind in _IMAGES:
-        return "image"
-    if part.get_content_disposition() == "attachment":
-        return "file"
-    if kind == "text/html":
-        return "html"
-    return "text" if kind.startswith("text/") else "file"
-
-
-def _octets(part: Message) -> bytes:
-    payload = part.get_payload(decode=True)
-    return payload if isinstance(payload, bytes) else b""
-
-
-def _text(part: Message, data: bytes) -> str:
-    """Return a text decoded; as UTF-8 when its charset is none."""
-    try:
-        charset = part.get_content_charset("utf-8") or "utf-8"
-        if codecs.lookup(charset).name not in _NO_CHARSETS:
-            return without_surrogates(data.decode(charset, "replace"))
-    except (LookupError, ValueError):
-        pass
-    return data.decode("utf-8", "replace")
-
-
-def _filename(part: Message) -> str:
-    """Return the name of a file; "" when it has none, or none that can be read."""
-    try:
-        return without_surrogates(str(part.get_filename() or ""))[:200]
-    except Exception:  # noqa: BLE001 - see above
-        return ""
-
-
-def _view(number: int, depth: int, part: Message) -> PartView:
-    """Return a part as it is shown; as a file without octets when it can not be read, so that others are shown."""
-    try:
-        return _read(number, depth, part)
-    except Exception:  # noqa: BLE001 - see above
-        kind = "application/octet-stream"
-        return PartView(number=number, depth=depth, type=kind, filename="", size=0, shown_as="file")
-
-
-def _read(number: int, depth: int, part: Message) -> PartView:
-    kind = _kind(part)
-    data = b"" if kind == "multipart" else _octets(part)
-    return PartView(
-        number=number,
-        depth=depth,
-        type=without_surrogates(part.get_content_type()),
-        filename=_filename(part),
-        size=len(data),
-        shown_as=kind,
-        text=_text(part, data)[:_MOST_SHOWN].replace("\r\n", "\n") if kind == "text" else "",
-    )
-
-
-def content(message: KeptMessage, number: int) -> PartContent | None:
-    """Return a part as it is sent to a browser; None when there is none of that number."""
-    for at, (_, part) in enumerate(_walk(_parsed(message.raw))):
-        if at != number:
-            continue
-        kind, data = _kind(part), _octets(part)
-        name = _filename(part) or f"part-{number}"
-        if kind == "html":
-            return PartContent("text/html; charset=utf-8", _text(part, data).encode(), name, is_file=False)
-        if kind == "text":
-            return PartContent("text/plain; charset=utf-8", _text(part, data).encode(), name, is_file=False)
-        if kind == "image":
-            return PartContent(part.get_content_type(), data, name, is_file=False)
-        return PartContent("application/octet-stream", data, name, is_file=True)
-    return None
-
-
-def find(messages: Sequence[KeptMessage], query: str, limit: int) -> list[KeptMessage]:
-    """Return the first `limit` messages that have every word of a query, in whatever case.
-
-    A word is looked for in the sender, the recipients, the subject and the decoded texts; `from:x`, `to:x` and
-    `subject:x` look in these only. With nothing behind the colon they are no words yet, and are ignored.
-    """
-    words = [word for word in query.casefold().split() if word not in _NO_WORDS]
-    return [message for _, message in zip(range(limit), _having(messages, words), strict=False)]
-
-
-def _having(messages: Sequence[KeptMessage], words: Sequence[str]) -> Iterator[KeptMessage]:
-    for message in messages:
-        envelope = {
-            "from": without_surrogates(message.sender).casefold(),
-            "to": without_surrogates(" ".join(message.recipients)).casefold(),
-            "subject": without_surrogates(message.subject).casefold(),
-        }
-        texts: str | None = None
-        for word in words:
-            where, _, rest = word.partition(":")
-            if rest and where in envelope:
-                if rest not in envelope[where]:
+    def content(self, work: Work, most: int | None = None) -> bytes:
+        """Return the content, or its first octets."""
+        found: list[bytes] = []
+        for piece in self.pieces(work):
+            found.append(piece)
+            if most is not None:
+                most -= len(piece)
+                if most <= 0:
+                    found[-1] = piece[: len(piece) + most]
                     break
-                continue
-            if any(word in text for text in envelope.values()):
-                continue
-            if texts is None:
-                texts = _searched(message)
-            if word not in texts:
-                break
+        return b"".join(found)
+
+    def size(self, work: Work) -> int:
+        """Return the octets of the content, decoded."""
+        if self._decoder is None:
+            return self.end - self.body
+        if self._decoder is _from_base64:
+            return _base64_size(_cut(self.data, self.body, self.end, work))
+        return sum(map(len, self.pieces(work)))
+
+
+@dataclass(slots=True)
+class Structure:
+    """The parts of a message in their order: containers stand before what they contain."""
+
+    parts: list[Part]
+    is_partial: bool
+    """There is more structure than the bounds allow."""
+
+
+def read(data: bytes, work: Work) -> Structure:
+    """Return the structure of a message."""
+    reader = _Reader(work)
+    reader.read(data, 0, len(data))
+    return Structure(reader.parts, reader.is_partial)
+
+
+class _Reader:
+    def __init__(self, work: Work) -> None:
+        self.parts: list[Part] = []
+        self.is_partial = False
+        self._work = work
+        self._scanned = 0
+
+    def read(
+        self, data: bytes, start: int, end: int, *, depth: int = 0, within: int = 0, default: str = "text/plain"
+    ) -> None:
+        """Note a part and all within it."""
+        if len(self.parts) >= MAX_PARTS:
+            self.is_partial = True
+            return
+        self._work.pause()
+        part = _part(data, start, end, len(self.parts), depth, within, default)
+        self.parts.append(part)
+        is_container = part.type in _MESSAGES or (part.type.startswith("multipart/") and part.boundary != b"")
+        if is_container and depth >= MAX_DEPTH:
+            self.is_partial = True
+        elif part.type in _MESSAGES:
+            self._read_message(part)
+        elif is_container:
+            default = "message/rfc822" if part.type == "multipart/digest" else "text/plain"  # RFC 2046 5.1.5
+            for begin, stop in self._split(part):
+                part.has_parts = True
+                self.read(data, begin, stop, depth=depth + 1, within=within, default=default)
+
+    def _read_message(self, part: Part) -> None:
+        """Read an embedded message. RFC 2046 5.2.1 allows it no encoding but 7bit, 8bit and binary; some have one."""
+        part.has_parts = True
+        within = len(self.parts)
+        if part.encoding in ("base64", "quoted-printable"):
+            embedded = part.content(self._work)
+            self.read(embedded, 0, len(embedded), depth=part.depth + 1, within=within)
         else:
-            yield message
+            self.read(part.data, part.body, part.end, depth=part.depth + 1, within=within)
+
+    def _split(self, part: Part) -> Iterator[tuple[int, int]]:
+        """Yield where the parts of a multipart begin and end (RFC 2046 5.1.1); the last one may lack its end."""
+        begin = -1
+        for line, stop, is_last in self._delimiters(part, b"--" + part.boundary):
+            if begin >= 0:
+                yield begin, max(begin, line)
+            begin = -1 if is_last else stop
+            if is_last:
+                return
+        if begin >= 0:
+            yield begin, part.end
+
+    def _delimiters(self, part: Part, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
+        """Yield each delimiter line: where the line end before it begins, where the next line begins, if it closes."""
+        data, at, end = part.data, part.body, part.end
+        rest = re.compile(rb"(--)?[ \t]*+(?:\r?\n|\Z)")
+        while at < end and self._scanned < MAX_SCANNED:
+            stop = min(end, at + _PIECE)
+            found = data.find(delimiter, at, min(end, stop + len(delimiter) - 1))
+            self._scanned += (stop if found < 0 else found) - at
+            if found < 0:
+                at = stop
+                self._work.pause()
+                continue
+            self._scanned += _CANDIDATE
+            at = found + len(delimiter)
+            line = rest.match(data, at, end)
+            if line is not None and (found == part.body or data[found - 1] == 0x0A):
+                before = found - 1 if found > part.body else found
+                before -= before > part.body and data[before - 1] == 0x0D  # the line end belongs to the delimiter
+                at = line.end()
+                yield before, at, line[1] is not None
+        self.is_partial = self.is_partial or at < end
 
 
-def _searched(message: KeptMessage) -> str:
-    """Return the texts of the beginning of a message, decoded; all behind its header when it can not be read."""
-    raw = message.raw[:_MOST_SEARCHED]
-    try:
-        parts = [part for _, part in _walk(_parsed(raw))]
-    except Exception:  # noqa: BLE001 - see above
-        return raw[len(header_of(raw)) :].decode("utf-8", "replace").casefold()
-    return "\n".join(map(_words, parts)).casefold()
+def _part(data: bytes, start: int, end: int, number: int, depth: int, within: int, default: str) -> Part:
+    fields, body = read_header(data, start, end)
+    kind, parameters = read_parameters(value_of(fields, "content-type"))
+    disposition, about = read_parameters(value_of(fields, "content-disposition"))
+    return Part(
+        number,
+        depth,
+        within,
+        fields,
+        data,
+        start,
+        min(body, end),
+        end,
+        type=kind if _TYPE.fullmatch(kind) else default,
+        parameters=parameters,
+        disposition=disposition,
+        filename=file_name(about.get("filename") or parameters.get("name") or ""),
+        content_id=value_of(fields, "content-id").strip(" \t<>"),
+        encoding=value_of(fields, "content-transfer-encoding").partition(";")[0].strip().lower(),
+    )
 
 
-def _words(part: Message) -> str:
-    """Return the text of a part; "" when it has none, or none that can be read."""
-    try:
-        return _text(part, _octets(part)) if _kind(part) in ("text", "html") else ""
-    except Exception:  # noqa: BLE001 - see above
-        return ""
+# ---- content transfer encodings
+
+
+def _cut(data: bytes, start: int, end: int, work: Work) -> Iterator[bytes]:
+    for at in range(start, end, _PIECE):
+        work.pause()
+        yield data[at : min(end, at + _PIECE)]
+
+
+def _from_base64(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode base64 (RFC 2045 6.8): other characters are ignored, padding ends a sequence, and another may follow."""
+    rest = b""
+    for piece in pieces:
+        *ended, rest = (rest + piece.translate(None, _NOT_BASE64)).split(b"=")
+        for sequence in ended:
+            if sequence:
+                yield _quartets(sequence)
+        whole = len(rest) & ~3
+        yield binascii.a2b_base64(rest[:whole])
+        rest = rest[whole:]
+    yield _quartets(rest)
+
+
+def _base64_size(pieces: Iterator[bytes]) -> int:
+    """Return how many octets `_from_base64` yields, in half the time."""
+    size = rest = 0
+    for piece in pieces:
+        *ended, last = piece.translate(None, _NOT_BASE64).split(b"=")
+        for sequence in ended:
+            size += (rest + len(sequence)) * 3 // 4
+            rest = 0
+        rest += len(last)
+    return size + rest * 3 // 4
+
+
+def _quartets(sequence: bytes) -> bytes:
+    """Decode a sequence without its padding; a single character at its end means nothing."""
+    sequence = sequence[:-1] if len(sequence) % 4 == 1 else sequence
+    return binascii.a2b_base64(sequence + b"=" * (-len(sequence) % 4))
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the same octets in pieces that end with a line; a line has at most 1 MiB."""
+    rest = b""
+    for piece in pieces:
+        rest += piece
+        cut = rest.rfind(b"\n") + 1 or (len(rest) if len(rest) > 4 * _PIECE else 0)
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def _from_quoted(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    return map(binascii.a2b_qp, _lines(pieces))
+
+
+def _from_uu(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Decode what stands between "begin" and "end"; lines that cannot be decoded are skipped."""
+    is_inside = False
+    for piece in _lines(pieces):
+        for line in piece.splitlines():
+            if line.startswith(b"begin "):
+                is_inside = True
+            elif line == b"end":
+                is_inside = False
+            elif is_inside:
+                try:
+                    yield binascii.a2b_uu(line)
+                except binascii.Error:
+                    continue
+
+
+_DECODERS: Final[Mapping[str, Callable[[Iterator[bytes]], Iterator[bytes]]]] = {
+    "base64": _from_base64,
+    "quoted-printable": _from_quoted,
+    **dict.fromkeys(("x-uuencode", "uuencode", "uue", "x-uue"), _from_uu),
+}
+"""Other encodings, 7bit, 8bit and binary among them, leave the octets as they are."""

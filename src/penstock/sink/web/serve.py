@@ -1,50 +1,57 @@
-"""Serves the HTTP API in the trio loop of the sessions: hypercorn on sockets that were bound before.
+"""Serves the page and the HTTP API in the trio loop of the sessions: an ASGI server on h11.
 
-The page shares its process with the sessions, so what a client of it can take has bounds, and none of them can hold up
-the end of the sink:
+The page shares its process with the SMTP sessions, so everything a client can take has a bound, and no client can
+delay the end of the sink:
 
-    connections      100; those beyond hear 503
-    a request head   15 s from the connection, or from the answer before it (hypercorn's keep_alive_timeout)
-    a request body   262,144 octets, within 15 s (penstock.sink.web.guard)
-    an answer        15 s for each 65,536 octets: hypercorn sends in a shielded scope, so the stream has to see to it
+    connections      100; further ones are answered with 503
+    a request head   32 KiB, within 15 s of the connection or of the answer before it
+    a request body   256 KiB, within 15 s (penstock.sink.web.guard)
+    an answer        15 s for each 64 KiB
 
-There is no time-out for the silence of a client as such (hypercorn's read_timeout): whoever follows /api/events has
-nothing to say.
+A client that sends nothing while it waits for an answer is normal: one that follows /api/events never sends again.
+General ASGI servers have no bound on connections and none on clients that do not read, and shield their writes from
+cancellation; h11 does what is hard about HTTP/1.1, and what is left is below.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
-from typing import Final, cast
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+from urllib.parse import unquote
 
+import h11
 import msgspec
 import trio
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config
-from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIFramework, ConnectionState
 
 from penstock.net.listen import ListenAddress, bind, name_of
-from penstock.sink.web.guard import App
+from penstock.sink.web.guard import App, Message, Scope, WebOrigin
+from penstock.sink.web.release import Hop
 
-MOST_CONNECTIONS: Final = 100
+MAX_CONNECTIONS: Final = 100
 """Clients at a time: a browser opens up to six."""
-_PATIENCE: Final = 15
-"""Seconds for a request, and for each piece of an answer."""
+_TIMEOUT: Final = 15
+"""Seconds for the head of a request, and for each piece of an answer."""
 _PIECE: Final = 65_536
+_MAX_HEAD: Final = 32_768
+_MAX_AHEAD: Final = 65_536
+"""Octets read of further requests while one is answered."""
 _FAREWELL: Final = 1.0
-"""Seconds in which a client that is turned away may read why."""
+"""Seconds a client has to read why it is refused."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{8,128}")
+
+_log = logging.getLogger(__name__)
 
 
 def check_token(address: ListenAddress, token: str | None) -> None:
-    """Raise ValueError when an address needs a token and has none, or when it is of no use."""
+    """Raise ValueError when an address needs a token and has none, or when the token is too weak or malformed."""
     if token is None and not address.is_loopback:
         raise ValueError(f"{address} can be reached from other machines: it needs a token (PENSTOCK_WEB_TOKEN)")
     if token is not None and not _TOKEN.fullmatch(token):
-        raise ValueError("a token is 8 to 128 letters, digits, - and _")
+        raise ValueError("a token consists of 8 to 128 letters, digits, - and _")
 
 
 def bind_web(address: str, token: str | None) -> list[socket.socket]:
@@ -54,119 +61,207 @@ def bind_web(address: str, token: str | None) -> list[socket.socket]:
     return bind(parsed)
 
 
+def web_settings(origin: str | None, release: str | None) -> tuple[WebOrigin | None, Hop | None]:
+    """Read the URL behind a proxy, and the server that takes released messages. Raise ValueError."""
+    return (
+        None if origin is None else WebOrigin.parse(origin),
+        None if release is None else Hop.parse(release),
+    )
+
+
 def url_of(sock: socket.socket) -> str:
-    """Return what to open in a browser."""
+    """Return the URL to open in a browser."""
     return f"http://{name_of(sock)}/"
 
 
-class _Client(trio.abc.HalfCloseableStream):
-    """The connection of a client, which has to take what is sent to it in time."""
+class _Client:
+    """A connection, and the HTTP/1.1 spoken on it."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
-        self.socket = stream.socket
-        """Where hypercorn asks for the addresses."""
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
+        self._ahead = 0
+        self._is_head = False
+        self._is_broken = False
+        """An answer could not be sent."""
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Send piece by piece. Raise BrokenResourceError when one of them takes too long."""
-        view = memoryview(data)
-        for at in range(0, len(view), _PIECE):
-            with trio.move_on_after(_PATIENCE) as scope:
-                await self._stream.send_all(view[at : at + _PIECE])
-            if scope.cancelled_caught:
-                raise trio.BrokenResourceError("the client does not read")
+    async def serve(self, app: App) -> None:
+        """Answer requests until the connection ends."""
+        while (request := await self._next_request()) is not None:
+            self._is_head = request.method == b"HEAD"
+            try:
+                await app(_scope(request), self._receive, self._send)
+            except Exception:  # noqa: BLE001 - a bug costs one connection, not the sink
+                if self._is_broken:
+                    return
+                _log.exception("the page failed to answer %s", request.target.decode("latin-1"))
+            if self._http.our_state is h11.SEND_RESPONSE:
+                await self.refuse(500, "internal error; its trace is on the sink's standard error")
+            if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+                await self._linger()
+                return
+            self._http.start_next_cycle()
+            self._ahead = 0
 
-    async def wait_send_all_might_not_block(self) -> None:
-        """Wait until there is room."""
-        await self._stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Receive what there is."""
-        return bytes(await self._stream.receive_some(max_bytes))
-
-    async def send_eof(self) -> None:
-        """Send no more."""
-        await self._stream.send_eof()
-
-    async def aclose(self) -> None:
-        """Close."""
-        await self._stream.aclose()
-
-    def close_nowait(self) -> None:
-        """Close, whoever is sending or receiving."""
-        self.socket.close()
-
-
-class _Server(TCPServer):
-    """Answers one client."""
-
-    async def _read_data(self) -> None:
-        """Read up to the end. The wait for a next request is over then: otherwise it would keep the connection."""
-        await super()._read_data()
-        await self.idle_task.stop()
-
-
-class _Clients:
-    """All clients of the page."""
-
-    def __init__(self, app: App, most: int) -> None:
-        self._app = ASGIWrapper(cast(ASGIFramework, app))
-        self._config = _config()
-        self._context = WorkerContext(None)
-        self._most = most
-        self._open: set[_Client] = set()
-
-    async def serve(self, stream: trio.SocketStream) -> None:
-        """Answer a client until it leaves, or turn it away."""
-        client = _Client(stream)
-        count = len(self._open)
-        self._open.add(client)
+    async def _next_request(self) -> h11.Request | None:
+        """Return the next request; None at the end of the connection, or when nothing came in time."""
         try:
-            if count < self._most:
-                # It wants a trio.SSLStream, but does with any stream that has a socket.
-                await _Server(self._app, self._config, self._context, ConnectionState({}), client)  # type: ignore[arg-type]
-            elif count < self._most * 2:
-                await self._turn_away(client)
-        except Exception:  # noqa: BLE001, S110 - what a client can make hypercorn stumble over costs this client only
-            pass
-        finally:
-            self._open.discard(client)
-            client.close_nowait()
+            with trio.move_on_after(_TIMEOUT):
+                event = await self._next_event()
+                return event if isinstance(event, h11.Request) else None
+        except h11.RemoteProtocolError as exc:
+            if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                await self.refuse(exc.error_status_hint, f"this is not HTTP/1.1: {exc}")
+            await self._linger()
+        return None
 
-    async def _turn_away(self, client: _Client) -> None:
-        """Say that there are too many. What the client has to say is read: closing on it would reset the connection."""
-        body = msgspec.json.encode({"error": f"this page has {self._most} connections, and no room for more"})
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nretry-after: 5\r\nconnection: close"
+    async def _next_event(self) -> h11.Event | type[h11.PAUSED] | type[h11.NEED_DATA]:
+        while True:
+            event = self._http.next_event()
+            if event is not h11.NEED_DATA:
+                return event
+            if self._http.they_are_waiting_for_100_continue:
+                await self._write(self._http.send(h11.InformationalResponse(status_code=100, headers=[])))
+            self._http.receive_data(await self._read())
+
+    async def _receive(self) -> Message:
+        """Return the next piece of the request's body; after it, wait until the client leaves (ASGI `receive`)."""
+        try:
+            if self._http.their_state is h11.SEND_BODY:
+                event = await self._next_event()
+                if isinstance(event, h11.Data):
+                    return {"type": "http.request", "body": bytes(event.data), "more_body": True}
+                if isinstance(event, h11.EndOfMessage):
+                    return {"type": "http.request", "body": b"", "more_body": False}
+            while self._ahead < _MAX_AHEAD and (data := await self._read()):
+                self._http.receive_data(data)
+                self._ahead += len(data)
+            if self._ahead >= _MAX_AHEAD:
+                await trio.sleep_forever()
+        except h11.RemoteProtocolError:
+            pass
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        """Send a piece of the answer (ASGI `send`)."""
+        if message["type"] == "http.response.start":
+            await self._write(self._http.send(h11.Response(status_code=message["status"], headers=message["headers"])))
+            return
+        body = memoryview(b"" if self._is_head else message.get("body", b""))
+        for at in range(0, len(body), _PIECE):  # a large answer must not hold up the sessions
+            await self._write(self._http.send(h11.Data(data=bytes(body[at : at + _PIECE]))))
+        if not message.get("more_body", False):
+            await self._write(self._http.send(h11.EndOfMessage()))
+
+    async def refuse(self, status: int, error: str) -> None:
+        """Send an answer of our own, the last one on this connection."""
+        body = msgspec.json.encode({"error": error})
+        fields = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        events = [h11.Response(status_code=status, headers=list(fields.items())), h11.Data(data=body)]
+        if self._is_head:
+            events.pop()
+        await self._write(b"".join(self._http.send(event) or b"" for event in [*events, h11.EndOfMessage()]))
+
+    async def turn_away(self, limit: int) -> None:
+        """Refuse a client for which there is no connection."""
         with trio.move_on_after(_FAREWELL):
-            await client.send_all(f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\n\r\n".encode() + body)
-            await client.send_eof()
-            while await client.receive_some(_PIECE):
+            await self.refuse(503, f"all {limit} connections to this page are in use; try again later")
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Read for a moment: closing a socket with unread octets resets it, and the answer may be lost."""
+        with trio.move_on_after(_FAREWELL):
+            try:
+                await self._stream.send_eof()
+                while await self._read():
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
 
-    def close(self) -> None:
-        """Close all connections, those among them that wait in a shielded scope."""
-        for client in list(self._open):
-            client.close_nowait()
-
-
-def _config() -> Config:
-    config = Config()
-    config.accesslog = None
-    config.loglevel = "CRITICAL"
-    config.include_server_header = False
-    config.keep_alive_timeout = _PATIENCE
-    config.h11_max_incomplete_size = 32_768
-    config.websocket_max_message_size = 1024
-    return config
-
-
-async def serve_web(app: App, sockets: list[socket.socket], *, most: int = MOST_CONNECTIONS) -> None:
-    """Serve at most so many clients at a time, until cancelled. Closes the sockets."""
-    clients = _Clients(app, most)
-    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, clients.serve, listeners)
+    async def _read(self) -> bytes:
         try:
-            await trio.sleep_forever()
+            return bytes(await self._stream.receive_some(_PIECE))
+        except trio.BrokenResourceError:
+            return b""
+
+    async def _write(self, data: bytes | None) -> None:
+        """Send a piece of an answer. Raise BrokenResourceError when the client does not read it in time."""
+        if not data:
+            return
+        self._is_broken = True
+        with trio.move_on_after(_TIMEOUT) as scope:
+            await self._stream.send_all(data)
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError("the client does not read")
+        self._is_broken = False
+
+
+def _scope(request: h11.Request) -> Scope:
+    path, _, query = request.target.partition(b"?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": request.http_version.decode(),
+        "method": request.method.decode(),
+        "scheme": "http",
+        "path": unquote(path.decode("latin-1")),
+        "raw_path": path,
+        "query_string": query,
+        "root_path": "",
+        "headers": [(bytes(name), bytes(value)) for name, value in request.headers],
+    }
+
+
+@asynccontextmanager
+async def _lifespan(app: App) -> AsyncIterator[None]:
+    """Start and stop the application (ASGI lifespan protocol)."""
+    to_app, from_server = trio.open_memory_channel[Message](2)
+    started, stopped = trio.Event(), trio.Event()
+    events = {"lifespan.startup.complete": started, "lifespan.shutdown.complete": stopped}
+
+    async def send(message: Message) -> None:
+        if message["type"] not in events:
+            raise RuntimeError(message.get("message", message["type"]))
+        events[message["type"]].set()
+
+    # Shielded: the application is to end because it is asked to, after its clients.
+    shield = trio.CancelScope(shield=True)
+
+    async def run() -> None:
+        with shield:
+            await app({"type": "lifespan", "asgi": {"version": "3.0"}}, from_server.receive, send)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await to_app.send({"type": "lifespan.startup"})
+        try:
+            await started.wait()
+            yield
         finally:
-            clients.close()
+            to_app.send_nowait({"type": "lifespan.shutdown"})
+            with trio.move_on_after(_FAREWELL, shield=True):
+                await stopped.wait()
+            shield.cancel()
+
+
+async def serve_web(app: App, sockets: list[socket.socket], *, limit: int = MAX_CONNECTIONS) -> None:
+    """Serve at most this number of clients at a time, until cancelled. Closes the sockets."""
+    count = 0
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal count
+        count += 1
+        try:
+            client = _Client(stream)
+            if count <= limit:
+                await client.serve(app)
+            elif count <= limit * 2:
+                await client.turn_away(limit)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            count -= 1
+
+    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
+    async with _lifespan(app):
+        await trio.serve_listeners(serve, listeners)
