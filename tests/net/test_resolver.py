@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import trio
 
-from penstock.net.resolver import ResolveError, Resolver, ResolverSettings, parse_server
+from penstock.net.resolver import ResolveError, Resolver, ResolverSettings, is_local_address, parse_server
 from tests.net.nameserver import Zone, nameserver
 
 
@@ -28,9 +28,16 @@ class Clock:
 @asynccontextmanager
 async def resolving(zone: Zone, **settings: Any) -> AsyncIterator[Resolver]:
     own_names, clock = settings.pop("own_names", ()), settings.pop("clock", Clock())
+    interfaces = settings.pop("interfaces", ())
     async with nameserver(zone) as server:
         given = msgspec.structs.replace(ResolverSettings(servers=(server,)), **settings)
-        yield Resolver(given, own_names=own_names, random_source=random.Random(1), clock=clock)
+        yield Resolver(
+            given,
+            own_names=own_names,
+            random_source=random.Random(1),
+            clock=clock,
+            is_local_address=interfaces.__contains__,
+        )
 
 
 def zone_of(*lines: str, **fields: Any) -> Zone:
@@ -148,7 +155,7 @@ async def test_we_never_send_to_ourselves_or_to_whom_we_are_the_better_one() -> 
     )
     async with resolving(zone, own_names=["US.example.org"]) as resolver:
         assert [each.host for each in await resolver.exchangers("example.org")] == ["first.example.org"]
-        with pytest.raises(ResolveError, match="for this server itself") as error:
+        with pytest.raises(ResolveError, match="loops back to this server") as error:
             await resolver.exchangers("us.example.org")
         assert error.value.status == "5.4.6"
     to_our_address = await failure(zone, "[192.0.2.9]", own_names=["192.0.2.9"])
@@ -260,5 +267,59 @@ def test_servers_are_addresses_with_or_without_a_port(text: str, expected: tuple
 
 @pytest.mark.parametrize("text", ["", "localhost", "192.0.2.1:0", "192.0.2.1:99999", "1.2.3", "[192.0.2.1"])
 def test_what_is_no_server_is_told(text: str) -> None:
-    with pytest.raises(ValueError, match=r"looks like 192\.0\.2\.53"):
+    with pytest.raises(ValueError, match=r"expected 192\.0\.2\.53"):
         Resolver(ResolverSettings(servers=(text,)))
+
+
+# ---- mail that would loop back to this server (RFC 5321 5.1)
+
+LOOPS = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::", "::ffff:127.0.0.1", "192.0.2.9", "198.51.100.9"]
+"""Loopback, unspecified, a listener's address, an interface's address."""
+
+
+@pytest.mark.parametrize("address", LOOPS)
+async def test_an_mx_with_an_address_of_ours_is_a_loop(address: str) -> None:
+    kind = "AAAA" if ":" in address else "A"
+    zone = zone_of("example.org MX 10 mx.example.org.", f"mx.example.org {kind} {address}")
+    error = await failure(zone, own_names=("192.0.2.9",), interfaces=("198.51.100.9",))
+    assert (error.status, error.is_permanent) == ("5.4.6", True)
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+    error = await failure(zone, literal, own_names=("192.0.2.9",), interfaces=("198.51.100.9",))
+    assert error.status == "5.4.6"
+
+
+async def test_hosts_not_better_than_ourselves_are_dropped() -> None:
+    zone = zone_of(
+        "example.org MX 10 best.example.org.",
+        "example.org MX 20 ours.example.org.",
+        "example.org MX 20 equal.example.org.",
+        "example.org MX 30 worse.example.org.",
+        "best.example.org A 192.0.2.1",
+        "ours.example.org A 192.0.2.2",
+        "ours.example.org A 127.0.0.1",
+        "equal.example.org A 192.0.2.3",
+        "worse.example.org A 192.0.2.4",
+    )
+    async with resolving(zone) as resolver:
+        assert [each.host for each in await resolver.exchangers("example.org")] == ["best.example.org"]
+
+
+async def test_a_better_host_that_may_exist_is_waited_for() -> None:
+    zone = zone_of(
+        "example.org MX 10 best.example.org.",
+        "example.org MX 20 ours.example.org.",
+        "ours.example.org A 127.0.0.1",
+        mishaps={"best.example.org": "SERVFAIL"},
+    )
+    error = await failure(zone)
+    assert (error.status, error.is_permanent) == ("4.4.3", False)
+
+
+async def test_a_domain_without_mx_at_our_address_is_a_loop() -> None:
+    assert (await failure(zone_of("example.org A 127.0.0.1"))).status == "5.4.6"
+
+
+def test_addresses_of_interfaces_are_recognized() -> None:
+    assert is_local_address("127.0.0.1")
+    assert not is_local_address("203.0.113.77")
+    assert not is_local_address("2001:db8::1")
