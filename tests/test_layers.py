@@ -28,7 +28,7 @@ ROWS = [
     {"metrics"},
     {"journal"},
     {"transaction", "_journal"},
-    {"message", "reply", "schema", "sequence", "loading"},
+    {"files", "loading", "message", "reply", "schema", "sequence"},
 ]
 """From the top layer to the bottom."""
 
