@@ -32,8 +32,8 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ("[delivery]\nkind = 'maildir'\n[recipients]\nverify = 'next-hop'", "recipients.verify: delivery.kind"),
         ("[recipients]\nverify = 'next-hop'\nfile = 'x'", "recipients.verify: recipients.file is there already"),
         ("[delivery]\npassthrough.buffer = 1", "delivery.passthrough.buffer: Expected `int` >= 4096"),
-        ("[[route]]\ndomains = ['a.org']\nnext_hop = 'mx'", "route: reports have to go to the senders"),
-        ("[[route]]\nnext_hop = 'smtp:/a'", "route[0].next_hop: a next hop looks like smtp://host:25"),
+        ("[[route]]\ndomains = ['a.org']\nnext_hop = 'mx'", "route: no default route"),
+        ("[[route]]\nnext_hop = 'smtp:/a'", "route[0].next_hop: 'smtp:/a' is not a next hop; expected smtp://host:25"),
         (
             "[[route]]\nnext_hop = 'mx'\n[route.tls]\nmode = 'maybe'",
             "route[0].tls.mode: there is no 'maybe'; here may stand: ",
@@ -47,7 +47,7 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
             "route[0].next_hops[0].weight: Expected `int`",
         ),
         ("[relay.retry]\nschedule = [0.5]", "relay.retry.schedule[0]: Expected `float` >= 1"),
-        ("[resolver]\nservers = ['dns.example.org']", "resolver.servers[0]: a DNS server looks like"),
+        ("[resolver]\nservers = ['dns.example.org']", "resolver.servers[0]: 'dns.example.org' is not a DNS server"),
         (
             "[[listener]]\nauth.mechanisms = ['CRAM-MD5']",
             "no 'CRAM-MD5'; here may stand: SCRAM-SHA-256-PLUS, SCRAM-SHA",

@@ -205,6 +205,18 @@ class Journal:
         if self.logs_mail:
             self._note("reported", 0, None, report_id, message_id, action, sender)
 
+    # ---- operators
+
+    def operated(self, action: str, message_id: str, recipients: int) -> None:
+        """An operator held, released, retried, dropped or returned recipients of a message with `penstock spool`."""
+        if self.logs_mail:
+            self._note("operated", 0, None, action, message_id, recipients)
+
+    def clock_jumped(self, seconds: float, rescheduled: int) -> None:
+        """The clock of the machine was set forward, or back if negative; recipients were given other due times."""
+        if self._logs_errors:
+            self._note("clock-jumped", 0, None, round(seconds), rescheduled)
+
     # ---- next hops
 
     def hop_down(self, hop: str, cause: str, seconds: float) -> None:
@@ -279,6 +291,8 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "reported": ("id", "about", "action", "sender"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
+    "operated": ("action", "id", "recipients"),
+    "clock-jumped": ("seconds", "rescheduled"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import email
 import email.message
 import email.policy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +13,17 @@ from typing import Any, cast
 import pytest
 import trio
 
-import penstock.relay.ledger
+import penstock.relay.recorder
 import penstock.relay.scheduler
+from penstock.message import Path as MailPath
 from penstock.message import Recipient
 from penstock.net.resolver import Exchanger, ResolveError
-from penstock.relay.hop import HopDown, Outcome, Result
+from penstock.relay.hop import NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
 from penstock.spool.admin import Filter, QueueAdmin
 from tests.relay.fake import CLOSE, FakeHop, serving
-from tests.relay.harness import BUSY, DELIVERED, REFUSED, FakePool, Relay, Sent, message_of, path_of, relaying
+from tests.relay.harness import BUSY, DELIVERED, REFUSED, START, FakePool, Relay, Sent, message_of, path_of, relaying
 
 HOUR = 3600.0
 
@@ -64,19 +65,37 @@ async def test_recipients_with_the_same_next_hop_go_in_one_transaction(tmp_path:
         assert await relay.waiting() == []
 
 
-async def test_what_is_tried_again_goes_by_its_domain(tmp_path: Path) -> None:
+async def test_retries_are_grouped_by_route(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
+    recipients = [f"bob@d{number}.org" for number in range(200)]
     async with relaying(tmp_path, pool) as relay:
-        await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org"))
+        await relay.accept(message_of(*recipients))
         await relay.quiet()
-        assert [(address, wait) for address, _, _, wait in await relay.waiting()] == [
-            ("a@x.org", 60.0), ("b@y.org", 60.0), ("c@x.org", 60.0)
-        ]  # fmt: skip
-        pool.answer = lambda _: DELIVERED
+        assert {wait for *_, wait in await relay.waiting()} == {60.0}
+        assert len(pool.sent) == 1
         relay.advance(61)
+        await relay.until(lambda: len(pool.sent) > 1)
         await relay.quiet()
-        assert sorted(sent.to for sent in pool.sent[1:]) == [["a@x.org", "c@x.org"], ["b@y.org"]]
+        assert [sorted(sent.to) for sent in pool.sent[1:]] == [sorted(recipients)]
+        pool.answer = lambda sent: DELIVERED if sent.envelope.sender.text == "" else REFUSED
+        relay.advance(301)
+        await relay.quiet()
+        (report,) = pool.to("example.com")
+        assert len(report_in(report)) == 200
         assert await relay.waiting() == []
+
+
+async def test_a_message_to_several_next_hops_has_one_report(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else REFUSED)
+    routes: list[dict[str, Any]] = [{"domains": ["z.org"], "next_hop": "smtp://other"}, {"next_hop": "smtp://hop"}]
+    async with relaying(tmp_path, pool, routes=routes) as relay:
+        await relay.accept(message_of("a@x.org", "d@z.org"))
+        await relay.quiet()
+        (report,) = pool.to("example.com")
+        assert sorted(fields["Final-Recipient"] for fields in report_in(report)) == [
+            "rfc822; a@x.org",
+            "rfc822; d@z.org",
+        ]
 
 
 async def test_recipients_of_each_domain_go_in_one_transaction_to_its_mx(tmp_path: Path) -> None:
@@ -326,11 +345,88 @@ async def test_who_wants_to_hear_of_success_does_so_from_the_last_server_that_ca
         assert told == ([] if action is None else [action])
 
 
+# ---- the next host in the same attempt (RFC 5321 5.1)
+
+TWO_HOSTS: list[dict[str, Any]] = [
+    {"next_hops": [{"url": "smtp://a", "priority": 1}, {"url": "smtp://b", "priority": 2}]}
+]
+IN_DOUBT = Result(Outcome.DEFERRED, "in doubt: lost", "4.4.2", "a:25", is_said=False, in_doubt=True)
+LOST = Result(Outcome.DEFERRED, "the connection was lost", "4.4.2", "a:25", is_said=False)
+
+
+@pytest.mark.parametrize(
+    "deferral", [BUSY, LOST, NextHopUnavailable("a", "421 no", "4.3.2")], ids=["450", "lost", "421"]
+)
+async def test_what_a_host_defers_is_offered_to_the_next(tmp_path: Path, deferral: Result | NextHopUnavailable) -> None:
+    pool = FakePool(lambda sent: deferral if sent.hop.host == "a" else DELIVERED)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.sent] == ["a", "b"]
+        assert await relay.waiting() == []
+
+
+async def test_only_deferred_recipients_are_offered_again(tmp_path: Path) -> None:
+    def answer(sent: Sent) -> list[Result]:
+        return [DELIVERED, BUSY, REFUSED, BUSY] if sent.hop.host == "a" else [DELIVERED, BUSY]
+
+    pool = FakePool(lambda sent: answer(sent) if sent.envelope.sender.text else DELIVERED)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("a@x.org", "b@x.org", "c@x.org", "d@x.org"))
+        await relay.quiet()
+        assert [sent.to for sent in pool.to("x.org")] == [
+            ["a@x.org", "b@x.org", "c@x.org", "d@x.org"],
+            ["b@x.org", "d@x.org"],
+        ]
+        assert [(address, wait) for address, _, _, wait in await relay.waiting()] == [("d@x.org", 60.0)]
+        (report,) = pool.to("example.com")
+        assert [fields["Final-Recipient"] for fields in report_in(report)] == ["rfc822; c@x.org"]
+
+
+@pytest.mark.parametrize("result", [IN_DOUBT, REFUSED], ids=["in doubt", "refused"])
+async def test_what_may_be_delivered_is_not_offered_again(tmp_path: Path, result: Result) -> None:
+    pool = FakePool(lambda sent: result if sent.envelope.sender.text else DELIVERED)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.to("example.org")] == ["a"]
+
+
+async def test_hosts_of_an_attempt_are_bounded(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: BUSY)
+    routes = [{"next_hops": [{"url": f"smtp://h{n}", "priority": n} for n in range(30)]}]
+    async with relaying(tmp_path, pool, routes=routes) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.sent] == ["h0", "h1", "h2", "h3", "h4"]
+
+
+async def test_each_address_of_a_static_next_hop_is_tried(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: BUSY if sent.hop.address == "192.0.2.1" else DELIVERED)
+    hosts = {"hop": ["192.0.2.1", "2001:db8::2"]}
+    async with relaying(tmp_path, pool, hosts=hosts) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.name for sent in pool.sent] == ["hop[192.0.2.1]:25", "hop[2001:db8::2]:25"]
+        assert await relay.waiting() == []
+
+
+async def test_many_dead_addresses_do_not_hide_the_next_host(tmp_path: Path) -> None:
+    dead = tuple(f"192.0.2.{number}" for number in range(26))
+    dns: dict[str, Any] = {"example.org": [Exchanger(10, "mx1", dead), Exchanger(20, "mx2", ("198.51.100.1",))]}
+    pool = FakePool(lambda sent: NextHopUnavailable(sent.hop.name, "timeout") if sent.hop.host == "mx1" else DELIVERED)
+    async with relaying(tmp_path, pool, routes=[{"next_hop": "mx"}], dns=dns) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert pool.sent[-1].hop.host == "mx2"
+        assert await relay.waiting() == []
+
+
 # ---- hops that are down
 
 
 async def test_the_next_hop_is_tried_when_the_first_is_down(tmp_path: Path) -> None:
-    pool = FakePool(lambda sent: HopDown("a", "refused") if sent.hop.host == "a" else DELIVERED)
+    pool = FakePool(lambda sent: NextHopUnavailable("a", "refused") if sent.hop.host == "a" else DELIVERED)
     routes = [{"next_hops": [{"url": "smtp://a", "priority": 1}, {"url": "smtp://b", "priority": 2}]}]
     async with relaying(tmp_path, pool, routes=routes) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -352,7 +448,7 @@ async def test_a_busy_first_hop_is_no_reason_to_use_the_second(tmp_path: Path) -
 
 
 async def test_when_all_hops_are_down_each_message_waits_by_its_own_schedule(tmp_path: Path) -> None:
-    pool = FakePool(lambda sent: HopDown(sent.hop.name, "Connection refused"))
+    pool = FakePool(lambda sent: NextHopUnavailable(sent.hop.name, "Connection refused"))
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
@@ -369,8 +465,10 @@ async def test_mail_for_a_hop_that_is_left_alone_is_put_off_without_trying(tmp_p
     pool = FakePool(down={"dead": 1e12})
     routes: list[dict[str, Any]] = [{"domains": ["dead.org"], "next_hop": "smtp://dead"}, {"next_hop": "smtp://hop"}]
     async with relaying(tmp_path, pool, routes=routes) as relay:
-        lane = "dead.org"
-        await relay.until(lambda: relay.scheduler._lanes.get(lane) is not None and relay.scheduler._lanes[lane].is_down)
+        queue = "dead.org"
+        await relay.until(
+            lambda: relay.scheduler._queues.get(queue) is not None and relay.scheduler._queues[queue].is_down
+        )
         await relay.accept(*(message_of("bob@dead.org") for _ in range(100)))
         assert relay.scheduler.held == 0  # they stay on the disk, and are not handed over
         await relay.accept(*(message_of("bob@live.org") for _ in range(100)))
@@ -419,9 +517,9 @@ async def left_alone(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> A
 
 def retry(relay: Relay, folder: Path) -> None:
     """Do what `penstock spool retry --all` does."""
-    with QueueAdmin.opened(folder, relay.scheduler._clock) as desk:
-        desk.retry(Filter())
-    relay.scheduler._look.set()
+    with QueueAdmin.opened(folder, relay.scheduler._clock) as admin:
+        admin.retry(Filter())
+    relay.scheduler.look()
 
 
 @pytest.fixture
@@ -450,7 +548,7 @@ async def test_an_operators_retry_of_much_mail_costs_a_dead_hop_one_connection(t
             await relay.quiet()
             assert hop.connections == tries
             said = [event["said"] for event in relay.events("deferred")]
-            assert sorted(said) == ["421 4.3.2 no", *["the next hop is down: 421 4.3.2 no"] * 19]
+            assert sorted(said) == ["421 4.3.2 no", *["backing off: 421 4.3.2 no"] * 19]
         await pool.aclose()
 
 
@@ -470,7 +568,7 @@ async def test_the_dns_is_asked_once_for_a_lane_and_lanes_with_the_same_hosts_sh
         await relay.accept(*(message_of(f"bob@{domain}") for _ in range(10) for domain in dns))
         await relay.until(lambda: len(pool.sent) == 4)
         assert {sent.hop.host for sent in pool.sent} == {"mx.example.net"}
-        assert len(relay.scheduler._outlets) == 1
+        assert len(relay.scheduler._route_queues) == 1
         assert {sent.to[0] for sent in pool.sent} == {"bob@a.org", "bob@b.org"}
 
 
@@ -498,11 +596,26 @@ async def test_a_dns_that_does_not_answer_puts_off(tmp_path: Path) -> None:
         await relay.accept(message_of("bob@a.org"), message_of("bob@b.org"), message_of("bob@unknown.org"))
         await relay.quiet()
         waiting = [(address, reply) for address, reply, _, _ in await relay.waiting()]
-        assert waiting == [("bob@a.org", "no answer"), ("bob@unknown.org", "looking up the domain failed")]
+        assert waiting == [("bob@a.org", "no answer"), ("bob@unknown.org", "DNS lookup failed")]
         assert [event["where"] for event in relay.events("error")] == ["resolver"]  # KeyError: a bug of the test's DNS
 
 
-# ---- here
+async def test_a_retry_after_a_dns_failure_tries_at_once(tmp_path: Path) -> None:
+    dns: dict[str, Any] = {"a.org": ResolveError("4.4.3", "no answer", is_permanent=False)}
+    async with relaying(tmp_path, routes=[{"next_hop": "mx"}], dns=dns) as relay:
+        await relay.accept(message_of("bob@a.org"))
+        await relay.quiet()
+        dns["a.org"] = [exchanger("mx.a.org")]
+        relay.advance(1)
+        with QueueAdmin.opened(tmp_path, lambda: relay.now) as admin:
+            assert admin.retry(Filter()).changed == 1
+        relay.scheduler.look()
+        await relay.until(lambda: len(relay.pool.sent) == 1)
+        await relay.quiet()
+        assert await relay.waiting() == []
+
+
+# ---- local delivery
 
 
 async def test_a_route_to_the_maildir_ends_here(tmp_path: Path) -> None:
@@ -520,7 +633,7 @@ async def test_a_route_to_the_maildir_ends_here(tmp_path: Path) -> None:
     ("answer", "reply"),
     [
         (Reply(452, "4.3.1", "Disk full"), "452 4.3.1 Disk full"),
-        (OSError(5, "on fire", "/secret/path"), "the mailbox can not be written"),
+        (OSError(5, "on fire", "/secret/path"), "the mailbox cannot be written"),
     ],
 )
 async def test_a_mailbox_that_can_not_be_written_is_tried_again(
@@ -538,7 +651,233 @@ async def test_a_mailbox_that_can_not_be_written_is_tried_again(
         assert [event["hop"] for event in relay.events("attempted")] == ["maildir"]
 
 
-# ---- the end, and what breaks
+async def test_postmaster_without_a_domain_gets_the_first_domain(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        await relay.accept(message_of(Recipient(MailPath("Postmaster", "Postmaster", ""))))
+        await relay.quiet()
+        (sent,) = relay.pool.sent
+        assert sent.envelope.recipients[0].path == MailPath("Postmaster@mx.example.org", "Postmaster", "mx.example.org")
+
+
+async def test_a_recipient_named_three_times_gets_one_copy(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        await relay.accept(message_of("bob@x.org", "eve@x.org", "bob@x.org", "bob@x.org"))
+        await relay.quiet()
+        assert [sent.to for sent in relay.pool.sent] == [["bob@x.org", "eve@x.org"]]
+
+
+# ---- times and reports
+
+
+async def test_the_delay_notice_comes_when_it_is_due(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool, retry={"delay_notice_after": 4 * HOUR}) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        while not pool.to("example.com"):
+            ((*_, wait),) = await relay.waiting()
+            count = len(pool.sent)
+            relay.advance(wait)
+            await relay.until(lambda: len(pool.sent) > count)  # noqa: B023 - at once
+            await relay.quiet()
+        assert relay.now == START + 4 * HOUR
+
+
+async def test_the_status_of_a_delay_is_transient(tmp_path: Path) -> None:
+    greeting = NextHopUnavailable("mx.example.org[192.0.2.1]:25", "554 5.7.1 go away", "5.7.1", is_said=True)
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else greeting)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        relay.advance(4 * HOUR)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        (fields,) = report_in(pool.to("example.com")[0])
+        assert (fields["Action"], fields["Status"]) == ("delayed", "4.7.1")
+        assert fields["Remote-MTA"] == "dns; mx.example.org"
+        assert fields["Diagnostic-Code"] == "smtp; 554 5.7.1 go away"
+
+
+async def test_a_clock_set_forward_returns_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        await relay.set_clock(6 * 24 * HOUR)
+        await relay.until(lambda: len(pool.sent) == 2)
+        await relay.quiet()
+        assert pool.to("example.com") == []
+        ((*_, wait),) = await relay.waiting()
+        assert 0 < wait <= HOUR
+        (event,) = relay.events("clock-jumped")
+        assert (event["seconds"], event["rescheduled"]) == (6 * 24 * HOUR, 0)
+        relay.advance(HOUR)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        assert report_in(pool.to("example.com")[0])[0]["Action"] == "failed"
+
+
+async def test_a_clock_set_back_delays_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"), message_of("eve@example.org"))
+        await relay.quiet()
+        await relay.set_clock(-3 * 24 * HOUR)
+        assert {wait for *_, wait in await relay.waiting()} == {60.0}
+        (event,) = relay.events("clock-jumped")
+        assert (event["seconds"], event["rescheduled"]) == (-3 * 24 * HOUR, 2)
+        relay.advance(61)
+        await relay.until(lambda: len(pool.sent) == 4)
+
+
+async def test_small_corrections_of_the_clock_change_nothing(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        for seconds in (59.0, -59.0, 599.0):
+            await relay.set_clock(seconds)
+        assert relay.events("clock-jumped") == []
+
+
+# ---- what operators do (penstock spool)
+
+
+async def ask(relay: Relay, folder: Path, act: Callable[[QueueAdmin], Any]) -> Any:
+    """Do what a command does, in its own thread, while the server answers."""
+
+    def work() -> Any:
+        with QueueAdmin.opened(folder, lambda: relay.now) as admin:
+            return act(admin)
+
+    answer: list[Any] = []
+
+    async def wait() -> None:
+        answer.append(await trio.to_thread.run_sync(work))
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            while not answer:
+                await relay.operators.look()
+                await trio.sleep(0.001)
+    return answer[0]
+
+
+@asynccontextmanager
+async def with_waiting(folder: Path) -> AsyncIterator[Relay]:
+    """Run a relay with four messages in flight and six that only wait in memory."""
+    pool = FakePool(lambda _: None)
+    async with relaying(folder, pool) as relay:
+        await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
+        assert (len(pool.sent), relay.scheduler.held) == (4, 10)
+        yield relay
+
+
+async def test_hold_reaches_what_waits_in_memory(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.hold(Filter())) == (6, 4, 0)
+        assert relay.scheduler.held == 4
+        for sent in list(relay.pool.sent):
+            relay.pool.reply(sent, DELIVERED)
+        await relay.quiet()
+        assert len(relay.pool.sent) == 4
+        assert await ask(relay, tmp_path, lambda admin: admin.release(Filter())) == (6, 0, 0)
+        relay.pool.answer = lambda _: DELIVERED
+        relay.scheduler.look()
+        await relay.until(lambda: len(relay.pool.sent) == 10)
+        await relay.quiet()
+        assert [event["recipients"] for event in relay.events("operated") if event["action"] == "release"] == [1] * 6
+
+
+async def test_drop_reaches_what_waits_in_memory(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.drop(Filter())) == (6, 4, 0)
+        assert len(await relay.waiting()) == 4
+
+
+async def test_retry_of_what_waits_in_memory_counts_no_attempt(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.retry(Filter())) == (6, 4, 0)
+        await relay.until(lambda: relay.scheduler.held == 10)
+        assert {attempts for _, _, attempts, _ in await relay.waiting()} == {1}
+
+
+async def test_an_operator_returns_a_message_to_its_sender(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org", "eve@example.org"), message_of("zoe@example.org"))
+        await relay.quiet()
+        assert await ask(relay, tmp_path, lambda admin: admin.bounce(Filter(recipient="bob@*"))) == (1, 0, 0)
+        await relay.quiet()
+        (report,) = pool.to("example.com")
+        (fields,) = report_in(report)
+        assert (fields["Final-Recipient"], fields["Action"], fields["Status"]) == (
+            "rfc822; bob@example.org",
+            "failed",
+            "5.0.0",
+        )
+        assert [address for address, *_ in await relay.waiting()] == ["eve@example.org", "zoe@example.org"]
+        assert [event["action"] for event in relay.events("operated")] == ["bounce"]
+
+
+async def test_bounce_reaches_what_waits_in_memory(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.bounce(Filter())) == (6, 4, 0)
+        await relay.until(lambda: len(relay.events("bounced")) == 6)
+
+
+@pytest.mark.parametrize("name", ["Example.org", "hop", "hop[192.0.2.9]:25"])
+async def test_mail_to_what_is_suspended_waits(tmp_path: Path, name: str) -> None:
+    async with relaying(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.suspend(name)) is True
+        await relay.accept(*(message_of("bob@example.org") for _ in range(20)))
+        await relay.until(lambda: relay.scheduler.held == 0)
+        assert relay.pool.sent == []
+        assert {attempts for _, _, attempts, _ in await relay.waiting()} == {0}
+        assert await ask(relay, tmp_path, lambda admin: admin.resume(name)) is True
+        await relay.until(lambda: len(relay.pool.sent) == 20)
+        await relay.quiet()
+
+
+async def test_a_suspended_hop_leaves_the_mail_to_others(tmp_path: Path) -> None:
+    async with relaying(tmp_path, routes=TWO_HOSTS) as relay:
+        await ask(relay, tmp_path, lambda admin: admin.suspend("a"))
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in relay.pool.sent] == ["b"]
+
+
+async def test_operators_see_which_hops_are_down_and_why(tmp_path: Path) -> None:
+    pool = FakePool()
+
+    def answer(sent: Sent) -> NextHopUnavailable:
+        pool.down["hop"] = trio.current_time() + 60
+        return NextHopUnavailable(sent.hop.name, "Connection refused")
+
+    pool.answer = answer
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        await relay.operators.look()
+        (hop,) = await ask(relay, tmp_path, lambda admin: admin.hops())
+        assert (hop.name, hop.reason, hop.since) == ("hop[192.0.2.9]:25", "Connection refused", START)
+        assert 55 < hop.until - START <= 60
+        pool.down.clear()
+        await relay.operators.look()
+        assert await ask(relay, tmp_path, lambda admin: admin.hops()) == []
+
+
+# ---- shutdown, and bugs
+
+
+async def test_a_delivery_cut_by_our_shutdown_costs_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: None)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org", "eve@example.org"), message_of("zoe@example.org"))
+        relay.scheduler.stop()
+        pool.reply(pool.sent[0], [DELIVERED, LOST])
+        pool.reply(pool.sent[1], BUSY)
+        await relay.quiet_but_due()
+        assert [(address, attempts, wait) for address, _, attempts, wait in await relay.waiting()] == [
+            ("eve@example.org", 0, 0.0),
+            ("zoe@example.org", 1, 60.0),
+        ]
 
 
 async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tmp_path: Path) -> None:
@@ -547,7 +886,7 @@ async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tm
         await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
         relay.scheduler.stop()
         for sent in pool.sent:
-            pool.reply(sent, HopDown("hop", "the relay is stopping"))
+            pool.reply(sent, NextHopUnavailable("hop", "the relay is stopping"))
         await relay.accept(message_of("late@example.org"))
     async with relaying(tmp_path, runs=False) as relay:
         waiting = await relay.waiting()
@@ -573,7 +912,7 @@ async def test_a_bug_in_one_delivery_costs_that_message_a_delay_and_nobody_else_
         await relay.accept(message_of("bad@example.org"), *(message_of("good@example.org") for _ in range(20)))
         await relay.quiet()
         assert len(relay.pool.sent) == 21
-        assert await relay.waiting() == [("bad@example.org", "an error on our side", 1, 60.0)]
+        assert await relay.waiting() == [("bad@example.org", "internal error", 1, 60.0)]
         assert [event["error"] for event in relay.events("error")] == ["ZeroDivisionError: a bug"]
 
 
@@ -582,22 +921,22 @@ async def test_an_outcome_that_can_not_be_accounted_for_is_tried_again(tmp_path:
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
-        assert [(reply, wait) for _, reply, _, wait in await relay.waiting()] == [("an error on our side", 300.0)]
+        assert [(reply, wait) for _, reply, _, wait in await relay.waiting()] == [("internal error", 300.0)]
 
 
 async def test_a_spool_that_can_not_be_written_is_tried_until_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(penstock.relay.ledger, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(penstock.relay.recorder, "_FIRST_PAUSE", 0.001)
     async with relaying(tmp_path) as relay:
-        settle, failures = relay.spool.settle, [OSError(28, "No space left on device")] * 3
+        record, failures = relay.spool.record, [OSError(28, "No space left on device")] * 3
 
         async def fail(*arguments: object) -> None:
             if failures:
                 raise failures.pop()
-            await settle(*arguments)  # type: ignore[arg-type]
+            await record(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(relay.spool, "settle", fail)
+        monkeypatch.setattr(relay.spool, "record", fail)
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
         assert failures == []
@@ -610,11 +949,11 @@ async def test_lanes_with_nothing_to_do_are_forgotten(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         await relay.accept(*(message_of(f"bob@d{n}.org") for n in range(100)))
         await relay.quiet()
-        assert len(relay.scheduler._lanes) == 100
+        assert len(relay.scheduler._queues) == 100
         relay.scheduler._evict(trio.current_time() + 100)
-        assert relay.scheduler._lanes == {}
-        assert relay.scheduler._outlets == {}
+        assert relay.scheduler._queues == {}
+        assert relay.scheduler._route_queues == {}
 
 
 def test_a_result_of_ours_is_deferred() -> None:
-    assert HopDown("hop", "down").as_result().kind is Outcome.DEFERRED
+    assert NextHopUnavailable("hop", "down").as_result().kind is Outcome.DEFERRED

@@ -72,7 +72,7 @@ async def test_whatever_step_of_a_put_fails_it_is_written_or_refused(
             message = make_message(b"%d" % step)
             with faulty.failing(step, is_after=is_after):
                 try:
-                    await spool.put(message, [f"lane{step}", "x"][: len(message.envelope.recipients)])
+                    await spool.put(message, [f"queue{step}", "x"][: len(message.envelope.recipients)])
                     accepted.add(message.id)
                 except sqlite3.OperationalError:
                     if faulty.hit == "COMMIT" and is_after:
@@ -104,7 +104,7 @@ async def test_whatever_step_of_an_end_fails_it_is_written_whole_or_not_at_all(
             ends = settled(entry, Outcome.FAILED, "550 no")
             with faulty.failing(step, is_after=is_after):
                 try:
-                    await spool.settle(ends, [(bounce, ["back"])])
+                    await spool.record(ends, [(bounce, ["back"])])
                     is_written = True
                 except sqlite3.OperationalError:
                     is_written = is_after and faulty.hit == "COMMIT"
@@ -118,7 +118,7 @@ async def test_whatever_step_of_an_end_fails_it_is_written_whole_or_not_at_all(
             assert rows == ([] if is_written else [(1,)])
             if not faulty.hit:
                 break
-            await spool.settle(ends)  # again, as the ledger does
+            await spool.record(ends)  # again, as the recorder does
     assert step > 5
 
 

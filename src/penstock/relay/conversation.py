@@ -31,7 +31,7 @@ from penstock.net import _poller
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsLayer
 from penstock.relay.exchange import BodyError, Closing, Exchange, Phase
-from penstock.relay.hop import Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Job
 from penstock.smtp.client import (
     Answer,
@@ -123,7 +123,7 @@ class LostError(Exception):
     """The connection is of no use any more; the text says why."""
 
 
-class HandshakeError(HopDown):
+class HandshakeError(NextHopUnavailable):
     """TLS did not come about. Without it a new connection may work."""
 
 
@@ -194,14 +194,14 @@ class Conversation:
     async def open(self, context: ssl.SSLContext | None) -> None:
         """Lead the conversation up to the first transaction; `context` is for TLS, None is without.
 
-        Raise HopDown when the hop does not want us, or not as we want it.
+        Raise NextHopUnavailable when the hop does not want us, or not as we want it.
         """
         try:
             await self._within(self._open(context))
         except (LostError, ProtocolError) as exc:
             if self._timed_out and self._awaited == _HANDSHAKE:
                 raise HandshakeError(self.name, self._timed_out, "4.7.5") from exc
-            raise HopDown(self.name, f"{exc}", "4.4.2") from exc
+            raise NextHopUnavailable(self.name, f"{exc}", "4.4.2") from exc
 
     async def _open(self, context: ssl.SSLContext | None) -> None:
         policy, clocks = self.hop.tls, self._manner.clocks
@@ -209,12 +209,12 @@ class Conversation:
             await self._shake_hands(context)
         greeting = await self._hear("the greeting", clocks.greeting)
         if greeting.code != 220:
-            raise HopDown(self.name, greeting.text, greeting.status)
+            raise NextHopUnavailable(self.name, greeting.text, greeting.status, is_said=True)
         await self._say_hello()
         if context is not None and not self.is_encrypted:
             await self._start_tls(context)
         if policy.mode in ("require", "verify") and not self.is_encrypted:
-            raise HopDown(self.name, "TLS is required, and the hop does not offer it", "4.7.4")
+            raise NextHopUnavailable(self.name, "TLS is required, and the hop does not offer it", "4.7.4")
         if self.hop.user:
             await self._authenticate()
         if self._manner.chunking and self._offer.chunking and self._offer.pipelining and self.hop.kind == "smtp":
@@ -235,7 +235,7 @@ class Conversation:
             answer = await self._ask(b"HELO " + name, "HELO", clocks.hello)
             self._offer = Capabilities()
         if answer.code != 250:
-            raise HopDown(self.name, answer.text, answer.status)
+            raise NextHopUnavailable(self.name, answer.text, answer.status, is_said=True)
 
     async def _start_tls(self, context: ssl.SSLContext) -> None:
         """Begin TLS where it is offered (RFC 3207). Without it, whether to go on is the caller's decision."""
@@ -244,7 +244,7 @@ class Conversation:
         answer = await self._ask(b"STARTTLS", "STARTTLS", self._manner.clocks.hello)
         if answer.code != 220:
             if self.hop.tls.mode != "opportunistic":
-                raise HopDown(self.name, f"STARTTLS was refused: {answer.text}", "4.7.4")
+                raise NextHopUnavailable(self.name, f"STARTTLS was refused: {answer.text}", "4.7.4")
             return
         if not self._reader.is_empty:  # somebody in between has added it, to be read as if it were encrypted
             raise ProtocolError("the hop said something between STARTTLS and TLS")
@@ -276,12 +276,12 @@ class Conversation:
         try:
             dialog = AuthDialog(self.hop.user, self.hop.password, self._offer, is_private=is_private)
         except CannotSendError as exc:
-            raise HopDown(self.name, f"AUTH: {exc}", exc.status) from exc
+            raise NextHopUnavailable(self.name, f"AUTH: {exc}", exc.status) from exc
         answer = await self._ask(dialog.start().rstrip(b"\r\n"), "AUTH", clock)
         while answer.code == 334:
             answer = await self._ask(dialog.respond(answer).rstrip(b"\r\n"), "AUTH", clock)
         if answer.code != 235:
-            raise HopDown(self.name, f"AUTH was refused: {answer.text}", answer.status)
+            raise NextHopUnavailable(self.name, f"AUTH was refused: {answer.text}", answer.status)
         dialog.finish()
 
     async def _ask(self, command: bytes, what: str, seconds: float) -> Answer:
@@ -306,7 +306,7 @@ class Conversation:
             except (trio.BrokenResourceError, ssl.SSLError) as exc:
                 raise LostError(f"the connection was lost at {what}: {_reason(exc)}") from exc
         if answer.code == 421:
-            raise HopDown(self.name, answer.text, answer.status)
+            raise NextHopUnavailable(self.name, answer.text, answer.status, is_said=True)
         return answer
 
     # ---- transactions, in turns

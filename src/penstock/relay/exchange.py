@@ -321,7 +321,9 @@ class Exchange:
             undone = Result(Outcome.DEFERRED, said.text, _temporary(said), self._hop)
         else:
             doubt = "in doubt, it may have been delivered: " if self._has_ended else ""
-            undone = Result(Outcome.DEFERRED, f"{doubt}{text}", "4.4.2", self._hop, is_said=False)
+            undone = Result(
+                Outcome.DEFERRED, f"{doubt}{text}", "4.4.2", self._hop, is_said=False, in_doubt=self._has_ended
+            )
         for place in self._places:
             if place not in self.job.waiting:
                 self.job.settle(place, undone)

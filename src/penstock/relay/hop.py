@@ -128,6 +128,8 @@ class Result(NamedTuple):
     """The text is the hop's; otherwise it is ours."""
     reports: bool = False
     """The hop has heard what the sender wants to be told, and will tell it (RFC 3461 5.2.1)."""
+    in_doubt: bool = False
+    """The connection was lost after the whole text was sent: the hop may have the message (RFC 1047)."""
 
     @classmethod
     def of(cls, answer: Answer, hop: str, *, reports: bool = False) -> Result:
@@ -141,17 +143,20 @@ Delivered = Sequence[Result]
 """What a transaction came to: one result for each recipient of the envelope, in its order."""
 
 
-class HopDown(Exception):  # noqa: N818 - a state of the hop, not a mistake of the caller
-    """The hop can not be used now, and nothing of the message was sent: another hop may be tried at once."""
+class NextHopUnavailable(Exception):  # noqa: N818 - a state of the hop, not a mistake of the caller
+    """The hop cannot be used now, and nothing of the message was sent: another hop may be tried at once."""
 
-    def __init__(self, hop: str, text: str, status: str = "4.4.1") -> None:
+    def __init__(self, hop: str, text: str, status: str = "4.4.1", *, is_said: bool = False) -> None:
         super().__init__(f"{hop}: {text}")
         self.hop = hop
         self.text = text
         """What happened, or what the hop said; printable."""
         self.status = status
-        """An enhanced status code for the recipients that were meant for it, 4.yz.z or 5.yz.z."""
+        """The enhanced status code as the hop gave it, or ours. A 5.x.x does not fail the recipients."""
+        self.is_said = is_said
+        """`text` is the hop's reply; otherwise it is ours."""
 
     def as_result(self) -> Result:
-        """Return it as the result for a recipient."""
-        return Result(Outcome.DEFERRED, self.text, self.status, self.hop, is_said=False)
+        """Return it as the result for a recipient: deferred, with a persistent transient status (RFC 3463 3.1)."""
+        status = f"4{self.status[1:]}" if self.status.startswith("5") else self.status
+        return Result(Outcome.DEFERRED, self.text, status, self.hop, is_said=self.is_said)

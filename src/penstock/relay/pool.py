@@ -6,8 +6,8 @@ limit allows; it goes when it has rested for long enough, has had its share of m
 
 Rules
 -----
-1. `done` of a job is called once, whatever happens: a result for each recipient, or HopDown when the hop could not be
-   used and nothing of the message was sent.
+1. `done` of a job is called once, whatever happens: a result for each recipient, or NextHopUnavailable when the hop
+   could not be used and nothing of the message was sent.
 2. A job waits only for connections that are there or on their way. When the last of them fails, all that wait hear so.
 3. A connection that ends before it has said anything to a job costs the job nothing; it goes on with another one. A
    job that this happens to for the third time is deferred.
@@ -40,7 +40,7 @@ from penstock.relay.conversation import (
     Manner,
 )
 from penstock.relay.exchange import BodyError, Closing
-from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done, Job
 
 _MOST_RETURNS: Final = 3
@@ -99,16 +99,16 @@ class Pool:
     async def deliver(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int) -> Delivered:
         """Hand a message of `size` octets to a hop. Return a result for each recipient, in order.
 
-        Raise HopDown when the hop can not be used and nothing of the message was sent. The body is the caller's to
-        close. When this is cancelled, a transaction that has begun goes on, and nobody hears what it comes to.
+        Raise NextHopUnavailable when the hop can not be used and nothing of the message was sent. The body is the
+        caller's to close. When this is cancelled, a transaction that has begun goes on, and its outcome is ignored.
         """
         return await self._wait_for(hop, Job(envelope, prefix, body, size, _ignore))
 
     async def _wait_for(self, hop: Hop, job: Job) -> Delivered:
         answered = trio.Event()
-        heard: list[Delivered | HopDown] = []
+        heard: list[Delivered | NextHopUnavailable] = []
 
-        def done(outcome: Delivered | HopDown) -> None:
+        def done(outcome: Delivered | NextHopUnavailable) -> None:
             heard.append(outcome)
             answered.set()
 
@@ -119,14 +119,14 @@ class Pool:
         finally:
             job.is_abandoned = True
         outcome = heard[0]
-        if isinstance(outcome, HopDown):
+        if isinstance(outcome, NextHopUnavailable):
             raise outcome
         return outcome
 
     def deliver_later(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int, done: Done) -> None:
         """Do what `deliver` does without a task that waits: `done` hears the outcome, perhaps before this returns.
 
-        A tenth of the cost of `deliver`. Raise HopDown when that is known at once; then `done` hears nothing.
+        A tenth of the cost of `deliver`. Raise NextHopUnavailable if that is known at once; then `done` hears nothing.
         """
         self._submit(hop, Job(envelope, prefix, body, size, done))
 
@@ -137,7 +137,7 @@ class Pool:
 
         The text is taken as it comes. When `coming` raises OSError, the connection is closed before the end of the
         text, and nothing is delivered. Return a function that makes `done` hear nothing any more; a message for which
-        there was no connection yet is then not begun with. Raise HopDown when that is known at once.
+        there was no connection yet is then not begun with. Raise NextHopUnavailable when that is known at once.
         """
         job = Job(envelope, b"", None, size, done, coming=coming)
         self._submit(hop, job)
@@ -150,13 +150,13 @@ class Pool:
     async def ask(self, hop: Hop, envelope: Envelope) -> Delivered:
         """Ask a hop whether it would take mail for the recipients, and send none.
 
-        A recipient that is refused is FAILED or DEFERRED, one that is not is "delivered". Raise HopDown.
+        A recipient that is refused is FAILED or DEFERRED, one that is not is "delivered". Raise NextHopUnavailable.
         """
         return await self._wait_for(hop, Job(envelope, b"", None, 0, _ignore, is_question=True))
 
     def _submit(self, hop: Hop, job: Job) -> None:
         if self._nursery is None or self.is_closing:
-            raise HopDown(hop.name, "the relay is stopping", "4.3.2")
+            raise NextHopUnavailable(hop.name, "the relay is stopping", "4.3.2")
         station = self._stations.get(hop)
         if station is None:
             station = self._stations[hop] = _Station(self, hop)
@@ -208,7 +208,7 @@ class Pool:
             self.is_closing = True
             self._nursery = None
             for station in self._stations.values():
-                station.give_up(HopDown(station.hop.name, "the relay is stopping", "4.3.2"))
+                station.give_up(NextHopUnavailable(station.hop.name, "the relay is stopping", "4.3.2"))
             if own is not None:
                 own.close()
             self._gone.set()
@@ -296,12 +296,14 @@ class _Station:
     # ---- jobs
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raise HopDown when the hop is left alone, or too much is waiting already."""
+        """Queue a job. Raise NextHopUnavailable when the hop is left alone, or too much is waiting already."""
         now = trio.current_time()
         if self.breaker.blocks(now):
-            raise HopDown(self.hop.name, "the hop has failed before, and is left alone for a while", "4.4.1")
+            raise NextHopUnavailable(self.hop.name, "the hop has failed before, and is left alone for a while", "4.4.1")
         if len(self._queue) >= self._limits.queue:
-            raise HopDown(self.hop.name, f"{self._limits.queue} messages are waiting for it already", "4.3.2")
+            raise NextHopUnavailable(
+                self.hop.name, f"{self._limits.queue} messages are waiting for it already", "4.3.2"
+            )
         job.since = self._used_at = now
         self._queue.append(job)
         self._dispatch(now)
@@ -377,7 +379,7 @@ class _Station:
         """Note that a conversation has nothing to do."""
         self._resting[conversation] = None
 
-    def give_up(self, reason: HopDown) -> None:
+    def give_up(self, reason: NextHopUnavailable) -> None:
         """Tell all jobs that wait."""
         while self._queue:
             self._queue.popleft().give_up(reason)
@@ -392,12 +394,12 @@ class _Station:
             finally:
                 self._connecting -= 1
             await self._serve(conversation)
-        except HopDown as exc:
+        except NextHopUnavailable as exc:
             self._fail(exc)
         except Exception as exc:  # noqa: BLE001 - whatever it is
             if self._pool.journal is not None:
                 self._pool.journal.error(0, "relay", exc)
-            self._fail(HopDown(self.hop.name, "an internal error", "4.3.0"))
+            self._fail(NextHopUnavailable(self.hop.name, "an internal error", "4.3.0"))
         finally:
             self._pool.connections -= 1
             self.breaker.abandon()
@@ -408,10 +410,10 @@ class _Station:
         if not self._pool.is_closing:
             self._dispatch(trio.current_time())
         elif not self._open and not self._connecting:
-            self.give_up(HopDown(self.hop.name, "the relay is stopping", "4.3.2"))
+            self.give_up(NextHopUnavailable(self.hop.name, "the relay is stopping", "4.3.2"))
 
     async def _connect(self) -> Conversation:
-        """Return a conversation that is ready for its first transaction. Raise HopDown."""
+        """Return a conversation that is ready for its first transaction. Raise NextHopUnavailable."""
         stream: SocketStream | None = None
         try:
             context = await self._pool.context_for(self.hop)
@@ -419,7 +421,7 @@ class _Station:
                 stream = await self._open_socket()
         except (OSError, trio.TooSlowError) as exc:
             text = "connecting took too long" if isinstance(exc, trio.TooSlowError) else _why(exc)
-            raise HopDown(self.hop.name, text) from exc
+            raise NextHopUnavailable(self.hop.name, text) from exc
         conversation = Conversation(self.hop, stream, self, self._manner)
         self._open.add(conversation)
         is_ready = False
@@ -463,7 +465,7 @@ class _Station:
         if self.breaker.succeeded() and self._pool.journal is not None:
             self._pool.journal.hop_up(self.hop.name)
 
-    def _fail(self, reason: HopDown) -> None:
+    def _fail(self, reason: NextHopUnavailable) -> None:
         """Note that a connection did not come about."""
         mode, now = self.hop.tls, trio.current_time()
         if isinstance(reason, HandshakeError) and mode.mode == "opportunistic" and not mode.implicit:
@@ -490,7 +492,7 @@ class _Station:
 
     def close(self) -> None:
         """Let all connections go, each after its transaction."""
-        self.give_up(HopDown(self.hop.name, "the relay is stopping", "4.3.2"))
+        self.give_up(NextHopUnavailable(self.hop.name, "the relay is stopping", "4.3.2"))
         for conversation in list(self._open):
             conversation.retire()
         self._resting.clear()
@@ -506,7 +508,7 @@ class _Station:
             self.retire_one()
         while self._queue and now - self._queue[0].since > self._limits.wait:
             text = f"no connection was free for {self._limits.wait:.0f} s"
-            self._queue.popleft().give_up(HopDown(self.hop.name, text, "4.4.5"))
+            self._queue.popleft().give_up(NextHopUnavailable(self.hop.name, text, "4.4.5"))
         if self._queue and not self._pool.is_closing:
             self._dispatch(now)
         if self._open or self._connecting or self._queue:
@@ -515,7 +517,7 @@ class _Station:
         return now - self._used_at > _FORGOTTEN and now >= self.breaker.until
 
 
-def _ignore(_: Delivered | HopDown) -> None:
+def _ignore(_: Delivered | NextHopUnavailable) -> None:
     """Take an outcome that nobody waits for."""
 
 
