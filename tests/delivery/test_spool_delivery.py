@@ -93,7 +93,7 @@ async def test_what_could_not_be_written_is_not_accepted(
             raise failure
 
         if isinstance(failure, SpoolFullError):
-            monkeypatch.setattr(spool._committer, "put_later", fail)
+            monkeypatch.setattr(spool._committer, "put", fail)
         else:
             monkeypatch.setattr(spool._store, "put", fail)
         reply = await accept(delivery, b"x")

@@ -756,6 +756,7 @@ async def ask(relay: Relay, folder: Path, act: Callable[[QueueAdmin], Any]) -> A
             while not answer:
                 await relay.operators.look()
                 await trio.sleep(0.001)
+            await relay.operators.look()
     return answer[0]
 
 

@@ -122,20 +122,17 @@ class Committer:
         if is_full or self._is_closed:
             raise SpoolFullError(f"{waiting} messages of {self.octets} octets are waiting to be written")
 
-    def put_later(self, put: Put, done: Done) -> None:
-        """Write a message. `done` is called in the trio thread. Raise SpoolFullError."""
-        octets = 0 if put.data is None else len(put.data)
-        self.check_capacity(octets)
-        self.waiting += 1
-        self.octets += octets
-        self._requests.put(_Request(None, put, done, octets))
-
     async def put(self, put: Put) -> None:
         """Write a message; return once it is committed. Raise SpoolFullError, OSError or sqlite3.Error.
 
         The wait cannot be cancelled: the caller learns what became of the message.
         """
-        self.put_later(put, partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
+        octets = 0 if put.data is None else len(put.data)
+        self.check_capacity(octets)
+        self.waiting += 1
+        self.octets += octets
+        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
+        self._requests.put(_Request(None, put, done, octets))
         await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
 
     def do_later(self, act: Callable[[Store], T], done: Done) -> None:

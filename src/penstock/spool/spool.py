@@ -7,10 +7,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-import outcome
 import trio
 
 from penstock.message import Message
@@ -132,32 +131,6 @@ class Spool:
             return self._entries(put)
         self.became_due(put.queues)
         return []
-
-    def put_later(
-        self,
-        message: Message,
-        queues: Sequence[str],
-        done: Callable[[BaseException | None, list[Entry]], None],
-        *,
-        is_taken: bool = False,
-    ) -> None:
-        """Do what `put` does without a task, for a body in memory; `done` gets the error or the entries.
-
-        Raise SpoolFullError.
-        """
-        put = self._put_of(message, queues, is_taken)
-        if put.data is None:
-            put = put._replace(data=b"".join(message.body.chunks()))
-
-        def written(result: outcome.Outcome[Any]) -> None:
-            if isinstance(result, outcome.Error):
-                done(result.error, [])
-                return
-            done(None, self._entries(put) if is_taken else [])
-            if not is_taken:
-                self.became_due(put.queues)
-
-        self._committer.put_later(put, written)
 
     def _put_of(self, message: Message, queues: Sequence[str], is_taken: bool) -> Put:
         if len(queues) > 1:
