@@ -366,6 +366,37 @@ async def test_what_a_host_defers_is_offered_to_the_next(tmp_path: Path, deferra
         assert await relay.waiting() == []
 
 
+@asynccontextmanager
+async def two_hosts(folder: Path, pool: Pool, **answers: str) -> AsyncIterator[tuple[Relay, FakeHop, FakeHop]]:
+    """Run a relay to a host that answers as given, and a second one that accepts everything."""
+    first, second = FakeHop(**answers), FakeHop()
+    async with serving(first), serving(second):
+        hops = [{"url": f"smtp://127.0.0.1:{hop.port}", "priority": n} for n, hop in enumerate((first, second))]
+        routes = [{"next_hops": hops, "tls": {"mode": "none"}}]
+        async with relaying(folder, cast(FakePool, pool), routes=routes) as relay:
+            yield relay, first, second
+            await pool.aclose()
+
+
+@pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "TEXT"])
+async def test_a_452_at_any_step_leads_to_the_next_host(tmp_path: Path, pool: Pool, step: str) -> None:
+    async with two_hosts(tmp_path, pool, **{step: "452 4.3.1 full"}) as (relay, first, second):
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert (len(first.texts), len(second.texts)) == (0, 1)
+        assert await relay.waiting() == []
+        assert relay.events("deferred") == []
+
+
+async def test_a_connection_lost_at_the_dot_does_not(tmp_path: Path, pool: Pool) -> None:
+    async with two_hosts(tmp_path, pool, TEXT=CLOSE) as (relay, _, second):
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert second.connections == 0
+        ((_, reply, attempts, _),) = await relay.waiting()
+        assert (reply.startswith("in doubt"), attempts) == (True, 1)
+
+
 async def test_only_deferred_recipients_are_offered_again(tmp_path: Path) -> None:
     def answer(sent: Sent) -> list[Result]:
         return [DELIVERED, BUSY, REFUSED, BUSY] if sent.hop.host == "a" else [DELIVERED, BUSY]
