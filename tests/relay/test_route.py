@@ -241,7 +241,7 @@ async def test_a_name_is_looked_up_again_and_survives_a_failure() -> None:
             raise found
         return found
 
-    zone = Zone(mishaps={"hop": "SERVFAIL"})
+    zone = Zone(failures={"hop": "SERVFAIL"})
     async with nameserver(zone) as server:
         settings = settings_of({"next_hop": "smtp://hop"})
         resolver = Resolver(ResolverSettings(servers=(server,)))

@@ -1,4 +1,4 @@
-"""The scheduler: what goes when, what waits, and what no bug, no dead hop and no restart may do to it."""
+"""The scheduler: order, retries, reports, hops that are down, operators, clocks, shutdown and bugs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def report_in(sent: Sent) -> list[dict[str, str]]:
 # ---- delivery
 
 
-async def test_a_message_goes_out_as_it_came_and_leaves_the_spool(tmp_path: Path) -> None:
+async def test_a_message_is_delivered_unchanged_and_leaves_the_spool(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         message = message_of("bob@example.org", "eve@example.org")
         await relay.accept(message)
@@ -56,7 +56,7 @@ async def test_a_message_goes_out_as_it_came_and_leaves_the_spool(tmp_path: Path
         assert [event["to"] for event in relay.events("delivered")] == [["bob@example.org"], ["eve@example.org"]]
 
 
-async def test_recipients_with_the_same_next_hop_go_in_one_transaction(tmp_path: Path) -> None:
+async def test_recipients_with_the_same_next_hop_share_a_transaction(tmp_path: Path) -> None:
     routes: list[dict[str, Any]] = [{"domains": ["z.org"], "next_hop": "smtp://other"}, {"next_hop": "smtp://hop"}]
     async with relaying(tmp_path, routes=routes) as relay:
         await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org", "d@z.org"))
@@ -98,7 +98,7 @@ async def test_a_message_to_several_next_hops_has_one_report(tmp_path: Path) -> 
         ]
 
 
-async def test_recipients_of_each_domain_go_in_one_transaction_to_its_mx(tmp_path: Path) -> None:
+async def test_recipients_of_a_domain_share_a_transaction_to_its_mx(tmp_path: Path) -> None:
     dns: dict[str, Any] = {domain: [exchanger(f"mx.{domain}")] for domain in ("x.org", "y.org")}
     async with relaying(tmp_path, routes=[{"next_hop": "mx"}], dns=dns) as relay:
         await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org"))
@@ -116,7 +116,7 @@ async def test_what_was_in_the_spool_before_the_start_goes_out(tmp_path: Path) -
         assert await relay.waiting() == []
 
 
-async def test_more_than_fits_into_memory_waits_in_the_spool_and_goes_out_too(tmp_path: Path) -> None:
+async def test_mail_beyond_the_memory_limit_is_delivered_too(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool, memory_messages=20) as relay:
         await relay.accept(*(message_of("bob@example.org") for _ in range(200)))
@@ -142,7 +142,7 @@ async def test_octets_in_memory_are_bounded_too(tmp_path: Path) -> None:
         assert len(pool.sent) == 30
 
 
-async def test_a_hop_gets_no_more_than_it_has_room_for(tmp_path: Path) -> None:
+async def test_a_hop_gets_no_more_than_its_capacity(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=3)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of(f"bob@d{n % 7}.org") for n in range(50)))
@@ -154,7 +154,7 @@ async def test_a_hop_gets_no_more_than_it_has_room_for(tmp_path: Path) -> None:
         assert pool.peak == {"hop": 3}
 
 
-async def test_a_new_hop_gets_few_at_a_time_until_it_has_taken_some(tmp_path: Path) -> None:
+async def test_a_new_hop_gets_few_messages_until_it_accepts_some(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of("bob@example.org") for _ in range(100)))
@@ -163,7 +163,7 @@ async def test_a_new_hop_gets_few_at_a_time_until_it_has_taken_some(tmp_path: Pa
         assert pool.open == {"hop": 8}
 
 
-async def test_the_lanes_of_a_hop_take_turns(tmp_path: Path) -> None:
+async def test_the_domains_of_a_hop_take_turns(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=1)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of("bob@many.org") for _ in range(20)))
@@ -174,7 +174,7 @@ async def test_the_lanes_of_a_hop_take_turns(tmp_path: Path) -> None:
         assert order[1:7].count("bob@few.org") == 3
 
 
-async def test_a_hop_that_says_nothing_keeps_nobody_else_waiting(tmp_path: Path) -> None:
+async def test_a_hop_that_does_not_answer_delays_no_other(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: None if sent.hop.host == "slow" else DELIVERED)
     routes: list[dict[str, Any]] = [{"domains": ["slow.org"], "next_hop": "smtp://slow"}, {"next_hop": "smtp://fast"}]
     async with relaying(tmp_path, pool, routes=routes, memory_messages=100) as relay:
@@ -201,7 +201,7 @@ async def test_old_mail_and_fresh_mail_take_turns(tmp_path: Path) -> None:
 # ---- again later
 
 
-async def test_what_is_refused_for_now_is_tried_again_by_the_schedule(tmp_path: Path) -> None:
+async def test_a_deferred_message_is_tried_again_by_the_schedule(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -223,7 +223,7 @@ async def test_what_is_refused_for_now_is_tried_again_by_the_schedule(tmp_path: 
         assert events[-2:] == [("attempted", 3), ("delivered", 3)]
 
 
-async def test_what_is_due_again_soon_is_not_left_for_later(tmp_path: Path) -> None:
+async def test_what_is_due_again_soon_is_found_in_time(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
     async with relaying(tmp_path, pool, retry={"schedule": [1]}) as relay:
         await relay.until(lambda: relay.scheduler._looks_at >= relay.now + 5)  # there is nothing to look for
@@ -231,7 +231,7 @@ async def test_what_is_due_again_soon_is_not_left_for_later(tmp_path: Path) -> N
         await relay.until(lambda: relay.scheduler._looks_at == relay.now + 1)
 
 
-async def test_each_recipient_has_an_end_of_its_own(tmp_path: Path) -> None:
+async def test_each_recipient_has_its_own_result(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: [DELIVERED, BUSY, REFUSED] if len(sent.to) == 3 else DELIVERED)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("a@x.org", "b@x.org", "c@x.org"))
@@ -247,7 +247,7 @@ async def test_each_recipient_has_an_end_of_its_own(tmp_path: Path) -> None:
 # ---- bounces and other reports
 
 
-async def test_a_failure_comes_back_to_the_sender_as_mail_from_nobody(tmp_path: Path) -> None:
+async def test_a_failure_is_returned_from_the_null_sender(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: REFUSED if sent.to == ["bob@example.org"] else DELIVERED)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -314,7 +314,7 @@ async def test_a_message_that_is_too_old_comes_back(tmp_path: Path) -> None:
         assert 30 < len(pool.to("example.org")) < 50
 
 
-async def test_the_sender_of_a_late_message_hears_of_it_once(tmp_path: Path) -> None:
+async def test_a_delay_is_notified_once(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -334,7 +334,7 @@ async def test_the_sender_of_a_late_message_hears_of_it_once(tmp_path: Path) -> 
     ("url", "reports", "action"),
     [("smtp://hop", False, "relayed"), ("smtp://hop", True, None), ("lmtp://hop", False, "delivered")],
 )
-async def test_who_wants_to_hear_of_success_does_so_from_the_last_server_that_can(
+async def test_success_is_reported_by_the_last_server_with_dsn(
     tmp_path: Path, url: str, reports: bool, action: str | None
 ) -> None:
     pool = FakePool(lambda _: DELIVERED._replace(reports=reports))
@@ -470,7 +470,7 @@ async def test_the_next_hop_is_tried_when_the_first_is_down(tmp_path: Path) -> N
         assert await relay.waiting() == []
 
 
-async def test_a_busy_first_hop_is_no_reason_to_use_the_second(tmp_path: Path) -> None:
+async def test_a_busy_first_hop_does_not_divert_to_the_second(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=2)
     routes = [{"next_hops": [{"url": "smtp://a", "priority": 1}, {"url": "smtp://b", "priority": 2}]}]
     async with relaying(tmp_path, pool, routes=routes) as relay:
@@ -478,7 +478,7 @@ async def test_a_busy_first_hop_is_no_reason_to_use_the_second(tmp_path: Path) -
         assert pool.peak == {"a": 2}
 
 
-async def test_when_all_hops_are_down_each_message_waits_by_its_own_schedule(tmp_path: Path) -> None:
+async def test_with_all_hops_down_each_message_has_its_own_schedule(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: NextHopUnavailable(sent.hop.name, "Connection refused"))
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -490,7 +490,7 @@ async def test_when_all_hops_are_down_each_message_waits_by_its_own_schedule(tmp
         assert await relay.waiting() == [("bob@example.org", "Connection refused", 2, 300.0)]
 
 
-async def test_mail_for_a_hop_that_is_left_alone_is_put_off_without_trying(tmp_path: Path) -> None:
+async def test_mail_for_a_hop_backing_off_is_put_off_untried(tmp_path: Path) -> None:
     async with relaying(tmp_path, runs=False) as relay:
         await relay.accept(*(message_of("bob@dead.org") for _ in range(300)))
     pool = FakePool(down={"dead": 1e12})
@@ -511,7 +511,7 @@ async def test_mail_for_a_hop_that_is_left_alone_is_put_off_without_trying(tmp_p
         assert put_off and all(wait == 60.0 and reply == "the next hop is down" for _, reply, _, wait in put_off)
 
 
-async def test_a_hop_that_is_back_gets_its_mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hop_that_recovers_gets_its_mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(penstock.relay.scheduler, "_SWEEP_PAUSE", 0.001)
     pool = FakePool(down={"hop": 1e12})
     async with relaying(tmp_path, pool) as relay:
@@ -526,8 +526,8 @@ async def test_a_hop_that_is_back_gets_its_mail(tmp_path: Path, monkeypatch: pyt
 
 
 @asynccontextmanager
-async def left_alone(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> AsyncIterator[Relay]:
-    """Run a relay to a hop that is left alone after the first message, with clocks that go."""
+async def backing_off(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> AsyncIterator[Relay]:
+    """Run a relay to a hop that backs off after the first message, with running clocks."""
     route = {
         "next_hop": f"smtp://127.0.0.1:{hop.port}",
         "tls": {"mode": "none"},
@@ -559,9 +559,9 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pause")
-async def test_an_operators_retry_tries_a_hop_that_is_left_alone(tmp_path: Path, pool: Pool) -> None:
+async def test_a_retry_tries_a_hop_that_is_backing_off(tmp_path: Path, pool: Pool) -> None:
     hop = FakeHop(CONNECT=[f"421 4.3.2 no{CLOSE}"])
-    async with serving(hop), left_alone(tmp_path, pool, hop, 20) as relay:
+    async with serving(hop), backing_off(tmp_path, pool, hop, 20) as relay:
         retry(relay, tmp_path)
         await relay.quiet()
         assert await relay.waiting() == []
@@ -571,9 +571,9 @@ async def test_an_operators_retry_tries_a_hop_that_is_left_alone(tmp_path: Path,
 
 
 @pytest.mark.usefixtures("no_pause")
-async def test_an_operators_retry_of_much_mail_costs_a_dead_hop_one_connection(tmp_path: Path, pool: Pool) -> None:
+async def test_a_retry_of_all_mail_costs_a_dead_hop_one_connection(tmp_path: Path, pool: Pool) -> None:
     hop = FakeHop(CONNECT=[f"421 4.3.2 no{CLOSE}"] * 99)
-    async with serving(hop), left_alone(tmp_path, pool, hop, 20) as relay:
+    async with serving(hop), backing_off(tmp_path, pool, hop, 20) as relay:
         for tries in (2, 3):
             retry(relay, tmp_path)
             await relay.quiet()
@@ -590,7 +590,7 @@ def exchanger(host: str, preference: int = 10) -> Exchanger:
     return Exchanger(preference, host, ("192.0.2.1",))
 
 
-async def test_the_dns_is_asked_once_for_a_lane_and_lanes_with_the_same_hosts_share_them(tmp_path: Path) -> None:
+async def test_domains_with_the_same_hosts_share_a_route(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     dns: dict[str, list[Exchanger] | ResolveError] = {
         domain: [exchanger("mx.example.net"), exchanger("backup.example.net", 20)] for domain in ("a.org", "b.org")
@@ -618,7 +618,7 @@ async def test_a_domain_that_does_not_exist_bounces(tmp_path: Path) -> None:
         assert await relay.waiting() == []
 
 
-async def test_a_dns_that_does_not_answer_puts_off(tmp_path: Path) -> None:
+async def test_a_dns_timeout_defers(tmp_path: Path) -> None:
     dns: dict[str, list[Exchanger] | ResolveError] = {
         "a.org": ResolveError("4.4.3", "no answer", is_permanent=False),
         "b.org": [exchanger("mx.b.org")],
@@ -649,7 +649,7 @@ async def test_a_retry_after_a_dns_failure_tries_at_once(tmp_path: Path) -> None
 # ---- local delivery
 
 
-async def test_a_route_to_the_maildir_ends_here(tmp_path: Path) -> None:
+async def test_a_route_to_maildir_is_delivered_locally(tmp_path: Path) -> None:
     async with relaying(tmp_path, routes=[{"next_hop": "maildir"}]) as relay:
         messages = [message_of(f"bob@d{n % 3}.org", "eve@d1.org") for n in range(50)]
         await relay.accept(*messages)
@@ -667,7 +667,7 @@ async def test_a_route_to_the_maildir_ends_here(tmp_path: Path) -> None:
         (OSError(5, "on fire", "/secret/path"), "the mailbox cannot be written"),
     ],
 )
-async def test_a_mailbox_that_can_not_be_written_is_tried_again(
+async def test_a_mailbox_that_cannot_be_written_is_tried_again(
     tmp_path: Path, answer: Reply | Exception, reply: str
 ) -> None:
     async with relaying(tmp_path, routes=[{"next_hop": "maildir"}]) as relay:
@@ -912,7 +912,7 @@ async def test_a_delivery_cut_by_our_shutdown_costs_nothing(tmp_path: Path) -> N
         ]
 
 
-async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tmp_path: Path) -> None:
+async def test_what_was_not_started_at_shutdown_was_not_attempted(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
@@ -926,7 +926,7 @@ async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tm
         assert {(attempts, wait) for _, _, attempts, wait in waiting} == {(0, 0.0)}
 
 
-async def test_what_was_under_way_when_the_process_ends_is_due_again(tmp_path: Path) -> None:
+async def test_what_was_in_flight_when_the_process_ends_is_due_again(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
@@ -936,7 +936,7 @@ async def test_what_was_under_way_when_the_process_ends_is_due_again(tmp_path: P
         assert len(relay.pool.sent) == 10
 
 
-async def test_a_bug_in_one_delivery_costs_that_message_a_delay_and_nobody_else_anything(tmp_path: Path) -> None:
+async def test_a_bug_in_one_delivery_delays_only_that_message(tmp_path: Path) -> None:
     def answer(sent: Sent) -> Result | Exception:
         return ZeroDivisionError("a bug") if sent.to == ["bad@example.org"] else DELIVERED
 
@@ -948,7 +948,7 @@ async def test_a_bug_in_one_delivery_costs_that_message_a_delay_and_nobody_else_
         assert [event["error"] for event in relay.events("error")] == ["ZeroDivisionError: a bug"]
 
 
-async def test_an_outcome_that_can_not_be_accounted_for_is_tried_again(tmp_path: Path) -> None:
+async def test_a_result_that_cannot_be_recorded_is_tried_again(tmp_path: Path) -> None:
     pool = FakePool(lambda _: [DELIVERED, DELIVERED])  # for one recipient
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -956,7 +956,7 @@ async def test_an_outcome_that_can_not_be_accounted_for_is_tried_again(tmp_path:
         assert [(reply, wait) for _, reply, _, wait in await relay.waiting()] == [("internal error", 300.0)]
 
 
-async def test_a_spool_that_can_not_be_written_is_tried_until_it_can(
+async def test_a_spool_that_fails_is_written_again_until_it_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(penstock.relay.recorder, "_FIRST_PAUSE", 0.001)
@@ -977,7 +977,7 @@ async def test_a_spool_that_can_not_be_written_is_tried_until_it_can(
         assert len(relay.events("error")) == 3
 
 
-async def test_lanes_with_nothing_to_do_are_forgotten(tmp_path: Path) -> None:
+async def test_idle_queues_are_forgotten(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         await relay.accept(*(message_of(f"bob@d{n}.org") for n in range(100)))
         await relay.quiet()

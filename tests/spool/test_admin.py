@@ -1,4 +1,4 @@
-"""The operator's admin: looking at the spool and putting it in order, while a server has it and while none has."""
+"""Administration of the spool, with and without a running server."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def test_retried_recipients_are_due_for_a_server_that_runs(tmp_path: Path)
         assert [entry.queue for entry in await take_all(spool)] == ["y.org"]
 
 
-async def test_the_server_hears_what_the_operator_has_asked_for_and_when(tmp_path: Path) -> None:
+async def test_the_server_sees_when_the_operator_asked(tmp_path: Path) -> None:
     await fill(tmp_path)
     async with opened(tmp_path) as spool:
         assert [entry.asked_at for entry in await take_all(spool)] == [0, 0, 0]
@@ -126,7 +126,7 @@ async def test_held_recipients_wait_for_their_release(tmp_path: Path) -> None:
     assert found(tmp_path, state="held") == ["a@x.org"]
 
 
-async def test_dropped_recipients_leave_with_their_message_and_its_file(tmp_path: Path) -> None:
+async def test_dropping_all_recipients_removes_message_and_file(tmp_path: Path) -> None:
     async with opened(tmp_path, body_in_file=1) as spool:
         await spool.put(make_message(b"x" * 100, recipients=("a@x", "b@y")), ["x", "y"])
     with QueueAdmin.opened(tmp_path) as admin:
@@ -138,7 +138,7 @@ async def test_dropped_recipients_leave_with_their_message_and_its_file(tmp_path
     assert [path for path in (tmp_path / "bodies").rglob("*") if path.is_file()] == []
 
 
-async def test_what_a_server_attempts_is_not_dropped(tmp_path: Path) -> None:
+async def test_what_is_being_delivered_is_not_dropped(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"], is_taken=True)
         with QueueAdmin.opened(tmp_path) as admin:
@@ -148,7 +148,7 @@ async def test_what_a_server_attempts_is_not_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [1, 2, 3, 100])
-async def test_what_is_read_and_changed_a_part_at_a_time_is_all_of_it(
+async def test_reading_and_changing_in_slices_misses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
     monkeypatch.setattr(admin_module, "_PAGE", page)
@@ -177,7 +177,7 @@ async def test_a_domain_is_no_pattern(tmp_path: Path) -> None:
     assert found(tmp_path, domain="x.org") == []
 
 
-async def test_a_whole_spool_is_found_whole_and_a_broken_one_broken(tmp_path: Path) -> None:
+async def test_check_finds_what_is_inconsistent(tmp_path: Path) -> None:
     await fill(tmp_path)
     async with opened(tmp_path, body_in_file=1) as spool:
         await spool.put(make_message(b"x" * 100), ["x"])
@@ -310,7 +310,7 @@ async def test_the_command_line_shows_and_changes(tmp_path: Path) -> None:
     assert run(tmp_path, "drop", "--all", "--yes") == "4 recipients dropped\n"
 
 
-async def test_a_message_that_is_delivered_while_it_is_shown_is_not_there(
+async def test_a_message_delivered_while_it_is_shown_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = await fill(tmp_path / "spool")
@@ -342,7 +342,7 @@ async def test_a_header_in_utf_8_is_shown_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["list", "show", "body", "stats", "check"])
-async def test_an_output_that_takes_nothing_costs_one_line_and_a_closed_pipe_none(tmp_path: Path, word: str) -> None:
+async def test_output_errors_are_one_line_and_a_closed_pipe_none(tmp_path: Path, word: str) -> None:
     ids = await fill(tmp_path / "spool")
     words = {"show": ["show", ids[0]], "body": ["show", "--body", ids[0]]}.get(word, [word])
     command = [sys.executable, "-m", "penstock", "spool", *words, "--data", str(tmp_path)]
@@ -355,7 +355,7 @@ async def test_an_output_that_takes_nothing_costs_one_line_and_a_closed_pipe_non
         assert (ended.returncode, ended.stderr) == (1, said)
 
 
-async def test_the_command_line_refuses_what_would_be_a_mistake(tmp_path: Path) -> None:
+async def test_the_command_line_refuses_mistakes(tmp_path: Path) -> None:
     await fill(tmp_path / "spool")
     assert "or --all" in run(tmp_path, "drop", "--yes", code=2)
     assert "30s, 10m" in run(tmp_path, "list", "--older", "soon", code=2)

@@ -1,4 +1,4 @@
-"""The spool: what is put comes out again, whatever happens in between."""
+"""The spool: what is put is taken out again, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def take_all(spool: Spool, now: float = NOW) -> list[Entry]:
     return entries
 
 
-async def test_what_is_put_comes_out_as_it_was(tmp_path: Path) -> None:
+async def test_a_message_is_taken_as_it_was_put(tmp_path: Path) -> None:
     recipients = (
         Recipient(
             MailPath('"j. d"@Example.org', "j. d", "example.org"), frozenset({"SUCCESS", "FAILURE"}), "rfc822;x@y"
@@ -126,7 +126,7 @@ async def test_a_message_that_is_put_as_taken_need_not_be_read_back(tmp_path: Pa
     assert again.envelope == first.envelope
 
 
-async def test_recipients_wait_in_their_lanes(tmp_path: Path) -> None:
+async def test_recipients_wait_in_their_queues(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"1", recipients=("a@x", "b@y")), ["x", "y"])
         await spool.put(make_message(b"2", recipients=("c@x",)), ["x"])
@@ -136,7 +136,7 @@ async def test_recipients_wait_in_their_lanes(tmp_path: Path) -> None:
         assert await spool.take("z", NOW, 10, 1 << 30) == []
 
 
-async def test_a_take_keeps_to_its_bounds_and_gives_at_least_one(tmp_path: Path) -> None:
+async def test_a_take_is_bounded_and_returns_at_least_one(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         for number in range(5):
             await spool.put(make_message(b"%d" % number * 1000), ["x"])
@@ -157,7 +157,7 @@ async def test_a_deferred_recipient_is_due_again_and_not_before(tmp_path: Path) 
         assert entry.rows[0].attempts == 2
 
 
-async def test_a_lane_that_is_taken_from_waits_and_others_do_not(tmp_path: Path) -> None:
+async def test_a_queue_that_is_taken_from_is_postponed(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"x"), ["x"])
@@ -167,7 +167,7 @@ async def test_a_lane_that_is_taken_from_waits_and_others_do_not(tmp_path: Path)
         assert await spool.due_queues(NOW + 30, 10) == [QueueDue("y", NOW), QueueDue("x", NOW + 30)]
 
 
-async def test_a_bounce_enters_with_the_end_of_what_it_tells_of(tmp_path: Path) -> None:
+async def test_a_bounce_and_its_record_share_a_transaction(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         (entry,) = await take_all(spool)
@@ -178,7 +178,7 @@ async def test_a_bounce_enters_with_the_end_of_what_it_tells_of(tmp_path: Path) 
         assert bounce.queue == "back"
 
 
-async def test_those_who_wait_hear_what_became_due(tmp_path: Path) -> None:
+async def test_the_relay_is_notified_of_what_became_due(tmp_path: Path) -> None:
     heard: list[str] = []
     async with opened(tmp_path) as spool:
         spool.became_due = heard.extend
@@ -189,7 +189,7 @@ async def test_those_who_wait_hear_what_became_due(tmp_path: Path) -> None:
     assert heard == ["x", "back"]
 
 
-async def test_large_bodies_are_files_that_come_and_go_with_their_message(tmp_path: Path) -> None:
+async def test_large_bodies_are_files_that_live_with_their_message(tmp_path: Path) -> None:
     body = os.urandom(300_000)
     async with opened(tmp_path, body_in_file=1000) as spool:
         (entry,) = await spool.put(make_message(body), ["x"], is_taken=True)
@@ -205,7 +205,7 @@ def body_files(folder: Path) -> list[Path]:
 
 
 async def spilled(folder: Path, data: bytes) -> Body:
-    """Return a body that has come in pieces, and is in a file without a name."""
+    """Return a body that was received in pieces into an unnamed file."""
     collector = BodyCollector(BodySettings(memory_per_message=1000), MemoryBudget(1 << 20), folder)
     for start in range(0, len(data), 5000):
         await collector.add(data[start : start + 5000])
@@ -256,7 +256,7 @@ async def test_large_bodies_that_wait_are_bounded(tmp_path: Path) -> None:
     assert len(body_files(tmp_path)) == 3
 
 
-async def test_files_without_a_message_are_swept_at_the_start(tmp_path: Path) -> None:
+async def test_files_without_a_message_are_removed_at_the_start(tmp_path: Path) -> None:
     async with opened(tmp_path, body_in_file=10) as spool:
         await spool.put(make_message(b"x" * 100), ["x"])
     stray = tmp_path / "bodies" / "99" / "999"
@@ -312,7 +312,7 @@ async def test_a_full_disk_refuses_and_loses_nothing(tmp_path: Path) -> None:
         assert [text_of(entry)[-1:] for entry in await take_all(spool)] == [b"x", b"z"]
 
 
-async def test_a_large_body_that_can_not_be_written_leaves_nothing(
+async def test_a_large_body_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(tmp_path, body_in_file=10) as spool:
@@ -358,7 +358,7 @@ async def test_octets_that_wait_to_be_written_are_bounded(tmp_path: Path) -> Non
         await spool.put(make_message(b"x"), ["x"])
 
 
-async def test_a_cancelled_question_disturbs_nobody(tmp_path: Path) -> None:
+async def test_a_cancelled_request_affects_no_other(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         async with Blocked(spool), trio.open_nursery() as nursery:
             nursery.start_soon(spool.next_due)
@@ -368,7 +368,7 @@ async def test_a_cancelled_question_disturbs_nobody(tmp_path: Path) -> None:
         assert await spool.next_due() == NOW
 
 
-async def test_a_put_that_is_cancelled_is_heard_of_all_the_same(tmp_path: Path) -> None:
+async def test_a_put_cannot_be_cancelled_once_begun(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         entries: list[Entry] = []
 
@@ -387,7 +387,7 @@ async def test_a_put_that_is_cancelled_is_heard_of_all_the_same(tmp_path: Path) 
         assert await take_all(spool) == []
 
 
-async def test_a_cancelled_take_takes_nothing_or_gives_it_out(tmp_path: Path) -> None:
+async def test_a_cancelled_take_takes_nothing_or_returns_it(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         entries: list[Entry] = []
@@ -418,7 +418,7 @@ async def test_a_callback_with_a_bug_does_not_affect_others(tmp_path: Path) -> N
     assert [type(bug) for bug in bugs] == [ZeroDivisionError]
 
 
-async def test_a_closed_spool_says_so(tmp_path: Path) -> None:
+async def test_a_closed_spool_refuses_requests(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         pass
     await spool.aclose()
@@ -446,7 +446,7 @@ async def test_a_transaction_is_bounded(
         assert spool.transactions - before == 1 + transactions
 
 
-async def test_a_recipient_without_a_message_is_not_found_due_for_ever(tmp_path: Path) -> None:
+async def test_a_recipient_without_a_message_is_held(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"y"), ["x"])
@@ -455,7 +455,7 @@ async def test_a_recipient_without_a_message_is_not_found_due_for_ever(tmp_path:
         assert await spool.next_due() is None
 
 
-async def test_a_server_waits_for_a_command_that_looks_at_the_lock(tmp_path: Path) -> None:
+async def test_a_server_waits_for_a_command_that_tests_the_lock(tmp_path: Path) -> None:
     tmp_path.joinpath(LOCK).touch()
     looking = os.open(tmp_path / LOCK, os.O_RDWR)
     fcntl.flock(looking, fcntl.LOCK_SH)
@@ -506,7 +506,7 @@ trio.run(main)
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_a_killed_process_has_lost_nothing_it_had_promised(tmp_path: Path, seed: int) -> None:
+async def test_a_killed_process_loses_nothing_it_accepted(tmp_path: Path, seed: int) -> None:
     lines = random.Random(seed).randrange(5, 100)
     folder = tmp_path / "spool"
     with subprocess.Popen(  # noqa: ASYNC220 - nothing else is to happen meanwhile
@@ -540,18 +540,18 @@ operations = st.lists(
 
 @given(operations)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_order_of_events_leaves_what_a_list_would_hold(
+def test_any_order_of_events_matches_the_model(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[Any, ...]]
 ) -> None:
-    """The store holds what a dictionary of recipients holds, and never finds due what is not, nor misses what is."""
+    """The store agrees with a dictionary of recipients, and finds due exactly what is."""
     db = Store(tmp_path_factory.mktemp("spool"))
     db.open()
     db._database.execute("PRAGMA synchronous = OFF")  # it is not the disk that is tested
     now = NOW
     due: dict[int, tuple[str, float]] = {}
-    """Row -> queue, when: those that wait."""
+    """Row -> queue and due time of recipients that wait."""
     out: dict[int, str] = {}
-    """Row -> queue: those that are being attempted."""
+    """Row -> queue of recipients that are being attempted."""
     for step in steps:
         if step[0] == "wait":
             now += step[1]

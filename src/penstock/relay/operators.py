@@ -2,7 +2,7 @@
 
 The command changes what waits in the spool itself. What the server may have in memory is asked of the server, by rows
 in the tables of operator.sql, which are read once a second: what only waits there is held, dropped, retried or returned
-at once; what is being delivered is not touched, and the command is told. Each change is written to the journal here.
+at once; what is being delivered is not changed, and reported to the command. Each change is journaled here.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class QueueAdmin:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path, clock: Callable[[], float] = time.time) -> Iterator[QueueAdmin]:
-        """Open the spool in a folder. Raise SpoolError if there is none, or it has another version."""
+        """Open the spool in a folder. Raise SpoolError if it does not exist or has another version."""
         path = folder / "spool.db"
         if not path.exists():
             raise SpoolError(f"no spool in {folder}")

@@ -28,7 +28,7 @@ class QueueAdmins:
     @classmethod
     @contextmanager
     def opened(cls, folder: Path) -> Iterator[QueueAdmins]:
-        """Open the parts of the spool in a folder. Raise SpoolError if there is none, or one has another version."""
+        """Open the parts of the spool in a folder. Raise SpoolError if none exists or one has another version."""
         names = [shard_of(folder.name, index) for index in shards(folder)] or [folder.name]
         with ExitStack() as stack:
             yield cls([(name, stack.enter_context(QueueAdmin.opened(folder.parent / name))) for name in names])

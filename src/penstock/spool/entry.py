@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     """In the order of the recipients."""
     prefix: bytes
     body: Body
-    """Closed by whoever attempts the message. Reading one that is stored in a file blocks on the disk."""
+    """Closed by the recorder after the attempt. Reading one that is stored in a file blocks on the disk."""
     received_at: float
     asked_at: float = 0.0
     """When the operator asked for this attempt, in seconds since the epoch; 0 if it follows the schedule."""
