@@ -28,11 +28,11 @@ ROWS = [
     {"metrics"},
     {"journal"},
     {"transaction", "_journal"},
-    {"files", "loading", "message", "reply", "schema", "sequence"},
+    {"breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket"},
 ]
 """From the top layer to the bottom."""
 
-PURE = {"message", "reply", "sequence", "transaction", "smtp"}
+PURE = {"message", "reply", "sequence", "transaction", "smtp", "breaker", "tokenbucket"}
 IMPURE_MODULES = {"trio", "socket", "ssl", "sqlite3", "threading", "asyncio", "select", "time", "os"}
 ALLOWED = {("message.py", "os"), ("message.py", "time")}
 """A message ID begins with the time and a random tag."""
