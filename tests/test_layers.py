@@ -28,11 +28,11 @@ ROWS = [
     {"metrics"},
     {"journal"},
     {"transaction", "_journal"},
-    {"addresses", "files", "loading", "message", "reply", "schema", "sequence", "window"},
+    {"addresses", "breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket", "window"},
 ]
 """From the top layer to the bottom."""
 
-PURE = {"addresses", "message", "reply", "sequence", "transaction", "smtp", "window"}
+PURE = {"addresses", "breaker", "message", "reply", "sequence", "transaction", "smtp", "tokenbucket", "window"}
 IMPURE_MODULES = {"trio", "socket", "ssl", "sqlite3", "threading", "asyncio", "select", "time", "os"}
 ALLOWED = {("message.py", "os"), ("message.py", "time")}
 """A message ID begins with the time and a random tag."""

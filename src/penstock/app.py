@@ -341,7 +341,7 @@ def make_gateway(
     disk_space = DiskSpace(folder, reserve_octets=reserve[0], reserve_inodes=reserve[1])
     resolver = Resolver(settings.resolver, own_names=own_names(settings))
     routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_domain=own_domain)
-    pool = Pool(relay.pool, hostname=hostname, journal=journal)
+    pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(spool, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)

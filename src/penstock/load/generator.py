@@ -29,7 +29,6 @@ from penstock.load.texts import text_of
 from penstock.net._poller import Poller
 from penstock.net.stream import watch_sockets
 from penstock.net.tls import client_context
-from penstock.smtp.client import Capabilities
 
 _MAX_WAITING: Final = 1_000_000
 """Messages that may wait for a session; further ones are dropped and counted."""
@@ -64,7 +63,6 @@ class Generator:
         if plan.tls != "none":
             self.tls = client_context(verify=plan.ca_file is not None, ca_file=str(plan.ca_file or ""))
         self.tls_sessions: dict[Target, ssl.SSLSession | None] = {}
-        self.known_offer = (b"", Capabilities())
         self.last_interval: Interval | None = None
         """What was counted in the last second, once the run is over."""
         self._number = number or itertools.count(1).__next__
@@ -168,8 +166,8 @@ class Generator:
         self._idle.append(session)
         return True
 
-    def ended(self, session: Session) -> None:
-        """A connection has ended: begin the next one, if there is work for it."""
+    async def next_connection(self, session: Session) -> bool:
+        """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
         self._open -= 1
         if session.is_promised:
             self._promised -= 1
@@ -187,25 +185,20 @@ class Generator:
             self.stop()
         if not self._has_work():
             self._finish_if_idle()
-            return
+            return False
         self._open += 1
-        if self._failures:  # no message waits for a target that may be gone for good
-            self._nursery.start_soon(self._connect_later, session, _RETRY)
-        elif self.plan.think:
-            self._nursery.start_soon(self._connect_later, session, self.plan.think)
-        else:
+        # No message waits for a target that may be gone for good, or for a session that thinks.
+        pause = _RETRY if self._failures else self.plan.think
+        if not pause:
             self._promise(session)
-            session.connect()
-
-    async def _connect_later(self, session: Session, seconds: float) -> None:
-        """Connect after a pause, if there is still work."""
-        with trio.move_on_after(seconds):
+            return True
+        with trio.move_on_after(pause):
             await self._stopped.wait()
         if self._has_work():
-            session.connect()
-        else:
-            self._open -= 1
-            self._finish_if_idle()
+            return True
+        self._open -= 1
+        self._finish_if_idle()
+        return False
 
     def _finish_if_idle(self) -> None:
         if self._open == 0:
@@ -215,10 +208,6 @@ class Generator:
         """Reserve a message for a session that connects."""
         session.is_promised = True
         self._promised += 1
-
-    def spawn(self, session: Session, unsent: bytes) -> None:
-        """Run `push` of a session in a task."""
-        self._nursery.start_soon(session.push, unsent)
 
     def _has_work(self) -> bool:
         if self.is_stopping:
@@ -275,8 +264,6 @@ class Generator:
     def _end(self) -> None:
         """Complete the counts; messages in flight after a second signal are lost."""
         counts = self.counts
-        for session in self._sessions:
-            session.abandon()
         counts.ended = perf_counter()
         counts.cpu = time.process_time() - self._cpu_begun
         plan = self.plan
@@ -316,7 +303,7 @@ class Generator:
                 self._promised -= len(self._sessions) - number
                 self._finish_if_idle()
                 return
-            session.connect()
+            self._nursery.start_soon(session.run)
             if pause:
                 with trio.move_on_after(pause):
                     await self._stopped.wait()

@@ -29,7 +29,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import Annotated, Final, Protocol
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 import trio
@@ -96,6 +96,13 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     local_writers: Annotated[
         int, msgspec.Meta(ge=1, le=1024, description='Messages that a route to "maildir" delivers at a time')
     ] = 32
+    smtputf8_downgrade: Annotated[
+        Literal["refuse", "send"],
+        msgspec.Meta(
+            description="A header that needs SMTPUTF8, and a next hop that does not offer it. "
+            "refuse: 5.6.7 (RFC 6531 3.2); send: as it is"
+        ),
+    ] = "refuse"
     retry: RetrySettings = RetrySettings()
     reports: ReportSettings = ReportSettings()
     pool: PoolSettings = PoolSettings()
