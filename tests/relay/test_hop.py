@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.relay.hop import Hop, Outcome, Result, TlsPolicy
-from penstock.smtp.client import Answer
+from penstock.smtp.client import ServerReply
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,13 @@ def test_no_password_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
-    [(250, Outcome.DELIVERED), (354, Outcome.DEFERRED), (450, Outcome.DEFERRED), (550, Outcome.FAILED)],
+    ("code", "kind", "status"),
+    [
+        (250, Outcome.DELIVERED, "2.0.0"),
+        (354, Outcome.DEFERRED, "3.0.0"),
+        (450, Outcome.DEFERRED, "4.0.0"),
+        (550, Outcome.FAILED, "5.1.1"),
+    ],
 )
-def test_an_answer_is_an_outcome(code: int, kind: Outcome) -> None:
-    assert Result.of(Answer(code, ("5.1.1 x",)), "mx") == Result(kind, f"{code} 5.1.1 x", "5.1.1", "mx")
+def test_a_reply_is_an_outcome(code: int, kind: Outcome, status: str) -> None:
+    assert Result.of(ServerReply(code, ("5.1.1 x",)), "mx") == Result(kind, f"{code} 5.1.1 x", status, "mx")

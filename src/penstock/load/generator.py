@@ -26,7 +26,6 @@ from penstock.load.texts import text_of
 from penstock.net._poller import Poller
 from penstock.net.stream import watch_sockets
 from penstock.net.tls import client_context
-from penstock.smtp.client import Capabilities
 
 _MOST_WAITING: Final = 1_000_000
 """Intended starts that may wait for a session; more are dropped, and counted."""
@@ -49,7 +48,6 @@ class Generator:
         if plan.tls != "none":
             self.tls = client_context(verify=plan.ca_file is not None, ca_file=str(plan.ca_file or ""))
         self.tls_sessions: dict[Target, ssl.SSLSession | None] = {}
-        self.known_offer = (b"", Capabilities())
         self._targets: list[Target] = []
         self._text_of = text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
         self._sessions: list[Session] = []
@@ -114,8 +112,8 @@ class Generator:
         self._idle.append(session)
         return True
 
-    def ended(self, session: Session) -> None:
-        """A connection is over: begin the next one, where there is work for it."""
+    def ended(self, session: Session) -> float | None:
+        """Note that a connection is over. Return the seconds until the next one; None if there is no more work."""
         self._open -= 1
         if session.is_promised:
             self._promised -= 1
@@ -131,26 +129,17 @@ class Generator:
         if not self._has_work():
             if self._open == 0:
                 self._over.set()
-            return
+            return None
         self._open += 1
         if self._failures:  # no message waits for a target that may be gone for good
-            self._nursery.start_soon(self._connect_later, session)
-        else:
-            self._promise(session)
-            session.connect()
-
-    async def _connect_later(self, session: Session) -> None:
-        await trio.sleep(_RETRY)
-        session.connect()
+            return _RETRY
+        self._promise(session)
+        return 0.0
 
     def _promise(self, session: Session) -> None:
         """Keep a message for a session that connects."""
         session.is_promised = True
         self._promised += 1
-
-    def spawn(self, session: Session, unsent: bytes) -> None:
-        """Give a session a task that runs `push`."""
-        self._nursery.start_soon(session.push, unsent)
 
     def _has_work(self) -> bool:
         if self.is_stopping:
@@ -191,8 +180,6 @@ class Generator:
     def _end(self) -> None:
         """Settle the counts; what is under way after a second signal is lost."""
         counts = self.counts
-        for session in self._sessions:
-            session.abandon()
         counts.ended = perf_counter()
         plan = self.plan
         wanted = _starts(plan)
@@ -230,7 +217,7 @@ class Generator:
                 if self._open == 0:
                     self._over.set()
                 return
-            session.connect()
+            self._nursery.start_soon(session.run)
             if pause:
                 with trio.move_on_after(pause):
                     await self._stopped.wait()

@@ -1,8 +1,11 @@
-"""Sockets towards a server."""
+"""Connecting to a server."""
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+from typing import Final
 
 import trio
 
@@ -10,32 +13,60 @@ from penstock.net import _poller
 from penstock.net._poller import Poller
 from penstock.net.stream import SocketStream
 
+Address = tuple[str | int | bytes, ...] | str
+"""An IP address and a port as the socket module has them, or the path of a unix socket."""
+_UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
 
-async def connect_tcp(host: str, port: int, poller: Poller | None = None, *, source: str = "") -> SocketStream:
+
+async def connect(family: int, address: Address, poller: Poller | None = None, *, source: str = "") -> SocketStream:
+    """Connect to an address. `source` is the IP address to connect from. Raise OSError.
+
+    Does not yield if the connection is made at once, as over loopback. connect(2) reports any TCP connection as being
+    under way; asking a second time costs one system call, and only a connection that is not made then costs a wait.
+    """
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if source:
+                sock.bind((source, 0))
+        code = sock.connect_ex(address)
+        if code == errno.EINPROGRESS:
+            code = sock.connect_ex(address)
+        if code in _UNDER_WAY:
+            await trio.lowlevel.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code in (0, errno.EISCONN):
+            return SocketStream.of(sock, poller)
+    except BaseException:
+        sock.close()
+        raise
+    sock.close()
+    raise OSError(code, os.strerror(code))
+
+
+async def connect_tcp(
+    host: str, port: int, poller: Poller | None = None, *, source: str = ""
+) -> tuple[SocketStream, str]:
     """Connect to a host by its name or address, to whichever of its addresses answers first (RFC 8305).
 
-    `source` is the address of ours to connect from. Raise OSError.
+    `source` is the IP address to connect from. Return the stream and the address that it is connected to. Raise
+    OSError.
     """
     stream = await trio.open_tcp_stream(host, port, local_address=source or None)
-    return _take_over(stream.socket, poller)
+    try:
+        address = str(stream.socket.getpeername()[0])
+    except OSError:  # it was reset at once
+        address = ""
+    descriptor = stream.socket.detach()
+    try:
+        return SocketStream(descriptor, poller), address
+    except BaseException:
+        _poller.close(descriptor)
+        raise
 
 
 async def connect_unix(path: str, poller: Poller | None = None) -> SocketStream:
     """Connect to a unix socket. Raise OSError."""
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        await sock.connect(path)
-    except BaseException:
-        sock.close()
-        raise
-    return _take_over(sock, poller)
-
-
-def _take_over(sock: trio.socket.SocketType, poller: Poller | None) -> SocketStream:
-    """Return a stream that takes over a socket of trio's, which is non-blocking already."""
-    descriptor = sock.detach()
-    try:
-        return SocketStream(descriptor, poller)
-    except BaseException:
-        _poller.close(descriptor)
-        raise
+    return await connect(socket.AF_UNIX, path, poller)

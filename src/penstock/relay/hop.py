@@ -1,4 +1,4 @@
-"""The words of the relay: a next hop, and what it said to a message."""
+"""A next hop, and the result of a message for a recipient."""
 
 from __future__ import annotations
 
@@ -8,39 +8,48 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from penstock.smtp.client import Answer
+from penstock.smtp.client import MECHANISMS, ServerReply
 
 
 class TlsPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """TLS towards a next hop (RFC 3207, RFC 8314).
 
-    `none` never asks for it. `opportunistic` takes it where it is offered, whatever the certificate, and goes on in the
-    clear when the handshake fails: it keeps out those who listen, not those who interfere (RFC 7435). `require` sends
-    nothing in the clear. `verify` also wants a certificate for the hop's name, from an authority that is trusted.
+    `none` never uses it. `opportunistic` uses it if it is offered, with any certificate, and repeats one attempt in
+    clear text if the handshake fails: a protection against passive attacks only (RFC 7435). `require` sends no mail in
+    clear text. `verify` also requires a certificate for the name of the hop from a trusted authority.
     """
 
     mode: Annotated[
         Literal["none", "opportunistic", "require", "verify"],
         msgspec.Meta(
-            description="opportunistic: where it is offered, any certificate, in the clear when the handshake fails; "
-            "require: or nothing is sent; verify: with a certificate for the name of the hop"
+            description="opportunistic: if offered, any certificate, one attempt in clear text if the handshake fails; "
+            "require: never in clear text; verify: with a trusted certificate for the name of the hop"
         ),
     ] = "opportunistic"
     implicit: Annotated[
         bool, msgspec.Meta(description="TLS from the first octet, as on port 465, in place of STARTTLS (RFC 8314)")
     ] = False
     ca_file: Annotated[
-        str, msgspec.Meta(description="PEM file of the authorities that verify trusts; the system's when empty")
+        str, msgspec.Meta(description="PEM file of the authorities that verify trusts; default: those of the system")
     ] = ""
     name: Annotated[
-        str, msgspec.Meta(description="The name in the certificate, and for SNI; that of the hop when empty")
+        str, msgspec.Meta(description="Name in the certificate, and for SNI; default: the host name of the hop")
     ] = ""
+
+
+class AuthPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How to authenticate at a next hop (RFC 4954)."""
+
+    mechanisms: tuple[str, ...] = MECHANISMS
+    """SASL mechanisms to use, the preferred one first."""
+    unverified_tls: bool = False
+    """Use PLAIN and LOGIN, which give the password away, over TLS even if the certificate was not verified."""
 
 
 class HopLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much of it a next hop gets, and how its failures are met. For each worker."""
+    """Limits for a next hop, and what happens after its failures. They apply to each worker."""
 
-    connections: Annotated[int, msgspec.Meta(ge=1, le=10_000, description="Connections to a hop at a time")] = 20
+    connections: Annotated[int, msgspec.Meta(ge=1, le=10_000, description="Concurrent connections to a hop")] = 20
     messages: Annotated[
         int, msgspec.Meta(ge=1, le=10_000_000, description="Transactions on a connection before it is closed")
     ] = 1000
@@ -49,51 +58,50 @@ class HopLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         msgspec.Meta(
             ge=1,
             le=1000,
-            description="Recipients of a transaction; 100 when the hop does not say what it takes (RFC 9422)",
+            description="Recipients of a transaction; 100 if the hop does not tell its limit (RFC 9422)",
         ),
     ] = 1000
-    idle: Annotated[
-        float, msgspec.Meta(ge=0, le=3600, description="Seconds a connection is kept with nothing to do")
-    ] = 15.0
+    idle: Annotated[float, msgspec.Meta(ge=0, le=3600, description="Seconds an idle connection is kept")] = 15.0
     queue: Annotated[
         int, msgspec.Meta(ge=1, le=1_000_000, description="Messages that may wait for a connection to the hop")
     ] = 1000
     wait: Annotated[float, msgspec.Meta(gt=0, le=3600, description="Seconds a message waits for a connection")] = 300.0
-    message_rate: Annotated[float, msgspec.Meta(ge=0, description="Messages a second; 0 is no limit")] = 0.0
-    connection_rate: Annotated[float, msgspec.Meta(ge=0, description="New connections a second; 0 is no limit")] = 0.0
-    chunking: Annotated[bool, msgspec.Meta(description="Use CHUNKING (BDAT, RFC 3030) where it is offered")] = True
+    message_rate: Annotated[float, msgspec.Meta(ge=0, description="Messages per second; 0: no limit")] = 0.0
+    connection_rate: Annotated[float, msgspec.Meta(ge=0, description="New connections per second; 0: no limit")] = 0.0
+    chunking: Annotated[bool, msgspec.Meta(description="Use CHUNKING (BDAT, RFC 3030) if it is offered")] = True
     breaker_failures: Annotated[
-        int, msgspec.Meta(ge=1, le=1000, description="Failures in a row after which a hop is left alone for a while")
+        int, msgspec.Meta(ge=1, le=1000, description="Consecutive failures after which a hop is not tried for a while")
     ] = 3
     breaker_pause: Annotated[
         float,
-        msgspec.Meta(ge=0, le=3600, description="Seconds it is left alone at first; each time twice as long"),
+        msgspec.Meta(ge=0, le=3600, description="Seconds until it is tried again at first; each time twice as long"),
     ] = 10.0
-    breaker_longest: Annotated[float, msgspec.Meta(ge=0, le=86_400, description="Seconds it is left alone at most")] = (
-        600.0
-    )
+    breaker_longest: Annotated[
+        float, msgspec.Meta(ge=0, le=86_400, description="The longest time until it is tried again")
+    ] = 600.0
 
 
 class Hop(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """A next hop: where to connect, and how. The key of its connections; keep it, and use it again."""
 
     host: str = ""
-    """The name of the host, or its address: what a certificate has to name, and what logs show."""
+    """The name of the host, or its address: what a certificate must name, and what logs show."""
     port: int = 25
     kind: Literal["smtp", "lmtp"] = "smtp"
     path: str = ""
     """A unix socket; "" is TCP."""
     address: str = ""
-    """The IP address to connect to, when it is known; otherwise the system looks `host` up."""
+    """The IP address to connect to, if it is known; otherwise `host` is looked up."""
     tls: TlsPolicy = TlsPolicy()
     user: str = ""
-    """Who we are to a smart host; "" does not authenticate."""
+    """The user name for AUTH; "" does not authenticate."""
     password: str = ""
+    auth: AuthPolicy = AuthPolicy()
     limits: HopLimits = HopLimits()
 
     @property
     def name(self) -> str:
-        """What logs and reports call it: "mx.example.org[192.0.2.1]:25", "unix:/run/lmtp"."""
+        """The name in logs and reports: "mx.example.org[192.0.2.1]:25", "unix:/run/lmtp"."""
         if self.path:
             return f"unix:{self.path}"
         address = f"[{self.address}]" if self.address and self.address != self.host else ""
@@ -107,11 +115,11 @@ class Outcome(Enum):
     """What became of a recipient."""
 
     DELIVERED = "delivered"
-    """The hop has taken responsibility (2yz)."""
+    """The hop has taken responsibility (2xx)."""
     DEFERRED = "deferred"
-    """Not now (4yz), or the connection was lost: to be tried again."""
+    """To be tried again: the hop replied 4xx, or the connection was lost."""
     FAILED = "failed"
-    """Never (5yz), or the hop can not take this message at all."""
+    """Permanently refused (5xx), or the hop cannot take this message at all."""
 
 
 class Result(NamedTuple):
@@ -119,38 +127,38 @@ class Result(NamedTuple):
 
     kind: Outcome
     text: str
-    """What the hop said, printable and in one line: "550 5.1.1 no such user". Or what happened, without a code."""
+    """The reply of the hop, printable and in one line: "550 5.1.1 no such user". Or what happened, without a code."""
     status: str
     """The enhanced status code: "5.1.1"."""
     hop: str
     """The name of the hop."""
     is_said: bool = True
-    """The text is the hop's; otherwise it is ours."""
+    """The text is a reply of the hop, otherwise our own."""
     reports: bool = False
-    """The hop has heard what the sender wants to be told, and will tell it (RFC 3461 5.2.1)."""
+    """The hop supports DSN: it sends the notifications that the sender asked for (RFC 3461 5.2.1)."""
 
     @classmethod
-    def of(cls, answer: Answer, hop: str, *, reports: bool = False) -> Result:
-        """Return what an answer means."""
-        code = answer.code
+    def of(cls, reply: ServerReply, hop: str, *, reports: bool = False) -> Result:
+        """Return the result that a reply means."""
+        code = reply.code
         kind = Outcome.DELIVERED if code < 300 else Outcome.FAILED if code >= 500 else Outcome.DEFERRED
-        return cls(kind, answer.text, answer.status, hop, True, reports)
+        return cls(kind, reply.text, reply.status, hop, True, reports)
 
 
 Delivered = Sequence[Result]
-"""What a transaction came to: one result for each recipient of the envelope, in its order."""
+"""The outcome of a delivery: one result for each recipient of the envelope, in its order."""
 
 
 class HopDown(Exception):  # noqa: N818 - a state of the hop, not a mistake of the caller
-    """The hop can not be used now, and nothing of the message was sent: another hop may be tried at once."""
+    """The hop cannot be used now, and nothing of the message was sent: another hop may be tried at once."""
 
     def __init__(self, hop: str, text: str, status: str = "4.4.1") -> None:
         super().__init__(f"{hop}: {text}")
         self.hop = hop
         self.text = text
-        """What happened, or what the hop said; printable."""
+        """What happened, or the reply of the hop; printable."""
         self.status = status
-        """An enhanced status code for the recipients that were meant for it, 4.yz.z or 5.yz.z."""
+        """An enhanced status code for the recipients that were meant for it, 4.x.x or 5.x.x."""
 
     def as_result(self) -> Result:
         """Return it as the result for a recipient."""

@@ -8,7 +8,7 @@ from penstock.message import Body, Envelope
 from penstock.relay.hop import Delivered, HopDown, Result
 
 Done = Callable[[Delivered | HopDown], None]
-"""Hears what became of a message; called once, in the trio thread. Must not block or raise."""
+"""Takes the outcome of a message; called once, in the trio thread. Must not block or raise."""
 
 
 class Job:
@@ -30,11 +30,10 @@ class Job:
         coming: AsyncIterator[bytes] | None = None,
         is_question: bool = False,
     ) -> None:
-        """Wait for a connection.
+        """`coming` is the text of a message that is still being received, in place of `prefix` and `body`.
 
-        `coming` is the text of a message that is still being received, in place of `prefix` and `body`; when it raises
-        OSError, the connection is closed before the end of the text. `is_question`: there is no text, only the question
-        whether the hop would take the recipients.
+        If it raises OSError, the connection is closed before the end of the text. `is_question`: there is no text, the
+        hop is only asked whether it would accept the recipients.
         """
         self.envelope = envelope
         self.prefix = prefix
@@ -51,14 +50,14 @@ class Job:
         self.waiting: list[int] = list(range(self.left))
         """Recipients that no transaction has begun with, by their place in the envelope."""
         self.returns = 0
-        """How often a connection has turned out to be dead before a word of it was answered."""
+        """How often a connection turned out to be closed before the hop had answered anything."""
         self.is_abandoned = False
-        """Nobody wants to hear of it any more."""
+        """The outcome is not wanted any more."""
         self.since = 0.0
         """When it began to wait for a connection."""
 
     def take(self, most: int) -> list[int]:
-        """Take recipients for a transaction, at most so many."""
+        """Take recipients for a transaction, at most `most`."""
         taken, self.waiting = self.waiting[:most], self.waiting[most:]
         return taken
 
@@ -66,28 +65,28 @@ class Job:
         """Let recipients wait for another transaction, before the others."""
         self.waiting = places + self.waiting
 
-    def settle(self, place: int, result: Result) -> None:
-        """Note the result for a recipient. The first one counts."""
+    def record(self, place: int, result: Result) -> None:
+        """Record the result for a recipient. The first one counts."""
         if self.results[place] is None:
             self.results[place] = result
             self.left -= 1
 
-    def settle_rest(self, result: Result) -> None:
-        """Note a result for all recipients that have none."""
+    def record_rest(self, result: Result) -> None:
+        """Record a result for all recipients that have none."""
         for place in range(len(self.results)):
-            self.settle(place, result)
+            self.record(place, result)
         self.waiting = []
 
     def finish(self) -> None:
-        """Tell whoever wants to know: every recipient has a result."""
+        """Report the outcome: every recipient has a result."""
         if not self.is_abandoned:
             self.is_abandoned = True
             self.done([result for result in self.results if result is not None])
 
     def give_up(self, reason: HopDown) -> None:
-        """Tell that the hop can not be used. Recipients that were tried already keep their results."""
+        """Report that the hop cannot be used. Recipients that were tried already keep their results."""
         if self.left < len(self.results):
-            self.settle_rest(reason.as_result())
+            self.record_rest(reason.as_result())
             self.finish()
         elif not self.is_abandoned:
             self.is_abandoned = True

@@ -1,57 +1,59 @@
-"""Connections to next hops: kept, used again, limited.
+"""Connections to next hops: kept, reused, limited.
 
-Each hop has a `_Station` of its own: its queue, its connections, its breaker, its rates. Nothing that a hop does or
-does not do is waited for by another one. A connection comes when a job finds none that rests, and as long as the hop's
-limit allows; it goes when it has rested for long enough, has had its share of messages, or is lost.
+Each hop has a `HostPool`: its queue, its connections, its breaker, its rates. Nothing that a hop does or does not do is
+waited for by another one. A connection is opened when a job finds none that rests, as long as the limits allow; it is
+closed when it has rested for long enough, has had its share of messages, or is lost.
 
 Rules
 -----
-1. `done` of a job is called once, whatever happens: a result for each recipient, or HopDown when the hop could not be
-   used and nothing of the message was sent.
-2. A job waits only for connections that are there or on their way. When the last of them fails, all that wait hear so.
-3. A connection that ends before it has said anything to a job costs the job nothing; it goes on with another one. A
-   job that this happens to for the third time is deferred.
+1. `done` of a job is called once, whatever happens: with a result for each recipient, or with HopDown if the hop could
+   not be used and nothing of the message was sent.
+2. A job waits only for connections that are open or being opened. When the last of them fails, all that wait fail.
+3. A connection that ends before the hop has answered anything to a job costs the job nothing; it goes on with another
+   one. The third time this happens to a job, it is deferred.
 4. Everything is counted and bounded: connections of a hop and of all hops, jobs that wait, how long they wait.
+5. If all connections of the pool are in use, a hop that has none goes before hops with several: a resting connection
+   is closed for it, or one that was never greeted.
+6. TLS that fails is skipped for one attempt only (RFC 7435 3): the next connection tries it again.
 """
 
 from __future__ import annotations
 
 import math
+import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 import trio
 
+from penstock.breaker import Breaker
 from penstock.journal import Journal
 from penstock.message import Body, Envelope
 from penstock.net._poller import HAS_EPOLL, Poller
-from penstock.net.connect import connect_tcp, connect_unix
+from penstock.net.connect import connect, connect_tcp, connect_unix
 from penstock.net.stream import SocketStream, watch_sockets
 from penstock.net.tls import client_context
-from penstock.relay.brakes import Breaker, Bucket
-from penstock.relay.conversation import (
-    ClockSettings,
-    Conversation,
-    HandshakeError,
-    LostError,
-    Manner,
-)
-from penstock.relay.exchange import BodyError, Closing
+from penstock.relay.connection import ClientSettings, ClockSettings, HandshakeError, HopConnection, LostError
 from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
 from penstock.relay.job import Done, Job
+from penstock.smtp.client_session import BodyError, ClosingError
+from penstock.tokenbucket import TokenBucket
 
-_MOST_RETURNS: Final = 3
-_IN_THE_CLEAR: Final = 600.0
-"""Seconds in which a hop whose TLS did not work is not asked for it again, where that is allowed."""
+_MAX_RETURNS: Final = 3
+"""How often a job may find its connection closed before it is deferred."""
 _HOLD: Final = 5.0
 """Seconds without another connection to a hop that has refused one and works with others."""
 _SLOW_START: Final = 5
-"""Connections that are on their way at a time, beyond as many as are open: a hop is not to be overrun."""
+"""Connections being opened at a time, beyond as many as are open: a hop is not to be overrun."""
 _FORGOTTEN: Final = 3600.0
-"""Seconds after which a hop that nobody wants anything of is forgotten."""
+"""Seconds after which a hop that is not used is forgotten, and what was learned of its limits."""
+_PATIENCE: Final = 5.0
+"""Seconds that the only connection to a hop may wait for its greeting while another hop has no connection at all."""
+_MAX_ADDRESSES: Final = 8
+"""Addresses of a name that are tried for one connection."""
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,9 +62,7 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connections: Annotated[
         int, msgspec.Meta(ge=1, le=100_000, description="Connections of a worker to all next hops together")
     ] = 500
-    source: Annotated[
-        str, msgspec.Meta(description="The IP address to connect from; the system's choice when empty")
-    ] = ""
+    source: Annotated[str, msgspec.Meta(description="Source IP address; default: chosen by the system")] = ""
     clocks: ClockSettings = ClockSettings()
 
 
@@ -79,16 +79,23 @@ class Pool:
         hostname: str = "localhost",
         journal: Journal | None = None,
         poller: Poller | None = None,
+        smtputf8_downgrade: Literal["refuse", "send"] = "refuse",
     ) -> None:
-        """`hostname` is what we call ourselves. `poller` is one that somebody looks after; otherwise it has its own."""
+        """`hostname` is the argument of EHLO. `poller` is one whose `watch_sockets` runs; by default it has its own.
+
+        `smtputf8_downgrade`: what to do with a header that needs SMTPUTF8 if a hop does not offer it.
+        """
         self.settings = settings
         self.hostname = hostname
         self.journal = journal
         self.poller = poller
         self.connections = 0
-        """Connections that are open or on their way."""
+        """Connections that are open or being opened."""
         self.is_closing = False
-        self._stations: dict[Hop, _Station] = {}
+        self.smtputf8_downgrade: Final = smtputf8_downgrade
+        self._host_pools: dict[Hop, HostPool] = {}
+        self._starved: dict[HostPool, None] = {}
+        """Hops that have no connection because all of the pool are in use, the one that waits for longest first."""
         self._contexts: dict[tuple[bool, str], ssl.SSLContext] = {}
         self._nursery: trio.Nursery | None = None
         self._closed = trio.Event()
@@ -99,8 +106,8 @@ class Pool:
     async def deliver(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int) -> Delivered:
         """Hand a message of `size` octets to a hop. Return a result for each recipient, in order.
 
-        Raise HopDown when the hop can not be used and nothing of the message was sent. The body is the caller's to
-        close. When this is cancelled, a transaction that has begun goes on, and nobody hears what it comes to.
+        Raise HopDown if the hop cannot be used and nothing of the message was sent. The caller closes the body. If this
+        is cancelled, a transaction that has begun goes on, and its outcome is dropped.
         """
         return await self._wait_for(hop, Job(envelope, prefix, body, size, _ignore))
 
@@ -124,20 +131,20 @@ class Pool:
         return outcome
 
     def deliver_later(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int, done: Done) -> None:
-        """Do what `deliver` does without a task that waits: `done` hears the outcome, perhaps before this returns.
+        """Do what `deliver` does without a task that waits: `done` gets the outcome, perhaps before this returns.
 
-        A tenth of the cost of `deliver`. Raise HopDown when that is known at once; then `done` hears nothing.
+        A tenth of the cost of `deliver`. Raise HopDown if that is known at once; then `done` is not called.
         """
         self._submit(hop, Job(envelope, prefix, body, size, done))
 
     def stream(
         self, hop: Hop, envelope: Envelope, size: int, coming: AsyncIterator[bytes], done: Done
     ) -> Callable[[], None]:
-        """Hand on a message that is still being received; `size` is what its sender says, 0 when it does not.
+        """Send a message that is still being received; `size` is the size its sender announced, 0 without one.
 
-        The text is taken as it comes. When `coming` raises OSError, the connection is closed before the end of the
-        text, and nothing is delivered. Return a function that makes `done` hear nothing any more; a message for which
-        there was no connection yet is then not begun with. Raise HopDown when that is known at once.
+        The text is sent as it comes. If `coming` raises OSError, the connection is closed before the end of the text,
+        and nothing is delivered. Return a function after which `done` is not called any more; a message that has not
+        got a connection is then not sent. Raise HopDown if that is known at once.
         """
         job = Job(envelope, b"", None, size, done, coming=coming)
         self._submit(hop, job)
@@ -148,49 +155,49 @@ class Pool:
         return forget
 
     async def ask(self, hop: Hop, envelope: Envelope) -> Delivered:
-        """Ask a hop whether it would take mail for the recipients, and send none.
+        """Ask a hop whether it would accept mail for the recipients, and send none.
 
-        A recipient that is refused is FAILED or DEFERRED, one that is not is "delivered". Raise HopDown.
+        A recipient that is refused is FAILED or DEFERRED, one that is accepted is DELIVERED. Raise HopDown.
         """
         return await self._wait_for(hop, Job(envelope, b"", None, 0, _ignore, is_question=True))
 
     def _submit(self, hop: Hop, job: Job) -> None:
         if self._nursery is None or self.is_closing:
             raise HopDown(hop.name, "the relay is stopping", "4.3.2")
-        station = self._stations.get(hop)
-        if station is None:
-            station = self._stations[hop] = _Station(self, hop)
-        station.submit(job)
+        host_pool = self._host_pools.get(hop)
+        if host_pool is None:
+            host_pool = self._host_pools[hop] = HostPool(self, hop)
+        host_pool.submit(job)
 
     def room(self, hop: Hop) -> int:
         """Return how many messages a hop could be given now without much of a wait.
 
-        One for each connection it may have and one behind it, less those that are there; 0 while the hop is left alone.
+        Two for each connection it may have, less those under way; 0 while its breaker is open.
         """
-        station = self._stations.get(hop)
+        host_pool = self._host_pools.get(hop)
         if self.is_closing:
             return 0
-        return hop.limits.connections * 2 if station is None else station.room(trio.current_time())
+        return hop.limits.connections * 2 if host_pool is None else host_pool.room(trio.current_time())
 
     def down_until(self, hop: Hop) -> float:
-        """Return when a hop that is left alone may be tried again, in trio's time; 0 when it is not left alone."""
-        station = self._stations.get(hop)
-        return station.breaker.until if station is not None and station.breaker.is_open else 0.0
+        """Return when a hop whose breaker is open may be tried again, in trio's time; 0 if it is not open."""
+        host_pool = self._host_pools.get(hop)
+        return host_pool.breaker.until if host_pool is not None and host_pool.breaker.is_open else 0.0
 
     def try_again(self, hop: Hop, asked_at: float) -> bool:
-        """Let a hop that is left alone be tried now by one, unless it has failed since a time, in trio's time.
+        """Let a hop whose breaker is open be tried now by one connection, unless it has failed since `asked_at`.
 
-        Return whether it may be.
+        `asked_at` is in trio's time. Return whether it may be tried.
         """
-        station = self._stations.get(hop)
-        return station is not None and station.breaker.try_again(asked_at, trio.current_time())
+        host_pool = self._host_pools.get(hop)
+        return host_pool is not None and host_pool.breaker.try_again(asked_at, trio.current_time())
 
     # ---- the life of a pool
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `aclose`, or until cancelled: then transactions under way are deferred, in doubt."""
+        """Run until `aclose`, or until cancelled: then transactions under way are deferred, in doubt."""
         own = Poller() if self.poller is None and HAS_EPOLL else None
-        if own is not None:  # an empty one is false
+        if own is not None:  # an empty poller is false
             self.poller = own
         try:
             async with trio.open_nursery() as helpers:
@@ -207,52 +214,75 @@ class Pool:
         finally:
             self.is_closing = True
             self._nursery = None
-            for station in self._stations.values():
-                station.give_up(HopDown(station.hop.name, "the relay is stopping", "4.3.2"))
+            for host_pool in self._host_pools.values():
+                host_pool.give_up(HopDown(host_pool.hop.name, "the relay is stopping", "4.3.2"))
             if own is not None:
                 own.close()
             self._gone.set()
 
     async def aclose(self, grace: float = 30.0) -> None:
-        """Take no more jobs, let transactions under way end within `grace` seconds, and say good-bye to all hops."""
+        """Take no more jobs, let transactions under way end within `grace` seconds, and send QUIT to all hops."""
         if self._nursery is None:
             self.is_closing = True
             return
         self.is_closing = True
-        for station in self._stations.values():
-            station.close()
+        for host_pool in self._host_pools.values():
+            host_pool.close()
         self._nursery.cancel_scope.deadline = trio.current_time() + grace
         self._closed.set()
         await self._gone.wait()
 
     async def _sweep(self) -> None:
-        """Look after clocks, rates, and connections that have rested for too long."""
+        """Check timeouts and rates, and close connections that have rested for too long."""
         interval = max(0.02, min(0.5, self.settings.clocks.shortest / 4))
         while True:
             await trio.sleep(interval)
             now = trio.current_time()
-            for hop, station in list(self._stations.items()):
-                if station.sweep(now):
-                    del self._stations[hop]
+            for hop, host_pool in list(self._host_pools.items()):
+                if host_pool.sweep(now):
+                    del self._host_pools[hop]
 
-    # ---- what stations use
+    # ---- what host_pools use
 
-    def start_connection(self, station: _Station) -> None:
+    def start_connection(self, host_pool: HostPool, opening: _Opening) -> None:
         """Start a task for a connection."""
         assert self._nursery is not None
-        self._nursery.start_soon(station.run_connection)
+        self._nursery.start_soon(host_pool.run_connection, opening)
 
-    def make_room(self) -> bool:
-        """Say whether there may be another connection; retire one that rests elsewhere when there may not."""
-        if self.connections < self.settings.connections:
-            return True
-        for station in self._stations.values():
-            if station.retire_one():
-                break
-        return False
+    def may_connect(self, host_pool: HostPool) -> bool:
+        """Return whether a hop may have another connection now (rule 5)."""
+        most = self.settings.connections
+        if self.connections >= most:
+            if not host_pool.has_connections:
+                self._starved[host_pool] = None
+            self._make_room(trio.current_time())
+            return False
+        waiting = len(self._starved) - (host_pool in self._starved)
+        if host_pool.has_connections and self.connections + waiting >= most:
+            return False
+        self._starved.pop(host_pool, None)
+        return True
+
+    def _make_room(self, now: float) -> None:
+        """Close a connection that rests, or one that was never greeted, for a hop that has none."""
+        if any(host_pool.retire_one() for host_pool in self._host_pools.values()) or not self._starved:
+            return
+        if sum(host_pool.cut for host_pool in self._host_pools.values()) >= len(self._starved):
+            return
+        slowest = max(self._host_pools.values(), key=HostPool.ungreeted)
+        if slowest.ungreeted() > 1 or slowest.longest_wait(now) >= _PATIENCE:
+            slowest.cut_oldest()
+
+    def connection_ended(self) -> None:
+        """Give the room of a connection that has ended to hops that have none."""
+        self.connections -= 1
+        starved, self._starved = self._starved, {}
+        for host_pool in starved:
+            if not self.is_closing:
+                host_pool.dispatch(trio.current_time())
 
     async def context_for(self, hop: Hop) -> ssl.SSLContext | None:
-        """Return the context for TLS with a hop; None when its policy wants none. Raise OSError."""
+        """Return the context for TLS with a hop; None if its policy is "none". Raise OSError."""
         if hop.tls.mode == "none" and not hop.tls.implicit:
             return None
         key = (hop.tls.mode == "verify", hop.tls.ca_file)
@@ -263,48 +293,68 @@ class Pool:
         return context
 
 
-class _Station:
-    """All about one hop."""
+class _Opening:
+    """A connection that is being opened."""
+
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self.scope = trio.CancelScope()
+        self.connection: HopConnection | None = None
+        """None until the socket is connected."""
+        self.address = ""
+        """The IP address of the hop; "" for a unix socket, and until it is known."""
+        self.is_cut = False
+
+    @property
+    def has_greeted(self) -> bool:
+        return self.connection is not None and self.connection.has_greeted
+
+
+class HostPool:
+    """The connections to one hop, and the jobs that wait for them."""
 
     def __init__(self, pool: Pool, hop: Hop) -> None:
         self.hop = hop
         self._pool = pool
         limits = self._limits = hop.limits
         self.breaker = Breaker(limits.breaker_failures, limits.breaker_pause, limits.breaker_longest)
-        self._messages = Bucket(limits.message_rate)
-        self._connects = Bucket(limits.connection_rate)
+        self._messages = TokenBucket(limits.message_rate)
+        self._connects = TokenBucket(limits.connection_rate)
         self._queue: deque[Job] = deque()
-        self._open: set[Conversation] = set()
-        self._resting: dict[Conversation, None] = {}
-        """Those with nothing to do, the one that worked last at the end."""
-        self._connecting = 0
+        self._open: set[HopConnection] = set()
+        """All connections with a socket, also those being opened."""
+        self._resting: dict[HopConnection, None] = {}
+        """Connections with nothing to do, the one that worked last at the end."""
+        self._openings: dict[_Opening, None] = {}
         self._freeing = 0
-        """Connections that are about to ask for the next job."""
-        self._plain_until = -math.inf
-        """Until when TLS is not asked for, because it did not work."""
+        """Connections whose last job is being released, and which ask for the next one then."""
+        self._resetting: set[HopConnection] = set()
+        """Connections that ask for the next job when RSET is answered."""
         self._hold_until = -math.inf
         """Until when no further connection is tried."""
         self._used_at = trio.current_time()
-        self._manner = Manner(
+        self._settings = self._configured = ClientSettings(
             hostname=pool.hostname,
             clocks=pool.settings.clocks,
             messages=limits.messages,
             recipients=limits.recipients,
             chunking=limits.chunking,
+            smtputf8_downgrade=pool.smtputf8_downgrade,
         )
+        self._learned_at = -math.inf
 
     # ---- jobs
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raise HopDown when the hop is left alone, or too much is waiting already."""
+        """Queue a job. Raise HopDown if the breaker is open, or too much is waiting already."""
         now = trio.current_time()
         if self.breaker.blocks(now):
-            raise HopDown(self.hop.name, "the hop has failed before, and is left alone for a while", "4.4.1")
+            raise HopDown(self.hop.name, "the hop has failed repeatedly and is not tried for a while", "4.4.1")
         if len(self._queue) >= self._limits.queue:
             raise HopDown(self.hop.name, f"{self._limits.queue} messages are waiting for it already", "4.3.2")
         job.since = self._used_at = now
         self._queue.append(job)
-        self._dispatch(now)
+        self.dispatch(now)
 
     def room(self, now: float) -> int:
         """See `Pool.room`."""
@@ -314,33 +364,36 @@ class _Station:
         if self.breaker.is_open:
             return max(0, 1 - busy - len(self._queue))
         room = self._limits.connections * 2 - busy * 2 - len(self._queue)
-        return max(0, min(room, self._messages.has_room(now)))
+        return max(0, min(room, self._messages.available(now)))
 
-    def _dispatch(self, now: float, spared: int = 0) -> None:
-        """Give jobs to connections that rest, and open others for those that are left, but for `spared` ones."""
+    def dispatch(self, now: float, spared: int = 0) -> None:
+        """Give jobs to resting connections, and open others for the jobs that are left, except for `spared` ones."""
         resting = self._resting
         while self._queue and resting:
-            conversation, _ = resting.popitem()
-            if not conversation.begin():
-                return  # the rate is used up; it rests again
-        while len(self._queue) - spared - self._freeing > self._connecting and self._may_connect(now):
-            self._connecting += 1
+            connection, _ = resting.popitem()
+            if not connection.begin():
+                return  # the rate is used up; the connection rests again
+        spared += self._freeing + len(self._resetting)
+        while len(self._queue) - spared > len(self._openings) and self._may_connect(now):
+            opening = _Opening(now)
+            self._openings[opening] = None
             self._pool.connections += 1
             self.breaker.probe()
-            self._pool.start_connection(self)
+            self._pool.start_connection(self, opening)
 
     def _may_connect(self, now: float) -> bool:
-        there = len(self._open) + self._connecting
-        if self._pool.is_closing or there >= self._limits.connections:
+        openings = len(self._openings)
+        ready = len(self._open) - sum(each.connection is not None for each in self._openings)
+        if self._pool.is_closing or ready + openings >= self._limits.connections:
             return False
-        if self._connecting >= _SLOW_START + len(self._open):
+        if openings >= _SLOW_START + ready:
             return False
-        if now < self._hold_until or self.breaker.blocks(now) or not self._messages.has_room(now):
+        if now < self._hold_until or self.breaker.blocks(now) or not self._messages.available(now):
             return False
-        return self._pool.make_room() and self._connects.take(now)
+        return self._pool.may_connect(self) and self._connects.take(now)
 
     def next_job(self) -> Job | None:
-        """Return the next job, None when there is none, or not yet."""
+        """Return the next job, None if there is none, or not yet."""
         while self._queue:
             if self._queue[0].is_abandoned:
                 self._queue.popleft()
@@ -353,11 +406,9 @@ class _Station:
     def release(self, job: Job) -> None:
         """Take a job back after a transaction."""
         if job.waiting:
-            self._queue.appendleft(job)  # at once, and before the others: it has waited for longest
+            self._queue.appendleft(job)  # it has waited for longest
             return
-        self._freeing = (
-            1  # whoever hears of it may have another job, which is for the connection that has done this one
-        )
+        self._freeing = 1  # `done` may submit another job, which the connection that has done this one takes
         try:
             job.finish()
         finally:
@@ -366,32 +417,80 @@ class _Station:
     def give_back(self, job: Job) -> None:
         """Take a job back that did not begin after all."""
         job.returns += 1
-        if job.returns >= _MOST_RETURNS:
-            text = "the hop closes each connection before it answers"
-            job.settle_rest(Result(Outcome.DEFERRED, text, "4.4.2", self.hop.name, is_said=False))
+        if job.returns >= _MAX_RETURNS:
+            text = "the hop closes each connection before it replies"
+            job.record_rest(Result(Outcome.DEFERRED, text, "4.4.2", self.hop.name, is_said=False))
             job.finish()
         else:
             self._queue.appendleft(job)
 
-    def rest(self, conversation: Conversation) -> None:
-        """Note that a conversation has nothing to do."""
-        self._resting[conversation] = None
+    def reset(self, connection: HopConnection, *, is_done: bool) -> None:
+        """Note that a connection waits for the reply to RSET, or that it has got it."""
+        if is_done:
+            self._resetting.discard(connection)
+        else:
+            self._resetting.add(connection)
+
+    def rest(self, connection: HopConnection) -> None:
+        """Note that a connection has nothing to do."""
+        self._resting[connection] = None
 
     def give_up(self, reason: HopDown) -> None:
-        """Tell all jobs that wait."""
+        """Fail all jobs that wait."""
         while self._queue:
             self._queue.popleft().give_up(reason)
 
+    def learned(self, *, recipients: int | None = None, no_chunking: bool = False) -> None:
+        """Remember a limit of the hop for an hour."""
+        if recipients is None and not no_chunking:
+            return
+        self._learned_at = trio.current_time()
+        known = self._settings
+        self._settings = msgspec.structs.replace(
+            known, recipients=recipients or known.recipients, chunking=known.chunking and not no_chunking
+        )
+
     # ---- connections
 
-    async def run_connection(self) -> None:
+    @property
+    def has_connections(self) -> bool:
+        """A connection is open or being opened."""
+        return bool(self._open or self._openings)
+
+    def ungreeted(self) -> int:
+        """Return how many connections wait for the socket or the greeting."""
+        return sum(not each.has_greeted and not each.is_cut for each in self._openings)
+
+    @property
+    def cut(self) -> int:
+        """Connections that were given up for other hops and are not closed yet."""
+        return sum(each.is_cut for each in self._openings)
+
+    def longest_wait(self, now: float) -> float:
+        """Return the seconds that a connection has been waiting for its greeting."""
+        return max((now - each.since for each in self._openings if not each.has_greeted), default=0.0)
+
+    def cut_oldest(self) -> None:
+        """Give up the connection that has been waiting for its greeting for longest."""
+        for opening in self._openings:
+            if not opening.has_greeted and not opening.is_cut:
+                opening.is_cut = True
+                opening.scope.cancel()
+                return
+
+    async def run_connection(self, opening: _Opening) -> None:
         """Be the task of one connection: connect, do jobs, close. A bug costs this connection and no other."""
         try:
+            connection: HopConnection | None = None
             try:
-                conversation = await self._connect()
+                with opening.scope:
+                    connection = await self._connect(opening)
             finally:
-                self._connecting -= 1
-            await self._serve(conversation)
+                del self._openings[opening]
+            if connection is None:
+                self._fail(HopDown(self.hop.name, "no greeting, and other hops are waiting for a connection"))
+            else:
+                await self._serve(connection)
         except HopDown as exc:
             self._fail(exc)
         except Exception as exc:  # noqa: BLE001 - whatever it is
@@ -399,64 +498,115 @@ class _Station:
                 self._pool.journal.error(0, "relay", exc)
             self._fail(HopDown(self.hop.name, "an internal error", "4.3.0"))
         finally:
-            self._pool.connections -= 1
             self.breaker.abandon()
+            self._pool.connection_ended()
             self._go_on()
 
     def _go_on(self) -> None:
-        """See to the jobs that wait when a connection has gone."""
+        """Serve the jobs that wait when a connection has ended."""
         if not self._pool.is_closing:
-            self._dispatch(trio.current_time())
-        elif not self._open and not self._connecting:
+            self.dispatch(trio.current_time())
+        elif not self._open and not self._openings:
             self.give_up(HopDown(self.hop.name, "the relay is stopping", "4.3.2"))
 
-    async def _connect(self) -> Conversation:
-        """Return a conversation that is ready for its first transaction. Raise HopDown."""
-        stream: SocketStream | None = None
+    async def _connect(self, opening: _Opening) -> HopConnection:
+        """Return a connection that is ready for its first transaction. Raise HopDown.
+
+        A name stands for all its addresses: if the host at one of them does not accept us, the others are tried (RFC
+        5321 5.1). If TLS fails where it is optional, one attempt is made without it.
+        """
         try:
             context = await self._pool.context_for(self.hop)
-            with trio.fail_after(self._pool.settings.clocks.connect):
-                stream = await self._open_socket()
-        except (OSError, trio.TooSlowError) as exc:
-            text = "connecting took too long" if isinstance(exc, trio.TooSlowError) else _why(exc)
-            raise HopDown(self.hop.name, text) from exc
-        conversation = Conversation(self.hop, stream, self, self._manner)
-        self._open.add(conversation)
+        except OSError as exc:
+            raise HopDown(self.hop.name, _why(exc)) from exc
+        stream = await self._open_socket(opening)
+        try:
+            return await self._open_session(stream, opening, context)
+        except HandshakeError as exc:
+            if self.hop.tls.mode != "opportunistic" or self.hop.tls.implicit:
+                raise
+            text = exc.text
+        except HopDown as exc:
+            return await self._try_other_addresses(opening, context, exc)
+        try:
+            stream = await self._open_socket(opening)
+            return await self._open_session(stream, opening, None, is_fallback=True)
+        except HopDown as exc:
+            raise HopDown(self.hop.name, f"{exc.text} (without TLS, after: {text})", _temporary(exc.status)) from exc
+
+    async def _try_other_addresses(
+        self, opening: _Opening, context: ssl.SSLContext | None, reason: HopDown
+    ) -> HopConnection:
+        """Return a connection to another address of the name. Raise the first reason if there is none."""
+        hop = self.hop
+        if hop.path or hop.address:
+            raise reason
+        try:
+            found = await trio.socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
+        except OSError:
+            raise reason from None
+        for family, _, _, _, address in found[:_MAX_ADDRESSES]:
+            if address[0] == opening.address:
+                continue
+            try:
+                with trio.fail_after(self._pool.settings.clocks.connect):
+                    stream = await connect(family, address, self._pool.poller, source=self._pool.settings.source)
+                return await self._open_session(stream, opening, context)
+            except (OSError, trio.TooSlowError, HopDown):
+                continue
+        raise reason
+
+    async def _open_session(
+        self, stream: SocketStream, opening: _Opening, context: ssl.SSLContext | None, *, is_fallback: bool = False
+    ) -> HopConnection:
+        connection = HopConnection(self.hop, stream, self, self._settings, is_fallback=is_fallback)
+        opening.connection = connection
+        self._open.add(connection)
         is_ready = False
         try:
-            is_plain = trio.current_time() < self._plain_until
-            await conversation.open(None if is_plain else context)
+            await connection.open(context)
             is_ready = True
         finally:
             if not is_ready:
-                self._open.discard(conversation)
-                conversation.end("it was not opened")
-        return conversation
+                opening.connection = None
+                self._open.discard(connection)
+                connection.end("it was not opened")
+        return connection
 
-    async def _open_socket(self) -> SocketStream:
-        hop, poller = self.hop, self._pool.poller
-        if hop.path:
-            return await connect_unix(hop.path, poller)
-        return await connect_tcp(hop.address or hop.host, hop.port, poller, source=self._pool.settings.source)
+    async def _open_socket(self, opening: _Opening) -> SocketStream:
+        """Connect. Raise HopDown."""
+        hop, poller, source = self.hop, self._pool.poller, self._pool.settings.source
+        try:
+            with trio.fail_after(self._pool.settings.clocks.connect):
+                if hop.path:
+                    return await connect_unix(hop.path, poller)
+                stream, opening.address = await connect_tcp(hop.address or hop.host, hop.port, poller, source=source)
+                return stream
+        except trio.TooSlowError as exc:
+            raise HopDown(hop.name, "connecting took too long") from exc
+        except OSError as exc:
+            raise HopDown(hop.name, _why(exc)) from exc
 
-    async def _serve(self, conversation: Conversation) -> None:
+    async def _serve(self, connection: HopConnection) -> None:
         cause: BaseException | str = "the relay is stopping"
         if self._pool.is_closing:
-            conversation.retire()
+            connection.retire()
         else:
-            self._dispatch(trio.current_time(), spared=1)  # the first of them is for this connection
+            self.dispatch(trio.current_time(), spared=1)  # the first job is for this connection
         try:
-            await conversation.serve()
-        except (LostError, Closing) as exc:
+            await connection.serve()
+        except (LostError, ClosingError) as exc:
             cause = exc
-            if conversation.is_busy and not conversation.transactions:
+            # A connection lost during a text counts against the message: it may be the reason.
+            if connection.is_busy and not connection.transactions and not connection.is_sending_text:
                 self._count_failure(str(exc))
         except BodyError as exc:
             cause = exc
         finally:
-            self._open.discard(conversation)
-            self._resting.pop(conversation, None)
-            conversation.end(cause)
+            self._open.discard(connection)
+            self._resting.pop(connection, None)
+            self._resetting.discard(connection)
+            connection.end(cause)
 
     def worked(self) -> None:
         """Note that the hop has answered a whole transaction."""
@@ -464,16 +614,13 @@ class _Station:
             self._pool.journal.hop_up(self.hop.name)
 
     def _fail(self, reason: HopDown) -> None:
-        """Note that a connection did not come about."""
-        mode, now = self.hop.tls, trio.current_time()
-        if isinstance(reason, HandshakeError) and mode.mode == "opportunistic" and not mode.implicit:
-            self._plain_until = now + _IN_THE_CLEAR  # the next one does without (RFC 7435 3)
-        elif self._open:
-            self._hold_until = now + _HOLD  # it works with those that are there, and wants no more of them
-        else:
-            self._count_failure(reason.text)
-            if not self._connecting:
-                self.give_up(reason)  # rule 2
+        """Note that a connection could not be opened."""
+        if self._open:
+            self._hold_until = trio.current_time() + _HOLD  # it works with those it has, and wants no more
+            return
+        self._count_failure(reason.text)
+        if not self._openings:
+            self.give_up(reason)  # rule 2
 
     def _count_failure(self, text: str) -> None:
         now = trio.current_time()
@@ -481,46 +628,52 @@ class _Station:
             self._pool.journal.hop_down(self.hop.name, text, round(self.breaker.until - now, 1))
 
     def retire_one(self) -> bool:
-        """Let a connection go that rests. Return False when there is none."""
-        for conversation in self._resting:
-            del self._resting[conversation]
-            conversation.retire()
+        """Close a connection that rests. Return False if there is none."""
+        for connection in self._resting:
+            del self._resting[connection]
+            connection.retire()
             return True
         return False
 
     def close(self) -> None:
-        """Let all connections go, each after its transaction."""
+        """Close all connections, each after its transaction."""
         self.give_up(HopDown(self.hop.name, "the relay is stopping", "4.3.2"))
-        for conversation in list(self._open):
-            conversation.retire()
+        for connection in list(self._open):
+            connection.retire()
         self._resting.clear()
 
     def sweep(self, now: float) -> bool:
-        """Look after clocks and queue. Return True when the hop can be forgotten."""
-        for conversation in list(self._open):
-            conversation.check_clock(now)
+        """Check timeouts and the queue. Return True if the hop can be forgotten."""
+        for connection in list(self._open):
+            connection.check_clock(now)
         while self._resting:
-            conversation = next(iter(self._resting))  # the one that has rested for longest
-            if now - conversation.resting_since < self._limits.idle:
+            connection = next(iter(self._resting))  # the one that has rested for longest
+            if now - connection.resting_since < self._limits.idle:
                 break
             self.retire_one()
         while self._queue and now - self._queue[0].since > self._limits.wait:
             text = f"no connection was free for {self._limits.wait:.0f} s"
             self._queue.popleft().give_up(HopDown(self.hop.name, text, "4.4.5"))
+        if now - self._learned_at > _FORGOTTEN:
+            self._settings = self._configured
         if self._queue and not self._pool.is_closing:
-            self._dispatch(now)
-        if self._open or self._connecting or self._queue:
+            self.dispatch(now)
+        if self._open or self._openings or self._queue:
             self._used_at = now
             return False
         return now - self._used_at > _FORGOTTEN and now >= self.breaker.until
 
 
 def _ignore(_: Delivered | HopDown) -> None:
-    """Take an outcome that nobody waits for."""
+    """Take an outcome that is read from the job."""
+
+
+def _temporary(status: str) -> str:
+    return status if status.startswith("4") else "4.7.5"
 
 
 def _why(exc: OSError) -> str:
-    """Return why connecting failed, in a few words; out of several attempts, why the first did."""
+    """Return why connecting failed, in a few words; if several addresses were tried, why the first failed."""
     cause = exc.__cause__
     if isinstance(cause, BaseExceptionGroup) and isinstance(cause.exceptions[0], OSError):
         exc = cause.exceptions[0]

@@ -1,12 +1,11 @@
-r"""The client's half of the language: what is said to a server, and what its answers mean. Pure, like the rest here.
+r"""What a client sends to a server, and what the replies mean (RFC 5321, 2920, 3030, 4954, 6531). No I/O.
 
-A conversation (penstock.relay, penstock.load) joins commands made by these functions into groups (RFC 2920), feeds what
-comes back to an `AnswerReader`, and takes one `Answer` for each command.
+`ClientSession` (penstock.smtp.client_session) puts these parts into order.
 
->>> reader = AnswerReader()
+>>> reader = ReplyReader()
 >>> reader.feed(b"250-mx.example.org\r\n250 SIZE 1000\r\n")
->>> offer = Capabilities.of(reader.next())
->>> offer.size
+>>> capabilities = Capabilities.of(reader.next())
+>>> capabilities.size
 1000
 """
 
@@ -14,27 +13,35 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import scramp
 
 from penstock.message import Envelope, Recipient
 
-_LINE: Final = re.compile(rb"([2-5][0-9][0-9])([ -]?)([^\r\n]*)\r?\n")
+_LINE: Final = re.compile(rb"([2-5][0-9][0-9])([ -]?)([^\n]*)\n")
 _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?:[ \t]|$)")
 MAX_LINE: Final = 4096
-"""Octets of a line of an answer; RFC 5321 4.5.3.1.5 says 512, servers in the field say more."""
+"""Octets in a line of a reply. RFC 5321 4.5.3.1.5 says 512; real servers send longer lines."""
 MAX_LINES: Final = 500
-_MOST_SHOWN: Final = 100
-"""Characters that are shown of what is no answer."""
-_MOST_TEXT: Final = 1000
-"""Characters of an answer that logs and reports show."""
+"""Lines in a reply, and blank lines before the greeting."""
+_MAX_SHOWN: Final = 100
+"""Characters of a malformed line that an error shows."""
+_MAX_TEXT: Final = 1000
+"""Characters of a reply that logs and reports show."""
+MAX_SCRAM_ITERATIONS: Final = 1_000_000
+"""The largest iteration count accepted from a server; a larger one would keep this process busy for seconds."""
+MECHANISMS: Final = ("SCRAM-SHA-256", "PLAIN", "LOGIN")
+"""The SASL mechanisms supported, in the default order of preference."""
+CLEAR_TEXT: Final = frozenset({"PLAIN", "LOGIN"})
+"""Mechanisms that give the password to the server."""
 
 
 class ProtocolError(ValueError):
-    """The server said something that is no answer."""
+    """The server sent something that is not a valid reply."""
 
 
 class CannotSendError(ValueError):
@@ -45,104 +52,126 @@ class CannotSendError(ValueError):
         self.status = status
 
 
-class Answer(NamedTuple):
-    """What a server said to one command."""
+class ServerReply(NamedTuple):
+    """A reply to one command."""
 
     code: int
     lines: tuple[str, ...]
-    """The texts of the lines, without code and line end."""
+    """The text of each line, without code and line end."""
 
     @property
     def accepts(self) -> bool:
-        """It is a 2yz or a 3yz."""
+        """The reply is a 2xx or a 3xx."""
         return self.code < 400
 
     @property
     def is_permanent(self) -> bool:
-        """It is a 5yz."""
+        """The reply is a 5xx."""
         return self.code >= 500
 
     @property
+    def enhanced_status(self) -> str | None:
+        """The first enhanced status code (RFC 2034) that has the class of the code; None without one."""
+        digit = str(self.code)[0]
+        for line in self.lines:
+            found = _STATUS.match(line)
+            if found is not None and found.group(1)[0] == digit:
+                return found.group(1)
+        return None
+
+    @property
     def status(self) -> str:
-        """The enhanced status code (RFC 2034), or the least one of the code's class."""
-        found = _STATUS.match(self.lines[0])
-        return found.group(1) if found else f"{self.code // 100}.0.0"
+        """The enhanced status code, or x.0.0 of the class of the code."""
+        return self.enhanced_status or f"{self.code // 100}.0.0"
 
     @property
     def text(self) -> str:
-        """All of it in one line, as a bounce shows it: printable, at most 1,000 characters."""
+        """The reply in one line, as reports show it: printable, at most 1,000 characters."""
         lines = self.lines
-        text = f"{self.code} {lines[0]}" if len(lines) == 1 else f"{self.code} {' / '.join(lines[:_MOST_TEXT])}"
-        if len(text) > _MOST_TEXT:
-            text = f"{text[: _MOST_TEXT - 3]}..."
+        text = f"{self.code} {lines[0]}" if len(lines) == 1 else f"{self.code} {' / '.join(lines)}"
+        if len(text) > _MAX_TEXT:
+            text = f"{text[: _MAX_TEXT - 3]}..."
         return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
-class AnswerReader:
-    """Cuts what a server sends into answers."""
+class ReplyReader:
+    """Splits the octets received from a server into replies (RFC 5321 4.2).
 
-    __slots__ = ("_buffer", "_code", "_lines", "_place")
+    Tolerant where strictness would cost a duplicate of a message that was taken: carriage returns are ignored
+    wherever they are, a line ends with LF, and where the lines of a reply have different codes the last one counts,
+    as Postfix does. Blank lines before the greeting are skipped.
+    """
+
+    __slots__ = ("_buffer", "_has_greeting", "_lines", "_start")
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._place = 0
-        """Where in the buffer the next line begins."""
-        self._code = 0
+        self._start = 0
+        """Where the next line begins in the buffer."""
         self._lines: list[str] = []
+        self._has_greeting = False
 
     def feed(self, data: bytes | bytearray) -> None:
-        """Take what was received."""
-        self._buffer = self._buffer[self._place :] + data
-        self._place = 0
+        """Add received octets."""
+        self._buffer = self._buffer[self._start :] + data if self._start < len(self._buffer) else bytes(data)
+        self._start = 0
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is left over, not even half an answer."""
-        return self._place == len(self._buffer) and not self._lines
+        """Nothing is left over, not even part of a reply."""
+        return self._start == len(self._buffer) and not self._lines
 
-    def next(self) -> Answer | None:
-        """Return the next answer, None before it is whole. Raise ProtocolError for what is none, or too long."""
-        while self._place < len(self._buffer):
-            line = _LINE.match(self._buffer, self._place)
+    def next(self) -> ServerReply | None:
+        """Return the next reply; None until it is complete. Raise ProtocolError if it is malformed or too long."""
+        while self._start < len(self._buffer):
+            line = _LINE.match(self._buffer, self._start)
             if line is None:
-                self._expect_more()
+                if not self._has_greeting and self._skip_blank_line():
+                    continue
+                self._check_incomplete_line()
                 return None
-            digits, mark, text = line.groups()
-            code = int(digits)
-            self._place = line.end()
-            if len(text) > MAX_LINE or len(self._lines) >= MAX_LINES:
-                raise ProtocolError("an answer is too long")
-            if not self._lines:
-                if mark != b"-":
-                    return Answer(code, (text.decode("utf-8", "replace"),))
-                self._code = code
-            elif code != self._code:
-                raise ProtocolError(f"an answer changes its code from {self._code} to {code}")
-            self._lines.append(text.decode("utf-8", "replace"))
-            if mark != b"-":
-                lines, self._lines = tuple(self._lines), []
-                return Answer(code, lines)
+            digits, mark, octets = line.groups()
+            self._start = line.end()
+            if len(octets) > MAX_LINE or len(self._lines) >= MAX_LINES:
+                raise ProtocolError("a reply is too long")
+            text = octets.replace(b"\r", b"").decode("utf-8", "replace")
+            self._has_greeting = True
+            if mark == b"-":
+                self._lines.append(text)
+            elif not self._lines:
+                return ServerReply(int(digits), (text,))
+            else:
+                lines, self._lines = (*self._lines, text), []
+                return ServerReply(int(digits), lines)
         return None
 
-    def _expect_more(self) -> None:
-        """Raise ProtocolError when what is there will be no line of an answer, whatever comes."""
-        line, mark, _ = self._buffer[self._place :].partition(b"\n")
-        if mark or len(line) > MAX_LINE:
-            raise ProtocolError(f"this is no answer: {_shown(line)}")
+    def _skip_blank_line(self) -> bool:
+        end = self._buffer.find(b"\n", self._start, self._start + MAX_LINES)
+        if end < 0 or self._buffer[self._start : end].strip(b"\r"):
+            return False
+        self._start = end + 1
+        return True
+
+    def _check_incomplete_line(self) -> None:
+        """Raise ProtocolError if more octets cannot make the rest of the buffer a line of a reply."""
+        end = self._buffer.find(b"\n", self._start, self._start + MAX_LINE + 1)
+        if end >= 0 or len(self._buffer) - self._start > MAX_LINE:
+            line = self._buffer[self._start : end if end >= 0 else self._start + MAX_LINE]
+            raise ProtocolError(f"this is not a reply: {_shown(line)}")
 
 
 def _shown(line: bytes) -> str:
     r"""Return a line as logs and reports show it: printable, controls as \xNN, at most 100 characters."""
-    text = line[: _MOST_SHOWN * 4].removesuffix(b"\r").decode("utf-8", "replace")[:_MOST_SHOWN]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)[:_MOST_SHOWN]
+    text = line[: _MAX_SHOWN * 4].removesuffix(b"\r").decode("utf-8", "replace")[:_MAX_SHOWN]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)[:_MAX_SHOWN]
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a server offers in its answer to EHLO (RFC 5321 4.1.1.1)."""
+    """What a server offers in its reply to EHLO (RFC 5321 4.1.1.1)."""
 
     keywords: dict[str, str] = field(default_factory=dict)
-    """Keyword in capitals -> parameters as they stand."""
+    """Keyword in capitals -> parameters as sent."""
     pipelining: bool = False
     chunking: bool = False
     eightbitmime: bool = False
@@ -152,81 +181,91 @@ class Capabilities:
     starttls: bool = False
     requiretls: bool = False
     size: int | None = None
-    """Octets a message may have (RFC 1870); None when the server does not say, 0 when there is no limit."""
+    """Octets a message may have (RFC 1870); None if SIZE is not offered, 0 if there is no limit."""
     mechanisms: tuple[str, ...] = ()
     max_recipients: int = 100
-    """RCPTs of a transaction: LIMITS RCPTMAX (RFC 9422), otherwise the 100 that every server takes (RFC 5321
+    """RCPTs in a transaction: LIMITS RCPTMAX (RFC 9422), otherwise the 100 that every server accepts (RFC 5321
     4.5.3.1.8)."""
 
     @classmethod
-    def of(cls, answer: Answer | None) -> Capabilities:
-        """Read the answer to EHLO; None, or one line, offers nothing."""
-        keywords: dict[str, str] = {}
-        for line in () if answer is None else answer.lines[1:]:
-            keyword, _, parameters = line.strip().partition(" ")
-            if keyword.upper().startswith("AUTH="):  # an old mistake that servers repeat for old clients
-                keyword, parameters = "AUTH", f"{keyword[5:]} {parameters}"
-            keywords.setdefault(keyword.upper(), parameters.strip())
-        size = keywords.get("SIZE")
-        limits = dict(limit.partition("=")[::2] for limit in keywords.get("LIMITS", "").upper().split())
-        rcptmax = limits.get("RCPTMAX", "")
-        return cls(
-            keywords,
-            pipelining="PIPELINING" in keywords,
-            chunking="CHUNKING" in keywords,
-            eightbitmime="8BITMIME" in keywords,
-            binarymime="BINARYMIME" in keywords,
-            smtputf8="SMTPUTF8" in keywords,
-            dsn="DSN" in keywords,
-            starttls="STARTTLS" in keywords,
-            requiretls="REQUIRETLS" in keywords,
-            size=None if size is None else int(size) if size.isascii() and size.isdigit() else 0,
-            mechanisms=tuple(keywords.get("AUTH", "").upper().split()),
-            max_recipients=max(1, int(rcptmax)) if rcptmax.isascii() and rcptmax.isdigit() else 100,
-        )
+    def of(cls, reply: ServerReply | None) -> Capabilities:
+        """Return the capabilities of a reply to EHLO; None, or a reply of one line, offers nothing."""
+        return cls() if reply is None else _capabilities(reply.lines[1:])
 
 
-def check_sendable(envelope: Envelope, size: int, offer: Capabilities) -> None:
-    """Raise CannotSendError when a server can not take a message of `size` octets."""
-    if offer.size and size > offer.size:
-        raise CannotSendError("5.3.4", f"the message has {size} octets, the server takes {offer.size}")
-    if envelope.requiretls and not offer.requiretls:
-        raise CannotSendError("5.7.30", "the message asks for REQUIRETLS, which the server does not offer")  # RFC 8689
-    if envelope.smtputf8 and not offer.smtputf8 and not _is_ascii(envelope):
-        raise CannotSendError("5.6.7", "the addresses need SMTPUTF8, which the server does not offer")  # RFC 6531 3.5
-    if envelope.body_type == "BINARYMIME" and not (offer.binarymime and offer.chunking):
-        raise CannotSendError("5.6.3", "the message is BINARYMIME, which the server does not offer")  # RFC 3030 3
+@lru_cache(maxsize=64)  # most connections of a run, and of a next hop, get the same lines
+def _capabilities(lines: tuple[str, ...]) -> Capabilities:
+    keywords: dict[str, str] = {}
+    for line in lines:
+        keyword, _, parameters = line.strip().partition(" ")
+        if keyword.upper().startswith("AUTH="):  # not standard, still sent for old clients
+            keyword, parameters = "AUTH", f"{keyword[5:]} {parameters}"
+        keywords.setdefault(keyword.upper(), parameters.strip())
+    size = keywords.get("SIZE")
+    limits = dict(limit.partition("=")[::2] for limit in keywords.get("LIMITS", "").upper().split())
+    rcptmax = limits.get("RCPTMAX", "")
+    return Capabilities(
+        keywords,
+        pipelining="PIPELINING" in keywords,
+        chunking="CHUNKING" in keywords,
+        eightbitmime="8BITMIME" in keywords,
+        binarymime="BINARYMIME" in keywords,
+        smtputf8="SMTPUTF8" in keywords,
+        dsn="DSN" in keywords,
+        starttls="STARTTLS" in keywords,
+        requiretls="REQUIRETLS" in keywords,
+        size=None if size is None else _number(size) or 0,
+        mechanisms=tuple(keywords.get("AUTH", "").upper().split()),
+        max_recipients=max(1, _number(rcptmax) or 100),
+    )
+
+
+def _number(text: str) -> int | None:
+    """Return a decimal number of at most 20 digits (RFC 1870 3); None for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else None
+
+
+def check_sendable(envelope: Envelope, size: int, capabilities: Capabilities) -> None:
+    """Raise CannotSendError if a server cannot take a message of `size` octets with this envelope."""
+    if capabilities.size and size > capabilities.size:
+        raise CannotSendError("5.3.4", f"the message has {size} octets, the server accepts {capabilities.size}")
+    if envelope.requiretls and not capabilities.requiretls:  # RFC 8689 4.2.1
+        raise CannotSendError("5.7.30", "the message requires REQUIRETLS, which the server does not offer")
+    if envelope.smtputf8 and not capabilities.smtputf8 and not _is_ascii(envelope):  # RFC 6531 3.5
+        raise CannotSendError("5.6.7", "the addresses need SMTPUTF8, which the server does not offer")
+    if envelope.body_type == "BINARYMIME" and not (capabilities.binarymime and capabilities.chunking):  # RFC 3030 3
+        raise CannotSendError("5.6.3", "the message is BINARYMIME, which the server does not offer")
 
 
 def _is_ascii(envelope: Envelope) -> bool:
     return envelope.sender.text.isascii() and all(to.path.text.isascii() for to in envelope.recipients)
 
 
-def mail_command(envelope: Envelope, size: int, offer: Capabilities) -> bytes:
+def mail_command(envelope: Envelope, size: int, capabilities: Capabilities) -> bytes:
     """Return MAIL with the parameters that the server understands (RFC 5321 3.3, 1870, 6152, 6531, 3461, 8689).
 
-    BODY=8BITMIME falls away where it is not offered: servers without it that garble the eighth bit have died out, and
-    what the message was declared to be says little of what it is.
+    BODY=8BITMIME is left out where it is not offered, and the text is sent as it is. RFC 6152 3 asks for a conversion,
+    which would change signed content; Postfix sends the text unchanged too with `disable_mime_output_conversion`.
     """
     command = f"MAIL FROM:<{envelope.sender.text}>"
-    if offer.size is not None and size:
+    if capabilities.size is not None and size:
         command += f" SIZE={size}"
-    if envelope.body_type != "7BIT" and offer.eightbitmime:
+    if envelope.body_type != "7BIT" and capabilities.eightbitmime:
         command += f" BODY={envelope.body_type}"
-    if envelope.smtputf8 and offer.smtputf8:
+    if envelope.smtputf8 and capabilities.smtputf8:
         command += " SMTPUTF8"
     if envelope.requiretls:
         command += " REQUIRETLS"
-    if offer.dsn:
+    if capabilities.dsn:
         command += f" RET={envelope.ret}" if envelope.ret else ""
         command += f" ENVID={envelope.envid}" if envelope.envid else ""
     return command.encode() + b"\r\n"
 
 
-def rcpt_command(recipient: Recipient, offer: Capabilities) -> bytes:
+def rcpt_command(recipient: Recipient, capabilities: Capabilities) -> bytes:
     """Return RCPT, with NOTIFY and ORCPT where the server understands them (RFC 3461 4.1, 4.2)."""
     command = f"RCPT TO:<{recipient.path.text}>"
-    if offer.dsn:
+    if capabilities.dsn:
         command += f" NOTIFY={','.join(sorted(recipient.notify))}" if recipient.notify else ""
         command += f" ORCPT={recipient.orcpt}" if recipient.orcpt else ""
     return command.encode() + b"\r\n"
@@ -235,20 +274,20 @@ def rcpt_command(recipient: Recipient, offer: Capabilities) -> bytes:
 # ---- the text
 
 
-class Stuffer:
-    """Makes a text fit for DATA as it comes: a dot more on each line that begins with one (RFC 5321 4.5.2).
+class DotStuffer:
+    """Prepares a text for DATA piece by piece: a dot is added to each line that begins with one (RFC 5321 4.5.2).
 
-    A text that does not end with CR LF gets one: there is no way around it with DATA.
+    A text that does not end with CR LF gets one: DATA cannot carry it otherwise.
     """
 
     __slots__ = ("_tail",)
 
     def __init__(self) -> None:
         self._tail = b"\r\n"
-        """The last octets so far: a line begins with the first."""
+        """The last octets so far. The first octet of a text begins a line."""
 
     def feed(self, chunk: bytes) -> bytes:
-        """Return what is to be sent for the next octets of the text."""
+        """Return what is sent for the next octets of the text."""
         if not chunk:
             return b""
         tail = self._tail
@@ -260,61 +299,70 @@ class Stuffer:
         return chunk.replace(b"\r\n.", b"\r\n..")
 
     def end(self) -> bytes:
-        """Return the final dot."""
+        """Return the end of the text: a dot on a line of its own."""
         return b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n"
 
 
 def stuffed(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield a whole text for DATA, with its final dot; see `Stuffer`."""
-    stuffer = Stuffer()
+    """Yield a whole text as DATA sends it, with the final dot; see `DotStuffer`."""
+    stuffer = DotStuffer()
     for chunk in chunks:
         yield stuffer.feed(chunk)
     yield stuffer.end()
 
 
-def chunked(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Yield a text of `size` octets as one BDAT LAST (RFC 3030 2): nothing in it is touched."""
-    yield b"BDAT %d LAST\r\n" % size
-    yield from chunks
-
-
 # ---- authentication
 
 
-class AuthDialog:
-    """Proves to a server who we are, with the best mechanism that both know (RFC 4954).
+class Credentials(NamedTuple):
+    """How a client authenticates (RFC 4954)."""
 
-    SCRAM-SHA-256 where it is offered; PLAIN and LOGIN, which show the password, only when `is_private`.
+    user: str
+    password: str
+    mechanisms: Sequence[str] = MECHANISMS
+    """Mechanisms to use, the preferred one first."""
+
+
+class AuthExchange:
+    """Authenticates with the preferred mechanism among those that both sides support (RFC 4954).
+
+    PLAIN and LOGIN give the password to the server; they are used only if `is_private`.
     """
 
-    def __init__(self, user: str, password: str, offer: Capabilities, *, is_private: bool) -> None:
-        """Raise CannotSendError when no mechanism is left."""
-        self._user, self._password = user, password
+    def __init__(self, credentials: Credentials, capabilities: Capabilities, *, is_private: bool) -> None:
+        """Raise CannotSendError if no mechanism can be used."""
+        self._user, self._password, wanted = credentials
         self._scram: scramp.ScramClient | None = None
         self._steps = 0
-        wanted = ["SCRAM-SHA-256", *(["PLAIN", "LOGIN"] if is_private else [])]
-        mechanism = next((name for name in wanted if name in offer.mechanisms), None)
+        shared = [name for name in wanted if name in capabilities.mechanisms]
+        mechanism = next((name for name in shared if is_private or name not in CLEAR_TEXT), None)
+        if mechanism is None and shared:
+            raise CannotSendError("4.7.0", f"no mechanism can be used: {' and '.join(shared)} would show the password")
         if mechanism is None:
-            raise CannotSendError("4.7.0", f"no mechanism of {' '.join(offer.mechanisms) or 'none'} can be used here")
+            raise CannotSendError("4.7.0", f"no mechanism in common; offered: {' '.join(capabilities.mechanisms)}")
         self.mechanism = mechanism
 
     def start(self) -> bytes:
         """Return the AUTH command."""
         if self.mechanism == "PLAIN":
-            return b"AUTH PLAIN " + _b64(f"\0{self._user}\0{self._password}") + b"\r\n"  # RFC 4616
+            return b"AUTH PLAIN " + _b64(f"\0{self._user}\0{self._password}") + b"\r\n"  # RFC 4616 2
         if self.mechanism == "LOGIN":
             return b"AUTH LOGIN\r\n"
         self._scram = scramp.ScramClient(["SCRAM-SHA-256"], self._user, self._password)
         return b"AUTH SCRAM-SHA-256 " + _b64(self._scram.get_client_first()) + b"\r\n"
 
-    def respond(self, answer: Answer) -> bytes:
-        """Return the response to a 334. Raise ProtocolError when the server does not keep to the mechanism."""
+    def respond(self, reply: ServerReply) -> bytes:
+        """Return the response to a 334. Raise ProtocolError if the server does not follow the mechanism.
+
+        The first response of SCRAM takes as long as the iterations that the server asks for: up to half a second.
+        """
         self._steps += 1
         try:
-            challenge = base64.b64decode(answer.lines[0], validate=False).decode()
+            challenge = base64.b64decode(reply.lines[0], validate=False).decode()
             if self.mechanism == "LOGIN" and self._steps <= 2:
                 return _b64(self._user if self._steps == 1 else self._password) + b"\r\n"
             if self._scram is not None and self._steps == 1:
+                _check_iterations(challenge)
                 self._scram.set_server_first(challenge)
                 return _b64(self._scram.get_client_final()) + b"\r\n"
             if self._scram is not None and self._steps == 2:
@@ -325,9 +373,16 @@ class AuthDialog:
         raise ProtocolError(f"{self.mechanism}: an unexpected challenge")
 
     def finish(self) -> None:
-        """Raise ProtocolError when the server has said 235 without proving that it knows us (RFC 5802 3)."""
+        """Raise ProtocolError if the server replied 235 without proving that it knows the password (RFC 5802 3)."""
         if self._scram is not None and self._steps < 2:
             raise ProtocolError(f"{self.mechanism}: the server did not prove that it knows the password")
+
+
+def _check_iterations(server_first: str) -> None:
+    """Raise ValueError if the server asks for too many iterations (RFC 5802 5.1, attribute i)."""
+    for attribute in server_first.split(",")[:10]:
+        if attribute.startswith("i=") and not 0 < (_number(attribute[2:]) or 0) <= MAX_SCRAM_ITERATIONS:
+            raise ValueError(f"an iteration count above {MAX_SCRAM_ITERATIONS:,}: {attribute[2:42]}")
 
 
 def _b64(text: str) -> bytes:

@@ -1,0 +1,127 @@
+"""What a mail transaction with a next hop means for the recipients of a message. No I/O.
+
+The one moment of doubt
+-----------------------
+If the connection is lost after the whole text was sent and before the reply was read, the hop may have taken the
+message or not (RFC 1047). Its recipients are deferred, "in doubt": the message will be sent again, and may then arrive
+twice. A duplicate is better than a loss, and SMTP has no third way.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from penstock.relay.hop import Outcome, Result
+from penstock.relay.job import Job
+from penstock.smtp.client import Capabilities, ServerReply, mail_command, rcpt_command
+from penstock.smtp.client_session import ClientTransaction, Step
+
+_NEEDS_TLS: Final = frozenset({530, 538})
+"""Replies of a hop that wants STARTTLS first (RFC 3207 4)."""
+_TOO_MANY: Final = frozenset({"4.5.3", "5.5.3", None})
+
+
+class HopTransaction:
+    """A transaction for all recipients of a job, or for as many of them as the hop takes at a time."""
+
+    __slots__ = ("_capabilities", "_hop", "_positions", "is_recorded", "job", "transaction", "wants_tls")
+
+    def __init__(self, job: Job, capabilities: Capabilities, hop: str, *, lmtp: bool, chunking: bool) -> None:
+        """`hop` is the name of the next hop; `chunking`: send the text with BDAT."""
+        self.job = job
+        self.is_recorded = False
+        self.wants_tls = False
+        """The hop wants STARTTLS first."""
+        self._capabilities = capabilities
+        self._hop = hop
+        self._positions = job.take(capabilities.max_recipients)
+        recipients = job.envelope.recipients
+        self.transaction = ClientTransaction(
+            mail_command(job.envelope, job.size, capabilities),
+            [rcpt_command(recipients[position], capabilities) for position in self._positions],
+            pipelining=capabilities.pipelining,
+            chunking=chunking,
+            lmtp=lmtp,
+            is_question=job.is_question,
+            size=None if job.coming is not None else job.size,
+        )
+
+    @property
+    def recipient_limit(self) -> int | None:
+        """How many recipients the hop takes in a transaction, if it has refused some as too many."""
+        return len(self.transaction.accepted) if self.transaction.too_many else None
+
+    def text(self) -> bytes:
+        """Return the whole text of a body in memory as it is sent. Raise BodyError."""
+        job, transaction = self.job, self.transaction
+        assert job.body is not None
+        output = [transaction.begin_text(), transaction.feed_text(job.prefix)]
+        output += map(transaction.feed_text, job.body.chunks())
+        output.append(transaction.finish_text())
+        return b"".join(output)
+
+    def record(self, *, is_fallback: bool = False) -> None:
+        """Record the results of a transaction that is over.
+
+        Recipients beyond what the hop takes wait for another transaction, and all that were accepted if the hop does
+        not know BDAT. `is_fallback`: TLS failed, and the connection goes on in clear text; a hop that wants TLS then
+        defers the mail.
+        """
+        self.is_recorded = True
+        transaction = self.transaction
+        again = list(transaction.too_many)
+        if transaction.chunking_refused:
+            again += [position for position in transaction.accepted if transaction.outcomes[position] is None]
+        if again:
+            self.job.put_back([self._positions[position] for position in sorted(again)])
+        for position in range(len(self._positions)):
+            reply = transaction.outcomes[position]
+            if reply is not None:
+                self.job.record(self._positions[position], self._result(position, reply, is_fallback=is_fallback))
+
+    def _result(self, position: int, reply: ServerReply, *, is_fallback: bool) -> Result:
+        transaction = self.transaction
+        is_accepted = position in transaction.accepted if reply.code == 552 else True
+        result = Result.of(reply, self._hop, reports=reply.code < 300 and self._capabilities.dsn)
+        if result.kind is Outcome.FAILED:
+            needs_tls = reply.code in _NEEDS_TLS or reply.enhanced_status == "5.7.10"
+            if is_fallback and needs_tls:
+                self.wants_tls = True
+                return result._replace(kind=Outcome.DEFERRED)
+            if transaction.is_question and reply is transaction.mail_reply:
+                return result._replace(kind=Outcome.DEFERRED)  # about our sender, not about the recipient
+            if not is_accepted and reply.enhanced_status in _TOO_MANY:  # RFC 5321 4.5.3.1.10
+                return result._replace(kind=Outcome.DEFERRED, status="4.5.3")
+        return result
+
+    def lose(self, text: str, closing: ServerReply | None = None) -> None:
+        """Record the loss of the connection: recipients without a result are deferred.
+
+        `closing` is the 421 with which the hop has closed it. Recipients that wait for another transaction go on
+        waiting.
+        """
+        if not self.is_recorded:
+            self.record()
+        if closing is not None:
+            status = closing.status if closing.status.startswith("4") else "4.4.2"
+            lost = Result(Outcome.DEFERRED, closing.text, status, self._hop)
+        else:
+            doubt = "in doubt, it may have been delivered: " if self.transaction.is_in_doubt else ""
+            lost = Result(Outcome.DEFERRED, f"{doubt}{text}", "4.4.2", self._hop, is_said=False)
+        for place in self._positions:
+            if place not in self.job.waiting:
+                self.job.record(place, lost)
+
+    def withdraw(self) -> None:
+        """Undo a transaction of which nothing was answered: the job may begin again on another connection."""
+        self.job.put_back(self._positions)
+
+    @property
+    def is_unanswered(self) -> bool:
+        """The hop has not replied to MAIL."""
+        return self.transaction.mail_reply is None
+
+    @property
+    def is_sending(self) -> bool:
+        """The text is being sent, or its reply is awaited."""
+        return self.transaction.step in (Step.TEXT, Step.FINAL)

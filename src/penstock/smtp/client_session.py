@@ -1,0 +1,550 @@
+"""The client's role of SMTP and LMTP on one connection, beside the server's (penstock.smtp.server). No I/O.
+
+    GREETING -> EHLO [-> HELO] [-> STARTTLS -> HANDSHAKE -> EHLO] [-> AUTH] -> READY <-> transactions -> QUIT -> CLOSED
+
+Octets received go into `ClientSession.receive_data`; `next_reply` returns one `ServerReply` after the other, and
+`handle` takes each and returns what is to be sent next. `step` names the command that the next reply answers, so that
+a driver can keep time and statistics by command. The relay and the load generator are such drivers
+(penstock.net.client connects one to a socket).
+
+A `ClientTransaction` is one mail transaction:
+
+    MAIL -> RCPT ... -> DATA -> TEXT -> FINAL ... -> [RSET ->] DONE
+
+With PIPELINING all commands up to DATA are sent together (RFC 2920), otherwise one by one; the path through the steps
+is the same. With CHUNKING there is no DATA: the text is one BDAT, or several where its size is not known (RFC 3030).
+
+Rules
+-----
+1. No octet of a text is sent before the server has accepted a recipient. A server that refuses them all and does not
+   know what follows would read the text as commands. The lone dot after an unwanted 354 is the only exception.
+2. The result of a recipient is the reply that decided it (`ClientTransaction.outcomes`). Once the end of the text was
+   sent and until the reply is read, the server may or may not have taken the message (RFC 1047): `is_in_doubt`.
+3. A transaction that leaves the server with half a transaction sends RSET itself. The next one may be pipelined after
+   it, or after the end of a text (RFC 2920 3.1): `ClientSession.begin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Final, Literal
+
+from penstock.smtp.client import (
+    CLEAR_TEXT,
+    AuthExchange,
+    CannotSendError,
+    Capabilities,
+    Credentials,
+    DotStuffer,
+    ProtocolError,
+    ReplyReader,
+    ServerReply,
+)
+
+
+class Step(StrEnum):  # a StrEnum is hashed faster than an Enum
+    """The command whose reply comes next, or the state between commands."""
+
+    GREETING = "the greeting"
+    EHLO = "EHLO"
+    HELO = "HELO"
+    LHLO = "LHLO"
+    STARTTLS = "STARTTLS"
+    HANDSHAKE = "the TLS handshake"
+    """The driver has to negotiate TLS, and then to call `tls_started`."""
+    AUTH = "AUTH"
+    READY = "READY"
+    """A transaction can begin."""
+    MAIL = "MAIL"
+    RCPT = "RCPT"
+    DATA = "DATA"
+    TEXT = "the text"
+    """The text has to be sent, or is being sent."""
+    FINAL = "the end of the text"
+    RSET = "RSET"
+    DONE = "the transaction"
+    """The transaction is over."""
+    QUIT = "QUIT"
+    CLOSED = "CLOSED"
+    """The server has replied to QUIT."""
+
+
+_EXPECTED: Final = {Step.DATA: (3, 3), Step.AUTH: (2, 3)}
+"""The first digits of replies that are no refusal, where 2xx is not the only one (RFC 5321 4.3.2)."""
+_ANY_2XX: Final = (2, 2)
+_EHLO_UNKNOWN: Final = frozenset({500, 501, 502, 503, 504, 550, 554, 555})
+"""Replies to EHLO after which HELO is tried (RFC 5321 3.2, 4.1.4)."""
+_BDAT_UNKNOWN: Final = frozenset({500, 502})
+"""Replies to BDAT from a server that offers CHUNKING and does not implement it."""
+_TOO_MANY: Final = frozenset({"4.5.3", "5.5.3", None})
+"""Enhanced statuses of a 452 or 552 that means "too many recipients", None for a reply without one."""
+
+Opening = Generator[tuple[bytes, Step], ServerReply, None]
+"""Yields what is sent, perhaps nothing, and the step whose reply comes next."""
+
+
+class OpeningError(Exception):
+    """The connection cannot be used for mail as it was asked for."""
+
+    def __init__(self, text: str, status: str, reply: ServerReply | None = None) -> None:
+        super().__init__(text)
+        self.status = status
+        """An enhanced status code."""
+        self.reply = reply
+        """The refusal of the server; None if the session gave up without one."""
+
+
+class ClosingError(Exception):
+    """The server replied 421: it closes the connection (RFC 5321 3.8)."""
+
+    def __init__(self, reply: ServerReply) -> None:
+        super().__init__(reply.text)
+        self.reply = reply
+
+
+class BodyError(Exception):
+    """A text does not have the size that was announced, or cannot be read. Not a fault of the server."""
+
+
+def check_reply(step: Step, reply: ServerReply) -> None:
+    """Raise ProtocolError for a reply that the step cannot have (RFC 5321 4.3.2). Refusals are always possible."""
+    if reply.code < 400:
+        least, most = _EXPECTED.get(step, _ANY_2XX)
+        if not least <= reply.code // 100 <= most:
+            raise ProtocolError(f"{reply.code} is not a valid reply to {step}: {reply.text}")
+
+
+class ClientSession:
+    """The protocol of one connection, from the greeting to QUIT.
+
+    `handle` raises ProtocolError for a reply that makes no sense, ClosingError for 421, OpeningError before READY.
+    After any of them the connection is of no more use.
+    """
+
+    def __init__(
+        self,
+        hostname: str,
+        *,
+        lmtp: bool = False,
+        starttls: Literal["never", "offered", "required"] = "never",
+        credentials: Credentials | None = None,
+        is_private: bool = False,
+        chunking: bool = True,
+        max_recipients: int = 1000,
+    ) -> None:
+        """`hostname` is the argument of EHLO. `starttls`: whether to use it, and whether to go on without.
+
+        `is_private`: the password may be shown on this connection even without TLS (a unix socket). `chunking`: use
+        BDAT if offered. `max_recipients`: of a transaction, if the server accepts as many.
+        """
+        self.capabilities = Capabilities()
+        self.transaction: ClientTransaction | None = None
+        """The transaction whose replies come next."""
+        self.is_encrypted = False
+        self.starttls_refused = False
+        """STARTTLS was offered and refused; the session goes on in clear text."""
+        self._hostname = hostname.encode("ascii", "replace")
+        self._lmtp = lmtp
+        self._starttls = starttls
+        self._credentials = credentials
+        self._is_private = is_private
+        self._chunking = chunking
+        self._max_recipients = max_recipients
+        self._reader = ReplyReader()
+        self._following: ClientTransaction | None = None
+        """The transaction that was begun while the replies to another one are awaited."""
+        self._step = Step.GREETING
+        self._exchange: AuthExchange | None = None
+        self._opening = self._open()
+        next(self._opening)
+
+    # ---- input
+
+    @property
+    def step(self) -> Step:
+        """The command whose reply comes next, or the state between commands."""
+        transaction = self.transaction
+        return self._step if transaction is None else transaction.step
+
+    def receive_data(self, data: bytes) -> None:
+        """Add received octets, decrypted."""
+        self._reader.feed(data)
+
+    def next_reply(self) -> ServerReply | None:
+        """Return the next reply, for `handle`; None until it is complete. Raise ProtocolError."""
+        return self._reader.next()
+
+    def is_costly(self, reply: ServerReply) -> bool:
+        """Handling the reply may take up to half a second of computing (SCRAM): do it in a thread."""
+        exchange = self._exchange
+        return (
+            reply.code == 334
+            and self._step is Step.AUTH
+            and exchange is not None
+            and exchange.mechanism not in CLEAR_TEXT
+        )
+
+    def handle(self, reply: ServerReply) -> bytes:
+        """Take the reply to the earliest command without one. Return what is to be sent, perhaps nothing."""
+        if reply.code == 421:
+            raise ClosingError(reply)
+        transaction = self.transaction
+        if transaction is not None:
+            output = transaction.handle(reply)
+            if transaction.step is Step.DONE:
+                self.transaction, self._following = self._following, None
+            return output
+        if self._step is Step.QUIT:
+            self._step = Step.CLOSED
+            return b""
+        if self._step in (Step.READY, Step.HANDSHAKE, Step.CLOSED):
+            raise ProtocolError(f"a reply to no command: {reply.text}")
+        check_reply(self._step, reply)
+        return self._advance(reply)
+
+    # ---- the opening
+
+    def tls_started(self, *, is_private: bool) -> bytes:
+        """Go on after the handshake, before the greeting with implicit TLS. Return what is to be sent.
+
+        `is_private`: the server was verified, or the password may be shown to any.
+        """
+        self.is_encrypted = True
+        self._is_private = self._is_private or is_private
+        if self._step is Step.GREETING:
+            return b""
+        self._opening = self._open_encrypted()
+        output, self._step = next(self._opening)
+        return output
+
+    def _advance(self, reply: ServerReply) -> bytes:
+        try:
+            output, self._step = self._opening.send(reply)
+        except StopIteration:
+            if self._step is not Step.HANDSHAKE:
+                self._step = Step.READY
+            return b""
+        return output
+
+    def _open(self) -> Opening:
+        reply = yield b"", Step.GREETING
+        if reply.code != 220:
+            raise OpeningError(reply.text, reply.status, reply)
+        yield from self._hello()
+        if not self.is_encrypted and self._starttls != "never":
+            if self.capabilities.starttls:
+                reply = yield b"STARTTLS\r\n", Step.STARTTLS
+                if reply.code == 220:
+                    self._expect_handshake()
+                    return
+                self.starttls_refused = True
+            if self._starttls == "required":
+                if self.starttls_refused:
+                    raise OpeningError(f"STARTTLS was refused: {reply.text}", "4.7.4", reply)
+                raise OpeningError("TLS is required, and the server does not offer it", "4.7.4")
+        yield from self._authenticate()
+
+    def _open_encrypted(self) -> Opening:
+        yield from self._hello()  # RFC 3207 4.2: what was offered before the handshake is discarded
+        yield from self._authenticate()
+
+    def _expect_handshake(self) -> None:
+        """Raise ProtocolError if clear text follows the 220: anybody may have inserted it (RFC 3207 6)."""
+        if not self._reader.is_empty:
+            raise ProtocolError("the server sent something between STARTTLS and TLS")
+        self._step = Step.HANDSHAKE
+
+    def _hello(self) -> Opening:
+        step = Step.LHLO if self._lmtp else Step.EHLO
+        reply = yield step.encode() + b" " + self._hostname + b"\r\n", step
+        if reply.code == 250:
+            found = Capabilities.of(reply)
+            if self._max_recipients < found.max_recipients or not self._chunking:
+                most = min(self._max_recipients, found.max_recipients)
+                found = replace(found, chunking=found.chunking and self._chunking, max_recipients=most)
+            self.capabilities = found
+            return
+        if reply.code in _EHLO_UNKNOWN and not self._lmtp:
+            reply = yield b"HELO " + self._hostname + b"\r\n", Step.HELO
+            self.capabilities = Capabilities(max_recipients=min(self._max_recipients, 100))
+        if reply.code != 250:
+            raise OpeningError(reply.text, reply.status, reply)
+
+    def _authenticate(self) -> Opening:
+        if self._credentials is None:
+            return
+        try:
+            exchange = AuthExchange(self._credentials, self.capabilities, is_private=self._is_private)
+        except CannotSendError as exc:
+            raise OpeningError(f"AUTH: {exc}", exc.status) from exc
+        self._exchange = exchange
+        reply = yield exchange.start(), Step.AUTH
+        while reply.code == 334:
+            reply = yield exchange.respond(reply), Step.AUTH
+        if reply.code != 235:
+            raise OpeningError(f"AUTH was refused: {reply.text}", reply.status, reply)
+        exchange.finish()
+
+    # ---- transactions
+
+    @property
+    def can_begin(self) -> bool:
+        """A transaction can begin now: none is under way, or a pipelined one waits for its last replies only."""
+        transaction = self.transaction
+        if transaction is None:
+            return self._step is Step.READY
+        return self._following is None and transaction.pipelining and transaction.step in (Step.FINAL, Step.RSET)
+
+    def begin(self, transaction: ClientTransaction) -> bytes:
+        """Begin a transaction; see `can_begin`. Return what is to be sent."""
+        assert self.can_begin
+        if self.transaction is None:
+            self.transaction = transaction
+        else:
+            self._following = transaction
+        return transaction.start()
+
+    def quit(self) -> bytes:
+        """End the session. Return what is to be sent."""
+        self._step = Step.QUIT
+        return b"QUIT\r\n"
+
+
+class ClientTransaction:
+    """One mail transaction: what is sent, and what each reply means for which recipient."""
+
+    __slots__ = (
+        "_has_size", "_octets_left", "_pieces", "_position", "_rcpts", "_stuffer", "accepted", "chunking",
+        "chunking_refused", "is_broken", "is_in_doubt", "is_question", "lmtp", "mail", "mail_reply", "outcomes",
+        "pipelining", "step", "too_many",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        mail: bytes,
+        rcpts: Sequence[bytes],
+        *,
+        pipelining: bool = False,
+        chunking: bool = False,
+        lmtp: bool = False,
+        is_question: bool = False,
+        size: int | None = None,
+    ) -> None:
+        r"""`mail` and `rcpts` are the commands with their CR LF; at least one recipient.
+
+        `is_question`: only ask for the recipients, and send no text. `size`: octets of the text, if they are known;
+        then BDAT sends it in one chunk.
+        """
+        self.mail = mail
+        self._rcpts = rcpts
+        self.pipelining = pipelining
+        self.chunking = chunking
+        self.lmtp = lmtp
+        self.is_question = is_question
+        self.step = Step.MAIL
+        self.mail_reply: ServerReply | None = None
+        self.outcomes: list[ServerReply | None] = [None] * len(rcpts)
+        """For each recipient the reply that decided it; None as long as there is none."""
+        self.accepted: list[int] = []
+        """Recipients whose RCPT was accepted, by their position."""
+        self.too_many: list[int] = []
+        """Recipients beyond those that the server takes in one transaction (RFC 5321 4.5.3.1.10)."""
+        self.chunking_refused = False
+        """The server does not know BDAT although it offers CHUNKING: the text can be sent with DATA."""
+        self.is_broken = False
+        """The connection cannot be used any more: the text was refused while it was being sent."""
+        self.is_in_doubt = False
+        """The end of the text was sent, and the last reply was not read."""
+        self._position = 0
+        """Recipients answered so far: to RCPT, then of an LMTP server to the text (RFC 2033 4.2)."""
+        self._pieces = 0
+        """BDATs before the last one whose replies were not read."""
+        self._has_size = size is not None
+        self._octets_left = size or 0
+        """Octets of the announced BDAT that are still to be sent."""
+        self._stuffer: DotStuffer | None = None
+
+    @property
+    def has_result(self) -> bool:
+        """Every recipient has its outcome, or none is possible any more."""
+        return self.step is Step.DONE or self.step is Step.RSET
+
+    @property
+    def is_accepted(self) -> bool:
+        """The server has taken the message for all recipients that it had accepted, at least one."""
+        outcomes = self.outcomes
+        for position in self.accepted:
+            reply = outcomes[position]
+            if reply is None or reply.code >= 300:
+                return False
+        return bool(self.accepted)
+
+    def start(self) -> bytes:
+        """Return the first commands."""
+        if not self.pipelining:
+            return self.mail
+        opening = b"".join([self.mail, *self._rcpts])
+        return opening if self.chunking or self.is_question else opening + b"DATA\r\n"
+
+    # ---- the text
+
+    def begin_text(self) -> bytes:
+        """Return what is sent before the text."""
+        if not self.chunking or not self._has_size:
+            return b""
+        if not self._octets_left:
+            self.end_text()
+        return b"BDAT %d LAST\r\n" % self._octets_left
+
+    def feed_text(self, chunk: bytes) -> bytes:
+        """Return what is sent for the next octets of the text. Raise BodyError if there are too many."""
+        if not self.chunking:
+            if self._stuffer is None:
+                self._stuffer = DotStuffer()
+            return self._stuffer.feed(chunk)
+        if not self._has_size:
+            self._pieces += 1
+            return b"BDAT %d\r\n%b" % (len(chunk), chunk)
+        self._octets_left -= len(chunk)
+        if self._octets_left < 0:
+            raise BodyError("the body is longer than announced")
+        if not self._octets_left:
+            self.end_text()
+        return chunk
+
+    def finish_text(self) -> bytes:
+        """Return what is sent at the end of the text. Raise BodyError if octets are missing."""
+        if self.chunking and self._octets_left:
+            raise BodyError("the body is shorter than announced")
+        self.end_text()
+        if not self.chunking:
+            return b".\r\n" if self._stuffer is None else self._stuffer.end()
+        return b"" if self._has_size else b"BDAT 0 LAST\r\n"
+
+    def end_text(self) -> None:
+        """Note that the end of the text is about to be sent: from here on the message may have been taken."""
+        self.is_in_doubt = True
+        if self.step is Step.TEXT:
+            self.step = Step.FINAL
+
+    # ---- replies
+
+    def handle(self, reply: ServerReply) -> bytes:
+        """Take the reply to the earliest command without one. Return what is to be sent. Raise ProtocolError."""
+        code = reply.code
+        if code < 400 and code // 100 != (3 if self.step is Step.DATA else 2):
+            check_reply(self.step, reply)
+        return _HANDLERS[self.step](self, reply)
+
+    def _on_mail(self, reply: ServerReply) -> bytes:
+        self.mail_reply = reply
+        self.step = Step.RCPT
+        if reply.code < 300:
+            return b"" if self.pipelining else self._rcpts[0]
+        self.outcomes = [reply] * len(self.outcomes)
+        if not self.pipelining:
+            self.step = Step.DONE
+        return b""
+
+    def _on_rcpt(self, reply: ServerReply) -> bytes:
+        position = self._position
+        self._position += 1
+        assert self.mail_reply is not None
+        if self.mail_reply.code >= 300:
+            pass  # MAIL was refused: the replies to the commands pipelined after it mean nothing
+        elif reply.code < 300:
+            self.accepted.append(position)
+            if self.is_question:
+                self.outcomes[position] = reply
+        elif self.accepted and reply.code in (452, 552) and reply.enhanced_status in _TOO_MANY:
+            self.too_many.append(position)
+        else:
+            self.outcomes[position] = reply
+        if self._position < len(self._rcpts):
+            return b"" if self.pipelining else self._rcpts[self._position]
+        self._position = 0
+        if self.is_question:
+            return self._finish()
+        if self.pipelining and not self.chunking:
+            self.step = Step.DATA
+            return b""
+        if not self.accepted:
+            return self._finish()
+        self.step = Step.TEXT if self.chunking else Step.DATA
+        return b"" if self.chunking else b"DATA\r\n"
+
+    def _on_data(self, reply: ServerReply) -> bytes:
+        if reply.code < 400:
+            if self.accepted:
+                self.step = Step.TEXT
+                return b""
+            self.step = Step.FINAL
+            return b".\r\n"  # RFC 2920 3.1: a server that wants a text for no recipient gets an empty one
+        self._decide(reply)
+        return self._finish()
+
+    def _on_text(self, reply: ServerReply) -> bytes:
+        """Take a reply while the text is being sent: to a piece of it, or a refusal before its end."""
+        if self._pieces and reply.code < 300:
+            self._pieces -= 1
+            return b""
+        if reply.code < 300:
+            raise ProtocolError(f"{reply.code} before the end of the text: {reply.text}")
+        self._refuse_text(reply)
+        self.is_broken = True
+        self.step = Step.DONE
+        return b""
+
+    def _on_final(self, reply: ServerReply) -> bytes:
+        if self._pieces:
+            return self._on_text(reply)
+        if not self.accepted:
+            return self._finish()
+        if self.chunking and reply.code in _BDAT_UNKNOWN:
+            return self._on_text(reply)  # the octets of the text may have been read as commands
+        if not self.lmtp:
+            self._decide(reply)
+        else:
+            self.outcomes[self.accepted[self._position]] = reply
+            self._position += 1
+            if self._position < len(self.accepted):
+                return b""
+        self.is_in_doubt = False
+        self.step = Step.DONE
+        return b""
+
+    def _on_rset(self, _: ServerReply) -> bytes:
+        self.step = Step.DONE
+        return b""
+
+    def _refuse_text(self, reply: ServerReply) -> None:
+        self.is_in_doubt = False
+        if self.chunking and reply.code in _BDAT_UNKNOWN:
+            self.chunking_refused = True
+        else:
+            self._decide(reply)
+
+    def _decide(self, reply: ServerReply) -> None:
+        for position in self.accepted:
+            self.outcomes[position] = reply
+
+    def _finish(self) -> bytes:
+        """End without a text. Return the RSET that a transaction begun on the server needs."""
+        assert self.mail_reply is not None
+        if self.mail_reply.code >= 300:
+            self.step = Step.DONE
+            return b""
+        self.step = Step.RSET
+        return b"RSET\r\n"
+
+
+_HANDLERS: Final[dict[Step, Callable[[ClientTransaction, ServerReply], bytes]]] = {
+    Step.MAIL: ClientTransaction._on_mail,  # noqa: SLF001 - the table of this class
+    Step.RCPT: ClientTransaction._on_rcpt,  # noqa: SLF001
+    Step.DATA: ClientTransaction._on_data,  # noqa: SLF001
+    Step.TEXT: ClientTransaction._on_text,  # noqa: SLF001
+    Step.FINAL: ClientTransaction._on_final,  # noqa: SLF001
+    Step.RSET: ClientTransaction._on_rset,  # noqa: SLF001
+}
