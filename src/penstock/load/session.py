@@ -85,7 +85,6 @@ class Session:
         """Messages of this connection that were answered."""
         self._pool = pool
         self._source = source
-        self._is_connecting = False
         self._session: ClientSession
         self._connection: ClientConnection | None = None
         self._left = 0
@@ -96,17 +95,17 @@ class Session:
         self._is_done = False
         """The server has replied to QUIT."""
         self._timed_out = ""
-        self._scope = trio.CancelScope()
 
     @property
     def is_waiting(self) -> bool:
-        """A reply, the connection or the handshake is awaited."""
-        return self._is_connecting or (self._connection is not None and self._session.step is not Step.READY)
+        """A reply or the handshake is awaited."""
+        return self._connection is not None and self._session.step is not Step.READY
 
     def time_out(self, seconds: float) -> None:
         """End the connection: nothing has come for this time."""
-        self._timed_out = f"no {'connection' if self._is_connecting else 'reply'} within {seconds:g} s"
-        self._scope.cancel()
+        assert self._connection is not None
+        self._timed_out = f"no reply within {seconds:g} s"
+        self._connection.close_nowait()
 
     async def run(self) -> None:
         """Make connections as long as there is work. Whatever fails is counted."""
@@ -126,20 +125,18 @@ class Session:
         self._is_done = False
         self._timed_out = ""
         begun_at = self.asked_at = perf_counter_ns()
-        self._is_connecting = True
         kind, text = "", ""
         try:
-            with trio.CancelScope() as self._scope:
-                await self._converse()
+            await self._converse()
             if self._is_done:
                 counts.phases["session"].record(perf_counter_ns() - begun_at)
-            elif self._timed_out:
-                kind, text = "connect timeout" if self._is_connecting else "timeout", self._timed_out
             else:
                 kind, text = "closed", "the server closed the connection"
         except Exception as exc:  # noqa: BLE001 - whatever it is, it costs this connection alone
             kind, text = _kind_of(exc), str(exc.__cause__ or exc)
-            if self._is_connecting and kind == "timeout":
+            if self._timed_out:
+                kind, text = "timeout", self._timed_out
+            elif self._connection is None and kind == "timeout":
                 kind = "connect timeout"
         finally:
             self._close()
@@ -153,7 +150,7 @@ class Session:
             stream = await connect(socket.AF_UNIX, target.path, pool.poller)
         else:
             assert target.place is not None
-            stream = await connect(target.family, target.place, pool.poller, source=self._source)
+            stream = await connect(target.family, target.place, pool.poller, source=self._source, timeout=plan.timeout)
         self._session = session = ClientSession(
             plan.hello,
             lmtp=plan.lmtp,
@@ -162,7 +159,6 @@ class Session:
             is_private=True,
         )
         self._connection = connection = ClientConnection(stream, session)
-        self._is_connecting = False
         now = perf_counter_ns()
         pool.counts.phases["connect"].record(now - self.asked_at)
         self.asked_at = now

@@ -21,7 +21,7 @@ from penstock.net import _poller
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsTurns
 from penstock.smtp.client import ServerReply
-from penstock.smtp.client_session import ClientSession, Step
+from penstock.smtp.client_session import ClientSession
 
 _RECEIVE_OCTETS: Final = 4096
 """Octets received at a time: replies are short, and this is what the poller takes for a receive that may leave some."""
@@ -220,12 +220,12 @@ class ClientConnection:
         session.receive_data(data)
         output = b""
         while (reply := session.next_reply()) is not None:
-            if session.is_costly(reply):
+            if reply.code == 334 and session.is_costly:
                 self._costly = reply
                 more = None
             else:
                 more = self._on_reply(reply)
-            if more is None or session.step is Step.HANDSHAKE:
+            if more is None or session.needs_handshake:
                 self.queue(output)
                 return None
             output += more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from typing import Final
@@ -18,8 +19,17 @@ Address = tuple[str | int | bytes, ...] | str
 _UNDER_WAY: Final = (errno.EINPROGRESS, errno.EALREADY)
 
 
-async def connect(family: int, address: Address, poller: Poller | None = None, *, source: str = "") -> SocketStream:
-    """Connect to an address. `source` is the IP address to connect from. Raise OSError.
+async def connect(
+    family: int,
+    address: Address,
+    poller: Poller | None = None,
+    *,
+    source: str = "",
+    timeout: float = math.inf,  # noqa: ASYNC109 - a scope costs more than a connection that is made at once
+) -> SocketStream:
+    """Connect to an address within `timeout` seconds. `source` is the IP address to connect from.
+
+    Raise OSError, TimeoutError among them.
 
     Does not yield if the connection is made at once, as over loopback. connect(2) reports any TCP connection as being
     under way; asking a second time costs one system call, and only a connection that is not made then costs a wait.
@@ -35,8 +45,11 @@ async def connect(family: int, address: Address, poller: Poller | None = None, *
         if code == errno.EINPROGRESS:
             code = sock.connect_ex(address)
         if code in _UNDER_WAY:
-            await trio.lowlevel.wait_writable(sock)
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            with trio.move_on_after(timeout):
+                await trio.lowlevel.wait_writable(sock)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code in _UNDER_WAY:
+                code = errno.ETIMEDOUT
         if code in (0, errno.EISCONN):
             return SocketStream.of(sock, poller)
     except BaseException:

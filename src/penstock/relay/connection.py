@@ -316,7 +316,9 @@ class HopConnection:
             self._check_header(job)
         binary = envelope.body_type == "BINARYMIME"
         chunking = capabilities.chunking and (binary or (job.coming is None and bool(job.size)))
-        return HopTransaction(job, capabilities, self.name, lmtp=self._lmtp, chunking=chunking)
+        return HopTransaction(
+            job, capabilities, self.name, recipients=session.max_recipients, lmtp=self._lmtp, chunking=chunking
+        )
 
     def _check_header(self, job: Job) -> None:
         """Raise CannotSendError if a header needs SMTPUTF8, which this hop does not offer (RFC 6531 3.2).
@@ -374,7 +376,10 @@ class HopConnection:
         self._sends_text = False
         self._current, self._following = self._following, None
         current.record(is_fallback=self._is_fallback or self._session.starttls_refused)
-        self._source.learned(recipients=current.recipient_limit, no_chunking=transaction.chunking_refused)
+        limit = current.recipient_limit
+        if limit is not None:
+            self._session.max_recipients = limit
+        self._source.learned(recipients=limit, no_chunking=transaction.chunking_refused)
         self._source.worked()
         if current.wants_tls:
             self._is_ending = True

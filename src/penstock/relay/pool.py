@@ -549,10 +549,12 @@ class HostPool:
             if address[0] == opening.address:
                 continue
             try:
-                with trio.fail_after(self._pool.settings.clocks.connect):
-                    stream = await connect(family, address, self._pool.poller, source=self._pool.settings.source)
+                settings = self._pool.settings
+                stream = await connect(
+                    family, address, self._pool.poller, source=settings.source, timeout=settings.clocks.connect
+                )
                 return await self._open_session(stream, opening, context)
-            except (OSError, trio.TooSlowError, HopDown):
+            except (OSError, HopDown):
                 continue
         raise reason
 

@@ -26,19 +26,21 @@ class HopTransaction:
 
     __slots__ = ("_capabilities", "_hop", "_positions", "is_recorded", "job", "transaction", "wants_tls")
 
-    def __init__(self, job: Job, capabilities: Capabilities, hop: str, *, lmtp: bool, chunking: bool) -> None:
-        """`hop` is the name of the next hop; `chunking`: send the text with BDAT."""
+    def __init__(
+        self, job: Job, capabilities: Capabilities, hop: str, *, recipients: int, lmtp: bool, chunking: bool
+    ) -> None:
+        """`hop` is the name of the next hop; `recipients`: at most; `chunking`: send the text with BDAT."""
         self.job = job
         self.is_recorded = False
         self.wants_tls = False
         """The hop wants STARTTLS first."""
         self._capabilities = capabilities
         self._hop = hop
-        self._positions = job.take(capabilities.max_recipients)
-        recipients = job.envelope.recipients
+        self._positions = job.take(recipients)
+        addresses = job.envelope.recipients
         self.transaction = ClientTransaction(
             mail_command(job.envelope, job.size, capabilities),
-            [rcpt_command(recipients[position], capabilities) for position in self._positions],
+            [rcpt_command(addresses[position], capabilities) for position in self._positions],
             pipelining=capabilities.pipelining,
             chunking=chunking,
             lmtp=lmtp,

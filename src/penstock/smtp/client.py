@@ -28,6 +28,8 @@ MAX_LINE: Final = 4096
 """Octets in a line of a reply. RFC 5321 4.5.3.1.5 says 512; real servers send longer lines."""
 MAX_LINES: Final = 500
 """Lines in a reply, and blank lines before the greeting."""
+_MAX_CACHED: Final = 2048
+"""Octets of a reply of several lines that is not parsed again if another connection has got the same."""
 _MAX_SHOWN: Final = 100
 """Characters of a malformed line that an error shows."""
 _MAX_TEXT: Final = 1000
@@ -123,8 +125,8 @@ class ReplyReader:
 
     def next(self) -> ServerReply | None:
         """Return the next reply; None until it is complete. Raise ProtocolError if it is malformed or too long."""
-        while self._start < len(self._buffer):
-            line = _LINE.match(self._buffer, self._start)
+        while (start := self._start) < len(self._buffer):
+            line = _LINE.match(self._buffer, start)
             if line is None:
                 if not self._has_greeting and self._skip_blank_line():
                     continue
@@ -136,10 +138,15 @@ class ReplyReader:
                 raise ProtocolError("a reply is too long")
             text = octets.replace(b"\r", b"").decode("utf-8", "replace")
             self._has_greeting = True
-            if mark == b"-":
-                self._lines.append(text)
-            elif not self._lines:
+            if mark != b"-" and not self._lines:
                 return ServerReply(int(digits), (text,))
+            if mark == b"-":
+                if not self._lines and len(self._buffer) - start <= _MAX_CACHED:
+                    reply = _whole_reply(self._buffer[start:])
+                    if reply is not None:
+                        self._start = len(self._buffer)
+                        return reply
+                self._lines.append(text)
             else:
                 lines, self._lines = (*self._lines, text), []
                 return ServerReply(int(digits), lines)
@@ -158,6 +165,20 @@ class ReplyReader:
         if end >= 0 or len(self._buffer) - self._start > MAX_LINE:
             line = self._buffer[self._start : end if end >= 0 else self._start + MAX_LINE]
             raise ProtocolError(f"this is not a reply: {_shown(line)}")
+
+
+@lru_cache(maxsize=64)  # servers send the same lines in reply to each EHLO
+def _whole_reply(octets: bytes) -> ServerReply | None:
+    """Return a reply that consists of exactly these octets; None if they are not one whole reply."""
+    lines = octets.split(b"\n")
+    *first, last = lines[:-1]
+    if lines[-1] or any(line[3:4] != b"-" or not _LINE.match(line + b"\n") for line in first):
+        return None
+    found = _LINE.match(last + b"\n")
+    if found is None or found.group(2) == b"-":
+        return None
+    texts = tuple(line[4:].replace(b"\r", b"").decode("utf-8", "replace") for line in first)
+    return ServerReply(int(found.group(1)), (*texts, found.group(3).replace(b"\r", b"").decode("utf-8", "replace")))
 
 
 def _shown(line: bytes) -> str:

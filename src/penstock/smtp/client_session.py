@@ -151,8 +151,15 @@ class ClientSession:
         self._credentials = credentials
         self._is_private = is_private
         self._chunking = chunking
-        self._max_recipients = max_recipients
-        self._reader = ReplyReader()
+        self.max_recipients = max_recipients
+        """Recipients of a transaction."""
+        self.needs_handshake = False
+        """The driver has to negotiate TLS, and then to call `tls_started`."""
+        self._reader = reader = ReplyReader()
+        self.receive_data: Final = reader.feed
+        """Adds received octets, decrypted."""
+        self.next_reply: Final = reader.next
+        """Returns the next reply, for `handle`; None until it is complete. Raises ProtocolError."""
         self._following: ClientTransaction | None = None
         """The transaction that was begun while the replies to another one are awaited."""
         self._step = Step.GREETING
@@ -168,23 +175,11 @@ class ClientSession:
         transaction = self.transaction
         return self._step if transaction is None else transaction.step
 
-    def receive_data(self, data: bytes) -> None:
-        """Add received octets, decrypted."""
-        self._reader.feed(data)
-
-    def next_reply(self) -> ServerReply | None:
-        """Return the next reply, for `handle`; None until it is complete. Raise ProtocolError."""
-        return self._reader.next()
-
-    def is_costly(self, reply: ServerReply) -> bool:
-        """Handling the reply may take up to half a second of computing (SCRAM): do it in a thread."""
+    @property
+    def is_costly(self) -> bool:
+        """Handling a 334 now may take up to half a second of computing (SCRAM): do it in a thread."""
         exchange = self._exchange
-        return (
-            reply.code == 334
-            and self._step is Step.AUTH
-            and exchange is not None
-            and exchange.mechanism not in CLEAR_TEXT
-        )
+        return self._step is Step.AUTH and exchange is not None and exchange.mechanism not in CLEAR_TEXT
 
     def handle(self, reply: ServerReply) -> bytes:
         """Take the reply to the earliest command without one. Return what is to be sent, perhaps nothing."""
@@ -212,6 +207,7 @@ class ClientSession:
         `is_private`: the server was verified, or the password may be shown to any.
         """
         self.is_encrypted = True
+        self.needs_handshake = False
         self._is_private = self._is_private or is_private
         if self._step is Step.GREETING:
             return b""
@@ -255,20 +251,20 @@ class ClientSession:
         if not self._reader.is_empty:
             raise ProtocolError("the server sent something between STARTTLS and TLS")
         self._step = Step.HANDSHAKE
+        self.needs_handshake = True
 
     def _hello(self) -> Opening:
         step = Step.LHLO if self._lmtp else Step.EHLO
         reply = yield step.encode() + b" " + self._hostname + b"\r\n", step
         if reply.code == 250:
             found = Capabilities.of(reply)
-            if self._max_recipients < found.max_recipients or not self._chunking:
-                most = min(self._max_recipients, found.max_recipients)
-                found = replace(found, chunking=found.chunking and self._chunking, max_recipients=most)
-            self.capabilities = found
+            self.capabilities = found if self._chunking else replace(found, chunking=False)
+            self.max_recipients = min(self.max_recipients, found.max_recipients)
             return
         if reply.code in _EHLO_UNKNOWN and not self._lmtp:
             reply = yield b"HELO " + self._hostname + b"\r\n", Step.HELO
-            self.capabilities = Capabilities(max_recipients=min(self._max_recipients, 100))
+            self.capabilities = Capabilities()
+            self.max_recipients = min(self.max_recipients, self.capabilities.max_recipients)
         if reply.code != 250:
             raise OpeningError(reply.text, reply.status, reply)
 
