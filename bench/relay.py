@@ -19,7 +19,7 @@ import trio
 from bench.measure import SMTP_SINK, Cpu, Round, Running, machine, running, summary
 from bench.processes import ENVIRONMENT
 from penstock.message import Envelope, Path, Recipient
-from penstock.relay.hop import Delivered, Hop, HopDown, HopLimits, Outcome, TlsPolicy
+from penstock.relay.hop import Delivered, Hop, HopLimits, NextHopUnavailable, Outcome, TlsPolicy
 from penstock.relay.pool import Pool
 
 ENVELOPE = Envelope(Path("a@example.com", "a", "example.com"), (Recipient(Path("b@example.org", "b", "example.org")),))
@@ -57,15 +57,15 @@ async def send(pool: Pool, hop: Hop, text: Text, messages: int, connections: int
     over = trio.Event()
     before, started = cpu_of(resource.RUSAGE_SELF), time.monotonic()
 
-    def heard(outcome: Delivered | HopDown) -> None:
+    def heard(outcome: Delivered | NextHopUnavailable) -> None:
         nonlocal left
-        if isinstance(outcome, HopDown) or outcome[0].kind is not Outcome.DELIVERED:
+        if isinstance(outcome, NextHopUnavailable) or outcome[0].kind is not Outcome.DELIVERED:
             raise SystemExit(f"not delivered: {outcome}")
         left -= 1
         if not left:
             over.set()
 
-    def again(outcome: Delivered | HopDown) -> None:
+    def again(outcome: Delivered | NextHopUnavailable) -> None:
         heard(outcome)
         if left >= 2 * connections:
             pool.deliver_later(hop, ENVELOPE, PREFIX, text, size, again)

@@ -28,11 +28,11 @@ ROWS = [
     {"metrics"},
     {"journal"},
     {"transaction", "_journal"},
-    {"message", "reply", "schema", "sequence", "loading", "addresses", "window"},
+    {"message", "reply", "schema", "sequence", "loading", "addresses", "window", "breaker", "tokenbucket"},
 ]
 """From the top layer to the bottom."""
 
-PURE = {"addresses", "message", "reply", "sequence", "transaction", "smtp", "window"}
+PURE = {"addresses", "message", "reply", "sequence", "transaction", "smtp", "window", "breaker", "tokenbucket"}
 IMPURE_MODULES = {"trio", "socket", "ssl", "sqlite3", "threading", "asyncio", "select", "time", "os"}
 ALLOWED = {("message.py", "os"), ("message.py", "time")}
 """A message ID begins with the time and a random tag."""

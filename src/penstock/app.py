@@ -339,7 +339,7 @@ def make_gateway(
     room = Room(folder, reserve_octets=settings.spool.reserve_octets, reserve_inodes=settings.spool.reserve_inodes)
     resolver = Resolver(settings.resolver, own_names=own_names(settings))
     routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_name=hostname)
-    pool = Pool(relay.pool, hostname=hostname, journal=journal)
+    pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
     ledger = Ledger(spool, Backoff(relay.retry), reporter, routes.lane_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)

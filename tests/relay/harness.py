@@ -19,7 +19,7 @@ from penstock.message import Path as MailPath
 from penstock.net.resolver import Exchanger, ResolveError, Resolver
 from penstock.relay.backoff import Backoff, RetrySettings
 from penstock.relay.bounce import Reporter, ReportSettings, TextBody
-from penstock.relay.hop import Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done
 from penstock.relay.ledger import Ledger
 from penstock.relay.pool import Pool
@@ -36,7 +36,7 @@ DELIVERED = Result(Outcome.DELIVERED, "250 2.0.0 Ok", "2.0.0", "hop:25")
 BUSY = Result(Outcome.DEFERRED, "450 4.2.1 Busy", "4.2.1", "hop:25")
 REFUSED = Result(Outcome.FAILED, "550 5.1.1 No such user", "5.1.1", "hop:25")
 
-Answer = Result | HopDown | Exception | list[Result] | None
+Answer = Result | NextHopUnavailable | Exception | list[Result] | None
 """What a hop makes of a message; None keeps it waiting."""
 
 
@@ -92,7 +92,7 @@ class FakePool:
 
     def deliver_later(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int, done: Done) -> None:
         if self.down_until(hop):
-            raise HopDown(hop.name, "left alone")
+            raise NextHopUnavailable(hop.name, "left alone")
         sent = Sent(hop, envelope, b"".join([prefix, *body.chunks()]), done)
         assert size == len(sent.text)
         self.sent.append(sent)
@@ -104,7 +104,7 @@ class FakePool:
 
     def reply(self, sent: Sent, answer: Answer) -> None:
         self.open[sent.hop.host] -= 1
-        if isinstance(answer, Exception) and not isinstance(answer, HopDown):
+        if isinstance(answer, Exception) and not isinstance(answer, NextHopUnavailable):
             raise answer
         if isinstance(answer, Result):
             answer = [answer] * len(sent.envelope.recipients)

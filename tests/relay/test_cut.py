@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from penstock.relay.connection import ClockSettings
-from penstock.relay.hop import HopDown, HopLimits, Outcome
+from penstock.relay.hop import HopLimits, NextHopUnavailable, Outcome
 from penstock.relay.pool import Pool, PoolSettings
 from tests.relay.fake import (
     CHUNKING,
@@ -55,7 +55,7 @@ async def waiting_for(pool: Pool, step: str, cut: str) -> AsyncIterator[Pool]:
 async def test_before_the_first_transaction_nothing_was_sent(pool: Pool, step: str, cut: str) -> None:
     hop = FakeHop(**{step: [cut] * 9, "HELO": [cut] * 9})
     async with serving(hop), waiting_for(pool, step, cut) as quick:
-        with pytest.raises(HopDown):
+        with pytest.raises(NextHopUnavailable):
             await send(quick, hop.hop())
     assert hop.texts == []
 
@@ -158,7 +158,7 @@ async def test_a_pool_that_is_cancelled_tells_everybody(pool: Pool, nursery: tri
         async def one() -> None:
             try:
                 outcomes.append(told(await send(own, there)))
-            except HopDown:
+            except NextHopUnavailable:
                 outcomes.append("down")
 
         async with trio.open_nursery() as running:
@@ -174,5 +174,5 @@ async def test_nothing_listens(pool: Pool) -> None:
     hop = FakeHop()
     async with serving(hop):
         pass
-    with pytest.raises(HopDown, match="refused"):
+    with pytest.raises(NextHopUnavailable, match="refused"):
         await send(pool, hop.hop())

@@ -11,7 +11,7 @@ import trio.testing
 from penstock.breaker import Breaker
 from penstock.journal import Journal, JournalSettings
 from penstock.relay.connection import ClockSettings
-from penstock.relay.hop import HopDown, HopLimits
+from penstock.relay.hop import HopLimits, NextHopUnavailable
 from penstock.relay.pool import Pool, PoolSettings
 from penstock.tokenbucket import TokenBucket
 from tests.relay.fake import CLOSE, PREFIX, STALL, TEXT, FakeHop, Text, envelope, send, serving, told
@@ -111,7 +111,7 @@ async def test_a_hop_gets_no_more_connections_than_it_may_have(pool: Pool) -> No
             await until(lambda: hop.verbs().count("DATA") == (4 - left) // 2)  # noqa: B023
             assert pool.room(there) == left
         pool.deliver_later(there, envelope(), PREFIX, Text(TEXT), 1, lambda _: None)
-        with pytest.raises(HopDown, match="waiting"):
+        with pytest.raises(NextHopUnavailable, match="waiting"):
             await send(pool, there)
         assert hop.connections == 2
         await pool.aclose(grace=0)
@@ -128,7 +128,7 @@ async def test_a_slow_hop_holds_up_nobody_else(pool: Pool) -> None:
 
 
 async def _try(pool: Pool, hop: FakeHop) -> None:
-    with pytest.raises(HopDown):
+    with pytest.raises(NextHopUnavailable):
         await send(pool, hop.hop())
 
 
@@ -137,16 +137,16 @@ async def test_a_dead_hop_is_left_alone_and_then_tried_by_one(pool: Pool, swept:
     async with serving(hop):
         there = hop.hop(limits=HopLimits(breaker_failures=2, breaker_pause=0.1))
         for _ in range(2):
-            with pytest.raises(HopDown, match="no"):
+            with pytest.raises(NextHopUnavailable, match="no"):
                 await send(swept, there)
         assert swept.room(there) == 0
         assert swept.down_until(there) > trio.current_time()
-        with pytest.raises(HopDown, match="not tried"):
+        with pytest.raises(NextHopUnavailable, match="not tried"):
             await send(swept, there)
         assert hop.connections == 2
         await until(lambda: swept.room(there))
         assert swept.room(there) == 1
-        with pytest.raises(HopDown, match="no"):
+        with pytest.raises(NextHopUnavailable, match="no"):
             await send(swept, there)  # the probe fails: twice as long
         await until(lambda: swept.room(there))
         assert told(await send(swept, there)) == "delivered 250"
@@ -164,7 +164,7 @@ async def test_a_hop_that_takes_connections_and_no_mail_is_left_alone(pool: Pool
         there = hop.hop(limits=HopLimits(breaker_failures=2))
         for _ in range(2):
             assert told(await send(swept, there)) == "deferred 4.4.2"
-        with pytest.raises(HopDown, match="not tried"):
+        with pytest.raises(NextHopUnavailable, match="not tried"):
             await send(swept, there)
 
 
@@ -245,7 +245,7 @@ async def test_a_message_waits_for_a_connection_only_so_long(pool: Pool, swept: 
         there = hop.hop(limits=HopLimits(connections=1, wait=0.1))
         swept.deliver_later(there, envelope(), PREFIX, Text(TEXT), 1, lambda _: None)
         swept.deliver_later(there, envelope(), PREFIX, Text(TEXT), 1, lambda _: None)  # behind the first one's text
-        with pytest.raises(HopDown, match="no connection was free"):
+        with pytest.raises(NextHopUnavailable, match="no connection was free"):
             await send(swept, there)
         await swept.aclose(grace=0)
 
@@ -256,7 +256,7 @@ async def test_a_pool_that_is_closed_takes_nothing_and_ends_what_it_has_begun(po
         nursery.start_soon(_deliver, pool, hop)
         await until(lambda: any(line.startswith("MAIL") for line in hop.heard))
         await pool.aclose()
-        with pytest.raises(HopDown, match="stopping"):
+        with pytest.raises(NextHopUnavailable, match="stopping"):
             await send(pool, hop.hop())
     assert hop.heard[-1] == "QUIT"
     assert pool.room(hop.hop()) == 0
@@ -265,7 +265,7 @@ async def test_a_pool_that_is_closed_takes_nothing_and_ends_what_it_has_begun(po
 async def test_a_pool_that_never_ran_can_be_closed() -> None:
     pool = Pool()
     await pool.aclose()
-    with pytest.raises(HopDown):
+    with pytest.raises(NextHopUnavailable):
         await send(pool, FakeHop().hop())
 
 

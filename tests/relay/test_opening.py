@@ -14,7 +14,7 @@ import trustme
 
 from penstock.net.connect import connect_unix
 from penstock.relay.connection import HopConnection
-from penstock.relay.hop import AuthPolicy, Hop, HopDown, TlsPolicy
+from penstock.relay.hop import AuthPolicy, Hop, NextHopUnavailable, TlsPolicy
 from penstock.relay.pool import Pool
 from penstock.smtp.client_session import Step
 from tests.relay.fake import CLOSE, STALL, FakeHop, Text, envelope, send, serving, told
@@ -68,7 +68,7 @@ async def test_a_unix_socket_is_a_hop(pool: Pool, tmp_path: Path, nursery: trio.
     sock.listen()
     nursery.start_soon(trio.serve_listeners, hop.serve, [trio.SocketListener(sock)])
     assert told(await send(pool, Hop(path=str(tmp_path / "lmtp"), kind="lmtp"))) == "delivered 250"
-    with pytest.raises(HopDown):
+    with pytest.raises(NextHopUnavailable):
         await send(pool, Hop(path=str(tmp_path / "nothing"), kind="lmtp"))
     with pytest.raises(OSError):
         await connect_unix(str(tmp_path / "nothing"))
@@ -107,7 +107,7 @@ async def test_a_hop_without_the_tls_that_is_required_gets_nothing(
 ) -> None:
     hop = FakeHop() if refusal == "not offered" else starttls(authority, STARTTLS=refusal)
     async with serving(hop):
-        with pytest.raises(HopDown, match="TLS"):
+        with pytest.raises(NextHopUnavailable, match="TLS"):
             await send(pool, hop.hop(tls=TlsPolicy(mode=mode)))  # type: ignore[arg-type]
     assert "MAIL" not in hop.verbs()
 
@@ -155,7 +155,7 @@ async def test_a_connection_that_is_lost_right_behind_the_handshake_is_one_that_
         assert verbs.endswith(("STARTTLS EHLO MAIL RCPT DATA", "EHLO EHLO MAIL RCPT DATA"))
     hop = make(authority)
     async with serving(hop):
-        with pytest.raises(HopDown, match="after the TLS handshake"):
+        with pytest.raises(NextHopUnavailable, match="after the TLS handshake"):
             await send(pool, hop.hop(tls=TlsPolicy(mode="require")))
     assert "MAIL" not in hop.verbs()
 
@@ -182,9 +182,9 @@ async def test_verify_wants_a_certificate_for_the_name_of_the_hop(
 ) -> None:
     hop = starttls(authority, "mx.example.org")
     async with serving(hop):
-        with pytest.raises(HopDown, match=r"TLS handshake failed: .*not valid for '127.0.0.1'"):
+        with pytest.raises(NextHopUnavailable, match=r"TLS handshake failed: .*not valid for '127.0.0.1'"):
             await send(pool, hop.hop(tls=TlsPolicy(mode="verify", ca_file=ca_file)))
-        with pytest.raises(HopDown, match=r"TLS handshake failed: .*local issuer"):
+        with pytest.raises(NextHopUnavailable, match=r"TLS handshake failed: .*local issuer"):
             await send(pool, hop.hop(tls=TlsPolicy(mode="verify", name="mx.example.org")))
         assert told(await send(pool, hop.hop(tls=TlsPolicy(mode="require")))) == "delivered 250"
         there = hop.hop(tls=TlsPolicy(mode="verify", ca_file=ca_file, name="mx.example.org"))
@@ -194,14 +194,14 @@ async def test_verify_wants_a_certificate_for_the_name_of_the_hop(
 async def test_a_ca_file_that_is_none_is_said_to_be(pool: Pool, tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     for file in ("ca.pem", "missing.pem"):
-        with pytest.raises(HopDown):
+        with pytest.raises(NextHopUnavailable):
             await send(pool, FakeHop().hop(tls=TlsPolicy(mode="verify", ca_file=str(tmp_path / file))))
 
 
 async def test_what_is_said_between_starttls_and_tls_ends_the_conversation(pool: Pool, authority: trustme.CA) -> None:
     hop = starttls(authority, STARTTLS=["220 go on\r\n250 injected"] * 3)
     async with serving(hop):
-        with pytest.raises(HopDown, match="between STARTTLS and TLS"):
+        with pytest.raises(NextHopUnavailable, match="between STARTTLS and TLS"):
             await send(pool, hop.hop(tls=TlsPolicy(mode="require")))
 
 
@@ -219,7 +219,7 @@ async def test_a_smart_host_hears_who_we_are(pool: Pool, authority: trustme.CA) 
 async def test_a_password_is_not_shown_in_the_clear(pool: Pool) -> None:
     hop = FakeHop(("AUTH PLAIN LOGIN",))
     async with serving(hop):
-        with pytest.raises(HopDown, match="no mechanism"):
+        with pytest.raises(NextHopUnavailable, match="no mechanism"):
             await send(pool, hop.hop(user="bob", password="secret"))
     assert hop.verbs() == "EHLO"
 
@@ -230,7 +230,7 @@ async def test_a_smart_host_that_does_not_know_us_is_down(
 ) -> None:
     hop = starttls(authority, AUTH=answer)
     async with serving(hop):
-        with pytest.raises(HopDown) as caught:
+        with pytest.raises(NextHopUnavailable) as caught:
             await send(
                 pool,
                 hop.hop(tls=TlsPolicy(mode="verify", ca_file=ca_file), user="bob", password="secret"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from penstock.relay.hop import Delivered, HopDown, HopLimits
+from penstock.relay.hop import Delivered, HopLimits, NextHopUnavailable
 from penstock.relay.pool import Pool
 from tests.relay.fake import CHUNKING, ORDINARY, PREFIX, STUFFED, TEXT, FakeHop, Text, envelope, send, serving, told
 
@@ -57,7 +57,7 @@ async def test_a_body_in_a_file_and_a_large_one_arrive_whole(pool: Pool) -> None
 
 async def test_many_messages_share_a_few_connections(pool: Pool) -> None:
     hop = FakeHop()
-    heard: list[Delivered | HopDown] = []
+    heard: list[Delivered | NextHopUnavailable] = []
     async with serving(hop):
         there = hop.hop(limits=HopLimits(connections=3))
         async with trio.open_nursery() as nursery:
@@ -65,7 +65,7 @@ async def test_many_messages_share_a_few_connections(pool: Pool) -> None:
                 nursery.start_soon(send, pool, there)
         all_there = trio.Event()
 
-        def done(outcome: Delivered | HopDown) -> None:
+        def done(outcome: Delivered | NextHopUnavailable) -> None:
             heard.append(outcome)
             if len(heard) == 50:
                 all_there.set()
@@ -85,7 +85,7 @@ async def test_one_message_after_the_other_is_for_one_connection(pool: Pool) -> 
         async with serving(hop):
             there = hop.hop()
 
-            def done(_: Delivered | HopDown) -> None:
+            def done(_: Delivered | NextHopUnavailable) -> None:
                 nonlocal left
                 left -= 1
                 if left:

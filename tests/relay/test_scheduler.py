@@ -17,7 +17,7 @@ import penstock.relay.ledger
 import penstock.relay.scheduler
 from penstock.message import Recipient
 from penstock.net.resolver import Exchanger, ResolveError
-from penstock.relay.hop import HopDown, Outcome, Result
+from penstock.relay.hop import NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
 from penstock.spool.admin import Filter, QueueAdmin
@@ -330,7 +330,7 @@ async def test_who_wants_to_hear_of_success_does_so_from_the_last_server_that_ca
 
 
 async def test_the_next_hop_is_tried_when_the_first_is_down(tmp_path: Path) -> None:
-    pool = FakePool(lambda sent: HopDown("a", "refused") if sent.hop.host == "a" else DELIVERED)
+    pool = FakePool(lambda sent: NextHopUnavailable("a", "refused") if sent.hop.host == "a" else DELIVERED)
     routes = [{"next_hops": [{"url": "smtp://a", "priority": 1}, {"url": "smtp://b", "priority": 2}]}]
     async with relaying(tmp_path, pool, routes=routes) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -352,7 +352,7 @@ async def test_a_busy_first_hop_is_no_reason_to_use_the_second(tmp_path: Path) -
 
 
 async def test_when_all_hops_are_down_each_message_waits_by_its_own_schedule(tmp_path: Path) -> None:
-    pool = FakePool(lambda sent: HopDown(sent.hop.name, "Connection refused"))
+    pool = FakePool(lambda sent: NextHopUnavailable(sent.hop.name, "Connection refused"))
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
@@ -547,7 +547,7 @@ async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tm
         await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
         relay.scheduler.stop()
         for sent in pool.sent:
-            pool.reply(sent, HopDown("hop", "the relay is stopping"))
+            pool.reply(sent, NextHopUnavailable("hop", "the relay is stopping"))
         await relay.accept(message_of("late@example.org"))
     async with relaying(tmp_path, runs=False) as relay:
         waiting = await relay.waiting()
@@ -617,4 +617,4 @@ async def test_lanes_with_nothing_to_do_are_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_result_of_ours_is_deferred() -> None:
-    assert HopDown("hop", "down").as_result().kind is Outcome.DEFERRED
+    assert NextHopUnavailable("hop", "down").as_result().kind is Outcome.DEFERRED

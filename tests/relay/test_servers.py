@@ -11,7 +11,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Session
 from aiosmtpd.smtp import Envelope as TheirEnvelope
 
-from penstock.relay.hop import Hop, HopDown, Outcome, TlsPolicy
+from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, TlsPolicy
 from penstock.relay.pool import Pool
 from penstock.testing import SmtpServer
 from tests.ports import free_port
@@ -58,7 +58,7 @@ async def test_our_own_server_with_tls_and_a_password(pool: Pool, tls: Any) -> N
         assert server.inbox.last.identity == "alice"
         assert server.inbox.last.tls is not None
         wrong = Hop(host="127.0.0.1", port=server.port, tls=policy, user="alice", password="wrong")
-        with pytest.raises(HopDown, match="535"):
+        with pytest.raises(NextHopUnavailable, match="535"):
             await send(pool, wrong)
 
 
@@ -85,7 +85,7 @@ async def test_a_server_that_leaves_is_found_again(pool: Pool) -> None:
         hop = Hop(host="127.0.0.1", port=server.port, tls=PLAIN)
         assert told(await send(pool, hop)) == "delivered 250"
         address = f"127.0.0.1:{server.port}"
-    with pytest.raises(HopDown):
+    with pytest.raises(NextHopUnavailable):
         await send(pool, hop)
     with SmtpServer(address=address) as server:
         assert told(await send(pool, hop)) == "delivered 250"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from penstock.relay.hop import Hop, HopDown
+from penstock.relay.hop import Hop, NextHopUnavailable
 from penstock.relay.pool import Pool
 from tests.e2e.running import ENVIRONMENT
 from tests.ports import free_port
@@ -67,7 +67,7 @@ async def test_smtp_sink(pool: Pool, arguments: Sequence[str], outcome: str) -> 
         for _ in range(2):
             try:
                 said = told(await send(pool, hop))
-            except HopDown:
+            except NextHopUnavailable:
                 said = "down"
             assert said.startswith(outcome), said
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from penstock.message import Recipient
-from penstock.relay.hop import Delivered, HopDown, HopLimits, Outcome
+from penstock.relay.hop import Delivered, HopLimits, NextHopUnavailable, Outcome
 from penstock.relay.pool import Pool
 from tests.relay.fake import CHUNKING, PREFIX, STALL, STUFFED, TEXT, FakeHop, Text, envelope, path, send, serving, told
 
@@ -191,15 +191,15 @@ async def test_an_endless_answer_is_no_answer(pool: Pool) -> None:
     for answer in ("250 " + "x" * 10_000, "\r\n".join(["250-x"] * 1000)):
         hop = FakeHop(EHLO=[answer] * 3)
         async with serving(hop):
-            with pytest.raises(HopDown):
+            with pytest.raises(NextHopUnavailable):
                 await send(pool, hop.hop())
 
 
 async def test_the_result_of_a_cancelled_delivery_is_nobodys(pool: Pool) -> None:
-    heard: list[Delivered | HopDown] = []
+    heard: list[Delivered | NextHopUnavailable] = []
     hop = FakeHop()
     async with serving(hop):
         pool.deliver_later(hop.hop(), envelope(), PREFIX, Text(TEXT), 0, heard.append)
         assert heard == []
         await send(pool, hop.hop())
-    assert [told(one) for one in heard if not isinstance(one, HopDown)] == ["delivered 250"]
+    assert [told(one) for one in heard if not isinstance(one, NextHopUnavailable)] == ["delivered 250"]

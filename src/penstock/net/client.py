@@ -58,8 +58,8 @@ class ClientConnection:
         """What `flush` sends: encrypted, unless `SSLStream.send_all` does that."""
         self._costly: ServerReply | None = None
         """A reply that is handled in a thread."""
-        self._has_pending = True
-        """Something may have been received that was not handled: before the first turn, and after the handshake."""
+        self._has_pending = False
+        """Something may have been received that was not handled: after the handshake, or when the task is woken."""
         self._is_interrupted = False
         self._has_ended = False
         """The server has ended TLS."""
@@ -194,7 +194,7 @@ class ClientConnection:
         if self._turns is not None:
             received = self._turns.recv(fd)
         else:
-            data = _poller.recv(fd, min(octets, _RECEIVE_OCTETS))
+            data = _poller.recv(fd, octets)
             self._received = data or b""
             received = -1 if data is None else len(data)
         if received < 0 and self._is_interrupted:
@@ -217,6 +217,15 @@ class ClientConnection:
     def _handle(self, data: bytes) -> bytes | None:
         """Hand the replies in some octets to the session. Return what is to be sent; None wakes the task."""
         session = self.session
+        reply = session.single_reply(data)
+        if reply is not None and reply.code != 334:
+            more = self._on_reply(reply)
+            if more is None or session.needs_handshake:
+                return None
+            if self._is_interrupted:
+                self.queue(more)
+                return None
+            return more
         session.receive_data(data)
         output = b""
         while (reply := session.next_reply()) is not None:
@@ -227,6 +236,7 @@ class ClientConnection:
                 more = self._on_reply(reply)
             if more is None or session.needs_handshake:
                 self.queue(output)
+                self._has_pending = True
                 return None
             output += more
         if self._is_interrupted:

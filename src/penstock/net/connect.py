@@ -59,22 +59,15 @@ async def connect(
     raise OSError(code, os.strerror(code))
 
 
-async def connect_tcp(
-    host: str, port: int, poller: Poller | None = None, *, source: str = ""
-) -> tuple[SocketStream, str]:
+async def connect_tcp(host: str, port: int, poller: Poller | None = None, *, source: str = "") -> SocketStream:
     """Connect to a host by its name or address, to whichever of its addresses answers first (RFC 8305).
 
-    `source` is the IP address to connect from. Return the stream and the address that it is connected to. Raise
-    OSError.
+    `source` is the IP address to connect from. Raise OSError.
     """
     stream = await trio.open_tcp_stream(host, port, local_address=source or None)
-    try:
-        address = str(stream.socket.getpeername()[0])
-    except OSError:  # it was reset at once
-        address = ""
     descriptor = stream.socket.detach()
     try:
-        return SocketStream(descriptor, poller), address
+        return SocketStream(descriptor, poller)
     except BaseException:
         _poller.close(descriptor)
         raise

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import msgspec
 
 from penstock.message import NULL_PATH, Envelope, Message, Recipient
-from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.relay.route import Way
 from penstock.reply import Reply
@@ -46,9 +46,9 @@ class Onward:
         self._random = random.Random()  # noqa: S311 - it spreads load
 
     async def ask(self, recipient: Recipient) -> Reply | None:
-        """Ask whether a recipient is known. None: it is, or its mail stays here. 5yz: it is not. 4yz: nobody can say.
+        """Ask whether a recipient is known. None: it is, or its mail stays here. 5xx: it is not. 4xx: not known now.
 
-        Only what a hop says to RCPT is a 5yz. Raise ResolveError when the DNS does not say where to ask.
+        A 452 4.2.2 is a mailbox that exists and is full. Raise ResolveError if the DNS does not tell where to ask.
         """
         way = await self._routes.way_of(self._routes.lane_of(recipient))
         if way.is_local:
@@ -59,13 +59,12 @@ class Onward:
         for hop in way.order(self._random):
             try:
                 (result,) = await self._pool.ask(self._aside(hop), envelope)
-            except HopDown as exc:
+            except NextHopUnavailable as exc:
                 said = str(exc)
                 continue
             if result.kind is Outcome.DELIVERED:
                 return None
-            is_refusal = result.kind is Outcome.FAILED and result.is_said
-            return as_reply(result) if is_refusal else unknown(result.text)
+            return _verdict(result)
         return unknown(said)
 
     def _aside(self, hop: Hop) -> Hop:
@@ -100,12 +99,12 @@ class Onward:
         if hop is None:
             return None
 
-        def heard(outcome: Delivered | HopDown) -> None:
-            done(None if isinstance(outcome, HopDown) else [as_reply(result) for result in outcome])
+        def heard(outcome: Delivered | NextHopUnavailable) -> None:
+            done(None if isinstance(outcome, NextHopUnavailable) else [as_reply(result) for result in outcome])
 
         try:
             return self._pool.stream(hop, envelope, size, coming, heard)
-        except HopDown:
+        except NextHopUnavailable:
             return None
 
     def note_delivered(self, message: Message, to: Recipient, reply: Reply) -> None:
@@ -116,8 +115,26 @@ class Onward:
 
 
 def unknown(cause: str) -> Reply:
-    """Return the reply when a hop has nothing to say."""
-    return Reply(451, "4.4.3", "The next hop can not be asked now", cause=cause)
+    """Return the reply if a hop does not tell whether it knows a recipient."""
+    return Reply(451, "4.4.3", "The next hop cannot be asked now", cause=cause)
+
+
+def _verdict(result: Result) -> Reply:
+    """Return what a refusal of RCPT tells about the recipient.
+
+    Only an address status (RFC 3463 3.2), or 550, 551 and 553 without a status (RFC 5321 4.2.2), mean that it does not
+    exist. Everything else that is permanent for the hop is about us, or about now: it is no reason to bounce mail.
+    """
+    if not result.is_said:
+        return unknown(result.text)
+    code, status = result.text[:3], result.status
+    if code == "552" or status.endswith(".2.2"):
+        return Reply(452, "4.2.2", "The mailbox is full", cause=f"{result.hop}: {result.text}")
+    has_status = status in result.text
+    is_unknown = status.startswith("5.1.") if has_status else code in ("550", "551", "553")
+    if result.kind is Outcome.FAILED and is_unknown:
+        return as_reply(result)
+    return unknown(result.text)
 
 
 def as_reply(result: Result) -> Reply:

@@ -26,7 +26,7 @@ import trio
 from penstock.net.client import ClientConnection, reason_of
 from penstock.net.client import HandshakeError as TlsHandshakeError
 from penstock.net.stream import SocketStream
-from penstock.relay.hop import Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Job
 from penstock.relay.transaction import HopTransaction
 from penstock.smtp.client import CannotSendError, Credentials, ProtocolError, ServerReply, check_sendable
@@ -123,7 +123,7 @@ class LostError(Exception):
     """The connection is of no more use; the text is the reason."""
 
 
-class HandshakeError(HopDown):
+class HandshakeError(NextHopUnavailable):
     """TLS could not be negotiated. A new connection without it may work."""
 
 
@@ -197,15 +197,16 @@ class HopConnection:
     async def open(self, context: ssl.SSLContext | None) -> None:
         """Open the session up to the first transaction; `context` is for TLS.
 
-        Raise HopDown if the hop does not accept us, or not as the settings ask.
+        Raise NextHopUnavailable if the hop does not accept us, or not as the settings ask.
         """
         session = self._session
         try:
             await self._within(self._open(context))
         except OpeningError as exc:
-            raise HopDown(self.name, str(exc), exc.status) from exc
+            is_said = exc.reply is not None and str(exc) == exc.reply.text
+            raise NextHopUnavailable(self.name, str(exc), exc.status, is_said=is_said) from exc
         except ClosingError as exc:
-            raise HopDown(self.name, exc.reply.text, exc.reply.status) from exc
+            raise NextHopUnavailable(self.name, exc.reply.text, exc.reply.status, is_said=True) from exc
         except (LostError, ProtocolError, trio.BrokenResourceError, ssl.SSLError) as exc:
             text = str(exc) if isinstance(exc, LostError | ProtocolError) else self._lost_at(exc)
             if session.step is Step.HANDSHAKE and self._timed_out:
@@ -214,7 +215,7 @@ class HopConnection:
             if is_first and not self._timed_out and not isinstance(exc, ProtocolError):
                 # In TLS 1.3 the hop judges our side after we have finished (RFC 8446 4.4.2.4).
                 raise HandshakeError(self.name, f"{text}, right after the TLS handshake", "4.7.5") from exc
-            raise HopDown(self.name, text, "4.4.2") from exc
+            raise NextHopUnavailable(self.name, text, "4.4.2") from exc
 
     async def _open(self, context: ssl.SSLContext | None) -> None:
         session = self._session

@@ -136,6 +136,8 @@ class Result(NamedTuple):
     """The text is a reply of the hop, otherwise our own."""
     reports: bool = False
     """The hop supports DSN: it sends the notifications that the sender asked for (RFC 3461 5.2.1)."""
+    in_doubt: bool = False
+    """The connection was lost after the whole text was sent: the hop may have the message (RFC 1047)."""
 
     @classmethod
     def of(cls, reply: ServerReply, hop: str, *, reports: bool = False) -> Result:
@@ -149,17 +151,20 @@ Delivered = Sequence[Result]
 """The outcome of a delivery: one result for each recipient of the envelope, in its order."""
 
 
-class HopDown(Exception):  # noqa: N818 - a state of the hop, not a mistake of the caller
+class NextHopUnavailable(Exception):  # noqa: N818 - a state of the hop, not a mistake of the caller
     """The hop cannot be used now, and nothing of the message was sent: another hop may be tried at once."""
 
-    def __init__(self, hop: str, text: str, status: str = "4.4.1") -> None:
+    def __init__(self, hop: str, text: str, status: str = "4.4.1", *, is_said: bool = False) -> None:
         super().__init__(f"{hop}: {text}")
         self.hop = hop
         self.text = text
-        """What happened, or the reply of the hop; printable."""
+        """What happened, or what the hop said; printable."""
         self.status = status
-        """An enhanced status code for the recipients that were meant for it, 4.x.x or 5.x.x."""
+        """The enhanced status code as the hop gave it, or ours. A 5.x.x does not fail the recipients."""
+        self.is_said = is_said
+        """`text` is the hop's reply; otherwise it is ours."""
 
     def as_result(self) -> Result:
-        """Return it as the result for a recipient."""
-        return Result(Outcome.DEFERRED, self.text, self.status, self.hop, is_said=False)
+        """Return it as the result for a recipient: deferred, with a persistent transient status (RFC 3463 3.1)."""
+        status = f"4{self.status[1:]}" if self.status.startswith("5") else self.status
+        return Result(Outcome.DEFERRED, self.text, status, self.hop, is_said=self.is_said)

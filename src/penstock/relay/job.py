@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 from penstock.message import Body, Envelope
-from penstock.relay.hop import Delivered, HopDown, Result
+from penstock.relay.hop import Delivered, NextHopUnavailable, Result
 
-Done = Callable[[Delivered | HopDown], None]
+Done = Callable[[Delivered | NextHopUnavailable], None]
 """Takes the outcome of a message; called once, in the trio thread. Must not block or raise."""
 
 
@@ -83,7 +83,7 @@ class Job:
             self.is_abandoned = True
             self.done([result for result in self.results if result is not None])
 
-    def give_up(self, reason: HopDown) -> None:
+    def give_up(self, reason: NextHopUnavailable) -> None:
         """Report that the hop cannot be used. Recipients that were tried already keep their results."""
         if self.left < len(self.results):
             self.record_rest(reason.as_result())

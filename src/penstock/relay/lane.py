@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
-from penstock.relay.hop import Hop, HopDown
+from penstock.relay.hop import Hop, NextHopUnavailable
 from penstock.relay.pool import Pool
 from penstock.relay.route import Way
 from penstock.spool.entry import Entry
@@ -80,7 +80,7 @@ class Outlet:
         self.window = FIRST_WINDOW
         """How many that may be: doubled by each success up to the limit, and small again after a failure."""
         self.is_pumping = False
-        self.reason: HopDown | None = None
+        self.reason: NextHopUnavailable | None = None
         """Why its hops could not be used, the last time that was tried."""
         self.lead(way, local_limit)
 
@@ -127,7 +127,7 @@ class Outlet:
         if self.window < self.limit:
             self.window = min(self.limit, self.window * 2)
 
-    def failed(self, reason: HopDown) -> None:
+    def failed(self, reason: NextHopUnavailable) -> None:
         """Note that no hop could be used."""
         self.reason = reason
         self.window = min(FIRST_WINDOW, self.limit)

@@ -6,8 +6,8 @@ closed when it has rested for long enough, has had its share of messages, or is 
 
 Rules
 -----
-1. `done` of a job is called once, whatever happens: with a result for each recipient, or with HopDown if the hop could
-   not be used and nothing of the message was sent.
+1. `done` of a job is called once, whatever happens: with a result for each recipient, or with NextHopUnavailable if the
+   hop could not be used and nothing of the message was sent.
 2. A job waits only for connections that are open or being opened. When the last of them fails, all that wait fail.
 3. A connection that ends before the hop has answered anything to a job costs the job nothing; it goes on with another
    one. The third time this happens to a job, it is deferred.
@@ -20,7 +20,6 @@ Rules
 from __future__ import annotations
 
 import math
-import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -33,11 +32,11 @@ from penstock.breaker import Breaker
 from penstock.journal import Journal
 from penstock.message import Body, Envelope
 from penstock.net._poller import HAS_EPOLL, Poller
-from penstock.net.connect import connect, connect_tcp, connect_unix
+from penstock.net.connect import connect_tcp, connect_unix
 from penstock.net.stream import SocketStream, watch_sockets
 from penstock.net.tls import client_context
 from penstock.relay.connection import ClientSettings, ClockSettings, HandshakeError, HopConnection, LostError
-from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done, Job
 from penstock.smtp.client_session import BodyError, ClosingError
 from penstock.tokenbucket import TokenBucket
@@ -52,8 +51,6 @@ _FORGOTTEN: Final = 3600.0
 """Seconds after which a hop that is not used is forgotten, and what was learned of its limits."""
 _PATIENCE: Final = 5.0
 """Seconds that the only connection to a hop may wait for its greeting while another hop has no connection at all."""
-_MAX_ADDRESSES: Final = 8
-"""Addresses of a name that are tried for one connection."""
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,16 +103,16 @@ class Pool:
     async def deliver(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int) -> Delivered:
         """Hand a message of `size` octets to a hop. Return a result for each recipient, in order.
 
-        Raise HopDown if the hop cannot be used and nothing of the message was sent. The caller closes the body. If this
-        is cancelled, a transaction that has begun goes on, and its outcome is dropped.
+        Raise NextHopUnavailable if the hop cannot be used and nothing of the message was sent. The caller closes the
+        body. If this is cancelled, a transaction that has begun goes on, and its outcome is dropped.
         """
         return await self._wait_for(hop, Job(envelope, prefix, body, size, _ignore))
 
     async def _wait_for(self, hop: Hop, job: Job) -> Delivered:
         answered = trio.Event()
-        heard: list[Delivered | HopDown] = []
+        heard: list[Delivered | NextHopUnavailable] = []
 
-        def done(outcome: Delivered | HopDown) -> None:
+        def done(outcome: Delivered | NextHopUnavailable) -> None:
             heard.append(outcome)
             answered.set()
 
@@ -126,14 +123,14 @@ class Pool:
         finally:
             job.is_abandoned = True
         outcome = heard[0]
-        if isinstance(outcome, HopDown):
+        if isinstance(outcome, NextHopUnavailable):
             raise outcome
         return outcome
 
     def deliver_later(self, hop: Hop, envelope: Envelope, prefix: bytes, body: Body, size: int, done: Done) -> None:
         """Do what `deliver` does without a task that waits: `done` gets the outcome, perhaps before this returns.
 
-        A tenth of the cost of `deliver`. Raise HopDown if that is known at once; then `done` is not called.
+        A tenth of the cost of `deliver`. Raise NextHopUnavailable if that is known at once; then `done` is not called.
         """
         self._submit(hop, Job(envelope, prefix, body, size, done))
 
@@ -144,7 +141,7 @@ class Pool:
 
         The text is sent as it comes. If `coming` raises OSError, the connection is closed before the end of the text,
         and nothing is delivered. Return a function after which `done` is not called any more; a message that has not
-        got a connection is then not sent. Raise HopDown if that is known at once.
+        got a connection is then not sent. Raise NextHopUnavailable if that is known at once.
         """
         job = Job(envelope, b"", None, size, done, coming=coming)
         self._submit(hop, job)
@@ -157,13 +154,13 @@ class Pool:
     async def ask(self, hop: Hop, envelope: Envelope) -> Delivered:
         """Ask a hop whether it would accept mail for the recipients, and send none.
 
-        A recipient that is refused is FAILED or DEFERRED, one that is accepted is DELIVERED. Raise HopDown.
+        A recipient that is refused is FAILED or DEFERRED, one that is accepted is DELIVERED. Raise NextHopUnavailable.
         """
         return await self._wait_for(hop, Job(envelope, b"", None, 0, _ignore, is_question=True))
 
     def _submit(self, hop: Hop, job: Job) -> None:
         if self._nursery is None or self.is_closing:
-            raise HopDown(hop.name, "the relay is stopping", "4.3.2")
+            raise NextHopUnavailable(hop.name, "the relay is stopping", "4.3.2")
         host_pool = self._host_pools.get(hop)
         if host_pool is None:
             host_pool = self._host_pools[hop] = HostPool(self, hop)
@@ -215,7 +212,7 @@ class Pool:
             self.is_closing = True
             self._nursery = None
             for host_pool in self._host_pools.values():
-                host_pool.give_up(HopDown(host_pool.hop.name, "the relay is stopping", "4.3.2"))
+                host_pool.give_up(NextHopUnavailable(host_pool.hop.name, "the relay is stopping", "4.3.2"))
             if own is not None:
                 own.close()
             self._gone.set()
@@ -301,8 +298,6 @@ class _Opening:
         self.scope = trio.CancelScope()
         self.connection: HopConnection | None = None
         """None until the socket is connected."""
-        self.address = ""
-        """The IP address of the hop; "" for a unix socket, and until it is known."""
         self.is_cut = False
 
     @property
@@ -346,12 +341,16 @@ class HostPool:
     # ---- jobs
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raise HopDown if the breaker is open, or too much is waiting already."""
+        """Queue a job. Raise NextHopUnavailable if the breaker is open, or too much is waiting already."""
         now = trio.current_time()
         if self.breaker.blocks(now):
-            raise HopDown(self.hop.name, "the hop has failed repeatedly and is not tried for a while", "4.4.1")
+            raise NextHopUnavailable(
+                self.hop.name, "the hop has failed repeatedly and is not tried for a while", "4.4.1"
+            )
         if len(self._queue) >= self._limits.queue:
-            raise HopDown(self.hop.name, f"{self._limits.queue} messages are waiting for it already", "4.3.2")
+            raise NextHopUnavailable(
+                self.hop.name, f"{self._limits.queue} messages are waiting for it already", "4.3.2"
+            )
         job.since = self._used_at = now
         self._queue.append(job)
         self.dispatch(now)
@@ -435,7 +434,7 @@ class HostPool:
         """Note that a connection has nothing to do."""
         self._resting[connection] = None
 
-    def give_up(self, reason: HopDown) -> None:
+    def give_up(self, reason: NextHopUnavailable) -> None:
         """Fail all jobs that wait."""
         while self._queue:
             self._queue.popleft().give_up(reason)
@@ -488,15 +487,17 @@ class HostPool:
             finally:
                 del self._openings[opening]
             if connection is None:
-                self._fail(HopDown(self.hop.name, "no greeting, and other hops are waiting for a connection"))
+                self._fail(
+                    NextHopUnavailable(self.hop.name, "no greeting, and other hops are waiting for a connection")
+                )
             else:
                 await self._serve(connection)
-        except HopDown as exc:
+        except NextHopUnavailable as exc:
             self._fail(exc)
         except Exception as exc:  # noqa: BLE001 - whatever it is
             if self._pool.journal is not None:
                 self._pool.journal.error(0, "relay", exc)
-            self._fail(HopDown(self.hop.name, "an internal error", "4.3.0"))
+            self._fail(NextHopUnavailable(self.hop.name, "an internal error", "4.3.0"))
         finally:
             self.breaker.abandon()
             self._pool.connection_ended()
@@ -507,56 +508,31 @@ class HostPool:
         if not self._pool.is_closing:
             self.dispatch(trio.current_time())
         elif not self._open and not self._openings:
-            self.give_up(HopDown(self.hop.name, "the relay is stopping", "4.3.2"))
+            self.give_up(NextHopUnavailable(self.hop.name, "the relay is stopping", "4.3.2"))
 
     async def _connect(self, opening: _Opening) -> HopConnection:
-        """Return a connection that is ready for its first transaction. Raise HopDown.
+        """Return a connection that is ready for its first transaction. Raise NextHopUnavailable.
 
-        A name stands for all its addresses: if the host at one of them does not accept us, the others are tried (RFC
-        5321 5.1). If TLS fails where it is optional, one attempt is made without it.
+        If TLS fails where it is optional, one attempt is made without it.
         """
         try:
             context = await self._pool.context_for(self.hop)
         except OSError as exc:
-            raise HopDown(self.hop.name, _why(exc)) from exc
-        stream = await self._open_socket(opening)
+            raise NextHopUnavailable(self.hop.name, _why(exc)) from exc
+        stream = await self._open_socket()
         try:
             return await self._open_session(stream, opening, context)
         except HandshakeError as exc:
             if self.hop.tls.mode != "opportunistic" or self.hop.tls.implicit:
                 raise
             text = exc.text
-        except HopDown as exc:
-            return await self._try_other_addresses(opening, context, exc)
         try:
-            stream = await self._open_socket(opening)
+            stream = await self._open_socket()
             return await self._open_session(stream, opening, None, is_fallback=True)
-        except HopDown as exc:
-            raise HopDown(self.hop.name, f"{exc.text} (without TLS, after: {text})", _temporary(exc.status)) from exc
-
-    async def _try_other_addresses(
-        self, opening: _Opening, context: ssl.SSLContext | None, reason: HopDown
-    ) -> HopConnection:
-        """Return a connection to another address of the name. Raise the first reason if there is none."""
-        hop = self.hop
-        if hop.path or hop.address:
-            raise reason
-        try:
-            found = await trio.socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
-        except OSError:
-            raise reason from None
-        for family, _, _, _, address in found[:_MAX_ADDRESSES]:
-            if address[0] == opening.address:
-                continue
-            try:
-                settings = self._pool.settings
-                stream = await connect(
-                    family, address, self._pool.poller, source=settings.source, timeout=settings.clocks.connect
-                )
-                return await self._open_session(stream, opening, context)
-            except (OSError, HopDown):
-                continue
-        raise reason
+        except NextHopUnavailable as exc:
+            raise NextHopUnavailable(
+                self.hop.name, f"{exc.text} (without TLS, after: {text})", _temporary(exc.status)
+            ) from exc
 
     async def _open_session(
         self, stream: SocketStream, opening: _Opening, context: ssl.SSLContext | None, *, is_fallback: bool = False
@@ -575,19 +551,18 @@ class HostPool:
                 connection.end("it was not opened")
         return connection
 
-    async def _open_socket(self, opening: _Opening) -> SocketStream:
-        """Connect. Raise HopDown."""
+    async def _open_socket(self) -> SocketStream:
+        """Connect. Raise NextHopUnavailable."""
         hop, poller, source = self.hop, self._pool.poller, self._pool.settings.source
         try:
             with trio.fail_after(self._pool.settings.clocks.connect):
                 if hop.path:
                     return await connect_unix(hop.path, poller)
-                stream, opening.address = await connect_tcp(hop.address or hop.host, hop.port, poller, source=source)
-                return stream
+                return await connect_tcp(hop.address or hop.host, hop.port, poller, source=source)
         except trio.TooSlowError as exc:
-            raise HopDown(hop.name, "connecting took too long") from exc
+            raise NextHopUnavailable(hop.name, "connecting took too long") from exc
         except OSError as exc:
-            raise HopDown(hop.name, _why(exc)) from exc
+            raise NextHopUnavailable(hop.name, _why(exc)) from exc
 
     async def _serve(self, connection: HopConnection) -> None:
         cause: BaseException | str = "the relay is stopping"
@@ -615,7 +590,7 @@ class HostPool:
         if self.breaker.succeeded() and self._pool.journal is not None:
             self._pool.journal.hop_up(self.hop.name)
 
-    def _fail(self, reason: HopDown) -> None:
+    def _fail(self, reason: NextHopUnavailable) -> None:
         """Note that a connection could not be opened."""
         if self._open:
             self._hold_until = trio.current_time() + _HOLD  # it works with those it has, and wants no more
@@ -639,7 +614,7 @@ class HostPool:
 
     def close(self) -> None:
         """Close all connections, each after its transaction."""
-        self.give_up(HopDown(self.hop.name, "the relay is stopping", "4.3.2"))
+        self.give_up(NextHopUnavailable(self.hop.name, "the relay is stopping", "4.3.2"))
         for connection in list(self._open):
             connection.retire()
         self._resting.clear()
@@ -655,7 +630,7 @@ class HostPool:
             self.retire_one()
         while self._queue and now - self._queue[0].since > self._limits.wait:
             text = f"no connection was free for {self._limits.wait:.0f} s"
-            self._queue.popleft().give_up(HopDown(self.hop.name, text, "4.4.5"))
+            self._queue.popleft().give_up(NextHopUnavailable(self.hop.name, text, "4.4.5"))
         if now - self._learned_at > _FORGOTTEN:
             self._settings = self._configured
         if self._queue and not self._pool.is_closing:
@@ -666,7 +641,7 @@ class HostPool:
         return now - self._used_at > _FORGOTTEN and now >= self.breaker.until
 
 
-def _ignore(_: Delivered | HopDown) -> None:
+def _ignore(_: Delivered | NextHopUnavailable) -> None:
     """Take an outcome that is read from the job."""
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -19,7 +19,7 @@ import msgspec
 from penstock.addresses import canonical_domain, domain_of
 from penstock.message import Recipient
 from penstock.net.resolver import Exchanger, Resolver
-from penstock.relay.hop import Hop, HopLimits, TlsPolicy
+from penstock.relay.hop import AuthPolicy, Hop, HopLimits, TlsPolicy
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
 _PORTS: Final = {"smtp": 25, "smtps": 465, "lmtp": 24}
@@ -47,6 +47,16 @@ class RelayAuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     password_file: Annotated[
         str, msgspec.Meta(min_length=1, description="File with the password in its first line, relative to data_dir")
     ]
+    mechanisms: Annotated[
+        tuple[Literal["SCRAM-SHA-256", "PLAIN", "LOGIN"], ...],
+        msgspec.Meta(min_length=1, description="SASL mechanisms to use, the preferred one first"),
+    ] = ("SCRAM-SHA-256", "PLAIN", "LOGIN")
+    unverified_tls: Annotated[
+        bool,
+        msgspec.Meta(
+            description='Use PLAIN and LOGIN over TLS even if tls.mode is "require": the certificate is not verified'
+        ),
+    ] = False
 
 
 class RouteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -281,7 +291,9 @@ def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Route:
     if settings.next_hop == "maildir":
         return _Route(number, tls, settings.limits, LOCAL)
     user = password = ""
+    auth = AuthPolicy()
     if settings.auth is not None:
+        auth = AuthPolicy(mechanisms=settings.auth.mechanisms, unverified_tls=settings.auth.unverified_tls)
         user = settings.auth.user
         lines = (data_dir / settings.auth.password_file).read_text().splitlines()
         password = lines[0].strip() if lines else ""
@@ -294,6 +306,7 @@ def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Route:
             tls=msgspec.structs.replace(tls, implicit=tls.implicit or hop.tls.implicit),
             user=user,
             password=password,
+            auth=auth,
             limits=settings.limits,
         )
         ranks.setdefault(each.priority, []).append(Choice(each.weight, (hop,)))

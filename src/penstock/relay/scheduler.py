@@ -27,7 +27,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import Annotated, Final, Protocol
+from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 import trio
@@ -37,7 +37,7 @@ from penstock.message import Message, Recipient
 from penstock.net.resolver import ResolveError
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings
-from penstock.relay.hop import Delivered, Hop, HopDown, Outcome, Result
+from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.lane import FIRST_WINDOW, Lane, Outlet
 from penstock.relay.ledger import Ledger
 from penstock.relay.pool import Pool, PoolSettings
@@ -89,6 +89,13 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     local_writers: Annotated[
         int, msgspec.Meta(ge=1, le=1024, description='Messages that a route to "maildir" delivers at a time')
     ] = 32
+    smtputf8_downgrade: Annotated[
+        Literal["refuse", "send"],
+        msgspec.Meta(
+            description="A header that needs SMTPUTF8, and a next hop that does not offer it. "
+            "refuse: 5.6.7 (RFC 6531 3.2); send: as it is"
+        ),
+    ] = "refuse"
     retry: RetrySettings = RetrySettings()
     reports: ReportSettings = ReportSettings()
     pool: PoolSettings = PoolSettings()
@@ -114,7 +121,7 @@ class _Attempt:
         self.hop = -1
         """The place of the hop that has it."""
 
-    def offer(self, reason: HopDown | None = None) -> None:
+    def offer(self, reason: NextHopUnavailable | None = None) -> None:
         """Extensions the message to the next hop. `reason` is why the one before it could not be used."""
         entry, hops = self.entry, self.hops
         while self.hop + 1 < len(hops):
@@ -123,7 +130,7 @@ class _Attempt:
                 self.scheduler.pool.deliver_later(
                     hops[self.hop], entry.envelope, entry.prefix, entry.body, entry.size, self.done
                 )
-            except HopDown as exc:
+            except NextHopUnavailable as exc:
                 reason = reason or exc
             except Exception as exc:  # noqa: BLE001 - rule 5
                 self.scheduler.broke(self.outlet, entry, exc)
@@ -133,9 +140,9 @@ class _Attempt:
         assert reason is not None
         self.scheduler.not_sent(self.outlet, entry, reason)
 
-    def done(self, outcome: Delivered | HopDown) -> None:
+    def done(self, outcome: Delivered | NextHopUnavailable) -> None:
         """Hear what a hop has made of it."""
-        if isinstance(outcome, HopDown):
+        if isinstance(outcome, NextHopUnavailable):
             self.offer(outcome)
         else:
             self.scheduler.sent(self.outlet, self.entry, outcome, is_final=self.hops[self.hop].kind == "lmtp")
@@ -423,7 +430,7 @@ class Scheduler:
             lane.is_down = False
         self._end(outlet, entry, results, is_final=is_final)
 
-    def not_sent(self, outlet: Outlet, entry: Entry, reason: HopDown) -> None:
+    def not_sent(self, outlet: Outlet, entry: Entry, reason: NextHopUnavailable) -> None:
         """Note that a message found no hop that could be used."""
         if self._is_running:
             outlet.failed(reason)

@@ -109,7 +109,14 @@ class HopTransaction:
             lost = Result(Outcome.DEFERRED, closing.text, status, self._hop)
         else:
             doubt = "in doubt, it may have been delivered: " if self.transaction.is_in_doubt else ""
-            lost = Result(Outcome.DEFERRED, f"{doubt}{text}", "4.4.2", self._hop, is_said=False)
+            lost = Result(
+                Outcome.DEFERRED,
+                f"{doubt}{text}",
+                "4.4.2",
+                self._hop,
+                is_said=False,
+                in_doubt=self.transaction.is_in_doubt,
+            )
         for place in self._positions:
             if place not in self.job.waiting:
                 self.job.record(place, lost)

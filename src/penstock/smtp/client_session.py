@@ -156,6 +156,8 @@ class ClientSession:
         self.needs_handshake = False
         """The driver has to negotiate TLS, and then to call `tls_started`."""
         self._reader = reader = ReplyReader()
+        self.single_reply: Final = reader.single
+        """Returns the reply if some octets are exactly one: instead of `receive_data` and `next_reply`."""
         self.receive_data: Final = reader.feed
         """Adds received octets, decrypted."""
         self.next_reply: Final = reader.next
