@@ -371,7 +371,7 @@ class AuthExchange:
         shared = [name for name in wanted if name in capabilities.mechanisms]
         mechanism = next((name for name in shared if is_private or name not in CLEAR_TEXT), None)
         if mechanism is None and shared:
-            raise CannotSendError("4.7.0", f"no mechanism can be used: {' and '.join(shared)} would show the password")
+            raise CannotSendError("4.7.0", f"{' and '.join(shared)} would give the password to an unverified server")
         if mechanism is None:
             raise CannotSendError("4.7.0", f"no mechanism in common; offered: {' '.join(capabilities.mechanisms)}")
         self.mechanism = mechanism
