@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
+from penstock.tokenbucket import TokenBucket
+
 V = TypeVar("V")
 
 
@@ -55,15 +57,15 @@ class Buckets:
     def __init__(self, rate: float, burst: float, most: int) -> None:
         self._rate = rate
         self._burst = burst
-        self._buckets: Memory[tuple[float, float]] = Memory(most)
+        self._buckets: Memory[TokenBucket | None] = Memory(most)
 
     def take(self, key: Hashable, now: float) -> bool:
         """Take a token, if there is one."""
-        tokens, at = self._buckets.get(key, (self._burst, now))
-        tokens = min(self._burst, tokens + (now - at) * self._rate)
-        has_one = tokens >= 1
-        self._buckets.put(key, (tokens - 1 if has_one else tokens, now))
-        return has_one
+        bucket = self._buckets.get(key, None)
+        if bucket is None:
+            bucket = TokenBucket(self._rate, self._burst)
+            self._buckets.put(key, bucket)
+        return bucket.take(now)
 
 
 class Triplets:
