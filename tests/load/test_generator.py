@@ -131,6 +131,28 @@ async def test_refusals_are_counted_by_phase_and_code(tmp_path: Path) -> None:
         assert is_clean(counts)
 
 
+@pytest.mark.parametrize("pipelining", [False, True])
+async def test_no_text_is_sent_before_a_recipient_is_accepted(pipelining: bool) -> None:
+    received: list[bytes] = []
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"220 hello\r\n")
+        buffer = b""
+        while data := await stream.receive_some(65_536):
+            received.append(data)
+            buffer += data
+            while b"\r\n" in buffer:
+                line, _, buffer = buffer.partition(b"\r\n")
+                reply = b"550 5.1.1 no\r\n" if line.startswith(b"RCPT") else b"250 ok\r\n"
+                if line.startswith(b"EHLO"):
+                    reply = b"250-me\r\n250-PIPELINING\r\n250 CHUNKING\r\n"
+                await stream.send_all(b"221 bye\r\n" if line == b"QUIT" else reply)
+
+    counts = await against(handler, sessions=1, messages=3, chunking=True, pipelining=pipelining)
+    assert (counts.refused, counts.failed, dict(counts.errors)) == (3, 3, {})
+    assert b"BDAT" not in b"".join(received)
+
+
 async def test_a_duration_ends_the_run(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         counts = await run(server.port, messages=None, duration=0.1)

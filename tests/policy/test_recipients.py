@@ -158,6 +158,15 @@ async def test_only_what_the_hop_does_not_know_is_refused(autojump_clock: trio.t
     assert hops.asked == ["bob@example.org", "eve@example.org"]
 
 
+async def test_a_full_mailbox_is_452_and_is_asked_for_again(autojump_clock: trio.testing.MockClock) -> None:
+    full = Reply(452, "4.2.2", "The mailbox is full")
+    hops = Hops(lambda _: full)
+    policy = policy_of(hops, breaker_failures=1)
+    for _ in range(3):
+        assert await ask(policy, "bob@example.org") == full
+    assert len(hops.asked) == 3
+
+
 async def test_answers_are_kept_for_a_while(autojump_clock: trio.testing.MockClock) -> None:
     hops = Hops()
     policy = policy_of(hops, positive_ttl=100, negative_ttl=10)

@@ -47,6 +47,14 @@ def bob(text: str = "bob@example.org") -> Recipient:
         ({"MAIL": "451 4.3.0 later"}, 451),
         ({"RCPT": CLOSE}, 451),
         ({"CONNECT": "554 no"}, 451),
+        ({"RCPT": "550 who?"}, 550),
+        ({"RCPT": "553 5.1.3 what?"}, 550),
+        ({"RCPT": "552 mailbox full"}, 452),
+        ({"RCPT": "550 5.2.2 over quota"}, 452),
+        ({"RCPT": "452 4.2.2 over quota"}, 452),
+        ({"RCPT": "554 5.7.1 your address is blocked"}, 451),
+        ({"RCPT": "550 5.7.1 blocked"}, 451),
+        ({"RCPT": "554 rejected"}, 451),
     ],
 )
 @pytest.mark.parametrize("offer", [("PIPELINING",), (), CHUNKING], ids=["pipelining", "plain", "chunking"])

@@ -77,6 +77,23 @@ async def test_many_messages_share_a_few_connections(pool: Pool) -> None:
     assert hop.texts == [STUFFED] * 100
 
 
+async def test_a_connection_may_be_retired_by_the_outcome_of_its_message(pool: Pool) -> None:
+    """`done` is called within the turn of the connection."""
+    hop = FakeHop(TEXT=["250 2.0.0 taken"])
+    over = trio.Event()
+    async with serving(hop):
+        there = hop.hop()
+
+        def done(_: Delivered | NextHopUnavailable) -> None:
+            pool._host_pools[there].close()
+            over.set()
+
+        pool.deliver_later(there, envelope(), PREFIX, Text(TEXT), len(PREFIX + TEXT), done)
+        await over.wait()
+        await pool.aclose()
+    assert hop.verbs() == "EHLO MAIL RCPT DATA QUIT"
+
+
 async def test_one_message_after_the_other_is_for_one_connection(pool: Pool) -> None:
     for offer in (ORDINARY, CHUNKING, ()):
         hop = FakeHop(offer)

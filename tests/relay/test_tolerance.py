@@ -39,7 +39,8 @@ async def test_530_after_a_fallback_defers_and_tls_is_tried_again(
     pool: Pool, authority: trustme.CA, step: str, starttls_reply: str
 ) -> None:
     """RFC 3207 4: the hop wants TLS, which failed once. That is no reason to return the mail."""
-    hop = starttls(authority, STARTTLS=[starttls_reply], **{step: ["530 5.7.0 Must issue a STARTTLS command first"]})
+    hop = starttls(authority, STARTTLS=[starttls_reply])
+    hop.answers[step] = ["530 5.7.0 Must issue a STARTTLS command first"]
     async with serving(hop):
         there = hop.hop(tls=TlsPolicy())
         assert told(await send(pool, there)) == "deferred 530"

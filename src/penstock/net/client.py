@@ -61,6 +61,7 @@ class ClientConnection:
         self._has_pending = False
         """Something may have been received that was not handled: after the handshake, or when the task is woken."""
         self._is_interrupted = False
+        self._in_turn = False
         self._has_ended = False
         """The server has ended TLS."""
         self._waiting: trio.CancelScope | None = None
@@ -204,15 +205,19 @@ class ClientConnection:
     def _take_turn(self, _: int) -> bytes | None:
         """Handle what was received. Return what is to be sent, encrypted; None wakes the task."""
         turns = self._turns
-        if turns is None:
-            return self._handle(self._received)
-        pieces: list[bytes] = []
-        is_open = turns.decrypt_into(pieces.append)
-        output = self._handle(b"".join(pieces))
-        if not is_open:
-            self._has_ended = True
-            return None
-        return None if output is None else turns.encrypt(output)
+        self._in_turn = True
+        try:
+            if turns is None:
+                return self._handle(self._received)
+            pieces: list[bytes] = []
+            is_open = turns.decrypt_into(pieces.append)
+            output = self._handle(b"".join(pieces))
+            if not is_open:
+                self._has_ended = True
+                return None
+            return None if output is None else turns.encrypt(output)
+        finally:
+            self._in_turn = False
 
     def _handle(self, data: bytes) -> bytes | None:
         """Hand the replies in some octets to the session. Return what is to be sent; None wakes the task."""
@@ -247,6 +252,8 @@ class ClientConnection:
     def interrupt(self) -> None:
         """Make `run` return, now or the next time it would wait. Not while an answer of a turn is being sent."""
         self._is_interrupted = True
+        if self._in_turn:
+            return  # the turn sees to it: a task that was woken now would lose what the turn returns
         if self._waiting is not None:
             self._waiting.cancel()
         else:

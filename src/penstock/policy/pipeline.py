@@ -14,6 +14,7 @@ from typing import Any, Final
 import trio
 
 from penstock import reply as replies
+from penstock.breaker import Breaker
 from penstock.journal import Journal
 from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.policy.base import ACCEPT
@@ -32,13 +33,13 @@ class _Guard:
         self._settings = settings
         self._journal = journal
         self._limiter = trio.CapacityLimiter(settings.concurrency)
-        self._failures = 0
-        self._closed_until = 0.0
+        self._breaker = Breaker(settings.breaker_failures, settings.breaker_pause, settings.breaker_pause)
 
     async def ask(self, method: Callable[..., Any], hook_point: str, *arguments: object) -> object:
         """Return the policy's verdict, or CHECK_FAILED."""
-        if trio.current_time() < self._closed_until:
+        if self._breaker.blocks(trio.current_time()):
             return _FAILED
+        self._breaker.probe()
         cause = ""
         answer: object = None
         # The `try` is outside of the scope: exceptions that a nursery of the hook raises while the deadline cancels it
@@ -58,20 +59,18 @@ class _Guard:
                 cause = f"an answer is None, ACCEPT or a Reply, not {answer!r}"
         except BaseException as exc:  # also SystemExit of a hook: the check has failed
             if _is_ours(exc):
+                self._breaker.abandon()
                 raise
             cause = _cause_of(exc)
         if cause:
             self._fail(hook_point, cause)
             return _FAILED
-        self._failures = 0
+        self._breaker.succeeded()
         return answer
 
     def _fail(self, hook_point: str, cause: str) -> None:
         self._journal.hook_failed(self._settings.hook, hook_point, cause)
-        self._failures += 1
-        if self._failures >= self._settings.breaker_failures:
-            self._failures = 0
-            self._closed_until = trio.current_time() + self._settings.breaker_pause
+        self._breaker.failed(trio.current_time())
 
 
 def _is_ours(exc: BaseException) -> bool:

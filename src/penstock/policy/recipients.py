@@ -253,8 +253,8 @@ class NextHopRecipients:
             verdict = UNKNOWN.because(cause)
             self._keep(key, recipient.path.domain, self._settings.negative_ttl, verdict)
             return verdict
-        if said.code == 452:  # the mailbox is full: the hop has answered, and may answer otherwise next time
-            return said
+        if answer.code == 452:  # the mailbox is full: the hop has answered, and may answer otherwise next time
+            return answer
         self._note_failure(recipient.path.domain)
         return CANNOT_SAY.because(cause)
 
