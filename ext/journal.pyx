@@ -96,8 +96,9 @@ cdef int start(Line *line, char *buffer, str stamp, const char *event, Py_ssize_
     return 0
 
 
-cdef int begin(Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size, long long session, str address) \
-        except -1:
+cdef int begin(
+    Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size, long long session, str address
+) except -1:
     start(line, buffer, stamp, event, size)
     put(line, b'","session":', 12)
     put_number(line, session)

@@ -1,10 +1,11 @@
-"""What a sink counts of its sessions: replies by phase, code and status, latencies by phase, and marks that arrived.
+"""What a sink counts of its sessions: replies by phase, code and status, latencies by phase, and sequence tags.
 
 Theory
 ------
-A receipt may cost a hundredth of the message it is for, so what happens for each command happens here, in C: a session
-has a `SessionMetrics`, which notes what is being answered and adds to the `Metrics` that all sessions have in common. Counts stand
-in a hash table of C integers, latencies in histograms, marks in bitmaps. Everybody else reads the totals once a second.
+Counting may cost a hundredth of the message that is counted, so what happens for each command happens here, in C: a
+session has a `SessionMetrics`, which notes what is being answered and adds to the `Metrics` that all sessions share.
+Counts are in a hash table of C integers, latencies in histograms, sequence tags in bitmaps. Readers look at the totals
+once a second.
 
 A phase's clock starts when the server has got the octets that end the command, and stops when the reply is given to
 the kernel. On the poller both are moments of a round: it begins when the kernel has said which sockets are readable,
@@ -16,12 +17,12 @@ Rules
 1. Counts are exact; nothing is sampled. The table has room for 1,024 kinds of reply; those of further kinds are counted
    as one number.
 2. What was pipelined came at once: each reply's clock starts with the receive that brought its command, so it includes
-   the wait behind the commands before it.
+   the wait for the commands before it.
 3. `think` is the client's own time: from a reply (or a greeting, or the end of a handshake) to the next octets.
-4. A mark is a bit in a bitmap of its run: 125 KB for a million. All bitmaps together have at most 64 MiB, and there are
-   at most 64 runs; marks beyond that are counted and not told apart.
-5. A reply is counted as the client gets it. Where a fault sends something else in its place, the session is held: it notes
-   what the session makes of the message (`taken`, `refused`), and what goes out is told with `says`.
+4. A tag is a bit in a bitmap of its run: 125 KB for a million. All bitmaps together have at most 64 MiB, and there are
+   at most 64 runs; tags beyond that are counted, but not as distinct.
+5. A reply is counted as the client gets it. Where a fault sends something else in its place, the session is held: it
+   notes what becomes of the message, and what is sent is reported with `says`.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -209,7 +210,7 @@ cdef class Metrics:
     # ---- the sessions' side
 
     cdef void count(self, int phase, const unsigned char *text, Py_ssize_t size) noexcept:
-        """Count a reply. `phase` may have the place in GARBLED of how it went out wrong, plus one, in its next octet."""
+        """Count a reply. `phase` may have the place in GARBLED of how it was corrupted, plus one, in its next octet."""
         cdef Py_ssize_t at = self.cell(key_of(phase, text, size))
         if at < 0:
             self.further += 1

@@ -3,38 +3,30 @@
 Theory
 ------
 trio's own waiting arms a socket anew for each wait: an epoll_ctl, a table of waiters, a cancel scope's worth of
-bookkeeping. A mail session waits four times for each message, so here a socket is registered once, edge-triggered, and
-its readiness is remembered in its `Watch`; that there is room to send is only asked for by those that had to wait once. Session tasks park with
-`trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for many
-sockets and wakes the tasks that wait for them.
+bookkeeping. A mail session waits four times per message, so here a socket is registered once, edge-triggered, and
+its readiness is remembered in its `Watch`; room to send is only asked for by sockets that had to wait once. Tasks park
+with `trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for
+many sockets and wakes the tasks that wait for them.
 
-Waking a task costs more than most commands of a session do. So a task may leave a `Taker` with its Watch before it parks:
-plain functions that are called when octets have come, receive them, and return what is to be sent. The task sleeps on
-until a turn returns None, which means "wake me": something has to be awaited, or the conversation is over. The taker of a
-conversation that has not yet needed a task is woken in its place.
-What the turns of one `poll` have to say is sent at its end, back to back, so that a client process that serves many
-connections is woken once for all of them.
+Waking a task costs more than most commands of a session do. So a task may leave a `Protocol` with its Watch before it
+parks: plain functions that are called when octets have come, receive them, and return what is to be sent. The task
+sleeps on until `data_received` returns None: something has to be awaited, or the conversation is over. What the turns
+of one `poll` have to send is sent at its end, back to back, so that a client process that serves many connections is
+woken once for all of them.
 
-A socket that is still being connected may leave a function in its Watch (`connected`): it is called once, when the
-socket has room for the first time, before the turn of what came with it.
-
-Listening sockets are in the set, too: a connection that a client opens costs no more than the turn it brings, and is
-greeted with all others that are answered then.
-
-A turn may also have to wait for something other than its socket, such as a disk. It marks its Watch as held, and nothing
-is received until somebody calls `resume`: then the next `poll` takes a turn without octets. A bell in the set, an
-eventfd, sees to it that there is a next `poll`; it is rung once for all that are resumed at a time.
+Listening sockets are in the set, too: a connection that a client opens is greeted with all others that are answered
+then.
 
 Rules
 -----
-1. An edge is told once. `is_readable` stays set until a receive finds nothing more; nothing but that clears it.
+1. An edge is reported once. `is_readable` stays set until a receive finds nothing more; nothing but that clears it.
 2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
    of a cancelled wait takes it out, too. What was readable stays readable for the next one.
-3. A turn that raises wakes its task with the exception. A task that was cancelled has no turn any more.
-4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, behind the others.
-5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes
-   somebody in vain, who receives nothing and waits again.
-6. Readiness of a held socket is noted, and nothing else: whoever resumes it finds what it has missed.
+3. A turn that raises wakes its task with the exception. A task that was cancelled has no protocol any more.
+4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, after the others, and so
+   does a protocol that has left input unread (`wants_turn`).
+5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes a
+   task in vain, which receives nothing and waits again.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -42,8 +34,6 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
-
-from penstock.metrics._session cimport Metrics
 
 from outcome import Error, Value
 import trio
@@ -65,7 +55,6 @@ cdef extern from *:
     }
     #if defined(__linux__)
     #include <sys/epoll.h>
-    #include <sys/eventfd.h>
     #include <sys/timerfd.h>
     static int timer_create_in_a_file(void) { return timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK); }
     static int timer_set(int fd, long long at)
@@ -80,17 +69,19 @@ cdef extern from *:
     #include <stdint.h>
     #define SOCK_NONBLOCK 0
     #define SOCK_CLOEXEC 0
-    enum { EFD_CLOEXEC, EFD_NONBLOCK };
-    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
+    enum { EPOLL_CLOEXEC, EPOLL_CTL_ADD = 1, EPOLL_CTL_DEL, EPOLL_CTL_MOD };
+    enum { EPOLLIN = 1, EPOLLOUT = 4, EPOLLERR = 8, EPOLLHUP = 16, EPOLLRDHUP = 32 };
     #define EPOLLET (1u << 31)
     struct epoll_event { uint32_t events; union { int fd; uint64_t u64; } data; };
     static int epoll_create1(int flags) { (void)flags; errno = ENOSYS; return -1; }
-    static int epoll_ctl(int e, int op, int fd, struct epoll_event *v) { (void)e; (void)op; (void)fd; (void)v; return -1; }
+    static int epoll_ctl(int e, int op, int fd, struct epoll_event *v)
+    {
+        (void)e; (void)op; (void)fd; (void)v;
+        return -1;
+    }
     static int epoll_wait(int e, struct epoll_event *v, int n, int t) { (void)e; (void)v; (void)n; (void)t; return -1; }
-    static int eventfd(unsigned count, int flags) { (void)count; (void)flags; return -1; }
     static int timer_create_in_a_file(void) { errno = ENOSYS; return -1; }
     static int timer_set(int fd, long long at) { (void)fd; (void)at; return -1; }
-    static int eventfd_write(int fd, uint64_t count) { (void)fd; (void)count; return -1; }
     static int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
     {
         int sock = accept(fd, address, length);
@@ -119,10 +110,8 @@ cdef extern from *:
     int epoll_create1(int flags) nogil
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event) nogil
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout) nogil
-    int eventfd(unsigned int count, int flags) nogil
     int timer_create_in_a_file() nogil
     int timer_set(int fd, int64_t at) nogil
-    int eventfd_write(int fd, uint64_t count) nogil
     ctypedef unsigned int socklen_t
     struct sockaddr:
         uint16_t sa_family
@@ -133,8 +122,9 @@ cdef extern from *:
     ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags) nogil
     int c_shutdown "shutdown"(int fd, int how) nogil
     enum:
-        POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
-        EPOLLET, EFD_CLOEXEC, EFD_NONBLOCK, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_MORE, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+        POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
+        EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
+        EPOLLET, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_MORE, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
 
 cdef extern from "netinet/in.h" nogil:
     struct in_addr:
@@ -170,24 +160,25 @@ cdef enum:
     SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
 
 
-cdef class Taker:
-    """Takes the turns of a conversation. Whoever is compiled overrides the three below; others have three methods."""
+cdef class Protocol:
+    """Takes the turns of a connection. Compiled classes override the cdef methods; others have methods of Python."""
 
     cdef Py_ssize_t receive(self, int fd) except -2:
         """Return the octets received, 0 at the end of the stream, -1 when there is nothing."""
         return self.recv(fd)
 
-    cdef object take(self, Py_ssize_t received):
-        """Answer so many octets: return what is to be sent, None to be woken."""
-        return self._turn(received)
+    cdef object take_turn(self, Py_ssize_t received):
+        """Handle the octets received: return what is to be sent, None to end the turns."""
+        return self.data_received(received)
 
-    cdef bint wake(self, Py_ssize_t received, object failure) except -1:
-        """The turns have come to an end. Return whether there is a task to run now."""
-        return self._woken(received, failure)
+    cdef int end(self, Py_ssize_t received, object failure) except -1:
+        """The turns have ended, and no task waits for that."""
+        self.connection_lost(received, failure)
+        return 0
 
 
-cdef class TurnsOfTask(Taker):
-    """What a task leaves behind, which is woken by itself."""
+cdef class TaskProtocol(Protocol):
+    """The turns of a task that sleeps meanwhile: `receiver` receives, `turn` answers."""
 
     cdef object receiver
     cdef object turn
@@ -199,7 +190,13 @@ cdef class TurnsOfTask(Taker):
     cdef Py_ssize_t receive(self, int fd) except -2:
         return self.receiver.recv(fd)
 
-    cdef object take(self, Py_ssize_t received):
+    cdef object take_turn(self, Py_ssize_t received):
+        return self.turn(received)
+
+    def recv(self, int fd):
+        return self.receiver.recv(fd)
+
+    def data_received(self, Py_ssize_t received):
         return self.turn(received)
 
 
@@ -216,21 +213,14 @@ cdef class Poller:
 
     def __cinit__(self):
         self.fd = -1
-        self.bell = -1
 
     def __init__(self):
         self.watches = {}
         self.listeners = {}
         self.again = []
-        self.resumed = []
         self.fd = epoll_create1(EPOLL_CLOEXEC)
         if self.fd < 0:
             PyErr_SetFromErrno(OSError)
-        self.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.bell < 0:
-            c_close(self.fd)
-            PyErr_SetFromErrno(OSError)
-        self.control(EPOLL_CTL_ADD, self.bell, EPOLLIN | <uint32_t> EPOLLET)
 
     def __len__(self):
         return len(self.watches)
@@ -273,16 +263,6 @@ cdef class Poller:
             del self.watches[watch.fd]
         return 0
 
-    cpdef int resume(self, Watch watch) except -1:
-        watch.is_held = False
-        watch.is_resumed = True
-        if self.fd < 0:
-            return 0
-        if not self.resumed:
-            eventfd_write(self.bell, 1)
-        self.resumed.append(watch)
-        return 0
-
     def poll(self):
         cdef int64_t end = now() + MOST_TIME
         cdef int found
@@ -306,29 +286,22 @@ cdef class Poller:
         cdef uint32_t what
         cdef Watch watch
         cdef object known
-        cdef list said
+        cdef list outputs
         cdef list again = self.again
-        cdef list resumed = self.resumed
         if found < 0:
             if errno == EINTR:
                 return 0
             PyErr_SetFromErrno(OSError)
-        said = self.said = []
-        if resumed:
-            self.resumed = []
-            for watch in resumed:
-                if watch.taker is not None and watch.is_resumed:
-                    watch.is_resumed = False
-                    self.go_on(watch, 0, -1, said)
+        outputs = self.outputs = []
         self.again = []
         for watch in again:
-            if watch.taker is None:
+            if watch.protocol is None:
                 continue
-            if watch.taker.wants_turn:
-                watch.taker.wants_turn = False
-                self.go_on(watch, 0, -1, said)
-            elif watch.is_readable and not watch.is_held:
-                self.take_turn(watch, said)
+            if watch.protocol.wants_turn:
+                watch.protocol.wants_turn = False
+                self.go_on(watch, 0, -1, outputs)
+            elif watch.is_readable:
+                self.take_turn(watch, outputs)
         for i in range(found):
             known = self.watches.get(events[i].data.fd)
             if known is None:
@@ -336,18 +309,12 @@ cdef class Poller:
                 continue
             watch = <Watch> known
             what = events[i].events
-            if watch.connected is not None and what & <uint32_t> EPOLLOUT and not what & <uint32_t> EPOLLERR:
-                known = watch.connected
-                watch.connected = None
-                known()
             if what & <uint32_t> (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                 watch.is_readable = True
                 if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                     watch.has_hung_up = True
-                if watch.is_held:
-                    pass
-                elif watch.taker is not None:
-                    self.take_turn(watch, said)
+                if watch.protocol is not None:
+                    self.take_turn(watch, outputs)
                 elif watch.reader is not None:
                     known = watch.reader
                     watch.reader = None
@@ -360,19 +327,19 @@ cdef class Poller:
                     watch.writer = None
                     self.woken = True
                     reschedule(known)
-        self.said = None
-        if said:
-            self.send_all(said)
-        return found + len(again) + len(resumed)
+        self.outputs = None
+        if outputs:
+            self.send_all(outputs)
+        return found + len(again)
 
     cdef int accept_some(self, int fd) except -1:
         """Accept from a listening socket, if it is one. A shortage of descriptors ends that."""
         cdef object bound = self.listeners.get(fd)
         cdef object accepted
-        cdef int i
+        cdef int _
         if bound is None:
             return 0
-        for i in range(MOST_ACCEPTED):
+        for _ in range(MOST_ACCEPTED):
             try:
                 accepted = accept(fd)
             except OSError as exc:
@@ -389,21 +356,21 @@ cdef class Poller:
     cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1:
         """End a wait for input: with what it has come to, or with what a receive or a turn has thrown."""
         cdef object task = watch.reader
-        cdef Taker taker = watch.taker
+        cdef Protocol protocol = watch.protocol
         watch.reader = None
-        watch.taker = None
+        watch.protocol = None
         if task is not None:
             self.woken = True
             reschedule(task, Value(received) if failure is None else Error(failure))
-        elif taker.wake(received, failure):
-            self.woken = True
+        else:
+            protocol.end(received, failure)
         return 0
 
-    cdef int take_turn(self, Watch watch, list said) except -1:
+    cdef int take_turn(self, Watch watch, list outputs) except -1:
         """Receive for somebody, and let the turn answer."""
         cdef Py_ssize_t received
         try:
-            received = watch.taker.receive(watch.fd)
+            received = watch.protocol.receive(watch.fd)
         except BaseException as exc:
             self.wake_reader(watch, -1, exc)
             return 0
@@ -414,14 +381,14 @@ cdef class Poller:
         elif received == 0:
             self.wake_reader(watch, 0, None)
         else:
-            self.go_on(watch, received, received, said)
+            self.go_on(watch, received, received, outputs)
         return 0
 
-    cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list said) except -1:
+    cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list outputs) except -1:
         """Let a turn answer. When it has to be awaited instead, `outcome` is what its wait has come to."""
         cdef object answer
         try:
-            answer = watch.taker.take(received)
+            answer = watch.protocol.take_turn(received)
         except BaseException as exc:
             self.wake_reader(watch, -1, exc)
             return 0
@@ -429,22 +396,22 @@ cdef class Poller:
             self.wake_reader(watch, outcome, None)
         else:
             if answer:
-                said.append(watch)
-                said.append(answer)
-            if watch.taker.wants_turn or (watch.is_readable and not watch.is_held):
+                outputs.append(watch)
+                outputs.append(answer)
+            if watch.protocol.wants_turn or (watch.is_readable):
                 self.again.append(watch)
         return 0
 
-    cdef int send_all(self, list said) except -1:
+    cdef int send_all(self, list outputs) except -1:
         """Send what the turns had to say. A task whose socket does not take all of it is woken to see to the rest."""
         cdef Py_ssize_t i, size
         cdef ssize_t sent
         cdef Watch watch
         cdef bytes answer
-        for i in range(0, len(said), 2):
-            watch = <Watch> said[i]
-            answer = <bytes> said[i + 1]
-            if watch.taker is None:
+        for i in range(0, len(outputs), 2):
+            watch = <Watch> outputs[i]
+            answer = <bytes> outputs[i + 1]
+            if watch.protocol is None:
                 continue
             size = len(answer)
             sent = c_send(watch.fd, <char *> answer, size, MSG_NOSIGNAL)
@@ -459,106 +426,67 @@ cdef class Poller:
     def close(self):
         if self.fd >= 0:
             c_close(self.fd)
-            c_close(self.bell)
-            self.fd = self.bell = -1
+            self.fd = -1
 
 
-cdef class SocketCore:
-    """What `penstock.net.stream.SocketStream` does without waiting."""
+cdef class Socket:
+    """A non-blocking socket, perhaps watched by a poller: what `SocketStream` does without waiting."""
 
     def __init__(self, int fd, Poller poller=None):
-        self._fd = fd
-        self._poller = poller
-        self._watch = None if poller is None else poller.watch(fd)
+        self.fd = fd
+        self.poller = poller
+        self.watch = None if poller is None else poller.watch(fd)
 
-    # ---- sending
-
-    cpdef Py_ssize_t send_nowait(self, data) except -1:
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        return self.send_some(data, 0)
-
-    def _send(self, data, Py_ssize_t start):
-        return self.send_some(data, start)
-
-    cdef Py_ssize_t send_some(self, data, Py_ssize_t start) except -1:
+    cpdef Py_ssize_t send_nowait(self, data, Py_ssize_t start=0) except -1:
         cdef Py_ssize_t sent
-        if self._fd < 0:
+        if self.fd < 0:
             raise trio.ClosedResourceError("this stream was closed")
-        if self._eof_sent:
+        if self.eof_sent:
             raise trio.ClosedResourceError("the end of this stream was sent")
         try:
-            sent = send_octets(self._fd, data, start, MSG_NOSIGNAL)
+            sent = send_octets(self.fd, data, start, MSG_NOSIGNAL)
         except OSError as exc:
             raise trio.BrokenResourceError(f"sending failed: {exc}") from exc
         if sent >= 0:
             return sent
-        if self._watch is not None:
-            self._watch.is_writable = False
+        if self.watch is not None:
+            self.watch.is_writable = False
         return 0
 
     cpdef int send_and_close_nowait(self, bytes data) except -1:
         try:
-            if data and self._fd >= 0:
-                send_octets(self._fd, data, 0, MSG_NOSIGNAL | MSG_MORE)
+            if data and self.fd >= 0:
+                send_octets(self.fd, data, 0, MSG_NOSIGNAL | MSG_MORE)
         except OSError:
-            pass  # the peer has left: there is nobody to tell
+            pass  # the peer has left: nobody reads it
         finally:
             self.close_nowait()
         return 0
 
-    # ---- turns
-
-    cpdef int attend_alone(self, Taker taker, bytes said=b"") except -1:
-        cdef Watch watch = self._watch
-        if watch is None or watch.is_readable:
-            raise RuntimeError("only a new stream on a poller is attended without a task")
-        watch.taker = taker
-        if not said:
-            return 0
-        if self._poller.said is not None:
-            self._poller.said.append(watch)
-            self._poller.said.append(said)
-        else:
-            self.send_some(said, 0)  # a new socket takes a line
-        return 0
-
-    def nudge(self):
-        cdef Watch watch = self._watch
-        cdef Taker taker
+    def interrupt(self):
+        cdef Watch watch = self.watch
         cdef object task
-        if watch is None or watch.taker is None:
+        if watch is None or watch.protocol is None or watch.reader is None:
             return
-        task, taker = watch.reader, watch.taker
-        watch.reader = watch.taker = None
-        if task is not None:
-            reschedule(task, Value(-1))
-        else:
-            taker.wake(-1, None)
-
-    cpdef int hold(self) except -1:
-        if self._watch is None:
-            raise RuntimeError("only a stream on a poller can be held")
-        self._watch.is_held = True
-        return 0
-
-    # ---- closing
+        task = watch.reader
+        watch.reader = watch.protocol = None
+        reschedule(task, Value(-1))
 
     cpdef int close_nowait(self) except -1:
-        cdef int fd = self._fd
-        cdef Watch watch = self._watch
+        cdef int fd = self.fd
+        cdef Watch watch = self.watch
         if fd < 0:
             return 0
-        self._fd = -1
+        self.fd = -1
         if watch is None:
             notify_closing(fd)
         else:
-            self._poller.forget(watch)
+            self.poller.forget(watch)
             if watch.reader is not None:
                 reschedule(watch.reader)  # it will find the stream closed
             if watch.writer is not None:
                 reschedule(watch.writer)
-            watch.reader = watch.writer = watch.taker = watch.connected = None
+            watch.reader = watch.writer = watch.protocol = None
         c_close(fd)
         return 0
 

@@ -17,7 +17,7 @@ is read meanwhile.
 
 from libc.stdint cimport int64_t
 
-from penstock.net._poller cimport Taker, now
+from penstock.net._poller cimport Protocol, now
 from penstock.smtp._wire cimport Wire
 from penstock.smtp.server cimport ServerSession
 
@@ -38,7 +38,7 @@ cdef object end_of_message_type = EndOfMessage
 cdef object go_ahead = replies.GO_AHEAD_DATA
 
 
-cdef class Pump(Taker):
+cdef class Pump(Protocol):
     """Takes the turns of one connection."""
 
     cdef readonly ServerSession session
@@ -137,7 +137,7 @@ cdef class Pump(Taker):
     cdef Py_ssize_t receive(self, int fd) except -2:
         return self.wire.receive(fd, READ_OCTETS) if self.tls is None else self.tls.recv(fd)
 
-    cdef object take(self, Py_ssize_t received):
+    cdef object take_turn(self, Py_ssize_t received):
         cdef object event
         if received > 0:
             self.octets += received
@@ -156,6 +156,6 @@ cdef class Pump(Taker):
         """Receive for the next turn; see `Wire.recv`."""
         return self.receive(fd)
 
-    def turn(self, Py_ssize_t received):
+    def data_received(self, Py_ssize_t received):
         """Take a turn outside of the poller."""
-        return self.take(received)
+        return self.take_turn(received)

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 import trustme
 
-from penstock.net._poller import Poller
+from penstock.net._poller import Poller, TaskProtocol
 from penstock.net.stream import AheadStream, SocketStream, watch_sockets
 from penstock.smtp import _wire
 from penstock.smtp._wire import Wire
@@ -142,7 +142,7 @@ async def test_closing_wakes_the_receiver(make_pair: Maker) -> None:
 
 async def test_a_reset_connection_is_broken(make_tcp_pair: Maker) -> None:
     left, right = await make_tcp_pair()
-    linger = socket.socket(fileno=os.dup(left._fd))
+    linger = socket.socket(fileno=os.dup(left._socket.fd))
     with linger:
         linger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         left.close_nowait()
@@ -233,10 +233,10 @@ async def test_a_turn_answers_until_it_has_to_wake_the_task(make_pair: Maker) ->
     async with left, right, trio.open_nursery() as nursery:
         results: list[int] = []
 
-        async def attend() -> None:
-            results.append(await right.attend(wire, turn))
+        async def run() -> None:
+            results.append(await right.run_protocol(TaskProtocol(wire, turn)))
 
-        nursery.start_soon(attend)
+        nursery.start_soon(run)
         for number in (b"1", b"2"):
             await left.send_all(b"NOOP\r\n")
             assert await left.receive_some() == number
@@ -249,7 +249,7 @@ async def test_the_end_of_the_stream_ends_the_turns(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, right:
         await left.send_eof()
-        assert await right.attend(Wire(), lambda _: b"") == 0
+        assert await right.run_protocol(TaskProtocol(Wire(), lambda _: b"")) == 0
 
 
 async def test_a_turn_that_raises_raises_in_its_task(make_pair: Maker) -> None:
@@ -260,7 +260,7 @@ async def test_a_turn_that_raises_raises_in_its_task(make_pair: Maker) -> None:
     async with left, right:
         await left.send_all(b"x")
         with pytest.raises(LookupError):
-            await right.attend(Wire(), turn)
+            await right.run_protocol(TaskProtocol(Wire(), turn))
 
 
 async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair: Maker) -> None:
@@ -273,7 +273,7 @@ async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair
         return answer
 
     async with left, right, trio.open_nursery() as nursery:
-        nursery.start_soon(right.attend, wire, turn)
+        nursery.start_soon(right.run_protocol, TaskProtocol(wire, turn))
         for _ in range(2):
             await left.send_all(b"x")
             got = b""
@@ -284,9 +284,9 @@ async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair
 
 
 @pytest.mark.parametrize("octets", [1, 200_000])
-async def test_a_sleeper_can_be_nudged_whatever_came_before(make_pair: Maker, octets: int) -> None:
+async def test_a_sleeper_has_poller_whatever_came_before(make_pair: Maker, octets: int) -> None:
     left, right = await make_pair()
-    if not right.can_be_nudged:
+    if not right.has_poller:
         return  # it waits with trio, and is cancelled instead
     wire = Wire()
 
@@ -296,16 +296,16 @@ async def test_a_sleeper_can_be_nudged_whatever_came_before(make_pair: Maker, oc
 
     results: list[int] = []
 
-    async def attend() -> None:
-        results.append(await right.attend(wire, turn))
+    async def run() -> None:
+        results.append(await right.run_protocol(TaskProtocol(wire, turn)))
 
     async with left, right, trio.open_nursery() as nursery:
-        nursery.start_soon(attend)
+        nursery.start_soon(run)
         await left.send_all(b"x" * octets)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        right.nudge()
+        right.interrupt()
     assert results == [-1]
-    right.nudge()
+    right.interrupt()
 
 
 async def test_the_last_words_arrive_before_the_end(make_tcp_pair: Maker) -> None:

@@ -13,13 +13,13 @@ from time import perf_counter_ns
 from typing import Final
 
 from penstock.load.schedule import Schedule
-from penstock.net._poller import Poller, Taker, Timer
+from penstock.net._poller import Poller, Protocol, Timer
 
 _MIN_PAUSE: Final = 100_000
 """Nanoseconds between two checks of what is due."""
 
 
-class Pace(Taker):
+class Pace(Protocol):
     """Calls `start` with the intended start of each message, in nanoseconds of the clock, when it is due."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Pace(Taker):
         self._poller = poller
         self._timer = Timer()
         self._watch = poller.watch(self._timer.fd)
-        self._watch.taker = self
+        self._watch.protocol = self
         self._begun = perf_counter_ns()
         self._next = self._due()
         self._timer.set(self._begun)
@@ -67,7 +67,7 @@ class Pace(Taker):
     def close(self) -> None:
         """Start no more messages."""
         self._is_closed = True
-        self._watch.taker = None
+        self._watch.protocol = None
         self._poller.forget(self._watch)
         self._timer.close()
 
@@ -77,12 +77,13 @@ class Pace(Taker):
         """Read the expiry of the timer."""
         return self._timer.recv(fd)
 
-    def _woken(self, _: int, failure: BaseException | None) -> bool:
+    def connection_lost(self, _: int, failure: BaseException | None) -> None:
         """Let an exception of `start` end the run."""
         assert failure is not None
         raise failure
 
-    def _turn(self, _: int) -> bytes:
+    def data_received(self, _: int) -> bytes:
+        """Start what is due, and set the timer for the next message."""
         self.start_due()
         if not self.is_over and not self._is_closed:
             self._timer.set(max(self._next, perf_counter_ns() + _MIN_PAUSE))

@@ -8,12 +8,12 @@ from penstock.metrics._session cimport Metrics
 cdef int64_t now() noexcept nogil
 
 
-cdef class Taker:
+cdef class Protocol:
     cdef public bint wants_turn
 
     cdef Py_ssize_t receive(self, int fd) except -2
-    cdef object take(self, Py_ssize_t received)
-    cdef bint wake(self, Py_ssize_t received, object failure) except -1
+    cdef object take_turn(self, Py_ssize_t received)
+    cdef int end(self, Py_ssize_t received, object failure) except -1
 
 
 cdef class Watch:
@@ -21,13 +21,10 @@ cdef class Watch:
     cdef public bint is_readable
     cdef public bint is_writable
     cdef public bint has_hung_up
-    cdef public bint is_held
-    cdef public bint is_resumed
     cdef bint looks_for_room
     cdef public object reader
     cdef public object writer
-    cdef public Taker taker
-    cdef public object connected
+    cdef public Protocol protocol
     cdef public bytes unsent
 
 
@@ -37,35 +34,26 @@ cdef class Poller:
     cdef dict watches
     cdef dict listeners
     cdef list again
-    cdef list resumed
-    cdef list said  # what the poll that is under way has to say: a watch, its octets, the next watch; otherwise None
-    cdef int bell
+    cdef list outputs  # what the poll that is under way has to send: a watch, its octets, the next watch ...
     cdef bint woken
 
     cdef int control(self, int what, int fd, unsigned int events) except -1
     cpdef Watch watch(self, int fd)
     cpdef int forget(self, Watch watch) except -1
-    cpdef int resume(self, Watch watch) except -1
     cdef int poll_once(self) except -1
     cdef int accept_some(self, int fd) except -1
     cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1
-    cdef int take_turn(self, Watch watch, list said) except -1
-    cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list said) except -1
-    cdef int send_all(self, list said) except -1
+    cdef int take_turn(self, Watch watch, list outputs) except -1
+    cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list outputs) except -1
+    cdef int send_all(self, list outputs) except -1
 
 
-cdef class SocketCore:
-    cdef public int _fd
-    cdef public Poller _poller
-    cdef public Watch _watch
-    cdef public bint _receiving
-    cdef public bint _sending
-    cdef public bint _eof_sent
-    cdef public int _turns
+cdef class Socket:
+    cdef readonly int fd
+    cdef readonly Poller poller
+    cdef readonly Watch watch
+    cdef public bint eof_sent
 
-    cpdef Py_ssize_t send_nowait(self, data) except -1
-    cdef Py_ssize_t send_some(self, data, Py_ssize_t start) except -1
+    cpdef Py_ssize_t send_nowait(self, data, Py_ssize_t start=*) except -1
     cpdef int send_and_close_nowait(self, bytes data) except -1
     cpdef int close_nowait(self) except -1
-    cpdef int attend_alone(self, Taker taker, bytes said=*) except -1
-    cpdef int hold(self) except -1

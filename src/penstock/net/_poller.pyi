@@ -1,7 +1,8 @@
 """What the compiled poller shows. The theory stands at the top of ext/poll.pyx."""
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
+from typing import Protocol as TypingProtocol
 
 from trio.lowlevel import Task
 from typing_extensions import Buffer
@@ -14,35 +15,39 @@ HAS_EPOLL: Final[bool]
 SHORTAGES: Final[frozenset[int]]
 """The errors of `accept` that say that there are too few descriptors, or too little memory, for now."""
 
-class Receiver(Protocol):
+class Receiver(TypingProtocol):
     """What octets are received into: the compiled wire."""
 
     def recv(self, fd: int, octets: int = ..., /) -> int:
         """Return the octets received, 0 at the end of the stream, -1 when there is nothing. Raise OSError."""
 
-class Taker:
-    """Takes the turns of a conversation.
+class Protocol:
+    """Takes the turns of a connection.
 
     A class that inherits it has three methods, which the poller calls:
 
-    recv(fd)            receives for the next turn, as a `Receiver` does
-    _turn(received)     answers so many octets: returns what is to be sent, b"" for nothing, None to be woken
-    _woken(received, failure)   sees to the end of the turns, and says whether there is a task to run now. They came to
-                        an end with the octets received last, 0 at the end of the stream, -1 when something is unsent
-                        or it was nudged, or with what was thrown. Must not raise.
+    recv(fd)                receives for the next turn, as a `Receiver` does
+    data_received(received) handles the octets received: returns what is to be sent, b"" for nothing, None to end the
+                            turns and wake the task that waits for that
+    connection_lost(received, failure)      where no task waits: the turns have ended with the octets received last, 0
+                            at the end of the stream, -1 when something is unsent, or with what was raised
     """
 
     wants_turn: bool
     """A turn has left input unread, so that others have theirs: it goes on in the next round, without receiving."""
 
-class TurnsOfTask(Taker):
-    """The taker that a task leaves behind, which is woken by itself."""
+class TaskProtocol(Protocol):
+    """The turns of a task that sleeps meanwhile."""
 
     def __init__(self, receiver: Receiver, turn: Callable[[int], bytes | None]) -> None:
-        """Receive into the receiver, and let `turn` answer."""
+        """Receive with the receiver, and let `turn` answer: it is the `data_received`."""
+    def recv(self, fd: int) -> int:
+        """Receive for the next turn."""
+    def data_received(self, received: int) -> bytes | None:
+        """Take a turn."""
 
 class Watch:
-    """The readiness of one socket, and who waits for it."""
+    """The readiness of one socket, and the task that waits for it."""
 
     def __init__(self, fd: int) -> None:
         """Watch a descriptor that is taken for writable and not for readable."""
@@ -55,26 +60,15 @@ class Watch:
     """No send has found the socket full since the last edge."""
     has_hung_up: bool
     """The peer has closed, or the connection broke: receive until you find the end."""
-    is_held: bool
-    """The turn waits for something other than the socket: nothing is received, and nobody woken, until `resume`."""
-    is_resumed: bool
-    """That has come: a turn without octets is due."""
     reader: Task | None
-    """The task to wake when the socket becomes readable."""
+    """The task to wake when the socket becomes readable, or when the turns of `protocol` end."""
     writer: Task | None
     """The task to wake when the socket becomes writable."""
-    taker: Taker | None
-    """Who takes turns, in place of waking `reader`; where there is a `reader`, it is woken when the turns end.
-
-    The wait ends with the octets received, 0 at the end of the stream, or -1 when `unsent` has to be sent.
-    """
-    connected: Callable[[], object] | None
-    """Called once when the socket has room, before the turn of what came with it; must not raise.
-
-    Wants `look_for_room`.
-    """
+    protocol: Protocol | None
+    """What takes turns, in place of waking `reader`. The wait of the reader ends with the octets received, 0 at the end
+    of the stream, or -1 when `unsent` has to be sent or it was interrupted."""
     unsent: bytes | None
-    """What the socket did not take of the answer of a turn."""
+    """What the socket did not take of the output of a turn."""
 
 class Poller:
     """The epoll set of a worker."""
@@ -104,11 +98,6 @@ class Poller:
         """Accept no more connections of a listening socket; do nothing for one that is ignored already."""
     def forget(self, watch: Watch) -> None:
         """Let go of a socket that is about to be closed."""
-    def resume(self, watch: Watch) -> None:
-        """Let the next `poll` take a turn without octets for a held socket, and see to it that there is one.
-
-        To be called in the thread of `poll`, between turns or within the turn of another socket.
-        """
     def poll(self) -> int:
         """See to the sockets that have become ready: take their turns, or wake their tasks.
 
@@ -118,43 +107,33 @@ class Poller:
     def close(self) -> None:
         """Close the set."""
 
-class SocketCore:
-    """What `penstock.net.stream.SocketStream` does without waiting."""
+class Socket:
+    """A non-blocking socket, perhaps watched by a poller: what `SocketStream` does without waiting."""
 
-    _fd: int
-    """-1 when it is closed."""
-    _poller: Poller | None
-    _watch: Watch | None
-    _receiving: bool
-    _sending: bool
-    _eof_sent: bool
-    _turns: int
-    """Receives since the last wait."""
+    eof_sent: bool
+    """The end of the stream was sent: nothing more can be."""
     def __init__(self, fd: int, poller: Poller | None = None) -> None:
-        """Take over a non-blocking socket. Raise OSError when it can not be watched."""
-    def attend_alone(self, taker: Taker, said: bytes = b"") -> None:
-        """Do what `SocketStream.attend` does, but without a task: the taker is woken. For a new stream on a poller.
-
-        `said` is sent before: at the end of the poll that is under way, otherwise at once. It has to be short.
-        Raise BrokenResourceError when the connection is lost already.
-
-        When it is woken with -1, `take_unsent` may have something to send.
-        """
-    def nudge(self) -> None:
-        """Wake who sleeps in `attend` or was left alone: -1 is what it hears. Otherwise do nothing."""
-    def hold(self) -> None:
-        """Receive nothing until `resume`: for a turn that waits for something else. What it returns is sent."""
-    def send_nowait(self, data: Buffer) -> int:
-        """Send what the socket takes at once. Return how many octets that were, perhaps none.
+        """Take over a non-blocking socket. Raise OSError when it cannot be watched."""
+    @property
+    def fd(self) -> int:
+        """The descriptor; -1 when it is closed."""
+    @property
+    def poller(self) -> Poller | None:
+        """The poller that watches it."""
+    @property
+    def watch(self) -> Watch | None:
+        """Its readiness; None without a poller."""
+    def send_nowait(self, data: Buffer, start: int = 0) -> int:
+        """Send from `start` on what the socket takes at once. Return how many octets that were, perhaps none.
 
         Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here.
         """
     def send_and_close_nowait(self, data: bytes) -> None:
         """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
+    def interrupt(self) -> None:
+        """Wake the task that waits for the end of the turns; otherwise do nothing."""
     def close_nowait(self) -> None:
-        """Close the socket; whoever waits on it gets ClosedResourceError."""
-    def _send(self, data: Buffer, start: int) -> int:
-        """Send from `start` on what the socket takes, as `send_nowait` does."""
+        """Close the socket; a task that waits on it gets ClosedResourceError."""
 
 class Timer:
     """A timer of the kernel, to be watched like a socket: readable once its time has come. It is its own receiver."""

@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from penstock.net import _poller
+from penstock.net._poller import TaskProtocol
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsTurns
 from penstock.smtp.client import ServerReply
@@ -166,10 +167,10 @@ class ClientConnection:
         return True
 
     async def _attend(self) -> int:
-        if self._stream.can_be_nudged:
-            return await self._stream.attend(self, self._take_turn)
+        if self._stream.has_poller:
+            return await self._stream.run_protocol(TaskProtocol(self, self._take_turn))
         with trio.CancelScope() as self._waiting:
-            return await self._stream.attend(self, self._take_turn)
+            return await self._stream.run_protocol(TaskProtocol(self, self._take_turn))
         return -1
 
     async def _run_on_stream(self, stream: trio.SSLStream[trio.abc.Stream]) -> int:
@@ -257,7 +258,7 @@ class ClientConnection:
         if self._waiting is not None:
             self._waiting.cancel()
         else:
-            self._stream.nudge()
+            self._stream.interrupt()
 
     # ---- the end
 

@@ -1,19 +1,18 @@
 """A plaintext stream on a socket of our own: a lawful trio stream, with two short cuts for the hot path.
 
 trio's own SocketStream receives into a new bytes object, and yields to the scheduler around each send. A session needs
-neither: its wire has a buffer to receive into (`fill`), and most replies fit into the socket's send buffer at once
+neither: its wire has a buffer to receive into, and most replies fit into the socket's send buffer at once
 (`send_nowait`). Everything else here keeps the contract of `trio.abc.HalfCloseableStream`, so that `trio.SSLStream`
 can stand on it.
 
 A stream waits in one of two ways. With the `Poller` of its worker the socket is registered once, and the task parks
-until `watch_sockets` wakes it (the theory stands in ext/poll.pyx); without one, which is wherever there is no epoll, it
-waits with `trio.lowlevel.wait_readable`. The tests run both.
+until `watch_sockets` wakes it (the theory is at the top of ext/poller.pyx); without one, which is wherever there is no
+epoll, it waits with `trio.lowlevel.wait_readable`. The tests run both.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import trio
@@ -28,13 +27,11 @@ from trio.lowlevel import (
 )
 
 from penstock.net import _poller
-from penstock.net._poller import Poller, SocketCore, TurnsOfTask, Watch
+from penstock.net._poller import Poller, Socket, Watch
 
 if TYPE_CHECKING:
     from penstock.net._poller import Receiver
 
-Turn = Callable[[int], bytes | None]
-"""Answers the octets that came: what is to be sent, b"" for nothing, None when the task has to see to it itself."""
 _RECEIVE_OCTETS = 65_536
 _SHORT = 4096
 """A receive of fewer octets has emptied the socket: there always was room for as many."""
@@ -50,13 +47,21 @@ async def watch_sockets(poller: Poller) -> None:
             await checkpoint()  # the tasks that were woken have their turn, and so have all others
 
 
-class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
-    """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it.
+class SocketStream(trio.abc.HalfCloseableStream):
+    """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it."""
 
-    What does not wait is compiled: `SocketCore`.
-    """
+    __slots__ = ("_is_receiving", "_is_sending", "_socket", "_turns", "_watch", "has_cut_output")
 
-    __slots__ = ()
+    def __init__(self, fd: int, poller: Poller | None = None) -> None:
+        """Take over a non-blocking socket. Raise OSError when the poller cannot watch it."""
+        self._socket = Socket(fd, poller)
+        self._watch = self._socket.watch
+        self._is_receiving = False
+        self._is_sending = False
+        self._turns = 0
+        """Receives since the last wait."""
+        self.has_cut_output = False
+        """The last `send_now` was cut short: only part of its octets was sent."""
 
     @classmethod
     def of(cls, sock: socket.socket, poller: Poller | None = None) -> SocketStream:
@@ -64,30 +69,49 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
         sock.setblocking(False)
         return cls(sock.detach(), poller)
 
+    @property
+    def has_poller(self) -> bool:
+        """A poller watches this stream: a task in `run_protocol` sleeps, and can be interrupted."""
+        return self._watch is not None
+
+    @property
+    def has_hung_up(self) -> bool:
+        """The peer is known to have closed its side; without a poller that is found out by receiving only."""
+        return self._watch is not None and self._watch.has_hung_up
+
+    def set_option(self, level: int, name: int, value: int | bytes) -> None:
+        """Set an option of the socket. Raise OSError, ClosedResourceError when it was closed here."""
+        self._check_open()
+        sock = socket.socket(fileno=self._socket.fd)
+        try:
+            sock.setsockopt(level, name, value)
+        finally:
+            sock.detach()
+
     # ---- waiting
 
     async def _wait_readable(self) -> None:
         watch = self._watch
         if watch is None:
-            await wait_readable(self._fd)
+            await wait_readable(self._socket.fd)
             return
         watch.reader = current_task()
         await wait_task_rescheduled(self._stop_reading)
 
     def _stop_reading(self, _: RaiseCancelT) -> Abort:
         assert self._watch is not None
-        self._watch.reader = self._watch.taker = None
+        self._watch.reader = self._watch.protocol = None
         return Abort.SUCCEEDED
 
     async def _wait_writable(self) -> None:
         watch = self._watch
         if watch is None:
-            await wait_writable(self._fd)
+            await wait_writable(self._socket.fd)
         elif watch.is_writable:
             await checkpoint()
         else:
-            assert self._poller is not None
-            self._poller.look_for_room(watch)
+            assert self._socket.poller is not None
+            self._socket.poller.look_for_room(watch)
             watch.writer = current_task()
             await wait_task_rescheduled(self._stop_writing)
 
@@ -101,12 +125,12 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
     async def fill(self, receiver: Receiver) -> int:
         """Wait for octets and receive them straight into a wire. Return how many; 0 is the end of the stream.
 
-        Yields at the latest every 16 calls. Raise BrokenResourceError when the connection is lost,
+        Yield at the latest every 16 calls. Raise BrokenResourceError when the connection is lost,
         ClosedResourceError when it was closed here.
         """
-        if self._receiving:
+        if self._is_receiving:
             self._conflict("receiving")
-        self._receiving = True
+        self._is_receiving = True
         try:
             while True:
                 if self._watch is None or not self._watch.is_readable:
@@ -119,14 +143,14 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
                 if received >= 0:
                     return received
         finally:
-            self._receiving = False
+            self._is_receiving = False
 
     def _fill_nowait(self, receiver: Receiver) -> int:
         """Receive what there is; -1 for nothing."""
         self._check_open()
         self._turns += 1
         try:
-            received = receiver.recv(self._fd)
+            received = receiver.recv(self._socket.fd)
         except OSError as exc:
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         watch = self._watch
@@ -134,142 +158,61 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
             watch.is_readable = False
         return received
 
-    async def attend(self, receiver: Receiver, turn: Turn) -> int:
-        """Receive into a wire and let `turn` answer, again and again, until it returns None or the stream ends.
+    async def run_protocol(self, protocol: Any) -> int:
+        """Let a protocol (penstock.net._poller) take turns until it leaves something to this task.
 
-        With a poller this task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, -1 when
-        it was nudged or resumed. Raise what `fill` and `send_now` raise, and what the turn raises.
+        With a poller this task sleeps meanwhile; it is woken to send what the socket does not take. Return the octets
+        received last, 0 at the end of the stream, -1 when a turn without octets has ended the turns or the wait was
+        interrupted. Raise BrokenResourceError when the connection is lost, and whatever a turn raises.
         """
         watch = self._watch
-        answer: bytes | None
+        protocol.wants_turn = False
         while True:
-            if watch is not None and watch.is_resumed:
-                watch.is_resumed = False
-                received, answer = -1, turn(0)
-            elif watch is None or (watch.is_readable and not watch.is_held):
+            output: bytes | None = None
+            if watch is None or watch.is_readable:
                 if self._turns >= _TURNS:
                     self._turns = 0
                     await checkpoint()
-                received = await self.fill(receiver) if watch is None else self._fill_nowait(receiver)
+                received = await self.fill(protocol) if watch is None else self._fill_nowait(protocol)
                 if received < 0:
                     continue
-                answer = turn(received) if received else None
+                if received:
+                    output = protocol.data_received(received)
             else:
-                received = await self._sleep_through_turns(watch, receiver, turn)
-                answer, watch.unsent = watch.unsent, None
-            if answer is None:
-                return received
-            if answer:
-                await self.send_now(answer)
-
-    async def _sleep_through_turns(self, watch: Watch, receiver: Receiver, turn: Turn) -> int:
-        """Leave the turns to the poller until it wakes this task. Return what `attend` does."""
-        self._turns = 0
-        if self._receiving:
-            self._conflict("receiving")
-        self._receiving = True
-        watch.taker = TurnsOfTask(receiver, turn)
-        watch.reader = current_task()
-        try:
-            received = int(await wait_task_rescheduled(self._stop_reading))
-        except OSError as exc:
-            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
-        finally:
-            self._receiving = False
-        self._check_open()
-        return received
-
-    async def run_protocol(self, protocol: Any) -> int:
-        """Park this task while a protocol (the pump of a server connection) takes the turns.
-
-        Return when a turn has left something to the task: 0 at the end of the stream, otherwise the octets received
-        last, or -1; then `take_unsent` may have something to send. Raise BrokenResourceError when the connection is
-        lost, and whatever a turn raises.
-        """
-        watch = self._watch
-        if watch is None:
-            raise RuntimeError("a protocol needs a stream on a poller")
-        while watch.is_readable:
-            if self._turns >= _TURNS:
-                self._turns = 0
-                await checkpoint()
-            received = self._fill_nowait(protocol)
-            if received < 0:
-                continue
-            output = protocol.turn(received) if received else None
+                received = await self._sleep_through_turns(watch, protocol)
+                output, watch.unsent = watch.unsent, None
             if output is None:
                 return received
             if output:
                 await self.send_now(output)
-            if protocol.wants_turn:
+            while protocol.wants_turn:
+                protocol.wants_turn = False
                 await checkpoint()
-                return -1
+                output = protocol.data_received(0)
+                if output is None:
+                    return -1
+                await self.send_now(output)
+
+    async def _sleep_through_turns(self, watch: Watch, protocol: Any) -> int:
+        """Leave the turns to the poller until it wakes this task. Return what `run_protocol` does."""
         self._turns = 0
-        if self._receiving:
+        if self._is_receiving:
             self._conflict("receiving")
-        self._receiving = True
-        protocol.wants_turn = False
-        watch.taker = protocol
+        self._is_receiving = True
+        watch.protocol = protocol
         watch.reader = current_task()
         try:
             received = int(await wait_task_rescheduled(self._stop_reading))
         except OSError as exc:
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
-            self._receiving = False
+            self._is_receiving = False
         self._check_open()
         return received
 
-    def when_connected(self, connected: Callable[[], object]) -> None:
-        """Have a function called once the connection is made, for a socket of which connect(2) said EINPROGRESS.
-
-        For a stream on a poller. One that fails is readable instead. Raise OSError.
-        """
-        assert self._watch is not None
-        assert self._poller is not None
-        self._watch.connected = connected
-        self._poller.look_for_room(self._watch)
-
-    def take_unsent(self) -> bytes:
-        """Return what the socket did not take of the last answer of a turn."""
-        assert self._watch is not None
-        unsent, self._watch.unsent = self._watch.unsent, None
-        return unsent or b""
-
-    @property
-    def has_poller(self) -> bool:
-        """A poller watches this stream, so that `run_protocol` can be used."""
-        return self._watch is not None
-
-    @property
-    def can_be_nudged(self) -> bool:
-        """A task in `attend` can be woken with `nudge`, and a turn can `hold` the stream."""
-        return self._watch is not None
-
-    @property
-    def has_hung_up(self) -> bool:
-        """The peer is known to have closed its side; without a poller that is found out by receiving only."""
-        return self._watch is not None and self._watch.has_hung_up
-
-    def set_option(self, level: int, name: int, value: int | bytes) -> None:
-        """Set an option of the socket. Raise OSError, ClosedResourceError when it was closed here."""
-        self._check_open()
-        sock = socket.socket(fileno=self._fd)
-        try:
-            sock.setsockopt(level, name, value)
-        finally:
-            sock.detach()
-
-    @property
-    def is_held(self) -> bool:
-        """A turn has held the stream, and it was not resumed."""
-        return self._watch is not None and self._watch.is_held
-
-    def resume(self) -> None:
-        """Have a turn without octets taken soon, together with those of all that are resumed now, and receive again."""
-        assert self._watch is not None
-        assert self._poller is not None
-        self._poller.resume(self._watch)
+    def interrupt(self) -> None:
+        """End the wait of a task in `run_protocol`, with -1; do nothing where none sleeps there. Needs a poller."""
+        self._socket.interrupt()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""
@@ -281,15 +224,15 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
 
     async def receive_now(self, max_bytes: int) -> bytes:
         """Receive like `receive_some`, but without yielding when there is something to receive."""
-        if self._receiving:
+        if self._is_receiving:
             self._conflict("receiving")
-        self._receiving = True
+        self._is_receiving = True
         try:
             watch = self._watch
             while True:
                 self._check_open()
                 if watch is None or watch.is_readable:
-                    data = _poller.recv(self._fd, max_bytes)
+                    data = _poller.recv(self._socket.fd, max_bytes)
                     if data is not None:
                         return data
                     if watch is not None:
@@ -298,9 +241,22 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
         except OSError as exc:
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
-            self._receiving = False
+            self._is_receiving = False
 
     # ---- sending
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what the socket takes at once. Return how many octets that were, perhaps none.
+
+        Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here.
+        """
+        if self._is_sending:
+            self._conflict("sending")
+        return self._socket.send_nowait(data)
+
+    def send_and_close_nowait(self, data: bytes) -> None:
+        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
+        self._socket.send_and_close_nowait(data)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it, waiting for the socket as long as it takes."""
@@ -310,40 +266,42 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
 
     async def send_now(self, data: bytes | bytearray | memoryview) -> None:
         """Send like `send_all`, but without yielding when the socket takes everything."""
-        if self._sending:
+        if self._is_sending:
             self._conflict("sending")
-        self._sending = True
+        self._is_sending = True
+        sent = 0
         try:
-            sent = self._send(data, 0)
+            sent = self._socket.send_nowait(data)
             while sent < len(data):
                 await self._wait_writable()
-                sent += self._send(data, sent)
+                sent += self._socket.send_nowait(data, sent)
         finally:
-            self._sending = False
+            self._is_sending = False
+            self.has_cut_output = sent < len(data)
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until the socket takes at least one octet."""
-        if self._sending:
+        if self._is_sending:
             self._conflict("sending")
         self._check_sendable()
-        self._sending = True
+        self._is_sending = True
         try:
             await self._wait_writable()
             self._check_sendable()
         finally:
-            self._sending = False
+            self._is_sending = False
 
     async def send_eof(self) -> None:
         """Tell the peer that nothing more comes; it may still send."""
-        if self._sending:
+        if self._is_sending:
             self._conflict("sending")
         self._check_open()
         await checkpoint()
-        if self._eof_sent:
+        if self._socket.eof_sent:
             return
-        self._eof_sent = True
+        self._socket.eof_sent = True
         try:
-            _poller.shutdown(self._fd)
+            _poller.shutdown(self._socket.fd)
         except OSError as exc:
             raise trio.BrokenResourceError(f"the connection is lost: {exc}") from exc
 
@@ -353,15 +311,19 @@ class SocketStream(SocketCore, trio.abc.HalfCloseableStream):
         raise trio.BusyResourceError(f"another task is {what} on this stream")
 
     def _check_open(self) -> None:
-        if self._fd < 0:
+        if self._socket.fd < 0:
             raise trio.ClosedResourceError("this stream was closed")
 
     def _check_sendable(self) -> None:
         self._check_open()
-        if self._eof_sent:
+        if self._socket.eof_sent:
             raise trio.ClosedResourceError("the end of this stream was sent")
 
     # ---- closing
+
+    def close_nowait(self) -> None:
+        """Close the socket; a task that waits on it gets ClosedResourceError."""
+        self._socket.close_nowait()
 
     async def aclose(self) -> None:
         """Close the socket, and yield once."""

@@ -1,10 +1,9 @@
-"""TLS: contexts, generated certificates, and a layer of TLS for sessions that take turns.
+"""TLS: contexts, generated certificates, and how turns use the TLS of a connection.
 
-A session on any trio stream has its TLS from trio.SSLStream. One on a socket of our own takes turns without waking its
-task (penstock.net.stream), which SSLStream, all of it coroutines, can not: each command would wake the task, pass two
-locks and several checkpoints, and cost twice what the ciphers do (`python -m bench.peers --cases tls` measures it).
-`TlsLayer` is the same SSLObject between the same two memory BIOs, driven by plain functions. It does not add to the
-protocol: what is received goes in, what is to be sent comes out.
+STARTTLS and implicit TLS are `trio.SSLStream`. A session that takes turns without waking its task (penstock.net.stream)
+cannot use its coroutines for each command: that would wake the task, pass two locks and several checkpoints, and cost
+two to three times what the ciphers do. So after the handshake `TlsTurns` borrows the SSLObject and the two memory BIOs
+of the stream, and drives them with plain calls.
 """
 
 from __future__ import annotations
@@ -112,73 +111,6 @@ def client_context(*, verify: bool, ca_file: str = "") -> ssl.SSLContext:
     else:
         context.load_default_certs()
     return context
-
-
-class TlsLayer:
-    """One side of TLS between a socket and a wire. Give it to `SocketStream.attend` in place of the wire.
-
-    It is the server's, or with a `server_name` that of its client.
-    """
-
-    def __init__(self, context: ssl.SSLContext, ahead: bytes = b"", *, server_name: str | None = None) -> None:
-        """`ahead` is what was received already. Raise ValueError when `server_name` can be no name of a host."""
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self.object = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_name is None, server_hostname=server_name
-        )
-        self._incoming.write(ahead)
-
-    def recv(self, fd: int, octets: int = _READ, /) -> int:
-        """Receive what is encrypted; see `Wire.recv`."""
-        data = _poller.recv(fd, octets)
-        if data is None:
-            return -1
-        self._incoming.write(data)
-        return len(data)
-
-    def feed(self, data: bytes) -> None:
-        """Take in what is encrypted and was received elsewhere."""
-        self._incoming.write(data)
-
-    def shake(self, _: int = 0) -> bytes | None:
-        """Go on with the handshake: a turn of `attend`. Return what is to be sent, None when it is done.
-
-        What is to be sent then comes from `encrypt`. Raise ssl.SSLError when it fails; `encrypt` has the alert.
-        """
-        try:
-            self.object.do_handshake()
-        except ssl.SSLWantReadError:
-            return self._outgoing.read()
-        return None
-
-    def expect_more(self, received: int) -> None:
-        """Raise ssl.SSLEOFError when the peer has left instead of finishing the handshake."""
-        if not received:
-            raise ssl.SSLEOFError("the peer has left in the handshake")
-
-    def decrypt_into(self, feed: Callable[[bytes], None]) -> bool:
-        """Decrypt what was received. Return False when the peer has ended TLS. Raise ssl.SSLError."""
-        try:
-            while data := self.object.read(_READ):
-                feed(data)
-        except ssl.SSLWantReadError:
-            return True
-        except ssl.SSLZeroReturnError:
-            return False
-        return False
-
-    def encrypt(self, data: bytes) -> bytes:
-        """Return what has to be sent for some data, perhaps none, and for TLS itself. Raise ssl.SSLError."""
-        if data:
-            self.object.write(data)
-        return self._outgoing.read()
-
-    def end(self) -> bytes:
-        """Return the close_notify that tells the peer that this was all (RFC 8446 6.1)."""
-        with suppress(ssl.SSLError):
-            self.object.unwrap()
-        return self._outgoing.read()
 
 
 class TlsTurns:

@@ -5,12 +5,12 @@ from typing import Any
 from typing_extensions import Buffer
 
 from penstock.delivery.base import Discards
-from penstock.net._poller import Taker
+from penstock.net._poller import Protocol
 from penstock.net.tls import TlsTurns
 from penstock.smtp.events import Event
 from penstock.smtp.server import ServerSession
 
-class Pump(Taker):
+class Pump(Protocol):
     """Takes the turns of one connection."""
 
     sync_handlers: dict[type, Any]
@@ -50,7 +50,7 @@ class Pump(Taker):
         """Decrypt what was received. Raise ssl.SSLError."""
     def recv(self, fd: int) -> int:
         """Receive for the next turn; see `Wire.recv`."""
-    def turn(self, received: int) -> bytes | None:
+    def data_received(self, received: int) -> bytes | None:
         """Take a turn outside of the poller. Return what is to be sent, None to leave the rest to the task."""
     def close(self) -> None:
         """Give the buffer of the wire back, and let the owner go."""

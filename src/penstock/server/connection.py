@@ -271,10 +271,7 @@ class Connection:
         event: Event | None = self.pump.take_event()
         if event is not None:
             return event
-        if received == 0:
-            return None
-        await self._send_octets(self._socket.take_unsent())
-        return NEED_DATA
+        return None if received == 0 else NEED_DATA
 
     async def _wait(self, wait: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """Await something that depends on the client. Raise _Dismissed when it is dismissed meanwhile."""
@@ -433,6 +430,11 @@ class Connection:
             if self._clocks is not None:  # otherwise they have not begun to run
                 self._clocks.stand_still(trio.current_time() - began)
 
+    @property
+    def _has_cut_output(self) -> bool:
+        """Half a reply or half a handshake may be on its way, so that nothing else can be sent."""
+        return self._is_sending or (self._socket is not None and self._socket.has_cut_output)
+
     async def drain(self, stream: trio.abc.Stream) -> None:
         """Read from a stream until the client closes it, and forget what comes, while its clocks stand still."""
         self._paused = True
@@ -445,7 +447,7 @@ class Connection:
     async def _dismiss(self, final_reply: Reply) -> None:
         """Send the final reply, unless half of another one or half a handshake is on its way."""
         self.drop_message(final_reply.text)
-        if self._is_sending:
+        if self._has_cut_output:
             return
         self.final_reply = final_reply
         self.session.close_with(final_reply)
@@ -455,7 +457,7 @@ class Connection:
     def _dismiss_nowait(self) -> None:
         """Send the final reply as far as the socket takes it at once: the task must end."""
         self.drop_message(replies.SHUTTING_DOWN.text)
-        if self._socket is None or self._is_sending:
+        if self._socket is None or self._has_cut_output:
             return
         self.session.close_with(self.final_reply or replies.SHUTTING_DOWN)
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
@@ -467,7 +469,7 @@ class Connection:
         socket, pump = self._socket, self.pump
         output = b""
         with suppress(*lost):
-            output = b"" if self._is_sending else pump.take_output()
+            output = b"" if self._has_cut_output else pump.take_output()
         if socket is None:
             with trio.move_on_after(_LINGER, shield=True), suppress(*lost):
                 await self.stream.send_all(output)

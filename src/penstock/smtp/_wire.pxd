@@ -24,7 +24,7 @@ cdef class Wire:
     cdef readonly int violation
     cdef readonly unsigned long long octets   # of the body so far
     cdef unsigned long long max_octets
-    cdef unsigned long long remaining # of a BDAT chunk
+    cdef unsigned long long remaining  # of a BDAT chunk
     cdef bint last                    # the chunk is the last of its message
     cdef bint counts_text             # a BDAT chunk is text, so its lines are checked
     cdef public bint discard          # count the body and make no chunks
