@@ -239,6 +239,16 @@ def test_the_whole_run_is_shown(tmp_path: Path) -> None:
         page.wait(lambda: "Whole run: 3," in page.text("#facts") and page.count(".plot .line.s-a"))
 
 
+def test_duplicates_without_tags_are_found_by_message_id(tmp_path: Path) -> None:
+    with sink(tmp_path) as server, browser(*_DESKTOP) as driver:
+        for _ in range(2):
+            send_raw(server, b"Message-ID: <one@example.com>\r\n\r\nhi\r\n")
+        send_raw(server, b"\r\nhi\r\n")
+        page = Page(driver, server)
+        page.wait(lambda: "duplicated 1 1 1" in page.text("#sequences"))
+        assert "1 duplicates" in page.text("#facts")
+
+
 def test_the_fault_plan_is_edited(tmp_path: Path) -> None:
     with sink(tmp_path) as server, browser(*_DESKTOP) as driver:
         page = Page(driver, server)

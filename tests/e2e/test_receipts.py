@@ -83,7 +83,7 @@ def test_top_shows_a_running_sink(tmp_path: Path) -> None:
     ("options", "why"),
     [
         (["--keep", "zip:x"], "last:N"),
-        (["--sequence-header", "X Y"], "no name of a header field"),
+        (["--sequence-header", "X Y"], "is not a header field name"),
         (["--sequence-recipient", "("], "not a regular expression"),
         (["--sequence-header", "X", "--sequence-recipient", "(.)"], "mutually exclusive"),
         (["--web", "0.0.0.0:0"], "needs a token"),

@@ -57,5 +57,6 @@ class Hop(NamedTuple):
             said = exc.smtp_error if isinstance(exc.smtp_error, str) else exc.smtp_error.decode(errors="replace")
             raise ReleaseError(f"{self} refuses the message: {exc.smtp_code} {said}") from exc
         except (smtplib.SMTPException, OSError, ValueError) as exc:
-            raise ReleaseError(f"{self}: {exc}") from exc
+            why = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+            raise ReleaseError(f"{self}: {why}") from exc
         return list(refused)

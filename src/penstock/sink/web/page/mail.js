@@ -93,6 +93,7 @@ export class Mail {
         this.list = [];
         $("list").replaceChildren();
         $("more").hidden = true;
+        $("delete-all").disabled = true;
         $("messages-said").textContent = error.message;
       }
     }

@@ -26,7 +26,7 @@ function tiles(live, samples, name) {
   const { report } = live;
   const { accepted, unheard, refused, lost, octets: size } = report.messages;
   const runs = report.sequences.runs;
-  const [missing, twice] = [sum(runs, (run) => run.missing), sum(runs, (run) => run.duplicates)];
+  const [missing, twice] = [sum(runs, (run) => run.missing), sum(runs, (run) => run.duplicates) + (report.sequences.message_ids?.duplicates ?? 0)];
   const faulted = sum(live.faults, (each) => each.count);
   const [permanent, temporary] = [refusals(report, "5"), refusals(report, "4")];
   const seconds = Math.max(sum(samples, (each) => each.seconds), 1);
@@ -47,7 +47,7 @@ function tiles(live, samples, name) {
       `${name}: ${group(sum(samples, (each) => each.faults))}`,
     ]),
     tile("Lost", group(lost + missing), [
-      gone.filter((each) => each).join(", ") || (runs.length ? "none missing, no duplicates" : "no sequence tags"),
+      gone.filter((each) => each).join(", ") || (runs.length ? "none missing, no duplicates" : report.sequences.message_ids ? "no duplicates" : "no sequence tags"),
       `${group(refused)} refused after their text`,
     ], lost + missing + twice ? "bad" : ""),
     tile("Latency p99", whole ? duration(whole.p99) : "–", [`p50 ${whole ? duration(whole.p50) : "–"}, end of message to reply`, `${name}: at most ${worst ? duration(worst) : "–"}`]),
@@ -113,8 +113,13 @@ function faults(live) {
 }
 
 function sequences(report) {
-  const { runs: all, unmarked, expected, source } = report.sequences;
-  if (!all.length) return empty("sequences", `No message so far has a sequence tag in its ${source}. penstock load writes them.`);
+  const { runs: all, unmarked, expected, source, message_ids: ids } = report.sequences;
+  const byId = ids ? messageIds(ids) : [];
+  if (!all.length) {
+    const about = `No message so far has a sequence tag in its ${source}. penstock load writes them.`;
+    $("sequences").replaceChildren(...byId, make("p", { className: "empty" }, about));
+    return;
+  }
   const isWhole = all.every((run) => !run.missing && !run.duplicates);
   const verdict = make("p", { className: `verdict ${isWhole ? "good" : "bad"}` }, isWhole ? "None missing, no duplicates" : "Messages are missing or duplicated");
   const rows = all.map((run) => {
@@ -127,8 +132,15 @@ function sequences(report) {
   const gone = all.filter((run) => run.missing).map((run) => `${run.run}: ${run.missing_examples.slice(0, 12).join(", ")}${run.missing > 12 ? " …" : ""}`);
   $("sequences").replaceChildren(
     verdict, make("div", { className: "scroll" }, make("table", {}, head(...names), make("tbody", {}, ...rows))),
-    ...(gone.length ? [make("p", { className: "note" }, `Missing from ${gone.join("; ")}`)] : []), make("p", { className: "note" }, about),
+    ...(gone.length ? [make("p", { className: "note" }, `Missing from ${gone.join("; ")}`)] : []), make("p", { className: "note" }, about), ...byId,
   );
+}
+
+// Duplicates of messages without tags, by their Message-ID.
+function messageIds(ids) {
+  const names = [["Message-IDs"], ["distinct", "number"], ["duplicates", "number"], ["without", "number"]];
+  const row = make("tr", {}, title(ids.duplicates ? "duplicated" : "no duplicates"), ...[ids.distinct, ids.duplicates, ids.missing_id].map((n) => number(group(n))));
+  return [make("div", { className: "scroll" }, make("table", {}, head(...names), make("tbody", {}, row)))];
 }
 
 // ---- the view
