@@ -71,30 +71,23 @@ class Putter:
     async def put(self, count: int, at_a_time: int) -> tuple[float, list[float]]:
         """Put messages. Return the CPU time of one in microseconds, and how long each took in seconds."""
         latencies: list[float] = []
-        over = trio.Event()
         left = count
 
-        def one() -> None:
+        async def keep_putting() -> None:
             nonlocal left
-            left -= 1
-            body = MemoryBody([self._data], len(self._data), self._budget)
-            message = Message(self._ids.next(), Envelope(_SENDER, (_RECIPIENT,)), b"Received: x\r\n", body, time.time())
-            begun = time.perf_counter()
-
-            def done(failure: BaseException | None, _: object) -> None:
-                assert failure is None, failure
+            while left > 0:
+                left -= 1
+                body = MemoryBody([self._data], len(self._data), self._budget)
+                envelope = Envelope(_SENDER, (_RECIPIENT,))
+                message = Message(self._ids.next(), envelope, b"Received: x\r\n", body, time.time())
+                begun = time.perf_counter()
+                await self._spool.put(message, ["example.org"])
                 latencies.append(time.perf_counter() - begun)
-                if left > 0:
-                    one()
-                elif len(latencies) == count:
-                    over.set()
-
-            self._spool.put_later(message, ["example.org"], done)
 
         before = _cpu()
-        for _ in range(min(at_a_time, count)):
-            one()
-        await over.wait()
+        async with trio.open_nursery() as nursery:
+            for _ in range(at_a_time):
+                nursery.start_soon(keep_putting)
         return (_cpu() - before) / count * 1e6, latencies
 
 

@@ -1,18 +1,18 @@
-"""`python -m bench.crash`: what becomes of mail when things are killed, filled up, broken and cut. Seeded and bounded.
+"""`python -m bench.crash`: no accepted mail is lost or damaged by crashes, full disks, I/O errors and lost connections.
 
-A gateway (`penstock serve`, spool, one route) stands between senders and a next hop (another Penstock that delivers
-into a Maildir and syncs before its 250). Senders give each message a number of its own and remember which of them were
-answered with 250. Meanwhile a scenario does harm:
+A gateway (`penstock serve`, spool, one route) relays from senders to a next hop (another Penstock that delivers into a
+Maildir and syncs before its 250). Each message has a number; senders record which ones were answered with 250.
+Meanwhile a scenario injects failures, at random moments from a seed and for a bounded time:
 
-    kill     the gateway is killed with SIGKILL at random moments and started again
-    hop      the next hop is
-    full     the spool lies on a small file system that others fill up and empty again
-    write    each so-manieth write, sync or open below the spool fails with EIO or ENOSPC (an LD_PRELOAD library)
-    cut      both sides are reached through proxies that cut connections at random octets, replies to the dot above all
+    kill     the gateway is killed with SIGKILL and restarted
+    hop      the next hop is killed and restarted
+    full     the spool is on a small file system that is filled and emptied by others
+    write    some writes, syncs and opens below the spool fail with EIO or ENOSPC (an LD_PRELOAD library)
+    cut      proxies on both sides cut connections at random octets, preferably during replies to the final dot
 
-Then the harm ends and the spool runs empty. Every message with a 250 must have arrived, none may be damaged, and each
-that arrived twice must be one whose delivery was in flight when something was killed or cut: the spool or the journal
-says so. Exit code 1 when one of this does not hold.
+Then the failures end and the spool is emptied. Every message with a 250 must have arrived, none may be damaged, and
+each duplicate must have been in flight when something was killed or cut, according to the spool or the journal. Exit
+code 1 if any of this does not hold.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from bench.processes import ENVIRONMENT
 
 _SENDERS = 8
 _PATIENCE = 120.0
-"""Seconds in which the spool has to run empty once the harm has ended."""
+"""Seconds to empty the spool after the last failure."""
 _DELIVERED_TO = re.compile(rb"^Delivered-To: ([^\r\n]+)", re.MULTILINE)
 _BLUR = 0.1
-"""Seconds that a moment and the journal's clock may differ."""
+"""Seconds by which a moment and the clock of the journal may differ."""
 _NUMBER = re.compile(rb"^X-Number: (\d+) ([0-9a-f]{64})\r?$", re.MULTILINE)
 
 
 @dataclass
 class Account:
-    """What was sent, and what is known of it. Shared by the senders' threads."""
+    """What was sent, and what became of it. Shared by the sender threads."""
 
     seed: int
     accepted: dict[tuple[int, bytes], None] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Account:
     refused: Counter[int] = field(default_factory=Counter)
     """Other answers, by code."""
     broken: int = 0
-    """Attempts without an answer."""
+    """Attempts without a reply."""
     in_flight: set[int] = field(default_factory=set)
     """Numbers that were being delivered when something was killed or cut."""
     _next: int = 0
@@ -77,12 +77,12 @@ class Account:
 
     @property
     def sent(self) -> int:
-        """Messages that were tried."""
+        """Messages attempted."""
         return self._next
 
 
 def text_of(number: int, seed: int) -> bytes:
-    """Return a message that carries its number and its own digest; some are large, some full of dots and 8-bit."""
+    """Return a message with its number and digest in the header; some are large, some full of dots and 8-bit octets."""
     rng = random.Random(f"{seed}/{number}")
     size = rng.choice([200, 2_000, 2_000, 20_000, 20_000, 300_000])
     lines = []
@@ -96,7 +96,7 @@ def text_of(number: int, seed: int) -> bytes:
 
 
 class Program:
-    """A `penstock serve` that can be killed and started again, on the same port."""
+    """A `penstock serve` that can be killed and restarted on the same port."""
 
     def __init__(self, folder: Path, toml: str, environment: dict[str, str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ class Program:
         self._process.wait()
 
     def stop(self) -> int:
-        """Stop it gently and return its exit code."""
+        """Stop it gracefully and return its exit code."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(timeout=60)
@@ -179,8 +179,8 @@ tls.mode = "none"
 
 
 @dataclass
-class House:
-    """A gateway, its next hop, and the way to them."""
+class Setup:
+    """A gateway, its next hop, and the connections between them."""
 
     gateway: Program
     hop: Program
@@ -188,10 +188,10 @@ class House:
     entrance: int
     """The port that senders connect to."""
     rng: random.Random
-    harm: int
-    """How often harm is to be done."""
+    failures: int
+    """How many failures are injected."""
     moments: list[float] = field(default_factory=list)
-    """When deliveries were broken off, in seconds since the epoch."""
+    """When deliveries were interrupted, in seconds since the epoch."""
 
     def note_in_flight(self) -> None:
         """Remember what the spool of a gateway that does not run says is being delivered."""
@@ -202,7 +202,7 @@ class House:
 
 
 def _send_until(stop: threading.Event, port: int, account: Account, seed: int) -> None:
-    """Be a sender: a few messages a connection, each a new number; whatever breaks, go on."""
+    """Send a few messages per connection, each with a new number, and continue after any error."""
     rng = random.Random(seed)
     while not stop.is_set():
         try:
@@ -223,10 +223,10 @@ def _send_until(stop: threading.Event, port: int, account: Account, seed: int) -
 
 
 @contextlib.contextmanager
-def _senders(house: House) -> Iterator[None]:
+def _senders(setup: Setup) -> Iterator[None]:
     stop = threading.Event()
     threads = [
-        threading.Thread(target=_send_until, args=(stop, house.entrance, house.account, house.rng.randrange(1 << 30)))
+        threading.Thread(target=_send_until, args=(stop, setup.entrance, setup.account, setup.rng.randrange(1 << 30)))
         for _ in range(_SENDERS)
     ]
     for thread in threads:
@@ -239,56 +239,56 @@ def _senders(house: House) -> Iterator[None]:
             thread.join()
 
 
-# ---- the scenarios: each does its harm so often, while mail flows
+# ---- the scenarios: each injects its failures while mail is sent
 
 
-def kill_gateway(house: House) -> None:
+def kill_gateway(setup: Setup) -> None:
     """Kill the gateway."""
-    for _ in range(house.harm):
-        time.sleep(house.rng.uniform(0.05, 0.8))
-        house.gateway.kill()
-        house.note_in_flight()
-        house.gateway.start()
+    for _ in range(setup.failures):
+        time.sleep(setup.rng.uniform(0.05, 0.8))
+        setup.gateway.kill()
+        setup.note_in_flight()
+        setup.gateway.start()
 
 
-def kill_hop(house: House) -> None:
+def kill_hop(setup: Setup) -> None:
     """Kill the next hop."""
-    for _ in range(house.harm):
-        time.sleep(house.rng.uniform(0.1, 0.8))
-        house.hop.kill()
-        house.moments.append(time.time())
-        time.sleep(house.rng.uniform(0, 0.5))
-        house.hop.start()
+    for _ in range(setup.failures):
+        time.sleep(setup.rng.uniform(0.1, 0.8))
+        setup.hop.kill()
+        setup.moments.append(time.time())
+        time.sleep(setup.rng.uniform(0, 0.5))
+        setup.hop.start()
 
 
-def fill_disk(house: House) -> None:
+def fill_disk(setup: Setup) -> None:
     """Fill the file system that the spool lies on, and empty it again."""
-    ballast = house.gateway.folder / "data" / "ballast"
-    for _ in range(house.harm):
+    ballast = setup.gateway.folder / "data" / "ballast"
+    for _ in range(setup.failures):
         with contextlib.suppress(OSError), ballast.open("wb") as file:
             while True:
                 file.write(bytes(65_536))
-        time.sleep(house.rng.uniform(0.3, 1.0))
+        time.sleep(setup.rng.uniform(0.3, 1.0))
         ballast.unlink()
-        time.sleep(house.rng.uniform(0.3, 1.0))
+        time.sleep(setup.rng.uniform(0.3, 1.0))
 
 
-def wait_and_see(house: House) -> None:
-    """Let a harm that comes by itself go on."""
-    time.sleep(house.harm * 0.5)
+def wait_for_failures(setup: Setup) -> None:
+    """Wait while failures occur on their own."""
+    time.sleep(setup.failures * 0.5)
 
 
-# ---- the accounts
+# ---- accounting
 
 
-def _wait_until_empty(house: House) -> None:
+def _wait_until_empty(setup: Setup) -> None:
     """Wait until the gateway has delivered everything."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
-        if json.loads(house.gateway.spool("stats", "--json"))["messages"] == 0:
+        if json.loads(setup.gateway.spool("stats", "--json"))["messages"] == 0:
             return
         time.sleep(0.2)
-    raise RuntimeError(f"the spool did not run empty: {house.gateway.spool('stats').decode()}")
+    raise RuntimeError(f"the spool did not run empty: {setup.gateway.spool('stats').decode()}")
 
 
 def _in_flight(journal: Path, moments: Sequence[float]) -> set[int]:
@@ -318,11 +318,11 @@ def _seconds(stamp: str) -> float:
 Arrivals = Counter[tuple[int, bytes]]
 
 
-def _arrived(house: House) -> tuple[Arrivals, list[str]]:
+def _arrived(setup: Setup) -> tuple[Arrivals, list[str]]:
     """Return how often each number has arrived for each recipient, and what is damaged."""
     counts: Arrivals = Counter()
     damaged = []
-    for path in (house.hop.folder / "data" / "maildir" / "new").iterdir():
+    for path in (setup.hop.folder / "data" / "maildir" / "new").iterdir():
         data = path.read_bytes()
         head, _, body = data.partition(b"\r\n\r\n")
         found = _NUMBER.search(head)
@@ -333,11 +333,11 @@ def _arrived(house: House) -> tuple[Arrivals, list[str]]:
     return counts, damaged
 
 
-def settle_accounts(house: House) -> list[str]:
-    """Compare what was promised with what has arrived; print it, and return what is wrong."""
-    account = house.account
-    account.in_flight |= _in_flight(house.gateway.journal, house.moments)
-    counts, damaged = _arrived(house)
+def check_account(setup: Setup) -> list[str]:
+    """Compare what was accepted with what has arrived; print it, and return the violations."""
+    account = setup.account
+    account.in_flight |= _in_flight(setup.gateway.journal, setup.moments)
+    counts, damaged = _arrived(setup)
     lost = account.accepted.keys() - counts.keys()
     duplicates = {arrival for arrival, count in counts.items() if count > 1}
     unexplained = {number for number, _ in duplicates if number not in account.in_flight}
@@ -345,10 +345,10 @@ def settle_accounts(house: House) -> list[str]:
     print(
         f"  {account.sent} messages tried, {len(account.accepted)} recipients answered with 250, "
         f"refused {dict(account.refused)}, "
-        f"{account.broken} attempts broken off\n"
-        f"  arrived {len(counts)} ({unasked} of them without a heard 250); lost {len(lost)}, damaged {len(damaged)}; "
+        f"{account.broken} attempts interrupted\n"
+        f"  arrived {len(counts)} ({unasked} of them without a 250); lost {len(lost)}, damaged {len(damaged)}; "
         f"{len(duplicates)} arrived more than once, {len(unexplained)} of them not in flight "
-        f"({len(account.in_flight)} were in flight when harm was done)",
+        f"({len(account.in_flight)} were in flight when a failure occurred)",
         flush=True,
     )
     return [
@@ -360,7 +360,7 @@ def settle_accounts(house: House) -> list[str]:
 
 @contextlib.contextmanager
 def _small_disk(folder: Path) -> Iterator[None]:
-    """Mount a small file system; needs root."""
+    """Mount a small file system (needs root)."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=True)
     try:
@@ -369,17 +369,17 @@ def _small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-SCENARIOS: dict[str, Callable[[House], None]] = {
+SCENARIOS: dict[str, Callable[[Setup], None]] = {
     "kill": kill_gateway,
     "hop": kill_hop,
     "full": fill_disk,
-    "write": wait_and_see,
-    "cut": wait_and_see,
+    "write": wait_for_failures,
+    "cut": wait_for_failures,
 }
 
 
-def play(name: str, harm: int, seed: int, folder: Path) -> list[str]:
-    """Play a scenario and return what is wrong."""
+def run(name: str, failures: int, seed: int, folder: Path) -> list[str]:
+    """Run a scenario and return the violations."""
     rng = random.Random(f"{seed}/{name}")
     with contextlib.ExitStack() as stack:
         hop = Program(folder / "hop", _HOP)
@@ -394,22 +394,22 @@ def play(name: str, harm: int, seed: int, folder: Path) -> list[str]:
             None if failing is None else failing.environment,
         )
         way_in = stack.enter_context(CuttingProxy(gateway.port, rng.randrange(1 << 30))) if name == "cut" else None
-        house = House(gateway, hop, Account(seed), way_in.port if way_in else gateway.port, rng, harm)
+        setup = Setup(gateway, hop, Account(seed), way_in.port if way_in else gateway.port, rng, failures)
         for program in (hop, gateway):
             stack.callback(program.end)
             program.start()
         if failing is not None:
             failing.begin()
-        with _senders(house):
-            SCENARIOS[name](house)
+        with _senders(setup):
+            SCENARIOS[name](setup)
         for proxy in (way_in, way_out):
             if proxy is not None:
                 proxy.stop_cutting()
-                house.moments += proxy.moments
+                setup.moments += proxy.moments
         if failing is not None:
             failing.end()
-        _wait_until_empty(house)
-        wrong = settle_accounts(house)
+        _wait_until_empty(setup)
+        wrong = check_account(setup)
         wrong += [f"`penstock spool check`: {line}" for line in _check(gateway)]
         for program in (gateway, hop):
             if program.stop() != 0:
@@ -426,18 +426,18 @@ def _check(gateway: Program) -> list[str]:
 
 
 def main() -> None:
-    """Play the scenarios."""
+    """Run the scenarios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--harm", type=int, default=50, help="how often harm is done")
+    parser.add_argument("--harm", type=int, default=50, help="number of failures in each scenario")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
-    parser.add_argument("--keep", action="store_true", help="keep the folder when something is wrong")
+    parser.add_argument("--keep", action="store_true", help="keep the folder of a scenario with violations")
     arguments = parser.parse_args()
     failed = False
     for name in arguments.scenarios.split(","):
         folder = Path(tempfile.mkdtemp(prefix=f"penstock-crash-{name}-"))
-        print(f"{name}: harm {arguments.harm}, seed {arguments.seed}", flush=True)
-        wrong = play(name, arguments.harm, arguments.seed, folder)
+        print(f"{name}: {arguments.harm} failures, seed {arguments.seed}", flush=True)
+        wrong = run(name, arguments.harm, arguments.seed, folder)
         for line in wrong:
             print(f"  WRONG: {line}")
         failed = failed or bool(wrong)

@@ -1,7 +1,7 @@
-"""`python -m bench.dead`: what mail for a dead next hop costs the mail for others.
+"""`python -m bench.dead`: how much mail for an unreachable next hop slows down the mail for others.
 
-Messages for a living next hop (a sink) are sent through a gateway twice: with an empty spool, and with so many messages
-waiting for a next hop that is not there. Printed is how many a second arrive at the sink both times, and the ratio.
+Messages for a working next hop (a sink) are sent through a gateway twice: with an empty spool, and with many messages
+waiting for a next hop that is unreachable. The rates at which they arrive at the sink are printed, and their ratio.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def _send(server: Running, count: int, to: str) -> None:
 
 
 def _arrive(server: Running, sink_port: int, count: int) -> float:
-    """Send messages to the living hop, and return how many a second arrive there."""
+    """Send messages to the working hop, and return how many arrive there per second."""
     sink = subprocess.Popen(
         [sys.executable, "-m", "penstock", "sink", "--listen", f"127.0.0.1:{sink_port}", "--messages", str(count)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    time.sleep(2)  # it has to be there, or the relay leaves it alone for a while
+    time.sleep(2)  # it must be up, or the relay backs off
     begun = time.monotonic()
     _send(server, count, "bob@live.example")
     sink.wait(timeout=300)
@@ -80,7 +80,7 @@ def main() -> None:
         before = _arrive(server, sink_port, arguments.live)
         print(f"  {before:8.0f}/s arrive with an empty spool", flush=True)
         _send(server, arguments.dead, "bob@dead.example")
-        print(f"  {_waiting(server):,} messages wait for a hop that is not there", flush=True)
+        print(f"  {_waiting(server):,} messages wait for an unreachable hop", flush=True)
         after = _arrive(server, sink_port, arguments.live)
         print(f"  {after:8.0f}/s arrive meanwhile: {after / before:.2f} of it; {_waiting(server):,} still wait")
 

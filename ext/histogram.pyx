@@ -1,16 +1,16 @@
-"""Latencies counted in log-linear buckets: fixed memory, 1 % relative error, from a microsecond to an hour.
+"""Histogram with log-linear buckets: fixed memory, 1 % relative error, from one microsecond to one hour.
 
 Theory
 ------
-A value's octave is the place of its highest bit; the next six bits choose one of 64 equal buckets of that octave. So a
-bucket is at most 1/64 of its values wide, and its middle at most 0.8 % away from any of them (the idea of Tene's
-HdrHistogram). The octaves from 2^9 ns to 2^42 ns are kept: 33 x 64 counters, 17 KB.
+The octave of a value is the position of its highest bit; the next six bits select one of 64 equal buckets in that
+octave. A bucket is therefore at most 1/64 of its values wide, and its middle differs from them by at most 0.8 % (the
+idea of Tene's HdrHistogram). The octaves from 2^9 ns to 2^42 ns are kept: 33 x 64 counters, 17 KB.
 
 Rules
 -----
-1. What lies outside counts as the nearest bound. The least and the greatest value are kept exactly all the same.
-2. A percentile is the value at that rank: the middle of its bucket, but never below the least or above the greatest.
-3. Counts are exact; two histograms merged are the histogram of both.
+1. Values outside the range count as the nearest bound, but the least and the greatest value are kept exactly.
+2. A percentile is the value at that rank: the middle of its bucket, limited by the least and the greatest value.
+3. Counts are exact; merging two histograms gives the histogram of all their values.
 """
 
 from libc.math cimport ceil
@@ -47,7 +47,7 @@ cdef class Histogram:
 
     def record_n(self, int64_t ns, int64_t n):
         if n < 0:
-            raise ValueError("n is not negative")
+            raise ValueError("n must not be negative")
         self.add(ns, n)
 
     def merge(self, Histogram other not None):
@@ -84,10 +84,10 @@ cdef class Histogram:
         cdef int i
         cdef int64_t middle
         if not 0 <= p <= 100:
-            raise ValueError("a percentile lies between 0 and 100")
+            raise ValueError("a percentile must be between 0 and 100")
         if not self.total:
             return 0
-        # Rounded first, so that a hair above a whole rank (0.95 * 20) is not the next one.
+        # Rounded first: 0.95 * 20 is slightly above 19 and must not become rank 20.
         rank = <uint64_t> ceil(round(p / 100.0 * self.total, 6))
         if rank <= 1:
             return self.least
@@ -118,23 +118,23 @@ cdef class Histogram:
         }
 
     @classmethod
-    def from_dict(cls, told):
+    def from_dict(cls, data):
         cdef Histogram made = cls()
         cdef int64_t low, n
         cdef uint64_t total = 0
         cdef int index
-        if told["unit"] != "ns":
-            raise ValueError(f"the unit of a histogram is ns, not {told['unit']!r}")
-        for low, n in told["buckets"]:
+        if data["unit"] != "ns":
+            raise ValueError(f"the unit of a histogram must be ns, not {data['unit']!r}")
+        for low, n in data["buckets"]:
             index = histogram_index(low)
             if low_of(index) != low or n < 0:
-                raise ValueError(f"[{low}, {n}] is no bucket of a histogram")
+                raise ValueError(f"[{low}, {n}] is not a bucket of a histogram")
             made.counts[index] += n
             total += n
-        if total != told["count"]:
-            raise ValueError(f"the buckets of a histogram count {total}, not {told['count']}")
+        if total != data["count"]:
+            raise ValueError(f"the buckets of the histogram count {total}, not {data['count']}")
         made.total = total
-        made.sum = told["sum"]
-        made.least = told["min"]
-        made.greatest = told["max"]
+        made.sum = data["sum"]
+        made.least = data["min"]
+        made.greatest = data["max"]
         return made

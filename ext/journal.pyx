@@ -1,8 +1,8 @@
-"""The lines of the journal that are written most, as JSON, straight from their values into octets.
+"""The most frequent lines of the journal, formatted as JSON directly from their values.
 
-Each function returns the line that `penstock.journal` would make of the same values, or None when one of them is not
-plain: a text that is not printable ASCII, holds a quote or a backslash, or is too long. Then the long way is taken,
-which escapes and cuts.
+Each function returns the line that `penstock.journal` would format from the same values, or None if one of them is not
+plain: a text that is not printable ASCII, contains a quote or a backslash, or is too long. The slower code in
+penstock.journal then escapes and cuts it.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -14,8 +14,8 @@ cdef extern from "Python.h":
 
 cdef enum:
     LINE_OCTETS = 8192
-    MOST_TEXT = 256
-    MOST_RECIPIENTS = 10
+    MAX_TEXT = 256
+    MAX_RECIPIENTS = 10
 
 
 cdef struct Line:
@@ -33,7 +33,7 @@ cdef void put(Line *line, const char *octets, Py_ssize_t size) noexcept:
 
 
 cdef void put_number(Line *line, long long number, int digits=1) noexcept:
-    """Write a number that is not negative, with leading zeros up to so many digits."""
+    """Write a non-negative number with at least `digits` digits."""
     cdef char[20] text
     cdef int at = 20
     if number < 0:
@@ -49,11 +49,11 @@ cdef void put_number(Line *line, long long number, int digits=1) noexcept:
 cdef int put_text(Line *line, str text) except -1:
     cdef Py_ssize_t size, i
     cdef const char *octets
-    if not text.isascii():  # nor has it a UTF-8 form that could fail
+    if not text.isascii():  # other texts may also have no UTF-8 form
         line.is_plain = False
         return 0
     octets = PyUnicode_AsUTF8AndSize(text, &size)
-    if size > MOST_TEXT:
+    if size > MAX_TEXT:
         line.is_plain = False
         return 0
     for i in range(size):
@@ -65,10 +65,10 @@ cdef int put_text(Line *line, str text) except -1:
 
 
 cdef int put_recipients(Line *line, recipients) except -1:
-    """Write the first of the recipients, and how many there are."""
+    """Write the first recipients and their total number."""
     cdef Py_ssize_t count = len(recipients), i
     put(line, b'","to":[', 8)
-    for i in range(min(count, MOST_RECIPIENTS)):
+    for i in range(min(count, MAX_RECIPIENTS)):
         put(line, b'"' if i == 0 else b',"', 1 if i == 0 else 2)
         put_text(line, recipients[i][0][0])
         put(line, b'"', 1)

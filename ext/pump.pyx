@@ -5,8 +5,8 @@ and the poller calls its pump when octets have come: the pump receives into the 
 returns the replies. It goes on without the task as long as
 
 - the session can answer on its own, because nothing is registered for that hook point (`auto_accept`), or
-- a synchronous handler is registered for the event (a chunk that fits into memory, the end of a message that is only
-  counted), and returns True.
+- a synchronous handler is registered for the event (a recipient in one of our domains, a chunk that fits into memory),
+  and returns True; that of a message which is only counted is here, because a sink does nothing else.
 
 Otherwise the task is woken, and finds the event with `take_event`. There is no third case.
 
@@ -21,7 +21,8 @@ from penstock.net._poller cimport Taker, now
 from penstock.smtp._wire cimport Wire
 from penstock.smtp.server cimport ServerSession
 
-from penstock.smtp.events import CLOSED, NEED_DATA, TURN_OVER
+from penstock import reply as replies
+from penstock.smtp.events import CLOSED, NEED_DATA, TURN_OVER, BeginData, EndOfMessage
 
 cdef enum:
     READ_OCTETS = 65_536
@@ -32,6 +33,9 @@ cdef enum:
 cdef object closed = CLOSED
 cdef object need_data = NEED_DATA
 cdef object turn_over = TURN_OVER
+cdef object begin_data_type = BeginData
+cdef object end_of_message_type = EndOfMessage
+cdef object go_ahead = replies.GO_AHEAD_DATA
 
 
 cdef class Pump(Taker):
@@ -41,6 +45,10 @@ cdef class Pump(Taker):
     cdef Wire wire
     cdef dict handlers
     cdef object owner
+    cdef public object counting
+    cdef public bint is_counting
+    cdef readonly int texts
+    cdef readonly int messages
     cdef public object tls
     cdef object event
     cdef readonly bint has_ended
@@ -70,7 +78,7 @@ cdef class Pump(Taker):
             event = session.next_event()
             if event is need_data or event is closed:
                 return event
-            if event is not turn_over:
+            if event is not turn_over and not (self.counting is not None and self.count_message(event)):
                 handler = self.handlers.get(type(event))
                 if handler is None or not handler(self.owner, event):
                     return event
@@ -81,6 +89,22 @@ cdef class Pump(Taker):
                     end = now() + TURN_TIME
                 elif now() >= end:
                     return turn_over
+
+    cdef bint count_message(self, object event) except -1:
+        """Receive a message that is only counted. Return False for every other event."""
+        cdef ServerSession session = self.session
+        if type(event) is begin_data_type:
+            self.texts += 1
+            self.is_counting = True
+            self.wire.discard = True
+            session.reply(go_ahead)
+        elif self.is_counting and type(event) is end_of_message_type:
+            self.is_counting = False
+            self.messages += 1
+            session.reply(self.counting.discard(len(session.transaction.recipients), event.size))
+        else:
+            return False
+        return True
 
     cpdef bytes take_output(self):
         """Return what has to be sent now: replies, and what TLS has to say."""

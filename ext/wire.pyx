@@ -2,29 +2,29 @@
 
 Theory
 ------
-A wire owns one buffer. Octets come in by `feed` (a copy) or by `recv` (straight from a socket); `next` looks at them in
-one of four modes and returns what it found:
+A wire owns one buffer. `feed` copies octets into it, `recv` reads them from a socket; `next` parses them in one of four
+modes and returns a token:
 
     COMMAND   a line: `verb` and `argument`            (RFC 5321 4.1.1)
-    LINE      a line as it is, in `argument`           (the exchange of AUTH, RFC 4954 4)
+    LINE      a whole line, in `argument`              (the exchange of AUTH, RFC 4954 4)
     TEXT      CHUNK ... TEXT_END                       (DATA, RFC 5321 4.1.1.4 and 4.5.2)
     OCTETS    CHUNK ... TEXT_END                       (one BDAT chunk, RFC 3030 2)
 
 Rules
 -----
-1. Any split of the input gives the same tokens, but for where one CHUNK ends and the next begins. What cannot be
-   decided yet stays in the buffer: a CR at its end, a dot or dot CR at the start of a line.
-2. A token is made only when somebody asks for it: what stands behind a command stays untouched until the command is
-   answered, because the answer decides how it is to be read.
-3. The end of the data is CR LF . CR LF and nothing else. A LF or a CR alone never starts a line, never ends the data,
-   and never hides a dot.
-4. A text that breaks a rule (`violation`) is read to its end without being kept, so that the reply meets the right
-   command. While the text is refused for its line ends, a sender that ends it with LF . LF is told from one that is
-   still talking: TEXT_BROKEN means that the two sides no longer agree where the text ends.
-5. Every buffer is bounded: an overlong line is dropped octet by octet, text leaves as CHUNKs, and `feed` refuses more
-   than MAX_BUFFER octets that nobody asked for.
-6. No Python object is made for a line of text, and none at all for a body that nobody wants (`discard`).
-7. An idle wire holds no buffer: blocks of one size circulate among all wires (`rest`).
+1. Any split of the input gives the same tokens, except for the boundaries between CHUNKs. Octets that cannot be
+   decided yet stay in the buffer: a CR at its end, a dot or dot CR at the start of a line.
+2. A token is made only on request: the input after a command is not parsed before the command has been answered,
+   because the answer decides the mode for it.
+3. Only CR LF . CR LF ends the data (RFC 5321 4.1.1.4). A bare LF or CR never starts a line, never ends the data, and
+   never hides a dot.
+4. A text that breaks a rule (`violation`) is read to its end and dropped, so that the reply belongs to the right
+   command. While a text is refused for its line ends, its sender may believe that LF . LF has ended it: TEXT_BROKEN
+   means that the two sides no longer agree about the end of the text.
+5. Every buffer is bounded: an overlong line is dropped as it arrives, text leaves as CHUNKs, and `feed` refuses more
+   than MAX_BUFFER unparsed octets.
+6. No Python object is made for a line of text, and none at all for a body that is not kept (`discard`).
+7. An idle wire holds no buffer: all wires share a pool of equal blocks (`rest`).
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -55,7 +55,7 @@ NEED_DATA, COMMAND, LINE_TOO_LONG, LINE_BAD_END, LINE_NUL, CHUNK, TEXT_END, TEXT
 cdef enum Mode:
     M_COMMAND, M_LINE, M_TEXT, M_OCTETS
 
-# Violations: what is wrong with a text. The first four are the kinds of scan.h.
+# Violations: the rule that a text breaks. The first four are the kinds of scan.h.
 BARE_LF = SCAN_BARE_LF
 BARE_CR = SCAN_BARE_CR
 NUL = SCAN_NUL
@@ -71,9 +71,9 @@ VERBS = (
 )
 
 cdef enum:
-    BLOCK = 65536                # octets of a circulating block
-    SPARE_BLOCKS = 64            # blocks kept for the next wires: 4 MiB at most
-    SMALL = 4096                 # a rest of at most this many octets is kept in a block of its own size
+    BLOCK = 65536                # octets of a pooled block
+    SPARE_BLOCKS = 64            # unused blocks in the pool: 4 MiB at most
+    SMALL = 4096                 # at most this many waiting octets move to a small block while the wire is idle
     MAX_BUFFER_OCTETS = 1 << 20
     MIN_TEXT_LINE = 64
 
@@ -113,7 +113,7 @@ def blocks_in_use():
 
 
 cdef int verb_number(const unsigned char *p, size_t n) noexcept:
-    """Return the place of a verb in VERBS, whatever its case; 0 for an unknown one."""
+    """Return the index of a verb in VERBS, in any case of letters; 0 for an unknown verb."""
     cdef unsigned long long word = 0
     cdef size_t i
     cdef unsigned char c
@@ -124,7 +124,7 @@ cdef int verb_number(const unsigned char *p, size_t n) noexcept:
         if c'a' <= c <= c'z':
             c -= 32
         word = word << 8 | c
-    # The verbs as numbers: their letters, the last one lowest.
+    # The verbs as numbers: their letters, the last one in the lowest octet.
     if word == 0x4D41494C:
         return 4  # MAIL
     if word == 0x52435054:
@@ -155,7 +155,7 @@ cdef int verb_number(const unsigned char *p, size_t n) noexcept:
         return 14  # AUTH
     if word == 0x5354415254544C53:
         return 15  # STARTTLS
-    # GET, POST, PUT, HEAD, DELETE, CONNECT, OPTIONS, PATCH, TRACE: a browser, or somebody using one as a tool
+    # GET, POST, PUT, HEAD, DELETE, CONNECT, OPTIONS, PATCH, TRACE: an HTTP client, or an attack by way of one
     if word in (
         0x474554, 0x504F5354, 0x505554, 0x48454144, 0x44454C455445, 0x434F4E4E454354, 0x4F5054494F4E53, 0x5041544348,
         0x5452414345,
@@ -165,7 +165,7 @@ cdef int verb_number(const unsigned char *p, size_t n) noexcept:
 
 
 cdef class Wire:
-    """The reading side of one connection. See the .pyi for the meaning of each method."""
+    """The reading side of one connection. The .pyi documents each method."""
 
     def __cinit__(self):
         self.block = NULL
@@ -185,10 +185,10 @@ cdef class Wire:
             "bare_lf": SCAN_BARE_LF, "bare_cr": SCAN_BARE_CR, "nul": SCAN_NUL, "long_line": SCAN_LONG,
         }
         if text_line_limit < MIN_TEXT_LINE:
-            raise ValueError(f"text_line_limit is at least {MIN_TEXT_LINE}, not {text_line_limit}")
+            raise ValueError(f"text_line_limit must be at least {MIN_TEXT_LINE}, not {text_line_limit}")
         for name in (*reject, *normalize):
             if name not in kinds:
-                raise ValueError(f"a wire rule is one of {', '.join(kinds)}, not {name!r}")
+                raise ValueError(f"unknown wire rule {name!r}; expected one of: {', '.join(kinds)}")
         self.line_limit = line_limit
         self.text_line_limit = text_line_limit
         self.max_octets = max_octets
@@ -208,7 +208,7 @@ cdef class Wire:
         return self.made_like()
 
     cdef Wire made_like(self):
-        """Return a wire with the rules of this one."""
+        """Return a new wire with the same rules."""
         cdef Wire other = Wire.__new__(Wire)
         other.line_limit = self.line_limit
         other.text_line_limit = self.text_line_limit
@@ -228,7 +228,7 @@ cdef class Wire:
     # ---- input
 
     cdef unsigned char *reserve(self, size_t octets) except NULL:
-        """Return room for that many octets behind the waiting ones."""
+        """Return space for that many octets after the waiting ones."""
         cdef size_t waiting = self.end - self.begin
         cdef size_t wanted = waiting + octets
         cdef size_t capacity
@@ -242,7 +242,7 @@ cdef class Wire:
                 self.end = waiting
                 return self.block + waiting
         if wanted > MAX_BUFFER_OCTETS:
-            raise BufferError(f"a wire holds at most {MAX_BUFFER_OCTETS} octets that were not looked at")
+            raise BufferError(f"a wire holds at most {MAX_BUFFER_OCTETS} unparsed octets")
         capacity = BLOCK if wanted <= BLOCK else wanted
         block = take_block(capacity)
         if self.block != NULL:
@@ -274,9 +274,9 @@ cdef class Wire:
         return self.receive(fd, octets)
 
     cdef Py_ssize_t receive(self, int fd, Py_ssize_t octets) except -2:
-        """Do what `recv` does, for compiled callers."""
+        """`recv` for compiled callers."""
         cdef ssize_t n
-        # Stay within one block: the kernel keeps what does not fit.
+        # Stay within one block: what does not fit stays in the kernel.
         cdef size_t waiting = self.end - self.begin
         cdef size_t room = max(BLOCK - waiting, <size_t> SMALL) if waiting < BLOCK else SMALL
         if <size_t> octets < room:
@@ -296,7 +296,7 @@ cdef class Wire:
             PyErr_SetFromErrno(OSError)
 
     cpdef void rest(self) noexcept:
-        """Do what `rest` does, for compiled callers."""
+        """Release the buffer; see the .pyi."""
         global in_use
         cdef size_t waiting = self.end - self.begin
         cdef unsigned char *small
@@ -317,7 +317,7 @@ cdef class Wire:
         return self.drop()
 
     cdef size_t drop(self) noexcept:
-        """Forget the input. Return how much of it there was."""
+        """Drop the unparsed input. Return how many octets it had."""
         cdef size_t waiting = self.end - self.begin
         self.release()
         self.seen = 0
@@ -368,7 +368,7 @@ cdef class Wire:
     # ---- output
 
     cpdef int next(self) except -1:
-        """Do what `next` does, for compiled callers."""
+        """Return the next token; see the .pyi."""
         if self.mode == M_TEXT:
             return self.next_text()
         if self.mode == M_OCTETS:
@@ -385,7 +385,7 @@ cdef class Wire:
             lf = <unsigned char *> memchr(start + self.seen, c'\n', waiting - self.seen)
         if lf == NULL:
             if self.overlong or waiting >= self.line_limit:
-                # Keep nothing of a line that is too long already, but the knowledge that it is.
+                # Keep nothing of a line that is already too long, only that fact.
                 self.overlong = True
                 self.begin = self.end
                 self.seen = 0
@@ -437,7 +437,7 @@ cdef class Wire:
     # ---- text
 
     cdef bint violate(self, int kind) noexcept:
-        """Note what is wrong with the text; from here on it is dropped. Return whether this is news."""
+        """Record a violation and drop the rest of the text. Return True if it is the first one."""
         self.dropping = True
         if self.violation != 0:
             return False
@@ -445,7 +445,7 @@ cdef class Wire:
         return True
 
     cdef bint put(self, size_t *out, const unsigned char *octets, size_t n) except -1:
-        """Write octets of the un-stuffed text: in place, or into the grown buffer once there is one."""
+        """Write octets of the un-stuffed text: in place, or into the grown buffer if there is one."""
         cdef unsigned char *target = self.grown if self.grown != NULL else self.block
         if target + out[0] != octets:
             memmove(target + out[0], octets, n)
@@ -453,9 +453,9 @@ cdef class Wire:
         return True
 
     cdef bint scan_into(self, size_t *source, size_t *out, size_t stop, unsigned report, int *kind) except -1:
-        """Move text from source to out up to the next octet of interest; normalize what is to be normalized.
+        """Move text from source to out up to the next octet that needs a decision; normalize on the way.
 
-        Leaves `kind` as SCAN_MORE, SCAN_DOT or the kind of a violation, and says whether a line starts at source.
+        Sets `kind` to SCAN_MORE, SCAN_DOT or a violation, and `at_line_start` for the octet at source.
         """
         cdef scan_result r
         cdef unsigned char *p
@@ -464,7 +464,7 @@ cdef class Wire:
             p = self.block + source[0]
             r = scan_text(p, stop - source[0], self.column, self.text_line_limit, report, self.vectors)
             if r.at > 0:
-                # Looked at before the octets move. A CR is never parted from its LF, so both are in this run.
+                # Checked before the octets move. A CR is never separated from its LF, so both are in this run.
                 self.at_line_start = r.at > 1 and p[r.at - 1] == c'\n' and p[r.at - 2] == c'\r'
                 if keep:
                     self.put(out, p, r.at)
@@ -478,19 +478,19 @@ cdef class Wire:
                 self.grow(out[0], stop - source[0])
             self.at_line_start = False
             if r.kind == SCAN_BARE_LF:
-                self.mend(source, out, 1, b"\r\n", 2, keep)
+                self.repair(source, out, 1, b"\r\n", 2, keep)
                 self.column = 0
             elif r.kind == SCAN_BARE_CR:
-                self.mend(source, out, 1, b" ", 1, keep)
+                self.repair(source, out, 1, b" ", 1, keep)
                 self.column += 1
             elif r.kind == SCAN_NUL:
-                self.mend(source, out, 1, b"", 0, keep)
+                self.repair(source, out, 1, b"", 0, keep)
             else:  # SCAN_LONG: fold, as Postfix does
-                self.mend(source, out, 0, b"\r\n ", 3, keep)
+                self.repair(source, out, 0, b"\r\n ", 3, keep)
                 self.column = 1
 
     cdef bint grow(self, size_t out, size_t rest) except -1:
-        """Make the grown buffer. Worst case: each octet is a bare LF and becomes two, each 64th is folded."""
+        """Make the grown buffer. Worst case: every octet is a bare LF and becomes two, every 64th is folded."""
         cdef unsigned char *grown = <unsigned char *> malloc(out + rest * 2 + (rest // (MIN_TEXT_LINE - 1) + 2) * 3)
         if grown == NULL:
             raise MemoryError
@@ -498,8 +498,8 @@ cdef class Wire:
         self.grown = grown
         return True
 
-    cdef void mend(self, size_t *source, size_t *out, size_t n, const char *octets, size_t m, bint keep) noexcept:
-        """Put m octets in the place of n."""
+    cdef void repair(self, size_t *source, size_t *out, size_t n, const char *octets, size_t m, bint keep) noexcept:
+        """Replace n octets of the input by m others."""
         source[0] += n
         self.octets += m
         if keep:
@@ -507,7 +507,7 @@ cdef class Wire:
             out[0] += m
 
     cdef bint finish_chunk(self, size_t start, size_t out) except -1:
-        """Make the chunk of [start, out). Return whether there is one."""
+        """Make the chunk of [start, out). Return False if it is empty or dropped."""
         cdef unsigned char *source = self.grown if self.grown != NULL else self.block
         cdef bint some = out > start and not self.dropping
         if some:
@@ -531,7 +531,7 @@ cdef class Wire:
             after_dot = False
             if self.at_line_start and p[0] == c'.':
                 if stop - source < 2 or (p[1] == c'\r' and stop - source < 3):
-                    break  # the end of the data, or a stuffed dot: the next octets tell
+                    break  # the end of the data or a stuffed dot: the next octets decide
                 if p[1] == c'\r' and p[2] == c'\n':
                     source += 3
                     self.ended = True
@@ -549,7 +549,7 @@ cdef class Wire:
             else:
                 news |= self.violate(kind)
                 self.watching_tail = True
-                # What stands before the octet, as far as it can be a part of an end of the data.
+                # The octets before this one that can be part of an end of the data.
                 after_dot = after_dot and self.block + source == p + 1
                 self.tail = 0x0D0A2E if after_dot else 0x0D0A if self.at_line_start else 0
         self.begin = source
@@ -566,7 +566,7 @@ cdef class Wire:
         return T_NEED_DATA
 
     cdef int watch_tail(self) noexcept:
-        """Drop a refused text up to its end, looking at nothing but the last five octets."""
+        """Drop a refused text up to its end; only the last five octets matter."""
         cdef unsigned long long tail = self.tail
         cdef unsigned char *p = self.block
         cdef size_t i = self.begin
@@ -583,7 +583,7 @@ cdef class Wire:
                 token = T_TEXT_END
                 break
             if lf_matters and (tail & 0xFFFFFF == 0x0A2E0A or tail & 0xFFFFFFFF == 0x0A2E0D0A):
-                token = T_TEXT_BROKEN  # LF . LF or LF . CR LF: for the sender the text is over, for us it is not
+                token = T_TEXT_BROKEN  # LF . LF or LF . CR LF: the sender may believe that the text has ended
                 break
         self.begin = i
         self.tail = tail
@@ -601,16 +601,14 @@ cdef class Wire:
         if source < stop:
             if self.counts_text and not self.dropping:
                 if self.held_cr:
-                    news |= self.take_fellow_of_held_cr(&source, &out)
+                    news |= self.release_cr(&source, &out, stop)
                 self.scan_into(&source, &out, stop, self.report & ~SCAN_BIT(SCAN_DOT), &kind)
                 if kind != SCAN_MORE:
                     news |= self.violate(kind)
                 elif source + 1 == stop and stop - start == self.remaining:
-                    # The CR at the end of a chunk: its LF may come with the next one.
+                    # A CR at the end of a chunk: its LF may be the first octet of the next one.
                     self.held_cr = True
                     self.octets += 1
-                    if not self.discard:
-                        self.put(&out, self.block + source, 1)
                     source += 1
             else:
                 self.octets += stop - source
@@ -622,9 +620,8 @@ cdef class Wire:
                 source = stop
             self.remaining -= source - start
             self.begin = source
-        if self.remaining == 0 and self.last and self.held_cr and self.report & SCAN_BIT(SCAN_BARE_CR):
-            self.held_cr = False
-            news |= self.violate(SCAN_BARE_CR)
+        if self.remaining == 0 and self.last and self.held_cr:
+            news |= self.release_cr(&source, &out, source)
         if self.discard:
             out = start
         if self.finish_chunk(start, out):
@@ -637,16 +634,24 @@ cdef class Wire:
             return T_TEXT_END
         return T_NEED_DATA
 
-    cdef bint take_fellow_of_held_cr(self, size_t *source, size_t *out) except -1:
-        """Look for the LF that belongs to a CR at the end of the last chunk. Return whether a violation is news."""
+    cdef bint release_cr(self, size_t *source, size_t *out, size_t stop) except -1:
+        """Decide about the CR that ended the previous chunk, by the octet after it. Return True for a violation.
+
+        Nothing was written for the CR yet: it belongs to a LF, or it is bare and rejected, normalized or accepted.
+        """
+        cdef bint has_lf = source[0] < stop and self.block[source[0]] == c'\n'
+        cdef bint keep = not self.dropping and not self.discard
         self.held_cr = False
-        if self.block[source[0]] != c'\n':
-            if self.report & SCAN_BIT(SCAN_BARE_CR):
-                return self.violate(SCAN_BARE_CR)
-            return False
-        if not self.discard:
-            self.put(out, self.block + source[0], 1)
-        source[0] += 1
-        self.octets += 1
-        self.column = 0
+        if not has_lf and self.report & ~self.normalize & SCAN_BIT(SCAN_BARE_CR):
+            return self.violate(SCAN_BARE_CR)
+        if keep:
+            self.grow(out[0], stop - source[0] + 1)
+        if has_lf:
+            self.octets -= 1  # counted when it was held; `repair` counts both
+            self.repair(source, out, 1, b"\r\n", 2, keep)
+            self.column = 0
+        else:
+            self.octets -= 1
+            self.repair(source, out, 0, b" " if self.normalize & SCAN_BIT(SCAN_BARE_CR) else b"\r", 1, keep)
+            self.column += 1
         return False

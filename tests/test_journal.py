@@ -1,4 +1,4 @@
-"""The journal: a line for each event, safe to read, bounded."""
+"""The journal: one line for each event, escaped and bounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def path(text: str) -> Path:
 
 
 def fill(journal: Journal, text: str) -> None:
-    """Note one event of each kind, with a text that came from a client."""
+    """Record one event of each kind, with a text from a client."""
     journal.listening("127.0.0.1:25", "main")
     journal.connected(1, PEER, "main")
     journal.rejected_connection(2, PEER, "main", Reply(421, "4.3.2", "Busy", cause=text))
@@ -51,7 +51,7 @@ EVENTS = [
 
 
 @given(st.text(max_size=300))
-def test_no_text_of_a_client_breaks_a_line_or_moves_the_cursor(text: str) -> None:
+def test_client_text_cannot_break_a_line_or_move_the_cursor(text: str) -> None:
     for form in ("human", "json"):
         journal = Journal(JournalSettings(format="human" if form == "human" else "json"))
         fill(journal, text)
@@ -80,7 +80,7 @@ def test_json_lines_have_their_fields() -> None:
     assert "test_journal.py" in error["trace"][-1]
 
 
-def test_no_text_of_a_client_writes_fields_of_its_own() -> None:
+def test_client_text_cannot_forge_fields() -> None:
     journal = Journal(JournalSettings(format="human"))
     journal.lost(1, PEER, path('"a> peer=<b c"@example.org'), 'gone" reply="250 ok \\')
     line = journal.drain().decode().rstrip("\n")
@@ -90,9 +90,9 @@ def test_no_text_of_a_client_writes_fields_of_its_own() -> None:
 
 
 @given(st.text(max_size=260), st.integers(0, 12), st.floats(0, 1e6))
-def test_a_compiled_line_is_the_line_of_the_long_way(text: str, count: int, seconds: float) -> None:
+def test_compiled_lines_equal_those_of_the_python_code(text: str, count: int, seconds: float) -> None:
     lines = []
-    for peer in (PEER, PEER._replace(proxy="192.0.2.9")):  # with a proxy the long way is taken
+    for peer in (PEER, PEER._replace(proxy="192.0.2.9")):  # with a proxy, the Python code formats the line
         journal = Journal(JournalSettings(format="json"), clock=lambda: 1_700_000_000.25)
         journal.connected(1, peer, text)
         for sender in (path(text), path("a@b"), path(""), None):
@@ -107,7 +107,7 @@ def test_a_compiled_line_is_the_line_of_the_long_way(text: str, count: int, seco
 
 
 @given(st.text(max_size=260), st.integers(1, 12), st.floats(0, 1e6))
-def test_a_compiled_line_of_the_relay_is_that_of_the_long_way(text: str, count: int, seconds: float) -> None:
+def test_compiled_relay_lines_equal_those_of_the_python_code(text: str, count: int, seconds: float) -> None:
     values = [(MessageId("A"), [Recipient(path(text))] * count, "mx:25", "250 Ok", 3, round(seconds, 3))]
     values += [(MessageId("A"), [Recipient(path("c@d"))] * count, hop, text, 1, 0.0) for hop in ("mx:25", "", text)]
     journal = Journal(JournalSettings(format="json"), clock=lambda: 1_700_000_000.25)
@@ -118,7 +118,7 @@ def test_a_compiled_line_of_the_relay_is_that_of_the_long_way(text: str, count: 
     assert lines == [{**head, **_fields("delivered", 0, None, each)} for each in values]
 
 
-def test_each_event_of_the_relay_has_a_line() -> None:
+def test_every_relay_event_has_a_line() -> None:
     journal = Journal(JournalSettings(format="human"))
     to = [Recipient(path("bob@example.org"))]
     journal.recovered(5, 2, 1)
@@ -139,7 +139,7 @@ def test_each_event_of_the_relay_has_a_line() -> None:
     ]
 
 
-def test_auto_is_for_humans_on_a_terminal() -> None:
+def test_auto_is_human_on_a_terminal() -> None:
     for is_terminal, first in ((True, b"0123456789"), (False, b"{")):
         journal = Journal(JournalSettings(), is_terminal=is_terminal)
         journal.stopped()
@@ -147,14 +147,14 @@ def test_auto_is_for_humans_on_a_terminal() -> None:
 
 
 @pytest.mark.parametrize(("events", "count"), [("all", len(EVENTS)), ("mail", 8), ("errors", 2), ("none", 0)])
-def test_events_can_be_left_out(events: Literal["all", "mail", "errors", "none"], count: int) -> None:
+def test_events_are_filtered_by_the_setting(events: Literal["all", "mail", "errors", "none"], count: int) -> None:
     journal = Journal(JournalSettings(events=events))
     fill(journal, "x")
     assert len(journal.drain().splitlines()) == count
 
 
-def test_a_journal_that_nobody_drains_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_WAITING", 10)
+def test_an_undrained_journal_is_bounded_and_reports_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_WAITING", 10)
     journal = Journal(JournalSettings(format="json"))
     for _ in range(25):
         journal.stopped()

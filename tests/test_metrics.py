@@ -1,4 +1,4 @@
-"""The totals by itself: marks and kinds of reply. What sessions tell it stands in tests/inbound/test_receipts.py."""
+"""Session metrics alone: sequence tags and kinds of replies. tests/server/test_statistics.py has them in sessions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LOCAL_PARTS = st.one_of(
 )
 
 
-def test_the_phases_begin_with_the_verbs_in_their_order() -> None:
+def test_phases_begin_with_the_verbs_in_order() -> None:
     assert PHASES[: len(VERBS)] == ("unknown", *VERBS[1:])
 
 
 @given(st.lists(LOCAL_PARTS, max_size=5))
-def test_marks_are_read_as_the_format_says(texts: list[str]) -> None:
+def test_tags_are_parsed_like_in_python(texts: list[str]) -> None:
     tracker = SequenceTracker()
     marks = [parse(text) for text in texts]
     for text, mark in zip(texts, marks, strict=True):
@@ -36,7 +36,7 @@ def test_marks_are_read_as_the_format_says(texts: list[str]) -> None:
 
 
 @given(st.lists(st.integers(0, 300), max_size=400), st.integers(0, 310))
-def test_a_sequence_knows_what_came_twice_late_and_never(numbers: list[int], last: int) -> None:
+def test_a_sequence_counts_duplicate_late_and_missing_numbers(numbers: list[int], last: int) -> None:
     tracker = SequenceTracker()
     for number in numbers:
         assert tracker.note("run", number)
@@ -53,7 +53,7 @@ def test_a_sequence_knows_what_came_twice_late_and_never(numbers: list[int], las
     assert found.missing(1, last, 7) == (len(missing), missing[:7])
 
 
-def test_a_million_marks_take_two_hundred_kilobytes_at_most() -> None:
+def test_a_million_tags_need_at_most_200_kilobytes() -> None:
     tracker = SequenceTracker()
     for number in range(1, 1_000_001):
         tracker.mark(f"seq-k3-{number}")
@@ -63,7 +63,7 @@ def test_a_million_marks_take_two_hundred_kilobytes_at_most() -> None:
     assert tracker.octets <= 262_144
 
 
-def test_marks_that_there_is_no_room_for_are_counted() -> None:
+def test_tags_beyond_the_limits_are_counted() -> None:
     tracker = SequenceTracker()
     assert not tracker.note("far", 10**11)
     assert tracker.runs == {}
@@ -104,13 +104,13 @@ def test_a_sequence_has_nothing_before_its_first_number() -> None:
         (b"25", 0, None),
     ],
 )
-def test_replies_are_told_apart_by_code_and_status(encoded: bytes, code: int, status: str | None) -> None:
+def test_replies_are_counted_by_code_and_status(encoded: bytes, code: int, status: str | None) -> None:
     totals = Metrics()
     totals.turned_away(encoded)
     assert totals.counted() == [("banner", code, status, None, 1)]
 
 
-def test_further_kinds_of_reply_are_counted_as_one_number() -> None:
+def test_further_kinds_of_replies_are_counted_together() -> None:
     totals = Metrics()
     for subject in range(2):
         for detail in range(1000):
@@ -119,7 +119,7 @@ def test_further_kinds_of_reply_are_counted_as_one_number() -> None:
     assert totals.further == 2000 - 1024
 
 
-def test_a_reset_forgets_all_but_the_open_sessions() -> None:
+def test_a_reset_clears_all_but_the_open_sessions() -> None:
     totals = Metrics()
     session = totals.new_session()
     totals.turned_away(b"421 4.3.2 Too many\r\n")
@@ -130,7 +130,7 @@ def test_a_reset_forgets_all_but_the_open_sessions() -> None:
     assert (totals.open_sessions, totals.received, totals.ends) == (0, 5, {"QUIT": 1})
 
 
-def test_causes_of_further_kinds_are_counted_together() -> None:
+def test_further_causes_are_counted_together() -> None:
     totals = Metrics()
     for number in range(100):
         totals.new_session().ended(f"cause {number}", 0)

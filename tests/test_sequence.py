@@ -11,7 +11,7 @@ NUMBERS = st.integers(0, 10**12 - 1)
 
 
 @given(RUNS, NUMBERS, st.sampled_from(["", "news+", "a+b+"]))
-def test_a_mark_that_was_written_is_read_behind_nothing_or_a_plus(run: str, number: int, before: str) -> None:
+def test_a_tag_is_parsed_alone_or_after_a_plus(run: str, number: int, before: str) -> None:
     assert parse(before + mark(run, number)) == Mark(run, number)
     assert str(Mark(run, number)) == mark(run, number)
 
@@ -20,12 +20,12 @@ def test_a_mark_that_was_written_is_read_behind_nothing_or_a_plus(run: str, numb
     "text", ["", "alice", "seq-", "seq-a", "seq-a-", "seq--1", "seq-A-1", "xseq-a-1", "seq-a-1x", "seq-a-1\n",
              "seq-abcdefghijklmnopq-1", "seq-a-1234567890123", "seq-a-\u0661"],
 )  # fmt: skip
-def test_what_is_no_mark_is_none(text: str) -> None:
+def test_other_text_is_no_tag(text: str) -> None:
     assert parse(text) is None
 
 
 @pytest.mark.parametrize(("run", "number"), [("", 1), ("A", 1), ("a" * 17, 1), ("a", -1), ("a", 10**12)])
-def test_what_can_not_be_a_mark_is_not_written(run: str, number: int) -> None:
+def test_invalid_tags_are_not_made(run: str, number: int) -> None:
     with pytest.raises(ValueError):
         mark(run, number)
 
@@ -42,5 +42,5 @@ def test_what_can_not_be_a_mark_is_not_written(run: str, number: int) -> None:
         ("", None),
     ],
 )
-def test_any_counter_is_read_with_what_stands_before_it(text: str, found: Mark | None) -> None:
+def test_a_counter_is_parsed_with_the_text_before_it(text: str, found: Mark | None) -> None:
     assert parse_counter(text) == found

@@ -1,4 +1,4 @@
-"""The compiled lines of the journal. Each is None when one of its values is not plain; see ext/journal.pyx."""
+"""The compiled lines of the journal: None if one of the values is not plain; see ext/journal.pyx."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from penstock.message import Path, Recipient
 from penstock.reply import Reply
 
 def connected(stamp: str, session: int, address: str, listener: str) -> bytes | None:
-    """Return the line of a client that was let in."""
+    """Return the line of an accepted connection."""
 
 def disconnected(
     stamp: str, session: int, address: str, messages: int, errors: int, octets: int, seconds: float, cause: str
 ) -> bytes | None:
-    """Return the line of a session that is over."""
+    """Return the line of a session that has ended."""
 
 def accepted(
     stamp: str,
@@ -23,9 +23,9 @@ def accepted(
     octets: int,
     reply: Reply,
 ) -> bytes | None:
-    """Return the line of a message that was taken."""
+    """Return the line of an accepted message."""
 
 def delivered(
     stamp: str, message_id: str, recipients: Sequence[Recipient], hop: str, said: str, attempts: int, seconds: float
 ) -> bytes | None:
-    """Return the line of recipients who have got their message."""
+    """Return the line of a delivery."""

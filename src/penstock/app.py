@@ -45,8 +45,8 @@ from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
 from penstock.relay.gateway import Gateway
-from penstock.relay.ledger import Ledger
 from penstock.relay.pool import Pool
+from penstock.relay.recorder import AttemptRecorder
 from penstock.relay.route import Routes
 from penstock.relay.scheduler import Scheduler
 from penstock.server.body import BodySettings, MemoryBudget
@@ -58,7 +58,7 @@ from penstock.server.listener import Listener
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
-from penstock.spool.diskspace import Room
+from penstock.spool.diskspace import DiskSpace
 from penstock.spool.spool import Spool
 
 
@@ -333,29 +333,31 @@ def make_gateway(
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
+    own_domain = next((name for name in settings.domains or () if not name.startswith(".")), hostname)
     folder = data_dir / settings.spool.path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     spool = Spool(settings.spool, folder)
-    room = Room(folder, reserve_octets=settings.spool.reserve_octets, reserve_inodes=settings.spool.reserve_inodes)
+    reserve = settings.spool.reserve_octets, settings.spool.reserve_inodes
+    disk_space = DiskSpace(folder, reserve_octets=reserve[0], reserve_inodes=reserve[1])
     resolver = Resolver(settings.resolver, own_names=own_names(settings))
-    routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_name=hostname)
+    routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_domain=own_domain)
     pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
-    ledger = Ledger(spool, Backoff(relay.retry), reporter, routes.lane_of, journal, time.time)
+    recorder = AttemptRecorder(spool, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
-    scheduler = Scheduler(relay, spool, pool, routes, ledger, journal, local=local)
+    scheduler = Scheduler(relay, spool, pool, routes, recorder, journal, local=local)
     gateway = Gateway(
         spool=spool,
-        room=room,
+        disk_space=disk_space,
         pool=pool,
-        ledger=ledger,
+        recorder=recorder,
         scheduler=scheduler,
         local=local,
         journal=journal,
         grace=settings.server.grace,
     )
     passthrough = Onward(pool, routes)
-    delivery: Delivery = SpoolDelivery(spool, scheduler, room)
+    delivery: Delivery = SpoolDelivery(spool, scheduler, disk_space)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
     return gateway, delivery, passthrough

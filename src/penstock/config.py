@@ -1,7 +1,7 @@
-"""TOML to settings. Errors name the key; nothing is guessed, nothing is ignored.
+"""The configuration file: TOML to settings. Unknown keys are errors, and every error names its key.
 
-The settings of a part are a small frozen class beside the part; here they are joined to the shape of the file, read,
-cross-checked, described. No part imports this module.
+Each component has its settings in a small frozen class beside it. This module joins them to the structure of the file,
+reads and describes it, and checks what involves more than one key. No component imports this module.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ Meta = msgspec.Meta
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration; the text names the key and the right form."""
+    """A configuration cannot be used. The text names the key and the right form."""
 
 
 class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where clients come in, and what they are offered there."""
+    """An address to listen on, and what its clients are offered."""
 
     address: Annotated[
-        str, Meta(description="127.0.0.1:2525, [::1]:2525, :25 (every address) or unix:/run/penstock/lmtp")
+        str, Meta(description="127.0.0.1:2525, [::1]:2525, :25 (all addresses) or unix:/run/penstock/lmtp")
     ] = "127.0.0.1:2525"
-    name: Annotated[str, Meta(description="What the journal calls it; the address when empty")] = ""
-    kind: Annotated[Literal["smtp", "lmtp"], Meta(description="SMTP (RFC 5321) or LMTP (RFC 2033)")] = "smtp"
-    max_size: Annotated[int, Meta(ge=0, description="SIZE: octets a message may have (RFC 1870); 0 is no limit")] = (
-        26_214_400
-    )
+    name: Annotated[str, Meta(description="Name in the journal; the address if empty")] = ""
+    kind: Annotated[Literal["smtp", "lmtp"], Meta(description="Protocol: smtp (RFC 5321) or lmtp (RFC 2033)")] = "smtp"
+    max_size: Annotated[
+        int, Meta(ge=0, description="Maximum size of a message in octets, announced as SIZE (RFC 1870); 0: no limit")
+    ] = 26_214_400
     max_hops: Annotated[
         int,
-        Meta(ge=0, le=1000, description="Received fields before a message counts as looping; 0 does not look"),
+        Meta(ge=0, le=1000, description="Maximum number of Received fields (RFC 5321 6.3); 0: no loop detection"),
     ] = 50
     proxy_networks: Annotated[
         tuple[str, ...],
-        Meta(description="Networks whose clients must begin with a PROXY header, version 1 or 2"),
+        Meta(description="Networks of proxies that must send a PROXY header, version 1 or 2"),
     ] = ()
-    relay_networks: Annotated[tuple[str, ...], Meta(description="Networks whose clients may send to any domain")] = ()
+    relay_networks: Annotated[tuple[str, ...], Meta(description="Networks whose clients may relay to any domain")] = ()
     addresses: Annotated[
         Literal["tolerant", "strict"],
         Meta(
@@ -81,10 +81,10 @@ class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = False
     mode: Annotated[str, Meta(description="Permissions of a unix socket, in octal")] = "0660"
     group: Annotated[
-        str, Meta(description="Group of a unix socket: a name or a number; that of the process when empty")
+        str, Meta(description="Group of a unix socket: a name or a number; that of the process if empty")
     ] = ""
     tls: TlsSettings = TlsSettings()
-    auth: Annotated[AuthSettings | None, Meta(description="Without this table there is no AUTH")] = None
+    auth: Annotated[AuthSettings | None, Meta(description="AUTH is offered only with this table")] = None
     limits: LimitSettings = LimitSettings()
     wire: WireSettings = WireSettings()
     extensions: ExtensionSettings = ExtensionSettings()
@@ -94,76 +94,76 @@ DELIVERY_KINDS: Final = ("spool", "passthrough", "maildir", "discard")
 
 
 class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where accepted messages go."""
+    """What happens to accepted messages, and so what a 250 promises."""
 
     kind: Annotated[
         str,
         Meta(
-            description="spool: on stable storage before the 250, then where the routes say; passthrough: to the "
-            "next hop before the 250, into the spool when that is slow or down; maildir: into the Maildir before the "
-            "250; discard: nowhere; package.module:Class or path/to/file.py:Class: your own delivery in Python"
+            description="spool: written to stable storage before the 250, then delivered as the routes say; "
+            "passthrough: sent to the next hop before the 250, or spooled if that is slow or down; maildir: written to "
+            "the Maildir before the 250; discard: dropped; package.module:Class or path/to/file.py:Class: a delivery "
+            "in Python"
         ),
     ] = "spool"
-    arguments: Annotated[dict[str, Any], Meta(description="Keyword arguments of a delivery of your own")] = {}  # noqa: RUF012 - msgspec copies it
+    arguments: Annotated[dict[str, Any], Meta(description="Keyword arguments of a delivery in Python")] = {}  # noqa: RUF012
     maildir: MaildirSettings = MaildirSettings()
     passthrough: PassthroughSettings = PassthroughSettings()
 
     @property
     def has_relay(self) -> bool:
-        """Mail goes through the spool, or past it."""
+        """The delivery uses the spool and the relay."""
         return self.kind in ("spool", "passthrough")
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The process as a whole."""
+    """The server process."""
 
     grace: Annotated[
         float,
-        Meta(ge=0, le=3600, description="Seconds a message under way has to arrive once the server stops"),
+        Meta(ge=0, le=3600, description="Seconds that messages in progress have to arrive during a shutdown"),
     ] = 30.0
     workers: Annotated[
         int,
-        Meta(
-            ge=1,
-            le=256,
-            description="Processes, each with a part of the spool and limits of its own",
-        ),
+        Meta(ge=1, le=256, description="Worker processes; each has its own part of the spool and its own limits"),
     ] = 1
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A configuration file."""
+    """Configuration of Penstock."""
 
     hostname: Annotated[
         str,
-        Meta(description="The name in the greeting and in Received fields; the machine's name when empty"),
+        Meta(description="Host name in the greeting and in Received fields; the machine's name if empty"),
     ] = ""
     domains: Annotated[
         tuple[str, ...] | None,
-        Meta(description='Domains everybody may send to; ".example.org" is all names below. Without it, every domain'),
+        Meta(
+            description='Domains that mail is accepted for; ".example.org" stands for all its subdomains. '
+            "Without this key, mail for every domain is accepted"
+        ),
     ] = None
-    data_dir: Annotated[str, Meta(description="The folder of all that is kept, relative to the file")] = "penstock-data"
-    listener: Annotated[
-        tuple[ListenerSettings, ...], Meta(min_length=1, description="Where clients come in; repeat for more")
-    ] = (ListenerSettings(),)
+    data_dir: Annotated[str, Meta(description="State directory, relative to this file")] = "penstock-data"
+    listener: Annotated[tuple[ListenerSettings, ...], Meta(min_length=1, description="May be repeated.")] = (
+        ListenerSettings(),
+    )
     delivery: DeliverySettings = DeliverySettings()
     spool: SpoolSettings = SpoolSettings()
     route: Annotated[
         tuple[RouteSettings, ...],
-        Meta(description="Where mail goes out of the spool; without any, into the Maildir"),
+        Meta(description="May be repeated. Without routes, spooled mail is delivered to the Maildir."),
     ] = ()
     relay: RelaySettings = RelaySettings()
     resolver: ResolverSettings = ResolverSettings()
     admission: AdmissionSettings = AdmissionSettings()
     body: BodySettings = BodySettings()
     recipients: RecipientSettings = RecipientSettings()
-    check: Annotated[tuple[HookSettings, ...], Meta(description="Policies in Python, asked in this order")] = ()
+    check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
     server: ServerSettings = ServerSettings()
 
     @property
     def own_hostname(self) -> str:
-        """The configured name, or the machine's."""
+        """The configured host name, or the machine's."""
         if self.hostname:
             return canonical_domain(self.hostname)
         found = socket.getfqdn()
@@ -174,13 +174,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def load(path: Path) -> Settings:
-    """Read a file. Raise ConfigError, with the file and the key, when it can not be used."""
+    """Read a file. Raise ConfigError, with the file and the key, if it cannot be used."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"{path}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path}: a configuration is UTF-8 text") from exc
+        raise ConfigError(f"{path}: not UTF-8 text: {exc.reason} at offset {exc.start}") from exc
     try:
         settings = parse(text)
     except ConfigError as exc:
@@ -214,7 +214,7 @@ def parse(text: str) -> Settings:
 
 
 def from_table(table: Mapping[str, object], *, allow_open: bool = False) -> Settings:
-    """Make settings of a table, as TOML has it, and check them. Raise ConfigError."""
+    """Make settings from a table, as read from TOML, and check them. Raise ConfigError."""
     try:
         settings = schema.convert(table, Settings)
     except SchemaError as exc:
@@ -223,11 +223,11 @@ def from_table(table: Mapping[str, object], *, allow_open: bool = False) -> Sett
     return settings
 
 
-# ---- checking what no single key can know
+# ---- checking what involves more than one key
 
 
 def check(settings: Settings, *, allow_open: bool = False) -> None:
-    """Raise ConfigError for values that do not fit together. `allow_open` lets an open relay through: a sink is one."""
+    """Raise ConfigError for settings that cannot work together. `allow_open` permits an open relay, such as a sink."""
     if settings.hostname and domain_of(settings.hostname, utf8=True) is None:
         raise ConfigError(f"hostname: {settings.hostname!r} is not a host name")
     for domain in settings.domains or ():
@@ -240,20 +240,15 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     _check_delivery(settings.delivery)
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
-    unknown = re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", settings.delivery.maildir.path))
-    if unknown:
-        raise ConfigError(
-            f"delivery.maildir.path: {{local}} and {{domain}} may stand in it, and no other brace, not "
-            f"{settings.delivery.maildir.path!r}"
-        )
+    path = settings.delivery.maildir.path
+    if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
+        raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
     if settings.recipients.verify and settings.recipients.file:
-        raise ConfigError("recipients.verify: recipients.file is there already; use one of the two")
+        raise ConfigError("recipients.verify: cannot be combined with recipients.file; use one of them")
     if settings.recipients.verify and not settings.delivery.has_relay:
         raise ConfigError(f'recipients.verify: delivery.kind = "{settings.delivery.kind}" has no next hop to ask')
-    names = [listener.name or listener.address for listener in settings.listener]
+    _check_unique(settings.listener)
     for number, listener in enumerate(settings.listener):
-        if names.count(names[number]) > 1:
-            raise ConfigError(f"listener[{number}].name: {names[number]!r} is the name of another listener, too")
         try:
             _check_listener(listener, settings, allow_open=allow_open)
         except ConfigError as exc:
@@ -261,16 +256,17 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
 
 
 def _check_delivery(delivery: DeliverySettings) -> None:
-    """Check the kind of the delivery: a known word, or an object of the operator's own."""
+    """Check the kind of the delivery: a known word, or a class in Python."""
     if ":" in delivery.kind:
         return
     if delivery.kind not in DELIVERY_KINDS:
         expected = ", ".join(DELIVERY_KINDS)
         raise ConfigError(
-            f"delivery.kind: {delivery.kind!r}: expected one of: {expected}; or package.module:Class, file.py:Class"
+            f"delivery.kind: unknown value {delivery.kind!r}{schema.suggest(delivery.kind, DELIVERY_KINDS)}; expected "
+            f"one of: {expected}; or package.module:Class, path/to/file.py:Class"
         )
     if delivery.arguments:
-        raise ConfigError(f'delivery.arguments: delivery.kind = "{delivery.kind}" takes none')
+        raise ConfigError(f'delivery.arguments: delivery.kind = "{delivery.kind}" takes no arguments')
 
 
 def _check_outbound(settings: Settings) -> None:
@@ -291,7 +287,7 @@ def _check_outbound(settings: Settings) -> None:
         except ValueError as exc:
             raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
     if settings.resolver.ttl_least > settings.resolver.ttl_most:
-        raise ConfigError(f"resolver.ttl_least: it is more than resolver.ttl_most = {settings.resolver.ttl_most}")
+        raise ConfigError(f"resolver.ttl_least: greater than resolver.ttl_most = {settings.resolver.ttl_most:g}")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:
@@ -300,6 +296,21 @@ def _check_networks(key: str, networks: tuple[str, ...]) -> None:
             parse_network(network)
         except ValueError as exc:
             raise ConfigError(f"{key}: {exc}") from exc
+
+
+def _check_unique(listeners: tuple[ListenerSettings, ...]) -> None:
+    """Check that no two listeners have the same address or the same name. Port 0 is a free port, each time another."""
+    addresses: dict[str, int] = {}
+    names: dict[str, int] = {}
+    for number, listener in enumerate(listeners):
+        if not listener.address.endswith(":0"):
+            before = addresses.setdefault(listener.address, number)
+            if before != number:
+                raise ConfigError(f"listener[{number}].address: {listener.address!r} is used by listener[{before}]")
+        before = names.setdefault(listener.name or listener.address, number)
+        if before != number:
+            name = listener.name or listener.address
+            raise ConfigError(f"listener[{number}].name: {name!r} is the name of listener[{before}]")
 
 
 def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_open: bool) -> None:
@@ -319,40 +330,64 @@ def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_ope
     is_open = settings.domains is None and not (listener.auth is not None and listener.auth.required)
     if is_open and not allow_open and not address.is_loopback:
         raise ConfigError(
-            f"address: {address} can be reached from other machines and takes mail for every domain from anybody: an "
-            'open relay. Set domains = ["example.org", ...], or [listener.auth] required = true'
+            f"address: {address} would be an open relay: other machines can reach it, and it accepts mail for every "
+            'domain without authentication. Set domains = ["example.org", ...] or [listener.auth] required = true'
         )
     if listener.auth is not None:
         _check_auth(listener.auth, has_tls=listener.tls.mode != "none")
+    if _has_hops(settings):
+        _check_line_ends(listener.wire)
+
+
+def _has_hops(settings: Settings) -> bool:
+    """Return True if mail may be sent on by SMTP or LMTP."""
+    is_local = all(route.next_hop == "maildir" for route in settings.route)
+    return settings.delivery.kind == "passthrough" or (settings.delivery.kind == "spool" and not is_local)
+
+
+def _check_line_ends(wire: WireSettings) -> None:
+    """Refuse to relay bare line ends: next hops exist that take LF . LF or CR . CR for the end of the data.
+
+    A sender could smuggle a second message through this server into such a hop. Postfix never sends them either: its
+    cleanup server replaces stray CR and LF octets (cleanup_replace_stray_cr_lf), whatever smtpd has accepted.
+    """
+    for key, rule in (("bare_lf", wire.bare_lf), ("bare_cr", wire.bare_cr)):
+        if rule == "accept":
+            raise ConfigError(
+                f'wire.{key}: "accept" cannot be combined with a next hop: some hops would take part of the text for '
+                'commands (SMTP smuggling); write "normalize" or "reject"'
+            )
 
 
 def _check_tls(tls: TlsSettings) -> None:
     if tls.mode == "none" and tls.required:
-        raise ConfigError('tls.required: tls.mode = "none" offers none; nobody could send mail')
+        raise ConfigError('tls.required: tls.mode = "none" offers no TLS, so no client could send mail')
     if tls.key and not tls.certificate:
-        raise ConfigError("tls.key: tls.certificate is missing, whose key it is")
+        raise ConfigError("tls.key: requires tls.certificate")
     if tls.ciphers:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(tls.ciphers)
         except ssl.SSLError as exc:
-            raise ConfigError(f"tls.ciphers: OpenSSL has no cipher that is called {tls.ciphers!r}") from exc
+            raise ConfigError(f"tls.ciphers: OpenSSL knows no cipher {tls.ciphers!r}") from exc
 
 
 def _check_auth(auth: AuthSettings, *, has_tls: bool) -> None:
     for name in auth.mechanisms:
         if auth.mechanisms.count(name) > 1:
-            raise ConfigError(f"auth.mechanisms: {name!r} is there twice")
+            raise ConfigError(f"auth.mechanisms: {name!r} is listed twice")
     if auth.required and not auth.mechanisms:
-        raise ConfigError("auth.mechanisms: auth.required = true, and no mechanism is offered; nobody could send mail")
+        raise ConfigError("auth.mechanisms: auth.required = true needs a mechanism, or no client could send mail")
     if not has_tls and not auth.without_tls and "SCRAM-SHA-256" not in auth.mechanisms:
-        raise ConfigError("auth: no mechanism is left without TLS; set [listener.tls] or auth.without_tls = true")
+        raise ConfigError(
+            "auth: none of the mechanisms is allowed without TLS; set [listener.tls] or auth.without_tls = true"
+        )
 
 
 # ---- showing
 
 
 def to_toml(settings: Settings, *, only_changed: bool = False) -> str:
-    """Return the settings as TOML: all of them, or those that are not the default."""
+    """Return the settings as TOML: all of them, or those that differ from the defaults."""
     table = msgspec.to_builtins(settings)
     if only_changed:
         table = _difference(table, msgspec.to_builtins(Settings()))
@@ -378,5 +413,5 @@ def _without_none(value: Any) -> Any:
 
 
 def describe() -> str:
-    """Return the reference of all keys as TOML with the defaults; tables that are not there by default are comments."""
+    """Return all keys with descriptions and defaults as TOML; tables that are absent by default are commented out."""
     return schema.describe(Settings)

@@ -1,8 +1,7 @@
 """The journal: one method for each mail event, one line for each call.
 
-An event costs the session one tuple in a bounded queue; lines are made of some hundred of them at a time, at the latest
-by `drain`, those that a session writes most by compiled code (ext/journal.pyx). Whatever came from a client is escaped
-and cut: no octet of a client reaches a log as it is.
+An event costs a session one tuple in a bounded queue. Lines are formatted in batches, at the latest by `drain`; the
+most frequent ones by compiled code (ext/journal.pyx). Text from clients is escaped and cut, never written as it is.
 """
 
 from __future__ import annotations
@@ -19,38 +18,38 @@ from penstock.message import MessageId, Path, Recipient
 from penstock.reply import Reply
 from penstock.transaction import Peer, TlsInfo
 
-_MOST_WAITING: Final = 65_536
-"""Events that may wait for `drain`; those beyond are counted and dropped."""
+_MAX_WAITING: Final = 65_536
+"""Maximum number of events that wait for `drain`; further ones are counted and dropped."""
 _BATCH: Final = 256
-"""Events that wait before lines are made of them."""
-_MOST_TEXT: Final = 256
-"""Characters of a value."""
-_MOST_RECIPIENTS: Final = 10
+"""Events that are formatted at once."""
+_MAX_TEXT: Final = 256
+"""Maximum characters of a value."""
+_MAX_RECIPIENTS: Final = 10
 
 Fields = dict[str, Any]
 Recipients = Sequence[Recipient]
 
 
 class JournalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The journal on standard error."""
+    """The journal (log) on standard error."""
 
     format: Annotated[
         Literal["auto", "human", "json"],
-        msgspec.Meta(description="auto: human on a terminal, json elsewhere"),
+        msgspec.Meta(description="human: readable lines; json: JSON Lines; auto: human on a terminal, otherwise json"),
     ] = "auto"
     events: Annotated[
         Literal["all", "mail", "errors", "none"],
-        msgspec.Meta(description="mail: without connections that come and go; errors: what went wrong here"),
+        msgspec.Meta(description="all; mail: without connections; errors: only failures of this server; none"),
     ] = "all"
 
 
 def escape(text: str) -> str:
-    r"""Return text that is safe in a log line: printable, one line, at most 256 characters.
+    r"""Return text that is safe in a log line: printable, on one line, at most 256 characters.
 
-    Controls, line separators, bidirectional controls and lone surrogates become \xNN or \uNNNN.
+    Control characters, line separators, bidirectional controls and lone surrogates become \xNN or \uNNNN.
     """
-    if len(text) > _MOST_TEXT:
-        text = text[: _MOST_TEXT - 3] + "..."
+    if len(text) > _MAX_TEXT:
+        text = text[: _MAX_TEXT - 3] + "..."
     if text.isprintable():
         return text.replace("\\", "\\\\") if "\\" in text else text
     return "".join(
@@ -59,7 +58,7 @@ def escape(text: str) -> str:
 
 
 class Journal:
-    """Takes events and makes lines of them. Not for several threads."""
+    """Collects events and formats them as lines. Not thread-safe."""
 
     def __init__(
         self, settings: JournalSettings, *, is_terminal: bool = False, clock: Callable[[], float] = time.time
@@ -69,88 +68,88 @@ class Journal:
         self._waiting: list[tuple[float, str, int, Peer | None, tuple[Any, ...]]] = []
         self._lines: list[bytes] = []
         self._made = 0
-        """Events in `_lines`."""
+        """Number of events in `_lines`."""
         self._dropped = 0
         self._logs_connections = settings.events == "all"
         self.logs_mail = settings.events in ("all", "mail")
-        """Mail events are wanted: what is noted of them need not be made otherwise."""
+        """Mail events are written. Callers may skip the preparation of events that are not."""
         self._logs_errors = settings.events != "none"
 
     # ---- the server
 
     def listening(self, address: str, listener: str) -> None:
-        """A listener is open."""
+        """A listener accepts connections."""
         if self._logs_connections:
             self._note("listening", 0, None, address, listener)
 
     def stopping(self, sessions: int) -> None:
-        """The server stops accepting; so many sessions are open."""
+        """The server stops accepting connections; `sessions` are open."""
         if self._logs_connections:
             self._note("stopping", 0, None, sessions)
 
     def stopped(self) -> None:
-        """The last session is over."""
+        """The last session has ended."""
         if self._logs_connections:
             self._note("stopped", 0, None)
 
     def error(self, session: int, where: str, exc: BaseException) -> None:
-        """Something went wrong that is nobody's mail: a bug, or the machine."""
+        """An error that is not about a message: a bug, or the operating system."""
         if self._logs_errors:
             self._note("error", session, None, where, exc)
 
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
-        """A policy threw, took too long, or answered nonsense."""
+        """A policy raised an exception, missed its deadline, or returned an invalid value."""
         if self._logs_errors:
             self._note("hook-failed", 0, None, hook, hook_point, cause)
 
     def users_failed(self, cause: str) -> None:
-        """A users file has changed, or is gone, and can not be read."""
+        """A users file has changed and cannot be read, or no longer exists."""
         if self._logs_errors:
             self._note("users-failed", 0, None, cause)
 
     def users_read(self, file: str, users: int) -> None:
-        """It can be read again, and has so many users."""
+        """A users file was read again and has `users` users."""
         if self._logs_errors:
             self._note("users-read", 0, None, file, users)
 
     # ---- connections
 
     def connected(self, session: int, peer: Peer, listener: str) -> None:
-        """A client was let in."""
+        """A connection was accepted."""
         if self._logs_connections:
             self._note("connected", session, peer, listener)
 
     def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
-        """A client was turned away before its first command."""
+        """A connection was refused before its first command."""
         if self.logs_mail:
             self._note("rejected", session, peer, listener, reply)
 
     def tls(self, session: int, peer: Peer, info: TlsInfo) -> None:
-        """TLS began."""
+        """A TLS handshake was completed."""
         if self._logs_connections:
             self._note("tls", session, peer, info.version, info.cipher)
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
-        """A client has proved to be somebody."""
+        """A client has authenticated."""
         if self.logs_mail:
             self._note("authenticated", session, peer, name, mechanism)
 
     def auth_failed(self, session: int, peer: Peer, name: str, mechanism: str, cause: str) -> None:
-        """A client has not."""
+        """An authentication has failed."""
         if self.logs_mail:
             self._note("auth-failed", session, peer, name, mechanism, cause)
 
     def disconnected(
         self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
     ) -> None:
-        """A session is over; `cause` is why: "QUIT", a timeout, what broke the connection."""
+        """A session has ended; `cause` is the reason: "QUIT", a timeout, or a connection error."""
         if self._logs_connections:
             self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
 
     # ---- mail
 
     def refused(self, session: int, peer: Peer, verb: str, reply: Reply, sender: Path | None, subject: str) -> None:
-        """A command was refused by a decision (not by the syntax); `subject` is what it was about."""
+        """A command was refused by a decision, not for its syntax; `subject` is its argument."""
         if self.logs_mail:
             self._note("refused", session, peer, verb, reply, sender, subject)
 
@@ -164,7 +163,7 @@ class Journal:
         octets: int,
         reply: Reply,
     ) -> None:
-        """A message with so many octets of body was taken. Keeps the recipients, which nobody may change any more."""
+        """A message with `octets` octets of body was accepted. The list of recipients must not change afterwards."""
         if self.logs_mail:
             self._note("accepted", session, peer, message_id, sender, recipients, octets, reply)
 
@@ -174,51 +173,63 @@ class Journal:
             self._note("tolerated", session, peer, message_id, ",".join(sorted(set(kinds))))
 
     def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
-        """A message that had begun did not end."""
+        """A message began and did not end."""
         if self.logs_mail:
             self._note("lost", session, peer, sender, cause)
 
     # ---- the relay
 
     def recovered(self, messages: int, interrupted: int, swept: int) -> None:
-        """The spool was opened: what waits in it, what was being attempted when it was closed, files of nobody."""
+        """The spool was opened: waiting messages, attempts that were interrupted, orphaned files that were removed."""
         if self._logs_connections:
             self._note("recovered", 0, None, messages, interrupted, swept)
 
     def attempted(self, message_id: str, to: Recipients, hop: str, attempts: int) -> None:
-        """A next hop is offered a message, not for the first time."""
+        """A message is tried again at a next hop."""
         if self.logs_mail:
             self._note("attempted", 0, None, message_id, to, hop, attempts)
 
     def delivered(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, seconds: float) -> None:
-        """Recipients have got their message, so long after it came."""
+        """A message was delivered to recipients, `seconds` after its arrival."""
         if self.logs_mail:
             self._note("delivered", 0, None, message_id, to, hop, said, attempts, round(seconds, 3))
 
     def deferred(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, wait: float) -> None:
-        """Recipients have not got it, and are tried again after a wait."""
+        """A delivery has failed temporarily; it is retried after `wait` seconds."""
         if self.logs_mail:
             self._note("deferred", 0, None, message_id, to, hop, said, attempts, round(wait))
 
     def bounced(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, report: str) -> None:
-        """Recipients will never get it; `report` says whether the sender hears of that."""
+        """A delivery has failed permanently; `report` says whether the sender is notified."""
         if self.logs_mail:
             self._note("bounced", 0, None, message_id, to, hop, said, attempts, report)
 
     def reported(self, report_id: str, message_id: str, action: str, sender: Path) -> None:
-        """A report on a message goes to its sender, as a message of its own."""
+        """A delivery report was sent to the sender of a message, as a new message."""
         if self.logs_mail:
             self._note("reported", 0, None, report_id, message_id, action, sender)
+
+    # ---- operators
+
+    def operated(self, action: str, message_id: str, recipients: int) -> None:
+        """An operator held, released, retried, dropped or returned recipients of a message with `penstock spool`."""
+        if self.logs_mail:
+            self._note("operated", 0, None, action, message_id, recipients)
+
+    def clock_jumped(self, seconds: float, rescheduled: int) -> None:
+        """The clock of the machine was set forward, or back if negative; recipients were given other due times."""
+        if self._logs_errors:
+            self._note("clock-jumped", 0, None, round(seconds), rescheduled)
 
     # ---- next hops
 
     def hop_down(self, hop: str, cause: str, seconds: float) -> None:
-        """A next hop has failed again and again, and is left alone for a while."""
+        """A next hop has failed repeatedly and is not tried for `seconds` seconds."""
         if self._logs_errors:
             self._note("hop-down", 0, None, hop, cause, seconds)
 
     def hop_up(self, hop: str) -> None:
-        """A next hop that was left alone takes mail again."""
+        """A next hop that was down accepts mail again."""
         if self._logs_errors:
             self._note("hop-up", 0, None, hop)
 
@@ -227,37 +238,37 @@ class Journal:
     def _note(self, event: str, session: int, peer: Peer | None, *values: Any) -> None:
         waiting = self._waiting
         if len(waiting) >= _BATCH:
-            self._make_lines()
-        if self._made + len(waiting) >= _MOST_WAITING:
+            self._format()
+        if self._made + len(waiting) >= _MAX_WAITING:
             self._dropped += 1
             return
         waiting.append((self._clock(), event, session, peer, values))
 
-    def _make_lines(self) -> None:
-        """Make lines of the events that wait: a batch at a time, while what they are made of is in the cache."""
+    def _format(self) -> None:
+        """Format the waiting events, a batch at a time while their values are in the cache."""
         line = _human_line if self._human else _json_line
         self._lines.append(b"".join([line(*record) for record in self._waiting]))
         self._made += len(self._waiting)
         self._waiting.clear()
 
     def tell_dropped(self, events: int) -> bytes:
-        """Return the line that says that so many lines could not be written. Any thread may ask for it."""
+        """Return the line that reports lines that could not be written. Any thread may call it."""
         line = _human_line if self._human else _json_line
         return line(self._clock(), "dropped", 0, None, (events,))
 
     def drain(self) -> bytes:
-        """Return the lines of all events since the last call; b"" when there were none."""
+        """Return the lines of all events since the last call; b"" if there were none."""
         if self._dropped:
             self._waiting.append((self._clock(), "dropped", 0, None, (self._dropped,)))
             self._dropped = 0
         if self._waiting:
-            self._make_lines()
+            self._format()
         lines, self._lines = self._lines, []
         self._made = 0
         return b"".join(lines)
 
 
-# The names of the values of each event, in the order of its method's arguments.
+# The names of the values of each event, in the order of the arguments of its method.
 _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "listening": ("address", "listener"),
     "stopping": ("sessions",),
@@ -285,11 +296,13 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "reported": ("id", "about", "action", "sender"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
+    "operated": ("action", "id", "recipients"),
+    "clock-jumped": ("seconds", "rescheduled"),
 }
 
 
 def _fields(event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> Fields:
-    """Return the fields of a line, each a number, an escaped text, or a list of those."""
+    """Return the fields of a line: numbers, escaped texts, or lists of them."""
     fields: Fields = {}
     if session:
         fields["session"] = session
@@ -301,11 +314,11 @@ def _fields(event: str, session: int, peer: Peer | None, values: tuple[Any, ...]
         if value is None or value == "":
             continue
         if isinstance(value, Reply):
-            fields["reply"] = _told(value)
+            fields["reply"] = _reply_text(value)
             if value.cause:
                 fields["cause"] = escape(value.cause)
         elif name == "to":
-            fields["to"] = [escape(recipient.path.text) for recipient in value[:_MOST_RECIPIENTS]]
+            fields["to"] = [escape(recipient.path.text) for recipient in value[:_MAX_RECIPIENTS]]
             fields["recipients"] = len(value)
         elif isinstance(value, BaseException):
             fields["error"] = escape(f"{type(value).__name__}: {value}")
@@ -316,13 +329,13 @@ def _fields(event: str, session: int, peer: Peer | None, values: tuple[Any, ...]
 
 
 def _trace(exc: BaseException) -> list[str]:
-    """Return the innermost frames of a trace, a text each."""
+    """Return the innermost frames of a traceback, one text each."""
     frames = traceback.extract_tb(exc.__traceback__)[-5:]
     return [escape(f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}") for frame in frames]
 
 
-def _told(reply: Reply) -> str:
-    """Return a reply as the client has read it."""
+def _reply_text(reply: Reply) -> str:
+    """Return a reply as the client reads it."""
     return escape(f"{reply.code} {reply.status} {reply.text}" if reply.status else f"{reply.code} {reply.text}")
 
 
@@ -331,16 +344,16 @@ _COMPILED: Final[dict[str, Callable[..., bytes | None]]] = {
     "connected": _journal.connected,
     "disconnected": _journal.disconnected,
 }
-"""The lines that a session writes most."""
-_COMPILED_BARE: Final[dict[str, Callable[..., bytes | None]]] = {"delivered": _journal.delivered}
-"""Those of no session."""
+"""The most frequent lines of sessions."""
+_COMPILED_WITHOUT_PEER: Final[dict[str, Callable[..., bytes | None]]] = {"delivered": _journal.delivered}
+"""Frequent lines without a session."""
 _MILLISECONDS: Final = tuple(f"{i:03d}" for i in range(1000))
 _encoder: Final = msgspec.json.Encoder()
 _seconds: list[dict[int, str]] = [{}, {}]
 
 
 def _stamp(when: float, human: int) -> str:
-    """Return the time of a line with its milliseconds; what a second is called is found out once."""
+    """Return the time of a line with milliseconds. Each second is formatted once."""
     milliseconds = int(when * 1000)
     second = milliseconds // 1000
     name = _seconds[human].get(second)
@@ -355,7 +368,7 @@ def _json_line(when: float, event: str, session: int, peer: Peer | None, values:
     stamp = _stamp(when, 0) + "Z"
     line = None
     if peer is None:
-        compiled = _COMPILED_BARE.get(event)
+        compiled = _COMPILED_WITHOUT_PEER.get(event)
         line = None if compiled is None else compiled(stamp, *values)
     elif not peer.proxy:
         compiled = _COMPILED.get(event)
@@ -366,7 +379,7 @@ def _json_line(when: float, event: str, session: int, peer: Peer | None, values:
 
 
 _IN_BRACKETS: Final = str.maketrans({" ": r"\x20", "<": r"\x3c", ">": r"\x3e"})
-"""A quoted local part may hold all three, and would write fields of its own behind its brackets."""
+"""A quoted local part may contain all three, and could otherwise forge further fields after its brackets."""
 
 
 def _human_line(when: float, event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> bytes:

@@ -1,4 +1,4 @@
-"""Objects of the operator's own: `package.module:name` or `path/to/file.py:name` in a configuration."""
+"""Loading objects that a configuration names: `package.module:name` or `path/to/file.py:name`."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from types import ModuleType
 
 
 class HookError(ValueError):
-    """An object that cannot be used; the text says why, and shows the right form."""
+    """An object cannot be used. The text says why and shows the right form."""
 
 
 def load_object(reference: str, arguments: Mapping[str, object] = {}) -> object:
-    """Return the object that a reference names: as it is, or made by calling the class or function it names.
+    """Return the object of a reference: unchanged, or a class or function called with the arguments.
 
-    Raise HookError when there is no such object, or when making it fails.
+    Raise HookError if it does not exist or cannot be created.
     """
     place, colon, name = reference.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise HookError(f"{reference!r}: expected package.module:name or path/to/file.py:name")
     found: object = getattr(_load_module(reference, place), name, None)
     if found is None:
-        raise HookError(f"{reference!r}: the module has no {name}")
+        raise HookError(f"{reference!r}: the module does not define {name}")
     if inspect.iscoroutinefunction(found):
-        raise HookError(f"{reference!r}: a function that makes the object is a plain def, not an async def")
+        raise HookError(f"{reference!r}: a function that creates the object must be a plain def, not async def")
     if inspect.isclass(found) or inspect.isfunction(found):
         try:
-            made: object = found(**arguments)
+            created: object = found(**arguments)
         except Exception as exc:
-            raise HookError(f"{reference!r}: making it failed: {type(exc).__name__}: {exc}") from exc
-        return made
+            raise HookError(f"{reference!r}: creating the object failed: {type(exc).__name__}: {exc}") from exc
+        return created
     if arguments:
-        raise HookError(f"{reference!r}: it is an object already and takes no arguments")
+        raise HookError(f"{reference!r}: arguments are only allowed for a class or a function")
     return found
 
 
@@ -44,11 +44,11 @@ def _load_module(reference: str, place: str) -> ModuleType:
     try:
         return _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as exc:
-        raise HookError(f"{reference!r}: loading it failed: {type(exc).__name__}: {exc}") from exc
+        raise HookError(f"{reference!r}: loading the module failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Run a file as a module of its own. Dataclasses and pickle look modules up by name, so it has to have one."""
+    """Execute a file as a module. Dataclasses and pickle look modules up by name, so it needs a unique one."""
     name = f"penstock_hook_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -62,6 +62,6 @@ def _load_file(path: Path) -> ModuleType:
         if before is None:
             del sys.modules[name]
         else:
-            sys.modules[name] = before  # a reload that fails leaves what runs as it is
+            sys.modules[name] = before  # a failed reload leaves the running module in place
         raise
     return module

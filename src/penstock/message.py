@@ -1,6 +1,6 @@
-"""What travels: a path, a recipient, an envelope, a message.
+"""The parts of a message: paths, recipients, envelopes, bodies.
 
-Everything here is immutable once made: named tuples, which cost the least of what can not be changed.
+Everything here is immutable: named tuples are the cheapest immutable objects.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NewType, Protocol, runtime_checkable
 
 MessageId = NewType("MessageId", str)
-"""Names one accepted message for ever: 20 characters, letters and digits, increasing within a process."""
+"""Unique name of an accepted message: 20 letters and digits, increasing within a process."""
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
@@ -27,10 +27,10 @@ def _base32(number: int, width: int) -> str:
 
 
 class MessageIds:
-    """Makes message ids that no other maker makes: start time in milliseconds, a random tag, a counter.
+    """Generates unique message ids: start time in milliseconds, a random tag, a counter.
 
-    The time and the tag are drawn once, so that an id costs one counter and one string; ids of one maker sort in the
-    order of their making.
+    Time and tag are determined once, so an id costs one counter and one string; the ids of one generator sort in the
+    order of their creation.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ class Path(NamedTuple):
     """
 
     text: str
-    """The mailbox as the client wrote it; "" is the null reverse-path."""
+    """The mailbox as the client wrote it; "" for the null reverse-path."""
     local: str
-    """The local part with quoting removed."""
+    """The local part without quoting."""
     domain: str
     """The domain in canonical form (lower-case A-labels, no trailing dot), or the address literal with its brackets.
 
@@ -68,41 +68,41 @@ NULL_PATH = Path("", "", "")
 
 
 class Recipient(NamedTuple):
-    """An accepted forward-path with its DSN wishes (RFC 3461 4.1, 4.2)."""
+    """An accepted forward-path with its DSN parameters (RFC 3461 4.1, 4.2)."""
 
     path: Path
     notify: frozenset[str] | None = None
-    """NOTIFY: {"NEVER"} or a subset of {"SUCCESS", "FAILURE", "DELAY"}; None when the client did not say."""
+    """NOTIFY: {"NEVER"} or a subset of {"SUCCESS", "FAILURE", "DELAY"}; None if it was not given."""
     orcpt: str | None = None
-    """ORCPT as sent, still xtext-encoded: "rfc822;bob@example.org"."""
+    """ORCPT as received, xtext-encoded: "rfc822;bob@example.org"."""
 
     def __str__(self) -> str:
         return self.path.text
 
 
 class Envelope(NamedTuple):
-    """What MAIL and RCPT said of one message."""
+    """The arguments of MAIL and RCPT for one message."""
 
     sender: Path
     recipients: tuple[Recipient, ...]
     body_type: str = "7BIT"
     """BODY= of MAIL: "7BIT", "8BITMIME" (RFC 6152) or "BINARYMIME" (RFC 3030)."""
     smtputf8: bool = False
-    """SMTPUTF8 was asked for (RFC 6531)."""
+    """SMTPUTF8 was requested (RFC 6531)."""
     size: int | None = None
-    """SIZE= of MAIL in octets (RFC 1870), as announced, not as counted."""
+    """SIZE= of MAIL in octets (RFC 1870): the declared size, not the counted one."""
     ret: str | None = None
     """RET= of MAIL: "FULL" or "HDRS" (RFC 3461 4.3)."""
     envid: str | None = None
-    """ENVID= of MAIL, still xtext-encoded (RFC 3461 4.4)."""
+    """ENVID= of MAIL, xtext-encoded (RFC 3461 4.4)."""
     auth: str | None = None
-    """AUTH= of MAIL, decoded (RFC 4954 5): the identity the client vouches for, "" for `<>`."""
+    """AUTH= of MAIL, decoded (RFC 4954 5): the identity of the submitter, "" for `<>`."""
     requiretls: bool = False
-    """REQUIRETLS was asked for (RFC 8689)."""
+    """REQUIRETLS was requested (RFC 8689)."""
 
 
 class MailParameters(NamedTuple):
-    """The checked ESMTP parameters of MAIL; the fields mean what they mean in `Envelope`."""
+    """The checked ESMTP parameters of MAIL; fields as in `Envelope`."""
 
     size: int | None = None
     body_type: str = "7BIT"
@@ -117,38 +117,38 @@ NO_PARAMETERS = MailParameters()
 
 
 class Body(Protocol):
-    """The text of a message as it was received: dots un-stuffed, otherwise never rewritten.
+    """The text of a message as it was received: without dot-stuffing, otherwise unchanged.
 
-    In memory or in a temporary file; whoever holds the message may read it any number of times until `close`. One that
-    has `in_memory`, and it is true, is read without a thread.
+    It is in memory or in a temporary file, and can be read any number of times before `close`. If it has a true
+    attribute `in_memory`, reading it does not block.
     """
 
     @property
     def size(self) -> int:
-        """Octets of the body."""
+        """Size in octets."""
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body in pieces of at most 256 KiB. Reads a file where it lies in one: may block on the disk."""
+        """Yield the body in pieces of at most 256 KiB. May block on the disk if it is in a file."""
 
     def close(self) -> None:
-        """Give back the memory or the file; calling it again does nothing."""
+        """Release the memory or the file; further calls do nothing."""
 
 
 @runtime_checkable
 class Linkable(Protocol):
-    """The add-on of a body that lies in a file without a name: it can be given one, and need not be copied."""
+    """The add-on of a body in an unnamed temporary file: it can be linked to a name instead of being copied."""
 
     def link(self, path: os.PathLike[str]) -> bool:
-        """Give the file a name, and write its text to stable storage: it outlives this body then.
+        """Link the file to a name and write it to stable storage, so that it outlives this body.
 
-        The entry in the folder is for the caller to sync. Return False when the file can not have this name, because
-        it lies on another file system for example. Blocks on the disk. Raise OSError when it can not be written.
+        The caller syncs the directory. Return False if the file cannot have this name, for example on another file
+        system. Blocks on the disk. Raise OSError if it cannot be written.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class CountedBody:
-    """A body that nobody wanted: it was counted and not kept, and has no chunks."""
+    """A body that was counted and not kept: it has no chunks."""
 
     size: int
 
@@ -161,12 +161,12 @@ class CountedBody:
 
 
 class Message(NamedTuple):
-    """An envelope and a body on their way to a delivery."""
+    """An envelope and a body, as passed to a delivery."""
 
     id: MessageId
     envelope: Envelope
     prefix: bytes
-    """Header fields this server adds above the body (`Received:` and findings), each line ending in CRLF."""
+    """Header fields that this server puts before the body (`Received:` and those of policies), lines end with CRLF."""
     body: Body
     received_at: float
     """Seconds since the epoch."""

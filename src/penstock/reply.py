@@ -1,7 +1,7 @@
-"""A reply to a client (RFC 5321 4.2), and the catalogue of those that need no data of their own.
+"""Replies to clients (RFC 5321 4.2), and all constant ones.
 
-A reply is a value: functions return it, nothing raises it. What the peer hears (`text`) and what the log hears
-(`cause`) are two fields, so that a stack trace or a file name never reaches the network.
+A reply is a value: functions return it, nothing raises it. The text for the peer and the `cause` for the journal are
+separate fields, so that a traceback or a file name never reaches the network.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ _MAX_TEXT = 480
 """A reply line has at most 512 octets with its code, status and CRLF (RFC 5321 4.5.3.1.5)."""
 _SHORT_TEXT = 400
 _checked: set[tuple[int, str | None]] = set()
-"""Codes with statuses that were found right; there are few."""
+"""Codes with statuses that were checked before; there are few."""
 
 
 def _check(code: int, status: str | None) -> None:
     """Raise ValueError unless the code is 200 to 599 and the status is well-formed and of its class."""
     if code not in _CODE:
-        raise ValueError(f"a reply code is 200 to 599, not {code}")
+        raise ValueError(f"a reply code must be between 200 and 599, not {code}")
     if status is not None and (not _STATUS.fullmatch(status) or status[0] != str(code)[0]):
-        raise ValueError(f"an enhanced status code for {code} looks like '{code // 100}.1.1', not {status!r}")
+        raise ValueError(f"expected an enhanced status code such as '{code // 100}.1.1' for {code}, not {status!r}")
     _checked.add((code, status))
 
 
 def _encode(code: int, status: str | None, text: str) -> bytes:
-    """Return a reply as it goes out on the wire."""
+    """Return a reply as it is sent."""
     lead = f"{status} " if status else ""
     if len(text) <= _SHORT_TEXT and text.isascii() and text.isprintable():
-        return f"{code} {lead}{text}\r\n".encode()  # one plain line, as almost all are
+        return f"{code} {lead}{text}\r\n".encode()  # one plain line: almost all replies
     lines = [f"{lead}{_clean(line)}\r\n" for line in text.split("\n")]
     return "".join([*(f"{code}-{line}" for line in lines[:-1]), f"{code} {lines[-1]}"]).encode()
 
 
 def _clean(line: str) -> str:
-    """Return one line of text that is safe on the wire: printable, one line, bounded."""
+    """Return a text that is safe to send: printable, one line, at most _MAX_TEXT octets."""
     printable = "".join(c if c.isprintable() else "?" for c in line)
     encoded = printable.encode("utf-8", "replace")
     if len(encoded) <= _MAX_TEXT:
@@ -46,10 +46,10 @@ def _clean(line: str) -> str:
 
 
 class Reply:
-    r"""One reply: a code, an enhanced status code (RFC 3463, 5248), a text, and whether the connection ends after it.
+    r"""A code, an enhanced status code (RFC 3463, RFC 5248), a text, and whether the connection is closed afterwards.
 
-    `text` may have several lines, joined by "\n"; each is sent with the code and the status before it. Characters
-    that are not printable become "?", and a line is cut at 480 octets.
+    `text` may have several lines, separated by "\n"; each is sent with the code and the status. Characters that are not
+    printable become "?", and lines are cut after 480 octets.
 
     >>> Reply(550, "5.1.1", "No such user").encoded
     b'550 5.1.1 No such user\r\n'
@@ -59,17 +59,17 @@ class Reply:
 
     code: Final[int]
     status: Final[str | None]
-    """The enhanced status code; None on 220, 334, 354 and the answers to HELO and EHLO, which carry none."""
+    """Enhanced status code; None for 220, 334, 354 and replies to HELO and EHLO, which have none."""
     text: Final[str]
     closes: Final[bool]
-    """The server closes the connection once this reply is sent."""
+    """The server closes the connection after this reply."""
     cause: Final[str]
-    """What the journal says of it; "" when the text says it all."""
+    """The reason for the journal; "" if the text says it all."""
     encoded: Final[bytes]
-    """The whole reply as it goes out on the wire."""
+    """The reply as it is sent."""
 
     def __init__(self, code: int, status: str | None, text: str, *, closes: bool = False, cause: str = "") -> None:
-        """Raise ValueError when the code is not 200 to 599, or the status is malformed or of another class."""
+        """Raise ValueError if the code is not 200 to 599, or the status is malformed or of another class."""
         if (code, status) not in _checked:
             _check(code, status)
         self.code = code
@@ -85,12 +85,12 @@ class Reply:
 
     @property
     def accepts(self) -> bool:
-        """The reply is a 2yz or a 3yz: the command did what it asked for."""
+        """The code is 2xx or 3xx: the command succeeded."""
         return self.code < 400
 
     @property
     def is_permanent(self) -> bool:
-        """The reply is a 5yz: the client must not try the same again (RFC 5321 4.2.1)."""
+        """The code is 5xx: the client must not repeat the same request (RFC 5321 4.2.1)."""
         return self.code >= 500
 
     def __repr__(self) -> str:
@@ -105,7 +105,7 @@ class Reply:
         return hash((self.encoded, self.closes))
 
 
-# 2yz
+# 2xx
 OK = Reply(250, "2.0.0", "Ok")
 SENDER_OK = Reply(250, "2.1.0", "Sender ok")
 RECIPIENT_OK = Reply(250, "2.1.5", "Recipient ok")
@@ -115,9 +115,9 @@ GO_AHEAD_TLS = Reply(220, "2.0.0", "Ready to start TLS")
 AUTHENTICATED = Reply(235, "2.7.0", "Authentication succeeded")
 CANNOT_VERIFY = Reply(252, "2.5.2", "Cannot verify the user, but will take mail for it and attempt delivery")
 CANNOT_EXPAND = Reply(252, "2.5.2", "Cannot expand lists, but will take mail for a list and attempt delivery")
-# 3yz
+# 3xx
 GO_AHEAD_DATA = Reply(354, None, "End data with <CR><LF>.<CR><LF>")
-# 4yz
+# 4xx
 TRY_LATER = Reply(451, "4.3.0", "Temporary failure, please try again later")
 CHECK_FAILED = Reply(451, "4.7.1", "A check of this server failed, please try again later")
 TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients; send the rest in another transaction")
@@ -139,33 +139,33 @@ TOO_MANY_AUTH_FAILURES = Reply(421, "4.7.0", "Too many failed authentications, c
 AUTH_THROTTLED = Reply(454, "4.7.0", "Too many failed authentications from your network, please try again later")
 AUTH_UNAVAILABLE = Reply(454, "4.7.0", "Temporary authentication failure")
 TLS_UNAVAILABLE = Reply(454, "4.7.0", "TLS not available due to a temporary reason")
-# 5yz: syntax
+# 5xx: syntax
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
 AUTH_LINE_TOO_LONG = Reply(500, "5.5.6", "Authentication exchange line is too long")
 UNKNOWN_COMMAND = Reply(500, "5.5.1", "Command unrecognized")
 NOT_SMTP = Reply(500, "5.5.1", "This is a mail server, not a web server", closes=True)
-BAD_LINE_END = Reply(500, "5.5.2", "A command line ends in <CR><LF>, and holds neither character otherwise")
-NUL_IN_COMMAND = Reply(500, "5.5.2", "A command holds no NUL")
+BAD_LINE_END = Reply(500, "5.5.2", "Command lines end with <CR><LF> and contain no other <CR> or <LF>")
+NUL_IN_COMMAND = Reply(500, "5.5.2", "Commands must not contain NUL")
 BAD_ARGUMENT = Reply(501, "5.5.4", "Syntax error in parameters or arguments")
 NO_ARGUMENT_ALLOWED = Reply(501, "5.5.4", "This command takes no argument")
 BAD_BASE64 = Reply(501, "5.5.2", "Cannot decode base64")
 AUTH_CANCELLED = Reply(501, "5.0.0", "Authentication cancelled")
 INPUT_BEHIND_STARTTLS = Reply(501, "5.5.1", "STARTTLS must be the last command in a group", closes=True)
 NOT_IMPLEMENTED = Reply(502, "5.5.1", "Command not implemented")
-# 5yz: sequence
+# 5xx: sequence
 HELLO_FIRST = Reply(503, "5.5.1", "Send EHLO or HELO first")
 LHLO_FIRST = Reply(503, "5.5.1", "Send LHLO first")
 EHLO_FIRST = Reply(503, "5.5.1", "Send EHLO first")
 MAIL_FIRST = Reply(503, "5.5.1", "Send MAIL first")
 RCPT_FIRST = Reply(503, "5.5.1", "Send RCPT first")
-NESTED_MAIL = Reply(503, "5.5.1", "A transaction is open already; send RSET to drop it")
+NESTED_MAIL = Reply(503, "5.5.1", "A transaction is already open; send RSET to abort it")
 NO_VALID_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
-RCPT_AFTER_BDAT = Reply(503, "5.5.1", "BDAT has begun; recipients come before it")
-DATA_AFTER_BDAT = Reply(503, "5.5.1", "BDAT has begun; DATA cannot be mixed with it")
+RCPT_AFTER_BDAT = Reply(503, "5.5.1", "Recipients must be sent before BDAT")
+DATA_AFTER_BDAT = Reply(503, "5.5.1", "DATA cannot be mixed with BDAT")
 BDAT_ENDED = Reply(503, "5.5.1", "This message was refused; send RSET or MAIL")
 BINARYMIME_NEEDS_BDAT = Reply(503, "5.5.1", "BODY=BINARYMIME needs BDAT")
-TLS_ALREADY = Reply(503, "5.5.1", "TLS is active already")
-AUTH_ALREADY = Reply(503, "5.5.1", "Authenticated already")
+TLS_ALREADY = Reply(503, "5.5.1", "TLS is already active")
+AUTH_ALREADY = Reply(503, "5.5.1", "Already authenticated")
 AUTH_IN_TRANSACTION = Reply(503, "5.5.1", "AUTH is not allowed during a mail transaction")
 AUTH_NOT_HERE = Reply(503, "5.5.1", "AUTH is not offered here")
 UNKNOWN_MECHANISM = Reply(504, "5.5.4", "Unrecognized authentication mechanism")
@@ -173,11 +173,11 @@ TLS_REQUIRED = Reply(530, "5.7.0", "Send STARTTLS first")
 AUTH_REQUIRED = Reply(530, "5.7.0", "Authentication required")
 AUTH_FAILED = Reply(535, "5.7.8", "Authentication credentials invalid")
 AUTH_NEEDS_TLS = Reply(538, "5.7.11", "Encryption required for this authentication mechanism")
-# 5yz: mail
+# 5xx: mail
 RELAY_DENIED = Reply(550, "5.7.1", "Relaying denied")
 TOO_BIG = Reply(552, "5.3.4", "Message too big")
-BARE_LF_IN_TEXT = Reply(550, "5.6.0", "The message has a bare <LF>; lines end in <CR><LF>")
-BARE_CR_IN_TEXT = Reply(550, "5.6.0", "The message has a bare <CR>; lines end in <CR><LF>")
+BARE_LF_IN_TEXT = Reply(550, "5.6.0", "The message has a bare <LF>; lines must end with <CR><LF>")
+BARE_CR_IN_TEXT = Reply(550, "5.6.0", "The message has a bare <CR>; lines must end with <CR><LF>")
 NUL_IN_TEXT = Reply(550, "5.6.0", "The message has a NUL")
 LONG_LINE_IN_TEXT = Reply(550, "5.6.0", "The message has a line that is too long")
 MAIL_LOOP = Reply(554, "5.4.6", "Too many hops: this message is looping")

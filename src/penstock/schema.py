@@ -1,16 +1,17 @@
-"""Settings classes to read and to describe: what the configuration and the fault plans have in common.
+"""Settings classes: reading them from TOML and describing them. Used by the configuration and by fault plans.
 
-A settings class is a frozen msgspec.Struct whose fields have a description and bounds. Errors name the key as the file
-has it, "listener[0].tls.mode", and list the keys or the words there are.
+A settings class is a frozen msgspec.Struct whose fields have a description and bounds. Errors name the key as it is
+written in the file, "listener[0].tls.mode", and the allowed keys or values.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Final, Literal, TypeVar, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -20,12 +21,26 @@ Meta = msgspec.Meta
 S = TypeVar("S", bound=Struct)
 _WIDTH: Final = 118
 """Columns of a description."""
-_MOST_SHOWN: Final = 40
-"""Characters of a wrong word."""
+_MAX_SHOWN: Final = 40
+"""Characters of a wrong value that an error message repeats."""
+
+_TOML_TYPES: Final = {
+    "array": "an array",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "an integer",
+    "object": "a table",
+    "str": "a string",
+    "null": "nothing",
+}
+"""What msgspec calls a type, and what an error message calls it."""
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_PREFIXES: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_QUANTITY: Final = re.compile(r"\s*([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([a-z]{0,3}?)(?:i?b)?\s*", re.ASCII | re.IGNORECASE)
 
 
 class SchemaError(ValueError):
-    """What is wrong with a file; the text names the key and the right form."""
+    """A file cannot be used. The text names the key and the right form."""
 
 
 def parse_table(text: str) -> dict[str, object]:
@@ -33,44 +48,141 @@ def parse_table(text: str) -> dict[str, object]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
-        raise SchemaError(f"this is not TOML: {exc}") from exc
+        raise SchemaError(f"invalid TOML: {exc}") from exc
 
 
 def convert(table: Mapping[str, object], struct: type[S]) -> S:
-    """Make settings of a table. Raise SchemaError that names the key."""
+    """Make settings from a table. Raise SchemaError, which names the key."""
     try:
         return msgspec.convert(table, struct)
     except msgspec.ValidationError as exc:
-        raise SchemaError(_name_the_key(str(exc), struct)) from exc
+        raise SchemaError(_Mistake(str(exc), table, struct).explain()) from exc
 
 
-def _name_the_key(text: str, root: type[Struct]) -> str:
-    """Turn msgspec's "... - at `$.listener[0].tls`" into "listener[0].tls: ..."; list the keys there are."""
-    message, _, place = text.partition(" - at `$")
-    key = place.rstrip("`").lstrip(".")
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
-    if unknown:
-        name = unknown.group(1)
-        known = ", ".join(sorted(keys_of(_struct_at(key, root))))
-        return f"{key + '.' if key else ''}{name}: there is no such key; here may stand: {known}"
-    choices = ", ".join(_choices_at(key, root))
-    if choices:
-        word = re.fullmatch(r"Invalid enum value '(.*)'", message, re.DOTALL)
-        wrong = f"there is no {word.group(1)[:_MOST_SHOWN]!r}" if word else message
-        return f"{key}: {wrong}; here may stand: {choices}"
-    return f"{key}: {message}" if key else message
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" for the known word most like this one; "" if none is like it.
+
+    >>> suggest("adress", ["address", "name"])
+    ' (did you mean address?)'
+    """
+    found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+# ---- explaining mistakes
+
+
+class _Mistake:
+    """An error of msgspec: "Expected `int`, got `str` - at `$.listener[0].max_size`", and the table it is about."""
+
+    def __init__(self, error: str, table: Mapping[str, object], root: type[Struct]) -> None:
+        self._message, _, place = error.partition(" - at `$")
+        self._key = place.rstrip("`").lstrip(".")
+        self._table = table
+        self._root = root
+
+    def explain(self) -> str:
+        """Return the error in the terms of the file, beginning with the key."""
+        message, key = self._message, self._key
+        if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL):
+            known = sorted(keys_of(_struct_at(key, self._root)))
+            name = unknown[1]
+            return (
+                f"{_joined(key, name[:_MAX_SHOWN])}: unknown key{suggest(name, known)}; "
+                f"expected one of: {', '.join(known)}"
+            )
+        if missing := re.fullmatch(r"Object missing required field `(.*)`", message):
+            return f"{_joined(key, missing[1])}: required key is missing"
+        expected = re.match(r"Expected `([a-z |]+)`", message)
+        types = expected[1].split(" | ") if expected else []
+        choices = _choices_at(key, self._root)
+        if choices and "array" not in types:
+            message = self._wrong_choice(choices)
+        elif expected:
+            message = self._wrong_value(types, message[expected.end() :])
+        return f"{key}: {message}" if key else message
+
+    def _wrong_choice(self, choices: tuple[str, ...]) -> str:
+        value = _value_at(self._key, self._table)
+        hint = suggest(value, choices) if isinstance(value, str) else ""
+        return f"unknown value {_shown(value)}{hint}; expected one of: {', '.join(choices)}"
+
+    def _wrong_value(self, types: list[str], rest: str) -> str:
+        """Explain "Expected `int` >= 100" or "Expected `int`, got `str`": name the value and show the right form."""
+        value = _value_at(self._key, self._table)
+        name = re.sub(r"\[[^]]*\]", "", self._key)
+        if types[0] == "array" and isinstance(value, dict):
+            return f"expected an array of tables; write [[{name}]] instead of [{name}]"
+        if types[0] == "object" and isinstance(value, list):
+            return f"expected one table; write [{name}] instead of [[{name}]]"
+        expected = " or ".join(_TOML_TYPES.get(each, each) for each in types if each != "null")
+        if rest.startswith(", got"):
+            return f"expected {expected}, not {_shown(value)}{self._example(value, types)}"
+        rest = re.sub(r" of length >= 1$", " that is not empty", rest).removesuffix(".0")
+        return f"expected {expected}{rest}, not {_shown(value)}"
+
+    def _example(self, value: object, types: list[str]) -> str:
+        """Return the right form of a wrong value: the number that "5d" or "25M" stands for, the default, an array."""
+        if types[0] == "array":
+            return f"; write [{_shown(value)}]" if isinstance(value, str) else ""
+        field = _field_at(self._key, self._root)
+        if field is None or not {"int", "float"} & set(types):
+            return ""
+        meta, default = _meta_of(field.type), _default_of(field)
+        number = _number_of(value, is_time="second" in ((meta and meta.description) or "").lower())
+        if number is not None:
+            return f"; write {number}"
+        example = str(default).removesuffix(".0") if isinstance(default, int | float) else ""
+        return f"; write a number such as {example}" if example else ""
+
+
+def _number_of(value: object, *, is_time: bool) -> int | None:
+    """Return the seconds or octets that a text with a unit stands for; None if it has no such form."""
+    found = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    factor = None if found is None else (_UNITS if is_time else _PREFIXES).get(found[2].lower())
+    return None if found is None or factor is None else round(float(found[1]) * factor)
+
+
+def _joined(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _shown(value: object) -> str:
+    """Return a value as TOML has it, cut; a table or an array by its type."""
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list):
+        return "an array" if value else "an empty array"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return repr(value if len(value) <= _MAX_SHOWN else value[:_MAX_SHOWN] + "...")
+    return str(value)[:_MAX_SHOWN]
+
+
+def _value_at(key: str, table: Mapping[str, object]) -> object:
+    """Return the value at a key such as "listener[0].tls.mode"."""
+    value: Any = table
+    for name, index in re.findall(r"([^.\[\]]+)|\[([0-9]+)\]", key):
+        value = value[name] if name else value[int(index)]
+    return value
+
+
+def _field_at(key: str, root: type[Struct]) -> msgspec.structs.FieldInfo | None:
+    """Return the field at a key such as "listener[0].tls.mode"; None for the file as a whole."""
+    place, _, name = re.sub(r"\[[^]]*\]", "", key).rpartition(".")
+    fields = msgspec.structs.fields(_struct_at(place, root))
+    return next((field for field in fields if field.encode_name == name), None)
 
 
 def _choices_at(key: str, root: type[Struct]) -> tuple[str, ...]:
-    """Return the words that may stand at a key; none where it takes other things."""
-    place, _, name = re.sub(r"\[[^]]*\]", "", key).rpartition(".")
-    fields = msgspec.structs.fields(_struct_at(place, root)) if name else ()
-    field = next((field for field in fields if field.encode_name == name), None)
+    """Return the words allowed at a key; none if it does not take words."""
+    field = _field_at(key, root) if key else None
     return () if field is None else tuple(_words_in(field.type))
 
 
 def _words_in(annotation: object) -> Iterator[str]:
-    """Yield the words of the Literals that an annotation names."""
+    """Yield the words of the Literals in an annotation."""
     if get_origin(annotation) is Literal:
         yield from (str(word) for word in get_args(annotation))
         return
@@ -83,17 +195,20 @@ def _struct_at(key: str, root: type[Struct]) -> type[Struct]:
     struct = root
     for name in re.sub(r"\[[^]]*\]", "", key).split("."):
         if name:
-            field = next(field for field in msgspec.structs.fields(struct) if field.name == name)
+            field = next(field for field in msgspec.structs.fields(struct) if field.encode_name == name)
             struct = next(_structs_in(field.type))
     return struct
 
 
 def _structs_in(annotation: object) -> Iterator[type[Struct]]:
-    """Yield the settings classes that an annotation names."""
+    """Yield the settings classes in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Struct):
         yield annotation
     for argument in get_args(annotation):
         yield from _structs_in(argument)
+
+
+# ---- describing
 
 
 def keys_of(struct: type[Struct]) -> list[str]:
@@ -102,15 +217,15 @@ def keys_of(struct: type[Struct]) -> list[str]:
 
 
 def describe(struct: type[Struct]) -> str:
-    """Return the reference of all keys as TOML with the defaults, made from the settings classes themselves.
+    """Return all keys with their descriptions and defaults as TOML, made from the settings classes.
 
-    Tables that are not there by default are comments.
+    Tables that are absent by default are commented out.
     """
     return "\n".join(_describe(struct, "")).strip() + "\n"
 
 
 def _describe(struct: type[Struct], place: str) -> Iterator[str]:
-    """Yield the lines of a table: what it is, its keys, then the tables within it."""
+    """Yield the lines of a table: its description, its keys, then its tables."""
     yield from (f"# {line.strip()}".rstrip() for line in (struct.__doc__ or "").strip().split("\n"))
     if place:
         yield place
@@ -132,7 +247,7 @@ def _describe(struct: type[Struct], place: str) -> Iterator[str]:
 
 
 def _comment(text: str) -> list[str]:
-    """Return a text as comments."""
+    """Return a text as comment lines."""
     return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
 
@@ -171,4 +286,8 @@ def _bounds(meta: Meta | None) -> str:
 
 
 def _toml_value(value: object) -> str:
-    return tomli_w.dumps({"x": msgspec.to_builtins(value)}).removeprefix("x = ").strip().replace("\n", " ")
+    """Return a value as TOML, on one line; a table must be empty."""
+    if value == {}:
+        return "{}"
+    text = tomli_w.dumps({"x": msgspec.to_builtins(value)}).removeprefix("x = ").strip()
+    return re.sub(r"\n\s+", " ", re.sub(r",?\n\]", "]", re.sub(r"\[\n\s+", "[", text)))

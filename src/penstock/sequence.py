@@ -1,10 +1,10 @@
-"""The mark by which messages are told apart: a run and a number. `penstock load` writes it, a sink reads it.
+"""Sequence tags: a run and a number that identify a test message. `penstock load` writes them, a sink reads them.
 
     seq-RUN-NUMBER        RUN: 1 to 16 of 0-9 a-z       NUMBER: decimal, at most 12 digits
 
-By default it is the sender's local part, or its end behind a "+": `seq-k3f9a2-1041@load.invalid`,
-`news+seq-k3f9a2-1041@example.org`. In a header field it is the whole value. Numbers of a run count from 1, each is
-given to one message, and a message that is sent again keeps its number.
+By default the tag is the local part of the sender, or its end after a "+": `seq-k3f9a2-1041@load.invalid`,
+`news+seq-k3f9a2-1041@example.org`. In a header field it is the whole value. The numbers of a run start at 1; every
+message has its own, and keeps it when it is sent again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from typing import Final, NamedTuple
 
 HEADER: Final = "X-Penstock-Sequence"
-"""The field that `penstock load` writes when it is asked for a header."""
+"""Header field that `penstock load` writes on request."""
 
 MAX_DIGITS: Final = 12
 MAX_RUN: Final = 16
@@ -24,7 +24,7 @@ _RUN: Final = re.compile(r"[0-9a-z]{1,16}", re.ASCII)
 
 
 class Mark(NamedTuple):
-    """Names one message of one run."""
+    """Identifies one message of one run."""
 
     run: str
     number: int
@@ -34,20 +34,20 @@ class Mark(NamedTuple):
 
 
 def mark(run: str, number: int) -> str:
-    """Return the mark of a message as text. Raise ValueError when it has no such form.
+    """Return the tag of a message as text. Raise ValueError for an invalid run or number.
 
     >>> mark("k3f9a2", 1041)
     'seq-k3f9a2-1041'
     """
     if not _RUN.fullmatch(run):
-        raise ValueError(f"a run is named by 1 to {MAX_RUN} of 0-9 and a-z, not {run!r}")
+        raise ValueError(f"a run must be 1 to {MAX_RUN} characters of 0-9 and a-z, not {run!r}")
     if not 0 <= number < 10**MAX_DIGITS:
-        raise ValueError(f"a number in a sequence has at most {MAX_DIGITS} digits, not {number}")
+        raise ValueError(f"a sequence number must have at most {MAX_DIGITS} digits, not {number}")
     return f"seq-{run}-{number}"
 
 
 def parse(text: str) -> Mark | None:
-    """Read the mark at the end of a local part, or of any other text; None when there is none.
+    """Parse the tag at the end of a local part or another text; None if there is none.
 
     >>> parse("news+seq-k3f9a2-1041")
     Mark(run='k3f9a2', number=1041)
@@ -57,7 +57,7 @@ def parse(text: str) -> Mark | None:
 
 
 def parse_counter(text: str) -> Mark | None:
-    """Read any counter: a mark, or the digits at the end of a text; what stands before them names the run.
+    """Parse a counter: a tag, or the digits at the end of a text with the text before them as the run.
 
     >>> parse_counter("<nightly-17>")
     Mark(run='<nightly-', number=17)

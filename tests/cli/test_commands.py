@@ -28,18 +28,18 @@ def test_users_are_added_listed_and_removed(tmp_path: Path) -> None:
     assert run("user", "list", *file).output == "bob\n"
 
 
-def test_a_useless_password_is_said_to_be_one(tmp_path: Path) -> None:
+def test_user_add_refuses_an_empty_password(tmp_path: Path) -> None:
     result = run("user", "add", "alice", "--password-stdin", "--file", str(tmp_path / "users"), stdin="\n")
     assert result.exit_code == 1
     assert "1 to 1024 octets" in result.output
 
 
-def test_config_check_names_the_key(tmp_path: Path) -> None:
+def test_config_check_names_a_wrong_key(tmp_path: Path) -> None:
     file = tmp_path / "penstock.toml"
     file.write_text('domains = ["example.org"]\n[[listener]]\nadress = "127.0.0.1:25"\n')
     result = run("config", "check", str(file))
     assert result.exit_code == 1
-    assert "listener[0].adress: there is no such key" in result.output
+    assert "listener[0].adress: unknown key (did you mean address?)" in result.output
     file.write_text('domains = ["example.org"]\n[[listener]]\naddress = "127.0.0.1:25"\n')
     assert run("config", "check", str(file)).output.endswith("ok\n")
 
@@ -63,7 +63,7 @@ def test_config_show_diff_shows_what_was_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["serve", "--help"], ["sink", "-h"], ["config", "-h"], ["user", "-h"]]
 )
-def test_help_teaches(arguments: list[str]) -> None:
+def test_every_command_has_help(arguments: list[str]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0
     assert len(result.output.splitlines()) > 5
@@ -80,9 +80,13 @@ def test_version() -> None:
         (["sink", "--listen", "0.0.0.0:2525"], "open relay"),
         (["serve", "--listen", "nonsense"], "127.0.0.1:2525"),
         (["serve", "--config", "no-such-file.toml"], "No such file"),
+        (["sink", "--report", "a.json", "--report", "b.json"], "--report is given 2 times; it takes one value"),
+        (["sink", "--web", "127.0.0.1:0", "--web", "127.0.0.1:1"], "--web is given 2 times"),
+        (["serve", "--data", "a", "--data", "b"], "--data is given 2 times"),
+        (["user", "list", "--file", "a", "--file", "b"], "--file is given 2 times"),
     ],
 )
-def test_a_start_that_can_not_be_says_why(
+def test_a_failed_start_names_the_cause(
     arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -91,7 +95,7 @@ def test_a_start_that_can_not_be_says_why(
     assert expected in result.output
 
 
-def test_an_address_in_use_is_said_to_be(tmp_path: Path) -> None:
+def test_an_address_in_use_is_reported(tmp_path: Path) -> None:
     result = run("serve", "--listen", f"unix:{tmp_path}", "--data", str(tmp_path / "data"))
     assert result.exit_code == 1
     assert "cannot listen on unix:" in result.output

@@ -70,7 +70,7 @@ def test_wrong_words_are_named() -> None:
     assert "a..b has no address" in load("a..b:25", code=2)
     assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
     assert "--to 'a@b\\r\\nRSET': this can not stand in a command" in load("127.0.0.1:1", "--to", "a@b\r\nRSET", code=2)
-    assert "--run: a run is named by" in load("127.0.0.1:1", "--run", "A b", code=2)
+    assert "--run: a run must be" in load("127.0.0.1:1", "--run", "A b", code=2)
     assert "--source: 'abc'" in load("127.0.0.1:1", "--source", "abc", code=2)
     assert "before the @" in load("127.0.0.1:1", "--to", "postmaster", "--recipients", "2", code=2)
     assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)

@@ -1,4 +1,4 @@
-"""What a sink shows in a terminal: a line a second, and tables at the end."""
+"""Terminal output of a sink: a line every second, and tables on exit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.sink.test_statistics import receipts
 @pytest.mark.parametrize(
     ("width", "last"), [(None, "B/s"), (119, "B/s"), (79, "0 faults/s"), (60, "-"), (20, "0/s"), (10, " ")]
 )
-def test_the_counters_say_what_there_is_room_for(width: int | None, last: str) -> None:
+def test_counters_drop_fields_that_do_not_fit(width: int | None, last: str) -> None:
     made, clock, _, _ = receipts(Metrics())
     clock.now += 1
     line = counters(made, made.take_sample(), width)
@@ -30,7 +30,7 @@ def test_the_counters_say_what_there_is_room_for(width: int | None, last: str) -
     assert width is None or len(line) <= width
 
 
-def test_the_counters_of_a_busy_hour_fit_eighty_columns() -> None:
+def test_large_counters_fit_into_80_columns() -> None:
     metrics = Metrics()
     made, clock, faults, traffic = receipts(metrics)
     clock.now += 3600
@@ -41,7 +41,7 @@ def test_the_counters_of_a_busy_hour_fit_eighty_columns() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_tables_fit_the_terminal(width: int) -> None:
+def test_tables_fit_into_the_terminal(width: int) -> None:
     metrics = Metrics()
     made, clock, faults, _ = receipts(metrics)
     faults.count = 1_234_567
@@ -59,7 +59,7 @@ def test_the_tables_fit_the_terminal(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_a_reply_that_was_none_has_no_code() -> None:
+def test_an_unreadable_reply_has_no_code() -> None:
     metrics = Metrics()
     metrics.new_session().says([(b"", "none")])
     console = Console(width=80, force_terminal=False)
@@ -68,10 +68,10 @@ def test_a_reply_that_was_none_has_no_code() -> None:
     assert capture.get().splitlines()[-1].split() == ["banner", "-", "none", "1"]
 
 
-async def test_counters_that_nobody_reads_hold_up_nobody(
+async def test_unread_counters_do_not_block_the_sink(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: object, tmp_path: Path
 ) -> None:
-    """A pipe that is full takes nothing for as long as it likes; the loop goes on, and ends."""
+    """A full pipe blocks the writing thread only: the loop continues and can be cancelled."""
     has_begun, is_free, threads = threading.Event(), threading.Event(), list[int]()
 
     def write(text: str) -> None:
@@ -80,12 +80,14 @@ async def test_counters_that_nobody_reads_hold_up_nobody(
         is_free.wait(20)
 
     monkeypatch.setattr(receiving, "_print", write)
-    account = receiving.Account(receiving.Wishes(counters=True))
+    statistics = receiving.Receiving(receiving.ReceivingOptions(counters=True))
     settings = parse(f'data_dir = "{tmp_path}"\n[[listener]]\naddress = "127.0.0.1:0"\ntls.mode = "none"\n')
-    parts = assemble(settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=account.metrics))
-    account.begin(parts)
+    parts = assemble(
+        settings, Journal(JournalSettings()), lambda _: None, overrides=Overrides(metrics=statistics.metrics)
+    )
+    statistics.begin(parts)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(account.run)
+        nursery.start_soon(statistics.run)
         assert await trio.to_thread.run_sync(has_begun.wait, 20)
         nursery.cancel_scope.cancel()
     is_free.set()

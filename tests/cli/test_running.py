@@ -1,4 +1,4 @@
-"""What `serve` and `sink` share: a journal that nothing holds up, and errors that name the key."""
+"""Common to `serve` and `sink`: a journal that never blocks, and errors that name the key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class Disk:
-    """What is written to: each write waits until it may, then takes so many octets, or fails; at last it takes all."""
+    """A file whose writes wait for permission, then take the given octets, fail, or at last succeed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *acts: int | OSError) -> None:
         self.pieces: list[bytes] = []
@@ -57,7 +57,7 @@ class Disk:
         return act
 
 
-def test_lines_that_can_not_be_written_are_counted_and_told_once_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_lines_are_counted_and_reported_later(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch, FULL, FULL)
     write = JournalWriter(2, tell)
     write(b"one\ntwo\n")
@@ -68,7 +68,7 @@ def test_lines_that_can_not_be_written_are_counted_and_told_once_they_can(monkey
     assert disk.written == b"missing 2\nthree\n"
 
 
-def test_a_line_that_a_full_disk_has_cut_is_ended_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_line_is_completed_first(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch, 6, FULL)
     disk.may.release(9)
     write = JournalWriter(2, tell)
@@ -77,7 +77,7 @@ def test_a_line_that_a_full_disk_has_cut_is_ended_first(monkeypatch: pytest.Monk
     assert disk.written == b"one\ntwo\nmissing 1\n"
 
 
-def test_lines_beyond_the_room_are_dropped_and_told_where_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_beyond_the_limit_are_dropped_and_reported_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     monkeypatch.setattr(journaling, "_MOST_WAITING", 8)
     write = JournalWriter(2, tell)
@@ -90,7 +90,7 @@ def test_lines_beyond_the_room_are_dropped_and_told_where_they_are_missing(monke
     assert disk.written == b"one\ntwo\nthree\nmissing 3\n"
 
 
-def test_the_end_does_not_wait_for_a_write_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_wait_for_a_blocked_write(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     write = JournalWriter(2, tell)
     write(b"one\n")
@@ -100,10 +100,10 @@ def test_the_end_does_not_wait_for_a_write_that_does_not_end(monkeypatch: pytest
     assert disk.written == b"one\n"
 
 
-def test_lines_of_several_processes_leave_in_pieces_that_a_pipe_takes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_descriptors_get_atomic_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     disk.may.release(9)
-    monkeypatch.setattr(journaling, "_PIECE", 10)
+    monkeypatch.setattr(journaling, "_ATOMIC", 10)
     write = JournalWriter(2, tell, is_shared=True)
     long = b"x" * 20 + b"\n"
     write(b"one\ntwo\nthree\n" + long + b"four\n")
@@ -111,7 +111,7 @@ def test_lines_of_several_processes_leave_in_pieces_that_a_pipe_takes_whole(monk
     assert disk.pieces == [b"one\ntwo\n", b"three\n", long, b"four\n"]
 
 
-def test_a_pipe_that_does_not_block_is_waited_for() -> None:
+def test_a_non_blocking_pipe_is_waited_for() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     write = JournalWriter(writing, tell)
@@ -123,13 +123,13 @@ def test_a_pipe_that_does_not_block_is_waited_for() -> None:
     os.close(writing)
 
 
-def test_standard_error_that_is_closed_costs_the_lines() -> None:
+def test_a_closed_standard_error_only_costs_lines() -> None:
     write = JournalWriter(-1, tell)
     write(b"one\n")
     write.close(60)
 
 
-def test_the_line_about_missing_lines_has_the_form_of_the_others() -> None:
+def test_the_line_about_dropped_lines_has_the_usual_format() -> None:
     line = Journal(JournalSettings(format="json")).tell_dropped(7)
     assert json.loads(line)["event"] == "dropped"
     assert json.loads(line)["events"] == 7
@@ -138,7 +138,7 @@ def test_the_line_about_missing_lines_has_the_form_of_the_others() -> None:
 
 @contextmanager
 def started(errors: int, folder: Path, workers: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Start `penstock serve` with a standard error. Yield its process, and the port where it listens."""
+    """Run `penstock serve` with the given standard error. Yield its process and port."""
     command = [sys.executable, "-m", "penstock", "serve", "--data", str(folder), "--listen", "127.0.0.1:0"]
     with subprocess.Popen([*command, "--workers", workers], stdout=subprocess.PIPE, stderr=errors) as process:
         try:
@@ -164,11 +164,11 @@ def test_a_full_disk_under_the_journal_costs_no_mail(tmp_path: Path, workers: st
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_journal_that_nobody_reads_holds_up_neither_mail_nor_the_end(tmp_path: Path, workers: str) -> None:
+def test_an_unread_journal_blocks_neither_mail_nor_shutdown(tmp_path: Path, workers: str) -> None:
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     with started(writing, tmp_path, workers) as (process, port):
-        send(port, 40)  # some ten thousand octets of journal
+        send(port, 40)  # about 10,000 octets of journal
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
     os.close(writing)
@@ -193,7 +193,7 @@ NO_MX = "next_hop = 'smtp://a'\ntls.mode = 'require'\nauth.user = 'me'"
         ("[recipients]\nfile = 'text'", r"recipients\.file: .*text:1: a line is an address"),
     ],
 )
-def test_a_file_that_is_of_no_use_is_told_by_its_key(tmp_path: Path, toml: str, expected: str) -> None:
+def test_an_unusable_file_is_reported_with_its_key(tmp_path: Path, toml: str, expected: str) -> None:
     (tmp_path / "text").write_text("this is text\n")
     trustme.CA().cert_pem.write_to_path(tmp_path / "chain")  # and no key
     file = tmp_path / "penstock.toml"

@@ -1,10 +1,11 @@
-"""`penstock sink` and its faults, from the command line."""
+"""`penstock sink` from the command line."""
 
 from __future__ import annotations
 
 import json
 import smtplib
 import ssl
+from base64 import b64encode
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,14 +27,14 @@ reply = "450 4.2.1 Busy"
 """
 
 
-def test_faults_are_described() -> None:
+def test_describe_faults_prints_the_reference() -> None:
     result = CliRunner().invoke(main, ["sink", "--describe-faults"])
     assert result.exit_code == 0
     assert result.output == describe_faults()
 
 
 def refused(tmp_path: Path, *arguments: str) -> set[str]:
-    """Return which of fifty recipients a sink with the plan refuses."""
+    """Return which of 50 recipients a sink with the plan refuses."""
     file = tmp_path / "plan.toml"
     file.write_text(PLAN)
     with (
@@ -46,7 +47,7 @@ def refused(tmp_path: Path, *arguments: str) -> set[str]:
         return {recipient for recipient in recipients if client.rcpt(recipient)[0] == 450}
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_determines_the_faults(tmp_path: Path) -> None:
     one, same, other = (refused(tmp_path, "--no-magic", "--seed", seed) for seed in ("1", "1", "2"))
     assert one == same
     assert one != other
@@ -56,11 +57,17 @@ def test_the_seed_decides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "why"),
     [
-        ("phase = 'rcpt'\nreplay = '450'", "rule[0].replay: there is no such key; here may stand: at, delay"),
-        ("phase = 'rctp'\nreply = '450'", "rule[0].phase: there is no 'rctp'; here may stand: connect, banner, ehlo"),
+        (
+            "phase = 'rcpt'\nreplay = '450'",
+            "rule[0].replay: unknown key (did you mean reply?); expected one of: at, delay",
+        ),
+        (
+            "phase = 'rctp'\nreply = '450'",
+            "rule[0].phase: unknown value 'rctp' (did you mean rcpt?); expected one of: connect, banner, ehlo",
+        ),
     ],
 )
-def test_a_plan_with_a_mistake_stops_the_start(tmp_path: Path, rule: str, why: str) -> None:
+def test_a_wrong_plan_prevents_the_start(tmp_path: Path, rule: str, why: str) -> None:
     file = tmp_path / "plan.toml"
     file.write_text(f"[[rule]]\n{rule}")
     result = CliRunner().invoke(main, ["sink", "--faults", str(file)])
@@ -68,7 +75,7 @@ def test_a_plan_with_a_mistake_stops_the_start(tmp_path: Path, rule: str, why: s
     assert f"plan.toml: {why}" in result.output
 
 
-def test_faults_are_in_the_receipts(tmp_path: Path) -> None:
+def test_the_report_counts_faults(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     with serving(tmp_path / "data", "", "sink", "--report", str(report)) as server:
         with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
@@ -84,7 +91,7 @@ def test_faults_are_in_the_receipts(tmp_path: Path) -> None:
     }
 
 
-def test_a_report_on_standard_output_stands_there_alone(tmp_path: Path) -> None:
+def test_a_report_on_standard_output_is_the_only_output(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "", "sink", "--report", "-") as server:
         with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
             client.sendmail("a@example.com", ["b@example.org"], "Hello")
@@ -93,7 +100,7 @@ def test_a_report_on_standard_output_stands_there_alone(tmp_path: Path) -> None:
         assert "sessions=1 messages=1" in server.journal.read_text()
 
 
-def test_a_report_that_can_not_be_written_costs_nothing_else(tmp_path: Path) -> None:
+def test_an_unwritable_report_leaves_other_output_intact(tmp_path: Path) -> None:
     report = tmp_path / "no" / "report.json"
     result = CliRunner().invoke(main, ["sink", "--report", str(report)])
     assert result.exit_code == 2
@@ -106,8 +113,8 @@ def test_a_report_that_can_not_be_written_costs_nothing_else(tmp_path: Path) -> 
         assert "No such file or directory" in server.journal.read_text()
 
 
-def test_the_log_tells_each_fault(tmp_path: Path) -> None:
-    """Two runs with the same seed are compared by their logs, whatever the number of sessions."""
+def test_the_fault_log_has_every_fault(tmp_path: Path) -> None:
+    """Two runs with the same seed have the same log, with any number of sessions."""
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN)
     logs = []
@@ -130,7 +137,7 @@ def test_the_log_tells_each_fault(tmp_path: Path) -> None:
     assert logs[0][0]["action"] == "reply 450 4.2.1"
 
 
-def test_a_log_that_can_not_be_written_says_so(tmp_path: Path) -> None:
+def test_an_unwritable_fault_log_is_reported(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["sink", "--fault-log", str(tmp_path / "no" / "such" / "folder")])
     assert result.exit_code == 1
     assert "No such file or directory" in result.output
@@ -144,29 +151,49 @@ def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:
         assert client.sendmail("a@example.com", ["450@example.org", "drop@example.org"], "Hello") == {}
 
 
-def test_anybody_may_authenticate(tmp_path: Path) -> None:
-    with serving(tmp_path / "data", "", "sink", "--auth") as server:
-        for mechanism in ("PLAIN", "LOGIN"):
+@pytest.mark.parametrize("name", ["alice", ""])
+def test_auth_accepts_every_name_in_every_mechanism(tmp_path: Path, name: str) -> None:
+    with serving(tmp_path / "data", "", "sink", "--auth", "--config", str(journaling_sink(tmp_path))) as server:
+        for mechanism, responses in {
+            "PLAIN": [f"\0{name}\0"],
+            "LOGIN": [name, "secret"],
+            "CRAM-MD5": [f"{name} 0123456789abcdef"],
+            "XOAUTH2": [f"user={name}\1auth=Bearer token\1\1"],
+            "OAUTHBEARER": [f"n,a={name},\1auth=Bearer token\1\1"],
+        }.items():
             with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
                 client.ehlo()
-                assert client.esmtp_features["auth"].split() == ["PLAIN", "LOGIN"]
-                client.user, client.password = "anybody", "anything"
-                assert client.auth(mechanism, getattr(client, f"auth_{mechanism.lower()}"))[0] == 235
+                assert mechanism in client.esmtp_features["auth"].split()
+                assert client.docmd("AUTH", mechanism)[0] == 334
+                replies = [client.docmd(b64encode(text.encode()).decode())[0] for text in responses]
+                assert replies == [334] * (len(responses) - 1) + [235]
+                assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
+        server.stop()
+        lines = [json.loads(line) for line in server.journal.read_text().splitlines() if line.startswith("{")]
+        found = [(line["mechanism"], line.get("name", "")) for line in lines if line["event"] == "authenticated"]
+        assert found == [(each, name) for each in ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2", "OAUTHBEARER")]
+
+
+def journaling_sink(folder: Path) -> Path:
+    """Return a configuration of a sink that journals as JSON."""
+    file = folder / "sink.toml"
+    file.write_text('journal.format = "json"\n[[listener]]\naddress = "127.0.0.1:0"\n')
+    return file
 
 
 def test_authentication_can_fail(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
-    file.write_text('[[rule]]\nphase = "auth"\nreply = "535 5.7.8 Wrong"\nmatch.first = 2\n')
+    file.write_text('[[rule]]\nphase = "auth"\nreply = "535 5.7.8 Wrong"\nmatch.first = 3\n')
     with (
         serving(tmp_path / "data", "", "sink", "--auth", "--faults", str(file)) as server,
         smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
     ):
         with pytest.raises(smtplib.SMTPAuthenticationError, match="Wrong"):
-            client.login("alice", "secret", initial_response_ok=True)  # which tries both mechanisms
+            client.login("alice", "secret", initial_response_ok=True)  # which tries three mechanisms
         assert client.login("alice", "secret")[0] == 235
 
 
-def test_tls_faults_need_a_client_that_looks(tmp_path: Path) -> None:
+def test_only_verifying_clients_notice_certificate_faults(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
     file.write_text('[[rule]]\nphase = "starttls"\ntls = "expired"\n')
     with serving(tmp_path / "data", "", "sink", "--faults", str(file)) as server:
@@ -183,7 +210,7 @@ def test_tls_faults_need_a_client_that_looks(tmp_path: Path) -> None:
 # ---- listeners
 
 
-def test_implicit_tls_that_a_client_verifies(tmp_path: Path) -> None:
+def test_clients_can_verify_implicit_tls(tmp_path: Path) -> None:
     ca_file = tmp_path / "ca.pem"
     with serving(tmp_path / "data", "", "sink", "--tls", "implicit", "--ca-file", str(ca_file)) as server:
         context = ssl.create_default_context(cafile=str(ca_file))
@@ -191,7 +218,7 @@ def test_implicit_tls_that_a_client_verifies(tmp_path: Path) -> None:
             assert client.sendmail("a@example.com", ["b@example.org"], "Hello") == {}
 
 
-def test_a_certificate_of_ones_own(tmp_path: Path) -> None:
+def test_a_given_certificate_is_used(tmp_path: Path) -> None:
     authority = trustme.CA()
     leaf = authority.issue_cert("127.0.0.1")
     chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
@@ -233,7 +260,7 @@ kind = "spool"
 """
 
 
-def test_listeners_and_limits_of_a_file(tmp_path: Path) -> None:
+def test_config_sets_listeners_and_limits(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     with serving(tmp_path / "data", CONFIG, "sink", "--report", str(report)) as server:
         port = int(server.said(r"sink on 127\.0\.0\.1:\d+, 127\.0\.0\.1:(\d+)")[1])
@@ -252,13 +279,13 @@ def test_listeners_and_limits_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--key", "key.pem"], "--key goes with --certificate"),
+        (["--key", "key.pem"], "--key requires --certificate"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--certificate", "nowhere.pem"], "nowhere.pem"),
         (["--ca-file", "nowhere/ca.pem"], "nowhere/ca.pem"),
     ],
 )
-def test_what_can_not_be_read_or_written_is_named(arguments: list[str], told: str) -> None:
+def test_unusable_files_of_options_are_named(arguments: list[str], told: str) -> None:
     result = CliRunner().invoke(main, ["sink", *arguments])
     assert result.exit_code in (1, 2)
     assert told in result.output

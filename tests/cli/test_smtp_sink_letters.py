@@ -1,4 +1,4 @@
-"""The letters of smtp-sink, each tried on a real sink; those that can not be obeyed say how it is done here."""
+"""The options of smtp-sink, each tried on a real sink; unsupported ones name an alternative."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from penstock.cli.main import main
-from penstock.cli.smtpsink import LETTERS, letters_help
+from penstock.cli.smtpsink import LETTERS, smtp_sink_help
 from tests.e2e.running import Server, serving
 
 
@@ -26,7 +26,7 @@ class Client:
         self._file = self.socket.makefile("rb")
 
     def reply(self) -> list[str]:
-        """Return the lines of the next reply; [] when the server has closed."""
+        """Return the lines of the next reply; [] if the server has closed."""
         lines = []
         while line := self._file.readline().decode():
             lines.append(line.rstrip())
@@ -35,7 +35,7 @@ class Client:
         return lines
 
     def ask(self, *lines: str) -> str:
-        """Send lines, and return the last line of the last reply; "" when the server has closed."""
+        """Send lines, and return the last line of the last reply; "" if the server has closed."""
         said: list[str] = []
         for line in lines:
             self.socket.sendall(f"{line}\r\n".encode())
@@ -63,7 +63,7 @@ def client_of(server: Server) -> Iterator[Client]:
 
 @dataclass(frozen=True)
 class Row:
-    """Letters, and what clients find of them, one after the other."""
+    """Options, and the observations of clients, one after the other."""
 
     arguments: tuple[str, ...]
     probes: tuple[Callable[[Server, Client], None], ...]
@@ -177,7 +177,7 @@ def is_sent_away(server: Server, client: Client) -> None:
 
 
 def has_a_small_window(server: Server, client: Client) -> None:
-    # tcpi_rcv_space and friends are the peer's; what this end sees is how much the other takes without reading.
+    # tcpi_rcv_space belongs to the peer; this end only sees how much the peer buffers without reading.
     client.reply()
     with client_of(server) as later:
         later.reply()
@@ -258,7 +258,7 @@ ROWS = (
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_letters_are_obeyed(tmp_path: Path, row: Row) -> None:
+def test_smtp_sink_options_work(tmp_path: Path, row: Row) -> None:
     arguments = [each.replace("FOLDER", str(tmp_path / "data")) for each in row.arguments]
     with serving(tmp_path / "data", "", "sink", *arguments) as server:
         for probe in row.probes:
@@ -274,31 +274,31 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("-S", "x"), "-S goes with -d or -D"),
+        (("-S", "x"), "-S requires -d or -D"),
         (("-R", "/srv"), "systemd RootDirectory="),
         (("-u", "nobody-at-all"), "setpriv --reuid=nobody-at-all"),
-        (("-4", "-6"), "-4 and -6 leave nothing"),
-        (("-a", "--auth"), "-a and --auth exclude each other"),
-        (("-f", "RCTP"), "-f: there is no command 'RCTP'; there are CONNECT, HELO"),
-        (("-s", "RCTP"), "-s: there is no command 'RCTP'"),
+        (("-4", "-6"), "-4 and -6 are mutually exclusive"),
+        (("-a", "--auth"), "-a and --auth are mutually exclusive"),
+        (("-f", "RCTP"), "-f: unknown command 'RCTP'; expected one of: CONNECT, HELO"),
+        (("-s", "RCTP"), "-s: unknown command 'RCTP'"),
         (("-W", "RCPT"), "-W takes COMMAND:SECONDS or COMMAND:SECONDS:ODDS"),
         (("-W", "RCPT:1:100"), "-W takes COMMAND:SECONDS"),
-        (("-W", "RCTP:1"), "-W: there is no command 'RCTP'"),
-        (("-B", "250 Fine", "-f", "RCPT"), "-B: '250 Fine' is no refusal"),
-        (("-b", "Fine", "-r", "RCPT"), "a reply looks like"),
+        (("-W", "RCTP:1"), "-W: unknown command 'RCTP'"),
+        (("-B", "250 Fine", "-f", "RCPT"), "-B: '250 Fine' is not a 4xx or 5xx reply"),
+        (("-b", "Fine", "-r", "RCPT"), "expected a reply such as"),
         (("-M", "0"), "x>=1"),
         ((":2525", "100"), "open relay"),
         (("inet:0.0.0.0:2525", "100"), "open relay"),
         (("--faults", "no-such-plan.toml"), "no-such-plan.toml: No such file"),
     ],
 )
-def test_what_can_not_be_obeyed_says_how_it_is_done_here(arguments: tuple[str, ...], expected: str) -> None:
+def test_unsupported_smtp_sink_options_name_an_alternative(arguments: tuple[str, ...], expected: str) -> None:
     code, output = run(*arguments)
     assert code in (1, 2)
     assert expected in output
 
 
-def test_an_address_is_read_as_smtp_sink_reads_it(tmp_path: Path) -> None:
+def test_addresses_are_parsed_like_those_of_smtp_sink(tmp_path: Path) -> None:
     place = tmp_path / "socket"
     with serving(tmp_path / "data", "", "sink", f"unix:{place}", "5") as server:
         assert place.is_socket()
@@ -306,7 +306,7 @@ def test_an_address_is_read_as_smtp_sink_reads_it(tmp_path: Path) -> None:
             assert client.reply()[0].startswith("220")
 
 
-def test_a_host_may_be_left_out(tmp_path: Path) -> None:
+def test_the_host_of_an_address_is_optional(tmp_path: Path) -> None:
     for option in ((), ("-4",)):
         with (
             serving(tmp_path / "data", "", "sink", "--open", *option, "inet::0", "100") as server,
@@ -315,18 +315,18 @@ def test_a_host_may_be_left_out(tmp_path: Path) -> None:
             assert client.reply()[0].startswith("220")
 
 
-def test_each_letter_has_a_row_here() -> None:
+def test_every_letter_is_tested() -> None:
     tried = {argument[1:] for row in ROWS for argument in row.arguments if argument.startswith("-")}
     refused = {letter.letter for letter in LETTERS if letter.meaning.startswith("refused")}
     assert tried | refused == {letter.letter for letter in LETTERS}
     assert len(LETTERS) == 36
 
 
-def test_the_help_names_each_letter() -> None:
+def test_help_lists_every_letter() -> None:
     for arguments in (("-h",), ("--help",)):
         code, output = run(*arguments)
         assert code == 0
         assert "--describe-faults" in output
         for letter in LETTERS:
             assert f"-{letter.letter} " in output
-    assert all(len(line) < 110 for line in letters_help().splitlines())
+    assert all(len(line) < 110 for line in smtp_sink_help().splitlines())

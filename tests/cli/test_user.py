@@ -1,4 +1,4 @@
-"""`penstock user`: what it says and how it exits."""
+"""`penstock user`: output and exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def has_password(path: Path, name: str, password: str) -> bool:
     return make_hasher().verify(UsersFile(path).read()[name].password_hash, password)
 
 
-def test_add_asks_for_the_password_twice_and_shows_it_never(path: Path) -> None:
+def test_add_prompts_twice_and_never_echoes_the_password(path: Path) -> None:
     result = run(path, "add", "alice", stdin="sesame\nsesame\n")
     assert result.exit_code == 0
     assert "Repeat for confirmation" in result.output
@@ -32,66 +32,66 @@ def test_add_asks_for_the_password_twice_and_shows_it_never(path: Path) -> None:
     assert has_password(path, "alice", "sesame")
 
 
-def test_add_asks_again_when_the_two_differ(path: Path) -> None:
+def test_add_prompts_again_if_the_passwords_differ(path: Path) -> None:
     result = run(path, "add", "alice", stdin="sesame\nseasme\nopen\nopen\n")
     assert result.exit_code == 0
     assert has_password(path, "alice", "open")
 
 
 @pytest.mark.parametrize("stdin", ["sesame\nmore\n", "sesame\r\n", "sesame"])
-def test_add_takes_the_first_line_of_standard_input(path: Path, stdin: str) -> None:
+def test_add_reads_the_first_line_of_standard_input(path: Path, stdin: str) -> None:
     result = run(path, "add", "alice", "--password-stdin", stdin=stdin)
     assert result.exit_code == 0
     assert has_password(path, "alice", "sesame")
 
 
-def test_a_password_keeps_its_blanks(path: Path) -> None:
+def test_a_password_keeps_its_spaces(path: Path) -> None:
     assert run(path, "add", "alice", "--password-stdin", stdin=" open sesame \n").exit_code == 0
     assert has_password(path, "alice", " open sesame ")
 
 
 @pytest.mark.parametrize("stdin", [b"", b"\n", b"\xff\n", b"a\0b\n", b"a" * 1025, b"a" * 100_000])
-def test_add_refuses_a_password_of_no_use(path: Path, stdin: bytes) -> None:
+def test_add_refuses_an_invalid_password(path: Path, stdin: bytes) -> None:
     result = run(path, "add", "alice", "--password-stdin", stdin=stdin)
     assert result.exit_code == 1
-    assert "a password" in result.output
+    assert "password" in result.output
     assert not path.exists()
 
 
-def test_add_refuses_a_bad_name_before_it_asks_for_a_password(path: Path) -> None:
+def test_add_refuses_an_invalid_name_before_prompting(path: Path) -> None:
     result = run(path, "add", "al ice")
     assert result.exit_code == 1
     assert "user name" in result.output
     assert "Password" not in result.output
 
 
-def test_add_refuses_a_user_who_is_there_before_it_asks_for_a_password(path: Path) -> None:
+def test_add_refuses_an_existing_user_before_prompting(path: Path) -> None:
     run(path, "add", "alice", "--password-stdin", stdin="old\n")
     result = run(path, "add", "alice")
     assert result.exit_code == 1
-    assert "alice is in" in result.output and "--replace" in result.output
+    assert "alice already exists in" in result.output and "--replace" in result.output
     assert "Password" not in result.output
     assert has_password(path, "alice", "old")
 
 
-def test_add_replace_gives_a_new_password(path: Path) -> None:
+def test_add_replace_changes_the_password(path: Path) -> None:
     run(path, "add", "alice", "--password-stdin", stdin="old\n")
     assert run(path, "add", "alice", "--replace", "--password-stdin", stdin="new\n").exit_code == 0
     assert has_password(path, "alice", "new")
 
 
-def test_remove_removes(path: Path) -> None:
+def test_remove_deletes_the_user(path: Path) -> None:
     run(path, "add", "alice", "--password-stdin", stdin="secret\n")
     result = run(path, "remove", "alice")
     assert result.exit_code == 0
-    assert result.output == "alice was removed\n"
+    assert result.output.startswith("removed alice from ")
     assert UsersFile(path).names() == []
 
 
-def test_remove_names_a_user_who_is_not_there(path: Path) -> None:
+def test_remove_reports_an_unknown_user(path: Path) -> None:
     result = run(path, "remove", "alice")
     assert result.exit_code == 1
-    assert f"there is no alice in {path}" in result.output
+    assert f"alice does not exist in {path}" in result.output
 
 
 def test_list_is_alphabetical(path: Path) -> None:
@@ -108,7 +108,7 @@ def test_list_without_a_file_is_empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("list",), ("remove", "alice"), ("add", "bob")])
-def test_a_malformed_file_is_told_by_its_line(path: Path, arguments: tuple[str, ...]) -> None:
+def test_a_malformed_file_is_reported_with_its_line(path: Path, arguments: tuple[str, ...]) -> None:
     path.write_text("# users\nalice\n")
     result = run(path, *arguments)
     assert result.exit_code == 1
@@ -116,7 +116,7 @@ def test_a_malformed_file_is_told_by_its_line(path: Path, arguments: tuple[str, 
     assert path.read_text() == "# users\nalice\n"
 
 
-def test_the_users_file_is_by_default_that_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_users_file_is_that_of_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["user", "add", "alice", "--password-stdin"], input="secret\n")
     assert result.exit_code == 0

@@ -17,7 +17,7 @@ from penstock.delivery.base import ChecksCapacity
 from penstock.delivery.spool import SpoolDelivery
 from penstock.message import Recipient
 from penstock.reply import Reply
-from penstock.spool.diskspace import Room
+from penstock.spool.diskspace import DiskSpace
 from penstock.spool.entry import Entry
 from penstock.spool.spool import Spool, SpoolFullError, SpoolSettings
 from tests.contracts.delivery import check_delivery, make_message
@@ -31,10 +31,10 @@ class Relay:
         self.is_eager = False
         self.offered: list[Entry] = []
 
-    def lane_of(self, recipient: Recipient) -> str:
+    def domain_of(self, recipient: Recipient) -> str:
         return recipient.path.domain
 
-    def takes(self, lanes: Sequence[str], octets: int) -> bool:
+    def takes(self, queues: Sequence[str], octets: int) -> bool:
         return self.is_eager
 
     def offer(self, entries: Sequence[Entry]) -> None:
@@ -46,7 +46,7 @@ async def delivery_into(folder: Path, relay: Relay | None = None) -> AsyncIterat
     spool = Spool(SpoolSettings(body_in_file=100_000), folder)
     await spool.start()
     try:
-        yield SpoolDelivery(spool, relay or Relay(), Room(folder, reserve_octets=0, reserve_inodes=0)), spool
+        yield SpoolDelivery(spool, relay or Relay(), DiskSpace(folder, reserve_octets=0, reserve_inodes=0)), spool
     finally:
         await spool.aclose()
 
@@ -71,7 +71,7 @@ async def test_an_eager_relay_gets_the_message_without_reading_it_back(tmp_path:
         await delivery.accept(make_message(b"two"), TRANSACTION)
         await delivery.accept(make_message(b"3" * 200_000), TRANSACTION)
         assert [b"".join(entry.body.chunks())[:3] for entry in relay.offered] == [b"one", b"two", b"333"]
-        assert await spool.due_lanes(4e9, 10) == []
+        assert await spool.due_queues(4e9, 10) == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ async def test_what_could_not_be_written_is_not_accepted(
             raise failure
 
         if isinstance(failure, SpoolFullError):
-            monkeypatch.setattr(spool._committer, "put_later", fail)
+            monkeypatch.setattr(spool._committer, "put", fail)
         else:
             monkeypatch.setattr(spool._store, "put", fail)
         reply = await accept(delivery, b"x")
@@ -106,7 +106,7 @@ async def test_what_could_not_be_written_is_not_accepted(
 
 async def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
     async with delivery_into(tmp_path) as (delivery, spool):
-        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 18").fetchall())
+        await spool._committer.do(lambda store: store._database.execute("PRAGMA max_page_count = 22").fetchall())
         assert (await accept(delivery, b"x" * 90_000)).code == 250
         assert (await accept(delivery, b"x" * 90_000)).code == 452
 
@@ -114,17 +114,17 @@ async def test_a_full_database_is_a_full_disk(tmp_path: Path) -> None:
 async def test_mail_is_refused_before_the_reserve_is_touched(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
     free = found.f_bavail * found.f_frsize
-    room = Room(tmp_path, reserve_octets=free // 2, reserve_inodes=0)
+    space = DiskSpace(tmp_path, reserve_octets=free // 2, reserve_inodes=0)
     async with delivery_into(tmp_path) as (_, spool):
-        delivery = SpoolDelivery(spool, Relay(), room)
+        delivery = SpoolDelivery(spool, Relay(), space)
         assert delivery.check_capacity(0) is None
         assert delivery.check_capacity(1000) is None
         refusal = delivery.check_capacity(free)
         assert refusal is not None
         assert (refusal.code, refusal.status) == (452, "4.3.1")
-        room.used(free)
+        space.count(free)
         assert delivery.check_capacity(0) is not None
-        room.look()
+        space.check()
         assert delivery.check_capacity(0) is None
 
 
@@ -133,25 +133,25 @@ def test_inodes_have_a_reserve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for files, free, has in ((1000, 10, False), (1000, 500, True), (0, 0, True)):
         faked = os.statvfs_result((*real[:5], files, free, free, *real[8:10]))
         monkeypatch.setattr(os, "statvfs", lambda _, faked=faked: faked)
-        assert Room(tmp_path, reserve_octets=0, reserve_inodes=100).takes(0) is has
+        assert DiskSpace(tmp_path, reserve_octets=0, reserve_inodes=100).has_capacity(0) is has
 
 
 def test_a_file_system_that_can_not_be_looked_at_has_room_until_it_can(tmp_path: Path) -> None:
-    room = Room(tmp_path, reserve_octets=0, reserve_inodes=0)
-    before = room.octets
-    room._folder = tmp_path / "gone"
-    room.look()
-    assert room.octets == before
+    space = DiskSpace(tmp_path, reserve_octets=0, reserve_inodes=0)
+    before = space.octets
+    space._folder = tmp_path / "gone"
+    space.check()
+    assert space.octets == before
 
 
 async def test_the_file_system_is_looked_at_again_and_again(
     tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = Room(tmp_path, reserve_octets=0, reserve_inodes=0)
+    space = DiskSpace(tmp_path, reserve_octets=0, reserve_inodes=0)
     looked = trio.Event()
     token = trio.lowlevel.current_trio_token()
-    monkeypatch.setattr(room, "look", lambda: token.run_sync_soon(looked.set))
+    monkeypatch.setattr(space, "check", lambda: token.run_sync_soon(looked.set))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(room.keep_looking)
+        nursery.start_soon(space.run)
         await looked.wait()
         nursery.cancel_scope.cancel()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from bench.crash import SCENARIOS, play
+from bench.crash import SCENARIOS, run
 
 PLAYED = [name for name in SCENARIOS if name != "full" or os.geteuid() == 0]
 """Filling a disk up needs a file system of its own, and mounting one needs root."""
@@ -14,4 +14,4 @@ PLAYED = [name for name in SCENARIOS if name != "full" or os.geteuid() == 0]
 
 @pytest.mark.parametrize("scenario", PLAYED)
 def test_no_harm_loses_or_damages_mail(tmp_path: Path, scenario: str) -> None:
-    assert play(scenario, 2, 7, tmp_path) == []
+    assert run(scenario, 2, 7, tmp_path) == []

@@ -1,4 +1,4 @@
-"""The dumps of `penstock sink -d` and `-D` beside those of Postfix's smtp-sink."""
+"""The dumps of `penstock sink -d` and `-D` compared with those of Postfix's smtp-sink."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.ports import free_port
 
 TEXT = "Subject: x\r\n\r\n.dot\r\nline\r\nFrom here\r\n"
 RANDOM = re.compile(r"\(\S+\) with (\S+) id \w+;\n\t.*")
-"""What differs from run to run, and the name of the program."""
+"""The parts that differ between runs, and the name of the program."""
 
 
 def send(port: int) -> None:
-    """Send three messages: two alike, and one that is broken off."""
+    """Send three messages: two equal ones, and one that is aborted."""
     with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
         client.ehlo("client.example")
         for _ in range(2):
@@ -33,8 +33,8 @@ def send(port: int) -> None:
         client.docmd("DATA")
         client.send(b"half")
         client.close()
-    # Both are one loop over all sessions: whoever has answered in this one knows that the last is gone. Ended before
-    # it knows, smtp-sink leaves what it has of the broken message behind.
+    # Both serve all sessions in one loop, so an answer here means that the end of the last session was processed.
+    # smtp-sink would otherwise leave a file of the aborted message.
     with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
         client.ehlo("client.example")
 
@@ -58,7 +58,7 @@ def of_penstock(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def files(folder: Path) -> list[tuple[str, str]]:
-    """Return the folders and the texts of all files, without what is drawn."""
+    """Return the folders and the texts of all files, without their random parts."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return sorted((str(path.parent.relative_to(folder)), RANDOM.sub(r"with \1", path.read_text())) for path in found)
 
@@ -66,9 +66,7 @@ def files(folder: Path) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     "arguments", [["-d", "%Y/one."], ["-D", "all.%Y"], ["-S", r"--\t\101\n", "-D", "%Y/%m/all"]], ids=" ".join
 )
-def test_dumps_are_like_those_of_smtp_sink(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
+def test_dumps_equal_those_of_smtp_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     for folder, make in ((theirs, of_postfix), (ours, of_penstock)):
         folder.mkdir()

@@ -110,20 +110,22 @@ def test_a_message_of_100_megabytes_passes(tmp_path: Path) -> None:
 def test_bdat_and_binary_pass(tmp_path: Path) -> None:
     body = bytes(range(256)) * 300 + b"\r\n.\r\n no line end"
     accept = 'wire = { bare_lf = "accept", bare_cr = "accept", nul = "accept", long_line = "accept" }'
-    with last_hop(tmp_path, listener=accept) as last:
-        more = f"{accept}\n{route_to(last)}"
-        with gateway(tmp_path, more) as server, smtplib.SMTP("127.0.0.1", server.port, timeout=60) as client:
-            client.ehlo()
-            client.mail("a@example.com", ["BODY=BINARYMIME"])
-            client.rcpt("b@example.org")
-            text = b"Subject: binary\r\n\r\n" + body
-            for start in range(0, len(text), 997):
-                piece = text[start : start + 997]
-                end = b" LAST" if start + 997 >= len(text) else b""
-                client.send(b"BDAT %d%b\r\n%b" % (len(piece), end, piece))
-                assert client.getreply()[0] == 250
-            (received,) = last.messages(1)
-            assert digest(body_of(received)) == digest(body)
+    with (
+        last_hop(tmp_path, listener=accept) as last,
+        gateway(tmp_path, route_to(last)) as server,
+        smtplib.SMTP("127.0.0.1", server.port, timeout=60) as client,
+    ):
+        client.ehlo()
+        client.mail("a@example.com", ["BODY=BINARYMIME"])
+        client.rcpt("b@example.org")
+        text = b"Subject: binary\r\n\r\n" + body
+        for start in range(0, len(text), 997):
+            piece = text[start : start + 997]
+            end = b" LAST" if start + 997 >= len(text) else b""
+            client.send(b"BDAT %d%b\r\n%b" % (len(piece), end, piece))
+            assert client.getreply()[0] == 250
+        (received,) = last.messages(1)
+        assert digest(body_of(received)) == digest(body)
 
 
 def test_addresses_and_headers_in_unicode_pass(tmp_path: Path) -> None:

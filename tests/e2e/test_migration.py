@@ -1,4 +1,4 @@
-"""Coming from smtp-sink, Mailpit or MailHog: what each of their options is here, each row tried.
+"""Migration from smtp-sink, Mailpit or MailHog: the equivalent of each of their options, every row tried.
 
 `python -m tests.e2e.test_migration` prints the rows as the table of README.md.
 """
@@ -29,7 +29,7 @@ from tests.e2e.running import ENVIRONMENT, Server, serving
 ALICE, BOB, EVE = "alice@example.org", "bob@example.org", "eve@example.org"
 TEXT = "From: alice@example.org\r\nSubject: Hello Bob\r\n\r\nHow are you?\r\n"
 SHORT = 0.2
-"""Seconds of a delay that is long enough to be told from none."""
+"""Seconds of a delay that is distinguishable from none."""
 
 Probe = Callable[[Server], None]
 
@@ -40,14 +40,14 @@ class Row:
 
     theirs: str
     ours: str
-    """What the table says: an option of a command, or the keys of a configuration or a fault plan."""
+    """The equivalent: an option of a command, or keys of a configuration or a fault plan."""
     probe: Probe
-    """Tries it on the server of the setup."""
+    """Tries the row on the server of the setup."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A server, and the rows that it has the options of. FOLDER stands for the server's folder."""
+    """A server, and the rows whose options it has. FOLDER stands for the folder of the server."""
 
     name: str
     rows: tuple[Row, ...]
@@ -59,7 +59,7 @@ class Setup:
     prepare: Callable[[Path], None] = lambda folder: None
 
 
-# ---- what the rows are tried with
+# ---- clients
 
 
 def plain(server: Server) -> smtplib.SMTP:
@@ -68,7 +68,7 @@ def plain(server: Server) -> smtplib.SMTP:
 
 @contextmanager
 def greeted(server: Server) -> Iterator[smtplib.SMTP]:
-    """Lend a client that has said EHLO, and need not say QUIT."""
+    """Yield a client that has sent EHLO and is closed without QUIT."""
     client = plain(server)
     with closing(client):
         client.ehlo("client.example.org")
@@ -106,7 +106,7 @@ def greets_with(text: bytes) -> Probe:
 
 
 def answers(command: str, code: int, text: str = "") -> Probe:
-    """Say that a command gets a reply; 421 is followed by the end."""
+    """Return a probe: the command receives this reply; 421 closes the connection."""
 
     def probe(server: Server) -> None:
         with greeted(server) as client:
@@ -128,7 +128,7 @@ def hangs_up_at(command: str) -> Probe:
 
 
 def waits_at(command: str, *before: str) -> Probe:
-    """Say that the reply to a command comes after a while, and the others at once: at least, they come before it."""
+    """Return a probe: the reply to the command is delayed, those to others are not."""
 
     def probe(server: Server) -> None:
         with greeted(server) as client:
@@ -159,13 +159,13 @@ def knows_no_ehlo(server: Server) -> None:
     with closing(plain(server)) as client:
         assert client.ehlo()[0] == 500
         assert client.helo()[0] == 250
-    send(server)  # as a client that goes back to HELO
+    send(server)  # as a client that falls back to HELO
 
 
 def serves_lmtp_at_its_socket(server: Server) -> None:
     with smtplib.LMTP(str(server.folder / "socket")) as client:
         client.sendmail(ALICE, [BOB, EVE], TEXT)
-        assert client.getreply()[0] == 250  # smtplib has read one reply, and there is one for each recipient
+        assert client.getreply()[0] == 250  # smtplib reads one reply; LMTP has one for each recipient
 
 
 def takes_three_connections(server: Server) -> None:
@@ -208,7 +208,7 @@ def journals(server: Server) -> None:
     assert '"event":"accepted"' in server.journal.read_text()
 
 
-# ---- keeping, the page and the API
+# ---- kept messages, web page and API
 
 
 def kept_in_a_maildir(server: Server) -> None:
@@ -371,13 +371,13 @@ def refuses_bare_cr(server: Server) -> None:
         assert client.getreply()[0] == 550
 
 
-# ---- chance, from a seed
+# ---- probabilities with a seed
 
 MANY = 40
 
 
 def some(happens: Callable[[Server, int], bool]) -> Probe:
-    """Say that something happens to some and not to all of many; the seed makes it the same some each time."""
+    """Return a probe: the outcome differs among many attempts. The seed makes it repeatable."""
 
     def probe(server: Server) -> None:
         assert 0 < sum(happens(server, number) for number in range(MANY)) < MANY
@@ -476,7 +476,7 @@ PLAN = "--faults FOLDER/plan.toml --seed 1"
 
 
 def same(letter: str, probe: Probe) -> Row:
-    """Return the row of a letter that is the same here."""
+    """Return the row of an option that `penstock sink` has as well."""
     return Row(f"smtp-sink `{letter}`", f"the same: `penstock sink {letter}`", probe)
 
 
@@ -497,7 +497,11 @@ SETUPS = (
             same("-p", does_not_offer("pipelining")),
             same("-T 65000", takes_mail),
             same("-h NAME", greets_with(b"220 sink.example.org ")),
-            Row("smtp-sink `-m 3`", "the same, but those beyond hear 421 instead of waiting", takes_three_connections),
+            Row(
+                "smtp-sink `-m 3`",
+                "the same, but further clients receive 421 instead of waiting",
+                takes_three_connections,
+            ),
             same("-t 1", sends_the_idle_away),
             same("-c", shows_counters),
         ),
@@ -549,7 +553,7 @@ SETUPS = (
         rows=(
             Row(
                 "smtp-sink `-d TEMPLATE`, `-D TEMPLATE`, `-S STRING`",
-                "the same letters; the parameters of MAIL and RCPT stand in an order of their own",
+                "the same options; the order of the parameters of MAIL and RCPT differs",
                 writes_dumps,
             ),
         ),
@@ -662,14 +666,18 @@ SETUPS = (
     Setup(
         "a name",
         command="serve",
-        toml=CONFIGURED,
+        toml=CONFIGURED + '[listener.wire]\nbare_cr = "reject"\n',
         rows=(
             Row(
                 "MailHog `-hostname mx.example.org`",
                 '`penstock sink -h mx.example.org`; `hostname = "mx.example.org"` of `penstock serve`',
                 greets_with(b"220 mx.example.org "),
             ),
-            Row("Mailpit `--smtp-strict-rfc-headers`", "as it is in `penstock serve`", refuses_bare_cr),
+            Row(
+                "Mailpit `--smtp-strict-rfc-headers`",
+                '`penstock serve`: `[listener.wire] bare_cr = "reject"`',
+                refuses_bare_cr,
+            ),
         ),
     ),
     Setup(
@@ -680,7 +688,7 @@ SETUPS = (
         rows=(
             Row(
                 "Mailpit `--smtp-tls-cert`, `--smtp-tls-key`",
-                "`penstock sink --certificate FILE --key FILE`; without, one is made: `--ca-file FILE`",
+                "`penstock sink --certificate FILE --key FILE`; a generated certificate: `--ca-file FILE`",
                 shows_its_own_certificate,
             ),
             Row(
@@ -727,7 +735,7 @@ SETUPS = (
         rows=(
             Row(
                 "Mailpit `--smtp-allowed-recipients REGEX`",
-                "`penstock sink --config FILE`: `domains`, or a `[[check]]` of your own in Python",
+                "`penstock sink --config FILE`: `domains`, or a `[[check]]` policy in Python",
                 takes_matching_recipients_only,
             ),
         ),
@@ -736,7 +744,7 @@ SETUPS = (
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
-def test_what_the_table_says_is_so(tmp_path: Path, setup: Setup) -> None:
+def test_every_row_of_the_table_works(tmp_path: Path, setup: Setup) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     setup.prepare(folder)
@@ -752,18 +760,18 @@ def test_what_the_table_says_is_so(tmp_path: Path, setup: Setup) -> None:
     ("arguments", "told"),
     [
         ("-R /var/empty", "-R of smtp-sink"),
-        ("-S From", "-S goes with -d or -D"),
+        ("-S From", "-S requires -d or -D"),
         ("-u nobody-like-this", "-u of smtp-sink"),
     ],
 )
-def test_a_letter_that_is_not_done_says_what_to_do_instead(arguments: str, told: str) -> None:
+def test_unsupported_options_name_an_alternative(arguments: str, told: str) -> None:
     command = [sys.executable, "-m", "penstock", "sink", *arguments.split(), "127.0.0.1:0", "100"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
     assert found.returncode == 2
     assert told in found.stderr
 
 
-def test_the_inbox_does_what_their_interfaces_do() -> None:
+def test_the_inbox_replaces_their_apis() -> None:
     with SmtpServer() as server:
         inbox = server.inbox
         with smtplib.SMTP(server.host, server.port) as client:
@@ -778,13 +786,13 @@ def test_the_inbox_does_what_their_interfaces_do() -> None:
 
 
 def table() -> str:
-    """Return the rows as a table in Markdown, in the order of the programs; letters that are the same share one."""
+    """Return the rows as a Markdown table, ordered by program; identical options of smtp-sink share one row."""
     rows = list(dict.fromkeys((row.theirs, row.ours) for setup in SETUPS for row in setup.rows))
     letters = [theirs.removeprefix("smtp-sink ") for theirs, ours in rows if ours.startswith("the same: `penstock")]
     rest = [row for row in rows if not row[1].startswith("the same: `penstock")]
     programs = ["smtp-sink", "Mailpit", "MailHog"]
     rest.sort(key=lambda row: programs.index(row[0].split()[0]))
-    shown = [(f"smtp-sink {', '.join(letters)}", "the same letters of `penstock sink`"), *rest]
+    shown = [(f"smtp-sink {', '.join(letters)}", "the same options of `penstock sink`"), *rest]
     return "\n".join(["| there | here |", "|---|---|", *(f"| {theirs} | {ours} |" for theirs, ours in shown)])
 
 

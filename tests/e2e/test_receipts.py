@@ -1,4 +1,4 @@
-"""The receipts of a sink in a process of its own: the report, loss and duplicates, messages kept, the terminal."""
+"""Statistics of a sink in its own process: report, missing and duplicate messages, kept messages, terminal."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def test_the_report_accounts_for_every_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("numbers", [(1, 2), (1, 2, 3, 3), ()])
-def test_what_is_missing_or_came_twice_is_an_exit_code(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+def test_missing_or_duplicate_messages_set_the_exit_code(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     with serving(tmp_path / "data", "", "sink", "--expect", "3") as server:
         send(server, *numbers)
         assert server.stop() == 1
-        assert "missing, or came twice" in server.journal.read_text()
+        assert "missing or duplicated" in server.journal.read_text()
 
 
 @pytest.mark.parametrize(
     "options", [("--sequence-header", "x-count"), ("--sequence-recipient", r"^u(\d+)@")], ids=["header", "recipient"]
 )
-def test_numbers_are_found_where_the_user_says(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_sequence_numbers_are_read_where_requested(tmp_path: Path, options: tuple[str, ...]) -> None:
     with serving(tmp_path / "data", "", "sink", "--report", "-", "--expect", "4", *options) as server:
         send(server, 1, 2, 4, 4, sender="a@example.com")
         assert server.stop() == 1
@@ -60,15 +60,15 @@ def test_numbers_are_found_where_the_user_says(tmp_path: Path, options: tuple[st
     assert (run["missing_examples"], run["duplicate_examples"]) == ([3], [4])
 
 
-def test_kept_messages_are_where_they_were_wanted(tmp_path: Path) -> None:
+def test_keep_writes_to_every_store(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "", "sink", "--keep", f"mbox:{tmp_path / 'box'}", "--keep", "last:1") as server:
         send(server, 1, 2, 3)
         with closing(mailbox.mbox(tmp_path / "box")) as box:
-            assert len(box) == 3  # a 250 means that it is in the file
+            assert len(box) == 3  # every message answered with 250 is in the file
         assert server.stop() == 0
 
 
-def test_top_shows_a_sink_that_runs(tmp_path: Path) -> None:
+def test_top_shows_a_running_sink(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "", "sink", "--web", "127.0.0.1:0", "--counters") as server:
         send(server, 1, 2)
         url = re.search(r"live page at (\S+)", server.journal.read_text())
@@ -84,15 +84,15 @@ def test_top_shows_a_sink_that_runs(tmp_path: Path) -> None:
     [
         (["--keep", "zip:x"], "last:N"),
         (["--sequence-header", "X Y"], "no name of a header field"),
-        (["--sequence-recipient", "("], "no regular expression"),
-        (["--sequence-header", "X", "--sequence-recipient", "(.)"], "exclude each other"),
+        (["--sequence-recipient", "("], "not a regular expression"),
+        (["--sequence-header", "X", "--sequence-recipient", "(.)"], "mutually exclusive"),
         (["--web", "0.0.0.0:0"], "needs a token"),
         (["--web", "127.0.0.1:0", "--web-token", "short"], "8 to 128"),
         (["--web", "nonsense"], "looks like"),
-        (["--no-receipts", "--report", "x"], "no other option"),
+        (["--no-receipts", "--report", "x"], "cannot be combined with options"),
     ],
 )
-def test_wishes_that_can_not_be_met_say_why(options: list[str], why: str) -> None:
+def test_conflicting_options_are_reported(options: list[str], why: str) -> None:
     result = CliRunner().invoke(main, ["sink", "--listen", "127.0.0.1:0", *options])
     assert result.exit_code == 2
     assert why in result.output

@@ -1,4 +1,4 @@
-"""Real senders against fault plans: Postfix retries and delivers, swaks and smtplib say what they met."""
+"""Real senders and fault plans: Postfix retries and delivers, swaks and smtplib report the faults."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MESSAGES = 6
 
 
 def sink(tmp_path: Path, plan: str, *arguments: str) -> Any:
-    """Run a sink with a plan, whose receipts go to report.json."""
+    """Run a sink with a plan and write its report to report.json."""
     (tmp_path / "plan.toml").write_text(plan)
     more = ("--faults", str(tmp_path / "plan.toml"), "--report", str(tmp_path / "report.json"), *arguments)
     return serving(tmp_path / "data", "", "sink", *more)
@@ -64,11 +64,11 @@ def faults(report: dict[str, Any]) -> dict[str, int]:
     return {f"{each['rule']}: {each['action']}": each["count"] for each in report["faults"]}
 
 
-def test_postfix_delivers_each_message_once_after_an_outage_and_all_refusals(tmp_path: Path) -> None:
+def test_postfix_delivers_once_after_outages_and_refusals(tmp_path: Path) -> None:
     expected = ("--messages", str(MESSAGES), "--expect", str(MESSAGES))
     with sink(tmp_path, HARD_TIMES, *expected) as server, postfix(server, tls=False, settings=IMPATIENT) as port:
         send_marked(port, [marked("postfix", number) for number in range(1, MESSAGES + 1)])
-        assert server.process.wait(timeout=90) == 0  # all have come, none is missing, none came twice
+        assert server.process.wait(timeout=90) == 0  # none is missing or duplicated
     report = receipts(tmp_path)
     assert report["messages"]["accepted"] == MESSAGES
     (run,) = report["sequences"]["runs"]
@@ -83,8 +83,8 @@ def test_postfix_delivers_each_message_once_after_an_outage_and_all_refusals(tmp
     assert refused["message", 452] == 3
 
 
-def test_postfix_sends_again_what_was_taken_and_not_answered(tmp_path: Path) -> None:
-    # RFC 1047: the sink has the message, its client does not know; the receipts tell it by the number.
+def test_postfix_resends_unanswered_messages(tmp_path: Path) -> None:
+    # RFC 1047: the sink has the message, its client does not know; the report finds it by its number.
     plan = '[[rule]]\nname = "lost"\nphase = "dot"\nmatch.attempts = 1\nend = "reset"\nkeeps = true\n'
     with sink(tmp_path, plan, "--messages", "2") as server, postfix(server, tls=False, settings=IMPATIENT) as port:
         send_marked(port, [marked("twice", 1)])
@@ -96,11 +96,11 @@ def test_postfix_sends_again_what_was_taken_and_not_answered(tmp_path: Path) -> 
     assert (run["distinct"], run["duplicates"]) == (1, 1)
 
 
-def test_postfix_bounces_what_a_recipient_asks_to_be_bounced(tmp_path: Path) -> None:
+def test_postfix_bounces_for_a_magic_recipient(tmp_path: Path) -> None:
     with sink(tmp_path, "", "--messages", "1") as server, postfix(server, tls=False, settings=IMPATIENT) as port:
         with smtplib.SMTP("127.0.0.1", port, timeout=60) as client:
             client.sendmail("alice@example.com", ["550-5.1.1@example.org"], "Hello")
-        assert server.process.wait(timeout=90) == 0  # the bounce has come, through the same relay
+        assert server.process.wait(timeout=90) == 0  # the bounce arrived through the same relay
     report = receipts(tmp_path)
     assert faults(report) == {"magic: reply 550 5.1.1": 1}
     assert report["messages"]["accepted"] == 1
@@ -112,7 +112,7 @@ def swaks(server: Server, recipient: str, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_swaks_meets_what_it_asks_for(tmp_path: Path) -> None:
+def test_swaks_receives_the_requested_faults(tmp_path: Path) -> None:
     with sink(tmp_path, "") as server:
         for recipient, said in (
             ("450-4.2.2@example.org", "<** 450 4.2.2 "),
@@ -128,7 +128,7 @@ def test_swaks_meets_what_it_asks_for(tmp_path: Path) -> None:
         assert code == 0, output
 
 
-def test_swaks_finds_a_certificate_expired(tmp_path: Path) -> None:
+def test_swaks_refuses_an_expired_certificate(tmp_path: Path) -> None:
     with sink(tmp_path, '[[rule]]\nphase = "starttls"\ntls = "expired"\n') as server:
         code, output = swaks(server, "bob@example.org", "-tls", "--tls-verify")
         assert code != 0
@@ -169,7 +169,7 @@ split = true
 """
 
 
-def test_smtplib_meets_each_misbehaviour(tmp_path: Path) -> None:
+def test_smtplib_survives_every_fault(tmp_path: Path) -> None:
     def send(sender: str, hello: str = "client") -> dict[str, Any]:
         with smtplib.SMTP("127.0.0.1", server.port, hello, timeout=20) as client:
             return client.sendmail(f"{sender}@example.com", ["bob@example.org"], "Hello")

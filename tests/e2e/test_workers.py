@@ -87,11 +87,11 @@ def test_fewer_workers_deliver_what_more_have_left(tmp_path: Path) -> None:
     left = json.loads(spool(folder, "list", "--json"))
     assert len(left) == 30
     assert [each["received_at"] for each in left] == sorted(each["received_at"] for each in left)
-    assert "the spool is whole: 30 messages" in spool(folder, "check")
+    assert "the spool is consistent: 30 messages" in spool(folder, "check")
     one = left[17]["id"]
     assert one in spool(folder, "show", one)
-    assert spool(folder, "drop", one, "--yes") == "1 recipients were dropped\n"
-    assert spool(folder, "retry", "--all") == "29 recipients are due now\n"
+    assert spool(folder, "drop", one, "--yes") == "1 recipient dropped\n"
+    assert spool(folder, "retry", "--all") == "29 recipients due now\n"
     with serving(folder, ALIVE, "serve", "--workers", "1") as server:
         assert len(server.messages(29)) == 29
         assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""A DNS server on the loopback, for tests: real messages, a zone that is a table, and mishaps on request."""
+"""A DNS server on the loopback interface for tests: real messages, a zone as a table, and failures on request."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ SOA = "ns.example. hostmaster.example. 1 3600 600 86400 {ttl}"
 
 @dataclass
 class Zone:
-    """What the server knows: (name, type) -> records. A name without any record does not exist."""
+    """The records of the server by name and type. A name without any record does not exist."""
 
     records: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     ttl: int = 300
     negative_ttl: int = 60
-    mishaps: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     """Name -> "SERVFAIL", "REFUSED", "silence" or "garbage"."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     follows: bool = True
-    """Puts the target of an alias into the answer, as recursive servers do."""
+    """Include the target of an alias in the answer, as recursive servers do."""
 
     def add(self, name: str, kind: str, *records: str) -> None:
         self.records.setdefault((name, kind), []).extend(records)
 
     def answer(self, wire: bytes) -> bytes | None:
-        """Return the answer to a question; None is silence."""
+        """Return the response to a query; None for no response."""
         question = dns.message.from_wire(wire)
         name, kind = question.question[0].name, question.question[0].rdtype
         text = name.to_text(omit_final_dot=True).lower()
         self.asked.append((text, dns.rdatatype.to_text(kind)))
         response = dns.message.make_response(question)
         response.flags |= dns.flags.RA
-        mishap = self.mishaps.get(text)
-        if mishap == "silence":
+        failure = self.failures.get(text)
+        if failure == "silence":
             return None
-        if mishap == "garbage":
+        if failure == "garbage":
             return wire[:2] + b"\xff" * 20
-        if mishap is not None:
-            response.set_rcode(dns.rcode.from_text(mishap))
+        if failure is not None:
+            response.set_rcode(dns.rcode.from_text(failure))
             return response.to_wire()
         self._fill(response, text, dns.rdatatype.to_text(kind))
         return response.to_wire()
@@ -77,7 +77,7 @@ class Zone:
 
 @asynccontextmanager
 async def nameserver(zone: Zone) -> AsyncIterator[str]:
-    """Answer from a zone on a free port until the end of the block; yield "127.0.0.1:port"."""
+    """Serve a zone on a free port until the end of the block; yield "127.0.0.1:port"."""
     with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as sock:
         await sock.bind(("127.0.0.1", 0))
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import trio
 
-from penstock.net.resolver import ResolveError, Resolver, ResolverSettings, parse_server
+from penstock.net.resolver import ResolveError, Resolver, ResolverSettings, is_local_address, parse_server
 from tests.net.nameserver import Zone, nameserver
 
 
@@ -28,9 +28,16 @@ class Clock:
 @asynccontextmanager
 async def resolving(zone: Zone, **settings: Any) -> AsyncIterator[Resolver]:
     own_names, clock = settings.pop("own_names", ()), settings.pop("clock", Clock())
+    interfaces = settings.pop("interfaces", ())
     async with nameserver(zone) as server:
         given = msgspec.structs.replace(ResolverSettings(servers=(server,)), **settings)
-        yield Resolver(given, own_names=own_names, random_source=random.Random(1), clock=clock)
+        yield Resolver(
+            given,
+            own_names=own_names,
+            random_source=random.Random(1),
+            clock=clock,
+            is_local_address=interfaces.__contains__,
+        )
 
 
 def zone_of(*lines: str, **fields: Any) -> Zone:
@@ -49,7 +56,7 @@ async def failure(zone: Zone, domain: str = "example.org", **settings: Any) -> R
         return error.value
 
 
-async def test_exchangers_come_best_first_with_their_addresses() -> None:
+async def test_mx_hosts_come_best_first_with_their_addresses() -> None:
     zone = zone_of(
         "example.org MX 20 Second.example.org.",
         "example.org MX 10 first.example.org.",
@@ -78,7 +85,7 @@ async def test_equal_preferences_take_turns() -> None:
     assert len({order[1:] for order in orders}) == 6
 
 
-async def test_a_domain_without_an_mx_is_its_own_exchanger() -> None:
+async def test_a_domain_without_mx_is_its_own_host() -> None:
     async with resolving(zone_of("example.org A 192.0.2.7")) as resolver:
         assert await resolver.exchangers("example.org") == [(0, "example.org", ("192.0.2.7",))]
 
@@ -94,7 +101,7 @@ async def test_an_alias_stands_for_its_target(record: str, *, follows: bool) -> 
     assert exchanger.host in ("mx.example.net", "example.net")
 
 
-async def test_aliases_that_lead_nowhere_or_in_circles() -> None:
+async def test_dangling_and_circular_aliases() -> None:
     gone = await failure(zone_of("example.org CNAME gone.example.net."))
     assert (gone.status, gone.is_permanent) == ("5.1.2", True)
     circle = zone_of("example.org CNAME b.example.net.", "b.example.net CNAME example.org.", follows=False)
@@ -112,32 +119,32 @@ async def test_aliases_that_lead_nowhere_or_in_circles() -> None:
     ],
     ids=["no such domain", "neither MX nor address", "null MX", "an exchanger that does not exist", "no address"],
 )
-async def test_what_the_dns_says_is_not_there_is_permanent(lines: list[str], status: str) -> None:
+async def test_names_that_do_not_exist_are_permanent_errors(lines: list[str], status: str) -> None:
     error = await failure(zone_of(*lines))
     assert (error.status, error.is_permanent) == (status, True)
     assert "example.org" in error.text
 
 
-@pytest.mark.parametrize("mishap", ["SERVFAIL", "REFUSED", "silence", "garbage"])
+@pytest.mark.parametrize("failure_kind", ["SERVFAIL", "REFUSED", "silence", "garbage"])
 @pytest.mark.parametrize("name", ["example.org", "mx.example.org"])
-async def test_a_server_that_does_not_answer_says_nothing(mishap: str, name: str) -> None:
-    zone = zone_of("example.org MX 10 mx.example.org.", mishaps={name: mishap})
+async def test_a_server_that_does_not_answer_is_temporary(failure_kind: str, name: str) -> None:
+    zone = zone_of("example.org MX 10 mx.example.org.", failures={name: failure_kind})
     error = await failure(zone, timeout=0.05, lifetime=0.15)
     assert (error.status, error.is_permanent) == ("4.4.3", False)
 
 
-async def test_one_exchanger_without_an_answer_does_not_hide_the_others() -> None:
+async def test_one_mx_host_without_an_answer_does_not_hide_others() -> None:
     zone = zone_of(
         "example.org MX 10 first.example.org.",
         "example.org MX 20 second.example.org.",
         "second.example.org A 192.0.2.2",
-        mishaps={"first.example.org": "SERVFAIL"},
+        failures={"first.example.org": "SERVFAIL"},
     )
     async with resolving(zone) as resolver:
         assert [each.host for each in await resolver.exchangers("example.org")] == ["second.example.org"]
 
 
-async def test_we_never_send_to_ourselves_or_to_whom_we_are_the_better_one() -> None:
+async def test_hosts_not_better_than_our_name_are_dropped() -> None:
     zone = zone_of(
         "example.org MX 10 first.example.org.",
         "example.org MX 20 us.example.org.",
@@ -148,7 +155,7 @@ async def test_we_never_send_to_ourselves_or_to_whom_we_are_the_better_one() -> 
     )
     async with resolving(zone, own_names=["US.example.org"]) as resolver:
         assert [each.host for each in await resolver.exchangers("example.org")] == ["first.example.org"]
-        with pytest.raises(ResolveError, match="for this server itself") as error:
+        with pytest.raises(ResolveError, match="loops back to this server") as error:
             await resolver.exchangers("us.example.org")
         assert error.value.status == "5.4.6"
     to_our_address = await failure(zone, "[192.0.2.9]", own_names=["192.0.2.9"])
@@ -157,7 +164,7 @@ async def test_we_never_send_to_ourselves_or_to_whom_we_are_the_better_one() -> 
     assert (error_when_best.status, error_when_best.is_permanent) == ("5.4.6", True)
 
 
-async def test_answers_live_as_long_as_their_ttl_within_bounds() -> None:
+async def test_answers_are_cached_for_their_ttl_within_bounds() -> None:
     clock, zone = Clock(), zone_of("example.org A 192.0.2.1", ttl=300)
     async with resolving(zone, clock=clock, families=("ipv4",), ttl_least=10, ttl_most=1000) as resolver:
         await resolver.addresses("example.org")
@@ -178,7 +185,7 @@ async def test_answers_live_as_long_as_their_ttl_within_bounds() -> None:
         assert len(zone.asked) == 4
 
 
-async def test_what_does_not_exist_is_remembered_too() -> None:
+async def test_negative_answers_are_cached() -> None:
     clock, zone = Clock(), zone_of("other.org A 192.0.2.1", negative_ttl=60)
     async with resolving(zone, clock=clock) as resolver:
         for _ in range(3):
@@ -191,11 +198,11 @@ async def test_what_does_not_exist_is_remembered_too() -> None:
 
 
 async def test_a_failure_is_not_remembered() -> None:
-    zone = zone_of("example.org A 192.0.2.1", mishaps={"example.org": "SERVFAIL"})
+    zone = zone_of("example.org A 192.0.2.1", failures={"example.org": "SERVFAIL"})
     async with resolving(zone) as resolver:
         with pytest.raises(ResolveError):
             await resolver.exchangers("example.org")
-        zone.mishaps.clear()
+        zone.failures.clear()
         assert await resolver.exchangers("example.org")
 
 
@@ -207,7 +214,7 @@ async def test_the_cache_keeps_no_more_than_it_may() -> None:
     assert [name for name, _ in zone.asked] == ["d0.org", "d1.org", "d2.org", "d1.org"]
 
 
-async def test_those_who_ask_at_the_same_time_ask_once() -> None:
+async def test_concurrent_lookups_share_one_query() -> None:
     zone = zone_of("example.org A 192.0.2.1")
     async with resolving(zone, families=("ipv4",)) as resolver, trio.open_nursery() as nursery:
         for _ in range(10):
@@ -234,7 +241,7 @@ async def test_a_domain_in_unicode_is_asked_for_in_ascii() -> None:
         assert (await resolver.exchangers("Bücher.example"))[0].host == "xn--bcher-kva.example"
 
 
-async def test_servers_that_are_not_there_are_temporary() -> None:
+async def test_unreachable_servers_are_temporary() -> None:
     with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as sock:
         await sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -259,6 +266,60 @@ def test_servers_are_addresses_with_or_without_a_port(text: str, expected: tuple
 
 
 @pytest.mark.parametrize("text", ["", "localhost", "192.0.2.1:0", "192.0.2.1:99999", "1.2.3", "[192.0.2.1"])
-def test_what_is_no_server_is_told(text: str) -> None:
-    with pytest.raises(ValueError, match=r"looks like 192\.0\.2\.53"):
+def test_a_malformed_server_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected 192\.0\.2\.53"):
         Resolver(ResolverSettings(servers=(text,)))
+
+
+# ---- mail that would loop back to this server (RFC 5321 5.1)
+
+LOOPS = ["127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "::", "::ffff:127.0.0.1", "192.0.2.9", "198.51.100.9"]
+"""Loopback, unspecified, a listener's address, an interface's address."""
+
+
+@pytest.mark.parametrize("address", LOOPS)
+async def test_an_mx_with_an_address_of_ours_is_a_loop(address: str) -> None:
+    kind = "AAAA" if ":" in address else "A"
+    zone = zone_of("example.org MX 10 mx.example.org.", f"mx.example.org {kind} {address}")
+    error = await failure(zone, own_names=("192.0.2.9",), interfaces=("198.51.100.9",))
+    assert (error.status, error.is_permanent) == ("5.4.6", True)
+    literal = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+    error = await failure(zone, literal, own_names=("192.0.2.9",), interfaces=("198.51.100.9",))
+    assert error.status == "5.4.6"
+
+
+async def test_hosts_not_better_than_ourselves_are_dropped() -> None:
+    zone = zone_of(
+        "example.org MX 10 best.example.org.",
+        "example.org MX 20 ours.example.org.",
+        "example.org MX 20 equal.example.org.",
+        "example.org MX 30 worse.example.org.",
+        "best.example.org A 192.0.2.1",
+        "ours.example.org A 192.0.2.2",
+        "ours.example.org A 127.0.0.1",
+        "equal.example.org A 192.0.2.3",
+        "worse.example.org A 192.0.2.4",
+    )
+    async with resolving(zone) as resolver:
+        assert [each.host for each in await resolver.exchangers("example.org")] == ["best.example.org"]
+
+
+async def test_a_better_host_that_may_exist_is_waited_for() -> None:
+    zone = zone_of(
+        "example.org MX 10 best.example.org.",
+        "example.org MX 20 ours.example.org.",
+        "ours.example.org A 127.0.0.1",
+        failures={"best.example.org": "SERVFAIL"},
+    )
+    error = await failure(zone)
+    assert (error.status, error.is_permanent) == ("4.4.3", False)
+
+
+async def test_a_domain_without_mx_at_our_address_is_a_loop() -> None:
+    assert (await failure(zone_of("example.org A 127.0.0.1"))).status == "5.4.6"
+
+
+def test_addresses_of_interfaces_are_recognized() -> None:
+    assert is_local_address("127.0.0.1")
+    assert not is_local_address("203.0.113.77")
+    assert not is_local_address("2001:db8::1")

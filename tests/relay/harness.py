@@ -21,12 +21,13 @@ from penstock.relay.backoff import Backoff, RetrySettings
 from penstock.relay.bounce import Reporter, ReportSettings, TextBody
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done
-from penstock.relay.ledger import Ledger
+from penstock.relay.operators import Operators
 from penstock.relay.pool import Pool
+from penstock.relay.recorder import AttemptRecorder
 from penstock.relay.route import Routes, RouteSettings
 from penstock.relay.scheduler import RelaySettings, Scheduler
 from penstock.reply import Reply
-from penstock.spool.diskspace import Room
+from penstock.spool.diskspace import DiskSpace
 from penstock.spool.spool import Spool, SpoolSettings
 from tests.helpers import TRANSACTION
 
@@ -154,11 +155,14 @@ class Relay:
     spool: Spool
     pool: FakePool
     scheduler: Scheduler
-    ledger: Ledger
+    recorder: AttemptRecorder
     delivery: SpoolDelivery
     journal: Journal
     local: Mailboxes
+    operators: Operators
     now: float = START
+    set_by: float = 0.0
+    """By how many seconds the clock was set."""
 
     async def accept(self, *messages: Message) -> None:
         """Take messages as they come from clients."""
@@ -175,7 +179,7 @@ class Relay:
             return int(found.fetchone()[0])
 
         with trio.fail_after(30):
-            while self.scheduler.held or self.ledger.waiting or await self.spool._committer.do(count):  # noqa: ASYNC110 - there is no event
+            while self.scheduler.held or self.recorder.waiting or await self.spool._committer.do(count):  # noqa: ASYNC110 - there is no event
                 await trio.sleep(0.001)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -186,7 +190,18 @@ class Relay:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self.now += seconds
-        self.scheduler._look.set()
+        self.scheduler.look()
+
+    async def set_clock(self, seconds: float) -> None:
+        """Set the clock forward, or back, and let the server notice."""
+        await self.scheduler.check_clock()
+        self.now += seconds
+        self.set_by += seconds
+        await self.scheduler.check_clock()
+
+    async def quiet_but_due(self) -> None:
+        """Wait until nothing is in flight, and all is written."""
+        await self.until(lambda: not self.scheduler.held and not self.recorder.waiting)
 
     async def waiting(self) -> list[tuple[str, str, int, float]]:
         """Return (address, last reply, attempts, seconds until due) of all that is in the spool."""
@@ -210,12 +225,20 @@ async def relaying(
     *,
     routes: Sequence[dict[str, Any]] = ({"next_hop": "smtp://hop"},),
     dns: dict[str, list[Exchanger] | ResolveError] | None = None,
+    hosts: dict[str, list[str]] | None = None,
     runs: bool = True,
     jitter: float = 0.0,
     **settings: Any,
 ) -> AsyncIterator[Relay]:
     """Run a relay until the end of the block. `settings` are those of [relay]."""
     pool = pool or FakePool()
+
+    async def lookup(host: str) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        if hosts is not None and host not in hosts:
+            raise OSError(f"unknown host {host}")
+        return ["192.0.2.9"] if hosts is None else hosts[host]
+
     relay_settings = msgspec.convert(settings, RelaySettings)
     spool = Spool(SpoolSettings(), folder, lambda: relay.now)
     resolver = cast(Resolver, FakeResolver(dns or {}))
@@ -223,28 +246,48 @@ async def relaying(
         msgspec.convert(routes, tuple[RouteSettings, ...]),
         data_dir=folder,
         resolver=resolver,
-        own_name="mx.example.org",
+        own_domain="mx.example.org",
+        lookup=lookup,
     )
     journal = Journal(JournalSettings(format="json"))
     backoff = Backoff(msgspec.structs.replace(relay_settings.retry, jitter=jitter))
     reporter = Reporter(ReportSettings(), "mx.example.org", MessageIds())
-    ledger = Ledger(spool, backoff, reporter, table.lane_of, journal, lambda: relay.now)
+    recorder = AttemptRecorder(spool, backoff, reporter, table.domain_of, journal, lambda: relay.now)
     local = Mailboxes()
     scheduler = Scheduler(
-        relay_settings, spool, cast(Pool, pool), table, ledger, journal, local=local, clock=lambda: relay.now
+        relay_settings,
+        spool,
+        cast(Pool, pool),
+        table,
+        recorder,
+        journal,
+        local=local,
+        clock=lambda: relay.now,
+        steady_clock=lambda: relay.now - relay.set_by,
     )
-    room = Room(folder, reserve_octets=0, reserve_inodes=0)
-    relay = Relay(spool, pool, scheduler, ledger, SpoolDelivery(spool, scheduler, room), journal, local)
+    space = DiskSpace(folder, reserve_octets=0, reserve_inodes=0)
+    relay = Relay(
+        spool,
+        pool,
+        scheduler,
+        recorder,
+        SpoolDelivery(spool, scheduler, space),
+        journal,
+        local,
+        Operators(scheduler, recorder),
+    )
     await spool.start()
+    await table.resolve_all()
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(ledger.run)
+            await nursery.start(recorder.run)
             if runs:
                 await nursery.start(scheduler.run)
+                nursery.start_soon(relay.operators.run)
             yield relay
             nursery.cancel_scope.cancel()
         scheduler.close()
-        await ledger.flush()
+        await recorder.flush()
     finally:
         await spool.aclose()
 

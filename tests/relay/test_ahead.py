@@ -11,7 +11,7 @@ from penstock.message import Recipient
 from penstock.relay.ahead import Onward, as_reply
 from penstock.relay.hop import Hop, HopLimits, Outcome, Result
 from penstock.relay.pool import Pool
-from penstock.relay.route import LOCAL, Choice, Way
+from penstock.relay.route import LOCAL, Choice, Route
 from penstock.reply import Reply
 from tests.relay.fake import CHUNKING, CLOSE, PREFIX, STALL, STUFFED, TEXT, FakeHop, envelope, path, serving
 
@@ -20,16 +20,16 @@ class Map:
     """Routes: all domains lead to the same hops, but local.org."""
 
     def __init__(self, *hops: Hop) -> None:
-        self.way = Way("route", tuple((Choice(1, (hop,)),) for hop in hops))
+        self.route = Route("route", tuple((Choice(1, (hop,)),) for hop in hops))
 
-    def lane_of(self, recipient: Recipient) -> str:
+    def domain_of(self, recipient: Recipient) -> str:
         return recipient.path.domain
 
-    def way_now(self, lane: str) -> Way | None:
-        return LOCAL if lane == "local.org" else None if lane == "dns.org" else self.way
+    def static_route(self, domain: str) -> Route | None:
+        return LOCAL if domain == "local.org" else None if domain == "dns.org" else self.route
 
-    async def way_of(self, lane: str) -> Way:
-        return self.way_now(lane) or self.way
+    async def find_route(self, domain: str) -> Route:
+        return self.static_route(domain) or self.route
 
 
 def bob(text: str = "bob@example.org") -> Recipient:

@@ -51,7 +51,7 @@ def report(
     most: int = 65_536,
     until: float | None = None,
 ) -> tuple[Message, EmailMessage]:
-    """Return a report, and what a parser sees in it that has found no defect."""
+    """Return a report, raw and parsed, without defects."""
     reporter = Reporter(ReportSettings(return_most=most), "mx.example.org", MessageIds())
     made = reporter.report(action, message or original(), TOLD if told is None else told, NOW, retry_until=until)
     raw = b"".join(made.body.chunks())
@@ -72,7 +72,7 @@ def fields_of(parsed: EmailMessage) -> list[ParsedMessage]:
     return cast(list[ParsedMessage], groups)
 
 
-def test_a_failure_is_a_report_of_three_parts_from_nobody_to_the_sender() -> None:
+def test_a_failure_report_has_three_parts_and_a_null_sender() -> None:
     made, parsed = report()
     assert made.envelope.sender == NULL_PATH
     assert made.envelope.recipients == (Recipient(ALICE),)
@@ -89,7 +89,7 @@ def test_a_failure_is_a_report_of_three_parts_from_nobody_to_the_sender() -> Non
     assert re.fullmatch(r"<\w+@mx\.example\.org>", parsed["Message-ID"])
 
 
-def test_the_fields_of_a_message_and_of_a_recipient_are_those_of_rfc_3464() -> None:
+def test_the_fields_are_those_of_rfc_3464() -> None:
     told = [failed("bob@example.net", orcpt="rfc822;Bob+2Bold@example.net")]
     message, recipient = fields_of(report(original(envid="QQ+3D314159"), told)[1])
     assert message["Original-Envelope-Id"] == "QQ=314159"
@@ -105,7 +105,7 @@ def test_the_fields_of_a_message_and_of_a_recipient_are_those_of_rfc_3464() -> N
     assert recipient["Will-Retry-Until"] is None
 
 
-def test_each_recipient_has_fields_of_its_own_in_its_order() -> None:
+def test_each_recipient_has_its_own_fields_in_order() -> None:
     told = [failed("a@example.net"), failed("b@example.net", "552 5.2.2 Full", status="5.2.2"), failed("c@example.net")]
     parsed = report(told=told)[1]
     _, *recipients = fields_of(parsed)
@@ -116,7 +116,7 @@ def test_each_recipient_has_fields_of_its_own_in_its_order() -> None:
     assert f"{HOP} said: 552 5.2.2 Full" in text.replace("\n    ", " ")
 
 
-def test_what_we_say_ourselves_is_no_smtp_and_names_no_remote_server() -> None:
+def test_our_own_words_are_not_smtp_and_name_no_remote_mta() -> None:
     told = [failed("bob@example.net", "the domain example.net does not exist", hop="", is_said=False, status="5.1.2")]
     _, recipient = fields_of(report(told=told)[1])
     assert recipient["Diagnostic-Code"] == "x-penstock; the domain example.net does not exist"
@@ -136,7 +136,7 @@ def test_the_remote_server_is_named_without_its_port(hop: str, field: str) -> No
     assert fields_of(report(told=[failed("bob@example.net", hop=hop)])[1])[1]["Remote-MTA"] == field
 
 
-def test_a_delay_says_how_long_it_will_be_tried_and_returns_the_header() -> None:
+def test_a_delay_report_has_the_expiry_and_the_header() -> None:
     told = [(TOLD[0][0], Result(Outcome.DEFERRED, "450 4.2.1 Busy", "4.2.1", HOP))]
     parsed = report(original(ret="FULL"), told, "delayed", until=NOW + 86_400)[1]
     _, recipient = fields_of(parsed)
@@ -161,7 +161,7 @@ def test_a_success_has_no_diagnostic(action: Action) -> None:
 
 
 @pytest.mark.parametrize(("ret", "is_whole"), [(None, True), ("FULL", True), ("HDRS", False)])
-def test_ret_says_what_is_returned(ret: str | None, is_whole: bool) -> None:
+def test_ret_selects_what_is_returned(ret: str | None, is_whole: bool) -> None:
     returned = parts_of(report(original(ret=ret))[1])[2]
     assert returned.get_content_type() == ("message/rfc822" if is_whole else "text/rfc822-headers")
     text = returned.as_string()
@@ -169,13 +169,13 @@ def test_ret_says_what_is_returned(ret: str | None, is_whole: bool) -> None:
     assert ("How are you?" in text) is is_whole
 
 
-def test_a_large_message_comes_back_as_its_header() -> None:
+def test_a_large_message_is_returned_as_its_header() -> None:
     returned = parts_of(report(original(HEADER + b"\r\n" + b"x" * 70 + b"\r\n"), most=200)[1])[2]
     assert returned.get_content_type() == "text/rfc822-headers"
     assert "xxx" not in returned.as_string()
 
 
-def test_a_whole_message_comes_back_octet_for_octet() -> None:
+def test_a_small_message_is_returned_octet_for_octet() -> None:
     body = HEADER + b"\r\n" + "Grüße\r\n.\r\n--=_boundary\r\n".encode() * 3 + b"no line end"
     made, parsed = report(original(body))
     raw = b"".join(made.body.chunks())
@@ -195,12 +195,12 @@ def test_a_whole_message_comes_back_octet_for_octet() -> None:
     ],
     ids=["NUL", "LF", "CR", "long", "header"],
 )
-def test_a_text_that_no_peer_would_take_back_comes_back_as_its_header(body: bytes) -> None:
+def test_an_unsafe_text_is_returned_as_its_header(body: bytes) -> None:
     returned = parts_of(report(original(body))[1])[2]
     assert returned.get_content_type() == "text/rfc822-headers"
 
 
-def test_a_binary_message_comes_back_as_its_header() -> None:
+def test_a_binary_message_is_returned_as_its_header() -> None:
     returned = parts_of(report(original(body_type="BINARYMIME"))[1])[2]
     assert returned.get_content_type() == "text/rfc822-headers"
 
@@ -224,7 +224,7 @@ def test_a_boundary_stands_nowhere_in_what_is_returned() -> None:
     assert len(parts_of(parsed)) == 3
 
 
-def test_what_a_peer_says_can_not_write_fields() -> None:
+def test_a_reply_cannot_add_fields() -> None:
     told = [failed("bob@example.net", "550 no\r\nAction: delivered\r\n\r\n" + "ü" * 3000)]
     _, *recipients = fields_of(report(told=told)[1])
     assert len(recipients) == 1
@@ -235,7 +235,7 @@ def test_what_a_peer_says_can_not_write_fields() -> None:
 # ---- RFC 6533
 
 
-def test_addresses_outside_of_ascii_have_the_types_of_rfc_6533() -> None:
+def test_non_ascii_addresses_have_the_types_of_rfc_6533() -> None:
     told = [failed("bücher@example.net", "550 5.1.1 Gibt es nicht: bücher", orcpt="utf-8;b\\x{FC}cher@example.net")]
     sender = path_of("grüße@example.com")
     made, parsed = report(original(HEADER + "X: ü\r\n\r\nü\r\n".encode(), smtputf8=True, sender=sender), told)
@@ -272,6 +272,6 @@ def test_an_smtputf8_message_all_in_ascii_has_an_ordinary_report() -> None:
         ({"DELAY", "SUCCESS"}, {"DELAY", "SUCCESS"}),
     ],
 )
-def test_notify_says_what_the_sender_wants_to_hear(notify: set[str] | None, wished: set[str]) -> None:
+def test_notify_selects_the_reports(notify: set[str] | None, wished: set[str]) -> None:
     to = Recipient(ALICE, None if notify is None else frozenset(notify))
     assert {wish for wish in ("SUCCESS", "FAILURE", "DELAY") if wants(to, wish)} == wished

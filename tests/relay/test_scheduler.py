@@ -1,11 +1,11 @@
-"""The scheduler: what goes when, what waits, and what no bug, no dead hop and no restart may do to it."""
+"""The scheduler: order, retries, reports, hops that are down, operators, clocks, shutdown and bugs."""
 
 from __future__ import annotations
 
 import email
 import email.message
 import email.policy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +13,9 @@ from typing import Any, cast
 import pytest
 import trio
 
-import penstock.relay.ledger
+import penstock.relay.recorder
 import penstock.relay.scheduler
+from penstock.message import Path as MailPath
 from penstock.message import Recipient
 from penstock.net.resolver import Exchanger, ResolveError
 from penstock.relay.hop import NextHopUnavailable, Outcome, Result
@@ -22,7 +23,7 @@ from penstock.relay.pool import Pool
 from penstock.reply import Reply
 from penstock.spool.admin import Filter, QueueAdmin
 from tests.relay.fake import CLOSE, FakeHop, serving
-from tests.relay.harness import BUSY, DELIVERED, REFUSED, FakePool, Relay, Sent, message_of, path_of, relaying
+from tests.relay.harness import BUSY, DELIVERED, REFUSED, START, FakePool, Relay, Sent, message_of, path_of, relaying
 
 HOUR = 3600.0
 
@@ -43,7 +44,7 @@ def report_in(sent: Sent) -> list[dict[str, str]]:
 # ---- delivery
 
 
-async def test_a_message_goes_out_as_it_came_and_leaves_the_spool(tmp_path: Path) -> None:
+async def test_a_message_is_delivered_unchanged_and_leaves_the_spool(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         message = message_of("bob@example.org", "eve@example.org")
         await relay.accept(message)
@@ -55,7 +56,7 @@ async def test_a_message_goes_out_as_it_came_and_leaves_the_spool(tmp_path: Path
         assert [event["to"] for event in relay.events("delivered")] == [["bob@example.org"], ["eve@example.org"]]
 
 
-async def test_recipients_with_the_same_next_hop_go_in_one_transaction(tmp_path: Path) -> None:
+async def test_recipients_with_the_same_next_hop_share_a_transaction(tmp_path: Path) -> None:
     routes: list[dict[str, Any]] = [{"domains": ["z.org"], "next_hop": "smtp://other"}, {"next_hop": "smtp://hop"}]
     async with relaying(tmp_path, routes=routes) as relay:
         await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org", "d@z.org"))
@@ -64,22 +65,40 @@ async def test_recipients_with_the_same_next_hop_go_in_one_transaction(tmp_path:
         assert await relay.waiting() == []
 
 
-async def test_what_is_tried_again_goes_by_its_domain(tmp_path: Path) -> None:
+async def test_retries_are_grouped_by_route(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
+    recipients = [f"bob@d{number}.org" for number in range(200)]
     async with relaying(tmp_path, pool) as relay:
-        await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org"))
+        await relay.accept(message_of(*recipients))
         await relay.quiet()
-        assert [(address, wait) for address, _, _, wait in await relay.waiting()] == [
-            ("a@x.org", 60.0), ("b@y.org", 60.0), ("c@x.org", 60.0)
-        ]  # fmt: skip
-        pool.answer = lambda _: DELIVERED
+        assert {wait for *_, wait in await relay.waiting()} == {60.0}
+        assert len(pool.sent) == 1
         relay.advance(61)
+        await relay.until(lambda: len(pool.sent) > 1)
         await relay.quiet()
-        assert sorted(sent.to for sent in pool.sent[1:]) == [["a@x.org", "c@x.org"], ["b@y.org"]]
+        assert [sorted(sent.to) for sent in pool.sent[1:]] == [sorted(recipients)]
+        pool.answer = lambda sent: DELIVERED if sent.envelope.sender.text == "" else REFUSED
+        relay.advance(301)
+        await relay.quiet()
+        (report,) = pool.to("example.com")
+        assert len(report_in(report)) == 200
         assert await relay.waiting() == []
 
 
-async def test_recipients_of_each_domain_go_in_one_transaction_to_its_mx(tmp_path: Path) -> None:
+async def test_a_message_to_several_next_hops_has_one_report(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else REFUSED)
+    routes: list[dict[str, Any]] = [{"domains": ["z.org"], "next_hop": "smtp://other"}, {"next_hop": "smtp://hop"}]
+    async with relaying(tmp_path, pool, routes=routes) as relay:
+        await relay.accept(message_of("a@x.org", "d@z.org"))
+        await relay.quiet()
+        (report,) = pool.to("example.com")
+        assert sorted(fields["Final-Recipient"] for fields in report_in(report)) == [
+            "rfc822; a@x.org",
+            "rfc822; d@z.org",
+        ]
+
+
+async def test_recipients_of_a_domain_share_a_transaction_to_its_mx(tmp_path: Path) -> None:
     dns: dict[str, Any] = {domain: [exchanger(f"mx.{domain}")] for domain in ("x.org", "y.org")}
     async with relaying(tmp_path, routes=[{"next_hop": "mx"}], dns=dns) as relay:
         await relay.accept(message_of("a@x.org", "b@y.org", "c@x.org"))
@@ -97,7 +116,7 @@ async def test_what_was_in_the_spool_before_the_start_goes_out(tmp_path: Path) -
         assert await relay.waiting() == []
 
 
-async def test_more_than_fits_into_memory_waits_in_the_spool_and_goes_out_too(tmp_path: Path) -> None:
+async def test_mail_beyond_the_memory_limit_is_delivered_too(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool, memory_messages=20) as relay:
         await relay.accept(*(message_of("bob@example.org") for _ in range(200)))
@@ -123,7 +142,7 @@ async def test_octets_in_memory_are_bounded_too(tmp_path: Path) -> None:
         assert len(pool.sent) == 30
 
 
-async def test_a_hop_gets_no_more_than_it_has_room_for(tmp_path: Path) -> None:
+async def test_a_hop_gets_no_more_than_its_capacity(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=3)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of(f"bob@d{n % 7}.org") for n in range(50)))
@@ -135,7 +154,7 @@ async def test_a_hop_gets_no_more_than_it_has_room_for(tmp_path: Path) -> None:
         assert pool.peak == {"hop": 3}
 
 
-async def test_a_new_hop_gets_few_at_a_time_until_it_has_taken_some(tmp_path: Path) -> None:
+async def test_a_new_hop_gets_few_messages_until_it_accepts_some(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of("bob@example.org") for _ in range(100)))
@@ -144,7 +163,7 @@ async def test_a_new_hop_gets_few_at_a_time_until_it_has_taken_some(tmp_path: Pa
         assert pool.open == {"hop": 8}
 
 
-async def test_the_lanes_of_a_hop_take_turns(tmp_path: Path) -> None:
+async def test_the_domains_of_a_hop_take_turns(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=1)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of("bob@many.org") for _ in range(20)))
@@ -155,7 +174,7 @@ async def test_the_lanes_of_a_hop_take_turns(tmp_path: Path) -> None:
         assert order[1:7].count("bob@few.org") == 3
 
 
-async def test_a_hop_that_says_nothing_keeps_nobody_else_waiting(tmp_path: Path) -> None:
+async def test_a_hop_that_does_not_answer_delays_no_other(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: None if sent.hop.host == "slow" else DELIVERED)
     routes: list[dict[str, Any]] = [{"domains": ["slow.org"], "next_hop": "smtp://slow"}, {"next_hop": "smtp://fast"}]
     async with relaying(tmp_path, pool, routes=routes, memory_messages=100) as relay:
@@ -182,7 +201,7 @@ async def test_old_mail_and_fresh_mail_take_turns(tmp_path: Path) -> None:
 # ---- again later
 
 
-async def test_what_is_refused_for_now_is_tried_again_by_the_schedule(tmp_path: Path) -> None:
+async def test_a_deferred_message_is_tried_again_by_the_schedule(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -204,7 +223,7 @@ async def test_what_is_refused_for_now_is_tried_again_by_the_schedule(tmp_path: 
         assert events[-2:] == [("attempted", 3), ("delivered", 3)]
 
 
-async def test_what_is_due_again_soon_is_not_left_for_later(tmp_path: Path) -> None:
+async def test_what_is_due_again_soon_is_found_in_time(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
     async with relaying(tmp_path, pool, retry={"schedule": [1]}) as relay:
         await relay.until(lambda: relay.scheduler._looks_at >= relay.now + 5)  # there is nothing to look for
@@ -212,7 +231,7 @@ async def test_what_is_due_again_soon_is_not_left_for_later(tmp_path: Path) -> N
         await relay.until(lambda: relay.scheduler._looks_at == relay.now + 1)
 
 
-async def test_each_recipient_has_an_end_of_its_own(tmp_path: Path) -> None:
+async def test_each_recipient_has_its_own_result(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: [DELIVERED, BUSY, REFUSED] if len(sent.to) == 3 else DELIVERED)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("a@x.org", "b@x.org", "c@x.org"))
@@ -228,7 +247,7 @@ async def test_each_recipient_has_an_end_of_its_own(tmp_path: Path) -> None:
 # ---- bounces and other reports
 
 
-async def test_a_failure_comes_back_to_the_sender_as_mail_from_nobody(tmp_path: Path) -> None:
+async def test_a_failure_is_returned_from_the_null_sender(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: REFUSED if sent.to == ["bob@example.org"] else DELIVERED)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -295,7 +314,7 @@ async def test_a_message_that_is_too_old_comes_back(tmp_path: Path) -> None:
         assert 30 < len(pool.to("example.org")) < 50
 
 
-async def test_the_sender_of_a_late_message_hears_of_it_once(tmp_path: Path) -> None:
+async def test_a_delay_is_notified_once(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -315,7 +334,7 @@ async def test_the_sender_of_a_late_message_hears_of_it_once(tmp_path: Path) -> 
     ("url", "reports", "action"),
     [("smtp://hop", False, "relayed"), ("smtp://hop", True, None), ("lmtp://hop", False, "delivered")],
 )
-async def test_who_wants_to_hear_of_success_does_so_from_the_last_server_that_can(
+async def test_success_is_reported_by_the_last_server_with_dsn(
     tmp_path: Path, url: str, reports: bool, action: str | None
 ) -> None:
     pool = FakePool(lambda _: DELIVERED._replace(reports=reports))
@@ -324,6 +343,114 @@ async def test_who_wants_to_hear_of_success_does_so_from_the_last_server_that_ca
         await relay.quiet()
         told = [report_in(sent)[0]["Action"] for sent in pool.to("example.com")]
         assert told == ([] if action is None else [action])
+
+
+# ---- the next host in the same attempt (RFC 5321 5.1)
+
+TWO_HOSTS: list[dict[str, Any]] = [
+    {"next_hops": [{"url": "smtp://a", "priority": 1}, {"url": "smtp://b", "priority": 2}]}
+]
+IN_DOUBT = Result(Outcome.DEFERRED, "in doubt: lost", "4.4.2", "a:25", is_said=False, in_doubt=True)
+LOST = Result(Outcome.DEFERRED, "the connection was lost", "4.4.2", "a:25", is_said=False)
+
+
+@pytest.mark.parametrize(
+    "deferral", [BUSY, LOST, NextHopUnavailable("a", "421 no", "4.3.2")], ids=["450", "lost", "421"]
+)
+async def test_what_a_host_defers_is_offered_to_the_next(tmp_path: Path, deferral: Result | NextHopUnavailable) -> None:
+    pool = FakePool(lambda sent: deferral if sent.hop.host == "a" else DELIVERED)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.sent] == ["a", "b"]
+        assert await relay.waiting() == []
+
+
+@asynccontextmanager
+async def two_hosts(folder: Path, pool: Pool, **answers: str) -> AsyncIterator[tuple[Relay, FakeHop, FakeHop]]:
+    """Run a relay to a host that answers as given, and a second one that accepts everything."""
+    first, second = FakeHop(**answers), FakeHop()
+    async with serving(first), serving(second):
+        hops = [{"url": f"smtp://127.0.0.1:{hop.port}", "priority": n} for n, hop in enumerate((first, second))]
+        routes = [{"next_hops": hops, "tls": {"mode": "none"}}]
+        async with relaying(folder, cast(FakePool, pool), routes=routes) as relay:
+            yield relay, first, second
+            await pool.aclose()
+
+
+@pytest.mark.parametrize("step", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "TEXT"])
+async def test_a_452_at_any_step_leads_to_the_next_host(tmp_path: Path, pool: Pool, step: str) -> None:
+    async with two_hosts(tmp_path, pool, **{step: "452 4.3.1 full"}) as (relay, first, second):
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert (len(first.texts), len(second.texts)) == (0, 1)
+        assert await relay.waiting() == []
+        assert relay.events("deferred") == []
+
+
+async def test_a_connection_lost_at_the_dot_does_not(tmp_path: Path, pool: Pool) -> None:
+    async with two_hosts(tmp_path, pool, TEXT=CLOSE) as (relay, _, second):
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert second.connections == 0
+        ((_, reply, attempts, _),) = await relay.waiting()
+        assert (reply.startswith("in doubt"), attempts) == (True, 1)
+
+
+async def test_only_deferred_recipients_are_offered_again(tmp_path: Path) -> None:
+    def answer(sent: Sent) -> list[Result]:
+        return [DELIVERED, BUSY, REFUSED, BUSY] if sent.hop.host == "a" else [DELIVERED, BUSY]
+
+    pool = FakePool(lambda sent: answer(sent) if sent.envelope.sender.text else DELIVERED)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("a@x.org", "b@x.org", "c@x.org", "d@x.org"))
+        await relay.quiet()
+        assert [sent.to for sent in pool.to("x.org")] == [
+            ["a@x.org", "b@x.org", "c@x.org", "d@x.org"],
+            ["b@x.org", "d@x.org"],
+        ]
+        assert [(address, wait) for address, _, _, wait in await relay.waiting()] == [("d@x.org", 60.0)]
+        (report,) = pool.to("example.com")
+        assert [fields["Final-Recipient"] for fields in report_in(report)] == ["rfc822; c@x.org"]
+
+
+@pytest.mark.parametrize("result", [IN_DOUBT, REFUSED], ids=["in doubt", "refused"])
+async def test_what_may_be_delivered_is_not_offered_again(tmp_path: Path, result: Result) -> None:
+    pool = FakePool(lambda sent: result if sent.envelope.sender.text else DELIVERED)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.to("example.org")] == ["a"]
+
+
+async def test_hosts_of_an_attempt_are_bounded(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: BUSY)
+    routes = [{"next_hops": [{"url": f"smtp://h{n}", "priority": n} for n in range(30)]}]
+    async with relaying(tmp_path, pool, routes=routes) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.sent] == ["h0", "h1", "h2", "h3", "h4"]
+
+
+async def test_each_address_of_a_static_next_hop_is_tried(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: BUSY if sent.hop.address == "192.0.2.1" else DELIVERED)
+    hosts = {"hop": ["192.0.2.1", "2001:db8::2"]}
+    async with relaying(tmp_path, pool, hosts=hosts) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.name for sent in pool.sent] == ["hop[192.0.2.1]:25", "hop[2001:db8::2]:25"]
+        assert await relay.waiting() == []
+
+
+async def test_many_dead_addresses_do_not_hide_the_next_host(tmp_path: Path) -> None:
+    dead = tuple(f"192.0.2.{number}" for number in range(26))
+    dns: dict[str, Any] = {"example.org": [Exchanger(10, "mx1", dead), Exchanger(20, "mx2", ("198.51.100.1",))]}
+    pool = FakePool(lambda sent: NextHopUnavailable(sent.hop.name, "timeout") if sent.hop.host == "mx1" else DELIVERED)
+    async with relaying(tmp_path, pool, routes=[{"next_hop": "mx"}], dns=dns) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert pool.sent[-1].hop.host == "mx2"
+        assert await relay.waiting() == []
 
 
 # ---- hops that are down
@@ -343,7 +470,7 @@ async def test_the_next_hop_is_tried_when_the_first_is_down(tmp_path: Path) -> N
         assert await relay.waiting() == []
 
 
-async def test_a_busy_first_hop_is_no_reason_to_use_the_second(tmp_path: Path) -> None:
+async def test_a_busy_first_hop_does_not_divert_to_the_second(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=2)
     routes = [{"next_hops": [{"url": "smtp://a", "priority": 1}, {"url": "smtp://b", "priority": 2}]}]
     async with relaying(tmp_path, pool, routes=routes) as relay:
@@ -351,7 +478,7 @@ async def test_a_busy_first_hop_is_no_reason_to_use_the_second(tmp_path: Path) -
         assert pool.peak == {"a": 2}
 
 
-async def test_when_all_hops_are_down_each_message_waits_by_its_own_schedule(tmp_path: Path) -> None:
+async def test_with_all_hops_down_each_message_has_its_own_schedule(tmp_path: Path) -> None:
     pool = FakePool(lambda sent: NextHopUnavailable(sent.hop.name, "Connection refused"))
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
@@ -363,14 +490,16 @@ async def test_when_all_hops_are_down_each_message_waits_by_its_own_schedule(tmp
         assert await relay.waiting() == [("bob@example.org", "Connection refused", 2, 300.0)]
 
 
-async def test_mail_for_a_hop_that_is_left_alone_is_put_off_without_trying(tmp_path: Path) -> None:
+async def test_mail_for_a_hop_backing_off_is_put_off_untried(tmp_path: Path) -> None:
     async with relaying(tmp_path, runs=False) as relay:
         await relay.accept(*(message_of("bob@dead.org") for _ in range(300)))
     pool = FakePool(down={"dead": 1e12})
     routes: list[dict[str, Any]] = [{"domains": ["dead.org"], "next_hop": "smtp://dead"}, {"next_hop": "smtp://hop"}]
     async with relaying(tmp_path, pool, routes=routes) as relay:
-        lane = "dead.org"
-        await relay.until(lambda: relay.scheduler._lanes.get(lane) is not None and relay.scheduler._lanes[lane].is_down)
+        queue = "dead.org"
+        await relay.until(
+            lambda: relay.scheduler._queues.get(queue) is not None and relay.scheduler._queues[queue].is_down
+        )
         await relay.accept(*(message_of("bob@dead.org") for _ in range(100)))
         assert relay.scheduler.held == 0  # they stay on the disk, and are not handed over
         await relay.accept(*(message_of("bob@live.org") for _ in range(100)))
@@ -382,7 +511,7 @@ async def test_mail_for_a_hop_that_is_left_alone_is_put_off_without_trying(tmp_p
         assert put_off and all(wait == 60.0 and reply == "the next hop is down" for _, reply, _, wait in put_off)
 
 
-async def test_a_hop_that_is_back_gets_its_mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hop_that_recovers_gets_its_mail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(penstock.relay.scheduler, "_SWEEP_PAUSE", 0.001)
     pool = FakePool(down={"hop": 1e12})
     async with relaying(tmp_path, pool) as relay:
@@ -397,8 +526,8 @@ async def test_a_hop_that_is_back_gets_its_mail(tmp_path: Path, monkeypatch: pyt
 
 
 @asynccontextmanager
-async def left_alone(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> AsyncIterator[Relay]:
-    """Run a relay to a hop that is left alone after the first message, with clocks that go."""
+async def backing_off(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> AsyncIterator[Relay]:
+    """Run a relay to a hop that backs off after the first message, with running clocks."""
     route = {
         "next_hop": f"smtp://127.0.0.1:{hop.port}",
         "tls": {"mode": "none"},
@@ -419,9 +548,9 @@ async def left_alone(folder: Path, pool: Pool, hop: FakeHop, messages: int) -> A
 
 def retry(relay: Relay, folder: Path) -> None:
     """Do what `penstock spool retry --all` does."""
-    with QueueAdmin.opened(folder, relay.scheduler._clock) as desk:
-        desk.retry(Filter())
-    relay.scheduler._look.set()
+    with QueueAdmin.opened(folder, relay.scheduler._clock) as admin:
+        admin.retry(Filter())
+    relay.scheduler.look()
 
 
 @pytest.fixture
@@ -430,9 +559,9 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pause")
-async def test_an_operators_retry_tries_a_hop_that_is_left_alone(tmp_path: Path, pool: Pool) -> None:
+async def test_a_retry_tries_a_hop_that_is_backing_off(tmp_path: Path, pool: Pool) -> None:
     hop = FakeHop(CONNECT=[f"421 4.3.2 no{CLOSE}"])
-    async with serving(hop), left_alone(tmp_path, pool, hop, 20) as relay:
+    async with serving(hop), backing_off(tmp_path, pool, hop, 20) as relay:
         retry(relay, tmp_path)
         await relay.quiet()
         assert await relay.waiting() == []
@@ -442,15 +571,15 @@ async def test_an_operators_retry_tries_a_hop_that_is_left_alone(tmp_path: Path,
 
 
 @pytest.mark.usefixtures("no_pause")
-async def test_an_operators_retry_of_much_mail_costs_a_dead_hop_one_connection(tmp_path: Path, pool: Pool) -> None:
+async def test_a_retry_of_all_mail_costs_a_dead_hop_one_connection(tmp_path: Path, pool: Pool) -> None:
     hop = FakeHop(CONNECT=[f"421 4.3.2 no{CLOSE}"] * 99)
-    async with serving(hop), left_alone(tmp_path, pool, hop, 20) as relay:
+    async with serving(hop), backing_off(tmp_path, pool, hop, 20) as relay:
         for tries in (2, 3):
             retry(relay, tmp_path)
             await relay.quiet()
             assert hop.connections == tries
             said = [event["said"] for event in relay.events("deferred")]
-            assert sorted(said) == ["421 4.3.2 no", *["the next hop is down: 421 4.3.2 no"] * 19]
+            assert sorted(said) == ["421 4.3.2 no", *["backing off: 421 4.3.2 no"] * 19]
         await pool.aclose()
 
 
@@ -461,7 +590,7 @@ def exchanger(host: str, preference: int = 10) -> Exchanger:
     return Exchanger(preference, host, ("192.0.2.1",))
 
 
-async def test_the_dns_is_asked_once_for_a_lane_and_lanes_with_the_same_hosts_share_them(tmp_path: Path) -> None:
+async def test_domains_with_the_same_hosts_share_a_route(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     dns: dict[str, list[Exchanger] | ResolveError] = {
         domain: [exchanger("mx.example.net"), exchanger("backup.example.net", 20)] for domain in ("a.org", "b.org")
@@ -470,7 +599,7 @@ async def test_the_dns_is_asked_once_for_a_lane_and_lanes_with_the_same_hosts_sh
         await relay.accept(*(message_of(f"bob@{domain}") for _ in range(10) for domain in dns))
         await relay.until(lambda: len(pool.sent) == 4)
         assert {sent.hop.host for sent in pool.sent} == {"mx.example.net"}
-        assert len(relay.scheduler._outlets) == 1
+        assert len(relay.scheduler._route_queues) == 1
         assert {sent.to[0] for sent in pool.sent} == {"bob@a.org", "bob@b.org"}
 
 
@@ -489,7 +618,7 @@ async def test_a_domain_that_does_not_exist_bounces(tmp_path: Path) -> None:
         assert await relay.waiting() == []
 
 
-async def test_a_dns_that_does_not_answer_puts_off(tmp_path: Path) -> None:
+async def test_a_dns_timeout_defers(tmp_path: Path) -> None:
     dns: dict[str, list[Exchanger] | ResolveError] = {
         "a.org": ResolveError("4.4.3", "no answer", is_permanent=False),
         "b.org": [exchanger("mx.b.org")],
@@ -498,14 +627,29 @@ async def test_a_dns_that_does_not_answer_puts_off(tmp_path: Path) -> None:
         await relay.accept(message_of("bob@a.org"), message_of("bob@b.org"), message_of("bob@unknown.org"))
         await relay.quiet()
         waiting = [(address, reply) for address, reply, _, _ in await relay.waiting()]
-        assert waiting == [("bob@a.org", "no answer"), ("bob@unknown.org", "looking up the domain failed")]
+        assert waiting == [("bob@a.org", "no answer"), ("bob@unknown.org", "DNS lookup failed")]
         assert [event["where"] for event in relay.events("error")] == ["resolver"]  # KeyError: a bug of the test's DNS
 
 
-# ---- here
+async def test_a_retry_after_a_dns_failure_tries_at_once(tmp_path: Path) -> None:
+    dns: dict[str, Any] = {"a.org": ResolveError("4.4.3", "no answer", is_permanent=False)}
+    async with relaying(tmp_path, routes=[{"next_hop": "mx"}], dns=dns) as relay:
+        await relay.accept(message_of("bob@a.org"))
+        await relay.quiet()
+        dns["a.org"] = [exchanger("mx.a.org")]
+        relay.advance(1)
+        with QueueAdmin.opened(tmp_path, lambda: relay.now) as admin:
+            assert admin.retry(Filter()).changed == 1
+        relay.scheduler.look()
+        await relay.until(lambda: len(relay.pool.sent) == 1)
+        await relay.quiet()
+        assert await relay.waiting() == []
 
 
-async def test_a_route_to_the_maildir_ends_here(tmp_path: Path) -> None:
+# ---- local delivery
+
+
+async def test_a_route_to_maildir_is_delivered_locally(tmp_path: Path) -> None:
     async with relaying(tmp_path, routes=[{"next_hop": "maildir"}]) as relay:
         messages = [message_of(f"bob@d{n % 3}.org", "eve@d1.org") for n in range(50)]
         await relay.accept(*messages)
@@ -520,10 +664,10 @@ async def test_a_route_to_the_maildir_ends_here(tmp_path: Path) -> None:
     ("answer", "reply"),
     [
         (Reply(452, "4.3.1", "Disk full"), "452 4.3.1 Disk full"),
-        (OSError(5, "on fire", "/secret/path"), "the mailbox can not be written"),
+        (OSError(5, "on fire", "/secret/path"), "the mailbox cannot be written"),
     ],
 )
-async def test_a_mailbox_that_can_not_be_written_is_tried_again(
+async def test_a_mailbox_that_cannot_be_written_is_tried_again(
     tmp_path: Path, answer: Reply | Exception, reply: str
 ) -> None:
     async with relaying(tmp_path, routes=[{"next_hop": "maildir"}]) as relay:
@@ -538,10 +682,237 @@ async def test_a_mailbox_that_can_not_be_written_is_tried_again(
         assert [event["hop"] for event in relay.events("attempted")] == ["maildir"]
 
 
-# ---- the end, and what breaks
+async def test_postmaster_without_a_domain_gets_the_first_domain(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        await relay.accept(message_of(Recipient(MailPath("Postmaster", "Postmaster", ""))))
+        await relay.quiet()
+        (sent,) = relay.pool.sent
+        assert sent.envelope.recipients[0].path == MailPath("Postmaster@mx.example.org", "Postmaster", "mx.example.org")
 
 
-async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tmp_path: Path) -> None:
+async def test_a_recipient_named_three_times_gets_one_copy(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        await relay.accept(message_of("bob@x.org", "eve@x.org", "bob@x.org", "bob@x.org"))
+        await relay.quiet()
+        assert [sent.to for sent in relay.pool.sent] == [["bob@x.org", "eve@x.org"]]
+
+
+# ---- times and reports
+
+
+async def test_the_delay_notice_comes_when_it_is_due(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool, retry={"delay_notice_after": 4 * HOUR}) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        while not pool.to("example.com"):
+            ((*_, wait),) = await relay.waiting()
+            count = len(pool.sent)
+            relay.advance(wait)
+            await relay.until(lambda: len(pool.sent) > count)  # noqa: B023 - at once
+            await relay.quiet()
+        assert relay.now == START + 4 * HOUR
+
+
+async def test_the_status_of_a_delay_is_transient(tmp_path: Path) -> None:
+    greeting = NextHopUnavailable("mx.example.org[192.0.2.1]:25", "554 5.7.1 go away", "5.7.1", is_said=True)
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else greeting)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        relay.advance(4 * HOUR)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        (fields,) = report_in(pool.to("example.com")[0])
+        assert (fields["Action"], fields["Status"]) == ("delayed", "4.7.1")
+        assert fields["Remote-MTA"] == "dns; mx.example.org"
+        assert fields["Diagnostic-Code"] == "smtp; 554 5.7.1 go away"
+
+
+async def test_a_clock_set_forward_returns_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        await relay.set_clock(6 * 24 * HOUR)
+        await relay.until(lambda: len(pool.sent) == 2)
+        await relay.quiet()
+        assert pool.to("example.com") == []
+        ((*_, wait),) = await relay.waiting()
+        assert 0 < wait <= HOUR
+        (event,) = relay.events("clock-jumped")
+        assert (event["seconds"], event["rescheduled"]) == (6 * 24 * HOUR, 0)
+        relay.advance(HOUR)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        assert report_in(pool.to("example.com")[0])[0]["Action"] == "failed"
+
+
+async def test_a_clock_set_back_delays_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"), message_of("eve@example.org"))
+        await relay.quiet()
+        await relay.set_clock(-3 * 24 * HOUR)
+        assert {wait for *_, wait in await relay.waiting()} == {60.0}
+        (event,) = relay.events("clock-jumped")
+        assert (event["seconds"], event["rescheduled"]) == (-3 * 24 * HOUR, 2)
+        relay.advance(61)
+        await relay.until(lambda: len(pool.sent) == 4)
+
+
+async def test_small_corrections_of_the_clock_change_nothing(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        for seconds in (59.0, -59.0, 599.0):
+            await relay.set_clock(seconds)
+        assert relay.events("clock-jumped") == []
+
+
+# ---- what operators do (penstock spool)
+
+
+async def ask(relay: Relay, folder: Path, act: Callable[[QueueAdmin], Any]) -> Any:
+    """Do what a command does, in its own thread, while the server answers."""
+
+    def work() -> Any:
+        with QueueAdmin.opened(folder, lambda: relay.now) as admin:
+            return act(admin)
+
+    answer: list[Any] = []
+
+    async def wait() -> None:
+        answer.append(await trio.to_thread.run_sync(work))
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            while not answer:
+                await relay.operators.look()
+                await trio.sleep(0.001)
+            await relay.operators.look()
+    return answer[0]
+
+
+@asynccontextmanager
+async def with_waiting(folder: Path) -> AsyncIterator[Relay]:
+    """Run a relay with four messages in flight and six that only wait in memory."""
+    pool = FakePool(lambda _: None)
+    async with relaying(folder, pool) as relay:
+        await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
+        assert (len(pool.sent), relay.scheduler.held) == (4, 10)
+        yield relay
+
+
+async def test_hold_reaches_what_waits_in_memory(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.hold(Filter())) == (6, 4, 0)
+        assert relay.scheduler.held == 4
+        for sent in list(relay.pool.sent):
+            relay.pool.reply(sent, DELIVERED)
+        await relay.quiet()
+        assert len(relay.pool.sent) == 4
+        assert await ask(relay, tmp_path, lambda admin: admin.release(Filter())) == (6, 0, 0)
+        relay.pool.answer = lambda _: DELIVERED
+        relay.scheduler.look()
+        await relay.until(lambda: len(relay.pool.sent) == 10)
+        await relay.quiet()
+        assert [event["recipients"] for event in relay.events("operated") if event["action"] == "release"] == [1] * 6
+
+
+async def test_drop_reaches_what_waits_in_memory(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.drop(Filter())) == (6, 4, 0)
+        assert len(await relay.waiting()) == 4
+
+
+async def test_retry_of_what_waits_in_memory_counts_no_attempt(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.retry(Filter())) == (6, 4, 0)
+        await relay.until(lambda: relay.scheduler.held == 10)
+        assert {attempts for _, _, attempts, _ in await relay.waiting()} == {1}
+
+
+async def test_an_operator_returns_a_message_to_its_sender(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org", "eve@example.org"), message_of("zoe@example.org"))
+        await relay.quiet()
+        assert await ask(relay, tmp_path, lambda admin: admin.bounce(Filter(recipient="bob@*"))) == (1, 0, 0)
+        await relay.quiet()
+        (report,) = pool.to("example.com")
+        (fields,) = report_in(report)
+        assert (fields["Final-Recipient"], fields["Action"], fields["Status"]) == (
+            "rfc822; bob@example.org",
+            "failed",
+            "5.0.0",
+        )
+        assert [address for address, *_ in await relay.waiting()] == ["eve@example.org", "zoe@example.org"]
+        assert [event["action"] for event in relay.events("operated")] == ["bounce"]
+
+
+async def test_bounce_reaches_what_waits_in_memory(tmp_path: Path) -> None:
+    async with with_waiting(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.bounce(Filter())) == (6, 4, 0)
+        await relay.until(lambda: len(relay.events("bounced")) == 6)
+
+
+@pytest.mark.parametrize("name", ["Example.org", "hop", "hop[192.0.2.9]:25"])
+async def test_mail_to_what_is_suspended_waits(tmp_path: Path, name: str) -> None:
+    async with relaying(tmp_path) as relay:
+        assert await ask(relay, tmp_path, lambda admin: admin.suspend(name)) is True
+        await relay.accept(*(message_of("bob@example.org") for _ in range(20)))
+        await relay.until(lambda: relay.scheduler.held == 0)
+        assert relay.pool.sent == []
+        assert {attempts for _, _, attempts, _ in await relay.waiting()} == {0}
+        assert await ask(relay, tmp_path, lambda admin: admin.resume(name)) is True
+        await relay.until(lambda: len(relay.pool.sent) == 20)
+        await relay.quiet()
+
+
+async def test_a_suspended_hop_leaves_the_mail_to_others(tmp_path: Path) -> None:
+    async with relaying(tmp_path, routes=TWO_HOSTS) as relay:
+        await ask(relay, tmp_path, lambda admin: admin.suspend("a"))
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        assert [sent.hop.host for sent in relay.pool.sent] == ["b"]
+
+
+async def test_operators_see_which_hops_are_down_and_why(tmp_path: Path) -> None:
+    pool = FakePool()
+
+    def answer(sent: Sent) -> NextHopUnavailable:
+        pool.down["hop"] = trio.current_time() + 60
+        return NextHopUnavailable(sent.hop.name, "Connection refused")
+
+    pool.answer = answer
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        await relay.operators.look()
+        (hop,) = await ask(relay, tmp_path, lambda admin: admin.hops())
+        assert (hop.name, hop.reason, hop.since) == ("hop[192.0.2.9]:25", "Connection refused", START)
+        assert 55 < hop.until - START <= 60
+        pool.down.clear()
+        await relay.operators.look()
+        assert await ask(relay, tmp_path, lambda admin: admin.hops()) == []
+
+
+# ---- shutdown, and bugs
+
+
+async def test_a_delivery_cut_by_our_shutdown_costs_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: None)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org", "eve@example.org"), message_of("zoe@example.org"))
+        relay.scheduler.stop()
+        pool.reply(pool.sent[0], [DELIVERED, LOST])
+        pool.reply(pool.sent[1], BUSY)
+        await relay.quiet_but_due()
+        assert [(address, attempts, wait) for address, _, attempts, wait in await relay.waiting()] == [
+            ("eve@example.org", 0, 0.0),
+            ("zoe@example.org", 1, 60.0),
+        ]
+
+
+async def test_what_was_not_started_at_shutdown_was_not_attempted(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
@@ -555,7 +926,7 @@ async def test_what_was_not_begun_when_the_relay_stops_has_not_been_attempted(tm
         assert {(attempts, wait) for _, _, attempts, wait in waiting} == {(0, 0.0)}
 
 
-async def test_what_was_under_way_when_the_process_ends_is_due_again(tmp_path: Path) -> None:
+async def test_what_was_in_flight_when_the_process_ends_is_due_again(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None)
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(*(message_of(f"b{n}@example.org") for n in range(10)))
@@ -565,7 +936,7 @@ async def test_what_was_under_way_when_the_process_ends_is_due_again(tmp_path: P
         assert len(relay.pool.sent) == 10
 
 
-async def test_a_bug_in_one_delivery_costs_that_message_a_delay_and_nobody_else_anything(tmp_path: Path) -> None:
+async def test_a_bug_in_one_delivery_delays_only_that_message(tmp_path: Path) -> None:
     def answer(sent: Sent) -> Result | Exception:
         return ZeroDivisionError("a bug") if sent.to == ["bad@example.org"] else DELIVERED
 
@@ -573,31 +944,31 @@ async def test_a_bug_in_one_delivery_costs_that_message_a_delay_and_nobody_else_
         await relay.accept(message_of("bad@example.org"), *(message_of("good@example.org") for _ in range(20)))
         await relay.quiet()
         assert len(relay.pool.sent) == 21
-        assert await relay.waiting() == [("bad@example.org", "an error on our side", 1, 60.0)]
+        assert await relay.waiting() == [("bad@example.org", "internal error", 1, 60.0)]
         assert [event["error"] for event in relay.events("error")] == ["ZeroDivisionError: a bug"]
 
 
-async def test_an_outcome_that_can_not_be_accounted_for_is_tried_again(tmp_path: Path) -> None:
+async def test_a_result_that_cannot_be_recorded_is_tried_again(tmp_path: Path) -> None:
     pool = FakePool(lambda _: [DELIVERED, DELIVERED])  # for one recipient
     async with relaying(tmp_path, pool) as relay:
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
-        assert [(reply, wait) for _, reply, _, wait in await relay.waiting()] == [("an error on our side", 300.0)]
+        assert [(reply, wait) for _, reply, _, wait in await relay.waiting()] == [("internal error", 300.0)]
 
 
-async def test_a_spool_that_can_not_be_written_is_tried_until_it_can(
+async def test_a_spool_that_fails_is_written_again_until_it_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(penstock.relay.ledger, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(penstock.relay.recorder, "_FIRST_PAUSE", 0.001)
     async with relaying(tmp_path) as relay:
-        settle, failures = relay.spool.settle, [OSError(28, "No space left on device")] * 3
+        record, failures = relay.spool.record, [OSError(28, "No space left on device")] * 3
 
         async def fail(*arguments: object) -> None:
             if failures:
                 raise failures.pop()
-            await settle(*arguments)  # type: ignore[arg-type]
+            await record(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(relay.spool, "settle", fail)
+        monkeypatch.setattr(relay.spool, "record", fail)
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
         assert failures == []
@@ -606,14 +977,14 @@ async def test_a_spool_that_can_not_be_written_is_tried_until_it_can(
         assert len(relay.events("error")) == 3
 
 
-async def test_lanes_with_nothing_to_do_are_forgotten(tmp_path: Path) -> None:
+async def test_idle_queues_are_forgotten(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         await relay.accept(*(message_of(f"bob@d{n}.org") for n in range(100)))
         await relay.quiet()
-        assert len(relay.scheduler._lanes) == 100
+        assert len(relay.scheduler._queues) == 100
         relay.scheduler._evict(trio.current_time() + 100)
-        assert relay.scheduler._lanes == {}
-        assert relay.scheduler._outlets == {}
+        assert relay.scheduler._queues == {}
+        assert relay.scheduler._route_queues == {}
 
 
 def test_a_result_of_ours_is_deferred() -> None:

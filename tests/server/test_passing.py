@@ -242,7 +242,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing_at_the_hop(tmp_
 async def test_a_text_that_is_refused_for_itself_is_not_ended_at_the_hop(tmp_path: Path) -> None:
     hop = FakeHop()
     async with passing(tmp_path, hop) as client:
-        assert (await client.send(text=b"Subject: x\n\r\n")).startswith("550 5.6.0")
+        assert (await client.send(text=b"Subject: x\0\r\n\r\n")).startswith("550 5.6.0")
     assert hop.texts == []
 
 

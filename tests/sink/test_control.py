@@ -47,7 +47,7 @@ def test_a_plan_is_replaced() -> None:
     desk.replace(PLAN)
     assert engine.plan == parse_plan(PLAN)
     assert parse_plan(desk.plan()) == engine.plan
-    with pytest.raises(ValueError, match=r"rule\[0\]\.phase: there is no 'x'; here may stand: connect, banner"):
+    with pytest.raises(ValueError, match=r"rule\[0\]\.phase: unknown value 'x'; expected one of: connect, banner"):
         desk.replace("[[rule]]\nphase = 'x'")
     assert engine.plan == parse_plan(PLAN)
 
@@ -73,7 +73,7 @@ def test_faults_are_counted_and_forgotten() -> None:
 def test_the_description_is_a_plan_that_means_the_defaults() -> None:
     text = describe_faults()
     assert parse_plan(text) == PlanSettings()
-    for word in (*PHASES, "What is the same again", "How rules go together", "greylist", "dot-451@", "[[rule]]"):
+    for word in (*PHASES, "What the same seed repeats", "How rules are combined", "greylist", "dot-451@", "[[rule]]"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 122
 

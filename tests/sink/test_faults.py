@@ -1,4 +1,4 @@
-"""The engine: what holds when, and that the same seed and the same input give the same faults."""
+"""The fault engine: conditions, and the same faults for the same seed and input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from penstock.sink.plan import DelaySettings, Phase, parse_plan
 
 
 class Clock:
-    """A clock that stands until it is set."""
+    """A clock that only moves when it is set."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -43,7 +43,7 @@ def is_hit(engine: FaultEngine, occasion: Occasion) -> bool:
     return engine.decide(occasion) is not None
 
 
-# ---- whom a rule is for
+# ---- matching
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def is_hit(engine: FaultEngine, occasion: Occasion) -> bool:
         ("sequence = [5, 7]", mail("seq-r-5@x"), mail("a@x")),
     ],
 )
-def test_a_rule_is_for_those_who_match(match: str, hit: Occasion, missed: Occasion) -> None:
+def test_a_rule_applies_if_its_match_holds(match: str, hit: Occasion, missed: Occasion) -> None:
     engine = engine_of(rule("dot", match=match))
     assert is_hit(engine, hit)
     assert not is_hit(engine, missed)
     assert not is_hit(engine, Occasion("mail", hit.address, sender=hit.sender))
 
 
-def test_all_that_a_match_names_has_to_hold() -> None:
+def test_all_keys_of_a_match_must_hold() -> None:
     engine = engine_of(rule("dot", match='sender = ["a@*"], recipient = ["b@*"]'))
     assert is_hit(engine, mail("a@x", "b@x"))
     assert not is_hit(engine, mail("a@x", "c@x"))
@@ -90,7 +90,7 @@ def test_a_time_window_counts_from_the_first_decision() -> None:
     assert hits == [False, False, True, True, False, False]
 
 
-def test_an_outage_comes_again_and_again() -> None:
+def test_an_outage_is_periodic() -> None:
     clock = Clock()
     engine = engine_of(rule("connect", 'end = "reset"', outage="down = 30, every = 300, begin = 60"), clock)
     down = []
@@ -101,7 +101,7 @@ def test_an_outage_comes_again_and_again() -> None:
     assert down == [60, 70, 80, 360, 370, 380, 660, 670, 680, 960, 970, 980]
 
 
-def test_first_and_after_go_by_arrival() -> None:
+def test_first_and_after_depend_on_arrival() -> None:
     engine = engine_of(rule("dot", match='after = 2, first = 3, sender = ["a@*"]'))
     assert [is_hit(engine, mail(f"a@{number}")) for number in range(8)] == [False] * 2 + [True] * 3 + [False] * 3
     engine.reset()
@@ -115,7 +115,7 @@ def test_attempts_are_those_of_the_same_message() -> None:
     assert is_hit(engine, mail("a@example.com", "another@example.org"))
 
 
-def test_a_rule_without_a_verdict_leaves_the_matter_to_the_next() -> None:
+def test_after_a_rule_without_verdict_the_next_is_evaluated() -> None:
     plan = (
         rule("dot", "delay = { seconds = 1 }\nread_rate = 5")
         + rule("dot", "read_rate = 7")
@@ -127,7 +127,7 @@ def test_a_rule_without_a_verdict_leaves_the_matter_to_the_next() -> None:
     )
 
 
-# ---- what limits remember
+# ---- conditions with state
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_rule_without_a_verdict_leaves_the_matter_to_the_next() -> None:
         ("everybody", mail("x@y", "z@w"), None),
     ],
 )
-def test_a_rate_is_a_bucket_of_tokens(per: str, same: Occasion, other: Occasion | None) -> None:
+def test_a_rate_is_a_token_bucket(per: str, same: Occasion, other: Occasion | None) -> None:
     clock = Clock()
     engine = engine_of(rule("dot", "", rate=f'per = "{per}", count = 2, seconds = 10, burst = 3'), clock)
     assert [is_hit(engine, mail()) for _ in range(4)] == [False, False, False, True]
@@ -158,10 +158,10 @@ def test_a_rate_is_a_bucket_of_tokens(per: str, same: Occasion, other: Occasion 
     assert [is_hit(engine, mail()) for _ in range(4)] == [False, False, False, True]
     decision = engine.decide(mail())
     assert decision is not None
-    assert decision.reply == Reply(421, "4.7.0", "Too fast, please try again later", closes=True)
+    assert decision.reply == Reply(421, "4.7.0", "Rate limit exceeded, please try again later", closes=True)
 
 
-def test_a_greylist_lets_a_triplet_through_after_a_while() -> None:
+def test_a_greylist_accepts_a_triplet_after_the_wait() -> None:
     clock = Clock()
     engine = engine_of(rule("rcpt", "", greylist="wait = 60, forget = 1000"), clock)
     hits = []
@@ -173,7 +173,7 @@ def test_a_greylist_lets_a_triplet_through_after_a_while() -> None:
     assert is_hit(engine, mail("a@example.com", "c@example.org", phase="rcpt"))
 
 
-def test_a_greylist_looks_at_each_recipient_of_a_message() -> None:
+def test_a_greylist_checks_every_recipient() -> None:
     clock = Clock()
     engine = engine_of(rule("dot", "", greylist="wait = 60"), clock)
     assert is_hit(engine, mail("a@x", "b@example.org", "c@example.org"))
@@ -182,7 +182,7 @@ def test_a_greylist_looks_at_each_recipient_of_a_message() -> None:
     assert is_hit(engine, mail("a@x", "b@example.org", "d@example.org"))
 
 
-def test_a_magic_greylist_goes_on_whatever_becomes_of_the_plan() -> None:
+def test_a_magic_greylist_survives_a_new_plan() -> None:
     clock, magic = Clock(), Magic().rule("greylist-1s")
     assert magic is not None
     engine = engine_of("", clock)
@@ -193,7 +193,7 @@ def test_a_magic_greylist_goes_on_whatever_becomes_of_the_plan() -> None:
     assert engine.decide(mail(phase="rcpt"), [magic]) is None
 
 
-def test_less_than_a_token_a_second_still_lets_one_through() -> None:
+def test_a_rate_below_one_per_second_still_allows_one() -> None:
     clock = Clock()
     engine = engine_of(rule("dot", "", rate="count = 0.5, seconds = 1"), clock)
     hits = []
@@ -224,7 +224,7 @@ def test_a_mailbox_is_full_of_octets_at_the_dot() -> None:
     assert decision.reply.code == 452
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_remembered_state_is_bounded() -> None:
     engine = engine_of("remember = 10\n" + rule("dot", match="attempts = 1"))
     assert all(is_hit(engine, mail(f"{number}@x")) for number in range(100))
     assert len(engine._loaded.counters) == 10
@@ -265,7 +265,7 @@ def test_another_seed_is_another_set() -> None:
     assert abs(len(one) - len(other)) < 150
 
 
-def test_another_rule_draws_for_itself() -> None:
+def test_rules_draw_independently() -> None:
     plan = rule("dot", "delay = { seconds = 1 }", match="probability = 0.5") + rule("dot", match="probability = 0.5")
     engine = engine_of(plan)
     decisions = Counter(
@@ -276,21 +276,21 @@ def test_another_rule_draws_for_itself() -> None:
     assert len(decisions) == 4
 
 
-def test_another_run_of_the_same_messages_meets_the_same_faults() -> None:
+def test_another_run_of_the_same_messages_gets_the_same_faults() -> None:
     engine = engine_of(rule("dot", match="probability = 0.3"))
     first = {each.replace("-one-", "-") for each in hits_of(engine, marked("one", range(500)))}
     second = {each.replace("-two-", "-") for each in hits_of(engine, marked("two", range(500)))}
     assert first == second
 
 
-def test_an_attempt_is_decided_for_itself() -> None:
+def test_every_attempt_is_decided_separately() -> None:
     engine = engine_of(rule("dot", match="probability = 0.5"))
     messages = marked("r", range(1000))
     first, second = hits_of(engine, messages), hits_of(engine, messages)
     assert 180 < len(first & second) < 320
 
 
-def test_messages_that_are_alike_are_hit_as_often_whatever_the_order() -> None:
+def test_equal_messages_are_hit_equally_often_in_any_order() -> None:
     plan = rule("dot", match="probability = 0.2")
     alike = [mail(f"{number % 3}@x") for number in range(3000)]
     shuffled = random.Random(1).sample(alike, len(alike))
@@ -300,20 +300,20 @@ def test_messages_that_are_alike_are_hit_as_often_whatever_the_order() -> None:
     )
 
 
-def test_every_k_th_of_messages_that_are_alike_is_exact() -> None:
+def test_every_nth_of_equal_messages_is_exact() -> None:
     engine = engine_of(rule("dot", match="every = 4"))
     hits = [is_hit(engine, mail()) for _ in range(40)]
     assert sum(hits) == 10
     assert hits[:4] * 10 == hits
 
 
-def test_every_k_th_connection_of_an_address_is_exact() -> None:
+def test_every_nth_connection_of_an_address_is_exact() -> None:
     engine = engine_of(rule("connect", 'end = "drop"', match="every = 3"))
     assert [is_hit(engine, Occasion("connect", "192.0.2.1")) for _ in range(6)] == [False, False, True] * 2
     assert [is_hit(engine, Occasion("connect", "192.0.2.2")) for _ in range(3)] == [False, False, True]
 
 
-def test_a_client_that_names_itself_is_known_again() -> None:
+def test_a_client_is_recognized_by_its_ehlo_name() -> None:
     plan = rule("ehlo", match="probability = 0.5")
     clients = [Occasion("ehlo", "192.0.2.1", hello=f"client-{number}") for number in range(200)]
     one, other = engine_of(plan), engine_of(plan)
@@ -331,14 +331,14 @@ def test_a_client_that_names_itself_is_known_again() -> None:
         ("any_counter = true", lambda n: mail(f"bounces-{n}@x")),
     ],
 )
-def test_a_number_may_stand_elsewhere(identity: str, occasion: Any) -> None:
+def test_a_number_may_be_in_recipient_or_header(identity: str, occasion: Any) -> None:
     engine = engine_of(rule("dot", match="sequence = [3, 4], every = 2") + "[identity]\n" + identity)
     assert [n for n in range(1, 9) if is_hit(engine, occasion(n))] == [4]
     assert isinstance(engine.receipts, FaultLog)
     assert engine.receipts.last[0].sequence.endswith("-4")
 
 
-def test_the_recipients_of_a_message_are_decided_one_by_one() -> None:
+def test_recipients_of_a_message_are_decided_separately() -> None:
     plan = rule("rcpt", match="probability = 0.5")
     hits = {
         recipient
@@ -371,22 +371,22 @@ def test_a_delay_is_drawn_from_its_distribution(delay: DelaySettings, least: flo
     assert abs(seconds[2000] - median) <= 0.1 * median
 
 
-def test_the_odds_are_those_of_a_die() -> None:
+def test_odds_repeat_a_delay_geometrically() -> None:
     rng = random.Random(3)
     delay = DelaySettings(seconds=1, odds=75)
     casts = Counter(seconds_of(delay, 0, rng.getrandbits(64)) for _ in range(10_000))
-    assert 2300 < casts[1] < 2700  # a die of 0 to 99 shows 75 or more one time in four
+    assert 2300 < casts[1] < 2700  # one of four delays is repeated
     assert 1700 < casts[2] < 2050
 
 
-def test_the_last_percentiles_bound_a_delay() -> None:
+def test_the_last_percentile_limits_a_delay() -> None:
     delay = DelaySettings(percentiles=((50, 1), (90, 2)))
     assert seconds_of(delay, (1 << 64) - 1, 0) == 2
     assert seconds_of(delay, 0, 0) == 1
     assert seconds_of(delay, int(0.7 * (1 << 64)), 0) == pytest.approx(1.5)
 
 
-def test_a_drawn_delay_is_the_same_again() -> None:
+def test_a_random_delay_is_repeatable() -> None:
     plan = rule("dot", "delay = { uniform = [0, 10] }")
     one, other = engine_of(plan), engine_of(plan)
     messages = marked("r", range(50))
@@ -395,25 +395,25 @@ def test_a_drawn_delay_is_the_same_again() -> None:
     assert len({decision.delay for decision in drawn if decision}) == 50
 
 
-# ---- what changes it
+# ---- control
 
 
 @pytest.mark.parametrize(
     ("phase", "reply", "count", "expected"),
     [
-        ("RCTP", 450, 1, "no reply in a phase 'RCTP'"),
-        ("connect", 450, 1, "no reply in a phase 'connect'"),
-        ("rcpt", 99, 1, "a reply looks like"),
-        ("rcpt", "450 5.1.1 No", 1, "an enhanced status code for 450"),
-        ("rcpt", 450, 0, "a count is 1 to"),
+        ("RCTP", 450, 1, "unknown phase 'RCTP'; expected one of"),
+        ("connect", 450, 1, "unknown phase 'connect'"),
+        ("rcpt", 99, 1, "expected a reply such as"),
+        ("rcpt", "450 5.1.1 No", 1, "expected an enhanced status code such as '4.1.1' for 450"),
+        ("rcpt", 450, 0, "count must be between 1 and"),
     ],
 )
-def test_fail_next_says_what_is_wrong(phase: str, reply: int | str, count: int, expected: str) -> None:
+def test_fail_next_reports_mistakes(phase: str, reply: int | str, count: int, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         FaultEngine().fail_next(phase, reply, count)
 
 
-def test_reset_begins_anew() -> None:
+def test_reset_restarts_the_plan() -> None:
     clock = Clock()
     engine = engine_of(rule("dot", match="attempts = 1, until = 10"), clock)
     assert is_hit(engine, mail())
@@ -437,7 +437,7 @@ def test_the_log_is_bounded() -> None:
     assert not log.counts
 
 
-def test_rules_without_a_name_are_named_by_phase_and_place() -> None:
+def test_unnamed_rules_are_named_by_phase_and_number() -> None:
     engine = engine_of(rule("mail") + rule("dot"))
     engine.decide(mail())
     assert isinstance(engine.receipts, FaultLog)

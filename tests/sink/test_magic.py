@@ -1,4 +1,4 @@
-"""Magic recipients: their grammar, what they do, and that ordinary recipients are none."""
+"""Magic recipients: grammar and effect; ordinary recipients are not affected."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.sink.playing import EHLO, MAIL, talking, took
 @pytest.mark.parametrize(
     ("recipient", "reply"),
     [
-        ("450@x.example", "450 4.0.0 As the recipient asks for"),
-        ("450-4.2.2@x.example", "450 4.2.2 As the recipient asks for"),
-        ("550-5.1.1+tag@x.example", "550 5.1.1 As the recipient asks for"),
-        ("rcpt-552-5.2.2@x.example", "552 5.2.2 As the recipient asks for"),
+        ("450@x.example", "450 4.0.0 Requested by the recipient"),
+        ("450-4.2.2@x.example", "450 4.2.2 Requested by the recipient"),
+        ("550-5.1.1+tag@x.example", "550 5.1.1 Requested by the recipient"),
+        ("rcpt-552-5.2.2@x.example", "552 5.2.2 Requested by the recipient"),
         ("greylist@x.example", "451 4.7.1 Greylisted, please try again later"),
         ("flaky-100@x.example", "451 4.0.0 Temporary failure, please try again later"),
     ],
 )
-async def test_a_recipient_is_refused_as_it_asks(tmp_path: Path, recipient: str, reply: str) -> None:
+async def test_a_magic_recipient_is_refused_as_requested(tmp_path: Path, recipient: str, reply: str) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         assert await talk.begin("b@example.org", recipient) == reply
         assert (await talk.ask("DATA")).startswith("354")
@@ -32,19 +32,19 @@ async def test_a_recipient_is_refused_as_it_asks(tmp_path: Path, recipient: str,
         assert (fault.rule, fault.phase, fault.recipient) == ("magic", "rcpt", recipient)
 
 
-async def test_a_recipient_asks_for_the_fate_of_the_whole_message(tmp_path: Path) -> None:
+async def test_a_magic_recipient_affects_the_whole_message(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         assert (await talk.begin("dot-451@x", "b@example.org"))[:3] == "250"
         await talk.ask("DATA")
-        assert await talk.end() == "451 4.0.0 As the recipient asks for"
+        assert await talk.end() == "451 4.0.0 Requested by the recipient"
         assert (await talk.begin("data-452-4.3.1@x"))[:3] == "250"
-        assert await talk.ask("DATA") == "452 4.3.1 As the recipient asks for"
+        assert await talk.ask("DATA") == "452 4.3.1 Requested by the recipient"
         assert (await talk.ask("RSET"))[:3] == "250"
         assert (await talk.mail())[:3] == "250"
         assert len(talk.recorder.delivered) == 1
 
 
-async def test_a_recipient_asks_for_a_reply_in_the_midst_of_the_body(tmp_path: Path) -> None:
+async def test_a_magic_recipient_requests_a_reply_in_the_body(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         await talk.begin("body-550@x")
         assert (await talk.ask("DATA"))[:3] == "354"
@@ -59,7 +59,7 @@ async def test_421_ends_the_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipient", "seconds"), [("delay-2s@x", 2), ("delay-2@x", 2), ("delay-1500ms@x", 1.5)])
-async def test_a_recipient_asks_for_a_delay(
+async def test_a_magic_recipient_requests_a_delay(
     tmp_path: Path, recipient: str, seconds: float, autojump_clock: object
 ) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
@@ -77,7 +77,7 @@ async def test_delays_of_recipients_add_up_and_the_first_verdict_counts(tmp_path
         assert taken == 5
 
 
-async def test_what_the_plan_says_comes_first(tmp_path: Path) -> None:
+async def test_the_plan_precedes_magic_recipients(tmp_path: Path) -> None:
     plan = '[[rule]]\nphase = "rcpt"\nreply = "452 4.5.3 Full"\nmatch.recipient = ["450@*"]'
     async with talking(tmp_path, plan, has_magic=True) as talk:
         assert await talk.begin("450@x") == "452 4.5.3 Full"
@@ -85,7 +85,7 @@ async def test_what_the_plan_says_comes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipient", "ends"), [("drop@x", True), ("half-close@x", True), ("dot-drop@x", False)])
-async def test_a_recipient_asks_for_the_end(tmp_path: Path, recipient: str, ends: bool) -> None:
+async def test_a_magic_recipient_requests_a_drop(tmp_path: Path, recipient: str, ends: bool) -> None:
     async with talking(tmp_path, has_magic=True, tcp=True) as talk:
         assert (await talk.begin(recipient) == "") is ends
         if not ends:
@@ -93,7 +93,7 @@ async def test_a_recipient_asks_for_the_end(tmp_path: Path, recipient: str, ends
             assert await talk.end() == ""
 
 
-async def test_a_recipient_asks_for_a_reset(tmp_path: Path) -> None:
+async def test_a_magic_recipient_requests_a_reset(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True, tcp=True) as talk:
         await talk.ask(EHLO, MAIL)
         with pytest.raises(trio.BrokenResourceError):
@@ -101,7 +101,7 @@ async def test_a_recipient_asks_for_a_reset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipient", "seconds"), [("stall@x", 300), ("stall-7s@x", 7)])
-async def test_a_recipient_asks_for_silence(
+async def test_a_magic_recipient_requests_a_stall(
     tmp_path: Path, recipient: str, seconds: float, autojump_clock: object
 ) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
@@ -109,7 +109,7 @@ async def test_a_recipient_asks_for_silence(
         assert await took(lambda: talk.ask(f"RCPT TO:<{recipient}>")) == (seconds, "")
 
 
-async def test_a_greylist_lets_the_second_attempt_through(tmp_path: Path, autojump_clock: object) -> None:
+async def test_a_magic_greylist_accepts_the_second_attempt(tmp_path: Path, autojump_clock: object) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         assert (await talk.begin("greylist-10s@x"))[:3] == "451"
         assert (await talk.ask("RCPT TO:<greylist-10s@x>"))[:3] == "451"
@@ -117,7 +117,7 @@ async def test_a_greylist_lets_the_second_attempt_through(tmp_path: Path, autoju
         assert (await talk.ask("RCPT TO:<greylist-10s@x>"))[:3] == "250"
 
 
-async def test_a_recipient_asks_for_a_slow_read_of_its_body(tmp_path: Path, autojump_clock: object) -> None:
+async def test_a_magic_recipient_requests_slow_reading(tmp_path: Path, autojump_clock: object) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         await talk.begin("data-slow-100@x")
         await talk.ask("DATA")
@@ -126,7 +126,7 @@ async def test_a_recipient_asks_for_a_slow_read_of_its_body(tmp_path: Path, auto
         assert 5 <= taken <= 6
 
 
-async def test_a_recipient_asks_for_garbage(tmp_path: Path) -> None:
+async def test_a_magic_recipient_requests_garbage(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         await talk.ask(EHLO, MAIL)
         await talk.send("RCPT TO:<garbage@x>")
@@ -163,15 +163,15 @@ async def test_a_recipient_asks_for_garbage(tmp_path: Path) -> None:
         "٤٥٠",
     ],
 )
-def test_what_only_looks_like_magic_is_none(local: str) -> None:
+def test_similar_recipients_are_not_magic(local: str) -> None:
     assert settings_of(local) is None
 
 
-async def test_ordinary_recipients_that_begin_like_magic_ones_are_taken(tmp_path: Path) -> None:
+async def test_recipients_with_a_magic_prefix_are_accepted(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True) as talk:
         for recipient in ("dropbox@x", "42@x", "reset.password@x", "data-team@x"):
             assert (await talk.begin(recipient))[:3] == "250"
-        assert talk.connection.session.auto_accept, "it still is a calm connection"
+        assert talk.connection.session.auto_accept, "the connection has faults"
 
 
 async def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ async def test_without_magic_all_recipients_are_ordinary(tmp_path: Path) -> None
         assert (await talk.begin("drop@x", "450@x"))[:3] == "250"
 
 
-def test_all_magic_begins_as_the_compiled_session_is_told() -> None:
+def test_watched_prefixes_cover_all_magic_recipients() -> None:
     faults = ["450", "550-5.1.1", "drop", "reset", "half-close", "stall", "stall-1s", "delay-1", "greylist", "flaky-1"]
     faults += ["slow-1", "garbage"]
     for fault in faults:
@@ -188,13 +188,13 @@ def test_all_magic_begins_as_the_compiled_session_is_told() -> None:
             assert (phase + fault).startswith(WATCHED_PREFIXES)
 
 
-def test_the_grammar_names_each_fault() -> None:
+def test_the_grammar_lists_every_fault() -> None:
     for prefix in WATCHED_PREFIXES:
         if not prefix.isdigit() and prefix not in ("rcpt-", "data-", "body-", "dot-"):
             assert prefix in GRAMMAR
 
 
-def test_what_is_known_of_recipients_is_bounded() -> None:
+def test_the_cache_of_recipients_is_bounded() -> None:
     magic = Magic()
     for number in range(10_000):
         magic.rule(f"delay-{number}")

@@ -1,4 +1,4 @@
-"""Samples, the report, marks in recipients."""
+"""Samples, the report, sequence tags in recipients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def receipts(metrics: Metrics, expected: int | None = None) -> tuple[Statistics,
     return made, clock, faults, traffic
 
 
-def test_a_sample_tells_what_came_since_the_last_one() -> None:
+def test_a_sample_is_the_difference_to_the_last_one() -> None:
     metrics = Metrics()
     made, clock, faults, traffic = receipts(metrics)
     metrics.turned_away(b"421 4.3.2 Too many\r\n")
@@ -79,7 +79,7 @@ def test_only_ten_minutes_of_samples_are_kept() -> None:
     assert made.samples[-1].at == 700
 
 
-def test_a_reset_counts_octets_of_open_connections_from_there_on() -> None:
+def test_a_reset_restarts_octets_of_open_connections() -> None:
     metrics = Metrics()
     made, clock, faults, traffic = receipts(metrics)
     session = metrics.new_session()
@@ -97,7 +97,7 @@ def test_a_reset_counts_octets_of_open_connections_from_there_on() -> None:
     assert made.report().sessions.open == 0
 
 
-def test_a_report_is_read_back_as_it_was_written() -> None:
+def test_a_report_survives_encoding() -> None:
     metrics = Metrics()
     metrics.turned_away(b"421 4.3.2 Too many\r\n")
     made, clock, _, _ = receipts(metrics)
@@ -113,9 +113,9 @@ def test_a_report_is_read_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     ("data", "why"),
-    [(b"", "no report"), (b"{}", "no report"), (b'{"schema":"other"}', "no report")],
+    [(b"", "not a report"), (b"{}", "not a report"), (b'{"schema":"other"}', "not a report")],
 )
-def test_what_is_no_report_is_refused(data: bytes, why: str) -> None:
+def test_other_json_is_not_a_report(data: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         decode(data)
 
@@ -143,7 +143,7 @@ def test_missing_is_counted_up_to_what_was_expected() -> None:
     assert (run.missing, run.missing_examples) == (3, [3, 5, 6])
 
 
-def test_a_run_that_has_a_zero_begins_with_it() -> None:
+def test_a_run_with_number_zero_starts_there() -> None:
     metrics = Metrics()
     for number in (0, 1, 2):
         metrics.sequences.note("a", number)
@@ -160,7 +160,7 @@ def transaction_to(*recipients: str) -> Transaction:
     return made
 
 
-def test_a_pattern_finds_the_mark_in_a_recipient() -> None:
+def test_a_pattern_finds_the_tag_in_a_recipient() -> None:
     marks = RecipientMarks(r"(?P<run>[a-z]+)-(?P<number>\d+)@")
     assert marks(transaction_to("x@example.org", "load-17@example.org")) == Mark("load", 17)
     assert marks(transaction_to("x@example.org")) is None
@@ -169,6 +169,6 @@ def test_a_pattern_finds_the_mark_in_a_recipient() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["(", "[0-9]+"])
-def test_a_pattern_that_is_of_no_use_is_refused(pattern: str) -> None:
+def test_an_unusable_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError):
         RecipientMarks(pattern)

@@ -139,10 +139,10 @@ async def test_a_word_that_is_none_is_refused_with_the_words_there_are() -> None
     async with api(faults=FaultDesk(FaultEngine(receipts=log), log)) as client:
         refused = await client.put("/api/plan", content='[[rule]]\nphase = "rctp"\nreply = "450"')
         assert refused.status_code == 400
-        why = "the plan was not taken: rule[0].phase: there is no 'rctp'; here may stand: connect, banner, ehlo, "
+        why = "the plan was not taken: rule[0].phase: unknown value 'rctp' (did you mean rcpt?); expected one of: "
         assert refused.json()["error"].startswith(why)
         refused = await client.post("/api/fail-next", json={"phase": "rctp", "reply": 450})
-        assert refused.json()["error"].startswith("there is no reply in a phase 'rctp'; a phase is one of banner, ehlo")
+        assert refused.json()["error"].startswith("unknown phase 'rctp'; expected one of: banner, ehlo")
 
 
 @pytest.mark.parametrize(

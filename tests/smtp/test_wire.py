@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 
@@ -312,6 +313,16 @@ def test_the_lines_of_bdat_chunks_are_looked_at_across_their_borders(data: bytes
             assert body == data
 
 
+@given(mail_octets, st.integers(0, 100), st.integers(0, 100), st.integers(1, 9))
+def test_bdat_chunks_are_normalized_across_their_borders(data: bytes, cut: int, length: int, step: int) -> None:
+    cut = min(cut, len(data))
+    length = min(length, len(data) - cut)
+    wire = Wire(text_line_limit=2000, reject=(), normalize=("bare_lf", "bare_cr"))
+    expected = re.sub(rb"(?<!\r)\n", b"\r\n", re.sub(rb"\r(?!\n)", b" ", data))
+    assert octets(wire, data, [cut, length, len(data) - cut - length], step) == (expected, "")
+    assert wire.octets == len(expected)
+
+
 def test_a_line_behind_the_octets_is_a_command() -> None:
     wire = Wire()
     wire.feed(b"12345NOOP\r\n")
@@ -383,5 +394,5 @@ def test_a_wire_reports_a_broken_socket() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 64"):
         Wire(text_line_limit=10)
-    with pytest.raises(ValueError, match="one of bare_lf"):
+    with pytest.raises(ValueError, match="one of: bare_lf"):
         Wire(reject=["bare_vowel"])

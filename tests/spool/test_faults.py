@@ -1,4 +1,4 @@
-"""When the disk fails: nothing that was accepted is lost, what was refused is not there, and the spool goes on."""
+"""When the disk fails, nothing accepted is lost, nothing refused is kept, and the spool continues."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.spool.test_spool import NOW, opened, settled, take_all, text_of
 
 
 class Faulty(sqlite3.Connection):
-    """A database that fails at a step, before it was done or after."""
+    """A database that fails at a step, before or after executing it."""
 
     left: ClassVar[int] = -1
-    """Steps until the one that fails; less than none: no fault."""
+    """Steps until the failure; negative: no failure."""
     is_after: ClassVar[bool] = False
     hit: ClassVar[str] = ""
     """The statement that failed."""
@@ -43,7 +43,7 @@ class Faulty(sqlite3.Connection):
     @classmethod
     @contextmanager
     def failing(cls, step: int, *, is_after: bool) -> Iterator[None]:
-        """Fail at a step from now on, once."""
+        """Fail once, after a number of steps."""
         cls.left, cls.is_after, cls.hit = step, is_after, ""
         try:
             yield
@@ -53,13 +53,13 @@ class Faulty(sqlite3.Connection):
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
-    """Let every database fail when it is told to."""
+    """Make every database able to fail."""
     monkeypatch.setattr(store, "connect", partial(store.connect, factory=Faulty))
     return Faulty
 
 
 @pytest.mark.parametrize("is_after", [False, True])
-async def test_whatever_step_of_a_put_fails_it_is_written_or_refused(
+async def test_a_put_that_fails_at_any_step_is_written_or_refused(
     tmp_path: Path, faulty: type[Faulty], is_after: bool
 ) -> None:
     accepted: set[str] = set()
@@ -72,7 +72,7 @@ async def test_whatever_step_of_a_put_fails_it_is_written_or_refused(
             message = make_message(b"%d" % step)
             with faulty.failing(step, is_after=is_after):
                 try:
-                    await spool.put(message, [f"lane{step}", "x"][: len(message.envelope.recipients)])
+                    await spool.put(message, [f"queue{step}", "x"][: len(message.envelope.recipients)])
                     accepted.add(message.id)
                 except sqlite3.OperationalError:
                     if faulty.hit == "COMMIT" and is_after:
@@ -92,9 +92,7 @@ async def test_whatever_step_of_a_put_fails_it_is_written_or_refused(
 
 
 @pytest.mark.parametrize("is_after", [False, True])
-async def test_whatever_step_of_an_end_fails_it_is_written_whole_or_not_at_all(
-    tmp_path: Path, faulty: type[Faulty], is_after: bool
-) -> None:
+async def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, faulty: type[Faulty], is_after: bool) -> None:
     step = 0
     async with opened(tmp_path) as spool:
         while True:
@@ -104,7 +102,7 @@ async def test_whatever_step_of_an_end_fails_it_is_written_whole_or_not_at_all(
             ends = settled(entry, Outcome.FAILED, "550 no")
             with faulty.failing(step, is_after=is_after):
                 try:
-                    await spool.settle(ends, [(bounce, ["back"])])
+                    await spool.record(ends, [(bounce, ["back"])])
                     is_written = True
                 except sqlite3.OperationalError:
                     is_written = is_after and faulty.hit == "COMMIT"
@@ -118,7 +116,7 @@ async def test_whatever_step_of_an_end_fails_it_is_written_whole_or_not_at_all(
             assert rows == ([] if is_written else [(1,)])
             if not faulty.hit:
                 break
-            await spool.settle(ends)  # again, as the ledger does
+            await spool.record(ends)  # again, as the recorder does
     assert step > 5
 
 
@@ -169,7 +167,7 @@ trio.run(main)
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[str]:
-    """Make a folder a file system of 4 MB, where that is allowed. Yield what keeps its files small."""
+    """Mount a file system of 4 MB on a folder, if permitted. Yield the kind of limit in force."""
     mount = shutil.which("mount") or "mount"
     command = [mount, "-t", "tmpfs", "-o", "size=4m", "penstock-test", str(folder)]
     if not shutil.which("mount") or subprocess.run(command, check=False, capture_output=True).returncode != 0:
@@ -191,7 +189,7 @@ def fill(folder: Path, kind: str, octets: int) -> str:
 
 
 @pytest.mark.parametrize("octets", [1_000, 40_000])
-def test_a_disk_that_is_full_loses_nothing_and_is_used_again_when_it_has_room(tmp_path: Path, octets: int) -> None:
+def test_a_full_disk_loses_nothing_and_is_used_again(tmp_path: Path, octets: int) -> None:
     with small_disk(tmp_path) as kind:
         refused = fill(tmp_path, kind, octets)
     if kind == "tmpfs":

@@ -1,4 +1,4 @@
-"""The spool: what is put comes out again, whatever happens in between."""
+"""The spool: what is put is taken out again, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from penstock.message import Path as MailPath
 from penstock.server.body import BodyCollector, BodySettings, FileBody, MemoryBudget
 from penstock.spool import store
 from penstock.spool.admin import QueueAdmin
-from penstock.spool.entry import DUE, Entry, LaneDue, Outcome, Put, Settlement
+from penstock.spool.entry import DUE, AttemptRecord, Entry, Outcome, Put, QueueDue
 from penstock.spool.spool import Spool, SpoolError, SpoolFullError, SpoolSettings
 from penstock.spool.store import LOCK, Store
 from tests.contracts.delivery import make_message
@@ -46,8 +46,8 @@ async def opened(folder: Path, now: float = NOW, **changes: Any) -> AsyncIterato
         await spool.aclose()
 
 
-def settled(entry: Entry, what: Outcome, reply: str = "", next_try: float = 0.0) -> list[Settlement]:
-    return [Settlement(row.number, entry.lane, what, reply, next_try) for row in entry.rows]
+def settled(entry: Entry, what: Outcome, reply: str = "", next_try: float = 0.0) -> list[AttemptRecord]:
+    return [AttemptRecord(row.number, entry.queue, what, reply, next_try) for row in entry.rows]
 
 
 def text_of(entry: Entry) -> bytes:
@@ -77,12 +77,12 @@ class Blocked:
 
 async def take_all(spool: Spool, now: float = NOW) -> list[Entry]:
     entries: list[Entry] = []
-    for due in await spool.due_lanes(now, 100):
-        entries += await spool.take(due.lane, now, 1000, 1 << 30)
+    for due in await spool.due_queues(now, 100):
+        entries += await spool.take(due.queue, now, 1000, 1 << 30)
     return entries
 
 
-async def test_what_is_put_comes_out_as_it_was(tmp_path: Path) -> None:
+async def test_a_message_is_taken_as_it_was_put(tmp_path: Path) -> None:
     recipients = (
         Recipient(
             MailPath('"j. d"@Example.org', "j. d", "example.org"), frozenset({"SUCCESS", "FAILURE"}), "rfc822;x@y"
@@ -120,23 +120,23 @@ async def test_a_message_that_is_put_as_taken_need_not_be_read_back(tmp_path: Pa
         assert [str(to) for to in second.envelope.recipients] == ["b@y"]
         message.body.close()
         assert text_of(second).endswith(b"body")
-        await spool.settle(settled(first, Outcome.RETURNED, next_try=NOW) + settled(second, Outcome.DELIVERED))
+        await spool.record(settled(first, Outcome.RETURNED, next_try=NOW) + settled(second, Outcome.DELIVERED))
         (again,) = await take_all(spool)
     assert again.rows == first.rows
     assert again.envelope == first.envelope
 
 
-async def test_recipients_wait_in_their_lanes(tmp_path: Path) -> None:
+async def test_recipients_wait_in_their_queues(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"1", recipients=("a@x", "b@y")), ["x", "y"])
         await spool.put(make_message(b"2", recipients=("c@x",)), ["x"])
-        assert await spool.due_lanes(NOW, 10) == [LaneDue("x", NOW), LaneDue("y", NOW)]
+        assert await spool.due_queues(NOW, 10) == [QueueDue("x", NOW), QueueDue("y", NOW)]
         assert [text_of(entry)[-1:] for entry in await spool.take("x", NOW, 10, 1 << 30)] == [b"1", b"2"]
-        assert await spool.due_lanes(NOW, 10) == [LaneDue("y", NOW)]
+        assert await spool.due_queues(NOW, 10) == [QueueDue("y", NOW)]
         assert await spool.take("z", NOW, 10, 1 << 30) == []
 
 
-async def test_a_take_keeps_to_its_bounds_and_gives_at_least_one(tmp_path: Path) -> None:
+async def test_a_take_is_bounded_and_returns_at_least_one(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         for number in range(5):
             await spool.put(make_message(b"%d" % number * 1000), ["x"])
@@ -150,53 +150,53 @@ async def test_a_deferred_recipient_is_due_again_and_not_before(tmp_path: Path) 
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         (entry,) = await take_all(spool)
-        await spool.settle(settled(entry, Outcome.DEFERRED, "451 later", NOW + 60))
+        await spool.record(settled(entry, Outcome.DEFERRED, "451 later", NOW + 60))
         assert await take_all(spool, NOW + 59) == []
         assert await spool.next_due() == NOW + 60
         (entry,) = await take_all(spool, NOW + 60)
         assert entry.rows[0].attempts == 2
 
 
-async def test_a_lane_that_is_taken_from_waits_and_others_do_not(tmp_path: Path) -> None:
+async def test_a_queue_that_is_taken_from_is_postponed(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"y"), ["y"])
         assert len(await spool.take("x", NOW, 1, 1 << 20, NOW + 30)) == 1
-        assert await spool.due_lanes(NOW, 10) == [LaneDue("y", NOW)]
-        assert await spool.due_lanes(NOW + 30, 10) == [LaneDue("y", NOW), LaneDue("x", NOW + 30)]
+        assert await spool.due_queues(NOW, 10) == [QueueDue("y", NOW)]
+        assert await spool.due_queues(NOW + 30, 10) == [QueueDue("y", NOW), QueueDue("x", NOW + 30)]
 
 
-async def test_a_bounce_enters_with_the_end_of_what_it_tells_of(tmp_path: Path) -> None:
+async def test_a_bounce_and_its_record_share_a_transaction(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         (entry,) = await take_all(spool)
         before = spool.transactions
-        await spool.settle(settled(entry, Outcome.FAILED, "550 no"), [(make_message(b"bounce", sender=""), ["back"])])
+        await spool.record(settled(entry, Outcome.FAILED, "550 no"), [(make_message(b"bounce", sender=""), ["back"])])
         assert spool.transactions == before + 1
         (bounce,) = await take_all(spool)
-        assert bounce.lane == "back"
+        assert bounce.queue == "back"
 
 
-async def test_those_who_wait_hear_what_became_due(tmp_path: Path) -> None:
+async def test_the_relay_is_notified_of_what_became_due(tmp_path: Path) -> None:
     heard: list[str] = []
     async with opened(tmp_path) as spool:
         spool.became_due = heard.extend
         await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"x"), ["taken"], is_taken=True)
         (entry,) = await take_all(spool)
-        await spool.settle(settled(entry, Outcome.DELIVERED), [(make_message(b"bounce"), ["back"])])
+        await spool.record(settled(entry, Outcome.DELIVERED), [(make_message(b"bounce"), ["back"])])
     assert heard == ["x", "back"]
 
 
-async def test_large_bodies_are_files_that_come_and_go_with_their_message(tmp_path: Path) -> None:
+async def test_large_bodies_are_files_that_live_with_their_message(tmp_path: Path) -> None:
     body = os.urandom(300_000)
     async with opened(tmp_path, body_in_file=1000) as spool:
         (entry,) = await spool.put(make_message(body), ["x"], is_taken=True)
         (file,) = body_files(tmp_path)
         assert file.read_bytes() == body
         assert text_of(entry) == b"Received: by test\r\n" + body
-        await spool.settle(settled(entry, Outcome.DELIVERED))
+        await spool.record(settled(entry, Outcome.DELIVERED))
     assert not file.exists()
 
 
@@ -205,7 +205,7 @@ def body_files(folder: Path) -> list[Path]:
 
 
 async def spilled(folder: Path, data: bytes) -> Body:
-    """Return a body that has come in pieces, and is in a file without a name."""
+    """Return a body that was received in pieces into an unnamed file."""
     collector = BodyCollector(BodySettings(memory_per_message=1000), MemoryBudget(1 << 20), folder)
     for start in range(0, len(data), 5000):
         await collector.add(data[start : start + 5000])
@@ -238,26 +238,25 @@ async def test_a_body_on_another_file_system_is_copied(tmp_path: Path, monkeypat
         assert text_of(entry).endswith(data)
 
 
-async def test_a_large_body_needs_no_task(tmp_path: Path) -> None:
-    heard: list[tuple[BaseException | None, list[Entry]]] = []
-    async with opened(tmp_path, body_in_file=1000) as spool:
-        for _ in range(20):
-            spool.put_later(make_message(b"x" * 2000), ["x"], lambda *what: heard.append(what), is_taken=True)
-    assert [failure for failure, _ in heard] == [None] * 20
-    assert len(body_files(tmp_path)) == 20, "a spool that is closed has written everything"
-
-
 async def test_large_bodies_that_wait_are_bounded(tmp_path: Path) -> None:
-    heard: list[BaseException | None] = []
+    refused: list[SpoolFullError] = []
+
+    async def put(spool: Spool) -> None:
+        try:
+            await spool.put(make_message(b"x" * 2000), ["x"])
+        except SpoolFullError as exc:
+            refused.append(exc)
+
     async with opened(tmp_path, body_in_file=1000, waiting=3) as spool:
-        for _ in range(3):
-            spool.put_later(make_message(b"x" * 2000), ["x"], lambda failure, _: heard.append(failure))
-        with pytest.raises(SpoolFullError):
-            spool.put_later(make_message(b"x" * 2000), ["x"], lambda failure, _: heard.append(failure))
-    assert heard == [None] * 3
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(put, spool)
+        assert len(await take_all(spool)) == 3
+    assert len(refused) == 2
+    assert len(body_files(tmp_path)) == 3
 
 
-async def test_files_without_a_message_are_swept_at_the_start(tmp_path: Path) -> None:
+async def test_files_without_a_message_are_removed_at_the_start(tmp_path: Path) -> None:
     async with opened(tmp_path, body_in_file=10) as spool:
         await spool.put(make_message(b"x" * 100), ["x"])
     stray = tmp_path / "bodies" / "99" / "999"
@@ -313,7 +312,7 @@ async def test_a_full_disk_refuses_and_loses_nothing(tmp_path: Path) -> None:
         assert [text_of(entry)[-1:] for entry in await take_all(spool)] == [b"x", b"z"]
 
 
-async def test_a_large_body_that_can_not_be_written_leaves_nothing(
+async def test_a_large_body_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(tmp_path, body_in_file=10) as spool:
@@ -325,44 +324,41 @@ async def test_a_large_body_that_can_not_be_written_leaves_nothing(
         assert await take_all(spool) == []
 
 
-async def test_a_wish_that_fails_costs_nobody_else(tmp_path: Path) -> None:
+async def test_a_request_that_fails_does_not_affect_others(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         done: list[outcome.Outcome[object]] = []
-        async with Blocked(spool):  # the two share the next batch
+        async with trio.open_nursery() as nursery, Blocked(spool):  # the two share the next batch
             spool._committer.do_later(lambda _: 1 / 0, done.append)
-            spool.put_later(make_message(b"x"), ["x"], lambda exc, _: done.append(outcome.Value(exc)))
-        while len(done) < 2:
-            await trio.lowlevel.checkpoint()
+            nursery.start_soon(spool.put, make_message(b"x"), ["x"])
+            await trio.testing.wait_all_tasks_blocked()
         assert isinstance(done[0], outcome.Error)
-        assert done[1] == outcome.Value(None)
         assert len(await take_all(spool)) == 1
 
 
 async def test_what_waits_to_be_written_is_bounded(tmp_path: Path) -> None:
     async with opened(tmp_path, waiting=2) as spool:
-        heard: list[BaseException | None] = []
-        async with Blocked(spool):
+        async with trio.open_nursery() as nursery, Blocked(spool):
             for _ in range(2):
-                spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
+                nursery.start_soon(spool.put, make_message(b"x"), ["x"])
+            await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(SpoolFullError):
-                spool.put_later(make_message(b"x"), ["x"], lambda exc, _: heard.append(exc))
-        while len(heard) < 2:
-            await trio.lowlevel.checkpoint()
+                await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"x"), ["x"])
-    assert heard == [None, None]
+        assert len(await take_all(spool)) == 3
 
 
 async def test_octets_that_wait_to_be_written_are_bounded(tmp_path: Path) -> None:
     async with opened(tmp_path, waiting_octets=1 << 20, body_in_file=4 << 20) as spool:
-        async with Blocked(spool):
-            spool.put_later(make_message(b"x" * (2 << 20)), ["x"], lambda *_: None)  # more than the bound, but alone
+        async with trio.open_nursery() as nursery, Blocked(spool):
+            nursery.start_soon(spool.put, make_message(b"x" * (2 << 20)), ["x"])  # more than the bound, but alone
+            await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(SpoolFullError):
-                spool.put_later(make_message(b"x"), ["x"], lambda *_: None)
+                await spool.put(make_message(b"x"), ["x"])
         await take_all(spool)
         await spool.put(make_message(b"x"), ["x"])
 
 
-async def test_a_cancelled_question_disturbs_nobody(tmp_path: Path) -> None:
+async def test_a_cancelled_request_affects_no_other(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         async with Blocked(spool), trio.open_nursery() as nursery:
             nursery.start_soon(spool.next_due)
@@ -372,7 +368,7 @@ async def test_a_cancelled_question_disturbs_nobody(tmp_path: Path) -> None:
         assert await spool.next_due() == NOW
 
 
-async def test_a_put_that_is_cancelled_is_heard_of_all_the_same(tmp_path: Path) -> None:
+async def test_a_put_cannot_be_cancelled_once_begun(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         entries: list[Entry] = []
 
@@ -391,7 +387,7 @@ async def test_a_put_that_is_cancelled_is_heard_of_all_the_same(tmp_path: Path) 
         assert await take_all(spool) == []
 
 
-async def test_a_cancelled_take_takes_nothing_or_gives_it_out(tmp_path: Path) -> None:
+async def test_a_cancelled_take_takes_nothing_or_returns_it(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         entries: list[Entry] = []
@@ -406,26 +402,23 @@ async def test_a_cancelled_take_takes_nothing_or_gives_it_out(tmp_path: Path) ->
         assert len(entries) == 1
 
 
-async def test_a_waiter_with_a_bug_costs_nobody_else(tmp_path: Path) -> None:
-    heard: list[object] = []
+async def test_a_callback_with_a_bug_does_not_affect_others(tmp_path: Path) -> None:
     bugs: list[Exception] = []
 
-    def stumble(*_: object) -> None:
+    def fail(_: object) -> None:
         raise ZeroDivisionError
 
-    def listen(failure: BaseException | None, _: object) -> None:
-        heard.append(failure)
-
-    async with opened(tmp_path, body_in_file=1000) as spool:
+    async with opened(tmp_path) as spool:
         spool.report_bug = bugs.append
-        for octets in (10, 2000):
-            spool.put_later(make_message(b"x" * octets), ["x"], stumble)
-            spool.put_later(make_message(b"x" * octets), ["x"], listen)
-    assert heard == [None, None]
-    assert [type(bug) for bug in bugs] == [ZeroDivisionError] * 2
+        async with trio.open_nursery() as nursery, Blocked(spool):
+            spool._committer.do_later(lambda _: None, fail)
+            nursery.start_soon(spool.put, make_message(b"x"), ["x"])
+            await trio.testing.wait_all_tasks_blocked()
+        assert len(await take_all(spool)) == 1
+    assert [type(bug) for bug in bugs] == [ZeroDivisionError]
 
 
-async def test_a_closed_spool_says_so(tmp_path: Path) -> None:
+async def test_a_closed_spool_refuses_requests(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         pass
     await spool.aclose()
@@ -443,24 +436,17 @@ async def test_a_closed_spool_says_so(tmp_path: Path) -> None:
 async def test_a_transaction_is_bounded(
     tmp_path: Path, messages: int, octets: int, recipients: int, transactions: int
 ) -> None:
-    heard: list[BaseException | None] = []
     to = tuple(f"{number}@x" for number in range(recipients))
-
-    def done(failure: BaseException | None, _: object) -> None:
-        heard.append(failure)
-
     async with opened(tmp_path, body_in_file=1 << 20) as spool:
-        async with Blocked(spool):
+        async with trio.open_nursery() as nursery, Blocked(spool):
             before = spool.transactions
             for _ in range(messages):
-                spool.put_later(make_message(b"x" * octets, recipients=to), ["x"] * recipients, done)
-        while len(heard) < messages:
-            await trio.lowlevel.checkpoint()
+                nursery.start_soon(spool.put, make_message(b"x" * octets, recipients=to), ["x"] * recipients)
+            await trio.testing.wait_all_tasks_blocked()
         assert spool.transactions - before == 1 + transactions
-    assert set(heard) == {None}
 
 
-async def test_a_recipient_without_a_message_is_not_found_due_for_ever(tmp_path: Path) -> None:
+async def test_a_recipient_without_a_message_is_held(tmp_path: Path) -> None:
     async with opened(tmp_path) as spool:
         await spool.put(make_message(b"x"), ["x"])
         await spool.put(make_message(b"y"), ["x"])
@@ -469,7 +455,7 @@ async def test_a_recipient_without_a_message_is_not_found_due_for_ever(tmp_path:
         assert await spool.next_due() is None
 
 
-async def test_a_server_waits_for_a_command_that_looks_at_the_lock(tmp_path: Path) -> None:
+async def test_a_server_waits_for_a_command_that_tests_the_lock(tmp_path: Path) -> None:
     tmp_path.joinpath(LOCK).touch()
     looking = os.open(tmp_path / LOCK, os.O_RDWR)
     fcntl.flock(looking, fcntl.LOCK_SH)
@@ -480,17 +466,17 @@ async def test_a_server_waits_for_a_command_that_looks_at_the_lock(tmp_path: Pat
     timer.join()
 
 
-async def test_a_spool_that_could_not_be_opened_lets_everything_go(tmp_path: Path) -> None:
+async def test_a_spool_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path) -> None:
     async with opened(tmp_path):
         pass
     with sqlite3.connect(tmp_path / "spool.db") as database:
         database.execute("PRAGMA user_version = 99")
     for _ in range(2):
-        with pytest.raises(SpoolError, match="another version"):
+        with pytest.raises(SpoolError, match="version 99, expected 3"):
             await Spool(SpoolSettings(), tmp_path).start()
-        with pytest.raises(SpoolError, match="another version"), QueueAdmin.opened(tmp_path):
+        with pytest.raises(SpoolError, match="version 99, expected 3"), QueueAdmin.opened(tmp_path):
             pass
-    database.execute("PRAGMA user_version = 2")
+    database.execute("PRAGMA user_version = 3")
     database.close()
     async with opened(tmp_path):
         pass
@@ -520,7 +506,7 @@ trio.run(main)
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_a_killed_process_has_lost_nothing_it_had_promised(tmp_path: Path, seed: int) -> None:
+async def test_a_killed_process_loses_nothing_it_accepted(tmp_path: Path, seed: int) -> None:
     lines = random.Random(seed).randrange(5, 100)
     folder = tmp_path / "spool"
     with subprocess.Popen(  # noqa: ASYNC220 - nothing else is to happen meanwhile
@@ -539,12 +525,12 @@ async def test_a_killed_process_has_lost_nothing_it_had_promised(tmp_path: Path,
 
 # ---- against a model
 
-LANES = ["x", "y"]
+QUEUES = ["x", "y"]
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("put"), st.lists(st.sampled_from(LANES), min_size=1, max_size=3), st.booleans()),
-        st.tuples(st.just("take"), st.sampled_from(LANES), st.integers(1, 4)),
-        st.tuples(st.just("settle"), st.integers(0, 20), st.sampled_from(list(Outcome)), st.integers(0, 3)),
+        st.tuples(st.just("put"), st.lists(st.sampled_from(QUEUES), min_size=1, max_size=3), st.booleans()),
+        st.tuples(st.just("take"), st.sampled_from(QUEUES), st.integers(1, 4)),
+        st.tuples(st.just("record"), st.integers(0, 20), st.sampled_from(list(Outcome)), st.integers(0, 3)),
         st.tuples(st.just("wait"), st.integers(1, 3)),
         st.tuples(st.just("crash")),
     ),
@@ -554,65 +540,65 @@ operations = st.lists(
 
 @given(operations)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_order_of_events_leaves_what_a_list_would_hold(
+def test_any_order_of_events_matches_the_model(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[Any, ...]]
 ) -> None:
-    """The store holds what a dictionary of recipients holds, and never finds due what is not, nor misses what is."""
-    queue = Store(tmp_path_factory.mktemp("spool"))
-    queue.open()
-    queue._database.execute("PRAGMA synchronous = OFF")  # it is not the disk that is tested
+    """The store agrees with a dictionary of recipients, and finds due exactly what is."""
+    db = Store(tmp_path_factory.mktemp("spool"))
+    db.open()
+    db._database.execute("PRAGMA synchronous = OFF")  # it is not the disk that is tested
     now = NOW
     due: dict[int, tuple[str, float]] = {}
-    """Row -> lane, when: those that wait."""
+    """Row -> queue and due time of recipients that wait."""
     out: dict[int, str] = {}
-    """Row -> lane: those that are being attempted."""
+    """Row -> queue of recipients that are being attempted."""
     for step in steps:
         if step[0] == "wait":
             now += step[1]
         elif step[0] == "crash":
-            queue.close()
-            queue.open()
-            queue._database.execute("PRAGMA synchronous = OFF")
-            due |= {row: (lane, now) for row, lane in out.items()}
+            db.close()
+            db.open()
+            db._database.execute("PRAGMA synchronous = OFF")
+            due |= {row: (queue, now) for row, queue in out.items()}
             out.clear()
             continue
-        with queue.transaction():
+        with db.transaction():
             if step[0] == "put":
-                number = queue.new_number()
-                recipients = tuple(f"{place}@{lane}" for place, lane in enumerate(step[1]))
+                number = db.new_number()
+                recipients = tuple(f"{place}@{queue}" for place, queue in enumerate(step[1]))
                 message = make_message(b"x", recipients=recipients)
-                queue.put([Put(number, message, b"x", step[1], step[2])], now)
-                for place, lane in enumerate(step[1]):
+                db.put([Put(number, message, b"x", step[1], step[2])], now)
+                for place, queue in enumerate(step[1]):
                     row = (number << 20) + place
                     if step[2]:
-                        out[row] = lane
+                        out[row] = queue
                     else:
-                        due[row] = (lane, now)
+                        due[row] = (queue, now)
             elif step[0] == "take":
-                entries = queue.take(step[1], now, step[2], 1 << 30)
+                entries = db.take(step[1], now, step[2], 1 << 30)
                 rows = [row.number for entry in entries for row in entry.rows]
-                could = sorted((when, row) for row, (lane, when) in due.items() if lane == step[1] and when <= now)
+                could = sorted((when, row) for row, (queue, when) in due.items() if queue == step[1] and when <= now)
                 assert len(rows) == min(step[2], len(could))
                 for row in rows:
-                    lane, when = due.pop(row)
-                    assert lane == step[1]
+                    queue, when = due.pop(row)
+                    assert queue == step[1]
                     assert when <= now
-                    out[row] = lane
-            elif step[0] == "settle" and out:
+                    out[row] = queue
+            elif step[0] == "record" and out:
                 row = sorted(out)[step[1] % len(out)]
-                lane = out.pop(row)
-                queue.settle([Settlement(row, lane, step[2], "", now + step[3])])
+                queue = out.pop(row)
+                db.record([AttemptRecord(row, queue, step[2], "", now + step[3])])
                 if step[2] in (Outcome.DEFERRED, Outcome.RETURNED):
-                    due[row] = (lane, now + step[3])
-            lanes = {lane for lane, when in due.values() if when <= now}
-            assert {found.lane for found in queue.due_lanes(now, 10)} >= lanes
-            first = queue.next_due()
+                    due[row] = (queue, now + step[3])
+            queues = {queue for queue, when in due.values() if when <= now}
+            assert {found.queue for found in db.due_queues(now, 10)} >= queues
+            first = db.next_due()
             assert (first is None) is (not due)
             assert first is None or first <= min(when for _, when in due.values())
-            held = {number for (number,) in queue._database.execute("SELECT number FROM recipient")}
+            held = {number for (number,) in db._database.execute("SELECT number FROM recipient")}
             assert held == due.keys() | out.keys()
-            waiting = queue._database.execute("SELECT number FROM recipient WHERE state = ?", (DUE,))
+            waiting = db._database.execute("SELECT number FROM recipient WHERE state = ?", (DUE,))
             assert {number for (number,) in waiting} == due.keys()
-            messages = {number for (number,) in queue._database.execute("SELECT number FROM message")}
+            messages = {number for (number,) in db._database.execute("SELECT number FROM message")}
             assert messages == {row >> 20 for row in held}
-    queue.close()
+    db.close()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import msgspec
 
-from penstock.smtp.sasl import MECHANISMS, ScramKeys
+from penstock.smtp.sasl import MECHANISMS, Exchange, ScramKeys
 
 
 class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +43,14 @@ class Authenticator(Protocol):
         Invented keys have the shape of real ones, because everybody can see the salt and the iterations (RFC 5802 5.1).
         Called in the event loop, so it has to be quick. Whatever it raises, the client gets 454.
         """
+
+
+@runtime_checkable
+class StartsExchanges(Protocol):
+    """The add-on of an authenticator that has SASL exchanges of its own, such as one that accepts everybody."""
+
+    def start_exchange(self, mechanism: str) -> Exchange:
+        """Return a new exchange for a mechanism of the listener."""
 
 
 @runtime_checkable

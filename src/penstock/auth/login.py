@@ -6,10 +6,19 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from penstock import reply as replies
-from penstock.auth.base import Authenticator, CanonicalNames
+from penstock.auth.base import Authenticator, CanonicalNames, StartsExchanges
 from penstock.auth.throttle import AuthThrottle
 from penstock.reply import Reply
-from penstock.smtp.sasl import Challenge, ChannelBinding, Failure, Step, Success, VerifyPassword, start_exchange
+from penstock.smtp.sasl import (
+    Challenge,
+    ChannelBinding,
+    Exchange,
+    Failure,
+    Step,
+    Success,
+    VerifyPassword,
+    start_exchange,
+)
 
 _Data = TypeVar("_Data", bytes, bytes | None)
 
@@ -36,7 +45,11 @@ class Login:
         self.mechanism = mechanism
         self.name = ""
         """The user name that the client claims, "" until it is known."""
-        self._exchange = start_exchange(mechanism, scram_keys=authenticator.scram_keys, binding=binding)
+        self._exchange: Exchange
+        if isinstance(authenticator, StartsExchanges):
+            self._exchange = authenticator.start_exchange(mechanism)
+        else:
+            self._exchange = start_exchange(mechanism, scram_keys=authenticator.scram_keys, binding=binding)
         self._authenticator = authenticator
         self._attempt = throttle.begin(network)
 

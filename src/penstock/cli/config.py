@@ -1,4 +1,4 @@
-"""`penstock config`: check, show and describe configurations."""
+"""`penstock config`: check, show and describe configuration files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from penstock.cli import filecheck
+from penstock.cli.once import OnceGroup
 from penstock.config import ConfigError, Settings, load, to_toml
 from penstock.config import describe as describe_all
-from penstock.loading import HookError
-from penstock.policy.hooks import load_hook
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
@@ -21,34 +21,41 @@ def _load(file: Path) -> Settings:
         raise click.ClickException(str(exc)) from exc
 
 
-@click.group()
+@click.group(cls=OnceGroup)
 def config() -> None:
     """Check, show and describe configuration files."""
 
 
 @config.command()
 @_FILE
-def check(file: Path) -> None:
-    """Say whether a file can be used; exit code 1 and the key that is wrong when it can not."""
+@click.option("--no-files", is_flag=True, help="Do not open the files that the configuration names.")
+def check(file: Path, no_files: bool) -> None:
+    """Check a configuration file and the files that it names.
+
+    Exit code 1, with a line for each key, if the server would not start or not work: wrong keys and values, missing or
+    unreadable files, expired certificates, keys that do not match. Lines that begin with "warning:" name what will
+    cause trouble later, such as a certificate that expires within 14 days.
+    """
     settings = _load(file)
-    for number, hook in enumerate(settings.check):
-        try:
-            load_hook(hook.hook, hook.arguments)
-        except HookError as exc:
-            raise click.ClickException(f"{file}: check[{number}].hook: {exc}") from exc
+    if not no_files:
+        found = filecheck.problems(settings)
+        if found:
+            raise click.ClickException("\n".join(f"{file}: {problem}" for problem in found))
+    for warning in filecheck.warnings(settings, reads_files=not no_files):
+        click.echo(f"warning: {warning}", err=True)
     click.echo(f"{file}: ok")
 
 
 @config.command()
-@click.option("--config", "file", type=click.Path(path_type=Path), help="The file [default: none, so the defaults].")
-@click.option("--diff", is_flag=True, help="Only what is not the default.")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="Configuration file [default: all defaults].")
+@click.option("--diff", is_flag=True, help="Print only the settings that differ from the defaults.")
 def show(file: Path | None, diff: bool) -> None:
-    """Print the settings that are in force, as TOML."""
+    """Print the settings of a configuration file, defaults included, as TOML."""
     settings = Settings() if file is None else _load(file)
     click.echo(to_toml(settings, only_changed=diff), nl=False)
 
 
 @config.command()
 def describe() -> None:
-    """Print every key with its meaning, its bounds and its default: a file to start from."""
+    """Print every key with its description, bounds and default: a configuration file to start from."""
     click.echo(describe_all(), nl=False)

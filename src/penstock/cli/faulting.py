@@ -1,4 +1,4 @@
-"""What `penstock sink` does about faults: plans, magic recipients, and the letters of smtp-sink."""
+"""Fault injection of `penstock sink`: fault plans, magic recipients, and the options of smtp-sink."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import msgspec
 
 from penstock.app import Server
 from penstock.auth.base import Authenticator, AuthSettings
-from penstock.cli.smtpsink import LetterWishes, smtp_sink_letters
+from penstock.cli.smtpsink import SmtpSinkOptions, smtp_sink_letters
 from penstock.config import ListenerSettings, Settings
 from penstock.server.connection import Component
-from penstock.sink.accept_all import AcceptAllAuthenticator
+from penstock.sink.accept_all import ACCEPT_ALL_MECHANISMS, AcceptAllAuthenticator
 from penstock.sink.certificates import Certificates
 from penstock.sink.control import FaultDesk, FaultFile, describe_faults
 from penstock.sink.faults import FaultEngine, FaultLog
@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _replace = msgspec.structs.replace
 
-_ANYBODY: Final = AuthSettings(mechanisms=("PLAIN", "LOGIN"), without_tls=True)
+_ACCEPT_ALL: Final = _replace(AuthSettings(without_tls=True), mechanisms=ACCEPT_ALL_MECHANISMS)
 
 
 def _describe(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
@@ -36,19 +36,17 @@ def _describe(context: click.Context, _: click.Parameter, is_asked: bool) -> Non
 
 
 _OPTIONS: Final = (
-    click.option("--faults", "plan_file", type=click.Path(path_type=Path), help="Misbehave as this plan says, a TOML."),
-    click.option(
-        "--seed", type=click.IntRange(0, (1 << 63) - 1), metavar="N", help="What is drawn, is drawn from this number."
-    ),
+    click.option("--faults", "plan_file", type=click.Path(path_type=Path), help="Fault plan (TOML file)."),
+    click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), metavar="N", help="Random seed of the fault plan."),
     click.option(
         "--magic/--no-magic",
         default=True,
-        help="Recipients such as 450-4.2.2@, delay-2s@ or drop@ ask for a fault [default: yes].",
+        help="Let recipients such as 450-4.2.2@, delay-2s@ or drop@ request a fault [default: yes].",
     ),
     click.option(
         "--fault-log",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Write each fault to this file, one JSON object a line.",
+        help="Write every injected fault to this file, as JSON Lines.",
     ),
     click.option(
         "--describe-faults",
@@ -56,27 +54,31 @@ _OPTIONS: Final = (
         is_eager=True,
         expose_value=False,
         callback=_describe,
-        help="Print all there is to know of plans and of magic recipients, and end.",
+        help="Print the reference of fault plans and magic recipients, then exit.",
     ),
-    click.option("--auth", is_flag=True, help="Extensions AUTH PLAIN and LOGIN; every name and password is right."),
-    click.option("--sessions", type=click.IntRange(min=1), metavar="N", help="Stop after so many sessions."),
+    click.option(
+        "--auth",
+        is_flag=True,
+        help=f"Offer AUTH ({', '.join(ACCEPT_ALL_MECHANISMS)}) and accept every name and password.",
+    ),
+    click.option("--sessions", type=click.IntRange(min=1), metavar="N", help="Stop after N sessions."),
 )
 
 
 def fault_options(command: F) -> F:
-    """Add the options to a command, which gives them to `Faulting.take`."""
+    """Add the options to a command, which passes them to `FaultInjection.of`."""
     command = smtp_sink_letters(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-class Faulting:
-    """The faults of one run of a sink. Made before the worker, whose connections ask the engine."""
+class FaultInjection:
+    """The faults of one run of a sink. Made before the worker, because its connections use the engine."""
 
     def __init__(
         self,
-        letters: LetterWishes,
+        letters: SmtpSinkOptions,
         plan_file: Path | None = None,
         seed: int | None = None,
         *,
@@ -84,13 +86,13 @@ class Faulting:
         magic: bool = True,
         auth: bool = False,
     ) -> None:
-        """Raise click.UsageError for wishes that can not be met, ClickException for a plan that can not be read."""
+        """Raise click.UsageError for conflicting options, ClickException for a log that cannot be written."""
         letters.check()
         self.letters = letters
         self._offers_auth = auth
         self._plan_file, self._seed = plan_file, seed
         if auth and "a" in letters.given:
-            raise click.UsageError("-a and --auth exclude each other")
+            raise click.UsageError("-a and --auth are mutually exclusive")
         try:
             self._log = FaultLog() if fault_log is None else FaultFile(fault_log)
         except OSError as exc:
@@ -100,17 +102,17 @@ class Faulting:
         self.desk = FaultDesk(self._engine, self._log, seed=seed)
 
     @classmethod
-    def take(cls, options: dict[str, Any]) -> Faulting:
-        """Take what is about faults out of the options of a command."""
-        letters = LetterWishes.take(options)
+    def of(cls, options: dict[str, Any]) -> FaultInjection:
+        """Remove the options about faults from those of a command."""
+        letters = SmtpSinkOptions.of(options)
         own = {name: options.pop(name) for name in ("plan_file", "seed", "fault_log", "magic", "auth")}
         return cls(letters, **own)
 
     def prepare(self, settings: Settings, folder: Path) -> Settings:
-        """Load the plan, make the certificates, and return the settings as the letters have them.
+        """Load the plan, generate the certificates, and return the settings as changed by the smtp-sink options.
 
-        The right certificate is put into the folder, for listeners that have none, and its authority beside it. Raise
-        OSError.
+        The valid certificate, for listeners that name none, and its authority are written to the folder. Raise OSError,
+        or ClickException for a plan that cannot be used.
         """
         settings = self.letters.apply(settings)
         try:
@@ -133,7 +135,7 @@ class Faulting:
     def _prepared(self, listener: ListenerSettings, certificate: str) -> ListenerSettings:
         if listener.tls.mode != "none" and not listener.tls.certificate:
             listener = _replace(listener, tls=_replace(listener.tls, certificate=certificate))
-        return _replace(listener, auth=_ANYBODY) if self._offers_auth else listener
+        return _replace(listener, auth=_ACCEPT_ALL) if self._offers_auth else listener
 
     @property
     def component(self) -> Component:
@@ -142,11 +144,11 @@ class Faulting:
 
     @property
     def authenticator(self) -> Authenticator | None:
-        """Who knows everybody, where that is asked for."""
+        """The authenticator of --auth; None without it."""
         return AcceptAllAuthenticator() if self._offers_auth else None
 
     def begin(self, parts: Server) -> None:
-        """Set what smtp-sink sets of the sockets."""
+        """Apply -T and the backlog to the listening sockets."""
         for bound in parts.listeners:
             if self.letters.window is not None:
                 bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.window)
@@ -154,7 +156,7 @@ class Faulting:
                 bound.socket.listen(self.letters.backlog)
 
     def end(self) -> None:
-        """Finish the log. Raise ClickException when it is not whole."""
+        """Close the fault log. Raise ClickException if it is incomplete."""
         try:
             if isinstance(self._log, FaultFile):
                 self._log.close()

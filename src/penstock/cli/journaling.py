@@ -1,7 +1,7 @@
-"""Journal lines on their way to standard error: a full disk, or a pipe that nobody reads, costs lines and not the mail.
+"""Writing the journal to standard error: a full disk or a pipe without a reader costs lines, never mail.
 
-A write may wait for ever, and nothing in the loop can take it back. So a thread of its own writes; what is not written
-when the process ends, it takes along.
+A blocking write may never return and cannot be cancelled, so a separate thread writes. Lines that it has not written
+when the process ends are lost.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from collections.abc import Callable
 from typing import Final
 
 _MOST_WAITING: Final = 8 << 20
-"""Octets that may wait; what comes on top of them is dropped. One hand-over may be larger than that."""
-_PATIENCE: Final = 2.0
-"""Seconds that the last lines have, at the end."""
-_PIECE: Final = select.PIPE_BUF
-"""Octets that a pipe takes without letting another writer come between (POSIX): the room of some lines."""
+"""Octets that may wait to be written; lines beyond that are dropped. A single call may exceed it."""
+_CLOSE_TIMEOUT: Final = 2.0
+"""Seconds that the last lines have to be written."""
+_ATOMIC: Final = select.PIPE_BUF
+"""Octets that POSIX writes to a pipe without interleaving them with those of another process."""
 
 
 def stderr() -> int:
-    """Return the descriptor of standard error; -1 when it is closed, or is no file."""
+    """Return the descriptor of standard error; -1 if it is closed or not a file."""
     try:
         return sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # Python has None for a stream that was closed before it began
+    except (AttributeError, OSError, ValueError):  # sys.stderr is None if it was closed before Python started
         return -1
 
 
 class JournalWriter:
-    """Writes lines in a thread, in their order: call it with whole lines. A call neither waits nor raises.
+    """Writes lines in a thread, in order. Call it with whole lines; a call neither blocks nor raises.
 
-    Lines that find no room, or can not be written, are counted; how many is said in a line, where they are missing, as
-    soon as lines can be written again.
+    Lines that do not fit or cannot be written are counted, and a line with their number takes their place as soon as
+    lines can be written again.
     """
 
     def __init__(self, descriptor: int, tell_dropped: Callable[[int], bytes], *, is_shared: bool = False) -> None:
-        """`tell_dropped` makes the line that says how many are missing; it is called in the thread.
+        """`tell_dropped` makes the line about dropped lines; it is called in the thread.
 
-        `is_shared`: other processes write there, too, and no line is to be torn by theirs.
+        `is_shared`: other processes write to the same descriptor, so lines must be written atomically.
         """
         self._descriptor = descriptor
         self._tell_dropped = tell_dropped
@@ -47,22 +47,22 @@ class JournalWriter:
         self._changed = threading.Condition()
         self._waiting: list[bytes] = []
         self._octets = 0
-        """Of what waits."""
+        """Octets of `_waiting`."""
         self._dropped = 0
-        """Lines that came when there was no room, behind those that wait."""
+        """Lines dropped after those in `_waiting`."""
         self._is_over = False
         self._rest = b""
-        """What is left to write of a line that was begun."""
-        # A daemon: the interpreter does not wait for a write that does not end.
+        """The unwritten part of a line that was begun."""
+        # A daemon thread: the interpreter does not wait for a write that never returns.
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
     def __call__(self, lines: bytes) -> None:
-        """Take lines over."""
+        """Queue lines for writing."""
         if not lines:
             return
         with self._changed:
-            # Once lines are missing, those that follow are, too, until the thread comes: the gap has one place.
+            # Once a line is dropped, so are all others until the thread has caught up: there is one gap, not many.
             if self._dropped or self._octets >= _MOST_WAITING:
                 self._dropped += lines.count(b"\n")
                 return
@@ -70,12 +70,12 @@ class JournalWriter:
             self._octets += len(lines)
             self._changed.notify()
 
-    def close(self, patience: float = _PATIENCE) -> None:
-        """Write what waits, within so many seconds; then give it up."""
+    def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
+        """Write the waiting lines; give up after `timeout` seconds."""
         with self._changed:
             self._is_over = True
             self._changed.notify()
-        self._thread.join(patience)
+        self._thread.join(timeout)
 
     # ---- the thread
 
@@ -88,16 +88,16 @@ class JournalWriter:
                 waiting, dropped, is_over = self._waiting, self._dropped, self._is_over
                 self._waiting = []
                 self._octets = self._dropped = 0
-            missing = self._tell(missing)
-            missing += self._put(b"".join(waiting))
-            missing = self._tell(missing + dropped)
+            missing = self._report(missing)
+            missing += self._write_lines(b"".join(waiting))
+            missing = self._report(missing + dropped)
 
-    def _tell(self, missing: int) -> int:
-        """Write how many lines are missing, if any are. Return how many are still to be told."""
-        return missing if missing and self._put(self._tell_dropped(missing)) else 0
+    def _report(self, missing: int) -> int:
+        """Write the line about missing lines, if any. Return how many remain to be reported."""
+        return missing if missing and self._write_lines(self._tell_dropped(missing)) else 0
 
-    def _put(self, lines: bytes) -> int:
-        """Write lines, behind what is left of one that was begun. Return how many could not even be begun."""
+    def _write_lines(self, lines: bytes) -> int:
+        """Write lines, after the rest of one that was begun. Return how many could not be begun."""
         text = self._rest + lines
         written = 0
         try:
@@ -111,12 +111,12 @@ class JournalWriter:
         return 0
 
     def _write(self, text: bytes, start: int) -> int:
-        """Write some of a text. Return how many octets. Raise OSError."""
+        """Write the beginning of a text. Return the number of octets written. Raise OSError."""
         end = len(text)
         if self._is_shared:
-            end = text.rfind(b"\n", start, start + _PIECE) + 1 or text.find(b"\n", start) + 1 or end
+            end = text.rfind(b"\n", start, start + _ATOMIC) + 1 or text.find(b"\n", start) + 1 or end
         try:
             return os.write(self._descriptor, memoryview(text)[start:end])
-        except BlockingIOError:  # whoever has started us does not block
+        except BlockingIOError:  # the descriptor was inherited in non-blocking mode
             select.select([], [self._descriptor], [])
             return 0

@@ -1,4 +1,4 @@
-"""The command line: parses, and hands over to the command's own file."""
+"""The command line. Each command has a module of its own."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from penstock.cli.user import user
 
 EPILOG = """\b
 Examples:
-  penstock serve                              a complete server on 127.0.0.1:2525, Maildir below ./penstock-data
-  penstock serve --config penstock.toml       as the file says
-  penstock sink --messages 10000              take 10,000 messages, forget them, print counts
-  penstock sink --web 127.0.0.1:8025          the same with a live page; `penstock top` shows it in a terminal
-  penstock config describe > penstock.toml    every key with its meaning and its default
-  penstock user add alice                     a user who may authenticate
+  penstock serve                              run a complete server on 127.0.0.1:2525, Maildir in ./penstock-data
+  penstock serve --config penstock.toml       run a server with a configuration file
+  penstock sink --messages 10000              receive and discard 10,000 messages, print counters
+  penstock sink --web 127.0.0.1:8025          the same with a live web page; `penstock top` shows it in a terminal
+  penstock load 127.0.0.1:2525                send 1,000 messages as fast as possible
+  penstock config describe > penstock.toml    all configuration keys with descriptions and defaults
+  penstock user add alice                     create a user for AUTH
 """
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="penstock", message="%(prog)s %(version)s")
 def main() -> None:
-    """Penstock is an SMTP server for people who receive mail by the million.
+    """Penstock is an SMTP server for high volumes of mail.
 
-    `serve` accepts mail, judges it, and delivers it; `sink` accepts mail and forgets it, as the target of a load test.
+    `serve` accepts mail, filters it and delivers it. `sink` accepts mail and discards it: a target for load tests.
+    `load` generates mail.
     """
 
 

@@ -1,4 +1,4 @@
-"""What `penstock sink` does about what it receives: count, keep, show, and report at the end."""
+"""Receiving side of `penstock sink`: counting, keeping and showing messages, and the report on exit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _OPTIONS: Final = (
         "--report",
         "report_file",
         type=click.Path(path_type=Path, dir_okay=False),
-        help="Write all receipts to this file at the end, as JSON; - is standard output.",
+        help="Write the statistics as JSON on exit; - is standard output.",
     ),
     click.option(
         "--describe-report",
@@ -48,52 +48,55 @@ _OPTIONS: Final = (
         is_eager=True,
         expose_value=False,
         callback=_show_schema,
-        help="Print the JSON Schema of the report, and end.",
+        help="Print the JSON Schema of the report, then exit.",
     ),
     click.option(
         "--expect",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Each run of marked messages has N of them: exit code 1 when one is missing or came twice.",
+        help="Expect N messages in each numbered run: exit code 1 if one is missing or duplicated.",
     ),
     click.option(
         "--sequence-header",
         metavar="NAME",
-        help="The number of a message is in this header field, not in its sender.",
+        help="Read sequence numbers from this header field instead of the sender.",
     ),
     click.option(
         "--sequence-recipient",
         metavar="REGEX",
-        help="The number of a message is in a recipient: group `number` or 1, the run in group `run`.",
+        help="Read sequence numbers from a recipient: group `number` or 1, the run from group `run`.",
     ),
     click.option(
         "--keep",
         multiple=True,
-        metavar="WHAT",
-        help="Keep messages: last:N in memory (16 MiB of each), maildir:DIR, mbox:FILE or jsonl:FILE (64 MiB at most). "
-        "May be repeated.",
+        metavar="STORE",
+        help="Keep messages: last:N in memory (up to 16 MiB each), maildir:DIR, mbox:FILE or jsonl:FILE (up to 64 MiB "
+        "each). May be repeated.",
     ),
-    click.option("--web", metavar="HOST:PORT", help="Show a live page and an HTTP API there, such as 127.0.0.1:8025."),
+    click.option(
+        "--web", metavar="HOST:PORT", help="Serve a live web page and an HTTP API, for example on 127.0.0.1:8025."
+    ),
     click.option(
         "--web-token",
         envvar="PENSTOCK_WEB_TOKEN",
         metavar="TOKEN",
-        help="What the page and the API ask for; needed where other machines reach them [PENSTOCK_WEB_TOKEN].",
+        help="Password of the web page and the API; required on addresses that other machines can reach "
+        "[PENSTOCK_WEB_TOKEN].",
     ),
-    click.option("-c", "--counters", is_flag=True, help="Show the counters each second [always on a terminal]."),
-    click.option("--receipts/--no-receipts", "counts", default=True, help="Count what can be counted [default: yes]."),
+    click.option("-c", "--counters", is_flag=True, help="Print counters every second [default on a terminal]."),
+    click.option("--receipts/--no-receipts", "counts", default=True, help="Collect statistics [default: yes]."),
 )
 
 
 def receipt_options(command: F) -> F:
-    """Add the options to a command, which gets them as keywords for `Wishes`."""
+    """Add the options to a command, which passes them to `ReceivingOptions`."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
-class Wishes(NamedTuple):
-    """What the options say."""
+class ReceivingOptions(NamedTuple):
+    """The values of the options."""
 
     report_file: Path | None = None
     expect: int | None = None
@@ -106,71 +109,71 @@ class Wishes(NamedTuple):
     counts: bool = True
 
 
-class Account:
-    """The receipts of one run of a sink. Made before the worker, because the worker counts into it."""
+class Receiving:
+    """Statistics and kept messages of one run of a sink. Made before the worker, which counts into it."""
 
-    def __init__(self, wishes: Wishes, stores: Sequence[Store] = ()) -> None:
-        """Bind the socket of the page; `stores` get all messages. Raise click.UsageError for what can not be."""
-        self._wishes = wishes
+    def __init__(self, options: ReceivingOptions, stores: Sequence[Store] = ()) -> None:
+        """Bind the socket of the web page; `stores` get all messages. Raise click.UsageError for wrong options."""
+        self._options = options
         self._stores = stores
-        self._receipts: Statistics | None = None
+        self._statistics: Statistics | None = None
         self._sockets: list[socket.socket] = []
         self._keeping: KeepingDelivery | None = None
         self.metrics: Metrics | None = None
-        """None when nothing is to be counted."""
+        """None if nothing is counted."""
         try:
             self._prepare()
         except ValueError as exc:
             raise click.UsageError(str(exc)) from exc
         except OSError as exc:
-            raise click.ClickException(f"{wishes.web}: {exc.strerror}") from exc
+            raise click.ClickException(f"{options.web}: {exc.strerror}") from exc
 
     def _prepare(self) -> None:
-        wishes = self._wishes
-        if wishes.report_file is not None:
-            reports.check_place(wishes.report_file)
-        if not wishes.counts:
-            if wishes != Wishes(counts=False, web_token=wishes.web_token):
-                raise ValueError("--no-receipts goes with no other option about them")
+        options = self._options
+        if options.report_file is not None:
+            reports.check_place(options.report_file)
+        if not options.counts:
+            if options != ReceivingOptions(counts=False, web_token=options.web_token):
+                raise ValueError("--no-receipts cannot be combined with options that need statistics")
             if self._stores:
-                raise ValueError("--no-receipts goes neither with -d nor with -D")
+                raise ValueError("--no-receipts cannot be combined with -d or -D")
             return
-        if wishes.sequence_header is not None and wishes.sequence_recipient is not None:
-            raise ValueError("--sequence-header and --sequence-recipient exclude each other")
-        header, pattern = wishes.sequence_header, wishes.sequence_recipient
+        if options.sequence_header is not None and options.sequence_recipient is not None:
+            raise ValueError("--sequence-header and --sequence-recipient are mutually exclusive")
+        header, pattern = options.sequence_header, options.sequence_recipient
         source = None if pattern is None else RecipientMarks(pattern)
         metrics = self.metrics = Metrics(source=source, reads_marks=header is None)
         marks = None if header is None else HeaderMarks(header, lambda: metrics.sequences)
-        if wishes.keep or marks is not None or self._stores:
-            self._keeping = make_keeping([KeepSettings.parse(each) for each in wishes.keep], marks, self._stores)
-        if wishes.web is not None:
-            self._sockets = _web().bind_web(wishes.web, wishes.web_token)
+        if options.keep or marks is not None or self._stores:
+            self._keeping = make_keeping([KeepSettings.parse(each) for each in options.keep], marks, self._stores)
+        if options.web is not None:
+            self._sockets = _web().bind_web(options.web, options.web_token)
 
     @property
     def delivery(self) -> Delivery | None:
-        """What keeps the messages, when they are to be kept."""
+        """The delivery that keeps messages; None if they are discarded."""
         return self._keeping
 
     def begin(self, parts: Server, faults: FaultBook | None = None) -> None:
-        """Start counting for a worker, and say where the page is."""
+        """Start counting for a worker, and print the URL of the web page."""
         if self.metrics is None:
             return
-        wishes = self._wishes
+        options = self._options
         places = {
-            "sender": wishes.sequence_header is wishes.sequence_recipient is None,
-            f"header {wishes.sequence_header}": wishes.sequence_header is not None,
-            f"recipient {wishes.sequence_recipient}": wishes.sequence_recipient is not None,
+            "sender": options.sequence_header is options.sequence_recipient is None,
+            f"header {options.sequence_header}": options.sequence_header is not None,
+            f"recipient {options.sequence_recipient}": options.sequence_recipient is not None,
         }
-        expectation = Expectation(next(name for name, is_it in places.items() if is_it), wishes.expect)
-        self._receipts = Statistics(
+        expectation = Expectation(next(name for name, is_it in places.items() if is_it), options.expect)
+        self._statistics = Statistics(
             self.metrics, parts.worker, faults=faults, expectation=expectation, listen=parts.addresses
         )
         for sock in self._sockets[:1]:
             click.echo(f"penstock: live page at {_web().url_of(sock)}", err=True)
 
     async def run(self, faults: FaultControl | None = None) -> None:
-        """Take a sample each second, show the counters, serve the page, until cancelled."""
-        if self._receipts is None:
+        """Take a sample each second, print counters and serve the web page until cancelled."""
+        if self._statistics is None:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._count)
@@ -178,37 +181,37 @@ class Account:
                 from penstock.sink.web.app import make_app  # noqa: PLC0415 - needs the extra `web`
 
                 shelf = None if self._keeping is None else self._keeping.shelf
-                app = make_app(self._receipts, shelf=shelf, faults=faults, token=self._wishes.web_token)
+                app = make_app(self._statistics, shelf=shelf, faults=faults, token=self._options.web_token)
                 nursery.start_soon(_web().serve_web, app, self._sockets)
 
     async def _count(self) -> None:
-        assert self._receipts is not None
-        shows, rewrites = self._wishes.counters or sys.stderr.isatty(), sys.stderr.isatty()
+        assert self._statistics is not None
+        shows, rewrites = self._options.counters or sys.stderr.isatty(), sys.stderr.isatty()
         due = trio.current_time()
         while True:
             due += 1
             await trio.sleep_until(due)
-            sample = self._receipts.take_sample()
+            sample = self._statistics.take_sample()
             if shows:
-                with suppress(OSError, ValueError):  # nobody reads it any more
+                with suppress(OSError, ValueError):  # standard error has no reader any more
                     columns = os.get_terminal_size(sys.stderr.fileno()).columns if rewrites else 0
-                    line = counters(self._receipts, sample, columns - 1 if columns else None)
+                    line = counters(self._statistics, sample, columns - 1 if columns else None)
                     text = f"\r\x1b[2K{line}" if rewrites else f"{line}\n"
-                    # In a thread: a pipe that is full, and that nobody reads, must not hold up the sessions.
+                    # In a thread: a full pipe without a reader must not block the sessions.
                     await trio.to_thread.run_sync(_print, text, abandon_on_cancel=True)
 
     def end(self) -> Report | None:
-        """Show the table, and return the report; None when nothing was counted."""
-        if self._receipts is None:
+        """Print the tables and return the report; None if nothing was counted."""
+        if self._statistics is None:
             return None
-        self._receipts.take_sample()
-        report = self._receipts.report()
+        self._statistics.take_sample()
+        report = self._statistics.report()
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[2K")
         if self._keeping is not None and self._keeping.failures:
-            why = f"{self._keeping.failures} messages could not be kept: {self._keeping.last_failure}"
-            click.echo(f"penstock: {why}", err=True)
-        if sys.stdout.isatty() and self._wishes.report_file != reports.STDOUT:
+            reason = f"{self._keeping.failures} messages could not be kept: {self._keeping.last_failure}"
+            click.echo(f"penstock: {reason}", err=True)
+        if sys.stdout.isatty() and self._options.report_file != reports.STDOUT:
             Console().print(table_of(report))
         return report
 
@@ -219,32 +222,32 @@ def _print(text: str) -> None:
 
 
 def _web() -> Any:
-    """Return what serves the page. Raise click.UsageError when the extra is not installed."""
+    """Return the module that serves the web page. Raise click.UsageError if the extra is not installed."""
     try:
         from penstock.sink.web import serve  # noqa: PLC0415 - needs the extra `web`
     except ImportError as exc:
-        raise click.UsageError(f"--web needs more packages: pip install 'penstock[web]' ({exc})") from exc
+        raise click.UsageError(f"--web needs the extra `web`: pip install 'penstock[web]' ({exc})") from exc
     return serve
 
 
 def as_expected(report: Report) -> bool:
-    """Say whether each run has all its messages, and none twice; True when nothing was expected."""
+    """Return True if every run has all its messages and no duplicates, or if nothing was expected."""
     sequences = report.sequences
     if sequences.expected is None:
         return True
     return bool(sequences.runs) and all(not run.missing and not run.duplicates for run in sequences.runs)
 
 
-# ---- for people
+# ---- output for people
 
 
-def counters(receipts: Statistics, sample: Sample, width: int | None = None) -> str:
-    """Return one line about the last second and all before it: of what there is to say, the first that has room."""
-    taken = receipts.metrics.accepted + receipts.metrics.unheard
+def counters(statistics: Statistics, sample: Sample, width: int | None = None) -> str:
+    """Return one line about the last second and the totals: the most important fields that fit into the width."""
+    received = statistics.metrics.accepted + statistics.metrics.unheard
     fields = [
         (0, f"{sample.at:4.0f} s"),
         (0, f"{sample.messages:5,}/s"),
-        (1, f"{taken:7,} messages"),
+        (1, f"{received:7,} messages"),
         (5, f"{sample.sessions:4,} sessions"),
         (3, f"p50 {_or_none(sample.p50):>8}"),
         (2, f"p99 {_or_none(sample.p99):>8}"),
@@ -260,12 +263,12 @@ def counters(receipts: Statistics, sample: Sample, width: int | None = None) -> 
 
 
 def _or_none(ns: int) -> str:
-    """Return a duration; what is 0 never was."""
+    """Return a duration, or "-" for 0: nothing was measured."""
     return milliseconds(ns) if ns else "-"
 
 
 def milliseconds(ns: int) -> str:
-    """Return a duration with the digits that matter: "0.031 ms", "12.4 ms", "1.25 s"."""
+    """Return a duration with three significant digits: "0.031 ms", "12.4 ms", "1.25 s"."""
     if ns >= 1000 * _MS:
         return f"{ns / 1e9:.2f} s"
     value = ns / _MS
@@ -282,7 +285,7 @@ def octets(count: float) -> str:
 
 
 def table_of(report: Report) -> Group:
-    """Return the receipts as tables for a terminal."""
+    """Return a report as tables for a terminal."""
     tables = [_head(report), latency_table(report), reply_table(report)]
     tables += [*_sequence_tables(report), *_fault_tables(report)]
     return Group(*(part for table in tables for part in (table, "")))
@@ -290,20 +293,20 @@ def table_of(report: Report) -> Group:
 
 def _head(report: Report) -> Table:
     messages, sessions = report.messages, report.sessions
-    taken = messages.accepted + messages.unheard
-    head = plain_table(f"{taken:,} messages in {report.seconds:,.1f} s", "", "")
+    received = messages.accepted + messages.unheard
+    head = plain_table(f"{received:,} messages in {report.seconds:,.1f} s", "", "")
     head.show_header = False
     head.columns[0].style = "dim"
     for name, value in (
         ("accepted", f"{messages.accepted:,}"),
-        ("unheard", f"{messages.unheard:,} taken, and no 250 that can be read" if messages.unheard else ""),
+        ("unheard", f"{messages.unheard:,} accepted without a readable 250" if messages.unheard else ""),
         ("recipients", f"{messages.recipients:,}"),
         ("refused", f"{messages.refused:,}"),
         ("lost", f"{messages.lost:,}"),
-        ("sessions", f"{sessions.total:,}, at most {sessions.peak:,} at a time"),
+        ("sessions", f"{sessions.total:,}, at most {sessions.peak:,} at once"),
         ("handshakes", f"{sessions.tls:,}, {sessions.tls_failed:,} failed"),
         ("octets", f"{octets(report.octets.received)} received, {octets(report.octets.sent)} sent"),
-        ("a second", f"{taken / max(report.seconds, 1e-3):,.0f} messages"),
+        ("rate", f"{received / max(report.seconds, 1e-3):,.0f} messages per second"),
     ):
         if value:
             head.add_row(name, value)
@@ -311,7 +314,7 @@ def _head(report: Report) -> Table:
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """Return a table without lines. A column whose name begins with > has numbers, which stand to the right."""
+    """Return a table without lines. A column whose name begins with > is aligned to the right."""
     table = Table(title=title, box=None, title_style="bold", title_justify="left", header_style="dim", pad_edge=False)
     for name in columns:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
@@ -333,28 +336,31 @@ _ORDER: Final = (
     "banner", "tls", "HELO", "EHLO", "LHLO", "STARTTLS", "AUTH", "MAIL", "RCPT", "DATA", "BDAT", "text", "message",
     "RSET", "NOOP", "QUIT", "think",
 )  # fmt: skip
-"""Phases as a session meets them."""
+"""Phases in the order of a session."""
 
 
 def place_of(phase: str) -> int:
-    """Return where a phase stands in a table."""
+    """Return the position of a phase in a table."""
     return _ORDER.index(phase) if phase in _ORDER else len(_ORDER)
 
 
 def reply_table(report: Report, most: int | None = None) -> Table:
-    """Return the replies by phase and code, refusals and what went out wrong in colour; in a few rows, those first."""
+    """Return the replies by phase and code, with refusals and corrupted replies in colour.
+
+    With `most`, only that many rows: refusals and corrupted replies before the others.
+    """
     table = plain_table("Replies", "phase", "code", "status", ">count")
     shown = sorted(report.replies, key=lambda each: place_of(each.phase))
-    left = 0 if most is None else len(shown) - most
-    if left > 0:
+    hidden = 0 if most is None else len(shown) - most
+    if hidden > 0:
         shown = sorted(report.replies, key=lambda each: (each.code < 400 and not each.garbled, -each.count))
-        shown = sorted(shown[: len(shown) - left - 1], key=lambda each: place_of(each.phase))
+        shown = sorted(shown[: len(shown) - hidden - 1], key=lambda each: place_of(each.phase))
     for each in shown:
         style = "red" if each.code >= 500 else "yellow" if each.code >= 400 else "magenta" if each.garbled else None
         status = " ".join(word for word in (each.status, each.garbled) if word)
         table.add_row(each.phase, str(each.code) if each.code else "-", status, f"{each.count:,}", style=style)
-    if left > 0:
-        table.add_row(f"{left + 1} more", style="dim")
+    if hidden > 0:
+        table.add_row(f"{hidden + 1} more", style="dim")
     return table
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import resource
 import signal
 import sqlite3
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import click
 import msgspec
@@ -62,6 +64,7 @@ def run(
         server = assemble(settings, journal, write, overrides=overrides)
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(settings) or str(exc)) from exc
+    survive_signals()
     try:
         trio.run(_serve, server, announce, done, beside)
     except* (OSError, SpoolError, sqlite3.Error) as group:
@@ -69,6 +72,19 @@ def run(
     finally:
         write(journal.drain())  # what the relay had to say after the last session
         write.close()
+
+
+_HARMLESS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM)
+
+
+def survive_signals() -> None:
+    """Have no signal end the process but SIGTERM and SIGINT: SIGQUIT prints all stacks, the others are ignored.
+
+    Log rotation and terminals that close send SIGHUP or SIGUSR1, whose default would cut every session.
+    """
+    for number in _HARMLESS:
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
 
 
 def innermost(exc: BaseException) -> str:

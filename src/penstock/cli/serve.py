@@ -1,4 +1,4 @@
-"""`penstock serve`: accept mail, judge it, deliver it."""
+"""`penstock serve`: accept mail, filter it, deliver it."""
 
 from __future__ import annotations
 
@@ -8,45 +8,50 @@ import click
 import msgspec
 
 from penstock.app import Server
+from penstock.cli.filecheck import tls_problems
+from penstock.cli.once import OnceCommand
 from penstock.cli.running import listen_on, print_authority, run
 from penstock.cli.workers import indexes, supervise, work
 from penstock.config import ConfigError, Settings, load
 
 
-@click.command()
+@click.command(cls=OnceCommand)
 @click.option(
     "--config",
     "config_file",
     type=click.Path(path_type=Path),
-    help="TOML file; see `penstock config describe`.",
+    help="Configuration file (TOML); `penstock config describe` prints all keys.",
 )
 @click.option(
     "--listen",
     "addresses",
     multiple=True,
     metavar="HOST:PORT",
-    help="Listen here instead (127.0.0.1:2525 without a file; unix:/path for a unix socket). May be repeated.",
+    help="Listen on this address instead of the configured ones; unix:/path for a unix socket. May be repeated. "
+    "[default without --config: 127.0.0.1:2525]",
 )
-@click.option("--data", "data_dir", metavar="DIR", help="Folder of all that is kept [default: ./penstock-data].")
+@click.option("--data", "data_dir", metavar="DIR", help="State directory [default: ./penstock-data].")
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
     metavar="N",
-    help="Processes that share the work [default: 1, or the file's].",
+    help="Number of worker processes [default: server.workers, 1].",
 )
-@click.option("--worker", hidden=True, help="For the supervisor.")
+@click.option("--worker", hidden=True, help="Used by the supervisor.")
 def serve(
     config_file: Path | None, addresses: tuple[str, ...], data_dir: str | None, workers: int | None, worker: str | None
 ) -> None:
     """Accept mail and deliver it.
 
-    Without any option this is a complete server: it listens on 127.0.0.1:2525, offers STARTTLS with a certificate of
-    its own making, and delivers into the Maildir ./penstock-data/maildir. A message is on stable storage before its
-    250.
+    Without options, this is a complete server: it listens on 127.0.0.1:2525, offers STARTTLS with a generated
+    certificate, and delivers to the Maildir ./penstock-data/maildir. A message is on stable storage before it is
+    answered with 250.
 
-    With several workers, each has a part of the spool, limits and a relay of its own; one that ends is started again.
+    Each of several workers has its own part of the spool, its own limits and its own relay. A worker that ends is
+    restarted.
 
-    SIGTERM and SIGINT stop it gently: idle clients hear 421, messages under way may arrive. A second one stops it now.
+    SIGTERM and SIGINT stop the server gracefully: idle clients receive 421, messages in progress are accepted for
+    server.grace seconds. A second signal stops it immediately.
     """
     try:
         settings = Settings() if config_file is None else load(config_file)
@@ -58,6 +63,9 @@ def serve(
     if worker is not None:
         work(settings, worker)
         return
+    wrong = tls_problems(settings)  # before OpenSSL prompts for a passphrase
+    if wrong:
+        raise click.ClickException("\n".join(wrong))
     count = workers or settings.server.workers
     wanted = indexes(settings, count)
     if len(wanted) > 1:

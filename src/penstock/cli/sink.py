@@ -1,4 +1,4 @@
-"""`penstock sink`: accept everything, misbehave if asked to, and say what has arrived: the target of a load test."""
+"""`penstock sink`: accept and discard mail, inject faults on request, report what arrived: a target for load tests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import msgspec
 
 from penstock.app import Overrides, Server
 from penstock.cli import reports
-from penstock.cli.faulting import Faulting, fault_options
-from penstock.cli.receiving import Account, Wishes, as_expected, receipt_options
+from penstock.cli.faulting import FaultInjection, fault_options
+from penstock.cli.once import OnceCommand
+from penstock.cli.receiving import Receiving, ReceivingOptions, as_expected, receipt_options
 from penstock.cli.running import listen_on, run
-from penstock.cli.smtpsink import letters_help
+from penstock.cli.smtpsink import smtp_sink_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
 from penstock.delivery.discard import DiscardDelivery
 from penstock.journal import JournalSettings
@@ -29,47 +30,49 @@ _replace = msgspec.structs.replace
 _LISTENER = ListenerSettings(
     max_size=0,
     max_hops=0,
-    limits=LimitSettings(recipients=100_000, errors=1_000_000, unknown_recipients=1_000_000),
+    limits=LimitSettings(recipients=100_000, errors=1_000_000, unknown_recipients=1_000_000, auth_failures=1_000_000),
     wire=WireSettings(bare_lf="accept", bare_cr="accept", nul="accept", long_line="accept"),
 )
 
 
 @click.command(
-    epilog=f"\b\n{letters_help()}", context_settings={"help_option_names": ["--help"], "max_content_width": 110}
+    cls=OnceCommand,
+    epilog=f"\b\n{smtp_sink_help()}",
+    context_settings={"help_option_names": ["--help"], "max_content_width": 110},
 )
 @click.option(
     "--listen",
     "addresses",
     multiple=True,
     metavar="HOST:PORT",
-    help="Listen here [default: 127.0.0.1:2525]. May be repeated.",
+    help="Listen on this address; unix:/path for a unix socket. May be repeated. [default: 127.0.0.1:2525]",
 )
 @click.option(
     "--config",
     "config_file",
     type=click.Path(path_type=Path),
-    help="Listeners, users, checks and limits as in this file of `penstock serve`; where it delivers is not looked at.",
+    help="Use the listeners, users, checks and limits of a `penstock serve` configuration; its delivery is ignored.",
 )
 @click.option(
     "--tls",
     type=click.Choice(["none", "starttls", "implicit"]),
-    help="TLS of all listeners; implicit is from the first octet, as on port 465 [default: starttls].",
+    help="TLS mode of all listeners; implicit: from the first octet, as on port 465 [default: starttls].",
 )
-@click.option("--certificate", metavar="FILE", help="PEM chain [default: one is made for each run].")
-@click.option("--key", metavar="FILE", help="PEM key [default: in the file of the certificate].")
+@click.option("--certificate", metavar="FILE", help="Certificate chain (PEM) [default: generated for each run].")
+@click.option("--key", metavar="FILE", help="Private key (PEM) [default: in the certificate file].")
 @click.option(
     "--ca-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the authority of the certificate that is made to this file, for clients that verify.",
+    help="Write the CA of the generated certificate to this file, for clients that verify.",
 )
-@click.option("--messages", type=click.IntRange(min=1), metavar="N", help="Stop after so many messages.")
+@click.option("--messages", type=click.IntRange(min=1), metavar="N", help="Stop after N messages.")
 @click.option(
     "--open",
     "is_open",
     is_flag=True,
-    help="Allow an address that other machines can reach: it takes mail for all.",
+    help="Allow addresses that other machines can reach, although they accept mail for every domain.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the final counters as JSON.")
 @fault_options
 @receipt_options
 @click.pass_context
@@ -86,23 +89,24 @@ def sink(
     certificate: str | None,
     key: str | None,
     ca_file: Path | None,
-    **wishes: Any,
+    **options: Any,
 ) -> None:
-    """Accept every message, and say at the end what has arrived.
+    """Accept and discard every message, and report what arrived.
 
-    All of SMTP is spoken, STARTTLS with a generated certificate among it; without --config, bare line ends, NULs and
-    long lines are accepted, and the end of the data is CR LF . CR LF all the same. SIGINT and SIGTERM stop it gently.
+    The sink has all extensions of `penstock serve`, STARTTLS with a generated certificate included. Without --config,
+    it accepts bare line ends, NULs and long lines; only CR LF . CR LF ends the data. SIGINT and SIGTERM stop it
+    gracefully.
     """
-    faulting = Faulting.take(wishes)
-    letters = faulting.letters
+    faults = FaultInjection.of(options)
+    letters = faults.letters
     if letters.given.get("h") == "":
         click.echo(context.get_help())
         return
-    account = Account(Wishes(**wishes), letters.stores)
+    receiving = Receiving(ReceivingOptions(**options), letters.stores)
     messages, sessions = messages or letters.messages, sessions or letters.sessions
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = _with_tls(_base(config_file, folder), tls, certificate, key)
-        settings = faulting.prepare(settings, Path(folder) / "tls")
+        settings = faults.prepare(settings, Path(folder) / "tls")
         if ca_file is not None:
             _copy(Path(folder) / "tls" / "ca.pem", ca_file)
         settings = listen_on(settings, (*addresses, *letters.listen()))
@@ -110,14 +114,14 @@ def sink(
 
         def announce(parts: Server) -> None:
             counted.append(parts)
-            faulting.begin(parts)
-            account.begin(parts, faulting.desk)
+            faults.begin(parts)
+            receiving.begin(parts, faults.desk)
             click.echo(f"penstock: sink on {', '.join(parts.addresses)}", err=True)
 
         def is_done(parts: Server) -> bool:
             if sessions is not None and parts.worker.sessions >= sessions and not parts.worker.open_connections:
                 return True
-            return messages is not None and _counts(parts, account)["messages"] >= messages
+            return messages is not None and _counts(parts, receiving)["messages"] >= messages
 
         run(
             settings,
@@ -125,26 +129,26 @@ def sink(
             done=is_done,
             allow_open=is_open,
             overrides=Overrides(
-                delivery=account.delivery,
-                authenticator=faulting.authenticator,
-                metrics=account.metrics,
-                components=(faulting.component,),
+                delivery=receiving.delivery,
+                authenticator=faults.authenticator,
+                metrics=receiving.metrics,
+                components=(faults.component,),
             ),
-            beside=lambda _: account.run(faulting.desk),
+            beside=lambda _: receiving.run(faults.desk),
         )
         for parts in counted:
-            faulting.end()
-            report, file = account.end(), wishes["report_file"]
-            click.echo(_report(_counts(parts, account), as_json=as_json), err=file == reports.STDOUT)
+            faults.end()
+            report, file = receiving.end(), options["report_file"]
+            click.echo(_report(_counts(parts, receiving), as_json=as_json), err=file == reports.STDOUT)
             if report is not None:
                 if file is not None:
                     reports.write(file, encode(report))
                 if not as_expected(report):
-                    raise click.ClickException("messages are missing, or came twice")
+                    raise click.ClickException("messages are missing or duplicated")
 
 
 def _base(config_file: Path | None, folder: str) -> Settings:
-    """Return the settings of a sink, or those of a file as far as they are about what a sink does."""
+    """Return the settings of a sink, or those of a configuration file with the delivery of a sink."""
     if config_file is None:
         return Settings(
             hostname="localhost",
@@ -161,9 +165,9 @@ def _base(config_file: Path | None, folder: str) -> Settings:
 
 
 def _with_tls(settings: Settings, mode: str | None, certificate: str | None, key: str | None) -> Settings:
-    """Return the settings with the TLS of the options in every listener."""
+    """Return the settings with the TLS options applied to every listener."""
     if key is not None and certificate is None:
-        raise click.UsageError("--key goes with --certificate")
+        raise click.UsageError("--key requires --certificate")
     changed: dict[str, str] = {} if mode is None else {"mode": mode}
     if certificate is not None:
         changed |= {"certificate": certificate, "key": key or ""}
@@ -179,9 +183,9 @@ def _copy(source: Path, target: Path) -> None:
         raise click.ClickException(f"{target}: {exc.strerror}") from exc
 
 
-def _counts(parts: Server, account: Account) -> dict[str, int]:
-    """Return what the sink has taken."""
-    metrics, delivery = account.metrics, parts.delivery
+def _counts(parts: Server, receiving: Receiving) -> dict[str, int]:
+    """Return what the sink has received."""
+    metrics, delivery = receiving.metrics, parts.delivery
     if metrics is not None:
         sessions, messages = metrics.sessions, metrics.accepted + metrics.unheard
         recipients, octets = metrics.recipients, metrics.text_octets
@@ -193,7 +197,7 @@ def _counts(parts: Server, account: Account) -> dict[str, int]:
 
 
 def _report(counts: dict[str, int], *, as_json: bool) -> str:
-    """Return the counts as a line, or as JSON."""
+    """Return the counts as one line of text or JSON."""
     if as_json:
         return msgspec.json.encode(counts).decode()
     return " ".join(f"{name}={count}" for name, count in counts.items())

@@ -1,6 +1,6 @@
-"""The letters of Postfix's smtp-sink, so that its users switch by changing the name.
+"""The options of Postfix's smtp-sink: its users switch by changing the name of the program.
 
-Each letter is an option of `penstock sink` that its help does not list one by one; LETTERS says what it is here.
+`penstock sink` has each of these letters; its help shows them in one table, made from LETTERS.
 """
 
 from __future__ import annotations
@@ -53,65 +53,60 @@ class Letter:
 
     letter: str
     argument: str
-    """What it takes; "" is nothing."""
+    """Its argument; "" for none."""
     meaning: str
     """What it does."""
-    ours: str
-    """How the same is said in Penstock's own words."""
+    equivalent: str
+    """The corresponding option of Penstock, key of the configuration, or rule of a fault plan."""
     many: bool = False
 
 
 LETTERS: Final = (
-    Letter("4", "", "IPv4 only, where the address names no host", "--listen 0.0.0.0:PORT"),
-    Letter("6", "", "IPv6 only, where the address names no host", "--listen [::]:PORT"),
-    Letter("8", "", "no 8BITMIME", "[listener.extensions] eightbitmime = false"),
-    Letter("a", "", "no AUTH, which is so without --auth", "without --auth"),
-    Letter("A", "SECONDS", "550 so long behind the 354, and no more is read", 'phase = "body", delay, reply = "550"'),
-    Letter("b", "REPLY", "what -r says", 'reply = "REPLY"'),
-    Letter("B", "REPLY", "what -f says", 'reply = "REPLY"'),
-    Letter("c", "", "counters while it runs", "-c, --counters"),
-    Letter("C", "", "no XCLIENT, which is so anyway", "as it is"),
-    Letter("d", "TEMPLATE", "a file for each message, named by strftime(3) and a number", "--keep maildir:DIR"),
-    Letter("D", "TEMPLATE", "a file for many messages, named by strftime(3)", "--keep mbox:FILE, --keep jsonl:FILE"),
-    Letter("e", "", "no ESMTP: EHLO is unknown", 'phase = "ehlo", reply = "500"'),
-    Letter("E", "", "no ENHANCEDSTATUSCODES", "[listener.extensions] enhancedstatuscodes = false"),
-    Letter("f", "COMMANDS", "a 5yz to these commands; implies -p", 'phase, reply = "500"'),
-    Letter("F", "", "no XFORWARD, which is so anyway", "as it is"),
-    Letter("h", "NAME", "the name in the greeting; without a name, this help", "hostname"),
-    Letter("H", "SECONDS", "so long nothing is read behind the 354", 'phase = "body", delay'),
-    Letter("L", "", "LMTP", '[[listener]] kind = "lmtp"'),
-    Letter("m", "COUNT", "connections at a time; those beyond hear 421", "[admission] connections"),
-    Letter("M", "COUNT", "the end after so many messages", "--messages COUNT"),
-    Letter("n", "COUNT", "the end after so many sessions", "--sessions COUNT"),
-    Letter("N", "", "no DSN", "[listener.extensions] dsn = false"),
-    Letter("p", "", "no PIPELINING", "[listener.extensions] pipelining = false"),
-    Letter("P", "", "a Cisco PIX: 220 ********, implies -e", 'phase = "banner", reply = "220 ********"'),
-    Letter("q", "COMMANDS", "the connection is closed at these commands", 'phase, end = "drop"'),
-    Letter("Q", "COMMANDS", "421 to these commands", 'phase, reply = "421"'),
-    Letter("r", "COMMANDS", "a 4yz to these commands; implies -p", 'phase, reply = "450"'),
-    Letter(
-        "R",
-        "DIR",
-        "refused: have a service manager change the root, `systemd RootDirectory=`",
-        "chroot, systemd RootDirectory=",
-    ),
-    Letter("s", "COMMANDS", "mail events are journaled, whatever their commands", "[journal] events"),
-    Letter("S", "STRING", "what stands before each message of -d and -D, with the escapes of C", "as it is"),
-    Letter("t", "SECONDS", "seconds between two commands, and for a message", "[listener.limits] command_timeout"),
-    Letter("T", "OCTETS", "the TCP window", "-T, or read_rate in a plan"),
-    Letter("u", "USER", "refused, unless it is the user who runs it", "setpriv --reuid=USER, systemd User="),
-    Letter("v", "", "all events are journaled", "[journal] events"),
-    Letter("w", "SECONDS", "so long before the reply to DATA", 'phase = "data", delay'),
-    Letter("W", "COMMAND:SECONDS[:ODDS]", "so long before the reply to a command", "phase, delay, odds", many=True),
+    Letter("4", "", "listen on IPv4 only, if the address has no host", "--listen 0.0.0.0:PORT"),
+    Letter("6", "", "listen on IPv6 only, if the address has no host", "--listen [::]:PORT"),
+    Letter("8", "", "do not offer 8BITMIME", "[listener.extensions] eightbitmime = false"),
+    Letter("a", "", "do not offer AUTH (the default without --auth)", "without --auth"),
+    Letter("A", "SECONDS", "answer 550 SECONDS after the 354, without reading", 'phase = "body", delay, reply = "550"'),
+    Letter("b", "REPLY", "reply of the commands listed with -r", 'reply = "REPLY"'),
+    Letter("B", "REPLY", "reply of the commands listed with -f", 'reply = "REPLY"'),
+    Letter("c", "", "print counters while running", "-c, --counters"),
+    Letter("C", "", "do not offer XCLIENT (never offered)", "default"),
+    Letter("d", "TEMPLATE", "write each message to a file named by strftime(3) and a number", "--keep maildir:DIR"),
+    Letter("D", "TEMPLATE", "append messages to files named by strftime(3)", "--keep mbox:FILE, --keep jsonl:FILE"),
+    Letter("e", "", "no ESMTP: EHLO is an unknown command", 'phase = "ehlo", reply = "500"'),
+    Letter("E", "", "do not offer ENHANCEDSTATUSCODES", "[listener.extensions] enhancedstatuscodes = false"),
+    Letter("f", "COMMANDS", "answer these commands with a 5xx reply; implies -p", 'phase, reply = "500"'),
+    Letter("F", "", "do not offer XFORWARD (never offered)", "default"),
+    Letter("h", "NAME", "host name in the greeting; without a name, print this help", "hostname"),
+    Letter("H", "SECONDS", "wait SECONDS after the 354 before reading", 'phase = "body", delay'),
+    Letter("L", "", "speak LMTP", '[[listener]] kind = "lmtp"'),
+    Letter("m", "COUNT", "maximum connections at once; further clients receive 421", "[admission] connections"),
+    Letter("M", "COUNT", "stop after COUNT messages", "--messages COUNT"),
+    Letter("n", "COUNT", "stop after COUNT sessions", "--sessions COUNT"),
+    Letter("N", "", "do not offer DSN", "[listener.extensions] dsn = false"),
+    Letter("p", "", "do not offer PIPELINING", "[listener.extensions] pipelining = false"),
+    Letter("P", "", "Cisco PIX: greeting 220 ********; implies -e", 'phase = "banner", reply = "220 ********"'),
+    Letter("q", "COMMANDS", "close the connection at these commands", 'phase, end = "drop"'),
+    Letter("Q", "COMMANDS", "answer these commands with 421", 'phase, reply = "421"'),
+    Letter("r", "COMMANDS", "answer these commands with a 4xx reply; implies -p", 'phase, reply = "450"'),
+    Letter("R", "DIR", "refused: use `systemd RootDirectory=` or chroot", "chroot, systemd RootDirectory="),
+    Letter("s", "COMMANDS", "journal all mail events, not only these commands", "[journal] events"),
+    Letter("S", "STRING", "text before each message of -d and -D, with C escapes", "-S"),
+    Letter("t", "SECONDS", "time limit between commands and for a message", "[listener.limits] command_timeout"),
+    Letter("T", "OCTETS", "TCP receive buffer", "-T, or read_rate in a plan"),
+    Letter("u", "USER", "refused, unless it is the current user", "setpriv --reuid=USER, systemd User="),
+    Letter("v", "", "journal all events", "[journal] events"),
+    Letter("w", "SECONDS", "delay before the reply to DATA", 'phase = "data", delay'),
+    Letter("W", "COMMAND:SECONDS[:ODDS]", "delay before the reply to a command", "phase, delay, odds", many=True),
 )
 
 
 _ELSEWHERE: Final = frozenset({"c"})
-"""Letters that are options of `penstock sink` in any case."""
+"""Letters that `penstock sink` defines itself."""
 
 
 def smtp_sink_letters(command: F) -> F:
-    """Give a click command the letters, and the address and the backlog that smtp-sink takes."""
+    """Add the letters, and the address and the backlog that smtp-sink takes, to a click command."""
     for letter in reversed(LETTERS):
         if letter.letter in _ELSEWHERE:
             continue
@@ -129,26 +124,26 @@ def smtp_sink_letters(command: F) -> F:
     return click.argument("address", required=False)(command)
 
 
-def letters_help() -> str:
+def smtp_sink_help() -> str:
     """Return the table of the letters."""
     lines = [f"  -{each.letter} {each.argument:<24}{each.meaning}".rstrip() for each in LETTERS]
-    return "The letters of smtp-sink, [inet:][host]:port and backlog among them:\n" + "\n".join(lines)
+    return "Options of smtp-sink, which also takes [inet:][host]:port and a backlog:\n" + "\n".join(lines)
 
 
 @dataclass
-class LetterWishes:
-    """What the letters ask for."""
+class SmtpSinkOptions:
+    """The values of the letters."""
 
     given: dict[str, Any]
-    """The values by their letters; those that were not given are not here."""
+    """Values by letter, of the letters that were given."""
     address: str | None = None
     backlog: int | None = None
     notes: list[str] = field(default_factory=list)
-    """What the user should know of them."""
+    """Differences from smtp-sink that the user should know."""
 
     @classmethod
-    def take(cls, options: dict[str, Any]) -> LetterWishes:
-        """Take the letters out of the options of a command."""
+    def of(cls, options: dict[str, Any]) -> SmtpSinkOptions:
+        """Remove the letters from the options of a command."""
         given = {}
         for letter in LETTERS:
             if letter.letter in _ELSEWHERE:
@@ -160,22 +155,22 @@ class LetterWishes:
 
     @property
     def messages(self) -> int | None:
-        """Messages after which to end."""
+        """Number of messages to stop after."""
         return self.given.get("M")
 
     @property
     def sessions(self) -> int | None:
-        """Sessions after which to end."""
+        """Number of sessions to stop after."""
         return self.given.get("n")
 
     @property
     def window(self) -> int | None:
-        """Octets of the TCP window."""
+        """Octets of the TCP receive buffer."""
         return self.given.get("T")
 
     @property
     def stores(self) -> list[DumpStore]:
-        """Files that messages are written to."""
+        """The files of -d and -D."""
         start = unescape(self.given.get("S", ""))
         return [
             DumpStore(self.given[letter], is_single=letter == "d", start=start)
@@ -186,38 +181,38 @@ class LetterWishes:
     # ---- checking
 
     def check(self) -> None:
-        """Raise UsageError, with Penstock's way, for a letter that can not be obeyed."""
+        """Raise UsageError, with an alternative, for a letter that is not supported."""
         for letter in LETTERS:
             if letter.letter in self.given and letter.meaning.startswith("refused:"):
                 what = letter.meaning.removeprefix("refused: ")
-                raise click.UsageError(f"-{letter.letter} of smtp-sink is not done here: {what}")
+                raise click.UsageError(f"-{letter.letter} of smtp-sink is not supported: {what}")
         user = self.given.get("u")
         if user is not None and user != pwd.getpwuid(os.geteuid()).pw_name:
             raise click.UsageError(
-                f"-u of smtp-sink is not done here: run it as that user, "
-                f"`setpriv --reuid={user} --init-groups penstock sink ...`; no privileges are needed from port 1024 on"
+                f"-u of smtp-sink is not supported: run the sink as that user, "
+                f"`setpriv --reuid={user} --init-groups penstock sink ...`; ports from 1024 need no privileges"
             )
         if "S" in self.given and not self.stores:
-            raise click.UsageError("-S goes with -d or -D")
+            raise click.UsageError("-S requires -d or -D")
         if "4" in self.given and "6" in self.given:
-            raise click.UsageError("-4 and -6 leave nothing")
+            raise click.UsageError("-4 and -6 are mutually exclusive")
         if "m" in self.given:
-            self.notes.append(f"-m: clients beyond {self.given['m']} hear 421; smtp-sink lets them wait")
+            self.notes.append(f"-m: clients beyond {self.given['m']} receive 421; smtp-sink lets them wait")
         if "s" in self.given:
             self.commands("s")
-            self.notes.append("-s: all mail events are journaled on standard error, not those commands alone")
+            self.notes.append("-s: all mail events are journaled on standard error, not only those commands")
 
     def commands(self, letter: str) -> list[str]:
-        """Return the commands that a letter names. Raise UsageError for one that there is not."""
+        """Return the commands that a letter lists. Raise UsageError for an unknown one."""
         return [self._command(letter, word) for word in re.split(r"[\s,]+", self.given.get(letter, "")) if word]
 
     def _command(self, letter: str, word: str) -> str:
         name = word.upper()
         if name not in _PHASES:
-            raise click.UsageError(f"-{letter}: there is no command {word!r}; there are {', '.join(_PHASES)}")
+            raise click.UsageError(f"-{letter}: unknown command {word!r}; expected one of: {', '.join(_PHASES)}")
         return name
 
-    # ---- what becomes of them
+    # ---- translating
 
     def listen(self) -> tuple[str, ...]:
         """Return the address to listen on, in Penstock's form."""
@@ -230,7 +225,7 @@ class LetterWishes:
         return (address,)
 
     def apply(self, settings: Settings) -> Settings:
-        """Return the settings as the letters have them."""
+        """Return the settings as changed by the letters."""
         given = self.given
         off = {"8": "eightbitmime", "N": "dsn", "p": "pipelining", "E": "enhancedstatuscodes"}
         changed = {key: False for letter, key in off.items() if letter in given}
@@ -259,7 +254,7 @@ class LetterWishes:
         )
 
     def plan(self, plan: PlanSettings, hostname: str) -> PlanSettings:
-        """Return a plan with the rules of the letters behind its own. Raise UsageError."""
+        """Return a plan with the rules of the letters after its own. Raise UsageError."""
         try:
             rules = [*self._greetings(hostname), *self._delays(), *self._replies(), *self._bodies()]
         except ValueError as exc:
@@ -294,7 +289,7 @@ class LetterWishes:
         hard, soft = given.get("B", _HARD), given.get("b", _SOFT)
         for letter, reply in (("-B", hard), ("-b", soft)):
             if reply_of(reply).code < 400:
-                raise ValueError(f"{letter}: {reply!r} is no refusal")
+                raise ValueError(f"{letter}: {reply!r} is not a 4xx or 5xx reply")
         rules = [self._end("q", command) for command in self.commands("q")]
         for letter, reply in (("Q", _CLOSING), ("f", hard), ("r", soft)):
             rules += [

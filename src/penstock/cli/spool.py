@@ -1,4 +1,4 @@
-"""`penstock spool`: what waits to be delivered, and what an operator does about it."""
+"""`penstock spool`: shows and changes what waits to be delivered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -22,18 +22,18 @@ from rich.table import Table
 
 from penstock.config import ConfigError, Settings, load
 from penstock.journal import escape
-from penstock.spool.admin import Filter, Listed, ListedMessage, Stats, no_message
+from penstock.spool.admin import AGES, Change, Filter, Listed, ListedMessage, Stats, no_message
 from penstock.spool.admins import QueueAdmins
 from penstock.spool.entry import STATES
 from penstock.spool.store import SpoolError
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _HEADER: Final = 64 * 1024
-"""Octets of a message that are looked at for its header."""
+"""Octets of a message that are searched for its header."""
 
 
 class Age(click.ParamType[float]):
-    """A time span: 30s, 10m, 2h, 5d, 1w."""
+    """A duration: 30s, 10m, 2h, 5d, 1w."""
 
     name = "age"
 
@@ -41,26 +41,26 @@ class Age(click.ParamType[float]):
         """Return seconds."""
         found = re.fullmatch(r"(\d{1,9})([smhdw])", str(value))
         if found is None:
-            self.fail(f"{value!r} is no age; write 30s, 10m, 2h, 5d or 1w", param, ctx)
+            self.fail(f"{value!r} is not a duration; expected 30s, 10m, 2h, 5d or 1w", param, ctx)
         return float(found[1]) * _UNITS[found[2]]
 
 
 _OPTIONS: Final = (
-    click.option("--config", "config_file", type=click.Path(path_type=Path), help="The file that serve runs with."),
-    click.option("--data", "data_dir", metavar="DIR", help="The folder of serve --data [default: ./penstock-data]."),
+    click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file of the server."),
+    click.option("--data", "data_dir", metavar="DIR", help="Data directory of the server [default: ./penstock-data]."),
 )
 _FILTERS: Final = (
-    click.option("--sender", default="", metavar="GLOB", help="'*@example.com'; '<>' is the sender of bounces."),
-    click.option("--recipient", default="", metavar="GLOB", help="'bob@*'."),
-    click.option("--domain", default="", metavar="DOMAIN", help="The domain of the recipient."),
-    click.option("--state", type=click.Choice(STATES), help="What the recipient waits for."),
-    click.option("--older", type=Age(), help="Older than 30s, 10m, 2h, 5d, 1w."),
-    click.option("--newer", type=Age(), help="Not older than that."),
+    click.option("--sender", default="", metavar="GLOB", help="Sender: '*@example.com'; '<>' is the null sender."),
+    click.option("--recipient", default="", metavar="GLOB", help="Recipient: 'bob@*'."),
+    click.option("--domain", default="", metavar="DOMAIN", help="Domain of the recipient."),
+    click.option("--state", type=click.Choice(STATES), help="State of the recipient."),
+    click.option("--older", type=Age(), help="Minimum age: 30s, 10m, 2h, 5d, 1w."),
+    click.option("--newer", type=Age(), help="Maximum age."),
 )
 
 
 def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a decorator that adds options in their order."""
+    """Return a decorator that adds options in order."""
 
     def add(command: Any) -> Any:
         for option in reversed(options):
@@ -74,16 +74,16 @@ _filtered = _with(click.argument("ids", nargs=-1, metavar="[ID]..."), *_FILTERS,
 
 
 @contextmanager
-def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[QueueAdmins]:
-    """Open the spool that `penstock serve` with the same options has; turn trouble into one line and exit code 1.
+def _opened(config_file: Path | None, data_dir: str | None) -> Iterator[QueueAdmins]:
+    """Open the spool that `penstock serve` uses with the same options; errors become one line and exit code 1.
 
-    What is printed within the block may be the trouble. Where nobody reads it any more (a pipe to head), no line.
+    Printing within the block may fail as well. If the output is a closed pipe (to head), there is no message.
     """
     try:
         settings = Settings() if config_file is None else load(config_file)
         folder = Path(data_dir or settings.data_dir) / settings.spool.path
-        with QueueAdmins.opened(folder) as desk:
-            yield desk
+        with QueueAdmins.opened(folder) as admin:
+            yield admin
     except (ConfigError, SpoolError, sqlite3.Error) as exc:
         raise click.ClickException(str(exc)) from exc
     except OSError as exc:
@@ -94,8 +94,8 @@ def _desk(config_file: Path | None, data_dir: str | None) -> Iterator[QueueAdmin
 
 
 def _forget_output() -> None:
-    """Let what could not be written to standard output go: Python would try again at its end, and print a trace."""
-    with suppress(OSError), Path(os.devnull).open("wb") as nowhere:  # a test's has no descriptor
+    """Discard what could not be written to standard output: Python would try again at exit, and print a traceback."""
+    with suppress(OSError), Path(os.devnull).open("wb") as nowhere:  # standard output of a test has no descriptor
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
@@ -105,17 +105,19 @@ def _filter(ids: tuple[str, ...], state: str | None, words: dict[str, Any]) -> F
 
 @click.group()
 def spool() -> None:
-    """Look at the messages that wait, and retry, hold, release or drop them.
+    """Show the messages in the spool, and retry, hold, release, bounce or drop them.
 
-    Works while the server runs, which notices within seconds, and when it is stopped. Without an ID or a filter,
-    `list` shows everything, and the commands that change something ask for --all.
+    Works while the server runs, and when it is stopped. Without an ID or a filter, `list` shows everything, and the
+    commands that change something require --all.
     """
 
 
 @spool.command(name="list")
 @_filtered
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=0), help="Messages at most; 0: all.")
-@click.option("--json", "as_json", is_flag=True, help="An array of objects.")
+@click.option(
+    "--limit", default=100, show_default=True, type=click.IntRange(min=0), help="Maximum number of messages; 0: all."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def list_messages(
     ids: tuple[str, ...],
     state: str | None,
@@ -126,17 +128,28 @@ def list_messages(
     **words: Any,
 ) -> None:
     """List messages, the oldest first."""
-    with _desk(config_file, data_dir) as desk:
-        found = desk.find(_filter(ids, state, words), limit)
+    with _opened(config_file, data_dir) as admin:
+        unknown = admin.unknown(ids)
+        found = admin.find(_filter(ids, state, words), limit)
         if as_json:
             click.echo(msgspec.json.encode([_as_json(message) for message in found]))
+            _fail_unknown(unknown)
             return
         count = 0
         for message in found:
             click.echo(_as_lines(message))
             count += 1
     if limit and count == limit:
-        click.echo(f"... only the first {limit}; --limit shows more", err=True)
+        click.echo(f"... only the first {limit} messages; use --limit for more", err=True)
+    _fail_unknown(unknown)
+
+
+def _fail_unknown(ids: Sequence[str]) -> None:
+    """End with exit code 1 if there are unknown message ids."""
+    for message_id in ids:
+        click.echo(f"Error: {no_message(message_id)}", err=True)
+    if ids:
+        raise SystemExit(1)
 
 
 def _as_json(message: ListedMessage) -> dict[str, object]:
@@ -144,7 +157,7 @@ def _as_json(message: ListedMessage) -> dict[str, object]:
 
 
 def _as_lines(message: ListedMessage) -> str:
-    """Return a message as a line, and one for each recipient."""
+    """Return a line for a message, and one for each recipient."""
     age = _span(time.time() - message.received_at)
     head = f"{message.id}  {age:>6}  {message.size:>10,}  <{escape(message.sender)}>"
     return "\n".join([head, *(f"    {_recipient_line(recipient)}" for recipient in message.recipients)])
@@ -159,7 +172,7 @@ def _recipient_line(recipient: Listed) -> str:
 
 
 def _span(seconds: float) -> str:
-    """Return a time span in its largest unit."""
+    """Return a duration in its largest unit."""
     for unit, size in reversed(_UNITS.items()):
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"
@@ -169,12 +182,12 @@ def _span(seconds: float) -> str:
 @spool.command()
 @click.argument("message_id", metavar="ID")
 @_with(*_OPTIONS)
-@click.option("--body", is_flag=True, help="Write the message as it is, all of it, to standard output.")
-@click.option("--json", "as_json", is_flag=True, help="An object.")
+@click.option("--body", is_flag=True, help="Write the whole message, unchanged, to standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def show(message_id: str, config_file: Path | None, data_dir: str | None, body: bool, as_json: bool) -> None:
     """Show a message: its envelope, its recipients, its header."""
-    with _desk(config_file, data_dir) as desk:
-        prefix, text = desk.text(message_id)
+    with _opened(config_file, data_dir) as admin:
+        prefix, text = admin.text(message_id)
         chunks = text.chunks()
         try:
             first = next(chunks, b"")
@@ -186,10 +199,10 @@ def show(message_id: str, config_file: Path | None, data_dir: str | None, body: 
                 out.write(chunk)
             out.flush()
             return
-        message = next(desk.find(Filter(ids=(message_id,)), 0), None)
-        if message is None:  # it was delivered meanwhile
+        message = next(admin.find(Filter(ids=(message_id,)), 0), None)
+        if message is None:  # it has been delivered meanwhile
             raise SpoolError(no_message(message_id))
-        # RFC 6532: a field that is not ASCII is UTF-8.
+        # RFC 6532: non-ASCII header fields are UTF-8.
         head = (prefix + first)[:_HEADER].decode("utf-8", "replace")
         parsed = email.parser.HeaderParser(policy=email.policy.compat32).parsestr(head)
         fields = [(name, " ".join(str(value).split())) for name, value in parsed.items()]
@@ -200,13 +213,13 @@ def show(message_id: str, config_file: Path | None, data_dir: str | None, body: 
         click.echo("".join(f"\n{escape(name)}: {escape(value)}" for name, value in fields).lstrip("\n"))
 
 
-def _change(name: str, act: Callable[[QueueAdmins, Filter], int], done: str, help_text: str) -> None:
-    """Make a command that changes what a filter finds."""
+def _change(name: str, act: Callable[[QueueAdmins, Filter], Change], done: str, help_text: str) -> None:
+    """Add a command that changes the recipients that a filter selects."""
 
     @spool.command(name=name, help=help_text)
     @_filtered
     @click.option("--all", "is_all", is_flag=True, help="Everything, without an ID or a filter.")
-    @click.option("--yes", is_flag=True, help="Do not ask.", hidden=name != "drop")
+    @click.option("--yes", is_flag=True, help="Do not ask.", hidden=name not in _FINAL)
     def command(
         ids: tuple[str, ...],
         state: str | None,
@@ -218,29 +231,111 @@ def _change(name: str, act: Callable[[QueueAdmins, Filter], int], done: str, hel
     ) -> None:
         what = _filter(ids, state, words)
         if what.is_empty and not is_all:
-            raise click.UsageError("name messages or a filter, or say --all")
-        with _desk(config_file, data_dir) as desk:
-            if name == "drop" and not yes:
-                count = sum(len(message.recipients) for message in desk.find(what, 0))
-                click.confirm(f"Drop {count} recipients for good, telling nobody?", abort=True)
-            click.echo(f"{act(desk, what)} recipients {done}")
+            raise click.UsageError("give message IDs, a filter, or --all")
+        with _opened(config_file, data_dir) as admin:
+            unknown = admin.unknown(ids)
+            if name in _FINAL and not yes and not (ids and name == "bounce"):
+                count = sum(len(message.recipients) for message in admin.find(what, 0))
+                click.confirm(_FINAL[name].format(count=count), abort=True)
+            change = act(admin, what)
+            click.echo(f"{_recipients(change.changed)} {done}")
+            if change.busy:
+                click.echo(f"{_recipients(change.busy)} not changed: being delivered now")
+            if change.pending:
+                click.echo(f"{_recipients(change.pending)} will be changed when the server is started")
+        _fail_unknown(unknown)
 
 
-_change("retry", QueueAdmins.retry, "are due now", "Let recipients that wait for their next try be due now.")
-_change("hold", QueueAdmins.hold, "are held", "Keep recipients from being attempted until they are released.")
-_change("release", QueueAdmins.release, "are due now", "Let recipients that are held be due now.")
-_change(
-    "drop", QueueAdmins.drop, "were dropped", "Delete recipients, and messages that have none left. Nobody is told."
-)
+_FINAL: Final = {
+    "drop": "Drop {count} recipients permanently, without a report to the senders?",
+    "bounce": "Return {count} recipients to their senders?",
+}
+"""Commands that cannot be undone, and what they ask."""
+
+
+def _recipients(count: int) -> str:
+    return "1 recipient" if count == 1 else f"{count} recipients"
+
+
+_change("retry", QueueAdmins.retry, "due now", "Try recipients now that wait for their next try.")
+_change("hold", QueueAdmins.hold, "held", "Do not attempt recipients until they are released.")
+_change("release", QueueAdmins.release, "due now", "Try recipients now that are held.")
+_change("drop", QueueAdmins.drop, "dropped", "Delete recipients, and messages without any, without a report.")
+_change("bounce", QueueAdmins.bounce, "returned to the sender", "Return recipients to their sender now.")
+
+
+@spool.command()
+@click.argument("name", metavar="DOMAIN|HOP")
+@_with(*_OPTIONS)
+def suspend(name: str, config_file: Path | None, data_dir: str | None) -> None:
+    """Send nothing to a domain or a next hop until it is resumed.
+
+    A next hop is named by its host, or in full as `penstock spool hops` shows it. The mail waits in the spool.
+    """
+    with _opened(config_file, data_dir) as admin:
+        click.echo(f"{name} suspended" if admin.suspend(name) else f"{name} was already suspended")
+
+
+@spool.command()
+@click.argument("name", metavar="DOMAIN|HOP")
+@_with(*_OPTIONS)
+def resume(name: str, config_file: Path | None, data_dir: str | None) -> None:
+    """Send again to a domain or a next hop that was suspended."""
+    with _opened(config_file, data_dir) as admin:
+        if not admin.resume(name):
+            names = ", ".join(admin.suspended()) or "none"
+            raise click.ClickException(f"{name} is not suspended; suspended: {names}")
+        click.echo(f"{name} resumed")
 
 
 @spool.command()
 @_with(*_OPTIONS)
-@click.option("--json", "as_json", is_flag=True, help="An object.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def hops(config_file: Path | None, data_dir: str | None, as_json: bool) -> None:
+    """Show the next hops that are down and why, and what is suspended."""
+    with _opened(config_file, data_dir) as admin:
+        down, suspended = admin.hops(), admin.suspended()
+        if as_json:
+            click.echo(msgspec.json.encode({"down": [hop._asdict() for hop in down], "suspended": suspended}))
+            return
+        now = time.time()
+        for hop in down:
+            tried = f"next try in {_span(hop.until - now)}" if hop.until > now else "being tried"
+            click.echo(f"{escape(hop.name)} down for {_span(now - hop.since)}, {tried}: {escape(hop.reason)}")
+        for name in suspended:
+            click.echo(f"{escape(name)} suspended")
+        if not down and not suspended:
+            click.echo("no next hop is down or suspended")
+
+
+@spool.command()
+@_with(*_OPTIONS)
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=0), help="Domains; 0: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def ages(config_file: Path | None, data_dir: str | None, limit: int, as_json: bool) -> None:
+    """Count recipients by domain and age in minutes, like qshape of Postfix."""
+    heads = [*map(str, AGES), f"{AGES[-1]}+"]
+    with _opened(config_file, data_dir) as admin:
+        found = admin.ages()
+        shown = found[:limit] if limit else found
+        if as_json:
+            rows = [{"domain": each.domain, "total": sum(each.counts), "ages": each.counts} for each in shown]
+            click.echo(msgspec.json.encode(rows))
+            return
+        sums = [sum(column) for column in zip(*(each.counts for each in found), strict=True)] or [0] * len(heads)
+        width = max([5, *(len(escape(each.domain)) for each in shown)])
+        click.echo(" ".join([f"{'':{width}}", f"{'total':>8}", *(f"{head:>6}" for head in heads)]))
+        for domain, counts in [("TOTAL", sums), *((escape(each.domain), each.counts) for each in shown)]:
+            click.echo(" ".join([f"{domain:{width}}", f"{sum(counts):8}", *(f"{count:6}" for count in counts)]))
+
+
+@spool.command()
+@_with(*_OPTIONS)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def stats(config_file: Path | None, data_dir: str | None, as_json: bool) -> None:
-    """Count what waits."""
-    with _desk(config_file, data_dir) as desk:
-        found = desk.stats()
+    """Count messages and recipients by state."""
+    with _opened(config_file, data_dir) as admin:
+        found = admin.stats()
         if as_json:
             click.echo(msgspec.json.encode(found._asdict()))
         else:
@@ -252,26 +347,26 @@ def _as_table(found: Stats) -> Table:
     table.add_column(justify="right")
     table.add_column()
     table.add_row(f"{found.messages:,}", f"messages of {found.octets:,} octets")
-    table.add_row(f"{found.due:,}", "recipients are due now")
-    table.add_row(f"{found.later:,}", "wait for their next try")
-    table.add_row(f"{found.attempting:,}", "are being attempted")
-    table.add_row(f"{found.held:,}", "are held")
+    table.add_row(f"{found.due:,}", "recipients due now")
+    table.add_row(f"{found.later:,}", "waiting for their next try")
+    table.add_row(f"{found.attempting:,}", "being attempted")
+    table.add_row(f"{found.held:,}", "held")
     if found.oldest is not None:
-        table.add_row(_span(time.time() - found.oldest), "is the oldest message old")
-    for lane, count in found.lanes:
-        table.add_row(f"{count:,}", f"for {escape(lane)}")
+        table.add_row(_span(time.time() - found.oldest), "age of the oldest message")
+    for queue, count in found.queues:
+        table.add_row(f"{count:,}", f"for {escape(queue)}")
     return table
 
 
 @spool.command()
 @_with(*_OPTIONS)
 def check(config_file: Path | None, data_dir: str | None) -> None:
-    """Say whether the spool is whole; exit code 1 and a line for each thing that is wrong when it is not."""
-    with _desk(config_file, data_dir) as desk:
-        wrong = list(desk.check())
-        found = desk.stats()
-        for line in wrong:
+    """Check the consistency of the spool; exit code 1 and a line for each problem."""
+    with _opened(config_file, data_dir) as admin:
+        problems = list(admin.check())
+        found = admin.stats()
+        for line in problems:
             click.echo(line)
-        if wrong:
+        if problems:
             raise SystemExit(1)
-        click.echo(f"the spool is whole: {found.messages:,} messages for {found.recipients:,} recipients")
+        click.echo(f"the spool is consistent: {found.messages:,} messages for {found.recipients:,} recipients")

@@ -1,4 +1,4 @@
-"""`penstock user`: who may authenticate."""
+"""`penstock user`: the users who may authenticate."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from pathlib import Path
 import click
 
 from penstock.auth.users import UsersFile, check_name
+from penstock.cli.once import OnceGroup
 
 _MAX_LINE = 4096
-"""Octets read of standard input: more than a password has, so that one too long is refused and not cut."""
+"""Octets read from standard input: more than the longest password, so that a longer one is refused, not cut."""
 
 _FILE = click.option(
     "--file",
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("penstock-data/users"),
     show_default=True,
-    help="The users file.",
+    help="Users file.",
 )
 
 
-@click.group()
+@click.group(cls=OnceGroup)
 def user() -> None:
-    """Add, remove and list the users of a users file. A running server notices."""
+    """Add, remove and list the users of a users file. A running server reads the file again when it changes."""
 
 
 @contextmanager
-def _telling() -> Iterator[None]:
-    """Turn what a users file raises into one line and exit code 1."""
+def _reporting() -> Iterator[None]:
+    """Turn errors of a users file into one line and exit code 1."""
     try:
         yield
     except (OSError, ValueError) as exc:
@@ -45,27 +46,27 @@ def _password(from_stdin: bool) -> str:
     try:
         return line.removesuffix(b"\n").removesuffix(b"\r").decode()
     except UnicodeDecodeError as exc:
-        raise click.ClickException("a password is UTF-8 text") from exc
+        raise click.ClickException("the password is not UTF-8 text") from exc
 
 
 @user.command()
 @click.argument("name")
 @click.option("--password-stdin", is_flag=True, help="Read the password from the first line of standard input.")
-@click.option("--replace", is_flag=True, help="Give a user who is there already a new password.")
+@click.option("--replace", is_flag=True, help="Change the password of an existing user.")
 @_FILE
 def add(name: str, password_stdin: bool, replace: bool, file: Path) -> None:
-    """Add a user; the password is asked for twice."""
+    """Add a user; prompts for the password twice."""
     users = UsersFile(file)
-    taken = click.ClickException(f"{name} is in {file} already; --replace gives a new password")
-    with _telling():  # before anybody types a password for nothing
+    exists = click.ClickException(f"{name} already exists in {file}; use --replace to change the password")
+    with _reporting():  # before the user types a password in vain
         check_name(name)
         if not replace and name in users.names():
-            raise taken
+            raise exists
     password = _password(password_stdin)
-    with _telling():
+    with _reporting():
         if not users.add(name, password, replace=replace):
-            raise taken
-    click.echo(f"{name} may authenticate")
+            raise exists
+    click.echo(f"added {name} to {file}")
 
 
 @user.command()
@@ -73,17 +74,17 @@ def add(name: str, password_stdin: bool, replace: bool, file: Path) -> None:
 @_FILE
 def remove(name: str, file: Path) -> None:
     """Remove a user."""
-    with _telling():
+    with _reporting():
         if not UsersFile(file).remove(name):
-            raise click.ClickException(f"there is no {name} in {file}")
-    click.echo(f"{name} was removed")
+            raise click.ClickException(f"{name} does not exist in {file}")
+    click.echo(f"removed {name} from {file}")
 
 
 @user.command(name="list")
 @_FILE
 def list_users(file: Path) -> None:
-    """List the users, a line each, in alphabetical order."""
-    with _telling():
+    """List the users in alphabetical order, one per line."""
+    with _reporting():
         names = sorted(UsersFile(file).names())
     for name in names:
         click.echo(name)

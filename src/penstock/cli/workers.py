@@ -17,7 +17,7 @@ import trio
 
 from penstock.app import Overrides, Server, bind_listener
 from penstock.cli.journaling import JournalWriter, stderr
-from penstock.cli.running import innermost, print_authority, run
+from penstock.cli.running import innermost, print_authority, run, survive_signals
 from penstock.config import ConfigError, Settings, check
 from penstock.journal import Journal
 from penstock.net.listen import close_listener, name_of, share
@@ -76,6 +76,7 @@ def supervise(settings: Settings, wanted: Sequence[int], count: int) -> None:
         raise click.ClickException(str(exc)) from exc
     # What it has to say is written as its workers' journals are: nobody who does not read it holds it up.
     write = JournalWriter(stderr(), Journal(settings.journal).tell_dropped, is_shared=True)
+    survive_signals()
     try:
         trio.run(_supervise, settings, wanted, [share(sockets, count) for sockets in listeners], write)
     except* (WorkerError, OSError) as group:

@@ -1,51 +1,52 @@
-"""What the compiled histogram shows. The theory stands at the top of ext/histogram.pyx.
+"""The compiled histogram. ext/histogram.pyx begins with its theory.
 
-A compiled module counts at the price of a few instructions with `from penstock.metrics._histogram cimport
-Histogram` and `histogram.add(ns, 1)`; see _histogram.pxd.
+Compiled modules count with a few instructions: `from penstock.metrics._histogram cimport Histogram` and
+`histogram.add(ns, 1)`; see _histogram.pxd.
 """
 
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
 LOWEST: Final[int]
-"""A microsecond, in nanoseconds: what is shorter counts as this."""
+"""One microsecond in nanoseconds: shorter durations count as this."""
 HIGHEST: Final[int]
-"""An hour: what is longer counts as this."""
+"""One hour in nanoseconds: longer durations count as this."""
 
 class Histogram:
-    """Counts of durations in nanoseconds, in buckets of at most 1 % relative error. Takes 17 KB, whatever it counts."""
+    """Counts of durations in nanoseconds, in buckets of at most 1 % relative error. Uses 17 KB."""
 
     def __init__(self) -> None:
-        """Count nothing yet."""
+        """Make an empty histogram."""
     def record(self, ns: int) -> None:
         """Count a duration."""
     def record_n(self, ns: int, n: int) -> None:
         """Count a duration n times."""
     def merge(self, other: Histogram) -> None:
-        """Count all that another one has counted."""
+        """Add the counts of another histogram."""
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all counts."""
     @property
     def count(self) -> int:
-        """How many durations were counted."""
+        """Number of durations."""
     @property
     def min(self) -> int:
-        """The shortest, exactly; 0 when nothing was counted."""
+        """The exact minimum; 0 for an empty histogram."""
     @property
     def max(self) -> int:
-        """The longest, exactly; 0 when nothing was counted."""
+        """The exact maximum; 0 for an empty histogram."""
     @property
     def mean(self) -> float:
-        """The mean; 0.0 when nothing was counted."""
+        """The mean; 0.0 for an empty histogram."""
     def percentile(self, p: float) -> int:
-        """Return the duration that p percent (0 to 100) do not exceed; 0 when nothing was counted.
+        """Return the duration that p percent do not exceed; 0 for an empty histogram.
 
-        0 is the shortest and 100 the longest, exactly; what is between is at most 1 % off. Raise ValueError.
+        0 and 100 give the exact minimum and maximum; between them, the error is at most 1 %. Raise ValueError unless p
+        is between 0 and 100.
         """
     def buckets(self) -> list[tuple[int, int, int]]:
-        """Return the buckets that are not empty, as (least duration, first duration beyond it, count)."""
+        """Return the non-empty buckets as (lower bound, upper bound, count); the upper bound is exclusive."""
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can keep: the buckets that are not empty as [least duration, count]."""
+        """Return a form for JSON, with the non-empty buckets as [lower bound, count]."""
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> Self:
-        """Return the histogram that `to_dict` told of. Raise KeyError or ValueError when it can not have."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the histogram of a `to_dict`. Raise KeyError or ValueError for anything else."""

@@ -40,22 +40,25 @@ class TlsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     mode: Annotated[
         Literal["none", "starttls", "implicit"],
-        msgspec.Meta(description="starttls: offered after EHLO; implicit: from the first octet, as on port 465"),
+        msgspec.Meta(
+            description="starttls: offered after EHLO; implicit: from the first octet, as on port 465; none: no TLS"
+        ),
     ] = "starttls"
     required: Annotated[
-        bool, msgspec.Meta(description="No mail before TLS: 530 5.7.0. Not for a public port 25 (RFC 3207 4)")
+        bool,
+        msgspec.Meta(description="Refuse mail without TLS (530 5.7.0). Not allowed on a public port 25 (RFC 3207 4)"),
     ] = False
     certificate: Annotated[
-        str, msgspec.Meta(description="PEM file of the certificate chain; generated in data_dir when empty")
+        str, msgspec.Meta(description="Certificate chain (PEM file); generated in data_dir if empty")
     ] = ""
-    key: Annotated[str, msgspec.Meta(description="PEM file of the private key; in the certificate file when empty")] = (
+    key: Annotated[str, msgspec.Meta(description="Private key (PEM file); read from the certificate file if empty")] = (
         ""
     )
-    minimum: Annotated[
-        Literal["1.2", "1.3"], msgspec.Meta(description="The oldest version accepted (RFC 8996, RFC 9325)")
-    ] = "1.2"
+    minimum: Annotated[Literal["1.2", "1.3"], msgspec.Meta(description="Minimum TLS version (RFC 8996, RFC 9325)")] = (
+        "1.2"
+    )
     ciphers: Annotated[
-        str, msgspec.Meta(description="TLS 1.2 ciphers as OpenSSL names them; Python's choice when empty")
+        str, msgspec.Meta(description="TLS 1.2 ciphers in OpenSSL's format; the default of Python if empty")
     ] = ""
 
 

@@ -1,7 +1,6 @@
-"""Policies in Python: a `module:object` of the configuration becomes a policy.
+"""Policies in Python: loads the `module:object` of a [[check]] table.
 
-Errors (a missing module, an object without hooks, a misspelt method or one with other arguments) are reported at the
-start, not when the first mail arrives.
+Mistakes (an unknown module, a misspelt method, wrong arguments) are reported at the start, not when mail arrives.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import msgspec
 
 from penstock.loading import HookError, load_object
 from penstock.policy.base import HOOK_POINTS
+from penstock.schema import suggest
 
 _ARGUMENTS: Final = {
     "on_connect": 2,
@@ -25,19 +25,23 @@ _ARGUMENTS: Final = {
     "on_reset": 1,
     "on_disconnect": 1,
 }
-"""How many arguments each hook is called with (penstock.policy.base)."""
+"""Number of arguments of each hook (penstock.policy.base)."""
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A policy in Python. Policies are called in the order of the file."""
 
-    hook: Annotated[str, msgspec.Meta(description="package.module:name, or path/to/file.py:name")]
+    hook: Annotated[str, msgspec.Meta(description="Policy to load: package.module:name or path/to/file.py:name")]
     arguments: Annotated[
-        dict[str, Any], msgspec.Meta(description="Keyword arguments when the name is a class or a function")
+        dict[str, Any], msgspec.Meta(description="Keyword arguments, if the name is a class or a function")
     ] = {}
     deadline: Annotated[
         float,
-        msgspec.Meta(gt=0, le=600, description="Seconds a call may take before it counts as failed (451)"),
+        msgspec.Meta(
+            gt=0,
+            le=600,
+            description="Seconds that a call may take; after that it has failed and the client receives 451",
+        ),
     ] = 10.0
     concurrency: Annotated[int, msgspec.Meta(ge=1, description="Calls that may run at the same time")] = 1000
     breaker_failures: Annotated[
@@ -64,7 +68,9 @@ def check_policy(reference: str, policy: object) -> None:
     methods = [name for name in dir(policy) if name.startswith("on_")]
     for name in methods:
         if name not in HOOK_POINTS:
-            raise HookError(f"{reference!r}: {name} is not a hook; available: {', '.join(HOOK_POINTS)}")
+            raise HookError(
+                f"{reference!r}: unknown hook {name}{suggest(name, HOOK_POINTS)}; available: {', '.join(HOOK_POINTS)}"
+            )
         method = getattr(policy, name)
         try:
             inspect.signature(method).bind(*[None] * _ARGUMENTS[name])
@@ -72,7 +78,7 @@ def check_policy(reference: str, policy: object) -> None:
             continue  # compiled code may have no signature
         except TypeError as exc:
             raise HookError(
-                f"{reference!r}: {name} is called with {_ARGUMENTS[name]} arguments, see penstock.policy.base: {exc}"
+                f"{reference!r}: {name} must take {_ARGUMENTS[name]} arguments (see penstock.policy.base): {exc}"
             ) from exc
     if not methods:
-        raise HookError(f"{reference!r}: it has none of {', '.join(HOOK_POINTS)}")
+        raise HookError(f"{reference!r}: the policy has no hook; available: {', '.join(HOOK_POINTS)}")

@@ -1,1 +1,1 @@
-"""From the spool to the next hop: what is due, by which way, over which connection, and what came of it."""
+"""From the spool to the next hop: what is due, by which route, over which connection, and with what result."""

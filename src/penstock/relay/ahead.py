@@ -15,7 +15,7 @@ import msgspec
 from penstock.message import NULL_PATH, Envelope, Message, Recipient
 from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
-from penstock.relay.route import Way
+from penstock.relay.route import Route
 from penstock.reply import Reply
 
 _MOST_WORDS: Final = 300
@@ -25,14 +25,14 @@ _MOST_WORDS: Final = 300
 class Map(Protocol):
     """What knows where mail goes (penstock.relay.route)."""
 
-    def lane_of(self, recipient: Recipient) -> str:
-        """Return the lane of a recipient."""
+    def domain_of(self, recipient: Recipient) -> str:
+        """Return the domain of a recipient."""
 
-    def way_now(self, lane: str) -> Way | None:
-        """Return the way of a lane when that is known without asking anybody."""
+    def static_route(self, domain: str) -> Route | None:
+        """Return the route of a domain when that is known without asking anybody."""
 
-    async def way_of(self, lane: str) -> Way:
-        """Return the way of a lane. Raise an exception when there is none."""
+    async def find_route(self, domain: str) -> Route:
+        """Return the route of a domain. Raise an exception when there is none."""
 
 
 class Onward:
@@ -50,13 +50,13 @@ class Onward:
 
         A 452 4.2.2 is a mailbox that exists and is full. Raise ResolveError if the DNS does not tell where to ask.
         """
-        way = await self._routes.way_of(self._routes.lane_of(recipient))
-        if way.is_local:
+        route = await self._routes.find_route(self._routes.domain_of(recipient))
+        if route.is_local:
             return None
         path = recipient.path
         envelope = Envelope(NULL_PATH, (Recipient(path),), smtputf8=not path.text.isascii())
         said = "there is no next hop"
-        for hop in way.order(self._random):
+        for hop in route.order(self._random):
             try:
                 (result,) = await self._pool.ask(self._aside(hop), envelope)
             except NextHopUnavailable as exc:
@@ -90,10 +90,10 @@ class Onward:
         """
         if any(recipient.notify and "SUCCESS" in recipient.notify for recipient in envelope.recipients):
             return None
-        lanes = {self._routes.lane_of(recipient) for recipient in envelope.recipients}
-        ways = [self._routes.way_now(lane) for lane in lanes]
-        first = ways[0]
-        if first is None or first.is_local or any(way is None or way.key != first.key for way in ways):
+        domains = {self._routes.domain_of(recipient) for recipient in envelope.recipients}
+        routes = [self._routes.static_route(domain) for domain in domains]
+        first = routes[0]
+        if first is None or first.is_local or any(route is None or route.key != first.key for route in routes):
             return None
         hop = next((hop for hop in first.order(self._random) if self._pool.room(hop)), None)
         if hop is None:

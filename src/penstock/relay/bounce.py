@@ -1,9 +1,9 @@
-"""What a sender is told of its message: that it failed, that it takes long, that it arrived (RFC 3464, RFC 3461).
+"""Reports to senders: delivery failed, is delayed, or succeeded (RFC 3464, RFC 3461).
 
-A report is mail like any other, with the null sender, so that nobody is told of a report that fails (RFC 5321 4.5.5).
-It has three parts: a text for people, a table for programs, and the message, or its header.
+A report is a message from the null sender, so that no report is made of a report that fails (RFC 5321 4.5.5). It has
+three parts: a text for people, the fields of RFC 3464 for programs, and the message, or its header.
 
-A report on a message with addresses or a header outside of ASCII has the types of RFC 6533 and needs SMTPUTF8 itself.
+A report on a message with addresses or a header outside ASCII has the types of RFC 6533 and needs SMTPUTF8 itself.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from penstock.relay.hop import Result
 from penstock.smtp.grammar import decode_xtext
 
 Action = Literal["failed", "delayed", "delivered", "relayed"]
-"""RFC 3464 2.3.3. `relayed`: the next hop has it, and knows nothing of reports. There is no `expanded`: no lists."""
-Wish = Literal["SUCCESS", "FAILURE", "DELAY"]
-"""What NOTIFY asks for (RFC 3461 4.1)."""
+"""RFC 3464 2.3.3. `relayed`: accepted by a next hop without DSN. `expanded` is not used: there are no lists."""
+Notify = Literal["SUCCESS", "FAILURE", "DELAY"]
+"""What NOTIFY can ask for (RFC 3461 4.1)."""
 
-_MOST_HEADER: Final = 64 * 1024
-"""Octets of a header that are read and returned."""
-_MOST_LINE: Final = 998
+_MAX_HEADER: Final = 64 * 1024
+"""Octets of a header that are read and returned at most."""
+_MAX_LINE: Final = 998
 """Octets of a line without CR LF (RFC 5322 2.1.1)."""
-_MOST_TEXT: Final = 900
-"""Octets of what a peer has said; it may be one word."""
+_MAX_TEXT: Final = 900
+"""Octets of a reply of a next hop; it may be a single word."""
 _FOLD: Final = 76
-_UNFIT: Final = re.compile(rb"\x00|(?<!\r)\n|\r(?!\n)|[^\r\n]{999}")
-"""What no text may have: NUL, bare line ends, lines that are too long. A peer would refuse the report for it."""
+_UNSAFE: Final = re.compile(rb"\x00|(?<!\r)\n|\r(?!\n)|[^\r\n]{999}")
+"""NUL, bare line ends and long lines: a server may refuse the report because of them."""
 _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 
 _SUBJECTS: Final[dict[Action, str]] = {
@@ -58,13 +58,13 @@ class ReportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     return_most: Annotated[
         int,
-        msgspec.Meta(ge=0, le=10_485_760, description="Octets of a message that is returned whole; else its header"),
+        msgspec.Meta(ge=0, le=10_485_760, description="Larger messages (octets) are returned with their header only"),
     ] = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class TextBody:
-    """A body in memory that nobody counts: that of a report."""
+    """A body in memory, outside any budget: that of a report."""
 
     text: bytes
     in_memory: ClassVar[bool] = True
@@ -75,20 +75,20 @@ class TextBody:
         return len(self.text)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield it."""
+        """Yield the body in one piece."""
         yield self.text
 
     def close(self) -> None:
         """Do nothing."""
 
 
-def wants(recipient: Recipient, wish: Wish) -> bool:
-    """Say whether the sender wants to hear of this: of failures and delays when it did not say (RFC 3461 4.1)."""
-    return wish != "SUCCESS" if recipient.notify is None else wish in recipient.notify
+def wants(recipient: Recipient, kind: Notify) -> bool:
+    """Return whether the sender wants this report: without NOTIFY, of failures and delays (RFC 3461 4.1)."""
+    return kind != "SUCCESS" if recipient.notify is None else kind in recipient.notify
 
 
 class Reporter:
-    """Writes reports in the name of a server."""
+    """Writes the reports of a server."""
 
     def __init__(self, settings: ReportSettings, hostname: str, ids: MessageIds) -> None:
         self._return_most = settings.return_most
@@ -99,12 +99,12 @@ class Reporter:
         self,
         action: Action,
         original: Message,
-        told: Sequence[tuple[Recipient, Result]],
+        results: Sequence[tuple[Recipient, Result]],
         now: float,
         *,
         retry_until: float | None = None,
     ) -> Message:
-        """Return the report to the sender of a message, who must not be the null one.
+        """Return the report to the sender of a message, which must not be the null sender.
 
         Reads the body: may block on the disk.
         """
@@ -112,10 +112,10 @@ class Reporter:
         assert envelope.sender.text, "never a report to the null sender"
         full = action == "failed" and envelope.ret != "HDRS" and original.size <= self._return_most
         returned = _whole(original) if full else b""
-        if not returned or envelope.body_type == "BINARYMIME" or _UNFIT.search(returned):
+        if not returned or envelope.body_type == "BINARYMIME" or _UNSAFE.search(returned):
             full, returned = False, _header_of(original)
-        is_global = envelope.smtputf8 and not (returned.isascii() and _is_ascii(envelope.sender.text, told))
-        report = _Report(action, original, told, now, retry_until, self._hostname, is_global=is_global)
+        is_global = envelope.smtputf8 and not (returned.isascii() and _is_ascii(envelope.sender.text, results))
+        report = _Report(action, original, results, now, retry_until, self._hostname, is_global=is_global)
         message_id = self._ids.next()
         boundary = f"=_{message_id}"
         while boundary.encode() in returned:
@@ -128,16 +128,16 @@ class Reporter:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What one report is made of."""
+    """The data of one report."""
 
     action: Action
     original: Message
-    told: Sequence[tuple[Recipient, Result]]
+    results: Sequence[tuple[Recipient, Result]]
     now: float
     retry_until: float | None
     hostname: str
     is_global: bool
-    """Not ASCII: the types of RFC 6533."""
+    """It is not ASCII: the types of RFC 6533 are used."""
 
     def text(self, message_id: str, boundary: str, returned: bytes, *, full: bool) -> bytes:
         """Return the header and the body of the report."""
@@ -177,7 +177,7 @@ class _Report:
         until = "" if self.retry_until is None else _date(self.retry_until)
         lines = [f"This is the mail system at {self.hostname}.", ""]
         lines += textwrap.wrap(_TEXTS[self.action].format(until=until), _FOLD)
-        for recipient, result in self.told:
+        for recipient, result in self.results:
             lines.append("")
             said = f"{result.hop} said: {result.text}" if result.is_said and result.hop else result.text
             lines += _folded(f"<{recipient.path.text}>: {self._fit(said)}", "    ")
@@ -188,7 +188,7 @@ class _Report:
         envid = decode_xtext(self.original.envelope.envid or "")
         lines = [f"Original-Envelope-Id: {envid}"] if envid else []
         lines += [f"Reporting-MTA: dns; {self.hostname}", f"Arrival-Date: {_date(self.original.received_at)}"]
-        for recipient, result in self.told:
+        for recipient, result in self.results:
             lines += ["", *self._fields_of(recipient, result)]
         return "\r\n".join([*lines, ""])
 
@@ -198,8 +198,8 @@ class _Report:
             yield f"Original-Recipient: {_decoded_orcpt(recipient.orcpt)}"
         yield f"Final-Recipient: {'rfc822' if address.isascii() else 'utf-8'}; {address}"
         yield f"Action: {self.action}"
-        yield f"Status: {result.status}"
-        if result.is_said and result.hop:
+        yield f"Status: {_status(self.action, result.status)}"
+        if result.is_said and result.hop:  # RFC 3464 2.3.5: the server that reported it, not one that was never reached
             yield f"Remote-MTA: {_remote_mta(result.hop)}"
         if result.text and self.action in ("failed", "delayed"):
             kind = "smtp" if result.is_said else "x-penstock"
@@ -209,13 +209,21 @@ class _Report:
             yield f"Will-Retry-Until: {_date(self.retry_until)}"
 
     def _fit(self, text: str) -> str:
-        """Return a text of a peer as this report may show it: one line, in ASCII unless the report is global."""
+        """Return a reply as this report may contain it: one line, in ASCII unless the report is internationalized."""
         line = "".join(c if c.isprintable() else "?" for c in text)
         octets = line.encode("utf-8" if self.is_global else "ascii", "replace")
-        return octets[:_MOST_TEXT].decode(errors="ignore")
+        return octets[:_MAX_TEXT].decode(errors="ignore")
 
 
 # ---- pieces
+
+
+_CLASSES: Final[dict[Action, str]] = {"failed": "54", "delayed": "4", "delivered": "2", "relayed": "2"}
+"""The classes of a status that fit an action (RFC 3464 2.3.4); 4.x.x of a failure: it was tried until it expired."""
+
+
+def _status(action: Action, status: str) -> str:
+    return status if status[:1] in _CLASSES[action] else f"{_CLASSES[action][0]}{status[1:]}"
 
 
 def _part_header(content_type: str, description: str, encoding: str) -> list[str]:
@@ -228,27 +236,27 @@ def _date(when: float) -> str:
 
 
 def _folded(text: str, indent: str = " ") -> list[str]:
-    """Return a field, or a text, in lines of 76, broken at blanks."""
+    """Return a field, or a text, in lines of 76 characters, broken at spaces."""
     return textwrap.wrap(text, _FOLD, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _decoded_orcpt(orcpt: str) -> str:
-    """Return ORCPT as a report shows it: the type, and the address without xtext (RFC 3461 6.3)."""
+    """Return ORCPT in the form of a report: the type, and the address without xtext (RFC 3461 6.3)."""
     kind, _, address = orcpt.partition(";")
     decoded = None if kind.lower() == "utf-8" else decode_xtext(address)
     return f"{kind}; {decoded or address}"
 
 
 def _remote_mta(hop: str) -> str:
-    """Return the field value for a hop's name, "mx.example.org[192.0.2.1]:25" or "unix:/run/lmtp"."""
+    """Return the field value for the name of a hop, "mx.example.org[192.0.2.1]:25" or "unix:/run/lmtp"."""
     if hop.startswith("unix:"):
         return f"x-unix; {hop.removeprefix('unix:')}"
     host = hop.partition("[")[0] or hop
     return f"dns; {host.rpartition(':')[0] or host}" if host == hop else f"dns; {host}"
 
 
-def _is_ascii(sender: str, told: Sequence[tuple[Recipient, Result]]) -> bool:
-    return sender.isascii() and all(recipient.path.text.isascii() for recipient, _ in told)
+def _is_ascii(sender: str, results: Sequence[tuple[Recipient, Result]]) -> bool:
+    return sender.isascii() and all(recipient.path.text.isascii() for recipient, _ in results)
 
 
 def _whole(original: Message) -> bytes:
@@ -256,18 +264,18 @@ def _whole(original: Message) -> bytes:
 
 
 def _header_of(original: Message) -> bytes:
-    """Return the header of a message with the fields that were added here, mended where it is unfit."""
+    """Return the header of a message with the fields that were added here, without octets that are not allowed."""
     head = original.prefix
     if not head.endswith(b"\r\n"):
         head += b"\r\n" if head else b""
     start = len(head)
     for chunk in original.body.chunks():
-        head += chunk[: _MOST_HEADER + start - len(head)]
-        if b"\r\n\r\n" in head or head.startswith(b"\r\n", start) or len(head) >= _MOST_HEADER + start:
+        head += chunk[: _MAX_HEADER + start - len(head)]
+        if b"\r\n\r\n" in head or head.startswith(b"\r\n", start) or len(head) >= _MAX_HEADER + start:
             break
     end = start if head.startswith(b"\r\n", start) else head.find(b"\r\n\r\n") + 2
     head = head[:end] if end >= 2 else head
-    if _UNFIT.search(head):
+    if _UNSAFE.search(head):
         lines = _LINE_END.split(head.replace(b"\x00", b""))
-        head = b"\r\n".join(line[:_MOST_LINE] for line in lines if line) + b"\r\n"
+        head = b"\r\n".join(line[:_MAX_LINE] for line in lines if line) + b"\r\n"
     return head

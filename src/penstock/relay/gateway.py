@@ -1,4 +1,4 @@
-"""The gateway: spool, scheduler, ledger and pool, started in their order and stopped in the other one."""
+"""The gateway: spool, scheduler, recorder and pool, started in this order and stopped in reverse."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import trio
 
 from penstock.journal import Journal
 from penstock.message import Message
-from penstock.relay.ledger import Ledger
+from penstock.relay.operators import Operators
 from penstock.relay.pool import Pool
+from penstock.relay.recorder import AttemptRecorder
 from penstock.relay.scheduler import Scheduler
 from penstock.reply import Reply
-from penstock.spool.diskspace import Room
+from penstock.spool.diskspace import DiskSpace
 from penstock.spool.spool import Spool
 
 
 class Mailboxes(Protocol):
-    """Delivery on this machine, with its own start and end."""
+    """Delivery on this machine."""
 
     async def start(self) -> None:
         """Open what it needs. Raise OSError."""
@@ -31,39 +32,39 @@ class Mailboxes(Protocol):
 
 
 class Gateway:
-    """Runs all that stands behind a SpoolDelivery."""
+    """Runs what is behind a SpoolDelivery."""
 
     def __init__(
         self,
         *,
         spool: Spool,
-        room: Room,
+        disk_space: DiskSpace,
         pool: Pool,
-        ledger: Ledger,
+        recorder: AttemptRecorder,
         scheduler: Scheduler,
         local: Mailboxes,
         journal: Journal,
         grace: float,
     ) -> None:
-        """`grace` is the seconds that transactions with next hops have to end when the gateway stops."""
+        """`grace` is how many seconds transactions with next hops have to end when the gateway stops."""
         self.spool = spool
         self.scheduler = scheduler
         self.pool = pool
-        self._room = room
-        self._ledger = ledger
+        self._disk_space = disk_space
+        self._recorder = recorder
         self._local = local
         self._journal = journal
         self._grace = grace
         self.over = trio.Event()
-        """`run` has come to its end."""
-        self._stop_wanted = trio.Event()
+        """`run` has ended."""
+        self._is_stopping = trio.Event()
         self._work = trio.CancelScope()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Open the spool and relay until `stop`.
 
-        Raise OSError, sqlite3.Error or SpoolError when the spool can not be opened. What is said by the clients must
-        have come to its end before `stop`: the spool is closed then.
+        Raise OSError, sqlite3.Error or SpoolError if the spool cannot be opened. All sessions must have ended before
+        `stop`, as the spool is closed then.
         """
         self.spool.report_bug = partial(self._journal.error, 0, "spool")
         recovered = await self.spool.start()
@@ -75,28 +76,29 @@ class Gateway:
         finally:
             self.scheduler.close()
             with trio.CancelScope(shield=True):
-                await self._ledger.flush()
+                await self._recorder.flush()
                 await self.spool.aclose()
                 await self._local.aclose()
             self.over.set()
 
     async def _relay(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._room.keep_looking)
-            await nursery.start(self._ledger.run)
+            nursery.start_soon(self._disk_space.run)
+            await nursery.start(self._recorder.run)
             await nursery.start(self.pool.run)
             await nursery.start(self.scheduler.run)
+            nursery.start_soon(Operators(self.scheduler, self._recorder).run)
             task_status.started()
-            await self._stop_wanted.wait()
+            await self._is_stopping.wait()
             self.scheduler.stop()
             await self.pool.aclose(self._grace)
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
-        """Begin no more transactions; let those under way end within the grace, then end."""
-        self._stop_wanted.set()
+        """Start no more transactions; those in progress may end within the grace period."""
+        self._is_stopping.set()
 
     def abort(self) -> None:
-        """End now. Transactions under way are cut, and made again after the next start."""
-        self._stop_wanted.set()
+        """End now. Transactions in progress are cut, and made again after the next start."""
+        self._is_stopping.set()
         self._work.cancel()

@@ -1,31 +1,41 @@
-"""Where the mail of a domain goes: the routes of the configuration, and the ways they lead.
+"""Where the mail of a domain goes: the routes of the configuration, and the next hops they lead to.
 
-A recipient waits in a *lane*, named by its domain. A *route* says which next hops a lane's mail is for. What comes of
-it at a moment is a *way*: next hops in the order in which they are to be tried, or the delivery on this machine.
+A recipient waits in the queue of its domain. A *rule* (a [[route]] table) says which next hops the mail of a domain is
+for. What it comes to at a moment is a `Route`: next hops in the order in which they are tried, or local delivery.
+
+The host of a static next hop is looked up by the system (hosts file, DNS) and becomes one hop for each address, so that
+each address has its own connections and its own circuit breaker, and the next one is tried when one defers a message.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import random
 import re
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
+import trio
 
 from penstock.addresses import canonical_domain, domain_of
+from penstock.message import Path as MailPath
 from penstock.message import Recipient
-from penstock.net.resolver import Exchanger, Resolver
+from penstock.net.resolver import Exchanger, ResolveError, Resolver
 from penstock.relay.hop import AuthPolicy, Hop, HopLimits, TlsPolicy
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
 _PORTS: Final = {"smtp": 25, "smtps": 465, "lmtp": 24}
 _FORMS: Final = "smtp://host:25, smtps://host:465, lmtp://host:24 or lmtp+unix:///path"
-_MOST_HOPS: Final = 12
-"""Next hops that a message is offered to in one attempt."""
+_MAX_HOPS: Final = 12
+"""Next hops (addresses) of one attempt; cf. Postfix smtp_mx_address_limit."""
+_LOOKUP_LIFETIME: Final = 60.0
+"""Seconds for which the addresses of a static next hop are used before the name is looked up again."""
 
 
 class NextHopSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,17 +43,17 @@ class NextHopSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     url: Annotated[str, msgspec.Meta(description=_FORMS)]
     priority: Annotated[
-        int, msgspec.Meta(ge=0, le=65_535, description="The least is tried first; others when that is down")
+        int, msgspec.Meta(ge=0, le=65_535, description="The lowest is tried first, the others when it is unavailable")
     ] = 10
     weight: Annotated[
-        int, msgspec.Meta(ge=1, le=65_535, description="Its part of the mail among those of its priority")
+        int, msgspec.Meta(ge=1, le=65_535, description="Share of the mail among next hops of the same priority")
     ] = 1
 
 
 class RelayAuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who we are to a smart host (RFC 4954)."""
+    """AUTH with a smart host (RFC 4954)."""
 
-    user: Annotated[str, msgspec.Meta(min_length=1, description="The user name")]
+    user: Annotated[str, msgspec.Meta(min_length=1, description="User name")]
     password_file: Annotated[
         str, msgspec.Meta(min_length=1, description="File with the password in its first line, relative to data_dir")
     ]
@@ -60,18 +70,20 @@ class RelayAuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class RouteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the mail of some domains goes. The longest domain that matches decides."""
+    """Where the mail of some domains goes. The longest matching domain decides."""
 
     domains: Annotated[
         tuple[str, ...],
-        msgspec.Meta(description='".example.org" is all names below it; without any, all that no other route names'),
+        msgspec.Meta(
+            description='".example.org" matches all names below it; without domains: every domain no other route names'
+        ),
     ] = ()
     next_hop: Annotated[
         str,
-        msgspec.Meta(description=f'"mx": as the DNS says; "maildir": delivered here; or {_FORMS}'),
+        msgspec.Meta(description=f'"mx": as the DNS says; "maildir": local delivery; or {_FORMS}'),
     ] = ""
     next_hops: Annotated[
-        tuple[NextHopSettings, ...], msgspec.Meta(max_length=64, description="In the place of next_hop: several")
+        tuple[NextHopSettings, ...], msgspec.Meta(max_length=64, description="Several next hops, instead of next_hop")
     ] = ()
     tls: TlsPolicy = TlsPolicy()
     auth: Annotated[RelayAuthSettings | None, msgspec.Meta(description="Without this table, no AUTH")] = None
@@ -79,14 +91,14 @@ class RouteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 DEFAULT_ROUTES: Final = (RouteSettings(next_hop="maildir"),)
-"""Those of a server that names none."""
+"""The routes of a configuration that has none."""
 
 
 # ---- checking
 
 
 def check_routes(routes: Sequence[RouteSettings]) -> None:
-    """Raise ValueError, which begins with the key, for routes that lead nowhere."""
+    """Raise ValueError, beginning with the key, for routes that cannot work."""
     owner: dict[str, int] = {}
     for number, route in enumerate(routes):
         key = f"route[{number}]"
@@ -98,12 +110,12 @@ def check_routes(routes: Sequence[RouteSettings]) -> None:
                 raise ValueError(f"{key}.domains: {domain!r} is not a domain; {form}") from exc
             before = owner.setdefault(canonical, number)
             if before != number:
-                raise ValueError(f"{key}.domains: {domain!r} is in route[{before}], too")
+                raise ValueError(f"{key}.domains: {domain!r} is already in route[{before}]")
         if not route.domains:
             before = owner.setdefault("", number)
             if before != number:
                 raise ValueError(
-                    f"{key}.domains: route[{before}] has no domains either, and one is enough for all others"
+                    f"{key}.domains: route[{before}] has no domains either; only one route may be the default"
                 )
         try:
             _check_hops(route)
@@ -111,7 +123,7 @@ def check_routes(routes: Sequence[RouteSettings]) -> None:
             raise ValueError(f"{key}.{exc}") from exc
     if routes and "" not in owner:
         raise ValueError(
-            "route: reports have to go to the senders, wherever they are: add a route without domains, such as "
+            "route: no default route: bounces go to senders in any domain; add a route without domains, such as "
             '[[route]] next_hop = "mx"'
         )
 
@@ -124,12 +136,12 @@ def _canonical(domain: str) -> str:
 
 def _check_hops(route: RouteSettings) -> None:
     if route.next_hop and route.next_hops:
-        raise ValueError("next_hops: next_hop is there already; put it into the list")
+        raise ValueError("next_hops: cannot be combined with next_hop; put that one into the list")
     if not route.next_hop and not route.next_hops:
-        raise ValueError(f'next_hop: it is missing; write "mx", "maildir" or {_FORMS}')
+        raise ValueError(f'next_hop: missing; expected "mx", "maildir" or {_FORMS}')
     if route.next_hop in ("mx", "maildir"):
         if route.auth is not None:
-            raise ValueError(f"auth: a password is for a smart host, not for {route.next_hop!r}")
+            raise ValueError(f"auth: only for a smart host, not for {route.next_hop!r}")
         return
     for place, url in enumerate([route.next_hop] if route.next_hop else [hop.url for hop in route.next_hops]):
         try:
@@ -137,22 +149,24 @@ def _check_hops(route: RouteSettings) -> None:
         except ValueError as exc:
             raise ValueError(f"{'next_hop' if route.next_hop else f'next_hops[{place}].url'}: {exc}") from exc
         if route.auth is not None and route.tls.mode == "opportunistic" and not hop.path:
-            raise ValueError('tls.mode: say what protects the password: "verify", "require", or "none" for SCRAM alone')
+            raise ValueError(
+                'tls.mode: with auth, choose what protects the password: "verify", "require", or "none" for SCRAM only'
+            )
 
 
 def parse_hop(url: str) -> Hop:
-    """Read the URL of a next hop. Raise ValueError."""
+    """Parse the URL of a next hop. Raise ValueError."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as exc:
-        raise ValueError(f"{url!r}: {exc}; a next hop looks like {_FORMS}") from exc
+        raise ValueError(f"{url!r}: {exc}; expected {_FORMS}") from exc
     if parts.scheme == "lmtp+unix" and parts.path.startswith("/") and not parts.netloc and not parts.query:
         return Hop(kind="lmtp", path=parts.path, host="localhost")
     host = parts.hostname or ""
     is_plain = not (parts.path or parts.query or parts.fragment or parts.username or parts.password)
     if parts.scheme not in _PORTS or not _HOST.fullmatch(host) or not is_plain or port == 0:
-        raise ValueError(f"a next hop looks like {_FORMS}, not {url!r}")
+        raise ValueError(f"{url!r} is not a next hop; expected {_FORMS}")
     return Hop(
         host=host,
         port=port or _PORTS[parts.scheme],
@@ -161,39 +175,39 @@ def parse_hop(url: str) -> Hop:
     )
 
 
-# ---- ways
+# ---- routes
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the hosts of equal rank, by all its addresses."""
+    """One host among those of equal priority, with all its addresses."""
 
     weight: int
     hops: tuple[Hop, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """Next hops of a lane. Ways with the same key lead to the same place."""
+class Route:
+    """The next hops of a domain. Routes with the same key share connections and rates."""
 
     key: Hashable
     ranks: tuple[tuple[Choice, ...], ...] = ()
-    """Best first; () is the delivery on this machine."""
+    """Best first; () is local delivery."""
 
     @property
     def is_local(self) -> bool:
-        """It ends here."""
+        """Mail is delivered on this machine."""
         return not self.ranks
 
     @property
     def only(self) -> tuple[Hop, ...] | None:
-        """The next hops, when there is nothing to choose between."""
+        """The next hops if there is nothing to choose at random."""
         if any(len(rank) > 1 for rank in self.ranks):
             return None
-        return tuple(self._hops(rank[0] for rank in self.ranks))
+        return tuple(_limited([rank[0] for rank in self.ranks]))
 
     def order(self, source: random.Random) -> tuple[Hop, ...]:
-        """Return the next hops in the order of one attempt: by rank, and among equals by weight and chance."""
+        """Return the next hops in the order of one attempt: by rank, among equals by weight at random."""
         ordered: list[Choice] = []
         for rank in self.ranks:
             left = list(rank)
@@ -201,10 +215,11 @@ class Way:
                 chosen = source.choices(left, [choice.weight for choice in left])[0]
                 left.remove(chosen)
                 ordered.append(chosen)
-        return tuple(self._hops(ordered))
+        return tuple(_limited(ordered))
 
-    def _hops(self, choices: Iterator[Choice] | Sequence[Choice]) -> list[Hop]:
-        return [hop for choice in choices for hop in choice.hops][:_MOST_HOPS]
+    def hops(self) -> Iterator[Hop]:
+        """Yield all next hops, best rank first."""
+        return (hop for rank in self.ranks for choice in rank for hop in choice.hops)
 
     @property
     def first(self) -> tuple[Hop, ...]:
@@ -212,66 +227,162 @@ class Way:
         return tuple(hop for choice in self.ranks[0] for hop in choice.hops)
 
 
-LOCAL: Final = Way("maildir")
+def _limited(choices: Sequence[Choice]) -> list[Hop]:
+    """Return at most `_MAX_HOPS` hops in order. Every host keeps a share: many addresses of one never hide the next."""
+    shares = [0] * len(choices)
+    left = _MAX_HOPS
+    while left and any(shares[i] < len(choice.hops) for i, choice in enumerate(choices)):
+        for i, choice in enumerate(choices):
+            if left and shares[i] < len(choice.hops):
+                shares[i] += 1
+                left -= 1
+    return [hop for choice, share in zip(choices, shares, strict=True) for hop in choice.hops[:share]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """A route, read once."""
+LOCAL: Final = Route("maildir")
+
+Lookup = Callable[[str], Awaitable[Sequence[str]]]
+"""Returns the addresses of a host. Raises OSError if the lookup failed."""
+
+
+async def system_lookup(host: str) -> list[str]:
+    """Return the addresses of a host as the system knows them (hosts file, DNS). Raise OSError."""
+    found = await trio.socket.getaddrinfo(host, None, type=trio.socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+
+
+@dataclass(slots=True, eq=False)
+class _Rule:
+    """A [[route]] table, parsed."""
 
     number: int
     tls: TlsPolicy
     limits: HopLimits
-    way: Way | None
-    """None: the DNS says."""
+    ranks: tuple[tuple[tuple[int, Hop], ...], ...] | None
+    """Weights and hops by priority; () is local delivery, None asks the DNS for the MX."""
+    names: frozenset[str] = frozenset()
+    """Hosts to be looked up."""
+    route: Route | None = None
+    """The current route; None before the first lookup."""
+    expires: float = 0.0
+    """When the names are looked up again, in the clock of `Routes`."""
+    lock: trio.Lock = field(default_factory=trio.Lock)
 
 
 class Routes:
     """All routes of a server."""
 
-    def __init__(self, settings: Sequence[RouteSettings], *, data_dir: Path, resolver: Resolver, own_name: str) -> None:
-        """`own_name` is whose postmaster a recipient without a domain is.
+    def __init__(
+        self,
+        settings: Sequence[RouteSettings],
+        *,
+        data_dir: Path,
+        resolver: Resolver,
+        own_domain: str,
+        lookup: Lookup = system_lookup,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`own_domain` is the domain of a recipient without one, <Postmaster> (RFC 5321 4.1.1.3).
 
-        The settings were checked. Raise OSError when a file that they name can not be read.
+        `lookup` finds the addresses of static next hops. The settings were checked. Raise OSError if a file that they
+        name cannot be read.
         """
         self._resolver = resolver
-        self._own_lane = own_name.lower()
-        self._exact: dict[str, _Route] = {}
-        self._below: dict[str, _Route] = {}
-        self._default: _Route | None = None
+        self._own_domain = own_domain.lower()
+        self._lookup = lookup
+        self._clock = clock
+        self._exact: dict[str, _Rule] = {}
+        self._below: dict[str, _Rule] = {}
+        self._default: _Rule | None = None
         for number, each in enumerate(settings or DEFAULT_ROUTES):
-            route = _read(number, each, data_dir)
+            rule = _read(number, each, data_dir)
             if not each.domains:
-                self._default = route
+                self._default = rule
             for domain in each.domains:
                 names = self._below if domain.startswith(".") else self._exact
-                names[_canonical(domain).removeprefix(".")] = route
+                names[_canonical(domain).removeprefix(".")] = rule
 
-    def lane_of(self, recipient: Recipient) -> str:
-        """Return the lane a recipient waits in: its domain, as the DNS writes it."""
+    def domain_of(self, recipient: Recipient) -> str:
+        """Return the domain whose queue a recipient waits in, as the DNS writes it."""
         domain = recipient.path.domain
         if domain.isascii():
-            return domain or self._own_lane  # RFC 5321 4.1.1.3: <Postmaster> is ours
+            return domain or self._own_domain  # RFC 5321 4.1.1.3: <Postmaster> is ours
         # Spooled before domains had a canonical form.
         return domain_of(domain, utf8=True, underscores=True) or domain
 
-    def way_now(self, lane: str) -> Way | None:
-        """Return the way of a lane when that is known without asking anybody."""
-        return self._route_of(lane).way
+    def qualified(self, recipient: Recipient) -> Recipient:
+        """Return a recipient with a domain: <Postmaster> is the postmaster of the first configured domain."""
+        if recipient.path.domain:
+            return recipient
+        local = recipient.path.local or recipient.path.text
+        return recipient._replace(path=MailPath(f"{recipient.path.text}@{self._own_domain}", local, self._own_domain))
 
-    async def way_of(self, lane: str) -> Way:
-        """Return the way of a lane. Raise ResolveError when the DNS has none."""
-        route = self._route_of(lane)
-        if route.way is not None:
-            return route.way
-        return _way_by_mx(route, await self._resolver.exchangers(lane))
+    def static_route(self, domain: str) -> Route | None:
+        """Return the route of a domain if no lookup is needed. Safe to call from any thread."""
+        rule = self._rule_of(domain)
+        if rule.names and self._clock() >= rule.expires:
+            return None
+        return rule.route
 
-    def _route_of(self, lane: str) -> _Route:
-        found = self._exact.get(lane)
+    def static_key(self, domain: str) -> Hashable | None:
+        """Return the key of the route of a domain if it is static. Safe to call from any thread."""
+        rule = self._rule_of(domain)
+        return None if rule.ranks is None else LOCAL.key if not rule.ranks else ("route", rule.number)
+
+    async def find_route(self, domain: str) -> Route:
+        """Return the route of a domain. Raise ResolveError if the DNS has none."""
+        rule = self._rule_of(domain)
+        if rule.ranks is None:
+            return _mx_route(rule, await self._resolver.exchangers(domain))
+        return await self._resolved(rule)
+
+    async def resolve_all(self) -> None:
+        """Look up the addresses of all static next hops, so that the first message need not wait for it."""
+        for rule in {*self._exact.values(), *self._below.values(), self._default}:
+            if rule is not None and rule.names:
+                with suppress(ResolveError):  # reported when mail is to be sent there
+                    await self._resolved(rule)
+
+    async def _resolved(self, rule: _Rule) -> Route:
+        """Return the route of a static rule, and look up its hosts if it is time. Raise ResolveError."""
+        async with rule.lock:  # one lookup for all domains of the rule
+            if rule.route is None or (rule.names and self._clock() >= rule.expires):
+                try:
+                    rule.route = await self._resolve(rule, rule.ranks or ())
+                except ResolveError:
+                    if rule.route is None:
+                        raise  # otherwise the previous addresses stay in use
+                rule.expires = self._clock() + _LOOKUP_LIFETIME
+            return rule.route
+
+    async def _resolve(self, rule: _Rule, ranks: Sequence[Sequence[tuple[int, Hop]]]) -> Route:
+        """Return a static route with the current addresses of its hosts. Hosts without an address are skipped."""
+        addresses: dict[str, Sequence[str]] = {}
+        failure: Exception | None = None
+        for name in sorted(rule.names):
+            try:
+                addresses[name] = await self._addresses(name)
+            except (OSError, ResolveError) as exc:
+                failure = exc
+                addresses[name] = ()
+        resolved = _static_route(rule.number, ranks, addresses)
+        if resolved.ranks:
+            return resolved
+        text = f"the address of the next hop {', '.join(sorted(rule.names))} could not be found: {failure}"
+        raise ResolveError("4.4.3", text, is_permanent=False) from failure
+
+    async def _addresses(self, name: str) -> Sequence[str]:
+        try:
+            return await self._lookup(name)
+        except OSError:  # the system does not know it, but the servers of [resolver] may
+            return await self._resolver.addresses(name)
+
+    def _rule_of(self, domain: str) -> _Rule:
+        found = self._exact.get(domain)
         if found is not None:
             return found
         if self._below:
-            name = lane
+            name = domain
             while "." in name:
                 name = name.partition(".")[2]
                 found = self._below.get(name)
@@ -281,15 +392,15 @@ class Routes:
         return self._default
 
 
-def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Route:
-    """Return what a route means. Raise OSError."""
+def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Rule:
+    """Return the rule of a [[route]] table. Raise OSError."""
     tls = settings.tls
     if tls.ca_file:
         tls = msgspec.structs.replace(tls, ca_file=str(data_dir / tls.ca_file))
     if settings.next_hop == "mx":
-        return _Route(number, tls, settings.limits, None)
+        return _Rule(number, tls, settings.limits, None)
     if settings.next_hop == "maildir":
-        return _Route(number, tls, settings.limits, LOCAL)
+        return _Rule(number, tls, settings.limits, (), route=LOCAL)
     user = password = ""
     auth = AuthPolicy()
     if settings.auth is not None:
@@ -298,7 +409,7 @@ def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Route:
         lines = (data_dir / settings.auth.password_file).read_text().splitlines()
         password = lines[0].strip() if lines else ""
     given = settings.next_hops or (NextHopSettings(url=settings.next_hop),)
-    ranks: dict[int, list[Choice]] = {}
+    by_priority: dict[int, list[tuple[int, Hop]]] = {}
     for each in given:
         hop = parse_hop(each.url)
         hop = msgspec.structs.replace(
@@ -309,16 +420,43 @@ def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Route:
             auth=auth,
             limits=settings.limits,
         )
-        ranks.setdefault(each.priority, []).append(Choice(each.weight, (hop,)))
-    way = Way(("route", number), tuple(tuple(ranks[priority]) for priority in sorted(ranks)))
-    return _Route(number, tls, settings.limits, way)
+        by_priority.setdefault(each.priority, []).append((each.weight, hop))
+    ranks = tuple(tuple(by_priority[priority]) for priority in sorted(by_priority))
+    names = frozenset(hop.host for rank in ranks for _, hop in rank if not hop.path and not _is_address(hop.host))
+    route = None if names else _static_route(number, ranks, {})
+    return _Rule(number, tls, settings.limits, ranks, names, route)
 
 
-def _way_by_mx(route: _Route, exchangers: Sequence[Exchanger]) -> Way:
-    """Return the way that exchangers make; domains with the same ones have the same."""
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _static_route(
+    number: int, ranks: Sequence[Sequence[tuple[int, Hop]]], addresses: dict[str, Sequence[str]]
+) -> Route:
+    """Return the route of static next hops; `addresses` has those of the hosts that are names."""
+    made: list[tuple[Choice, ...]] = []
+    for rank in ranks:
+        choices = [Choice(weight, _by_address(hop, addresses)) for weight, hop in rank]
+        made.append(tuple(choice for choice in choices if choice.hops))
+    return Route(("route", number), tuple(filter(None, made)))
+
+
+def _by_address(hop: Hop, addresses: dict[str, Sequence[str]]) -> tuple[Hop, ...]:
+    if hop.path or hop.host not in addresses:
+        return (hop,)
+    return tuple(msgspec.structs.replace(hop, address=address) for address in addresses[hop.host])
+
+
+def _mx_route(rule: _Rule, exchangers: Collection[Exchanger]) -> Route:
+    """Return the route by MX; domains with the same hosts have the same key."""
     ranks: dict[int, list[Choice]] = {}
     for preference, host, addresses in exchangers:
-        hops = tuple(Hop(host=host, address=address, tls=route.tls, limits=route.limits) for address in addresses)
+        hops = tuple(Hop(host=host, address=address, tls=rule.tls, limits=rule.limits) for address in addresses)
         ranks.setdefault(preference, []).append(Choice(1, hops))
     hosts = tuple(sorted((preference, host) for preference, host, _ in exchangers))
-    return Way(("mx", route.number, hosts), tuple(map(tuple, ranks.values())))
+    return Route(("mx", rule.number, hosts), tuple(map(tuple, ranks.values())))

@@ -1,23 +1,25 @@
-"""Which message goes where, and when: from the spool, or from the clients, to next hops or into mailboxes.
+"""Decides which message goes where, and when: from the spool, or from the clients, to next hops or into mailboxes.
 
-    SpoolDelivery --offer--> Lane --ring--> Outlet --pump--> Pool.deliver_later --done--> Ledger
-                    Spool --take--^
+    SpoolDelivery --offer--> DomainQueue --round robin--> RouteQueue --dispatch--> Pool --done--> AttemptRecorder
+                      Spool --take--^
 
-A *lane* is the mail of a domain. An *outlet* is where its way leads: domains with the same next hops share it, and the
-recipients of a message that have the same way are offered to it together at first. Nobody keeps a task for a message:
-an offer begins an attempt, the answer of the hop ends it and begins the next one.
+A `DomainQueue` is the mail of a domain. A `RouteQueue` is the set of next hops it goes to: domains with the same next
+hops share it, and the recipients of a message that have the same next hops are offered to them together, at every try.
+No message has a task of its own: an offer begins an attempt, the reply of the hop ends it and begins the next one.
 
 Rules
 -----
-1. An attempt is recorded before it is made: whatever is in a lane here is written in the spool as being attempted.
-   After a crash it is due again.
-2. Fair: the lanes of an outlet take turns, one message each; a lane takes its fresh mail and its old mail in turns; no
-   outlet waits for another one.
-3. What is in memory is bounded, in messages and octets. Beyond half of it, or of the share of its lane, a message that
-   comes in is left in the spool, and taken out when there is room: the other half is for those.
-4. Hops that are down cost nothing: their mail is put off in batches, a few of them a minute, each message by its own
-   schedule, so that it is late, told and returned like any other. When the operator asks for a try, one is made.
-5. A bug in one delivery costs that message a delay and a line in the journal, and nobody else anything.
+1. An attempt is recorded before it is made: whatever is in a domain queue here is written in the spool as being
+   attempted. After a crash it is due again.
+2. Fair: the domain queues of a route take turns, one message each; within one, fresh mail and old mail take turns; no
+   route waits for another one.
+3. What is in memory is bounded, in messages and octets. Beyond half of it, or of the share of its queue, a new message
+   is left in the spool, and taken when there is space: the other half is for those.
+4. What a hop defers, and has certainly not accepted, is offered to the next one in the same attempt (RFC 5321 5.1).
+5. Hops that are down cost nothing: their mail is put off in batches, a few of them per minute, each message by its own
+   schedule, so that delays, notices and bounces are the same as for any other. If an operator asks for a try, one is
+   made.
+6. A bug in one delivery costs that message a delay and a line in the journal, and does not affect any other.
 """
 
 from __future__ import annotations
@@ -26,54 +28,59 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
 import trio
 
 from penstock.journal import Journal
-from penstock.message import Message, Recipient
+from penstock.message import Body, Message, Recipient
 from penstock.net.resolver import ResolveError
+from penstock.relay.attempt import Attempt
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings
-from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
-from penstock.relay.lane import FIRST_WINDOW, Lane, Outlet
-from penstock.relay.ledger import Ledger
+from penstock.relay.clock import PUT_OFF, ClockGuard, steady_time
+from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool, PoolSettings
-from penstock.relay.route import Routes, Way
+from penstock.relay.queues import FIRST_WINDOW, DomainQueue, RouteQueue
+from penstock.relay.recorder import AttemptRecorder
+from penstock.relay.route import Route, Routes
 from penstock.reply import Reply
-from penstock.spool.entry import Entry
+from penstock.spool.bodies import StoredBody
+from penstock.spool.entry import Entry, HopState
 from penstock.spool.spool import Spool
 
 _TAKERS: Final = 4
-"""Tasks that take mail out of the spool."""
-_ASKING: Final = 50
-"""Questions to the DNS at a time."""
+"""Tasks that take mail from the spool."""
+_RESOLVING: Final = 50
+"""Concurrent DNS look-ups."""
 _CLAIM: Final = 600.0
-"""Seconds in which a lane that is in memory is not found due again: it knows itself what it has."""
-_WAY_LIFE: Final = 60.0
-"""Seconds after which the DNS is asked again for the way of a lane; the resolver knows how long it holds."""
+"""Seconds for which a queue in memory is not found due again: the scheduler knows what it has."""
+_ROUTE_LIFETIME: Final = 60.0
+"""Seconds after which the route of a queue is looked up again; the resolver caches by TTL."""
 _DNS_PAUSE: Final = 60.0
-"""Seconds in which a lane rests whose way the DNS could not tell."""
+"""Seconds for which a queue rests after its look-up failed temporarily."""
 _SWEEP: Final = 500
-"""Messages of a lane that is down which are put off at a time..."""
+"""Messages of a queue whose hops are down that are put off at a time..."""
 _SWEEP_PAUSE: Final = 5.0
-"""...and the seconds between two such times."""
+"""...and the seconds between two such batches."""
 _STALL: Final = 0.1
-"""Seconds after which an outlet that has to wait for its rate is looked at again."""
+"""Seconds after which a route that has to wait for its rate limit is dispatched again."""
 _LONGEST_SLEEP: Final = 5.0
-"""Seconds after which the spool is looked at in any case: another process may have changed what is due."""
+"""Seconds after which the spool is searched in any case: another process may have changed what is due."""
 _SHORTEST_SLEEP: Final = 0.02
 _BUG_PAUSE: Final = 300.0
-"""Seconds until a message is tried again that could not be accounted for."""
-_OURS: Final = Result(Outcome.DEFERRED, "an error on our side", "4.3.0", "", is_said=False)
+"""Seconds until a message is tried again whose result could not be recorded."""
+_OURS: Final = Result(Outcome.DEFERRED, "internal error", "4.3.0", "", is_said=False)
 _DOWN: Final = Result(Outcome.DEFERRED, "the next hop is down", "4.4.1", "", is_said=False)
 _IDLE: Final = 30.0
-"""Seconds after which a lane with nothing to do is forgotten."""
-_LANES_AT_A_TIME: Final = 100
-_MOST_LANES: Final = 20_000
-"""Lanes in memory. Those beyond wait in the spool, the one that has been due for longest first."""
+"""Seconds after which a queue with nothing to do is forgotten."""
+_QUEUES_AT_A_TIME: Final = 100
+_MAX_QUEUES: Final = 20_000
+"""Domain queues in memory. Those beyond wait in the spool; the one that has been due for longest is next."""
+_MAX_HOPS_SHOWN: Final = 1000
+"""Next hops that are backing off whose reason is kept."""
 
 
 class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,50 +109,10 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class LocalDelivery(Protocol):
-    """What delivers into mailboxes on this machine; see penstock.delivery.base."""
+    """Delivery into mailboxes on this machine; see penstock.delivery.base."""
 
     async def deliver(self, message: Message) -> Reply:
         """Deliver to all recipients, or to none of them."""
-
-
-class _Attempt:
-    """A message that is offered to next hops, one after the other."""
-
-    __slots__ = ("entry", "hop", "hops", "outlet", "scheduler")
-
-    def __init__(self, scheduler: Scheduler, outlet: Outlet, entry: Entry, hops: Sequence[Hop]) -> None:
-        self.scheduler = scheduler
-        self.outlet = outlet
-        self.entry = entry
-        self.hops = hops
-        self.hop = -1
-        """The place of the hop that has it."""
-
-    def offer(self, reason: NextHopUnavailable | None = None) -> None:
-        """Extensions the message to the next hop. `reason` is why the one before it could not be used."""
-        entry, hops = self.entry, self.hops
-        while self.hop + 1 < len(hops):
-            self.hop += 1
-            try:
-                self.scheduler.pool.deliver_later(
-                    hops[self.hop], entry.envelope, entry.prefix, entry.body, entry.size, self.done
-                )
-            except NextHopUnavailable as exc:
-                reason = reason or exc
-            except Exception as exc:  # noqa: BLE001 - rule 5
-                self.scheduler.broke(self.outlet, entry, exc)
-                return
-            else:
-                return
-        assert reason is not None
-        self.scheduler.not_sent(self.outlet, entry, reason)
-
-    def done(self, outcome: Delivered | NextHopUnavailable) -> None:
-        """Hear what a hop has made of it."""
-        if isinstance(outcome, NextHopUnavailable):
-            self.offer(outcome)
-        else:
-            self.scheduler.sent(self.outlet, self.entry, outcome, is_final=self.hops[self.hop].kind == "lmtp")
 
 
 class Scheduler:
@@ -157,78 +124,81 @@ class Scheduler:
         spool: Spool,
         pool: Pool,
         routes: Routes,
-        ledger: Ledger,
+        recorder: AttemptRecorder,
         journal: Journal,
         *,
         local: LocalDelivery | None = None,
         clock: Callable[[], float] = time.time,
+        steady_clock: Callable[[], float] = steady_time,
         random_source: random.Random | None = None,
     ) -> None:
-        """`local` is for ways that end here. `clock` tells seconds since the epoch."""
+        """`local` is for routes to "maildir". `clock` returns seconds since the epoch, `steady_clock` is never set."""
         self.pool = pool
-        self.lane_of: Callable[[Recipient], str] = routes.lane_of
-        """Says in which lane a recipient waits."""
+        self.spool = spool
+        self.journal = journal
+        self.recorder = recorder
+        self.domain_of: Callable[[Recipient], str] = routes.domain_of
+        """Returns the domain whose queue a recipient waits in."""
+        self.suspended: frozenset[str] = frozenset()
+        """Domains and hops that an operator suspended."""
         self._settings = settings
-        self._spool = spool
         self._routes = routes
-        self._ledger = ledger
-        self._journal = journal
         self._local = local
         self._clock = clock
+        self._clock_guard = ClockGuard(clock, steady_clock)
         self._random = random_source or random.Random()  # noqa: S311 - it spreads load, it hides nothing
-        self._lanes: dict[str, Lane] = {}
-        self._outlets: dict[Hashable, Outlet] = {}
+        self._queues: dict[str, DomainQueue] = {}
+        self._route_queues: dict[Hashable, RouteQueue] = {}
+        self._unavailable: dict[Hop, tuple[float, str]] = {}
+        """Hops that failed, since when, and why."""
         self.held = 0
-        """Messages in memory, waiting or on their way."""
+        """Messages in memory, waiting or being delivered."""
         self._octets = 0
-        self._is_running = False
-        self._has_room = trio.Event()
+        self.is_running = False
+        self._has_space = trio.Event()
         self._look = trio.Event()
         self._looks_at = 0.0
-        """When the spool is looked at again, in seconds since the epoch."""
-        self._paused: set[Lane] = set()
-        """Lanes with something due that have to wait for `resume_at`."""
-        self._stalled: set[Outlet] = set()
-        """Outlets whose hops take nothing now, although nothing is under way to them: a rate."""
-        self._wanted, self._to_take = trio.open_memory_channel[Lane](math.inf)
-        self._asking = trio.CapacityLimiter(_ASKING)
+        """When the spool is searched again, in seconds since the epoch."""
+        self._paused: set[DomainQueue] = set()
+        """Queues with something due that wait for `resume_at`."""
+        self._stalled: set[RouteQueue] = set()
+        """Routes whose hops accept nothing now, although nothing is in flight: a rate limit."""
+        self._wanted, self._to_take = trio.open_memory_channel[DomainQueue](math.inf)
+        self._resolving = trio.CapacityLimiter(_RESOLVING)
         self._nursery: trio.Nursery | None = None
         self._evicted_at = 0.0
 
     # ---- for those who put messages into the spool
 
-    def takes(self, lanes: Sequence[str], octets: int) -> bool:
-        """Say whether a message for these lanes would be attempted at once, so that it need not be read back."""
+    def takes(self, queues: Sequence[str], octets: int) -> bool:
+        """Return whether a message for these queues would be attempted at once, so that it need not be read back."""
         settings = self._settings
         most = settings.memory_messages // 2
-        if not self._is_running or self.held >= most or self._octets + octets > settings.memory_octets // 2:
+        if not self.is_running or self.held >= most or self._octets + octets > settings.memory_octets // 2:
             return False
-        if self._ledger.waiting > settings.memory_messages:
+        if self.recorder.waiting > settings.memory_messages:
             return False
-        share = max(FIRST_WINDOW, most // (2 + len(self._lanes) // 16))
-        for name in lanes:
-            lane = self._lanes.get(name)
-            if lane is not None and (lane.is_down or len(lane.fresh) >= share):
+        share = max(FIRST_WINDOW, most // (2 + len(self._queues) // 16))
+        for name in queues:
+            queue = self._queues.get(name)
+            if queue is not None and (queue.is_down or queue.is_suspended or len(queue.fresh) >= share):
                 return False
-        return True
+        return not self.suspended or self.suspended.isdisjoint(queues)
 
     def offer(self, entries: Sequence[Entry]) -> None:
-        """Attempt what was put as taken, those recipients of a message together that have the same way."""
-        for entry in entries if len(entries) == 1 else self._by_way(entries):
-            lane = self._lane(entry.lane)
-            self._hold(lane.fresh, entry)
-            self._serve(lane)
+        """Attempt what was put as taken: the recipients of a message that have the same route together."""
+        for entry in entries if len(entries) == 1 else self._by_route(entries):
+            queue = self._queue(entry.queue)
+            self._hold(queue.fresh, entry)
+            self._serve(queue)
 
-    def _by_way(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Return the entries of a message with those joined whose ways lead to the same place, as far as is known.
-
-        A next hop then gets its text once. What has to be tried again is tried by its domain, as a domain may be at
-        fault.
-        """
+    def _by_route(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the entries of a message, joined where their routes are known to be the same."""
         joined: dict[Hashable, Entry] = {}
         for entry in entries:
-            way = self._routes.way_now(entry.lane)
-            key: Hashable = ("unknown", entry.lane) if way is None else way.key
+            key = self._route_key(entry.queue)
+            if key is None:
+                key = ("unknown", entry.queue)
             first = joined.get(key)
             if first is None:
                 joined[key] = entry
@@ -239,357 +209,499 @@ class Scheduler:
             entry.body.close()
         return list(joined.values())
 
-    def became_due(self, lanes: Sequence[str]) -> None:
-        """Hear of lanes that have something due in the spool."""
-        for name in set(lanes):
-            if name in self._lanes or len(self._lanes) < _MOST_LANES:
+    def _route_key(self, name: str) -> Hashable | None:
+        """Return the key of the route of a queue, None if it has to be looked up. Called in any thread."""
+        key = self._routes.static_key(name)
+        if key is None:
+            queue = self._queues.get(name)
+            if queue is not None and queue.route_queue is not None:
+                return queue.route_queue.route.key
+        return key
+
+    def became_due(self, queues: Sequence[str]) -> None:
+        """Note queues that have something due in the spool."""
+        for name in set(queues):
+            if name in self._queues or len(self._queues) < _MAX_QUEUES:
                 self._note_due(name)
 
     # ---- the life of the scheduler
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Relay until cancelled. The spool is open, the pool and the ledger run."""
-        self._spool.became_due = self.became_due
-        self._ledger.put_off_until = self._expect
+        """Relay until cancelled. The spool is open, the pool and the recorder run."""
+        self.spool.became_due = self.became_due
+        self.recorder.on_put_off = self._expect
+        await self._reschedule()  # the clock may have been set while the server did not run
         async with trio.open_nursery() as self._nursery:
-            self._is_running = True
+            self.is_running = True
+            self._nursery.start_soon(self._routes.resolve_all)
             for _ in range(_TAKERS):
                 self._nursery.start_soon(self._keep_taking)
             task_status.started()
             await self._keep_looking()
 
     def stop(self) -> None:
-        """Begin nothing any more. What is under way goes on."""
-        self._is_running = False
+        """Start nothing any more. What is in flight continues."""
+        self.is_running = False
 
     def close(self) -> None:
-        """Give back what was not begun. The pool is closed: nothing is under way any more."""
-        self._is_running = False
+        """Give back what was not started. The pool is closed: nothing is in flight any more."""
+        self.is_running = False
+        for queue in self._queues.values():
+            self._give_back(queue)
+
+    def _give_back(self, queue: DomainQueue) -> None:
+        """Return what waits in a queue to the spool, as if it had not been taken."""
+        self._leave_round_robin(queue)
         now = self._clock()
-        for lane in self._lanes.values():
-            for entry in (*lane.fresh, *lane.old):
-                self._ledger.give_back(entry, now)
-            lane.fresh.clear()
-            lane.old.clear()
+        for entry in (*queue.old, *queue.fresh):
+            self._release(entry)
+            self.recorder.give_back(entry, now)
+            queue.has_due = True
+        queue.old.clear()
+        queue.fresh.clear()
 
-    # ---- lanes
+    # ---- domain queues
 
-    def _lane(self, name: str) -> Lane:
-        lane = self._lanes.get(name)
-        if lane is None:
-            lane = self._lanes[name] = Lane(name)
-        lane.used_at = trio.current_time()
-        return lane
+    def _queue(self, name: str) -> DomainQueue:
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = DomainQueue(name)
+            queue.is_suspended = name in self.suspended
+        queue.used_at = trio.current_time()
+        return queue
 
-    def _hold(self, queue: deque[Entry], entry: Entry) -> None:
-        queue.append(entry)
+    def _hold(self, waiting: deque[Entry], entry: Entry) -> None:
+        for recipient in entry.envelope.recipients:
+            if not recipient.path.domain:
+                entry = self._qualified(entry)
+                break
+        waiting.append(entry)
         self.held += 1
         self._octets += entry.size
 
-    def _drop(self, entry: Entry) -> None:
+    def _qualified(self, entry: Entry) -> Entry:
+        """Return an entry whose recipients all have a domain (RFC 5321 4.1.1.3: <Postmaster> need not have one)."""
+        recipients = tuple(map(self._routes.qualified, entry.envelope.recipients))
+        return entry._replace(envelope=entry.envelope._replace(recipients=recipients))
+
+    def _release(self, entry: Entry) -> None:
         self.held -= 1
         self._octets -= entry.size
-        if not self._has_room.is_set():
-            self._has_room.set()
+        if not self._has_space.is_set():
+            self._has_space.set()
 
-    def _note_due(self, name: str) -> None:
-        lane = self._lane(name)
-        lane.has_due = True
-        self._want(lane)
+    def _note_due(self, name: str, *, is_asked_for: bool = False) -> None:
+        queue = self._queue(name)
+        queue.has_due = True
+        if is_asked_for:  # an operator wants a try now, whatever the DNS said before
+            queue.resume_at = -math.inf
+            queue.route_until = -math.inf
+            self._paused.discard(queue)
+        self._want(queue)
 
-    def _serve(self, lane: Lane) -> None:
-        """See to it that the messages of a lane go out."""
-        outlet = lane.outlet
-        if outlet is None or trio.current_time() >= lane.way_until:
-            outlet = self._find_outlet(lane)
-            if outlet is None:
+    def _serve(self, queue: DomainQueue) -> None:
+        """Make sure that the messages of a queue are dispatched."""
+        route_queue = queue.route_queue
+        if route_queue is None or trio.current_time() >= queue.route_until:
+            route_queue = self._find_route_queue(queue)
+            if route_queue is None:
                 return
-        if not lane.is_ringed and (lane.fresh or lane.old):
-            lane.is_ringed = True
-            outlet.ring.append(lane)
-        if not outlet.is_pumping:
-            self._pump(outlet)
+        if queue.is_suspended:
+            self._give_back(queue)
+            return
+        if not queue.in_round_robin and (queue.fresh or queue.old):
+            queue.in_round_robin = True
+            route_queue.waiting.append(queue)
+        if not route_queue.is_dispatching:
+            self._dispatch(route_queue)
 
-    # ---- ways
+    def _leave_round_robin(self, queue: DomainQueue) -> None:
+        if queue.in_round_robin:
+            assert queue.route_queue is not None
+            queue.route_queue.waiting.remove(queue)
+            queue.in_round_robin = False
 
-    def _find_outlet(self, lane: Lane) -> Outlet | None:
-        """Return the outlet of a lane; None while the DNS is asked for it."""
-        way = self._routes.way_now(lane.name)
-        if way is not None:
-            return self._lead(lane, way, math.inf)
-        if not lane.is_asking and self._nursery is not None:
-            lane.is_asking = True
-            self._nursery.start_soon(self._ask, lane)
+    # ---- routes
+
+    def _find_route_queue(self, queue: DomainQueue) -> RouteQueue | None:
+        """Return the route of a queue; None while it is being looked up."""
+        route = self._routes.static_route(queue.name)
+        if route is not None:
+            return self._set_route(queue, route)
+        if not queue.is_resolving and self._nursery is not None:
+            queue.is_resolving = True
+            self._nursery.start_soon(self._resolve, queue)
         return None
 
-    def _lead(self, lane: Lane, way: Way, until: float) -> Outlet:
-        outlet = self._outlets.get(way.key)
-        if outlet is None:
-            outlet = self._outlets[way.key] = Outlet(way, self._settings.local_writers)
-        elif outlet.way is not way:
-            outlet.lead(way, self._settings.local_writers)
-        if lane.outlet is not outlet and lane.is_ringed and lane.outlet is not None:
-            lane.outlet.ring.remove(lane)
-            lane.is_ringed = False
-        lane.outlet, lane.way_until = outlet, until
-        return outlet
+    def _set_route(self, queue: DomainQueue, route: Route) -> RouteQueue:
+        route_queue = self._route_queues.get(route.key)
+        if route_queue is None:
+            route_queue = RouteQueue(route, self._settings.local_writers, self.suspended)
+            self._route_queues[route.key] = route_queue
+        elif route_queue.route is not route:
+            route_queue.set_route(route, self._settings.local_writers)
+        if queue.route_queue is not route_queue:
+            self._leave_round_robin(queue)
+        queue.route_queue, queue.route_until = route_queue, trio.current_time() + _ROUTE_LIFETIME
+        queue.is_suspended = queue.name in self.suspended or route_queue.is_suspended
+        return route_queue
 
-    async def _ask(self, lane: Lane) -> None:
-        """Ask the DNS for the way of a lane."""
+    async def _resolve(self, queue: DomainQueue) -> None:
+        """Look up the route of a queue."""
         try:
-            async with self._asking:
-                way = await self._routes.way_of(lane.name)
+            async with self._resolving:
+                route = await self._routes.find_route(queue.name)
         except ResolveError as exc:
             kind = Outcome.FAILED if exc.is_permanent else Outcome.DEFERRED
-            self._refuse(lane, Result(kind, exc.text, exc.status, "", is_said=False))
-        except Exception as exc:  # noqa: BLE001 - rule 5
-            self._journal.error(0, "resolver", exc)
-            self._refuse(lane, Result(Outcome.DEFERRED, "looking up the domain failed", "4.4.3", "", is_said=False))
+            self._fail_queue(queue, Result(kind, exc.text, exc.status, "", is_said=False))
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            self.journal.error(0, "resolver", exc)
+            self._fail_queue(queue, Result(Outcome.DEFERRED, "DNS lookup failed", "4.4.3", "", is_said=False))
         else:
-            lane.is_asking = False
-            self._lead(lane, way, trio.current_time() + _WAY_LIFE)
-            self._serve(lane)
+            queue.is_resolving = False
+            self._set_route(queue, route)
+            self._serve(queue)
 
-    def _refuse(self, lane: Lane, result: Result) -> None:
-        """End all that waits in a lane that has no way."""
-        lane.is_asking = False
+    def _fail_queue(self, queue: DomainQueue, result: Result) -> None:
+        """End all that waits in a queue without a route."""
+        queue.is_resolving = False
         if result.kind is Outcome.DEFERRED:
-            lane.is_down = True
-            lane.resume_at = trio.current_time() + _DNS_PAUSE
-        self._end_all(lane, result)
+            queue.is_down = True
+            queue.resume_at = trio.current_time() + _DNS_PAUSE
+        self._end_all(queue, result)
 
-    def _end_all(self, lane: Lane, result: Result) -> None:
-        """End what waits in a lane with one result for everybody, and go on with what the spool has of it."""
-        if lane.is_ringed:
-            assert lane.outlet is not None
-            lane.outlet.ring.remove(lane)
-            lane.is_ringed = False
-        for entry in (*lane.old, *lane.fresh):
-            self._drop(entry)
-            self._ledger.finish(entry, [result] * len(entry.rows))
-        lane.old.clear()
-        lane.fresh.clear()
-        self._want(lane)
+    def _end_all(self, queue: DomainQueue, result: Result, *, is_backing_off: bool = False) -> None:
+        """End what waits in a queue with one result for all, and continue with what the spool has of it."""
+        self._leave_round_robin(queue)
+        for entry in (*queue.old, *queue.fresh):
+            self._release(entry)
+            self.recorder.record(entry, [result] * len(entry.rows), is_backing_off=is_backing_off)
+        queue.old.clear()
+        queue.fresh.clear()
+        self._want(queue)
 
     # ---- attempts
 
-    def _pump(self, outlet: Outlet) -> None:
-        """Begin as many attempts as there is room for. The lanes take turns."""
-        outlet.is_pumping = True
-        ring = outlet.ring
+    def _dispatch(self, route_queue: RouteQueue) -> None:
+        """Start as many attempts as there is capacity for. The domain queues take turns."""
+        route_queue.is_dispatching = True
+        waiting = route_queue.waiting
         try:
-            while ring and self._is_running:
-                room = outlet.room(self.pool)
-                if room <= 0:
+            while waiting and self.is_running:
+                capacity = route_queue.capacity(self.pool)
+                if capacity <= 0:
                     break
-                for _ in range(min(room, len(ring))):
-                    lane = ring.popleft()
-                    entry = lane.pop()
-                    if lane.fresh or lane.old:
-                        ring.append(lane)
+                for _ in range(min(capacity, len(waiting))):
+                    queue = waiting.popleft()
+                    entry = queue.pop()
+                    if queue.fresh or queue.old:
+                        waiting.append(queue)
                     else:
-                        lane.is_ringed = False
-                    if lane.has_due and not lane.is_wanted:
-                        self._want(lane)
-                    self._begin(outlet, entry)
+                        queue.in_round_robin = False
+                    if queue.has_due and not queue.is_wanted:
+                        self._want(queue)
+                    self._start(route_queue, entry)
         finally:
-            outlet.is_pumping = False
-        if ring and not outlet.in_flight and self._is_running:
-            if outlet.is_down(self.pool, trio.current_time()) and not self._is_asked_to_try(outlet):
-                self._sweep(outlet)
+            route_queue.is_dispatching = False
+        if waiting and not route_queue.in_flight and self.is_running:
+            if route_queue.is_down(self.pool, trio.current_time()) and not self._is_asked_to_try(route_queue):
+                self._put_off(route_queue)
             else:
-                self._stalled.add(outlet)
+                self._stalled.add(route_queue)
                 self._look.set()
 
-    def _is_asked_to_try(self, outlet: Outlet) -> bool:
-        """Say whether hops that are left alone are to be tried now: they have not failed since the operator asked.
+    def _is_asked_to_try(self, route_queue: RouteQueue) -> bool:
+        """Return whether hops that are backing off are tried now: they have not failed since an operator asked.
 
-        So what was asked for of a hundred thousand messages costs a dead hop one connection.
+        So a request for a hundred thousand messages costs a dead hop one connection.
         """
-        asked_at = max((entry.asked_at for lane in outlet.ring for entry in lane.old), default=0.0)
+        asked_at = max((entry.asked_at for queue in route_queue.waiting for entry in queue.old), default=0.0)
         age = self._clock() - asked_at
-        return asked_at > 0 and outlet.try_again(self.pool, trio.current_time() - age)
+        return asked_at > 0 and route_queue.try_again(self.pool, trio.current_time() - age)
 
-    def _begin(self, outlet: Outlet, entry: Entry) -> None:
-        outlet.in_flight += 1
-        if entry.rows[0].attempts > 1 and self._journal.logs_mail:
-            name = "maildir" if outlet.way.is_local else (outlet.only or outlet.way.first)[0].name
-            self._journal.attempted(entry.id, entry.envelope.recipients, name, entry.rows[0].attempts)
-        if outlet.way.is_local:
+    def _start(self, route_queue: RouteQueue, entry: Entry) -> None:
+        route_queue.in_flight += 1
+        route = route_queue.route
+        if entry.rows[0].attempts > 1 and self.journal.logs_mail:
+            name = "maildir" if route.is_local else (route_queue.only or route.first)[0].name
+            self.journal.attempted(entry.id, entry.envelope.recipients, name, entry.rows[0].attempts)
+        if route.is_local:
             assert self._nursery is not None
-            self._nursery.start_soon(self._deliver_here, outlet, entry)
+            self._nursery.start_soon(self._deliver_locally, route_queue, entry)
+            return
+        hops: Sequence[Hop] = route_queue.only or route.order(self._random)
+        if route_queue.suspended:
+            hops = [hop for hop in hops if not route_queue.is_hop_suspended(hop)]
+        Attempt(self, route_queue, entry, hops).offer()
+
+    def note_available(self, hop: Hop) -> None:
+        """Note that a hop has answered a message."""
+        if self._unavailable:
+            self._unavailable.pop(hop, None)
+
+    def note_unavailable(self, hop: Hop, reason: NextHopUnavailable) -> None:
+        """Note why a hop could not be used."""
+        if hop in self._unavailable:
+            since, _ = self._unavailable[hop]
+            self._unavailable[hop] = (since, reason.text)
+        elif len(self._unavailable) < _MAX_HOPS_SHOWN:
+            self._unavailable[hop] = (self._clock(), reason.text)
+
+    def hops_down(self) -> Iterator[HopState]:
+        """Yield the next hops that are backing off."""
+        now = trio.current_time()
+        for hop, (since, reason) in list(self._unavailable.items()):
+            until = self.pool.down_until(hop)
+            if until:
+                yield HopState(hop.name, since, round(self._clock() + max(0.0, until - now)), reason)
+            else:
+                del self._unavailable[hop]
+
+    def sent(self, route_queue: RouteQueue, entry: Entry, results: Sequence[Result], *, is_final: bool) -> None:
+        """Record the results of a message that a hop has answered."""
+        route_queue.note_success()
+        queue = self._queues.get(entry.queue)
+        if queue is not None:
+            queue.is_down = False
+        self._end(route_queue, entry, results, is_final=is_final)
+
+    def not_sent(self, route_queue: RouteQueue, entry: Entry, reason: NextHopUnavailable) -> None:
+        """Record that no hop was available for a message."""
+        if self.is_running:
+            route_queue.note_failure(reason)
+            self._end(route_queue, entry, [reason.as_result()] * len(entry.rows))
         else:
-            hops = outlet.only or outlet.way.order(self._random)
-            _Attempt(self, outlet, entry, hops).offer()
+            route_queue.in_flight -= 1
+            self._release(entry)
+            self.recorder.give_back(entry, self._clock())  # we are stopping; the hop is not to blame
 
-    def sent(self, outlet: Outlet, entry: Entry, results: Sequence[Result], *, is_final: bool) -> None:
-        """Note what has become of a message that a hop has answered."""
-        outlet.succeeded()
-        lane = self._lanes.get(entry.lane)
-        if lane is not None:
-            lane.is_down = False
-        self._end(outlet, entry, results, is_final=is_final)
+    def broke(self, route_queue: RouteQueue, entry: Entry, exc: Exception) -> None:
+        """Record a bug in an attempt: it counts as one, and is made again."""
+        self.journal.error(0, "relay", exc)
+        self._end(route_queue, entry, [_OURS] * len(entry.rows))
 
-    def not_sent(self, outlet: Outlet, entry: Entry, reason: NextHopUnavailable) -> None:
-        """Note that a message found no hop that could be used."""
-        if self._is_running:
-            outlet.failed(reason)
-            self._end(outlet, entry, [reason.as_result()] * len(entry.rows))
-        else:
-            outlet.in_flight -= 1
-            self._drop(entry)
-            self._ledger.give_back(entry, self._clock())  # it is we who are down
-
-    def broke(self, outlet: Outlet, entry: Entry, exc: Exception) -> None:
-        """Note a bug in an attempt: it counts as one that is to be made again."""
-        self._journal.error(0, "relay", exc)
-        self._end(outlet, entry, [_OURS] * len(entry.rows))
-
-    def _end(self, outlet: Outlet, entry: Entry, results: Sequence[Result], *, is_final: bool = False) -> None:
-        outlet.in_flight -= 1
-        self._drop(entry)
+    def _end(self, route_queue: RouteQueue, entry: Entry, results: Sequence[Result], *, is_final: bool = False) -> None:
+        route_queue.in_flight -= 1
+        self._release(entry)
         try:
-            self._ledger.finish(entry, results, is_final=is_final)
-        except Exception as exc:  # noqa: BLE001 - rule 5
-            self._journal.error(0, "relay", exc)
-            self._ledger.put_off(entry, self._clock() + _BUG_PAUSE)
-        if not outlet.is_pumping and outlet.ring:
-            self._pump(outlet)
+            self.recorder.record(entry, results, is_final=is_final, is_stopping=not self.is_running)
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            self.journal.error(0, "relay", exc)
+            self.recorder.defer(entry, self._clock() + _BUG_PAUSE)
+        if not route_queue.is_dispatching and route_queue.waiting:
+            self._dispatch(route_queue)
 
-    def _sweep(self, outlet: Outlet) -> None:
+    def _put_off(self, route_queue: RouteQueue) -> None:
         """Put off all that waits for hops that are down, each message as if it had been tried."""
-        result = _DOWN
-        if outlet.reason is not None:
-            result = outlet.reason.as_result()._replace(text=f"{_DOWN.text}: {outlet.reason.text}")
+        result = _DOWN if route_queue.reason is None else route_queue.reason.as_result()
         resume_at = trio.current_time() + _SWEEP_PAUSE
-        for lane in list(outlet.ring):
-            lane.is_down = True
-            lane.resume_at = resume_at
-            self._end_all(lane, result)
+        for queue in list(route_queue.waiting):
+            queue.is_down = True
+            queue.resume_at = resume_at
+            self._end_all(queue, result, is_backing_off=route_queue.reason is not None)
 
-    async def _deliver_here(self, outlet: Outlet, entry: Entry) -> None:
+    async def _deliver_locally(self, route_queue: RouteQueue, entry: Entry) -> None:
         """Deliver a message into mailboxes."""
         assert self._local is not None
         message = Message(entry.id, entry.envelope, entry.prefix, entry.body, entry.received_at)
         try:
-            with trio.CancelScope(shield=True):  # it is the disk that is waited for, and half a delivery is none
+            with trio.CancelScope(shield=True):  # only the disk is waited for, and a delivery is made as a whole
                 reply = await self._local.deliver(message)
             kind = Outcome.DELIVERED if reply.accepts else Outcome.FAILED if reply.is_permanent else Outcome.DEFERRED
             text, status = f"{reply.code} {reply.status or ''} {reply.text}", reply.status or f"{reply.code // 100}.0.0"
-        except Exception as exc:  # noqa: BLE001 - rule 5; what went wrong with our disk is nobody else's business
-            self._journal.error(0, "maildir", exc)
-            kind, text, status = Outcome.DEFERRED, "the mailbox can not be written", "4.2.0"
+        except Exception as exc:  # noqa: BLE001 - rule 6; what is wrong with our disk is not reported to senders
+            self.journal.error(0, "maildir", exc)
+            kind, text, status = Outcome.DEFERRED, "the mailbox cannot be written", "4.2.0"
         result = Result(kind, text, status, "", is_said=False)
-        self.sent(outlet, entry, [result] * len(entry.rows), is_final=True)
+        self.sent(route_queue, entry, [result] * len(entry.rows), is_final=True)
+
+    # ---- what operators ask for (see relay/operators.py)
+
+    def withdraw(self, rows: Collection[int]) -> list[Entry]:
+        """Remove recipients that only wait in memory. Return them as entries; what is in flight is not touched."""
+        found: list[Entry] = []
+        for queue in self._queues.values():
+            for waiting in (queue.fresh, queue.old):
+                for entry in list(waiting):
+                    taken = [place for place, row in enumerate(entry.rows) if row.number in rows]
+                    if not taken:
+                        continue
+                    found.append(_part(entry, taken)._replace(body=_copy(entry.body)))
+                    index = waiting.index(entry)
+                    del waiting[index]
+                    left = [place for place, row in enumerate(entry.rows) if row.number not in rows]
+                    if left:
+                        waiting.insert(index, _part(entry, left))
+                    else:
+                        self._release(entry)
+            if not len(queue):
+                self._leave_round_robin(queue)
+        return found
+
+    def set_suspended(self, names: frozenset[str]) -> None:
+        """Suspend these domains and next hops, and resume all others."""
+        self.suspended = names
+        for route_queue in self._route_queues.values():
+            route_queue.suspended = names
+        for queue in list(self._queues.values()):
+            was_suspended = queue.is_suspended
+            route_queue_of = queue.route_queue
+            queue.is_suspended = queue.name in names or (route_queue_of is not None and route_queue_of.is_suspended)
+            if queue.is_suspended:
+                self._give_back(queue)
+            elif was_suspended:
+                self._want(queue)
+
+    async def check_clock(self) -> None:
+        """Notice when the clock was set: nothing expires too early, and nothing waits for days."""
+        jump = self._clock_guard.jump()
+        if not jump:
+            return
+        now = self._clock()
+        if jump > 0:
+            self.recorder.backoff.put_off(now + PUT_OFF)
+            self.journal.clock_jumped(jump, 0)
+        else:
+            self.recorder.backoff.put_off(-math.inf)
+            self.journal.clock_jumped(jump, await self._reschedule())
+        self._look.set()
+
+    async def _reschedule(self) -> int:
+        """Let what is due later than any schedule allows follow its schedule again. Return the recipients."""
+        backoff = self.recorder.backoff
+        return await self.spool.reschedule(self._clock(), backoff.waits, backoff.longest_wait)
 
     # ---- out of the spool
 
-    def _want(self, lane: Lane) -> None:
-        """Have more of a lane taken out of the spool, now or when that is allowed again."""
-        if not lane.has_due or lane.is_wanted or not self._is_running:
+    def _want(self, queue: DomainQueue) -> None:
+        """Have more of a queue taken from the spool, now or when that is allowed again."""
+        if not queue.has_due or queue.is_wanted or queue.is_suspended or not self.is_running:
             return
-        if lane.resume_at > trio.current_time():
-            self._paused.add(lane)
+        if queue.resume_at > trio.current_time():
+            self._paused.add(queue)
             return
-        if len(lane.old) >= self._batch_of(lane) // 2:
-            return  # asked for again when some have gone
-        lane.is_wanted = True
-        self._wanted.send_nowait(lane)
+        if len(queue.old) >= self._batch_of(queue) // 2:
+            return  # repeated when some are gone
+        queue.is_wanted = True
+        self._wanted.send_nowait(queue)
 
-    def _batch_of(self, lane: Lane) -> int:
-        """Return how many messages of a lane are taken out at a time: as many as can be begun soon."""
-        if lane.is_down:
+    def _batch_of(self, queue: DomainQueue) -> int:
+        """Return how many messages of a queue are taken at a time: as many as can be started soon."""
+        if queue.is_down:
             return _SWEEP
-        return 2 * (FIRST_WINDOW if lane.outlet is None else lane.outlet.window)
+        return 2 * (FIRST_WINDOW if queue.route_queue is None else queue.route_queue.window)
 
     async def _keep_taking(self) -> None:
-        """Take mail of the lanes that want it, in their order."""
-        async for lane in self._to_take:
+        """Take mail of the queues that want it, in their order."""
+        async for queue in self._to_take:
             settings = self._settings
             while self.held >= settings.memory_messages or self._octets >= settings.memory_octets:
-                self._has_room = trio.Event()
-                await self._has_room.wait()
+                self._has_space = trio.Event()
+                await self._has_space.wait()
             try:
-                await self._take(lane)
+                await self._take(queue)
             except Exception as exc:  # noqa: BLE001 - a disk that fails now may work later
-                self._journal.error(0, "spool", exc)
-                lane.has_due = True
-                lane.resume_at = trio.current_time() + _SWEEP_PAUSE
-            lane.is_wanted = False
-            if len(lane):
-                self._serve(lane)
-            self._want(lane)
+                self.journal.error(0, "spool", exc)
+                queue.has_due = True
+                queue.resume_at = trio.current_time() + _SWEEP_PAUSE
+            queue.is_wanted = False
+            if len(queue):
+                self._serve(queue)
+            self._want(queue)
 
-    async def _take(self, lane: Lane) -> None:
-        """Take some mail of a lane. Raise what keeps the spool from giving it out."""
+    async def _take(self, queue: DomainQueue) -> None:
+        """Take some mail of a queue. Raise what keeps the spool from returning it."""
         settings = self._settings
-        limit = max(1, min(self._batch_of(lane), settings.memory_messages - self.held))
+        limit = max(1, min(self._batch_of(queue), settings.memory_messages - self.held))
         octets = max(1, settings.memory_octets - self._octets)
         now = self._clock()
-        lane.has_due = False  # what comes while we ask sets it again
-        entries = await self._spool.take(lane.name, now, limit, octets, now + _CLAIM)
+        queue.has_due = False  # set again by what comes meanwhile
+        key = self._route_key(queue.name)
+
+        def same_route(name: str) -> bool:
+            return name not in self.suspended and self._route_key(name) == key
+
+        entries = await self.spool.take(
+            queue.name, now, limit, octets, now + _CLAIM, None if key is None else same_route
+        )
         rows = 0
         for entry in entries:
             rows += len(entry.rows)
             octets -= entry.size
-            self._hold(lane.old, entry)
+            self._hold(queue.old, entry)
         if rows >= limit or octets <= 0:
-            lane.has_due = True
+            queue.has_due = True
 
     async def _keep_looking(self) -> None:
-        """Look for what becomes due with time, and for whom a wait is over."""
+        """Look for what becomes due with time, and for queues whose pause is over."""
         while True:
             wait = _LONGEST_SLEEP
             try:
                 wait = await self._find_due()
             except Exception as exc:  # noqa: BLE001 - a disk that fails now may work later
-                self._journal.error(0, "spool", exc)
+                self.journal.error(0, "spool", exc)
             now = trio.current_time()
             self._resume(now)
             self._evict(now)
             if self._stalled:
                 wait = min(wait, _STALL)
             if self._paused:
-                wait = min(wait, min(lane.resume_at for lane in self._paused) - now)
+                wait = min(wait, min(queue.resume_at for queue in self._paused) - now)
             wait = max(wait, _SHORTEST_SLEEP)
             self._looks_at = self._clock() + wait
             with trio.move_on_after(wait):
                 await self._look.wait()
             self._look = trio.Event()
 
+    def look(self) -> None:
+        """Search the spool now."""
+        self._look.set()
+
     def _expect(self, when: float) -> None:
-        """Hear that something is due at a time; look then, if not before."""
+        """Search the spool at a time, if not before."""
         if when < self._looks_at:
             self._look.set()
 
     async def _find_due(self) -> float:
-        """Note the lanes that are due; return the seconds until the next one is."""
-        while (room := min(_LANES_AT_A_TIME, _MOST_LANES - len(self._lanes))) > 0:
+        """Note the queues that are due; return the seconds until the next one is."""
+        while (space := min(_QUEUES_AT_A_TIME, _MAX_QUEUES - len(self._queues))) > 0:
             now = self._clock()
-            found = await self._spool.due_lanes(now, room, now + _CLAIM)
-            for lane in found:
-                self._note_due(lane.lane)
-            if len(found) < room:
-                due_at = await self._spool.next_due()
+            found = await self.spool.due_queues(now, space, now + _CLAIM)
+            for queue in found:
+                self._note_due(queue.queue, is_asked_for=queue.is_asked_for)
+            if len(found) < space:
+                due_at = await self.spool.next_due()
                 return _LONGEST_SLEEP if due_at is None else min(due_at - now, _LONGEST_SLEEP)
         return _STALL
 
     def _resume(self, now: float) -> None:
-        """Go on with those whose wait is over."""
-        for lane in [lane for lane in self._paused if lane.resume_at <= now]:
-            self._paused.discard(lane)
-            self._want(lane)
+        """Continue with those whose pause is over."""
+        for queue in [queue for queue in self._paused if queue.resume_at <= now]:
+            self._paused.discard(queue)
+            self._want(queue)
         stalled, self._stalled = self._stalled, set()
-        for outlet in stalled:
-            self._pump(outlet)
+        for route_queue in stalled:
+            self._dispatch(route_queue)
 
     def _evict(self, now: float) -> None:
-        """Forget lanes and outlets that nothing was wanted of for a while."""
+        """Forget queues and routes that have been idle for a while."""
         if now - self._evicted_at < _IDLE / 2:
             return
         self._evicted_at = now
-        self._lanes = {
-            name: lane for name, lane in self._lanes.items() if not lane.is_idle or now - lane.used_at < _IDLE
+        self._queues = {
+            name: queue for name, queue in self._queues.items() if not queue.is_idle or now - queue.used_at < _IDLE
         }
-        used = {lane.outlet for lane in self._lanes.values()}
-        self._outlets = {key: outlet for key, outlet in self._outlets.items() if outlet.in_flight or outlet in used}
+        used = {queue.route_queue for queue in self._queues.values()}
+        self._route_queues = {key: each for key, each in self._route_queues.items() if each.in_flight or each in used}
+
+
+def _copy(body: Body) -> Body:
+    """Return a body with a `close` of its own."""
+    return StoredBody(b"".join(body.chunks())) if getattr(body, "in_memory", False) else body
+
+
+def _part(entry: Entry, places: Sequence[int]) -> Entry:
+    """Return an entry with some of its recipients."""
+    recipients = tuple(entry.envelope.recipients[place] for place in places)
+    rows = tuple(entry.rows[place] for place in places)
+    return entry._replace(envelope=entry.envelope._replace(recipients=recipients), rows=rows)

@@ -4,6 +4,7 @@ from typing import Any
 
 from typing_extensions import Buffer
 
+from penstock.delivery.base import Discards
 from penstock.net._poller import Taker
 from penstock.net.tls import TlsTurns
 from penstock.smtp.events import Event
@@ -16,6 +17,16 @@ class Pump(Taker):
     """The events that need no task: called with the owner and the event, they return False to leave it to the task."""
     tls: TlsTurns | None
     """TLS between the socket and the wire; None without it, or where a stream does it."""
+    counting: Discards | None
+    """The delivery that counts messages, where nothing else is wanted of them; None leaves them to the handlers."""
+    is_counting: bool
+    """The text of a message is being received that is only counted."""
+    @property
+    def texts(self) -> int:
+        """Texts of such messages begun so far."""
+    @property
+    def messages(self) -> int:
+        """Such messages so far."""
     @property
     def session(self) -> ServerSession:
         """The session that reads the wire."""

@@ -31,14 +31,15 @@ _RECEIVED: Final = re.compile(rb"(?im)^received[ \t]*:")
 
 
 class BodySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Memory for messages that are being received."""
+    """Memory for messages that are being received. Larger ones use temporary files."""
 
     memory_per_message: Annotated[
         int,
-        msgspec.Meta(ge=0, le=1 << 30, description="Octets of a message kept in memory; what is more goes to a file"),
+        msgspec.Meta(ge=0, le=1 << 30, description="Octets of a message kept in memory; larger messages go to a file"),
     ] = 256 * 1024
     memory_total: Annotated[
-        int, msgspec.Meta(ge=0, le=1 << 40, description="Octets of all messages of a worker kept in memory")
+        int,
+        msgspec.Meta(ge=0, le=1 << 40, description="Octets of all messages together kept in memory, for each worker"),
     ] = 64 * 1024 * 1024
 
 

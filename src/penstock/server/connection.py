@@ -41,7 +41,7 @@ from penstock.net.tls import TlsTurns, tls_info
 from penstock.reply import Reply
 from penstock.server._pump import Pump
 from penstock.server.deadlines import Deadlines
-from penstock.server.incoming import IncomingMessage
+from penstock.server.incoming import COUNTED, CountedMessage, IncomingMessage
 from penstock.server.received import received_field
 from penstock.smtp import sasl
 from penstock.smtp._wire import VERBS
@@ -161,7 +161,8 @@ class Connection:
         session.metrics = self.metrics
         self.faults: Faults | None = None
         self.pump = Pump(session, listener.sync_handlers, self)
-        self.incoming: IncomingMessage | None = None
+        self.use_sync_handlers(True)
+        self.incoming: IncomingMessage | CountedMessage | None = None
         """The message that is being received; its text has begun and not ended."""
         self.texts = 0
         """Texts begun so far."""
@@ -249,7 +250,7 @@ class Connection:
                 if event is TURN_OVER:
                     await trio.lowlevel.checkpoint()
                     continue
-                if self.worker.is_stopping and self.incoming is None:
+                if self.worker.is_stopping and not self.is_receiving:
                     self.expire(replies.SHUTTING_DOWN)
                 event = await self._wait_for_event()
                 if event is NEED_DATA:
@@ -371,6 +372,23 @@ class Connection:
                 raise _Dismissed
         self._is_sending = False
 
+    @property
+    def is_receiving(self) -> bool:
+        """The text of a message has begun and not ended."""
+        return self.incoming is not None or self.pump.is_counting
+
+    def use_sync_handlers(self, wanted: bool, *, but: frozenset[type] = frozenset()) -> None:
+        """Have the events that need neither a decision nor a wait handled without the task, or no event."""
+        listener, pump = self.listener, self.pump
+        if not wanted:
+            pump.sync_handlers, pump.counting = {}, None
+            return
+        handlers = listener.sync_handlers
+        pump.sync_handlers = (
+            {event: handler for event, handler in handlers.items() if event not in but} if but else handlers
+        )
+        pump.counting = None if listener.journal.logs_mail else listener.discards
+
     # ---- timeouts and the end
 
     def expire(self, final_reply: Reply) -> None:
@@ -384,7 +402,7 @@ class Connection:
         """Dismiss the client when one of its timeouts is over."""
         if self._paused and not self.worker.is_stopping:
             return
-        text = self.texts if self.incoming is not None else 0
+        text = self.texts + self.pump.texts if self.is_receiving else 0
         final_reply = self._deadlines(now).expired(now, self.session.commands, text, self.pump.octets)
         if final_reply is not None:
             self.expire(final_reply)
@@ -397,12 +415,12 @@ class Connection:
 
     def stop(self, grace: float) -> None:
         """Let a message that is being received arrive within `grace` seconds; dismiss every other client."""
-        if self.incoming is None:
-            self.expire(replies.SHUTTING_DOWN)
-        else:
+        if self.is_receiving:
             now = trio.current_time()
             self._deadlines(now).shorten_data(now + grace)
-            self.pump.sync_handlers = {}  # so that the task sees the end of the message, and leaves
+            self.use_sync_handlers(False)  # so that the task sees the end of the message, and leaves
+        else:
+            self.expire(replies.SHUTTING_DOWN)
 
     async def pause(self, seconds: float) -> None:
         """Keep the client waiting on purpose, while its clocks stand still. It is cut short when the server stops."""
@@ -487,7 +505,7 @@ class Connection:
             self.worker.release(self.peer)
             seconds = trio.current_time() - self._started
             self.listener.journal.disconnected(
-                self.number, self.peer, self.messages, session.errors, octets, seconds, cause
+                self.number, self.peer, self.messages + self.pump.messages, session.errors, octets, seconds, cause
             )
         if self._socket is not None:
             self._socket.close_nowait()
@@ -622,18 +640,22 @@ class Connection:
 
     # ---- the message
 
-    def begin_message(self, event: BeginData) -> None:
-        """Make ready for a text, without a reply."""
+    def _begin_message(self) -> None:
+        """Make ready for a text."""
         self.texts += 1
-        head = self._message(CountedBody(0)) if self.listener.streams is not None else None
-        self.incoming = IncomingMessage(self.listener, head, self.transaction)
-        self.session.wire.discard = not self.listener.keeps_body
+        listener = self.listener
+        self.session.wire.discard = not listener.keeps_body
+        if not listener.keeps_body:
+            self.incoming = COUNTED
+        else:
+            head = self._message(CountedBody(0)) if listener.streams is not None else None
+            self.incoming = IncomingMessage(listener, head)
 
     async def _on_begin_data(self, event: BeginData) -> None:
         self._on_begin_data_now(event)
 
     def _on_begin_data_now(self, event: BeginData) -> bool:
-        self.begin_message(event)
+        self._begin_message()
         self.session.reply(replies.GO_AHEAD_DATA)
         return True
 
@@ -653,40 +675,42 @@ class Connection:
 
     async def _on_end_of_message(self, event: EndOfMessage) -> None:
         """Judge and deliver a whole message. From here to the reply, only the end of the process cuts it short."""
-        incoming, self.incoming = self.incoming, None
-        assert incoming is not None
+        incoming, self.incoming = self.incoming or COUNTED, None
+        self.pump.is_counting = False
         try:
             is_looping = self._is_looping(incoming)
             body = await incoming.finish(event.size)
-            message = self._message(body) if incoming.head is None else incoming.head._replace(body=body)
+            message = incoming.head._replace(body=body) if incoming.head is not None else self._message(body)
+            message = message._replace(prefix=message.prefix + incoming.separator)
             reply = incoming.failure or (replies.MAIL_LOOP if is_looping else None)
             if reply is None:
                 reply = await self._judge_and_deliver(message, incoming)
         finally:
             incoming.close()
         self._note(message, reply)
-        self.reply_to_message(reply)
+        self.session.reply(reply)
 
     def _on_end_of_message_now(self, event: EndOfMessage) -> bool:
-        """Count a message that nobody keeps."""
+        """Count a message that nobody keeps, and journal it."""
         listener, transaction = self.listener, self.transaction
         assert listener.discards is not None
         self.incoming = None
+        self.pump.is_counting = False
         reply = listener.discards.discard(len(transaction.recipients), event.size)
         if listener.journal.logs_mail:
             recipients, message_id = transaction.recipients, listener.ids.next()
             sender = transaction.sender
             listener.journal.accepted(self.number, self.peer, message_id, sender, recipients, event.size, reply)
         self.messages += 1
-        self.reply_to_message(reply)
+        self.session.reply(reply)
         return True
 
-    def _is_looping(self, incoming: IncomingMessage) -> bool:
+    def _is_looping(self, incoming: IncomingMessage | CountedMessage) -> bool:
         """Say whether a message has passed so many servers that it must be looping (RFC 5321 6.3)."""
         most = self.listener.max_hops
         return bool(most) and incoming.received_fields() >= most
 
-    async def _judge_and_deliver(self, message: Message, incoming: IncomingMessage) -> Reply:
+    async def _judge_and_deliver(self, message: Message, incoming: IncomingMessage | CountedMessage) -> Reply:
         """Return the reply to a message: the refusal of a policy, or what the delivery says."""
         listener, transaction = self.listener, self.transaction
         accepted: Reply | None = None
@@ -697,7 +721,10 @@ class Connection:
         if incoming.head is None and (fields := transaction.added_fields):
             message = message._replace(prefix=fields + message.prefix)
         try:
-            reply = await incoming.deliver(message)
+            if incoming.flow is None:
+                reply = await listener.delivery.accept(message, transaction)
+            else:
+                reply = await incoming.flow.finish(message, transaction)
         except Exception as exc:  # noqa: BLE001 - a delivery that raises has not accepted the message
             listener.journal.error(self.number, "delivery", exc)
             return replies.TRY_LATER
@@ -714,13 +741,6 @@ class Connection:
             listener.journal.tolerated(self.number, self.peer, message_id, self.session.tolerated)
         return Message(message_id, transaction.envelope(), prefix, body, now)
 
-    def reply_to_message(self, reply: Reply) -> None:
-        """Answer the end of a message; in LMTP, once per recipient."""
-        if self.transaction.is_lmtp:
-            self.session.reply_each([reply] * len(self.transaction.recipients))
-        else:
-            self.session.reply(reply)
-
     def _note(self, message: Message, reply: Reply) -> None:
         """Count and journal a message that was answered."""
         if not reply.accepts:
@@ -734,6 +754,8 @@ class Connection:
     def drop_message(self, cause: str, *, will_be_refused: bool = False) -> None:
         """Forget a message that has begun and will not end, or will be refused when it does."""
         incoming, self.incoming = self.incoming, None
+        if self.pump.is_counting:
+            incoming, self.pump.is_counting = COUNTED, False
         if incoming is None:
             return
         if self.metrics is not None:

@@ -6,13 +6,13 @@ was accepted by the policies.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from penstock.delivery.base import Flow
 from penstock.message import Body, CountedBody, Message
 from penstock.reply import Reply
 from penstock.server.body import BodyCollector
-from penstock.transaction import Transaction
+from penstock.server.received import seam
 
 if TYPE_CHECKING:
     from penstock.server.listener import Listener
@@ -21,65 +21,116 @@ if TYPE_CHECKING:
 class IncomingMessage:
     """Takes the chunks of a body, then hands the message to the delivery. `close` it in any case."""
 
-    __slots__ = ("_body", "_collector", "_delivery", "_flow", "_transaction", "head")
+    __slots__ = ("_body", "_collector", "_start", "flow", "head", "separator")
 
-    def __init__(self, listener: Listener, head: Message | None, transaction: Transaction) -> None:
+    def __init__(self, listener: Listener, head: Message | None) -> None:
         """`head` is the message without its body, for a delivery that begins before the end of the text."""
-        self._delivery = listener.delivery
-        self._transaction = transaction
         self._body: Body | None = None
-        self._collector: BodyCollector | None = None
-        if listener.keeps_body:
-            self._collector = BodyCollector(listener.body, listener.budget, listener.folder)
-        self._flow: Flow | None = None
+        self._collector = BodyCollector(listener.body, listener.budget, listener.folder)
+        self._start: bytes | None = b""
+        """The first octets, until it is known how they are joined to the fields above them; None afterwards."""
+        self.separator = b""
+        """What goes between our header fields and the body."""
+        self.flow: Flow | None = None
+        """The message on its way to the next hop, where it is passed on while it comes."""
         if head is not None and listener.streams is not None:
-            self._flow = listener.streams.open(head)
-        self.head = head if self._flow is not None else None
+            self.flow = listener.streams.open(head)
+        self.head = head if self.flow is not None else None
         """The message without its body, where it is being passed on already."""
 
     def add_nowait(self, chunk: bytes) -> bool:
         """Keep a chunk in memory. Return False, and keep nothing, when it does not fit: then `await add(chunk)`."""
-        if self._flow is not None:
+        if self.flow is not None:
             return False
-        return self._collector is None or self._collector.add_nowait(chunk)
+        start = self._start
+        if start is None:
+            return self._collector.add_nowait(chunk)
+        chunk = self._join(chunk)
+        if not chunk or self._collector.add_nowait(chunk):
+            return True
+        self._start = start
+        return False
 
     async def add(self, chunk: bytes) -> None:
         """Keep a chunk, and pass it on. A disk error is kept in `failure`."""
-        if self._collector is not None and not self._collector.add_nowait(chunk):
+        passed_on = chunk
+        if self._start is not None:
+            chunk = self._join(chunk)
+            passed_on = self.separator + chunk
+        if chunk and not self._collector.add_nowait(chunk):
             await self._collector.add(chunk)
-        if self._flow is not None and not self._flow.feed_nowait(chunk):
-            await self._flow.feed(chunk)
+        if self.flow is not None and passed_on and not self.flow.feed_nowait(passed_on):
+            await self.flow.feed(passed_on)
+
+    def _join(self, chunk: bytes, *, is_whole: bool = False) -> bytes:
+        """Decide how the body follows our header fields, which it must not continue. Return what is to be kept."""
+        start = (self._start or b"") + chunk
+        joined = seam(start, is_whole=is_whole)
+        if joined is None:
+            self._start = start
+            return b""
+        self._start = None
+        self.separator = joined.separator
+        return start[joined.skip :]
 
     @property
     def failure(self) -> Reply | None:
         """The reply when the disk has failed; the body is lost then."""
-        return None if self._collector is None else self._collector.failure
+        return self._collector.failure
 
     def received_fields(self) -> int:
         """Count the Received fields of the header: the servers this message has passed (RFC 5321 6.3)."""
-        return 0 if self._collector is None else self._collector.received_fields()
+        return self._collector.received_fields()
 
-    async def finish(self, size: int) -> Body:
-        """Return the whole body of `size` octets; it lives until `close`."""
-        if self._collector is None:
-            self._body = CountedBody(size)
-        else:
-            self._body = self._collector.finish_nowait() or await self._collector.finish()
+    async def finish(self, octets: int) -> Body:  # noqa: ARG002 - as CountedMessage
+        """Return the whole body; it lives until `close`."""
+        if self._start is not None:
+            start, self._start = self._start, b""
+            rest = self._join(start, is_whole=True)
+            if rest and not self._collector.add_nowait(rest):
+                await self._collector.add(rest)
+            if self.flow is not None and (passed_on := self.separator + rest):
+                await self.flow.feed(passed_on)
+        self._body = self._collector.finish_nowait() or await self._collector.finish()
         return self._body
-
-    async def deliver(self, message: Message) -> Reply:
-        """Hand the message over. Return the reply for the client."""
-        if self._flow is None:
-            return await self._delivery.accept(message, self._transaction)
-        return await self._flow.finish(message, self._transaction)
 
     def close(self) -> None:
         """Give everything back; nothing of a message that was not delivered goes on."""
-        if self._flow is not None:
-            self._flow.abort()
-            self._flow = None
+        if self.flow is not None:
+            self.flow.abort()
+            self.flow = None
         if self._body is not None:
             self._body.close()
-        elif self._collector is not None:
+        else:
             self._collector.discard()
-        self._collector = None
+
+
+class CountedMessage:
+    """A message whose body is only counted, by the wire: nothing reads it."""
+
+    flow: Final = None
+    head: Final = None
+    failure: Final = None
+    separator: Final = b""
+
+    def add_nowait(self, chunk: bytes) -> bool:  # noqa: ARG002 - as IncomingMessage
+        """Do nothing."""
+        return True
+
+    async def add(self, chunk: bytes) -> None:
+        """Do nothing."""
+
+    def received_fields(self) -> int:
+        """Return 0: nothing is looked at."""
+        return 0
+
+    async def finish(self, octets: int) -> Body:
+        """Return a body of this size, without its octets."""
+        return CountedBody(octets)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+COUNTED: Final = CountedMessage()
+"""The one for all connections: it has no state."""

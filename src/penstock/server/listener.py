@@ -40,30 +40,38 @@ WireRule = Literal["accept", "normalize", "reject"]
 
 
 class WireSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a listener does about octets that a text must not have.
+    """Octets and line lengths that RFC 5321 does not allow in message text.
 
-    `reject` reads the text to its end and refuses it with 550 5.6.0; `normalize` mends it, which changes the body;
-    `accept` lets it through as it is. The end of the data is CR LF . CR LF in all three.
+    `reject` reads the text to its end and answers 550 5.6.0; `normalize` repairs it, which changes the body and breaks
+    signatures of it; `accept` keeps it unchanged. In all three, only CR LF . CR LF ends the data.
     """
 
     bare_lf: Annotated[
-        WireRule, msgspec.Meta(description="A LF without a CR (RFC 5321 2.3.8); normalize makes it CR LF")
-    ] = "reject"
+        WireRule,
+        msgspec.Meta(
+            description="LF without CR (RFC 5321 2.3.8); normalize turns it into CR LF, as Postfix does. Anything but "
+            "reject also lets a bare LF end a command"
+        ),
+    ] = "normalize"
     bare_cr: Annotated[
-        WireRule, msgspec.Meta(description="A CR without a LF (RFC 5321 2.3.8); normalize makes it a space")
-    ] = "reject"
-    nul: Annotated[WireRule, msgspec.Meta(description="A NUL (RFC 5322 4); normalize drops it")] = "reject"
+        WireRule, msgspec.Meta(description="CR without LF (RFC 5321 2.3.8); normalize turns it into a space")
+    ] = "normalize"
+    nul: Annotated[WireRule, msgspec.Meta(description="NUL (RFC 5322 4); normalize removes it")] = "reject"
     long_line: Annotated[
         WireRule,
-        msgspec.Meta(description="A line above text_line_limit; normalize folds it with CR LF and a space"),
-    ] = "reject"
+        msgspec.Meta(description="Line longer than text_line_limit; normalize folds it with CR LF and a space"),
+    ] = "accept"
     text_line_limit: Annotated[
         int,
-        msgspec.Meta(ge=64, le=1_000_000, description="Octets of a text line without its CR LF (RFC 5321 4.5.3.1.6)"),
+        msgspec.Meta(
+            ge=64,
+            le=1_000_000,
+            description="Octets of a text line without its CR LF (RFC 5321 4.5.3.1.6) that long_line is about",
+        ),
     ] = 998
 
     def make_wire(self, max_octets: int) -> Wire:
-        """Make the wire of a connection; `max_octets` bounds a message, 0 does not."""
+        """Make the wire of a connection; `max_octets` limits the size of a message, 0 means no limit."""
         rules = {
             "bare_lf": self.bare_lf,
             "bare_cr": self.bare_cr,

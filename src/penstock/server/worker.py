@@ -84,6 +84,7 @@ class Worker:
         self._poller = Poller() if HAS_EPOLL else None
         if self._poller is not None:
             self._poller.metrics = metrics
+        self._stop_wanted = trio.Event()
         self._accepting: list[trio.CancelScope] = []
         self._serving = trio.CancelScope()
 
@@ -137,6 +138,7 @@ class Worker:
             try:
                 with self._serving:
                     async with trio.open_nursery() as self._nursery:
+                        self._nursery.start_soon(self._stop_wanted.wait)  # a worker may have no listener of its own
                         for bound in self._listeners:
                             self._journal.listening(name_of(bound.socket), bound.listener.name)
                             self._nursery.start_soon(self._accept, bound)
@@ -155,6 +157,7 @@ class Worker:
         if self.is_stopping:
             return
         self.is_stopping = True
+        self._stop_wanted.set()
         self._journal.stopping(len(self.connections))
         for scope in self._accepting:
             scope.cancel()

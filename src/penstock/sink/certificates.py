@@ -1,4 +1,4 @@
-"""Certificates that are wrong in one way each, signed by the authority of the right one."""
+"""Certificates with one fault each, signed by the CA of the valid one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import trustme
 from penstock.sink.plan import TlsFault
 
 SPOILED_CONTEXTS: Final[frozenset[TlsFault | None]] = frozenset({"wrong-name", "expired", "alert", "tls-1.2"})
-"""The faults of TLS that lie in a context."""
+"""TLS faults that are properties of a context."""
 _WRONG_NAME: Final = "wrong-name.invalid"
 _LONG_AGO: Final = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 
 
 class Certificates:
-    """An authority of our own, the certificate of a server, and contexts that go wrong.
+    """A CA, the certificate of a server, and TLS contexts with faults.
 
-    `put` writes the right certificate where a listener looks for its generated one, so that clients who trust that
-    authority find nothing wrong with the others but what is meant to be.
+    `put` writes the valid certificate for the listeners. Clients that trust its CA find only the intended fault in the
+    others.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """`names` are the host names and addresses that clients call the server by."""
+        """`names` are the host names and addresses of the server."""
         self._names = tuple(names)
         self._authority = trustme.CA(organization_name="Penstock", key_type=trustme.KeyType.ECDSA)
         self._contexts: dict[TlsFault | None, ssl.SSLContext] = {}
@@ -43,7 +43,7 @@ class Certificates:
             file.write(leaf.private_key_and_cert_chain_pem.bytes())
 
     def context(self, what: TlsFault | None) -> ssl.SSLContext:
-        """Return a context for the server's side of a handshake, made when it is first asked for."""
+        """Return the server context for a fault, None for none. Made on first use."""
         if what not in self._contexts:
             self._contexts[what] = self._make(what)
         return self._contexts[what]
@@ -52,7 +52,7 @@ class Certificates:
         names = (_WRONG_NAME,) if what == "wrong-name" else self._names
         leaf = self._issue(*names, not_after=_LONG_AGO if what == "expired" else None)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:  # ssl reads certificates from files only
+        with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:  # ssl reads certificates only from files
             file = Path(folder) / "leaf.pem"
             file.touch(mode=0o600)
             file.write_bytes(leaf.private_key_and_cert_chain_pem.bytes())
@@ -61,14 +61,14 @@ class Certificates:
         if what == "tls-1.2":
             context.maximum_version = ssl.TLSVersion.TLSv1_2
         elif what == "alert":
-            # A client certificate is demanded that no client has. In TLS 1.3 the client's handshake is over when the
-            # server finds out, and sends a fatal alert (RFC 8446 4.4.2.4): the one way to make OpenSSL do so.
+            # Require a client certificate, which no client has. In TLS 1.3, the client has finished its handshake when
+            # the server notices and sends a fatal alert (RFC 8446 4.4.2.4). OpenSSL has no other way to force one.
             context.verify_mode = ssl.CERT_REQUIRED
             self._authority.configure_trust(context)
         return context
 
     def _issue(self, *names: str, not_after: datetime.datetime | None = None) -> trustme.LeafCert:
-        """Make a certificate that is good from 2000 on: a test may have set another date, and OpenSSL does not know."""
+        """Issue a certificate. trustme makes it valid from 2000 on, so tests may change the clock."""
         return self._authority.issue_cert(
             *names, organization_name="Penstock", not_after=not_after, key_type=trustme.KeyType.ECDSA
         )

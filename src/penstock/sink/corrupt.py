@@ -1,4 +1,4 @@
-"""Replies that go out wrong."""
+"""Corrupted replies."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Final
 from penstock.sink.plan import Dress
 
 _LONG: Final = 2000
-"""Octets of a line that is too long; RFC 5321 4.5.3.1.5 allows 512."""
+"""Octets of a line longer than the 512 of RFC 5321 4.5.3.1.5."""
 _MANY: Final = 1000
 _GARBAGE: Final = 64
 _NOT_ASCII: Final = b" Gr\xfc\xdfe \xe2\x82"
-"""Latin-1, then UTF-8 that breaks off."""
+"""Latin-1, then a truncated UTF-8 sequence."""
 _OUT_OF_PLACE: Final = {b"2": b"354", b"3": b"250", b"4": b"250", b"5": b"334"}
-"""For a code of a class, one that says something else, or that nothing has asked for."""
+"""Unexpected codes, by the class of the right one."""
 _LAST_LINE: Final = re.compile(rb"[2-5][0-9]{2}(?: |\r?\Z)")
 
 
 def readable(said: bytes) -> list[bytes]:
-    """Return the replies that a client can read in what is sent; an empty one for what is none, or not whole.
+    """Return the replies that a client can read in the octets sent; an empty one for what is none or incomplete.
 
-    A reply is whole when its last line has come to an end, be it a bare LF: clients that mind it are few.
+    A reply is complete when its last line ends, also in a bare LF, which most clients accept.
     """
     found: list[bytes] = []
     begun = b""
@@ -36,7 +36,7 @@ def readable(said: bytes) -> list[bytes]:
 
 
 def dress(replies: bytes, how: Dress, drawn: int = 0) -> bytes:
-    """Return encoded replies as they go out. `drawn` are bits for the garbage."""
+    """Return encoded replies with a fault. `drawn` are random bits for garbage."""
     if how == "bare-lf":
         return replies.replace(b"\r\n", b"\n")
     if how == "no-line-end":

@@ -1,34 +1,33 @@
-"""The engine of faults: asked at each phase of each session, it says what goes wrong there. No I/O.
+"""The fault engine: decides at each phase of a session which faults to inject. No I/O.
 
-How rules go together
----------------------
-1. At each phase the rules of that phase are looked at in the order of the plan; before them, what `fail_next` has asked
-   for, and behind them what a magic recipient asks for (penstock.sink.magic).
-2. A rule that holds adds its delay to those of the others, and sets the pace of the connection (read_rate, write_rate,
-   split; the last one counts). Then the next rule is looked at,
-3. unless it has a verdict (reply, dress, end, tls, or a condition's own reply): the first one with a verdict is the
-   last one that is looked at.
-4. What is done: the pace, the delay, the reply or its dress, the end.
-
-What is the same again
+How rules are combined
 ----------------------
-`every`, `probability`, `attempts` and what a delay draws depend on the seed, the name of the rule, and on *what* is
-decided, never on when it is or what came before. So the same seed and the same input give the same faults, in one
-session or in two hundred. What is decided is named by
+1. At each phase, the rules of that phase are evaluated in the order of the plan. Replies requested by `fail_next` come
+   before them, faults requested by magic recipients after them (penstock.sink.magic).
+2. A matching rule adds its delay to those of the others and sets the pace of the connection (read_rate, write_rate,
+   split; the last rule wins). Then the next rule is evaluated.
+3. The first matching rule with a verdict (reply, dress, end, tls, or the reply of a condition) ends the evaluation.
+4. The decision is carried out in this order: pace, delay, reply or corrupted reply, end of the connection.
 
-    connect, banner     the client's address, and which of its connections this is
-    ehlo to auth,       the address, the EHLO name, and how often the two were here together in this phase
+What the same seed repeats
+--------------------------
+`every`, `probability`, `attempts` and random delays depend on the seed, the name of the rule and the identity of *what*
+is decided, never on time or on earlier decisions. The same seed and the same input therefore give the same faults, in
+one session or in two hundred. The identity is
+
+    connect, banner     the client address, and which of its connections this is
+    ehlo to auth,       the address, the EHLO name, and how often this pair has reached this phase
       rset to quit
-    mail                the message's number, else the sender  }
-    rcpt                the number, else the sender, and the recipient } and which attempt, or which of several alike,
-    data, body, dot     the number, else sender and recipients } it is
+    mail                the sequence number, otherwise the sender  }
+    rcpt                the number, otherwise the sender; the recipient } and which attempt, or which of several equal
+    data, body, dot     the number, otherwise sender and recipients }     ones, this is
 
-A message has a number where [identity] finds one: `penstock load` writes it into the sender. Without numbers, messages
-of one sender and the same recipients are alike: how many of them are hit is the same again, which of them is not, and
-could not be told. An attempt counts for itself, so that a message that was hit may pass when it is sent again.
+A message is numbered if [identity] finds a number: `penstock load` writes one into the sender. Unnumbered messages with
+the same sender and recipients are equal: how many of them are hit is repeated, but not which. Every attempt is decided
+separately, so a message that was hit may pass when it is sent again.
 
-`first` and `after` go by the order of arrival, and so do mailboxes: how many are hit is the same again, which of them
-depends on the order. `since`, `until`, outages, rates and greylists go by the clock.
+`first`, `after` and mailboxes depend on the order of arrival: how many are hit is repeated, which ones depends on the
+order. `since`, `until`, outages, rates and greylists depend on the clock.
 """
 
 from __future__ import annotations
@@ -72,76 +71,76 @@ _PHASE_OF: Final[dict[str, Phase]] = {**{phase: phase for phase in PHASES}, ".":
 
 
 class AppliedFault(NamedTuple):
-    """One fault that a client met, for the receipts."""
+    """One injected fault, for the statistics."""
 
     rule: str
-    """The name of the rule; "fail-next" and "magic" for those that no plan has."""
+    """Name of the rule; "fail-next" or "magic" for faults that are not from the plan."""
     phase: Phase
     action: str
-    """What was done: "reply 450 4.2.1", "delay 1.250 s", "reset"."""
+    """What was injected: "reply 450 4.2.1", "delay 1.250 s", "reset"."""
     session: int
-    """The number of the connection."""
+    """Number of the connection."""
     sender: str = ""
     recipient: str = ""
-    """The recipient in phase rcpt, behind it the first one."""
+    """The recipient in phase rcpt, the first one in later phases."""
     sequence: str = ""
-    """The mark of the message, where it has one."""
+    """Sequence tag of the message, if it has one."""
 
 
 class FaultReceipts(Protocol):
-    """Who is told of each fault."""
+    """Receives every injected fault."""
 
     def on_fault(self, fault: AppliedFault) -> None:
-        """Note a fault. Called in the session: must not block."""
+        """Record a fault. Called by the session: must not block."""
 
 
 @dataclass
 class FaultLog:
-    """Statistics in memory: counts, and the last thousand faults."""
+    """Fault statistics in memory: counts, and the last thousand faults."""
 
     counts: Counter[tuple[str, Phase, str]] = field(default_factory=Counter)
-    """How often a rule has done what in which phase. The seconds of a delay are not told apart."""
+    """Faults by rule, phase and action; delays of any length are one action."""
     last: deque[AppliedFault] = field(default_factory=lambda: deque(maxlen=_MOST_KEPT))
 
     def on_fault(self, fault: AppliedFault) -> None:
-        """Count, and keep."""
+        """Count the fault and keep it."""
         key = (fault.rule, fault.phase, "delay" if fault.action.startswith("delay") else fault.action)
         if key not in self.counts and len(self.counts) >= _MOST_COUNTED:
-            key = (fault.rule, fault.phase, "other")  # magic recipients name as many replies as they like
+            key = (fault.rule, fault.phase, "other")  # magic recipients can request any number of different replies
         self.counts[key] += 1
         self.last.append(fault)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all counts and faults."""
         self.counts.clear()
         self.last.clear()
 
 
 @dataclass(slots=True)
 class Occasion:
-    """What a decision is about: all that is known of a session at a phase."""
+    """Input of a decision: what is known about a session at a phase."""
 
     phase: Phase
     address: str
-    """The client's, "" at a unix socket."""
+    """Client address; "" for a unix socket."""
     session: int = 0
     hello: str = ""
     is_tls: bool = False
     sender: str | None = None
-    """None where there is no message; "" is the null sender."""
+    """None outside a transaction; "" is the null sender."""
     recipients: tuple[str, ...] = ()
-    """Those accepted so far; in phase rcpt, the one that is asked about."""
+    """Accepted recipients; in phase rcpt, the one being decided."""
     octets: int = 0
-    """Of the message: intercepted_verbs at rcpt, counted at the dot; 0 when nobody knows."""
+    """Size of the message: declared (SIZE=) in phase rcpt, counted in phase dot; 0 if unknown."""
     header: str = ""
-    """The value of the field that [identity] names."""
+    """Value of the header field that [identity] names."""
     at: int = 0
-    """Octet of the body."""
+    """Offset in the body."""
     is_chunk: bool = False
-    """Phase data is that of a BDAT, which has no reply before its octets have come."""
+    """Phase data of a BDAT command, which has no reply before its octets are received."""
 
     def mark(self, identity: IdentitySettings) -> Mark | None:
-        """Return the number of the message."""
+        """Return the sequence tag of the message."""
         if self.sender is None:
             return None
         read = sequence.parse_counter if identity.any_counter else sequence.parse
@@ -153,7 +152,7 @@ class Occasion:
         return read(self.header) if identity.where == "header" else None
 
     def subject(self, per: Per) -> str:
-        """Return whom a limit is counted for."""
+        """Return the key that a limit is counted by."""
         recipient = self.recipients[0] if self.recipients else ""
         return {
             "address": self.address,
@@ -166,18 +165,18 @@ class Occasion:
 
 
 class _Identity(NamedTuple):
-    """By what a decision is known again."""
+    """Identity of a decision."""
 
     draw: tuple[str, ...]
-    """What draws depend on."""
+    """Names that random values depend on."""
     number: int
-    """Which occurrence it is, 1 for the first."""
+    """Occurrence, 1 for the first."""
     start: int | None
-    """Its number in a sequence, None without one."""
+    """Sequence number; None without one."""
 
 
 def _identify(occasion: Occasion, mark: Mark | None, counters: Counters) -> _Identity:
-    """Name what is decided on, and count it."""
+    """Return the identity of a decision, and count its occurrence."""
     phase = occasion.phase
     start: int | None = None
     if occasion.sender is None:
@@ -192,20 +191,20 @@ def _identify(occasion: Occasion, mark: Mark | None, counters: Counters) -> _Ide
         parts = (phase, occasion.sender, *recipients)
         return _Identity(parts, counters.next((*parts, occasion.at)), None)
     recipients = recipients if phase == "rcpt" else ()
-    # The run is no part of what is drawn from: the same messages in another run meet the same faults.
+    # Random values do not depend on the run: the same messages in another run get the same faults.
     count = counters.next((phase, mark.run, mark.number, *recipients, occasion.at))
     return _Identity((phase, f"#{mark.number}", *(_without_run(each) for each in recipients)), count, mark.number)
 
 
 def _without_run(recipient: str) -> str:
-    """Return a recipient without a mark, which has the run in it."""
+    """Return a recipient without its sequence tag, which contains the run."""
     local, _, domain = recipient.rpartition("@")
     mark = sequence.parse(local)
     return recipient if mark is None else f"{local.removesuffix(str(mark))}@{domain}"
 
 
 class Draws:
-    """Numbers that depend on the seed and on names alone."""
+    """Pseudo-random numbers that depend only on the seed and on names."""
 
     __slots__ = ("_key",)
 
@@ -218,7 +217,7 @@ class Draws:
         return self._hash(text)
 
     def offset(self, rule: str, identity: _Identity) -> int:
-        """Return 64 bits that are the same for all occurrences."""
+        """Return 64 bits that are equal for all occurrences."""
         return self._hash("\0".join((rule, "every", *identity.draw)))
 
     def _hash(self, text: str) -> int:
@@ -227,7 +226,7 @@ class Draws:
 
 
 def seconds_of(delay: DelaySettings, drawn: int, dice: int) -> float:
-    """Return the seconds of a delay for 64 drawn bits, and 64 more where dice are cast."""
+    """Return the seconds of a delay for 64 random bits, and 64 more for its repetitions."""
     part = drawn / _ALL
     if delay.seconds is not None:
         seconds = delay.seconds
@@ -256,7 +255,7 @@ def _interpolate(table: Sequence[tuple[float, float]], rank: float) -> float:
 
 @dataclass(slots=True)
 class Decision:
-    """What goes wrong at a phase."""
+    """The faults of one phase."""
 
     delay: float = 0.0
     read_rate: int = 0
@@ -268,17 +267,17 @@ class Decision:
     tls: TlsFault | None = None
     keeps: bool = False
     drawn: int = 0
-    """Bits from the seed, for garbage."""
+    """Random bits from the seed, for garbage."""
     has_verdict: bool = False
 
     @property
     def sets_pace(self) -> bool:
-        """The connection gets a pace."""
+        """The decision sets the pace of the connection."""
         return bool(self.read_rate or self.write_rate or self.split)
 
 
 class Rule:
-    """A rule that is ready to be asked, with what its conditions remember."""
+    """A rule with the state of its conditions."""
 
     def __init__(self, name: str, settings: RuleSettings, remember: int) -> None:
         self.name = name
@@ -290,7 +289,7 @@ class Rule:
         self._needs_reply = settings.dress is not None or (
             self.reply is not None and (self.reply.accepts or settings.end is not None)
         )
-        """It does something to a reply, or with one, that is said at once."""
+        """The rule changes or needs a reply that is sent immediately."""
         delay = settings.delay
         self.is_drawn = delay is not None and (delay.seconds is None or bool(delay.odds))
         self.needs_identity = (
@@ -314,7 +313,7 @@ class Rule:
         now: float,
         started: float,
     ) -> bool:
-        """Say whether all conditions hold; those that count do so only when the others hold."""
+        """Return True if all conditions hold. Those that count are evaluated only if the others hold."""
         return (
             not (occasion.is_chunk and self._needs_reply)
             and self._is_for(occasion, mark)
@@ -375,7 +374,9 @@ class Rule:
         if self._triplets is not None:
             triplets, sender = self._triplets, (occasion.sender or "").lower()
             keys = [(occasion.address, sender, recipient.lower()) for recipient in occasion.recipients]
-            are_new = [triplets.is_new(key, now) for key in keys]  # each of them is seen now
+            are_new = [
+                triplets.is_new(key, now) for key in keys
+            ]  # all triplets are recorded, not only up to the first new one
             return any(are_new)
         if self.mailboxes is not None:
             assert box is not None
@@ -383,7 +384,7 @@ class Rule:
         return True
 
     def seconds(self, identity: _Identity | None, draws: Draws) -> float:
-        """Return how long the client waits."""
+        """Return the delay."""
         delay = self.settings.delay
         if delay is None:
             return 0.0
@@ -392,29 +393,29 @@ class Rule:
         return seconds_of(delay, draws.draw(self.name, "delay", identity), draws.draw(self.name, "dice", identity))
 
     def actions(self, delay: float) -> list[str]:
-        """Return what the rule does, in words."""
+        """Return the actions of the rule, as reports name them."""
         settings = self.settings
-        said = [f"delay {delay:.3f} s"] if settings.delay is not None else []
-        said += [f"read {settings.read_rate}/s"] if settings.read_rate else []
-        said += [f"write {settings.write_rate}/s"] if settings.write_rate else []
-        said += ["split"] if settings.split else []
+        actions = [f"delay {delay:.3f} s"] if settings.delay is not None else []
+        actions += [f"read {settings.read_rate}/s"] if settings.read_rate else []
+        actions += [f"write {settings.write_rate}/s"] if settings.write_rate else []
+        actions += ["split"] if settings.split else []
         if self.reply is not None:
-            said.append(f"reply {self.reply.code} {self.reply.status or ''}".rstrip())
-        said += [settings.dress] if settings.dress is not None else []
-        said += [settings.end] if settings.end is not None else []
-        said += [f"tls {settings.tls}"] if settings.tls is not None else []
-        return said
+            actions.append(f"reply {self.reply.code} {self.reply.status or ''}".rstrip())
+        actions += [settings.dress] if settings.dress is not None else []
+        actions += [settings.end] if settings.end is not None else []
+        actions += [f"tls {settings.tls}"] if settings.tls is not None else []
+        return actions
 
 
 def mailbox_keys(per: Per, occasion: Occasion) -> set[str]:
-    """Return whose mailboxes a message goes into."""
+    """Return the keys of the mailboxes that a message is stored in."""
     if per == "recipient":
         return {recipient.lower() for recipient in occasion.recipients}
     return {recipient.rpartition("@")[2].lower() for recipient in occasion.recipients}
 
 
 class _Forced:
-    """A reply that the next commands of a phase get, whatever the plan says."""
+    """A reply that the next commands of a phase receive, before any rule of the plan."""
 
     __slots__ = ("left", "reply")
 
@@ -424,7 +425,7 @@ class _Forced:
 
 
 class _Loaded:
-    """A plan with all that its rules remember."""
+    """A plan with the state of its rules."""
 
     def __init__(self, settings: PlanSettings) -> None:
         self.settings = settings
@@ -441,14 +442,14 @@ class _Loaded:
 
 
 class Follower(Protocol):
-    """A connection that does what the engine says."""
+    """A connection that asks the engine."""
 
     def follow(self) -> None:
-        """Look again whether faults are wanted. May be called in any thread."""
+        """Check again whether faults are possible. May be called from any thread."""
 
 
 class FaultEngine:
-    """Says what goes wrong. The methods that change it may be called at any time and in any thread."""
+    """Decides about faults. The methods that change it may be called at any time and from any thread."""
 
     def __init__(
         self,
@@ -458,20 +459,20 @@ class FaultEngine:
         has_magic: bool = False,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
-        """`has_magic` lets recipients ask for faults; `clock` counts seconds, and is asked in the sessions' thread."""
+        """`has_magic`: recipients may request faults. `clock` returns seconds; the sessions' thread calls it."""
         self.receipts: FaultReceipts = receipts if receipts is not None else FaultLog()
         self.has_magic = has_magic
         self._clock = clock
         self._loaded = _Loaded(plan)
         self._forced: dict[Phase, deque[_Forced]] = {phase: deque() for phase in PHASES}
         self._forcing = threading.Lock()
-        """Guards what is forced: a test asks for it in its thread, sessions take it in theirs."""
+        """Guards `_forced`: tests and sessions use it in different threads."""
         self.is_armed = bool(plan.rule)
-        """Something may go wrong, so that each session has to ask."""
+        """Faults are possible, so sessions have to ask."""
         self.followers: set[Follower] = set()
-        """Connections that are open, to be told of changes: each adds itself, and takes itself out."""
+        """Open connections to notify of changes. Each one adds and removes itself."""
 
-    # ---- what the outside changes
+    # ---- changing the plan
 
     @property
     def plan(self) -> PlanSettings:
@@ -479,35 +480,35 @@ class FaultEngine:
         return self._loaded.settings
 
     def load(self, plan: PlanSettings) -> None:
-        """Put a plan in force, for open sessions, too. It begins anew: its start is the next thing that is decided."""
+        """Activate a plan, also for open sessions. It starts with the next decision."""
         self._loaded = _Loaded(plan)
         self._tell()
 
     def reset(self) -> None:
-        """Begin the plan anew: counters, limits and the start. What `fail_next` asked for is forgotten."""
+        """Restart the plan: counters, limits and start time. Pending `fail_next` requests are dropped."""
         for waiting in self._forced.values():
             waiting.clear()
         self.load(self.plan)
 
     def fail_next(self, phase: str, reply: Reply | str | int, count: int = 1) -> None:
-        """Give the next `count` commands of a phase this reply: `fail_next("RCPT", 452)`.
+        """Answer the next `count` commands of a phase with this reply: `fail_next("RCPT", 452)`.
 
-        A phase is named as in a plan, in any case, "." is the dot. Raise ValueError for a phase or a reply that there
-        is not, or a count that is not 1 to 1,000,000.
+        Phases are named as in a plan, in any case of letters; "." is the dot. Raise ValueError for an unknown phase, an
+        invalid reply, or a count that is not between 1 and 1,000,000.
         """
         name = _PHASE_OF.get(phase.lower())
         if name is None or name in ("connect", "body"):
             known = ", ".join(each for each in PHASES if each not in ("connect", "body"))
-            raise ValueError(f"there is no reply in a phase {phase!r}; a phase is one of {known}")
-        if count not in range(1, _MOST_FORCED + 1):  # nor is 1.5
-            raise ValueError(f"a count is 1 to {_MOST_FORCED}, not {count}")
+            raise ValueError(f"unknown phase {phase!r}; expected one of: {known}")
+        if count not in range(1, _MOST_FORCED + 1):  # also refuses 1.5
+            raise ValueError(f"count must be between 1 and {_MOST_FORCED}, not {count}")
         said = reply if isinstance(reply, Reply) else reply_of(str(reply))
         with self._forcing:
             self._forced[name].append(_Forced(said, count))
         self._tell()
 
     def pending(self) -> dict[str, int]:
-        """Return how many commands of each phase `fail_next` still waits for."""
+        """Return how many commands of each phase `fail_next` will still answer."""
         left = {phase: sum(each.left for each in list(waiting)) for phase, waiting in self._forced.items()}
         return {phase: count for phase, count in left.items() if count}
 
@@ -520,29 +521,29 @@ class FaultEngine:
     def _look_whether_armed(self) -> None:
         self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
 
-    # ---- what sessions ask
+    # ---- for sessions
 
     def watches(self, phase: Phase) -> bool:
-        """Say whether anything may go wrong in a phase."""
+        """Return True if faults are possible in a phase."""
         return bool(self._loaded.rules[phase]) or bool(self._forced[phase])
 
     def stops(self) -> list[int]:
-        """Return the octets of a body at which there is something to decide, in their order."""
+        """Return the offsets in a body at which rules apply, in increasing order."""
         return sorted({rule.settings.at for rule in self._loaded.rules["body"]})
 
     @property
     def header(self) -> str:
-        """The field in which messages have their number; "" when it is elsewhere."""
+        """Header field with the sequence number; "" if the number is elsewhere."""
         identity = self._loaded.settings.identity
         return identity.header if identity.where == "header" else ""
 
     @property
     def longest_stall(self) -> float:
-        """Seconds after which a stall ends."""
+        """Seconds after which a stalled connection is closed."""
         return self._loaded.settings.longest_stall
 
     def decide(self, occasion: Occasion, magic: Sequence[Rule] = ()) -> Decision | None:
-        """Say what goes wrong; None is nothing. `magic` are the rules that the recipients of the message ask for."""
+        """Return the faults of a phase; None for none. `magic` are the rules requested by recipients."""
         phase, loaded = occasion.phase, self._loaded
         mark = occasion.mark(loaded.settings.identity)
         forced = self._take_forced(phase)
@@ -573,7 +574,7 @@ class FaultEngine:
     def _apply(
         self, rule: Rule, decision: Decision, occasion: Occasion, mark: Mark | None, identity: _Identity | None
     ) -> None:
-        """Add what a rule does to a decision, and tell the receipts."""
+        """Add the faults of a rule to a decision, and record them."""
         settings, draws = rule.settings, self._loaded.draws
         delay = rule.seconds(identity, draws)
         decision.delay += delay
@@ -590,7 +591,7 @@ class FaultEngine:
         self._note(occasion, mark, rule.name, rule.actions(delay))
 
     def taken(self, occasion: Occasion) -> None:
-        """Put a message that was let through into the mailboxes."""
+        """Store an accepted message in the mailboxes."""
         for rule in self._loaded.mailboxes:
             assert rule.mailboxes is not None
             assert rule.settings.mailbox is not None
@@ -602,7 +603,7 @@ class FaultEngine:
         if not waiting:
             return None
         with self._forcing:
-            if not waiting:  # another thread has reset it meanwhile
+            if not waiting:  # reset by another thread in the meantime
                 return None
             forced = waiting[0]
             forced.left -= 1

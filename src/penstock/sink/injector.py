@@ -61,6 +61,11 @@ _BANNER: Final = COUNTED_PHASES.index("banner")
 _IN_PLACE_OF_HELLO: Final = b"554 5.7.0 TLS is broken here\r\n"
 
 
+_MAGIC_EVENTS: Final = frozenset({Rcpt})
+"""Events that may be magic, so that the injector has to see them."""
+_NO_EVENTS: Final[frozenset[type]] = frozenset()
+
+
 def fault_injection(engine: FaultEngine, certificates: Certificates | None = None) -> Component:
     """Return the component that gives each connection an injector (`penstock.app.Overrides.components`).
 
@@ -86,7 +91,7 @@ class FaultInjector:
 
     __slots__ = (
         "_auto_accept", "_certificates", "_connection", "_engine", "_has_magic", "_head", "_intercepted", "_magic",
-        "_octets_passed", "_session", "_stops", "_sync_handlers", "_tls_fault",
+        "_octets_passed", "_session", "_stops", "_tls_fault",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, engine: FaultEngine, magic: Magic, certificates: Certificates) -> None:
@@ -97,9 +102,6 @@ class FaultInjector:
         self._certificates = certificates
         self._auto_accept = connection.session.auto_accept
         self._intercepted = connection.session.intercepted_verbs
-        self._sync_handlers = dict(connection.pump.sync_handlers)
-        if engine.has_magic:
-            self._sync_handlers.pop(Rcpt, None)
         self._has_magic = False
         """A magic recipient was named on this connection."""
         self._tls_fault: TlsFault | None = None
@@ -115,15 +117,15 @@ class FaultInjector:
 
     def follow(self) -> None:
         """Look again whether anything can go wrong. May be called in any thread."""
-        session, pump = self._session, self._connection.pump
+        session = self._session
         if self._engine.is_armed or self._has_magic:
             session.auto_accept = 0
             session.intercepted_verbs = INTERCEPTABLE_VERBS
-            pump.sync_handlers = {}
+            self._connection.use_sync_handlers(False)
         else:
             session.auto_accept = self._auto_accept
             session.intercepted_verbs = self._intercepted
-            pump.sync_handlers = self._sync_handlers
+            self._connection.use_sync_handlers(True, but=_MAGIC_EVENTS if self._engine.has_magic else _NO_EVENTS)
 
     def close(self) -> None:
         """Forget the connection."""
@@ -230,7 +232,7 @@ class FaultInjector:
             self._read_body()
             return
         await self._apply(decision or Decision(), event)
-        if self._connection.incoming is not None:
+        if self._connection.is_receiving:
             self._read_body()
             await self._pass_stops()
 
@@ -245,12 +247,12 @@ class FaultInjector:
         if self._head is not None and len(self._head) < _MOST_HEAD:
             self._head += event.data[: _MOST_HEAD - len(self._head)]
         await self._pass_stops()
-        if self._connection.incoming is not None:
+        if self._connection.is_receiving:
             await self._connection.handle(event)
 
     async def _pass_stops(self) -> None:
         """Do what goes wrong at the octets that have been reached."""
-        while self._stops and self._octets_passed >= self._stops[0] and self._connection.incoming is not None:
+        while self._stops and self._octets_passed >= self._stops[0] and self._connection.is_receiving:
             at, *self._stops = self._stops
             magic = self._magic_rules("body") if not at else ()
             decision = self._engine.decide(self._occasion("body", at=at), magic)
@@ -414,10 +416,11 @@ class FaultInjector:
         connection = self._connection
         if isinstance(event, EndOfMessage):
             incoming, connection.incoming = connection.incoming, None
+            connection.pump.is_counting = False
             if incoming is not None:
                 incoming.close()
             connection.journal_refusal(reply)
-            connection.reply_to_message(reply)
+            connection.session.reply(reply)
         elif isinstance(event, Mail):
             connection.refuse(reply, event.path.text)
         elif isinstance(event, Rcpt):

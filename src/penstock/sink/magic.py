@@ -1,7 +1,7 @@
-"""Recipients that ask for a fault, without a plan.
+"""Magic recipients: addresses that request a fault, without a plan.
 
-GRAMMAR is printed by `penstock sink --describe-faults`. An ordinary recipient costs one comparison of its beginning
-with those of the magic ones, in compiled code (`SessionCore.watched_prefixes`).
+`penstock sink --describe-faults` prints GRAMMAR. For ordinary recipients, compiled code only compares the beginning of
+the local part with WATCHED_PREFIXES.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from penstock.sink.memory import Memory
 from penstock.sink.plan import DelaySettings, GreylistSettings, MatchSettings, RuleSettings
 
 GRAMMAR: Final = """\
-Magic recipients need no plan; the local part asks for the fault, in lower case, whatever the domain:
+Magic recipients request a fault without a plan. The local part, in lower case, names the fault; any domain is allowed:
 
     [PHASE-]FAULT[+ANYTHING]@domain
 
-PHASE    rcpt (when it is left out), data, body (right behind the 354) or dot (the end of the text)
-FAULT    CODE              4yz or 5yz: 450@, dot-451@, data-452@; 421 ends the connection
+PHASE    rcpt (default), data, body (right after the 354) or dot (end of the text)
+FAULT    CODE              4xx or 5xx reply: 450@, dot-451@, data-452@; 421 also closes the connection
          CODE-STATUS       550-5.1.1@, dot-552-5.2.2@
-         delay-N[ms|s]     delay-2s@, dot-delay-500ms@: the reply comes so much later, at most an hour
-         drop  reset       the connection is closed, or reset (RST), in the place of the reply
-         half-close        the server says nothing more, and reads on
-         stall[-N[ms|s]]   silence, then the connection is closed
-         greylist[-N[ms|s]]  451 4.7.1 until so long after the first attempt [60s]
-         flaky-N           451 4.3.0 for N in a hundred attempts, by the seed
-         slow-N            from now on so many octets a second are read
-         garbage           the reply is none
+         delay-N[ms|s]     delay the reply: delay-2s@, dot-delay-500ms@; at most one hour
+         drop  reset       close or reset (RST) the connection instead of a reply
+         half-close        send FIN, then read on
+         stall[-N[ms|s]]   send nothing, then close the connection
+         greylist[-N[ms|s]]  451 4.7.1 until N after the first attempt [60s]
+         flaky-N           451 4.3.0 for N percent of the attempts, by the seed
+         slow-N            read N octets per second from now on
+         garbage           send random octets instead of a reply
 
-With several of them in a message, what the plan says comes first, then each recipient in its order: delays add up,
-and the first verdict counts. Other recipients are taken as ever, and so is what only looks like magic (452x@).
+If a message has several of them, the rules of the plan come first, then each recipient in order: delays add up, and the
+first verdict counts. Other recipients are accepted, and so are those that only look like magic ones (452x@).
 """
 
 WATCHED_PREFIXES: Final = (
@@ -51,7 +51,7 @@ WATCHED_PREFIXES: Final = (
     "body-",
     "dot-",
 )
-"""How the local parts of magic recipients begin."""
+"""Beginnings of the local parts of magic recipients."""
 
 _SHAPE: Final = re.compile(
     r"(?:(?P<phase>rcpt|data|body|dot)-)?"
@@ -65,18 +65,18 @@ _SHAPE: Final = re.compile(
 )
 _LONGEST: Final = 3600.0
 _GREYLISTED: Final = 60.0
-"""Seconds of a greylist that names none."""
+"""Seconds of a greylist without a number."""
 _MOST_KNOWN: Final = 4096
 
 
 class Magic:
-    """Reads recipients, and keeps the rules that they ask for: a greylist has something to remember."""
+    """Parses recipients and caches their rules, because a greylist has state."""
 
     def __init__(self) -> None:
         self._known: Memory[Rule | None] = Memory(_MOST_KNOWN)
 
     def rule(self, local: str) -> Rule | None:
-        """Return the rule that a local part asks for; None when it asks for nothing."""
+        """Return the rule that a local part requests; None for an ordinary recipient."""
         asked = local.partition("+")[0]
         if asked in self._known:
             return self._known.get(asked, None)
@@ -87,22 +87,22 @@ class Magic:
 
 
 def settings_of(asked: str) -> RuleSettings | None:
-    """Return the rule that a local part up to its "+" asks for; None when it asks for nothing."""
+    """Return the rule that a local part, up to its "+", requests; None for an ordinary recipient."""
     found = _SHAPE.match(asked)
-    does = None if found is None else _wish(found.groupdict())
+    does = None if found is None else _fault(found.groupdict())
     if found is None or does is None:
         return None
     try:
         phase: Any = found["phase"] or "rcpt"
         return RuleSettings(phase=phase, **does)
-    except ValueError:  # the status is of another class than the code, or the phase knows no such fault
+    except ValueError:  # the status does not fit the code, or the phase has no such fault
         return None
 
 
-def _wish(asked: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the keys of a rule; None when there is none like that."""
+def _fault(asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the keys of the rule; None if the fault is invalid."""
     if asked["code"]:
-        return {"reply": f"{asked['code']} {asked['status'] or asked['code'][0] + '.0.0'} As the recipient asks for"}
+        return {"reply": f"{asked['code']} {asked['status'] or asked['code'][0] + '.0.0'} Requested by the recipient"}
     if asked["end"]:
         return {"end": asked["end"]}
     if asked["garbage"]:

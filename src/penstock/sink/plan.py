@@ -1,4 +1,4 @@
-"""A fault plan: TOML with rules of when a sink misbehaves, and how.
+"""Fault plans: TOML files whose rules say when a sink misbehaves, and how.
 
     seed = 7
 
@@ -9,8 +9,8 @@
     delay = { uniform = [0.5, 2.0] }
     reply = "450 4.2.1 Mailbox busy, try again later"
 
-The classes below are the whole reference: `penstock sink --describe-faults` prints it. How rules go together, and what
-of it is the same again with the same seed, is told by penstock.sink.faults.
+The classes below are the reference that `penstock sink --describe-faults` prints. penstock.sink.faults describes how
+rules are combined, and what the same seed repeats.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ Phase = Literal[
 ]
 PHASES: Final[tuple[Phase, ...]] = get_args(Phase)
 _OF_A_MESSAGE: Final = frozenset({"mail", "rcpt", "data", "body", "dot"})
-"""Phases in which there is a sender."""
+"""Phases with a sender."""
 _OF_RECIPIENTS: Final = _OF_A_MESSAGE - {"mail"}
-"""Phases in which there is a recipient."""
+"""Phases with recipients."""
 _TLS_PHASES: Final = frozenset({"connect", "starttls"})
 _REPLY: Final = re.compile(r"([2-5][0-9]{2})(?: ([245]\.[0-9]{1,3}\.[0-9]{1,3}))?(?: (.*))?\Z", re.DOTALL)
 _LONGEST: Final = 86_400.0
@@ -61,21 +61,21 @@ Per = Literal["address", "sender", "sender-domain", "recipient", "recipient-doma
 
 
 def reply_of(text: str) -> Reply:
-    """Read "450 4.2.2 Mailbox full"; the status and the text may be left out. 421 ends the connection.
+    """Parse a reply such as "450 4.2.2 Mailbox full"; status and text are optional. 421 also closes the connection.
 
-    Raise ValueError when the text has no such form.
+    Raise ValueError for any other form.
     """
     found = _REPLY.match(text)
     if found is None:
-        raise ValueError(f'a reply looks like "450 4.2.2 Mailbox full", "450 Busy" or "450", not {text!r}')
+        raise ValueError(f'expected a reply such as "450 4.2.2 Mailbox full" or "450", not {text!r}')
     code, status, words = int(found[1]), found[2], found[3]
     if status is None and code not in _WITHOUT_STATUS:
         status = f"{code // 100}.0.0"
-    return Reply(code, status, words or _WORDS.get(code, "A fault that was asked for"), closes=code == 421)
+    return Reply(code, status, words or _TEXTS.get(code, "Injected fault"), closes=code == 421)
 
 
 _WITHOUT_STATUS: Final = frozenset({220, 334, 354})
-_WORDS: Final = {
+_TEXTS: Final = {
     220: "Ready",
     250: "Ok",
     354: "End data with <CR><LF>.<CR><LF>",
@@ -91,109 +91,111 @@ _WORDS: Final = {
 
 
 class MatchSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whom and when a rule is for. All keys that are given have to hold; none is always."""
+    """When a rule applies: all given keys must match. Without keys, always."""
 
-    network: Annotated[tuple[str, ...], Meta(description="The client's address is in one of these networks")] = ()
-    hello: Annotated[
-        tuple[str, ...], Meta(description="The client's EHLO name is like one of these, * is any text")
-    ] = ()
+    network: Annotated[tuple[str, ...], Meta(description="Networks of the client")] = ()
+    hello: Annotated[tuple[str, ...], Meta(description="Patterns of the EHLO name; * matches any text")] = ()
     sender: Annotated[
-        tuple[str, ...], Meta(description='The sender is like one of these ("" is the null sender); from phase mail on')
+        tuple[str, ...], Meta(description='Patterns of the sender; "" is the null sender. From phase mail on')
     ] = ()
-    recipient: Annotated[tuple[str, ...], Meta(description="A recipient is like one of these; from phase rcpt on")] = ()
-    tls: Annotated[bool | None, Meta(description="Only inside (true) or outside (false) of TLS")] = None
+    recipient: Annotated[
+        tuple[str, ...], Meta(description="Patterns; one recipient must match. From phase rcpt on")
+    ] = ()
+    tls: Annotated[bool | None, Meta(description="Only with TLS (true) or without (false)")] = None
     sequence: Annotated[
         tuple[int, int] | None,
-        Meta(description="First and last number of the messages, where [identity] finds their numbers"),
+        Meta(description="[first, last] sequence number of the message; see [identity]"),
     ] = None
-    every: Annotated[int, Meta(ge=1, description="One in so many; exactly every k-th where there is a number")] = 1
-    probability: Annotated[float, Meta(ge=0, le=1, description="From the seed, not from chance")] = 1.0
-    attempts: Annotated[
-        int, Meta(ge=0, description="Only the first attempts of the same message, 1 is its first; 0 is all")
-    ] = 0
+    every: Annotated[int, Meta(ge=1, description="Every Nth message; exactly, if messages are numbered")] = 1
+    probability: Annotated[float, Meta(ge=0, le=1, description="Probability, drawn from the seed")] = 1.0
+    attempts: Annotated[int, Meta(ge=0, description="Only the first N attempts of the same message; 0: all")] = 0
     first: Annotated[
-        int, Meta(ge=0, description="Only the first so many that all of the above holds for; 0 is all. By arrival")
+        int, Meta(ge=0, description="Only the first N that match all keys above; 0: all. By order of arrival")
     ] = 0
-    after: Annotated[
-        int, Meta(ge=0, description="Not for the first so many that all of the above holds for. By arrival")
-    ] = 0
-    since: Annotated[float, Meta(ge=0, description="Seconds since the plan's start. By the clock")] = 0.0
-    until: Annotated[float, Meta(ge=0, description="Seconds since the plan's start; 0 is for ever. By the clock")] = 0.0
+    after: Annotated[int, Meta(ge=0, description="Not the first N that match all keys above. By order of arrival")] = 0
+    since: Annotated[float, Meta(ge=0, description="Seconds after the start of the plan. By the clock")] = 0.0
+    until: Annotated[float, Meta(ge=0, description="Seconds after the start of the plan; 0: no end. By the clock")] = (
+        0.0
+    )
 
     def __post_init__(self) -> None:
         for network in self.network:
             parse_network(network)
         if self.until and self.until <= self.since:
-            raise ValueError("until is later than since")
+            raise ValueError("until must be greater than since")
         if self.sequence is not None and self.sequence[0] > self.sequence[1]:
-            raise ValueError("sequence is [first, last]")
+            raise ValueError("sequence must be [first, last]")
 
 
 class OutageSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A condition: out of order for a while, again and again. By the clock."""
+    """Condition: a periodic outage. By the clock."""
 
-    down: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds it lasts")]
-    every: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds from one beginning to the next")]
-    begin: Annotated[float, Meta(ge=0, le=_LONGEST, description="Seconds from the plan's start to the first one")] = 0.0
+    down: Annotated[float, Meta(gt=0, le=_LONGEST, description="Duration in seconds")]
+    every: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds from the start of one outage to the next")]
+    begin: Annotated[
+        float, Meta(ge=0, le=_LONGEST, description="Seconds from the start of the plan to the first outage")
+    ] = 0.0
 
     def __post_init__(self) -> None:
         if self.down > self.every:
-            raise ValueError("down is at most every")
+            raise ValueError("down must not be greater than every")
 
 
 class RateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A condition: a bucket of tokens is empty. Each that it is asked about takes one. By the clock."""
+    """Condition: a rate limit (token bucket) is exceeded. By the clock."""
 
-    per: Annotated[Per, Meta(description="Whose bucket it is")] = "address"
-    count: Annotated[float, Meta(gt=0, description="Tokens that come into the bucket")]
-    seconds: Annotated[float, Meta(gt=0, le=_LONGEST, description="within so many seconds")] = 1.0
-    burst: Annotated[
-        float, Meta(ge=0, description="Tokens it holds at most, and at first; 0 is as many as count, at least 1")
-    ] = 0.0
+    per: Annotated[Per, Meta(description="What the limit is counted for")] = "address"
+    count: Annotated[float, Meta(gt=0, description="Allowed number")]
+    seconds: Annotated[float, Meta(gt=0, le=_LONGEST, description="per this many seconds")] = 1.0
+    burst: Annotated[float, Meta(ge=0, description="Burst size; 0: the same as count, at least 1")] = 0.0
 
 
 class GreylistSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A condition: this address, this sender and a recipient were not seen before, or too short ago. By the clock."""
+    """Condition: greylisting; the triplet of client address, sender and recipient is new. By the clock."""
 
-    wait: Annotated[float, Meta(ge=0, le=_LONGEST, description="Seconds until the triplet is let through")] = 60.0
-    forget: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds after which it is new again")] = 14_400.0
+    wait: Annotated[float, Meta(ge=0, le=_LONGEST, description="Seconds before a triplet is accepted")] = 60.0
+    forget: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds after which a triplet is new again")] = (
+        14_400.0
+    )
 
 
 class MailboxSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A condition: a mailbox is full of what was let through at the dot. By arrival; for phases rcpt and dot."""
+    """Condition: a mailbox is full of accepted messages. By order of arrival; phases rcpt and dot."""
 
     per: Annotated[
-        Literal["recipient", "recipient-domain"], Meta(description="Who has a mailbox: each address, or each domain")
+        Literal["recipient", "recipient-domain"], Meta(description="One mailbox for each address, or for each domain")
     ] = "recipient-domain"
-    octets: Annotated[int, Meta(ge=0, description="Octets it holds; 0 is any number")] = 0
-    messages: Annotated[int, Meta(ge=0, description="Messages it holds; 0 is any number")] = 0
+    octets: Annotated[int, Meta(ge=0, description="Capacity in octets; 0: unlimited")] = 0
+    messages: Annotated[int, Meta(ge=0, description="Capacity in messages; 0: unlimited")] = 0
 
     def __post_init__(self) -> None:
         if not self.octets and not self.messages:
-            raise ValueError("a mailbox needs octets or messages")
+            raise ValueError("set octets or messages")
 
 
 class DelaySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long the client waits. One of the first four keys; what is drawn comes from the seed."""
+    """How long the client waits: one of the first four keys. Random values are drawn from the seed."""
 
-    seconds: Annotated[_Seconds | None, Meta(description="Always as long")] = None
-    uniform: Annotated[tuple[float, float] | None, Meta(description="Between two numbers of seconds")] = None
-    exponential: Annotated[_Seconds | None, Meta(description="Exponential, with this mean")] = None
+    seconds: Annotated[_Seconds | None, Meta(description="Fixed number of seconds")] = None
+    uniform: Annotated[tuple[float, float] | None, Meta(description="[least, most] seconds, uniformly distributed")] = (
+        None
+    )
+    exponential: Annotated[_Seconds | None, Meta(description="Mean of an exponential distribution, in seconds")] = None
     percentiles: Annotated[
         tuple[tuple[float, float], ...] | None,
-        Meta(description="[[50, 0.1], [90, 1.5], [99, 10]]: percentile and seconds, straight lines between them"),
+        Meta(description="[[50, 0.1], [90, 1.5], [99, 10]]: percentiles and seconds, with linear interpolation"),
     ] = None
     odds: Annotated[
-        int, Meta(ge=0, le=99, description="Times as often as a die of 0 to 99 is cast up to this or more; 0 is once")
+        int, Meta(ge=0, le=99, description="Percent chance of each further repetition of the delay; 0: no repetition")
     ] = 0
-    longest: Annotated[float, Meta(gt=0, le=_LONGEST, description="Seconds it is at most")] = 3600.0
+    longest: Annotated[float, Meta(gt=0, le=_LONGEST, description="Maximum in seconds")] = 3600.0
 
     def __post_init__(self) -> None:
         kinds = (self.seconds, self.uniform, self.exponential, self.percentiles)
         if sum(kind is not None for kind in kinds) != 1:
-            raise ValueError("a delay has one of seconds, uniform, exponential, percentiles")
+            raise ValueError("set exactly one of seconds, uniform, exponential, percentiles")
         if self.uniform is not None and not 0 <= self.uniform[0] <= self.uniform[1] <= _LONGEST:
-            raise ValueError("uniform is [least, most], in seconds")
+            raise ValueError(f"uniform must be [least, most] seconds, at most {_LONGEST:g}")
         if self.percentiles is not None:
             _check_percentiles(self.percentiles)
 
@@ -201,71 +203,73 @@ class DelaySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def _check_percentiles(table: tuple[tuple[float, float], ...]) -> None:
     ranks, seconds = [rank for rank, _ in table], [second for _, second in table]
     if not table or ranks != sorted(set(ranks)) or not 0 <= ranks[0] <= ranks[-1] <= 100:
-        raise ValueError("percentiles are 0 to 100, each greater than the one before")
+        raise ValueError("percentiles must be between 0 and 100, in increasing order")
     if seconds != sorted(seconds) or not 0 <= seconds[0] <= seconds[-1] <= _LONGEST:
-        raise ValueError(f"the seconds of percentiles are 0 to {_LONGEST:g}, none less than the one before")
+        raise ValueError(f"the seconds of percentiles must be between 0 and {_LONGEST:g}, in increasing order")
 
 
 class RuleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One rule: a phase, conditions, and what is done when all of them hold.
+    """One rule: a phase, conditions, and the faults to inject if all conditions hold.
 
-    `reply`, `dress`, `end` and `tls` are verdicts: the first rule of a phase that has one is the last that is looked
-    at. `delay`, `read_rate`, `write_rate` and `split` leave the matter to the rules behind.
+    `reply`, `dress`, `end` and `tls` are verdicts: the first matching rule with a verdict ends the evaluation of its
+    phase. After a rule with only `delay`, `read_rate`, `write_rate` or `split`, evaluation continues.
     """
 
-    name: Annotated[str, Meta(max_length=64, description="What receipts call it; phase and number when empty")] = ""
+    name: Annotated[str, Meta(max_length=64, description="Name in reports; phase and number if empty")] = ""
     phase: Annotated[
         Phase,
         Meta(
-            description="What the client has just done: connect (before anything), banner, ehlo (and LHLO), helo, "
-            "starttls, auth, mail, rcpt, data (and the first BDAT, which has no reply of its own to be dressed), body, "
-            "dot (the end of the text), rset, noop, vrfy, expn, help, quit"
+            description="Point of the session: connect (before the greeting), banner, ehlo (and LHLO), helo, starttls, "
+            "auth, mail, rcpt, data (and the first BDAT, whose reply cannot be changed), body, dot (end of the text), "
+            "rset, noop, vrfy, expn, help, quit"
         ),
     ]
-    at: Annotated[int, Meta(ge=0, description="Octet of the body; 0 is right behind the 354. For phase body")] = 0
+    at: Annotated[
+        int, Meta(ge=0, description="Offset in the body at which the rule applies; 0: right after the 354. Phase body")
+    ] = 0
     reply: Annotated[
         str,
         Meta(
-            description='"450 4.2.2 Mailbox full": said in the place of the ordinary reply; a 4yz or 5yz refuses. 421 '
-            "ends the connection, and so does every reply in the midst of a body"
+            description='Reply instead of the ordinary one, such as "450 4.2.2 Mailbox full"; 4xx and 5xx refuse. 421 '
+            "also closes the connection, and so does any reply in phase body"
         ),
     ] = ""
     dress: Annotated[
         Dress | None,
         Meta(
-            description="The reply, ordinary or not, goes out wrong: wrong-code (a code out of place), too-long (2,000 "
-            "octets), many-lines (1,000 lines), unfinished (its last line never comes), non-ascii (Latin-1, and UTF-8 "
-            "cut in the middle), bare-lf, no-line-end, garbage (octets from the seed)"
+            description="Corrupt the reply: wrong-code (an unexpected code), too-long (2,000 octets), many-lines "
+            "(1,000 lines), unfinished (the last line is missing), non-ascii (Latin-1 and truncated UTF-8), bare-lf, "
+            "no-line-end, garbage (random octets from the seed)"
         ),
     ] = None
     end: Annotated[
         Ending | None,
         Meta(
-            description="The end of the connection, behind the reply if there is one: drop (close), reset (RST), "
-            "half-close (FIN, and what still comes is read), stall (silence, until longest_stall)"
+            description="End the connection, after the reply if there is one: drop (close), reset (RST), half-close "
+            "(FIN, then read on), stall (no reply, until longest_stall)"
         ),
     ] = None
     tls: Annotated[
         TlsFault | None,
         Meta(
-            description="For phase starttls, or connect where TLS is implicit: refuse (454), wrong-name, expired, "
-            "alert (a fatal one behind the handshake), stall (in the handshake), plaintext (a reply in its place), "
-            "tls-1.2 (nothing newer)"
+            description="TLS fault, in phase starttls, or connect with implicit TLS: refuse (454), wrong-name, "
+            "expired, alert (fatal, after the handshake), stall (during the handshake), plaintext (a reply instead "
+            "of the handshake), tls-1.2 (no newer version)"
         ),
     ] = None
     keeps: Annotated[
         bool,
-        Meta(description="The message counts as taken, although its client hears otherwise; for phase dot (RFC 1047)"),
+        Meta(description="Accept the message although the client receives another reply; phase dot (RFC 1047)"),
     ] = False
-    delay: Annotated[DelaySettings | None, Meta(description="Before all else; delays of several rules add up")] = None
-    read_rate: Annotated[int, Meta(ge=0, description="Octets a second read from now on; 0 is no limit")] = 0
-    write_rate: Annotated[int, Meta(ge=0, description="Octets a second sent from now on; 0 is no limit")] = 0
-    split: Annotated[bool, Meta(description="Each octet is sent for itself from now on")] = False
+    delay: Annotated[DelaySettings | None, Meta(description="Applied first; delays of several rules add up")] = None
+    read_rate: Annotated[int, Meta(ge=0, description="Octets per second to read from now on; 0: unlimited")] = 0
+    write_rate: Annotated[int, Meta(ge=0, description="Octets per second to send from now on; 0: unlimited")] = 0
+    split: Annotated[bool, Meta(description="Send every octet separately from now on")] = False
     match: MatchSettings = MatchSettings()
-    outage: Annotated[OutageSettings | None, Meta(description="Without a verdict: 421 4.3.2")] = None
-    rate: Annotated[RateSettings | None, Meta(description="Without a verdict: 421 4.7.0")] = None
-    greylist: Annotated[GreylistSettings | None, Meta(description="Without a verdict: 451 4.7.1")] = None
-    mailbox: Annotated[MailboxSettings | None, Meta(description="Without a verdict: 452 4.2.2")] = None
+    outage: Annotated[OutageSettings | None, Meta(description="Without a verdict: reply 421 4.3.2")] = None
+    rate: Annotated[RateSettings | None, Meta(description="Without a verdict: reply 421 4.7.0")] = None
+    greylist: Annotated[GreylistSettings | None, Meta(description="Without a verdict: reply 451 4.7.1")] = None
+    mailbox: Annotated[MailboxSettings | None, Meta(description="Without a verdict: reply 452 4.2.2")] = None
 
     def __post_init__(self) -> None:
         if self.reply:
@@ -275,107 +279,107 @@ class RuleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def verdict(self) -> str:
-        """The reply that the rule says; "" when it has none."""
+        """The reply of the rule; "" if it has none."""
         if self.reply or self.has_verdict:
             return self.reply
         if self.outage is not None:
-            return "421 4.3.2 Out of order, please try again later"
+            return "421 4.3.2 Service not available, please try again later"
         if self.rate is not None:
-            return "421 4.7.0 Too fast, please try again later"
+            return "421 4.7.0 Rate limit exceeded, please try again later"
         if self.greylist is not None:
             return "451 4.7.1 Greylisted, please try again later"
         return "452 4.2.2 Mailbox full" if self.mailbox is not None else ""
 
     @property
     def has_verdict(self) -> bool:
-        """The rule itself says what becomes of the matter."""
+        """The rule has a verdict of its own, not only that of a condition."""
         return bool(self.reply) or self.dress is not None or self.end is not None or self.tls is not None
 
     def _check_verdict(self) -> None:
         does = self.verdict or self.has_verdict or self.delay is not None or self.read_rate or self.write_rate
         if not does and not self.split:
             raise ValueError(
-                "a rule needs something to do: reply, dress, end, tls, delay, read_rate, write_rate, split, or one of "
+                "the rule does nothing; set one of reply, dress, end, tls, delay, read_rate, write_rate, split, "
                 "outage, rate, greylist, mailbox"
             )
         if self.tls is not None and (self.reply or self.dress is not None or self.end is not None):
-            raise ValueError("tls stands alone: no reply, dress or end beside it")
+            raise ValueError("tls cannot be combined with reply, dress or end")
         if self.phase == "connect" and (self.reply or self.dress is not None):
-            raise ValueError("nothing is said in phase connect; a reply in place of the greeting is for phase banner")
+            raise ValueError("phase connect has no reply; use phase banner to replace the greeting")
 
     def _check_phase(self) -> None:
         phase, match = self.phase, self.match
         if self.at and phase != "body":
-            raise ValueError("at is for phase body")
+            raise ValueError('at requires phase = "body"')
         if phase == "body" and self.dress is not None and not self.reply:
-            raise ValueError("in phase body there is no reply to dress, unless reply says one")
+            raise ValueError("dress requires reply in phase body, which has no reply of its own")
         if self.keeps and phase != "dot":
-            raise ValueError("keeps is for phase dot")
+            raise ValueError('keeps requires phase = "dot"')
         if self.tls is not None and phase not in _TLS_PHASES:
-            raise ValueError("tls is for phase starttls, and for connect where TLS is implicit")
+            raise ValueError("tls requires phase starttls, or connect with implicit TLS")
         if (match.sender or match.sequence) and phase not in _OF_A_MESSAGE:
-            raise ValueError(f"there is no sender in phase {phase}")
+            raise ValueError(f"phase {phase} has no sender")
         if match.recipient and phase not in _OF_RECIPIENTS:
-            raise ValueError(f"there is no recipient in phase {phase}")
+            raise ValueError(f"phase {phase} has no recipient")
         if self.greylist is not None and phase not in _OF_RECIPIENTS:
-            raise ValueError("greylist is for phase rcpt, or a later one of a message")
+            raise ValueError("greylist requires phase rcpt, data, body or dot")
         if self.mailbox is not None and phase not in ("rcpt", "dot"):
-            raise ValueError("mailbox is for phases rcpt and dot")
+            raise ValueError("mailbox requires phase rcpt or dot")
         if self.rate is not None:
             if self.rate.per.startswith("sender") and phase not in _OF_A_MESSAGE:
-                raise ValueError(f"there is no sender in phase {phase}")
+                raise ValueError(f"phase {phase} has no sender")
             if self.rate.per.startswith("recipient") and phase not in _OF_RECIPIENTS:
-                raise ValueError(f"there is no recipient in phase {phase}")
+                raise ValueError(f"phase {phase} has no recipient")
 
 
 class IdentitySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where messages have a number of their own, by which the seed knows them again."""
+    """Where to find the sequence number of a message, by which the seed recognizes it."""
 
     where: Annotated[
         Literal["sender", "recipient", "header", "nowhere"],
         Meta(
-            description="seq-RUN-NUMBER at the end of the local part, as `penstock load` writes it; in a header it is "
-            "known in phase dot only"
+            description="Place of seq-RUN-NUMBER: the end of the local part, as `penstock load` writes it, or a header "
+            "field, which is known in phase dot only"
         ),
     ] = "sender"
-    header: Annotated[str, Meta(pattern="^[!-9;-~]+$", description="The field, where it stands in the header")] = (
+    header: Annotated[str, Meta(pattern="^[!-9;-~]+$", description='Header field, for where = "header"')] = (
         "X-Penstock-Sequence"
     )
-    any_counter: Annotated[bool, Meta(description="Any digits at the end are a number, too")] = False
+    any_counter: Annotated[bool, Meta(description="Also use any digits at the end as a number")] = False
 
 
 class PlanSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A fault plan."""
+    """Fault plan."""
 
     seed: Annotated[
         int,
-        Meta(
-            ge=0, le=(1 << 63) - 1, description="What probabilities and delays are drawn from; --seed has the last word"
-        ),
+        Meta(ge=0, le=(1 << 63) - 1, description="Random seed of probabilities and delays; --seed overrides it"),
     ] = 0
     longest_stall: Annotated[
-        float, Meta(gt=0, le=_LONGEST, description="Seconds after which a stall ends in a close")
+        float, Meta(gt=0, le=_LONGEST, description="Seconds after which a stalled connection is closed")
     ] = 300.0
     remember: Annotated[
         int,
         Meta(
             ge=1,
             le=10_000_000,
-            description="Messages, clients, triplets and mailboxes that attempts, greylists and limits are known of; "
-            "the oldest are forgotten",
+            description="Number of messages, clients, triplets and mailboxes to remember for attempts, greylists and "
+            "limits; the oldest are forgotten",
         ),
     ] = 100_000
     identity: IdentitySettings = IdentitySettings()
-    rule: Annotated[tuple[RuleSettings, ...], Meta(max_length=1000, description="Looked at in this order")] = ()
+    rule: Annotated[
+        tuple[RuleSettings, ...], Meta(max_length=1000, description="May be repeated; evaluated in this order.")
+    ] = ()
 
     def __post_init__(self) -> None:
         names = [rule.name for rule in self.rule if rule.name]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"two rules have the name {twice!r}")
+            raise ValueError(f"two rules are named {twice!r}")
 
     def names(self) -> list[str]:
-        """Return what receipts call the rules."""
+        """Return the names of the rules in reports."""
         return [rule.name or f"{rule.phase}-{number}" for number, rule in enumerate(self.rule, 1)]
 
 
@@ -383,7 +387,7 @@ NO_PLAN: Final = PlanSettings()
 
 
 class PlanError(ValueError):
-    """What is wrong with a plan; the text names the key and the right form."""
+    """A plan cannot be used. The text names the key and the right form."""
 
 
 def parse_plan(text: str) -> PlanSettings:
@@ -401,13 +405,13 @@ def load_plan(path: Path) -> PlanSettings:
     except OSError as exc:
         raise PlanError(f"{path}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        raise PlanError(f"{path}: a plan is UTF-8 text") from exc
+        raise PlanError(f"{path}: not UTF-8 text: {exc.reason} at offset {exc.start}") from exc
     except PlanError as exc:
         raise PlanError(f"{path}: {exc}") from exc
 
 
 def glob(patterns: tuple[str, ...]) -> re.Pattern[str] | None:
-    """Return what matches any of the patterns, whatever the case; None for none."""
+    """Return a regular expression for any of the patterns, ignoring case; None without patterns."""
     if not patterns:
         return None
     return re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns), re.IGNORECASE)

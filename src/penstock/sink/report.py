@@ -1,39 +1,40 @@
-"""The report of a sink: one JSON document, whose shape is versioned and described here.
+"""The report of a sink: one JSON document with a version, described by the classes below.
 
-`penstock sink --describe-report` prints the JSON Schema made from these classes. All latencies are nanoseconds.
+`penstock sink --describe-report` prints their JSON Schema. All latencies are in nanoseconds.
 
-What the clocks mean
---------------------
-A verb's latency (`MAIL`, `RCPT`, `DATA`: the 354 ...) runs from the moment the server has the octets that end the
-command to the moment the reply is given to the kernel: it holds whatever the server waited for (a delay of the fault
-plan, a disk), and the turns of the sockets that were served in between, but not the network. What was pipelined came at
-once, so it includes the commands before it. Octets that a plan sends slowly (`write_rate`, `split`) count as `think`.
+Latencies
+---------
+The latency of a command (`MAIL`, `RCPT`, `DATA` up to its 354 ...) starts when the server has received the octets that
+end the command and stops when the reply is passed to the kernel. It includes everything the server waited for (a delay
+of the fault plan, a disk) and the turns of other sessions in between, but not the network. Pipelined commands arrive
+together, so their latency includes that of the commands before them. Replies that a plan sends slowly (`write_rate`,
+`split`) count as `think`.
 
     banner    accept to greeting, without the handshake of implicit TLS
-    text      the first octets behind the 354 (or of the first BDAT) to those with the end of the text
-    message   those to the reply: what accepting took
+    text      first octets after the 354 (or of the first BDAT) to the octets that end the text
+    message   end of the text to the reply: the time that accepting took
     tls       ready for the ClientHello to the end of the handshake
-    think     a reply to the next octets of the client: its own time, and the network's
-    unasked   what answers nothing, as a 421 at a time-out, or a reply in the midst of a text; it has no latency of its
-              own worth reading
+    think     a reply to the next octets of the client: client and network
+    unasked   replies to no command, such as 421 after a timeout or a reply in the middle of a text; its latency has no
+              meaning
 
-What becomes of a message
--------------------------
-A message whose text has begun is counted once, by what the sink made of it and what its client can know:
+Outcomes of a message
+---------------------
+Every message whose text has begun is counted once, by what the sink did and what the client can know:
 
-    accepted  the sink took it, and a whole reply 2yz went out: the client could read it, dressed or not
-    unheard   the sink took it, and no such reply went out: the end of the connection in its place, garbage, a reply
-              that does not end, another code (a `wrong-code`, or a 4yz where the rule says `keeps`). The client can not
-              know and may send it again: that is no fault of its own (RFC 1047)
-    refused   the sink did not take it and made a 4yz or 5yz, whatever went out of that; in LMTP one a recipient
-    lost      neither: its connection ended before the sink had made a reply, or its client gave it up (RSET, QUIT or
-              EHLO behind a BDAT)
+    accepted  accepted, and a complete 2xx reply was sent, corrupted or not, that the client could read
+    unheard   accepted, but no such reply was sent: the connection was closed instead, or the reply was garbage, not
+              terminated, or had another code (`wrong-code`, or a 4xx with `keeps`). The client cannot know and may send
+              the message again without being at fault (RFC 1047)
+    refused   not accepted and answered with 4xx or 5xx, whatever was sent of that; in LMTP one for each recipient
+    lost      neither: the connection ended before the sink had a reply, or the client gave up the message (RSET, QUIT
+              or EHLO after a BDAT)
 
-Whether the client has read what went out, nobody knows. Marks, recipients, octets and what `--messages` waits for are
-those of `accepted` and `unheard` together: what the sink has.
+Whether the client has read what was sent is unknown. Sequence tags, recipients, octets and `--messages` refer to
+`accepted` and `unheard` together: all messages that the sink has.
 
-Replies are counted as they went out. One that went out wrong says how in `garbled`; its code is what the client can
-read of it, 0 where it is no reply, or not a whole one. `none` is the end of the connection in the place of a reply.
+Replies are counted as they were sent. `garbled` names the fault of a corrupted reply, `none` means that the connection
+was closed instead; `code` is the code that the client can read in it, 0 if it is no reply or incomplete.
 """
 
 from __future__ import annotations
@@ -45,56 +46,54 @@ import msgspec
 from penstock.metrics._histogram import Histogram
 
 VERSION: Final = 1
-"""Goes up whenever a reader of an older report would be misled; new keys do not raise it."""
+"""Increased when a change would mislead existing readers; new keys do not increase it."""
 Meta = msgspec.Meta
 
 
 class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Connections."""
 
-    total: Annotated[int, Meta(description="Connections so far, those that were turned away among them")]
+    total: Annotated[int, Meta(description="Connections, including refused ones")]
     open: Annotated[int, Meta(description="Connections that are open now")]
-    peak: Annotated[int, Meta(description="The most that were open at a time")]
-    tls: Annotated[int, Meta(description="Handshakes that came to their end")]
-    tls_failed: Annotated[int, Meta(description="Handshakes that came to nothing, for whatever reason")]
-    ends: Annotated[dict[str, int], Meta(description="Why connections ended; beyond 64 causes, `others`")]
+    peak: Annotated[int, Meta(description="Maximum number of simultaneous connections")]
+    tls: Annotated[int, Meta(description="Completed TLS handshakes")]
+    tls_failed: Annotated[int, Meta(description="Failed TLS handshakes")]
+    ends: Annotated[dict[str, int], Meta(description="Connections by cause of their end; after 64 causes, `others`")]
 
 
 class MessageCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Messages."""
 
-    accepted: Annotated[int, Meta(description="Messages that were taken, and answered with a 2yz that can be read")]
+    accepted: Annotated[int, Meta(description="Accepted messages with a readable 2xx reply")]
     unheard: Annotated[
         int,
-        Meta(description="Messages that were taken, and whose clients can not know: a fault stood in the place of 2yz"),
+        Meta(description="Accepted messages whose clients received no readable 2xx reply because of a fault"),
     ] = 0
-    refused: Annotated[
-        int, Meta(description="Refusals after a text, whatever a fault made of the reply; in LMTP one a recipient")
-    ]
-    lost: Annotated[int, Meta(description="Messages that had begun, and ended with their connection")]
-    lost_by: Annotated[dict[str, int], Meta(description="Why those were lost")]
-    recipients: Annotated[int, Meta(description="Recipients of the messages that were taken")]
-    octets: Annotated[int, Meta(description="Octets of their texts, dots un-stuffed")]
+    refused: Annotated[int, Meta(description="Messages refused after their text; in LMTP one for each recipient")]
+    lost: Annotated[int, Meta(description="Messages that began and did not end")]
+    lost_by: Annotated[dict[str, int], Meta(description="Lost messages by cause")]
+    recipients: Annotated[int, Meta(description="Recipients of accepted and unheard messages")]
+    octets: Annotated[int, Meta(description="Octets of their texts, without dot-stuffing")]
 
 
 class OctetCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Octets on the sockets."""
 
-    received: Annotated[int, Meta(description="As they came from the sockets, TLS records as they are")]
-    sent: Annotated[int, Meta(description="Of replies as they went out, before TLS")]
+    received: Annotated[int, Meta(description="Octets received from the sockets, TLS records included")]
+    sent: Annotated[int, Meta(description="Octets of replies as sent, before TLS")]
 
 
 class ReplyCount(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a phase was answered with a code, or with something else."""
+    """Number of replies of one kind."""
 
-    phase: Annotated[str, Meta(description="A verb, or one of: unknown, message, banner, unasked")]
-    code: Annotated[int, Meta(description="The reply code as a client can read it; 0 for a reply that has none")]
-    status: Annotated[str | None, Meta(description="The enhanced status code, such as 2.1.0")]
+    phase: Annotated[str, Meta(description="A command, or one of: unknown, message, banner, unasked")]
+    code: Annotated[int, Meta(description="Reply code that a client can read; 0 if there is none")]
+    status: Annotated[str | None, Meta(description="Enhanced status code, such as 2.1.0")]
     garbled: Annotated[
         str | None,
-        Meta(description="How it went out wrong, as a fault plan calls it; none: the connection ended in its place"),
+        Meta(description="Fault that corrupted the reply; none: the connection was closed instead"),
     ] = None
-    count: Annotated[int, Meta(description="Exact")]
+    count: Annotated[int, Meta(description="Number of replies")]
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,37 +109,39 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     max: int
     histogram: Annotated[
         dict[str, Any] | None,
-        Meta(description="Buckets that are not empty as [least, count]; at most 1.6 % of their value wide"),
+        Meta(description="Non-empty buckets as [lower bound, count]; relative width at most 1.6 %"),
     ] = None
 
 
 class RunCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """The messages of one run, told apart by their numbers."""
+    """Numbered messages of one run."""
 
-    run: Annotated[str, Meta(description="What the mark calls the run")]
-    received: Annotated[int, Meta(description="Messages that were taken, duplicates among them")]
-    distinct: Annotated[int, Meta(description="Numbers that have come at least once")]
-    duplicates: Annotated[int, Meta(description="Messages whose number had come before")]
+    run: Annotated[str, Meta(description="Name of the run in the sequence tags")]
+    received: Annotated[int, Meta(description="Received messages, including duplicates")]
+    distinct: Annotated[int, Meta(description="Distinct numbers received")]
+    duplicates: Annotated[int, Meta(description="Messages whose number was received before")]
     duplicate_examples: Annotated[list[int], Meta(description="Up to 100 of their numbers")]
-    out_of_order: Annotated[int, Meta(description="Messages behind one with a higher number, and no duplicates")]
-    first: Annotated[int, Meta(description="Where the numbers begin: 0 when 0 has come, else 1")]
-    highest: Annotated[int, Meta(description="The highest number that has come")]
-    missing: Annotated[int, Meta(description="Numbers that have not come, up to `highest`, or of the `expected`")]
+    out_of_order: Annotated[
+        int, Meta(description="Messages received after one with a higher number, without duplicates")
+    ]
+    first: Annotated[int, Meta(description="First number of the run: 0 if 0 was received, otherwise 1")]
+    highest: Annotated[int, Meta(description="Highest number received")]
+    missing: Annotated[int, Meta(description="Numbers not received, up to `highest`, or of the `expected` ones")]
     missing_examples: Annotated[list[int], Meta(description="The first 100 of them")]
 
 
 class SequenceCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Loss and duplicates, by the marks of the messages (penstock.sequence)."""
+    """Missing and duplicate messages, by their sequence tags (penstock.sequence)."""
 
-    source: Annotated[str, Meta(description="Where the marks were looked for")]
-    expected: Annotated[int | None, Meta(description="How many messages a run has, as --expect says")]
-    unmarked: Annotated[int, Meta(description="Messages that were taken, without a mark")]
-    further: Annotated[int, Meta(description="Marks there was no room to tell apart: beyond 64 runs or 64 MiB")]
+    source: Annotated[str, Meta(description="Where sequence tags were looked for")]
+    expected: Annotated[int | None, Meta(description="Expected messages of each run (--expect)")]
+    unmarked: Annotated[int, Meta(description="Messages without a sequence tag")]
+    further: Annotated[int, Meta(description="Tags beyond the limits of 64 runs and 64 MiB, which are not tracked")]
     runs: list[RunCounts]
 
 
 class FaultCount(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a rule of the fault plan did something."""
+    """How often a rule injected a fault."""
 
     rule: str
     phase: str
@@ -151,46 +152,48 @@ class FaultCount(msgspec.Struct, frozen=True, kw_only=True):
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """One second."""
 
-    at: Annotated[float, Meta(description="Seconds since the start, at its end")]
-    seconds: Annotated[float, Meta(description="How long it was")]
-    messages: Annotated[int, Meta(description="Taken, heard or not")]
+    at: Annotated[float, Meta(description="End of the sample, in seconds since the start")]
+    seconds: Annotated[float, Meta(description="Length in seconds")]
+    messages: Annotated[int, Meta(description="Accepted and unheard messages")]
     replies: int
-    sessions: Annotated[int, Meta(description="Open at its end")]
+    sessions: Annotated[int, Meta(description="Open connections at its end")]
     connected: Annotated[int, Meta(description="New connections")]
-    received: Annotated[int, Meta(description="Octets from the sockets")]
-    octets: Annotated[int, Meta(description="Octets of their texts")]
-    faults: Annotated[int, Meta(description="Faults applied")]
-    codes: Annotated[dict[str, int], Meta(description="Replies by code, 0 for those that were none")]
-    p50: Annotated[int, Meta(description="Of `message`, in nanoseconds; 0 when there was none")]
+    received: Annotated[int, Meta(description="Octets received from the sockets")]
+    octets: Annotated[int, Meta(description="Octets of message texts")]
+    faults: Annotated[int, Meta(description="Injected faults")]
+    codes: Annotated[dict[str, int], Meta(description="Replies by code, 0 for unreadable ones")]
+    p50: Annotated[int, Meta(description="Latency of `message` in nanoseconds; 0 without messages")]
     p90: int
     p99: int
     max: int
-    reply_p50: Annotated[int, Meta(description="Of all replies")]
+    reply_p50: Annotated[int, Meta(description="Latency of all replies")]
     reply_p99: int
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sink has received."""
+    """Statistics of a sink."""
 
     schema: Literal["penstock-receipts"] = "penstock-receipts"
-    version: Annotated[int, Meta(description="Of this shape")] = VERSION
+    version: Annotated[int, Meta(description="Version of the format")] = VERSION
     made_by: str
-    listen: Annotated[list[str], Meta(description="Where clients came in")]
-    started_at: Annotated[str, Meta(description="ISO 8601, UTC: the start, or the last reset of the counters")]
-    seconds: Annotated[float, Meta(description="Since then")]
+    listen: Annotated[list[str], Meta(description="Listening addresses")]
+    started_at: Annotated[str, Meta(description="Start or last reset of the counters (ISO 8601, UTC)")]
+    seconds: Annotated[float, Meta(description="Seconds since then")]
     sessions: SessionCounts
     messages: MessageCounts
     octets: OctetCounts
-    replies: Annotated[list[ReplyCount], Meta(description="By phase, code, status and garbling")]
-    further_replies: Annotated[int, Meta(description="Of kinds beyond the 1,024th")]
-    latencies: Annotated[dict[str, Latency], Meta(description="By phase; those that never were are not there")]
+    replies: Annotated[list[ReplyCount], Meta(description="Replies by phase, code, status and corruption")]
+    further_replies: Annotated[int, Meta(description="Replies of kinds after the first 1,024")]
+    latencies: Annotated[
+        dict[str, Latency], Meta(description="Latencies by phase; phases that did not occur are omitted")
+    ]
     sequences: SequenceCounts
-    faults: Annotated[list[FaultCount], Meta(description="Applied faults")]
-    samples: Annotated[list[Sample], Meta(description="The last seconds, the newest at the end")]
+    faults: Annotated[list[FaultCount], Meta(description="Injected faults by rule")]
+    samples: Annotated[list[Sample], Meta(description="The last 600 seconds, newest last")]
 
 
 def latency_of(histogram: Histogram, *, with_buckets: bool) -> Latency:
-    """Return what the report says of a histogram."""
+    """Return the summary of a histogram."""
     return Latency(
         count=histogram.count,
         min=histogram.min,
@@ -205,18 +208,18 @@ def latency_of(histogram: Histogram, *, with_buckets: bool) -> Latency:
 
 
 def encode(report: Report) -> bytes:
-    """Return a report as JSON for people and machines."""
+    """Return a report as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
 
 
 def decode(data: bytes) -> Report:
-    """Read a report. Raise ValueError for what is none, or is of a version that is not known here."""
+    """Parse a report. Raise ValueError for anything else, or for another version."""
     try:
         report = msgspec.json.decode(data, type=Report)
     except msgspec.DecodeError as exc:
-        raise ValueError(f"this is no report of a sink: {exc}") from exc
+        raise ValueError(f"not a report of a sink: {exc}") from exc
     if report.version != VERSION:
-        raise ValueError(f"this report is of version {report.version}; version {VERSION} is what can be read here")
+        raise ValueError(f"the report has version {report.version}; only version {VERSION} is supported")
     return report
 
 

@@ -1,7 +1,7 @@
-"""What a sink knows of what arrived: the metrics of its sessions, a sample each second, and the report of both.
+"""Statistics of a sink: the metrics of its sessions, a sample every second, and the report.
 
-The sessions count in C (ext/metrics.pyx). Here a task looks at the metrics once a second, which costs well under a
-millisecond whatever the rate; pages, terminals and the report read what it has noted.
+Sessions count in compiled code (ext/metrics.pyx). A task reads the counters once a second, which takes less than a
+millisecond at any rate; web page, terminal and report use its samples.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from penstock.sink.report import (
 from penstock.transaction import Transaction
 
 _SAMPLES: Final = 600
-"""Seconds that are kept."""
+"""Number of samples to keep: one per second."""
 _MOST_EXAMPLES: Final = 100
 _MOST_MATCHED: Final = 1024
-"""Characters of a recipient that a user's pattern is tried on."""
+"""Characters of a recipient that the user's pattern is applied to."""
 
 
 class FaultBook(Protocol):
-    """What is known of the faults that were applied."""
+    """Counts of injected faults."""
 
     def counted(self) -> Sequence[FaultCount]:
-        """Return how often each rule did what."""
+        """Return the counts by rule, phase and action."""
 
     def reset(self) -> None:
-        """Start over, the counters of the plan among it."""
+        """Reset the counts and the state of the plan."""
 
 
 class NoFaults:
-    """The book of a sink that has no faults."""
+    """Counts of a sink without faults."""
 
     def counted(self) -> Sequence[FaultCount]:
         """Return nothing."""
@@ -64,52 +64,52 @@ class NoFaults:
 
 
 class FaultControl(Protocol):
-    """The fault plan of a sink at run time."""
+    """Control of the fault plan at run time."""
 
     def plan(self) -> str:
-        """Return the plan in force, as TOML."""
+        """Return the active plan as TOML."""
 
     def replace(self, text: str) -> None:
-        """Put another plan in force. Raise ValueError that names the key when it can not be used."""
+        """Activate another plan. Raise ValueError, with the key, if it cannot be used."""
 
     def fail_next(self, phase: str, reply: str, count: int) -> None:
-        """Give the next commands of a phase this reply. Raise ValueError."""
+        """Answer the next `count` commands of a phase with this reply. Raise ValueError."""
 
     def pending(self) -> dict[str, int]:
-        """Return how many commands of each phase are still to fail."""
+        """Return how many commands of each phase are still to be answered so."""
 
 
 class Traffic(Protocol):
-    """What the worker knows beside the metrics."""
+    """Counters of the worker that are not in the metrics."""
 
     @property
     def octets_under_way(self) -> int:
-        """Octets that have come over the connections that are open."""
+        """Octets received by the connections that are open."""
 
 
 class RecipientMarks:
-    """Finds the mark of a message by a pattern over its recipients. Costs a search for each message."""
+    """Finds the sequence tag of a message with a pattern for its recipients: one search for each recipient."""
 
     def __init__(self, pattern: str) -> None:
-        """The pattern's group `number` is the number, its group `run` names the run; without a name, the first group.
+        """Group `number` of the pattern, or else its first group, is the number; group `run` is the run.
 
-        Raise ValueError when the pattern can not be used.
+        Raise ValueError if the pattern cannot be used.
         """
         try:
             self._pattern = re.compile(pattern)
         except re.error as exc:
-            raise ValueError(f"{pattern!r} is no regular expression: {exc}") from exc
+            raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from exc
         groups = self._pattern.groupindex
         if self._pattern.groups == 0:
             raise ValueError(f"{pattern!r} needs a group for the number, such as 'msg-([0-9]+)@'")
         self._run = groups.get("run")
         numbered = next((group for group in range(1, self._pattern.groups + 1) if group != self._run), None)
         if numbered is None:
-            raise ValueError(f"{pattern!r} needs a group for the number beside the one for the run")
+            raise ValueError(f"{pattern!r} needs a group for the number in addition to the one for the run")
         self._number = groups.get("number", numbered)
 
     def __call__(self, transaction: Transaction) -> Mark | None:
-        """Return the mark of the first recipient that has one."""
+        """Return the tag of the first recipient that matches."""
         for recipient in transaction.recipients:
             found = self._pattern.search(recipient.path.text[:_MOST_MATCHED])
             if found is not None and (counter := parse_counter(found[self._number] or "")) is not None:
@@ -124,12 +124,12 @@ def _made_by() -> str:
 
 
 class Expectation(NamedTuple):
-    """What the user has said of the marks."""
+    """Options about sequence tags."""
 
     source: str = "sender"
-    """Where they are, in words."""
+    """Where tags are read from, for the report."""
     messages: int | None = None
-    """How many each run has."""
+    """Expected messages of each run."""
 
 
 NOTHING_EXPECTED: Final = Expectation()
@@ -145,11 +145,11 @@ class _Before(NamedTuple):
     received: int = 0
     octets: int = 0
     faults: int = 0
-    codes: Counter[str] = Counter()  # noqa: RUF012 - of a tuple: nobody changes it
+    codes: Counter[str] = Counter()  # noqa: RUF012 - never modified
 
 
 class Statistics:
-    """The receipts of a sink."""
+    """Statistics of a sink."""
 
     def __init__(
         self,
@@ -168,11 +168,11 @@ class Statistics:
         self._listen = list(listen)
         self._clock = clock
         self.samples: deque[Sample] = deque(maxlen=_SAMPLES)
-        """The last seconds, the newest at the end."""
+        """The last seconds, newest last."""
         self.taken = 0
-        """Samples so far, those that are kept no longer among them."""
+        """Number of samples taken, including dropped ones."""
         self.generation = 0
-        """Goes up when the counters start over."""
+        """Increased by every reset of the counters."""
         self._news = trio.Event()
         self._start()
 
@@ -185,7 +185,7 @@ class Statistics:
     # ---- time
 
     async def run(self) -> None:
-        """Take a sample each second, until cancelled."""
+        """Take a sample every second until cancelled."""
         due = trio.current_time()
         while True:
             due += 1
@@ -193,7 +193,7 @@ class Statistics:
             self.take_sample()
 
     def take_sample(self) -> Sample:
-        """Note what has come since the last sample."""
+        """Take a sample: the difference to the previous one."""
         metrics, before, now = self.metrics, self._before, self._clock()
         codes: Counter[str] = Counter()
         for _, code, _, _, count in metrics.counted():
@@ -230,36 +230,36 @@ class Statistics:
         self._before = after
         self.samples.append(sample)
         self.taken += 1
-        self._tell()
+        self._notify()
         return sample
 
     async def wait_for_news(self) -> None:
-        """Wait for the next sample, or until the counters start over."""
+        """Wait for the next sample or reset."""
         await self._news.wait()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._news.set()
         self._news = trio.Event()
 
     def reset(self) -> None:
-        """Start all counters over. Sessions that are open stay so."""
+        """Reset all counters. Open sessions continue."""
         self.metrics.reset()
         self.metrics.forget_recent()
         self._faults.reset()
         self.samples.clear()
         self.generation += 1
         self._start()
-        self._tell()
+        self._notify()
 
-    # ---- what there is to say
+    # ---- reading
 
     @property
     def received(self) -> int:
-        """Octets from the sockets so far."""
+        """Octets received from the sockets."""
         return self.metrics.received + self._traffic.octets_under_way - self._received_before
 
     def report(self, *, is_full: bool = True) -> Report:
-        """Return all that is known; without the buckets and the samples when it is not to be full."""
+        """Return the report; buckets and samples only with `is_full`."""
         metrics = self.metrics
         counted = [
             ReplyCount(phase=phase, code=code, status=status, garbled=garbled, count=count)
@@ -312,7 +312,7 @@ class Statistics:
 
 
 def _counts_of(run: Run, expected: int | None) -> RunCounts:
-    """Say what has come of a run, and what has not."""
+    """Return the counts of a run."""
     first = 0 if 0 in run else 1
     last = run.highest if expected is None else first + expected - 1
     missing, examples = run.missing(first, last, _MOST_EXAMPLES) if last >= first else (0, [])

@@ -67,6 +67,7 @@ cdef class ServerSession:
     cpdef send_encoded(self, bytes encoded)
     cpdef send(self, object reply)
     cdef count_error(self)
+    cdef bint is_too_much_junk(self)
     @cython.locals(argument=bytes, verb=cython.int)
     cdef object take_line(self)
     cdef object take_other(self, int verb, bytes argument)

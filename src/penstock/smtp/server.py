@@ -461,6 +461,14 @@ class ServerSession:
         if self.errors > self._max_errors:
             self.close_with(replies.TOO_MANY_ERRORS)
 
+    def is_too_much_junk(self) -> bool:
+        """Count a command without mail; beyond the budget it is an error. Return True if that ends the session."""
+        self.junk += 1
+        if self.junk <= self._max_junk:
+            return False
+        self.count_error()
+        return self._state is _CLOSED
+
     def _choose_table(self) -> None:
         """Choose the table of rules for the present state of TLS and AUTH."""
         extensions, transaction = self.extensions, self.transaction
@@ -515,12 +523,8 @@ class ServerSession:
 
     def take_other(self, verb: int, argument: bytes) -> Event | None:
         """Read a command that is not among the plain ones."""
-        if verb in _JUNK:
-            self.junk += 1
-            if self.junk > self._max_junk:
-                self.count_error()
-                if self._state is _CLOSED:
-                    return None
+        if verb in _JUNK and self.is_too_much_junk():
+            return None
         if verb in self.intercepted_verbs:
             return self._ask(Command(_wire.VERBS[verb], argument), _FOR_COMMAND)
         return _HANDLERS[verb](self, argument)
@@ -561,12 +565,8 @@ class ServerSession:
         ):
             name = plain_hello(argument)
             if name is not None:
-                self.junk += 1
-                if self.junk > self._max_junk:
-                    self.count_error()
-                    if self._state is _CLOSED:
-                        return None
-                self.accept_hello(verb, name)
+                if not self.is_too_much_junk():
+                    self.accept_hello(verb, name)
                 return None
         return self.take_other(verb, argument)
 

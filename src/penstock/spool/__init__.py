@@ -1,5 +1,6 @@
-"""DISK: the durable queue.
+"""The durable queue.
 
-spool.py is what deliveries and the relay see, entry.py what goes in and out; committer.py makes one fsync of many
-wishes, store.py and schema.sql are the database, bodies.py the files of large bodies, room.py whether there is room.
+spool.py is the interface for deliveries and the relay, entry.py the types that go in and out; committer.py is the group
+commit, store.py and schema.sql the database, bodies.py the files of large bodies, diskspace.py the free space check,
+admin.py and admins.py the operator's access from another process.
 """

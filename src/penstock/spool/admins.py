@@ -1,4 +1,4 @@
-"""All parts of a spool as one: each worker of a server has one of its own (penstock.spool.spool.shards)."""
+"""All parts of a spool together: each worker of a server has its own (penstock.spool.spool.shards)."""
 
 from __future__ import annotations
 
@@ -10,53 +10,54 @@ from pathlib import Path
 from typing import Final
 
 from penstock.message import Body
-from penstock.spool.admin import Filter, ListedMessage, QueueAdmin, Stats
+from penstock.spool.admin import Ages, Change, Filter, ListedMessage, QueueAdmin, Stats
+from penstock.spool.entry import HopState
 from penstock.spool.spool import shard_of, shards
 from penstock.spool.store import SpoolError
 
-_LANES: Final = 10
+_QUEUES: Final = 10
 
 
 class QueueAdmins:
-    """What `QueueAdmin` does, with all parts. Use `opened`."""
+    """Does what `QueueAdmin` does with all parts. Use `opened`."""
 
-    def __init__(self, desks: Sequence[tuple[str, QueueAdmin]]) -> None:
-        self._named = desks
-        self._desks = [desk for _, desk in desks]
+    def __init__(self, admins: Sequence[tuple[str, QueueAdmin]]) -> None:
+        self._named = admins
+        self._admins = [admin for _, admin in admins]
 
     @classmethod
     @contextmanager
     def opened(cls, folder: Path) -> Iterator[QueueAdmins]:
-        """Open the parts of the spool in a folder. Raise SpoolError when there is none, or one of another version."""
+        """Open the parts of the spool in a folder. Raise SpoolError if none exists or one has another version."""
         names = [shard_of(folder.name, index) for index in shards(folder)] or [folder.name]
         with ExitStack() as stack:
             yield cls([(name, stack.enter_context(QueueAdmin.opened(folder.parent / name))) for name in names])
 
     def find(self, what: Filter, limit: int) -> Iterator[ListedMessage]:
-        """Yield messages, the oldest first, at most so many; a limit of 0 is none."""
-        found = heapq.merge(*(desk.find(what, limit) for desk in self._desks), key=lambda each: each.received_at)
+        """Yield messages, the oldest first, at most `limit` unless that is 0."""
+        found = heapq.merge(*(admin.find(what, limit) for admin in self._admins), key=lambda each: each.received_at)
         for count, message in enumerate(found, 1):
             yield message
             if count == limit:
                 return
 
     def text(self, message_id: str) -> tuple[bytes, Body]:
-        """Return the fields that were added to a message, and its body. Raise SpoolError when it is not there."""
-        *others, last = self._desks
-        for desk in others:
+        """Return the header fields added to a message, and its body. Raise SpoolError if it is not in the spool."""
+        *others, last = self._admins
+        for admin in others:
             try:
-                return desk.text(message_id)
+                return admin.text(message_id)
             except SpoolError:
                 continue
         return last.text(message_id)
 
     def stats(self) -> Stats:
-        """Count what waits."""
-        # A lane that is full in all parts together need not be among the fullest of each, but nearly always is.
-        found = [desk.stats(_LANES * 10) for desk in self._desks]
-        lanes: Counter[str] = Counter()
+        """Count messages and recipients."""
+        # A queue that is long in all parts together need not be among the longest of each, but nearly always is.
+        found = [admin.stats(_QUEUES * 10) for admin in self._admins]
+        queues: Counter[str] = Counter()
         for each in found:
-            lanes.update(dict(each.lanes))
+            queues.update(dict(each.queues))
         oldest = [each.oldest for each in found if each.oldest is not None]
         messages, recipients, octets, due, later, attempting, held = (
             sum(values) for values in zip(*(each[:7] for each in found), strict=True)
@@ -70,30 +71,72 @@ class QueueAdmins:
             attempting,
             held,
             min(oldest, default=None),
-            lanes.most_common(_LANES),
+            queues.most_common(_QUEUES),
         )
 
-    def retry(self, what: Filter) -> int:
-        """Let recipients that wait be due now. Return how many there were."""
+    def ages(self, limit: int = 0) -> list[Ages]:
+        """Return the recipients by domain and age, the domain with the most first; at most `limit` unless that is 0."""
+        totals: dict[str, list[int]] = {}
+        for each in (ages for admin in self._admins for ages in admin.ages()):
+            before = totals.get(each.domain, [0] * len(each.counts))
+            totals[each.domain] = [one + other for one, other in zip(before, each.counts, strict=True)]
+        found = sorted((Ages(*each) for each in totals.items()), key=lambda each: (-sum(each.counts), each.domain))
+        return found[:limit] if limit else found
+
+    def hops(self) -> list[HopState]:
+        """Return the next hops that are backing off, in any worker."""
+        worst: dict[str, HopState] = {}
+        for hop in (hop for admin in self._admins for hop in admin.hops()):
+            if hop.name not in worst or hop.until > worst[hop.name].until:
+                worst[hop.name] = hop
+        return sorted(worst.values())
+
+    def suspended(self) -> list[str]:
+        """Return the domains and next hops that are suspended."""
+        return sorted({name for admin in self._admins for name in admin.suspended()})
+
+    def unknown(self, ids: Sequence[str]) -> list[str]:
+        """Return those of the message ids that are in no part of the spool."""
+        for admin in self._admins:
+            ids = admin.unknown(ids)
+        return list(ids)
+
+    def retry(self, what: Filter) -> Change:
+        """Let recipients that wait be due now."""
         return self._change(QueueAdmin.retry, what)
 
-    def hold(self, what: Filter) -> int:
-        """Let recipients wait until they are released. Return how many there were."""
+    def hold(self, what: Filter) -> Change:
+        """Let recipients wait until they are released."""
         return self._change(QueueAdmin.hold, what)
 
-    def release(self, what: Filter) -> int:
-        """Let recipients that are held be due now. Return how many there were."""
+    def release(self, what: Filter) -> Change:
+        """Let recipients that are held be due now."""
         return self._change(QueueAdmin.release, what)
 
-    def drop(self, what: Filter) -> int:
-        """Delete recipients, and messages that have none left; nobody is told. Return how many recipients."""
+    def drop(self, what: Filter) -> Change:
+        """Delete recipients, and messages that have none left, without a report to the sender."""
         return self._change(QueueAdmin.drop, what)
 
-    def _change(self, act: Callable[[QueueAdmin, Filter], int], what: Filter) -> int:
-        return sum(act(desk, what) for desk in self._desks)
+    def bounce(self, what: Filter) -> Change:
+        """Have the server return recipients to their sender now. Without a server, it does so when it is started."""
+        return self._change(QueueAdmin.bounce, what)
+
+    def suspend(self, name: str) -> bool:
+        """Send nothing to a domain, or to a next hop by host or full name. Return False if that was so already."""
+        return sum(admin.suspend(name) for admin in self._admins) > 0
+
+    def resume(self, name: str) -> bool:
+        """Undo `suspend`. Return False if the name was not suspended."""
+        return sum(admin.resume(name) for admin in self._admins) > 0
+
+    def _change(self, act: Callable[[QueueAdmin, Filter], Change], what: Filter) -> Change:
+        done = Change(0)
+        for admin in self._admins:
+            done = done.plus(act(admin, what))
+        return done
 
     def check(self) -> Iterator[str]:
-        """Yield what is wrong, a line each, with the part when there are several; nothing when all is well."""
-        for name, desk in self._named:
-            for line in desk.check():
+        """Yield a line for each inconsistency, with the part if there are several."""
+        for name, admin in self._named:
+            for line in admin.check():
                 yield f"{name}: {line}" if len(self._named) > 1 else line

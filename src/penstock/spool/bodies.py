@@ -1,7 +1,7 @@
-"""Bodies that are too large for the database: a file each, synced before its row is written.
+"""Bodies that are too large for the database: one file each, synced before its row is written.
 
-The folders that the files lie in are made and synced when the spool is opened, and stay: a file is on stable storage
-once it and its own folder are synced, whoever else writes at the same time.
+The folders of the files are created and synced when the spool is opened, and stay: a file is on stable storage once it
+and its own folder are synced, whatever else is written at the same time.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Final
 import outcome
 import trio
 
+from penstock.files import sync_folder
 from penstock.message import Body, Linkable
 
 _CHUNK: Final = 128 * 1024
 _FOLDERS: Final = 100
-"""Folders that the files are spread over, so that none grows without end: a million files are 10,000 in each."""
+"""Folders that the files are spread over: of a million files, 10,000 are in each."""
 _THREADS: Final = 8
-"""Files that are being written, synced and removed at a time."""
+"""Files written, synced and removed at a time."""
 
 
 class StoredBody:
-    """A body that was read from the database."""
+    """A body read from the database."""
 
     __slots__ = ("_data", "size")
     in_memory = True
@@ -38,11 +39,11 @@ class StoredBody:
         self.size = len(data)
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield it in one piece."""
+        """Yield the body in one piece."""
         return iter((self._data,))
 
     def close(self) -> None:
-        """Let it go."""
+        """Release the memory."""
         self._data = b""
 
 
@@ -71,20 +72,20 @@ class FiledBody:
 
 
 class BodyFiles:
-    """The folder of the files, each named by the number of its message. All methods block on the disk."""
+    """The folder of the body files, named by the number of the message. All methods block on the disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def prepare(self) -> None:
-        """Make the folders, on stable storage. Raise OSError."""
+        """Create the folders on stable storage. Raise OSError."""
         folders = [self._folder / f"{number:02d}" for number in range(_FOLDERS)]
         if all(folder.is_dir() for folder in folders):
             return
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        sync(self._folder)
-        sync(self._folder.parent)
+        sync_folder(self._folder)
+        sync_folder(self._folder.parent)
 
     def path(self, number: int) -> Path:
         """Return the file of a message."""
@@ -95,7 +96,7 @@ class BodyFiles:
         return FiledBody(self.path(number), size)
 
     def write(self, number: int, body: Body) -> None:
-        """Write a body to stable storage. Raise OSError, and leave nothing behind then."""
+        """Write a body to stable storage. Raise OSError; then nothing is left behind."""
         path = self.path(number)
         try:
             if not (isinstance(body, Linkable) and body.link(path)):
@@ -106,18 +107,18 @@ class BodyFiles:
                         while view:
                             view = view[file.write(view) :]
                     os.fsync(file.fileno())
-            sync(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             self.remove(number)
             raise
 
     def remove(self, number: int) -> None:
-        """Remove the file of a message that is over. A failure is swept up at the next start."""
+        """Remove the file of a finished message. If that fails, the next start removes it."""
         with suppress(OSError):
             self.path(number).unlink(missing_ok=True)
 
     def numbers(self) -> Iterator[int]:
-        """Yield the numbers of all files there are; what is no file of ours is -1."""
+        """Yield the numbers of all files; -1 for a file that is not ours."""
         if not self._folder.is_dir():
             return
         for folder in self._folder.iterdir():
@@ -125,7 +126,7 @@ class BodyFiles:
                 yield int(path.name) if path.name.isdecimal() else -1
 
     def sweep(self, kept: Collection[int]) -> int:
-        """Remove the files of messages that are not there. Return how many that were."""
+        """Remove the files without a message. Return how many."""
         stray = [number for number in self.numbers() if number >= 0 and number not in kept]
         for number in stray:
             self.remove(number)
@@ -136,10 +137,10 @@ Done = Callable[[outcome.Outcome[None]], None]
 
 
 class BodyThreads:
-    """The threads that write and remove files, a few at a time. All methods belong to the loop."""
+    """The threads that write and remove files, a few at a time. Called in the trio thread."""
 
     def __init__(self, files: BodyFiles, report_bug: Callable[[Exception], None]) -> None:
-        """`report_bug` is told what a `done` raises."""
+        """`report_bug` gets the exceptions of `done` callbacks."""
         self._files = files
         self._report_bug = report_bug
         self._token: trio.lowlevel.TrioToken
@@ -148,26 +149,31 @@ class BodyThreads:
         self._idle = trio.Event()
 
     def start(self) -> None:
-        """Take note of the loop."""
+        """Remember the trio loop."""
         self._token = trio.lowlevel.current_trio_token()
 
     @property
     def waiting(self) -> int:
-        """Files that are to be written or removed."""
+        """Files that wait to be written or removed, or are being."""
         return len(self._wanted) + self._running
 
+    async def write(self, number: int, body: Body) -> None:
+        """Write a body to stable storage. Raise OSError. Cannot be cancelled."""
+        self.write_later(number, body, partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
+        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+
     def write_later(self, number: int, body: Body, done: Done) -> None:
-        """Write a body to stable storage, then call `done` in the loop, with an OSError when that has failed."""
+        """Write a body to stable storage, then call `done` in the trio thread, with an OSError if it failed."""
         self._wanted.append((partial(self._files.write, number, body), done))
         self._begin()
 
     def remove_later(self, number: int) -> None:
-        """Remove the file of a message that is over."""
+        """Remove the file of a finished message."""
         self._wanted.append((partial(self._files.remove, number), lambda _: None))
         self._begin()
 
     async def aclose(self) -> None:
-        """Wait for all that was wanted."""
+        """Wait until everything is done."""
         while self.waiting:
             self._idle = trio.Event()
             await self._idle.wait()
@@ -179,11 +185,11 @@ class BodyThreads:
             over = partial(self._over_soon, done)
             try:
                 trio.lowlevel.start_thread_soon(act, over)
-            except RuntimeError as exc:  # no thread to be had
+            except RuntimeError as exc:  # no thread available
                 over(outcome.Error(exc))
 
     def _over_soon(self, done: Done, result: outcome.Outcome[None]) -> None:
-        """Tell the loop, from a thread."""
+        """Report to the trio thread."""
         self._token.run_sync_soon(self._over, done, result)
 
     def _over(self, done: Done, result: outcome.Outcome[None]) -> None:
@@ -193,14 +199,5 @@ class BodyThreads:
             self._idle.set()
         try:
             done(result)
-        except Exception as exc:  # noqa: BLE001 - a bug of one who waits is not to cost the others
+        except Exception as exc:  # noqa: BLE001 - a bug in one callback must not affect the others
             self._report_bug(exc)
-
-
-def sync(folder: Path) -> None:
-    """Write the entries of a folder to stable storage. Raise OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,20 +1,20 @@
-"""Many wishes, one fsync.
+"""Group commit: one fsync for many requests.
 
-One thread owns the store. It takes all that was wished for since it last looked, does it in one transaction, and tells
-the loop, once for the whole batch. So a lone wish starts at once and waits for one fsync, and under load a batch is
-what came in while the one before was synced: there is no timer, nothing to tune, and no latency added.
+One thread owns the store. It takes all requests made since it last looked, executes them in one transaction, and wakes
+the tasks that wait, once for the whole batch. So a single request starts at once and waits for one fsync, and under
+load a batch is what came in while the one before was synced: there is no timer, nothing to tune, no added latency.
 
 Rules
 -----
-1. Nothing is told before its transaction is committed.
-2. A transaction that fails, fails for all of its wishes when the disk is to blame. Otherwise each is tried again alone,
-   so that one that can not be fulfilled costs nobody else.
-3. The wishes that wait are bounded, in number and octets: who comes then is told so at once (`SpoolFullError`).
-4. A waiter that is cancelled does not take its wish back: it may be fulfilled already.
-5. Whatever happens to a batch, the thread goes on: nobody waits for ever, and a disk that works again is used again.
+1. A request is answered after its transaction is committed.
+2. If a transaction fails because of the disk, all its requests fail. Otherwise each is tried again alone, so that one
+   that cannot be executed does not affect the others.
+3. The requests that wait are bounded, in number and octets; beyond that, they are refused at once (`SpoolFullError`).
+4. A task that is cancelled does not withdraw its request: it may have been executed already.
+5. Whatever happens to a batch, the thread continues: no task waits for ever, and a disk that works again is used again.
 
 The interval at which threads take turns in the interpreter (sys.setswitchinterval) was tried from 0.2 to 50 ms: it
-made no difference, since a batch is a few steps of SQLite, whatever its size.
+makes no difference, since a batch is a few steps of SQLite, whatever its size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import outcome
@@ -35,23 +36,23 @@ from penstock.spool.store import Store
 _BATCH: Final = 256
 _BATCH_OCTETS: Final = 8 << 20
 _BATCH_RECIPIENTS: Final = 5_000
-"""What a transaction has at most: it keeps the first of its wishes from waiting for too many others."""
+"""The size of a transaction: it bounds how long its first request waits for the others."""
 
 T = TypeVar("T")
 Done = Callable[[outcome.Outcome[Any]], None]
 
 
 class SpoolFullError(Exception):
-    """More waits to be written than there is room for."""
+    """Too much is waiting to be written."""
 
 
 def _is_disk(exc: Exception) -> bool:
-    """Say whether the disk, or the database on it, is to blame, and not what was asked of it."""
+    """Return whether the disk, or the database on it, failed, and not the request."""
     return isinstance(exc, OSError | sqlite3.OperationalError) or type(exc) is sqlite3.DatabaseError
 
 
-class _Wish:
-    """Something to be done within a transaction, and whom to tell."""
+class _Request:
+    """Something to be done within a transaction, and the callback for its result."""
 
     __slots__ = ("act", "done", "octets", "put", "result")
 
@@ -64,7 +65,7 @@ class _Wish:
 
 
 class Committer:
-    """The thread that owns a store. All methods belong to the loop."""
+    """The thread that owns a store. Called in the trio thread."""
 
     def __init__(
         self,
@@ -75,9 +76,9 @@ class Committer:
         most_waiting: int,
         most_octets: int,
     ) -> None:
-        """At most so many puts, of so many octets, wait to be written.
+        """At most `most_waiting` messages of `most_octets` octets wait to be written.
 
-        `clock` tells seconds since the epoch, `report_bug` is told what a `done` raises.
+        `clock` returns seconds since the epoch; `report_bug` gets the exceptions of callbacks.
         """
         self._store = store
         self._clock = clock
@@ -85,12 +86,12 @@ class Committer:
         self._most_waiting = most_waiting
         self._most_octets = most_octets
         self.waiting = 0
-        """Puts that wait to be written."""
+        """Messages that wait to be written."""
         self.octets = 0
         """Their octets."""
         self.transactions = 0
         """Transactions so far."""
-        self._wishes: queue.SimpleQueue[_Wish | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -103,45 +104,50 @@ class Committer:
         self._thread.start()
 
     async def aclose(self) -> None:
-        """Fulfil what was wished for, then end the thread."""
+        """Execute the requests made so far, then end the thread."""
         if self._thread is None or self._is_closed:
             return
         self._is_closed = True
-        self._wishes.put(None)
+        self._requests.put(None)
         with trio.CancelScope(shield=True):
             await self._over.wait()
 
-    # ---- wishing
+    # ---- requests
 
-    def check_room(self, octets: int, also_waiting: int = 0) -> None:
-        """Raise SpoolFullError when so many octets are too many, with messages that wait elsewhere."""
+    def check_capacity(self, octets: int, also_waiting: int = 0) -> None:
+        """Raise SpoolFullError if this many octets are too many, with messages that wait elsewhere."""
         waiting = self.waiting + also_waiting
-        # What is too large for the bound has its turn when nobody else waits.
+        # A message larger than the bound is accepted when no other one waits.
         is_full = waiting >= self._most_waiting or (self.octets and self.octets + octets > self._most_octets)
         if is_full or self._is_closed:
-            raise SpoolFullError(f"{waiting} messages of {self.octets} octets wait to be written")
+            raise SpoolFullError(f"{waiting} messages of {self.octets} octets are waiting to be written")
 
-    def put_later(self, put: Put, done: Done) -> None:
-        """Write a message. `done` is called in the loop. Raise SpoolFullError."""
+    async def put(self, put: Put) -> None:
+        """Write a message; return once it is committed. Raise SpoolFullError, OSError or sqlite3.Error.
+
+        The wait cannot be cancelled: the caller learns what became of the message.
+        """
         octets = 0 if put.data is None else len(put.data)
-        self.check_room(octets)
+        self.check_capacity(octets)
         self.waiting += 1
         self.octets += octets
-        self._wishes.put(_Wish(None, put, done, octets))
+        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
+        self._requests.put(_Request(None, put, done, octets))
+        await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
 
     def do_later(self, act: Callable[[Store], T], done: Done) -> None:
-        """Have something done with the store, in the next transaction and in the order of asking.
+        """Have something done with the store, in the next transaction and in the order of the requests.
 
-        Raise trio.ClosedResourceError when nothing is done any more.
+        Raise trio.ClosedResourceError after `aclose`.
         """
         if self._is_closed:
             raise trio.ClosedResourceError("the spool is closed")
-        self._wishes.put(_Wish(act, None, done, 0))
+        self._requests.put(_Request(act, None, done, 0))
 
     async def do(self, act: Callable[[Store], T], *, whole: bool = False) -> T:
-        """Have something done with the store; return what it returns once that is committed. Raise what it raises.
+        """Have something done with the store; return its result once that is committed. Raise what it raises.
 
-        With `whole` the wait can not be cancelled: who has it done hears how it ended.
+        With `whole` the wait cannot be cancelled: the caller learns how it ended.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         task = trio.lowlevel.current_task()
@@ -169,60 +175,64 @@ class Committer:
         while not is_last:
             batch, is_last = self._next_batch()
             if batch:
-                self._fulfil(batch)
-                with suppress(trio.RunFinishedError):  # the loop has died, and nobody waits any more
-                    self._token.run_sync_soon(self._tell, batch)
+                self._execute(batch)
+                with suppress(trio.RunFinishedError):  # the loop has crashed, and no task waits any more
+                    self._token.run_sync_soon(self._answer, batch)
                 self._store.tidy()
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._over.set)
 
-    def _next_batch(self) -> tuple[list[_Wish], bool]:
-        """Wait for a wish; return it with those that are there, and whether it was the last batch."""
-        batch: list[_Wish] = []
+    def _next_batch(self) -> tuple[list[_Request], bool]:
+        """Wait for a request; return it with those that are already there, and whether it was the last batch."""
+        batch: list[_Request] = []
         octets, recipients = _BATCH_OCTETS, _BATCH_RECIPIENTS
-        wish = self._wishes.get()
-        while wish is not None:
-            batch.append(wish)
-            octets -= wish.octets
-            if wish.put is not None:
-                recipients -= len(wish.put.lanes)
-            if len(batch) >= _BATCH or octets <= 0 or recipients <= 0 or self._wishes.empty():
+        request = self._requests.get()
+        while request is not None:
+            batch.append(request)
+            octets -= request.octets
+            if request.put is not None:
+                recipients -= len(request.put.queues)
+            if len(batch) >= _BATCH or octets <= 0 or recipients <= 0 or self._requests.empty():
                 break
-            wish = self._wishes.get_nowait()
-        return batch, wish is None
+            request = self._requests.get_nowait()
+        return batch, request is None
 
-    def _fulfil(self, batch: list[_Wish]) -> None:
-        """Fulfil a batch in one transaction; alone where that fails through no fault of the disk."""
+    def _execute(self, batch: list[_Request]) -> None:
+        """Execute a batch in one transaction; one by one if that fails and the disk is not the cause."""
         try:
             self._commit(batch)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, those who wait have to hear of it
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the tasks that wait must be answered
             if _is_disk(exc) or len(batch) == 1:
                 if _is_disk(exc):
                     self._store.checkpoints.relieve()
-                for wish in batch:
-                    wish.result = outcome.Error(exc)
+                for request in batch:
+                    request.result = outcome.Error(exc)
                 return
-            for wish in batch:
-                self._fulfil([wish])
+            for request in batch:
+                self._execute([request])
 
-    def _commit(self, batch: list[_Wish]) -> None:
+    def _commit(self, batch: list[_Request]) -> None:
         store = self._store
         with store.transaction():
-            puts = [wish.put for wish in batch if wish.put is not None]
+            puts = [request.put for request in batch if request.put is not None]
             if puts:
                 store.put(puts, self._clock())
-            for wish in batch:
-                if wish.act is not None:
-                    wish.result = outcome.Value(wish.act(store))
+            for request in batch:
+                if request.act is not None:
+                    request.result = outcome.Value(request.act(store))
         self.transactions += 1
 
-    def _tell(self, batch: list[_Wish]) -> None:
-        """Tell the waiters of a batch, back to back. Runs in the loop."""
-        for wish in batch:
-            if wish.put is not None:
+    def _answer(self, batch: list[_Request]) -> None:
+        """Call back for all requests of a batch. Runs in the trio thread."""
+        for request in batch:
+            if request.put is not None:
                 self.waiting -= 1
-                self.octets -= wish.octets
+                self.octets -= request.octets
             try:
-                wish.done(wish.result or outcome.Value(None))
-            except Exception as exc:  # noqa: BLE001 - a bug of one who waits is not to cost the others
+                request.done(request.result or outcome.Value(None))
+            except Exception as exc:  # noqa: BLE001 - a bug in one callback must not affect the others
                 self._report_bug(exc)
+
+
+def _refuse_to_abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED

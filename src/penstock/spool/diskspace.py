@@ -1,4 +1,4 @@
-"""Whether there is room: free space and inodes of the file system that the spool lies on, looked at once a second."""
+"""Free space and inodes of the file system with the spool, checked once a second."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Final
 import trio
 
 _INTERVAL: Final = 1.0
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 
 
-class Room:
-    """How many octets and files the file system still takes before the reserve is touched."""
+class DiskSpace:
+    """How many octets and files the file system can take before the reserve is touched."""
 
     def __init__(self, folder: Path, *, reserve_octets: int, reserve_inodes: int) -> None:
         self._folder = folder
         self._reserve_octets = reserve_octets
         self._reserve_inodes = reserve_inodes
         self.octets = 0
-        """Octets that are left above the reserve, perhaps less than none; what comes before the next look counts."""
+        """Octets free above the reserve, possibly negative; what is written before the next check is subtracted."""
         self.has_inodes = True
-        """Files may be made."""
-        self.look()
+        """Files can be created."""
+        self.check()
 
-    def takes(self, octets: int) -> bool:
-        """Say whether there is room for a message of so many octets."""
+    def has_capacity(self, octets: int) -> bool:
+        """Return whether a message of this size fits."""
         return self.has_inodes and self.octets >= octets
 
-    def used(self, octets: int) -> None:
-        """Count octets that were written since the last look."""
+    def count(self, octets: int) -> None:
+        """Count octets written since the last check."""
         self.octets -= octets
 
-    def look(self) -> None:
-        """Look at the file system. One that can not be looked at has room: writing will tell."""
+    def check(self) -> None:
+        """Query the file system. If that fails, assume space: the write will tell."""
         try:
             found = os.statvfs(self._folder)
         except OSError:
             return
         self.octets = found.f_bavail * found.f_frsize - self._reserve_octets
-        # A file system without a fixed number of inodes tells none at all.
+        # A file system without a fixed number of inodes reports 0.
         self.has_inodes = found.f_files == 0 or found.f_favail >= self._reserve_inodes
 
-    async def keep_looking(self) -> None:
-        """Look from time to time, until cancelled. A file system that hangs holds up nobody but this."""
+    async def run(self) -> None:
+        """Check periodically until cancelled. A file system that hangs blocks only this task."""
         while True:
             await trio.sleep(_INTERVAL)
-            await trio.to_thread.run_sync(self.look, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self.check, abandon_on_cancel=True)

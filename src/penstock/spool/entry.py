@@ -1,4 +1,4 @@
-"""What the spool gives out and takes back."""
+"""The types that go into and out of the spool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from penstock.message import Body, Envelope, Message, MessageId
 
 DUE, ATTEMPTING, HELD = 0, 1, 2
-"""The states of a recipient on the disk; see schema.sql."""
+"""The states of a recipient on disk; see schema.sql."""
 STATES = ("due", "attempting", "held")
 
 
@@ -18,31 +18,31 @@ class Row(NamedTuple):
 
     number: int
     attempts: int
-    """Those that have begun, this one among them."""
+    """Attempts that have begun, including this one."""
     delay_told: bool
-    """The sender was told that it is late."""
-    lane: str
-    """Where it waits when it is not attempted."""
+    """The sender has been notified of the delay."""
+    queue: str
+    """The domain queue it waits in between attempts."""
 
 
 class Entry(NamedTuple):
-    """A message for some of its recipients, for an attempt: those of a lane, or of several at the first one."""
+    """A message with some of its recipients, for one attempt: those of one domain queue, or of several."""
 
     number: int
     """The number of the message."""
     id: MessageId
-    lane: str
-    """That of its first recipient."""
+    queue: str
+    """The domain queue it was taken from."""
     envelope: Envelope
-    """With the recipients of this entry alone."""
+    """Contains only the recipients of this entry."""
     rows: tuple[Row, ...]
     """In the order of the recipients."""
     prefix: bytes
     body: Body
-    """To be closed by whoever attempts the message. Reading one that lies in a file blocks on the disk."""
+    """Closed by the recorder after the attempt. Reading one that is stored in a file blocks on the disk."""
     received_at: float
     asked_at: float = 0.0
-    """When the operator asked for this attempt, in seconds since the epoch; 0 when it is due by itself."""
+    """When the operator asked for this attempt, in seconds since the epoch; 0 if it follows the schedule."""
 
     @property
     def size(self) -> int:
@@ -51,36 +51,42 @@ class Entry(NamedTuple):
 
 
 class Outcome(Enum):
-    """What has become of an attempt at a recipient."""
+    """How an attempt at a recipient ended."""
 
     DELIVERED = "delivered"
     FAILED = "failed"
-    """For good: the sender hears of it, and the recipient leaves the spool."""
+    """Permanently: the recipient leaves the spool, with a report if the sender wants one."""
     DEFERRED = "deferred"
     """It is tried again later."""
     RETURNED = "returned"
-    """It was not attempted after all, and the attempt does not count."""
+    """It was not attempted after all: the attempt does not count."""
 
 
-class Settlement(NamedTuple):
+class AttemptRecord(NamedTuple):
     """The end of an attempt at a recipient."""
 
     row: int
     """The number of the row."""
-    lane: str
+    queue: str
     outcome: Outcome
     reply: str = ""
-    """What the next hop said, or why it could not be asked."""
+    """The reply of the next hop, or why there was none."""
     next_try: float = 0.0
     """When a deferred recipient is due again."""
     delay_told: bool = False
 
 
-class LaneDue(NamedTuple):
-    """A lane that has something due, and since when."""
+class QueueDue(NamedTuple):
+    """A domain queue that has recipients due."""
 
-    lane: str
+    queue: str
     due_at: float
+    """Since when; negative if an operator asked for a try at the negative of this time."""
+
+    @property
+    def is_asked_for(self) -> bool:
+        """An operator asked for this try."""
+        return self.due_at < 0
 
 
 class Put(NamedTuple):
@@ -89,19 +95,57 @@ class Put(NamedTuple):
     number: int
     message: Message
     data: bytes | None
-    """The body; None when it is in a file already."""
-    lanes: Sequence[str]
-    """The lane of each recipient, in their order."""
+    """The body; None if it is stored in a file."""
+    queues: Sequence[str]
+    """The domain queue of each recipient, in their order."""
     is_taken: bool = False
-    """It is written as being attempted, for the first time."""
+    """Written as being attempted for the first time."""
 
 
 class Recovered(NamedTuple):
-    """What a spool has found when it was opened."""
+    """What was found when the spool was opened."""
 
     messages: int
-    """Messages that wait."""
+    """Messages in the spool."""
     interrupted: int
-    """Recipients that were being attempted when the process before ended, and are due again."""
+    """Recipients that were being attempted when the previous process ended; they are due again."""
     swept: int
-    """Files of bodies that belong to no message, removed."""
+    """Body files without a message, removed."""
+
+
+class Instruction(NamedTuple):
+    """What an operator wants done with a recipient that the server may have in memory (spool/admin.py)."""
+
+    row: int
+    action: str
+    """hold, drop, retry or bounce."""
+    state: int | None
+    """The state of the recipient now; None if it has left the spool."""
+    queue: str
+
+
+class AdminEvent(NamedTuple):
+    """What an operator did with a message, for the journal of the server."""
+
+    action: str
+    id: str
+    recipients: int
+
+
+class AdminInput(NamedTuple):
+    """What operators have asked for since the last look."""
+
+    instructions: Sequence[Instruction]
+    events: Sequence[AdminEvent]
+    suspended: frozenset[str]
+    """All domains and next hops that are suspended."""
+
+
+class HopState(NamedTuple):
+    """A next hop that is backing off, as `penstock spool hops` shows it. Times are seconds since the epoch."""
+
+    name: str
+    since: float
+    until: float
+    """When it is tried again."""
+    reason: str

@@ -1,0 +1,203 @@
+"""The files and limits that a configuration depends on: what would stop the service, and what will hurt it later."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import resource
+import ssl
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+from penstock.auth.users import UsersFile
+from penstock.config import ListenerSettings, Settings
+from penstock.delivery.custom import load_delivery
+from penstock.journal import Journal, JournalSettings
+from penstock.net.tls import TlsSettings, client_context, server_context
+from penstock.policy.hooks import load_hook
+from penstock.policy.recipients import FileRecipients
+
+_RENEW_BEFORE: Final = datetime.timedelta(days=14)
+_OTHER_DESCRIPTORS: Final = 200
+"""Descriptors for files, the spool, DNS and the journal."""
+
+_KEY_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
+
+
+class _FileError(ValueError):
+    """A file cannot be used. The text begins with the key that names it."""
+
+
+def problems(settings: Settings) -> list[str]:
+    """Return what would stop or break the service, each with its key: missing, unreadable or unusable files.
+
+    Loads the policies and the delivery. Never prompts for a passphrase.
+    """
+    found = tls_problems(settings)
+    for key, use in _uses(settings, Path(settings.data_dir).absolute()):
+        try:
+            use()
+        except (OSError, ValueError) as exc:
+            found.append(f"{key}: {exc}")
+    return found
+
+
+def _uses(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the keys that name files or Python code, and a function that uses them as the server does."""
+    for number, route in enumerate(settings.route):
+        if route.auth is not None:
+            yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_bytes
+        if route.tls.ca_file:
+            yield f"route[{number}].tls.ca_file", partial(_check_ca_file, folder / route.tls.ca_file)
+    for number, listener in enumerate(settings.listener):
+        if listener.auth is not None:
+            yield f"listener[{number}].auth.users", UsersFile(folder / listener.auth.users).names
+    if settings.recipients.file:
+        silent = Journal(JournalSettings(events="none"))
+        yield "recipients.file", partial(FileRecipients, folder / settings.recipients.file, bool, silent)
+    if ":" in settings.delivery.kind:
+        yield "delivery.kind", partial(load_delivery, settings.delivery.kind, settings.delivery.arguments)
+    for number, hook in enumerate(settings.check):
+        yield f"check[{number}].hook", partial(load_hook, hook.hook, hook.arguments)
+
+
+def _check_ca_file(file: Path) -> None:
+    """Raise ValueError, which names the file, if it has no certificates."""
+    try:
+        client_context(verify=True, ca_file=str(file))
+    except OSError as exc:
+        raise ValueError(f"{file}: {_reason(exc)}") from exc
+
+
+def warnings(settings: Settings, *, reads_files: bool = True) -> list[str]:
+    """Return what will hurt later, each with its key. Files that cannot be used are left to `problems`."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.admission.connections + settings.relay.pool.connections + _OTHER_DESCRIPTORS
+    found = []
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        found.append(
+            f"admission.connections: {settings.admission.connections} connections need {needed} descriptors, and the "
+            f"limit of this process is {limit}; raise it (ulimit -n, systemd LimitNOFILE=) or lower the key"
+        )
+    if reads_files:
+        for number, listener in enumerate(settings.listener):
+            found += [f"listener[{number}].{text}" for text in _listener_warnings(listener, settings)]
+    return found
+
+
+def _listener_warnings(listener: ListenerSettings, settings: Settings) -> Iterator[str]:
+    folder = Path(settings.data_dir).absolute()
+    if listener.auth is not None and listener.auth.required:
+        file = folder / listener.auth.users
+        try:
+            if not UsersFile(file).names():
+                yield f"auth.users: {file} has no users, so no client can send mail; add one: penstock user add NAME"
+        except (OSError, ValueError):
+            pass
+    if listener.tls.mode == "none" or not listener.tls.certificate:
+        return
+    try:
+        leaf = _certificate(folder / listener.tls.certificate)
+    except _FileError:
+        return
+    ends = leaf.not_valid_after_utc
+    if ends - datetime.datetime.now(datetime.UTC) < _RENEW_BEFORE:
+        yield f"tls.certificate: {folder / listener.tls.certificate} expires on {ends:%Y-%m-%d}"
+    if not _names_host(leaf, settings.own_hostname):
+        yield f"tls.certificate: {folder / listener.tls.certificate} does not name the host {settings.own_hostname}"
+
+
+# ---- TLS
+
+
+def tls_problems(settings: Settings) -> list[str]:
+    """Return what makes the certificates and keys of listeners unusable, each with its key."""
+    folder = Path(settings.data_dir).absolute()
+    found = []
+    for number, listener in enumerate(settings.listener):
+        if listener.tls.mode != "none" and listener.tls.certificate:
+            try:
+                _check_pair(listener.tls, folder)
+            except _FileError as exc:
+                found.append(f"listener[{number}].{exc}")
+    return found
+
+
+def _check_pair(tls: TlsSettings, folder: Path) -> None:
+    """Check a certificate and its key. Raise _FileError."""
+    certificate = folder / tls.certificate
+    leaf = _certificate(certificate)
+    now = datetime.datetime.now(datetime.UTC)
+    if leaf.not_valid_after_utc < now:
+        raise _FileError(f"tls.certificate: {certificate} expired on {leaf.not_valid_after_utc:%Y-%m-%d}")
+    if leaf.not_valid_before_utc > now:
+        raise _FileError(f"tls.certificate: {certificate} is not valid before {leaf.not_valid_before_utc:%Y-%m-%d}")
+    name, file = ("tls.key", folder / tls.key) if tls.key else ("tls.certificate", certificate)
+    key = _private_key(name, file)
+    if _public(leaf) != key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
+        raise _FileError(f"{name}: {file} is not the private key of the first certificate in {certificate}")
+    try:
+        server_context(tls, certificate, folder / tls.key if tls.key else None)
+    except ssl.SSLError as exc:
+        raise _FileError(f"tls.certificate: OpenSSL refuses {certificate}: {_reason(exc)}") from exc
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    """Return the first certificate of a file. Raise _FileError."""
+    data = _read("tls.certificate", file)
+    try:
+        return x509.load_pem_x509_certificates(data)[0]
+    except ValueError as exc:
+        raise _FileError(f"tls.certificate: {file} has no PEM certificate") from exc
+
+
+def _private_key(name: str, file: Path) -> PrivateKeyTypes:
+    """Return the private key of a file. Raise _FileError, also for a key with a passphrase."""
+    found = _KEY_BLOCK.search(_read(name, file))
+    if found is None:
+        where = ", and tls.key is not set" if name == "tls.certificate" else ""
+        raise _FileError(f"{name}: {file} has no PEM private key{where}")
+    try:
+        return load_pem_private_key(found[0], password=None)
+    except TypeError as exc:
+        raise _FileError(
+            f"{name}: the private key in {file} is encrypted; decrypt it, for example with openssl pkey -in FILE"
+        ) from exc
+    except ValueError as exc:
+        raise _FileError(f"{name}: the private key in {file} cannot be read: {exc}") from exc
+
+
+def _public(leaf: x509.Certificate) -> bytes:
+    return leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _names_host(leaf: x509.Certificate, host: str) -> bool:
+    """Return True if a certificate is for a host, by a wildcard for its first label or literally (RFC 6125 6.4)."""
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return False
+    host = host.lower()
+    wildcard = f"*.{host.partition('.')[2]}"
+    return any(name.lower() in (host, wildcard) for name in names.get_values_for_type(x509.DNSName))
+
+
+# ---- files
+
+
+def _read(key: str, file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as exc:
+        raise _FileError(f"{key}: {file}: {_reason(exc)}") from exc
+
+
+def _reason(exc: OSError) -> str:
+    """Return the reason of an error without the name of the file, which may be that of another."""
+    return exc.strerror or str(exc)

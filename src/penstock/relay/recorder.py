@@ -1,0 +1,277 @@
+"""Records how attempts ended, in batches, with the reports that follow from it.
+
+The relay reports the end of an attempt and continues; it does not wait for the disk. What has been reported meanwhile
+becomes one transaction of the spool, which joins those of the clients. A report enters the spool in the transaction
+that removes the recipients it is about: after a crash there are both or neither.
+
+A message from the null sender that fails is a report that cannot be delivered, or spam that looks like one. It is
+journaled and dropped (RFC 5321 4.5.5, 6.1): to keep it would fill the disk with mail that is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+import trio
+
+from penstock.journal import Journal
+from penstock.message import CountedBody, Message, Recipient
+from penstock.relay.backoff import Backoff
+from penstock.relay.bounce import Action, Reporter, wants
+from penstock.relay.hop import Outcome, Result
+from penstock.spool.entry import AttemptRecord, Entry, Row
+from penstock.spool.entry import Outcome as End
+from penstock.spool.spool import Spool
+
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 30.0
+"""Seconds before a spool that could not be written is tried again."""
+_LAST_TRIES: Final = 3
+"""Tries at shutdown."""
+
+DomainOf = Callable[[Recipient], str]
+
+
+class _Report(NamedTuple):
+    """A report to be written."""
+
+    action: Action
+    entry: Entry
+    results: list[tuple[Recipient, Result]]
+    entries: list[Entry]
+    """All entries of the message that the report covers; their bodies are closed once it is written."""
+
+
+class AttemptRecorder:
+    """Takes the results of attempts. Called in the trio thread."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        backoff: Backoff,
+        reporter: Reporter,
+        domain_of: DomainOf,
+        journal: Journal,
+        clock: Callable[[], float],
+    ) -> None:
+        """`domain_of` returns the domain whose queue a report waits in; `clock` returns seconds since the epoch."""
+        self.backoff = backoff
+        self._spool = spool
+        self._reporter = reporter
+        self._domain_of = domain_of
+        self._journal = journal
+        self._clock = clock
+        self.on_put_off: Callable[[float], None] = _ignore
+        """Gets the earliest time at which something that was written is due again."""
+        self._records: list[AttemptRecord] = []
+        self._reports: dict[tuple[int, Action], _Report] = {}
+        """By message and action: one report for all recipients of a message whose attempts end together."""
+        self._has_something = trio.Event()
+        self._writing = 0
+        """Recipients in the current transaction."""
+
+    @property
+    def waiting(self) -> int:
+        """Recipients whose result is not written yet."""
+        return len(self._records) + self._writing
+
+    # ---- results
+
+    def record(
+        self,
+        entry: Entry,
+        results: Sequence[Result],
+        *,
+        is_final: bool = False,
+        is_stopping: bool = False,
+        is_backing_off: bool = False,
+    ) -> None:
+        """Record how an attempt ended, with a result for each recipient. Closes the body, sooner or later.
+
+        `is_final`: a recipient that was delivered is in a mailbox, and not on another server. `is_stopping`: what the
+        hop did not answer was cut by our own shutdown; it counts as not attempted. `is_backing_off`: no hop was asked,
+        the results are those of an earlier attempt.
+        """
+        result = results[0]
+        if len(results) == 1 and result.kind is Outcome.DELIVERED and entry.envelope.recipients[0].notify is None:
+            row = entry.rows[0]
+            self._records.append(AttemptRecord(row.number, row.queue, End.DELIVERED))
+            if self._journal.logs_mail:
+                age = self._clock() - entry.received_at
+                to = entry.envelope.recipients
+                self._journal.delivered(entry.id, to, result.hop, result.text, row.attempts, age)
+            entry.body.close()
+        else:
+            self._conclude(entry, results, is_final, is_stopping, "backing off: " if is_backing_off else "")
+        if not self._has_something.is_set():
+            self._has_something.set()
+
+    def give_back(self, entry: Entry, when: float) -> None:
+        """Record that there was no attempt after all: the recipients are due again at a time."""
+        self._records += [AttemptRecord(row.number, row.queue, End.RETURNED, "", when) for row in entry.rows]
+        entry.body.close()
+        self._has_something.set()
+
+    def defer(self, entry: Entry, when: float) -> None:
+        """Have all recipients tried again at a time, whatever else was recorded of them."""
+        reply = "internal error"
+        self._records += [AttemptRecord(row.number, row.queue, End.DEFERRED, reply, when) for row in entry.rows]
+        self._has_something.set()
+
+    def _conclude(
+        self,
+        entry: Entry,
+        results: Sequence[Result],
+        is_final: bool,
+        is_stopping: bool,
+        note: str,
+    ) -> None:
+        """Record an attempt with several recipients, or one that may need a report."""
+        if len(results) != len(entry.rows):
+            raise ValueError(f"{len(results)} results for {len(entry.rows)} recipients")
+        now = self._clock()
+        has_report = False
+        for recipient, row, said in zip(entry.envelope.recipients, entry.rows, results, strict=True):
+            if is_stopping and said.kind is Outcome.DEFERRED and not said.is_said:
+                self._records.append(AttemptRecord(row.number, row.queue, End.RETURNED, "", now))
+                continue
+            record, result = self._record_of(entry, row, said, now, note)
+            self._records.append(record)
+            action = _action(recipient, record, result, had_delay=row.delay_told, is_final=is_final)
+            reports = action is not None and bool(entry.envelope.sender.text)
+            if reports and action is not None:
+                self._report(action, entry, recipient, result)
+                has_report = True
+            self._log(entry, recipient, row, record, result, has_report=reports)
+        if not has_report:
+            entry.body.close()
+
+    def _report(self, action: Action, entry: Entry, recipient: Recipient, result: Result) -> None:
+        """Add a recipient to the report on its message."""
+        report = self._reports.setdefault((entry.number, action), _Report(action, entry, [], [entry]))
+        report.results.append((recipient, result))
+        if report.entries[-1] is not entry:
+            report.entries.append(entry)
+
+    def _record_of(self, entry: Entry, row: Row, result: Result, now: float, note: str) -> tuple[AttemptRecord, Result]:
+        """Return what is written of a recipient, and the result: one that was deferred for too long has failed.
+
+        The class of the status follows from what becomes of the recipient, as RFC 3464 2.3.4 demands: a hop may have
+        said 554 to a connection, and its mail is delayed nevertheless.
+        """
+        if result.kind is Outcome.DELIVERED:
+            return AttemptRecord(row.number, row.queue, End.DELIVERED), result
+        backoff, queued_at = self.backoff, entry.received_at
+        reply = note + result.text
+        if result.kind is Outcome.DEFERRED:
+            if not backoff.is_expired(queued_at, now):
+                told = row.delay_told or backoff.is_late(queued_at, now)
+                next_try = backoff.next_try(entry.number, row.attempts, queued_at, now, delay_told=told)
+                result = result._replace(status=f"4{result.status[1:]}")
+                return AttemptRecord(row.number, row.queue, End.DEFERRED, reply, next_try, told), result
+            # RFC 3463 3.5: delivery time expired, "useful only as a persistent transient error".
+            result = result._replace(kind=Outcome.FAILED, status="4.4.7")
+        else:
+            result = result._replace(status=f"5{result.status[1:]}")
+        return AttemptRecord(row.number, row.queue, End.FAILED, reply), result
+
+    def _log(
+        self, entry: Entry, to: Recipient, row: Row, record: AttemptRecord, result: Result, *, has_report: bool
+    ) -> None:
+        journal = self._journal
+        if not journal.logs_mail:
+            return
+        now = self._clock()
+        if record.outcome is End.DELIVERED:
+            journal.delivered(entry.id, (to,), result.hop, result.text, row.attempts, now - entry.received_at)
+        elif record.outcome is End.DEFERRED:
+            journal.deferred(entry.id, (to,), result.hop, record.reply, row.attempts, record.next_try - now)
+        else:
+            without = "not wanted" if entry.envelope.sender.text else "null sender: dropped"
+            journal.bounced(entry.id, (to,), result.hop, record.reply, row.attempts, "sent" if has_report else without)
+
+    # ---- writing
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write results until cancelled; then call `flush` for the rest."""
+        task_status.started()
+        while True:
+            await self._has_something.wait()
+            await self._write()
+
+    async def flush(self) -> None:
+        """Write the rest, as far as the disk allows. What is not written is attempted again after the next start."""
+        with trio.CancelScope(shield=True):
+            await self._write(tries=_LAST_TRIES)
+
+    async def _write(self, *, tries: int = 0) -> None:
+        """Write what was recorded so far in one transaction. Repeat that while it fails, `tries` times if set."""
+        self._has_something = trio.Event()
+        records, self._records = self._records, []
+        reports, self._reports = list(self._reports.values()), {}
+        if not records:
+            return
+        self._writing = len(records)
+        messages = [await self._make(report) for report in reports]
+        addressed = [(message, [self._domain_of(to) for to in message.envelope.recipients]) for message in messages]
+        pause, tried = _FIRST_PAUSE, 0
+        while True:
+            try:
+                # Whether a transaction that was cancelled has been committed is unknown.
+                with trio.CancelScope(shield=True):
+                    await self._spool.record(records, addressed)
+            except Exception as exc:  # noqa: BLE001 - whatever it is: what has ended must be written, or is done twice
+                self._journal.error(0, "spool", exc)
+                tried += 1
+                if tried == tries:
+                    self._writing = 0
+                    return
+                await trio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                break
+        self._writing = 0
+        for report in reports:
+            for entry in report.entries:
+                entry.body.close()
+        again = min((each.next_try for each in records if each.next_try), default=None)
+        if again is not None:
+            self.on_put_off(again)
+
+    async def _make(self, report: _Report) -> Message:
+        """Return the message of a report."""
+        entry, now = report.entry, self._clock()
+        until = self.backoff.expires(entry.received_at) if report.action == "delayed" else None
+        original = Message(entry.id, entry.envelope, entry.prefix, entry.body, entry.received_at)
+        is_at_hand = getattr(entry.body, "in_memory", False)
+
+        def make() -> Message:
+            return self._reporter.report(report.action, original, report.results, now, retry_until=until)
+
+        try:
+            message = make() if is_at_hand else await trio.to_thread.run_sync(make)
+        except Exception as exc:  # noqa: BLE001 - if the body cannot be read, a report without it is still sent
+            self._journal.error(0, "report", exc)
+            original = original._replace(body=CountedBody(0))
+            message = make()
+        self._journal.reported(message.id, entry.id, report.action, entry.envelope.sender)
+        return message
+
+
+def _ignore(_: float) -> None:
+    """Without a scheduler."""
+
+
+def _action(
+    recipient: Recipient, record: AttemptRecord, result: Result, *, had_delay: bool, is_final: bool
+) -> Action | None:
+    """Return what is reported of a recipient, None for nothing (RFC 3461 5.2)."""
+    if record.outcome is End.DELIVERED:
+        if result.reports or not wants(recipient, "SUCCESS"):
+            return None
+        return "delivered" if is_final else "relayed"
+    if record.outcome is End.FAILED:
+        return "failed" if wants(recipient, "FAILURE") else None
+    is_first_notice = record.delay_told and not had_delay
+    return "delayed" if is_first_notice and wants(recipient, "DELAY") else None

@@ -1,0 +1,125 @@
+"""`penstock config check`: the files that a configuration names, and warnings."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import trustme
+from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from penstock.cli.main import main
+
+HOST = "mx.example.org"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with certificates, keys, and a text that is none of them."""
+    ca = trustme.CA()
+    now = datetime.datetime.now(datetime.UTC)
+    for name, host, days in (
+        ("good", HOST, 90),
+        ("other", HOST, 90),
+        ("wildcard", "*.example.org", 90),
+        ("ending", HOST, 3),
+        ("expired", HOST, -1),
+        ("stranger", "mx.example.net", 90),
+    ):
+        leaf = ca.issue_cert(host, not_after=now + datetime.timedelta(days=days))
+        leaf.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
+        leaf.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        leaf.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.crt")
+    key = load_pem_private_key((tmp_path / "good.key").read_bytes(), None)
+    sealed = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret"))
+    (tmp_path / "encrypted.key").write_bytes(sealed)
+    (tmp_path / "text").write_text("this is text\n")
+    return tmp_path
+
+
+def check(folder: Path, toml: str, *arguments: str) -> Result:
+    """Check a configuration whose data directory is the folder."""
+    file = folder / "penstock.toml"
+    file.write_text(f"hostname = '{HOST}'\ndata_dir = '.'\n{toml}")
+    return CliRunner().invoke(main, ["config", "check", str(file), *arguments])
+
+
+def with_tls(certificate: str, key: str = "") -> str:
+    return f"[[listener]]\ntls.certificate = '{certificate}'" + (f"\ntls.key = '{key}'" if key else "")
+
+
+AUTH = "[[listener]]\nauth = { required = true }"
+ROUTE = "[[route]]\nnext_hop = 'smtp://a'\n"
+FILES = [
+    (with_tls("gone"), r"listener\[0\]\.tls\.certificate: .*/gone: No such file"),
+    (with_tls("text"), r"listener\[0\]\.tls\.certificate: .*/text has no PEM certificate"),
+    (with_tls("good.crt"), r"listener\[0\]\.tls\.certificate: .* has no PEM private key, and tls\.key is not set"),
+    (with_tls("good.crt", "gone"), r"listener\[0\]\.tls\.key: .*/gone: No such file"),
+    (with_tls("good.crt", "text"), r"listener\[0\]\.tls\.key: .*/text has no PEM private key"),
+    (with_tls("good.crt", "other.key"), r"listener\[0\]\.tls\.key: .*/other\.key is not the private key of"),
+    (with_tls("good.crt", "encrypted.key"), r"listener\[0\]\.tls\.key: the private key in .* is encrypted"),
+    (with_tls("expired.pem"), r"listener\[0\]\.tls\.certificate: .* expired on \d{4}-"),
+    ("[[listener]]\nauth.users = 'text'", r"listener\[0\]\.auth\.users: .*text:1: "),
+    ("[recipients]\nfile = 'gone'", r"recipients\.file: .*/gone"),
+    (f"{ROUTE}tls = {{ mode = 'verify', ca_file = 'gone' }}", r"route\[0\]\.tls\.ca_file: .*/gone: No such file"),
+    (
+        f"{ROUTE}tls.mode = 'require'\nauth = {{ user = 'me', password_file = 'gone' }}",
+        r"route\[0\]\.auth\.password_file: .*No such file.*/gone",
+    ),
+    ("[[check]]\nhook = 'no.such.module:Policy'", r"check\[0\]\.hook: "),
+]
+
+
+@pytest.mark.parametrize(("toml", "expected"), FILES)
+def test_unusable_files_are_reported_with_their_keys(folder: Path, toml: str, expected: str) -> None:
+    result = check(folder, toml)
+    assert result.exit_code == 1
+    assert re.search(expected, result.output)
+    assert check(folder, toml, "--no-files").exit_code == 0
+
+
+def test_all_unusable_files_are_reported_at_once(folder: Path) -> None:
+    output = check(folder, f"{with_tls('gone')}\n[recipients]\nfile = 'gone'").output
+    assert "listener[0].tls.certificate" in output
+    assert "recipients.file" in output
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        (with_tls("ending.pem"), r"listener\[0\]\.tls\.certificate: .*ending\.pem expires on \d{4}-"),
+        (with_tls("stranger.pem"), rf"listener\[0\]\.tls\.certificate: .* does not name the host {HOST}"),
+        (AUTH, r"listener\[0\]\.auth\.users: .*/users has no users, so no client can send mail"),
+        ("[admission]\nconnections = 999999999", r"admission\.connections: .* descriptors"),
+    ],
+)
+def test_foreseeable_trouble_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, toml: str, expected: str
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    result = check(folder, toml)
+    assert result.exit_code == 0
+    assert re.search(f"^warning: {expected}", result.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("toml", ["", with_tls("good.pem"), with_tls("good.crt", "good.key"), with_tls("wildcard.pem")])
+def test_a_good_configuration_has_no_warnings(folder: Path, monkeypatch: pytest.MonkeyPatch, toml: str) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    assert check(folder, toml).output == f"{folder / 'penstock.toml'}: ok\n"
+
+
+def test_serve_refuses_an_encrypted_key_without_a_prompt(folder: Path) -> None:
+    file = folder / "penstock.toml"
+    file.write_text(f"data_dir = '.'\n{with_tls('good.crt', 'encrypted.key')}\naddress = '127.0.0.1:0'")
+    result = CliRunner().invoke(main, ["serve", "--config", str(file)])
+    assert result.exit_code == 1
+    assert "listener[0].tls.key: the private key in" in result.output
