@@ -39,7 +39,7 @@ ROWS = [
         "sequence",
         "tokenbucket",
         "window",
-    },  # fmt: skip
+    },
 ]
 """From the top layer to the bottom."""
 
