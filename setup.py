@@ -77,6 +77,8 @@ setup(
         extension("penstock.net._poller", "ext/poller.pyx"),
         extension("penstock.server._pump", "ext/pump.pyx"),
         extension("penstock.metrics._histogram", "ext/histogram.pyx"),
+        extension("penstock.dns._codec", "ext/dns.pyx"),
+        extension("penstock.mailauth._header", "ext/mailauth.pyx"),
         extension("penstock._journal", "ext/journal.pyx"),
         extension("penstock.metrics._session", "ext/metrics.pyx"),
         extension("penstock.transaction", "src/penstock/transaction.py"),

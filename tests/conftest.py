@@ -24,9 +24,17 @@ PROGRAMS = {
     "e2e/test_haraka.py": [],
     "e2e/test_dumps.py": ["smtp-sink"],
     "relay/test_smtp_sink.py": ["smtp-sink"],
+    "dns/test_nsd.py": ["nsd"],
 }
 """The programs that a file needs, from Debian packages; Haraka comes from npm."""
 TESTS = Path(__file__).parent
+SUITES = TESTS.parents[1] / "shared" / "suites"
+NEEDED_SUITES = {
+    "mailauth/test_spf_suite.py": "spf/rfc7208-tests.yml",
+    "mailauth/test_arc_suite.py": "arc/arc-draft-validation-tests.yml",
+    "mailauth/test_dkim_vectors.py": "dkim/rfc6376.signed.msg",
+}
+"""The public test suites that a file needs. They are no part of the project; without them the file is left out."""
 
 
 def _find(program: str) -> str | None:
@@ -47,6 +55,8 @@ def missing(name: str) -> list[str]:
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leave out the files whose programs are missing."""
     name = str(collection_path.relative_to(TESTS)) if collection_path.is_relative_to(TESTS) else ""
+    if name in NEEDED_SUITES and not (SUITES / NEEDED_SUITES[name]).exists():
+        return True
     lacking = missing(name)
     if lacking and os.environ.get("PENSTOCK_PEERS") == "required":
         raise pytest.UsageError(f"{name} needs {', '.join(lacking)}")
@@ -55,7 +65,9 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def pytest_report_header() -> list[str]:
     """Report the files that are left out."""
-    return [f"not collected: {name}, missing: {', '.join(lacking)}" for name in PROGRAMS if (lacking := missing(name))]
+    left_out = {name: lacking for name in PROGRAMS if (lacking := missing(name))}
+    left_out |= {name: [suite] for name, suite in NEEDED_SUITES.items() if not (SUITES / suite).exists()}
+    return [f"not collected: {name}, missing: {', '.join(lacking)}" for name, lacking in left_out.items()]
 
 
 @pytest.fixture(scope="session")

@@ -23,16 +23,27 @@ ROWS = [
     {"sink", "load"},
     {"server"},
     {"auth", "policy", "delivery", "relay"},
-    {"net", "spool"},
+    {"net", "dns", "spool"},
     {"smtp"},
     {"metrics"},
     {"journal"},
-    {"transaction", "_journal"},
+    {"transaction", "_journal", "mailauth"},
     {"addresses", "breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket", "window"},
 ]
 """From the top layer to the bottom."""
 
-PURE = {"addresses", "breaker", "message", "reply", "sequence", "transaction", "smtp", "tokenbucket", "window"}
+PURE = {
+    "addresses",
+    "breaker",
+    "mailauth",
+    "message",
+    "reply",
+    "sequence",
+    "transaction",
+    "smtp",
+    "tokenbucket",
+    "window",
+}
 IMPURE_MODULES = {"trio", "socket", "ssl", "sqlite3", "threading", "asyncio", "select", "time", "os"}
 ALLOWED = {("message.py", "os"), ("message.py", "time")}
 """A message ID begins with the time and a random tag."""

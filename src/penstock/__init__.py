@@ -13,14 +13,19 @@ the greeting to the close. The octets go through `smtp`, the protocol without an
 back (`reply`). What the client has said so far is its `transaction`; what it sends is a `message`. Compiled code, in
 ext/ and in the .py files with a .pxd beside them, answers what needs no decision and counts it in `metrics`.
 
-What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?). A complete message
-goes to a `delivery`, and the client is told 250 after that has committed it: to a Maildir, to the `spool`, a durable
-queue, or straight to the next hop. From the spool, `relay` sends it on to the next hop, tries again later, and reports
-to the sender when it gives up. Everything that happens to mail is an event of the `journal`, which compiled code
-(`_journal`) encodes.
+What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?). `mailauth` evaluates
+SPF, DKIM, DMARC and ARC without any I/O, and `dns` answers its questions; `penstock judge` shows what they find.
+
+A complete message goes to a `delivery`, and the client gets its 250 after that has committed it: to a Maildir, to the
+`spool`, a durable queue, or straight to the next hop. From the spool, `relay` sends it on to the next hop, tries again
+later, and reports to the sender when it gives up. Everything that happens to mail is an event of the `journal`, which
+compiled code (`_journal`) encodes.
 
 `sink` is the target of load tests: it accepts everything, injects faults on request and keeps statistics. `load`
 generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found.
+
+At the bottom: `addresses` (the canonical form of domains and IP addresses), `breaker` (a circuit breaker),
+`tokenbucket` and `window` (rates), `files` (full disks and atomic writes).
 
 A package imports only from packages below it; tests/test_layers.py has the order. Whatever programs that use Penstock
 need can be imported from `penstock` itself.

@@ -6,6 +6,7 @@ import click
 
 from penstock import __version__
 from penstock.cli.config import config
+from penstock.cli.judge import judge
 from penstock.cli.load import load
 from penstock.cli.serve import serve
 from penstock.cli.sink import sink
@@ -38,6 +39,7 @@ def main() -> None:
 main.add_command(serve)
 main.add_command(sink)
 main.add_command(load)
+main.add_command(judge)
 main.add_command(spool)
 main.add_command(config)
 main.add_command(top)

@@ -1,0 +1,242 @@
+"""CPU of the checks of a message: SPF, DKIM, DMARC, all of them, and a question to the DNS.
+
+    python -m bench.judge
+
+The DNS is a resolver whose cache holds the answers, then NSD on the loopback where it is installed. Every result is
+asserted: a check that fails costs less than one that passes.
+"""
+
+from __future__ import annotations
+
+import base64
+import gc
+import hashlib
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from tests.ports import free_port
+
+from penstock.dns import Answer, Resolver, ResolverSettings
+from penstock.mailauth import DecisionSettings, MessageCheck, spf
+from penstock.mailauth.dkim import DkimSigner, DkimVerifier, PrivateKey
+from penstock.mailauth.header import Header
+from penstock.mailauth.lookup import Kind
+
+ADDRESS, SENDER, NOW = "192.0.2.10", "joe@sender.example", 1_750_000_000
+HEAD = (
+    b"".join(b"Received: from relay%d.example (relay%d.example [192.0.2.%d])\r\n\tby mx.example with ESMTPS id %d;"
+             b"\r\n\tMon, 02 Jun 2025 10:00:00 +0000\r\n" % (n, n, n, n) for n in range(4))
+    + b"From: Joe Sender <joe@sender.example>\r\nTo: Ann <ann@example.org>\r\nSubject: The minutes of the meeting\r\n"
+    b"Date: Mon, 02 Jun 2025 10:00:00 +0000\r\nMessage-ID: <1@sender.example>\r\nMIME-Version: 1.0\r\n"
+    b"Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 7bit\r\n"
+)  # fmt: skip
+LINE = b"We met on Monday,  and agreed to meet  again on Tuesday of next week.\r\n"
+ZONE = """\
+$ORIGIN sender.example.
+$TTL 300
+@ SOA ns hostmaster 1 3600 600 86400 60
+@ NS ns
+ns A 192.0.2.53
+@ TXT "v=spf1 ip4:198.51.100.0/24 include:_spf.sender.example -all"
+_spf TXT "v=spf1 ip4:192.0.2.0/24 -all"
+_dmarc TXT "v=DMARC1; p=reject"
+*.wild TXT "x"
+"""
+CONFIG = """\
+server:
+    ip-address: 127.0.0.1@{port}
+    do-ip6: no
+    username: ""
+    zonesdir: "{folder}"
+    database: ""
+    pidfile: "{folder}/pid"
+    xfrdfile: "{folder}/xfrd"
+    zonelistfile: "{folder}/zones"
+    server-count: 1
+    rrl-ratelimit: 0
+remote-control:
+    control-enable: no
+zone:
+    name: "sender.example"
+    zonefile: "{folder}/zone"
+"""
+
+
+def body_of(size: int) -> bytes:
+    """Return a text with runs of spaces."""
+    return (LINE * (size // len(LINE) + 1))[: size - 2] + b"\r\n"
+
+
+def key_record(key: PrivateKey) -> bytes:
+    """Return the record of a key."""
+    if isinstance(key, rsa.RSAPrivateKey):
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        return b"v=DKIM1; p=" + base64.b64encode(key.public_key().public_bytes(serialization.Encoding.DER, form))
+    return b"v=DKIM1; k=ed25519; p=" + base64.b64encode(key.public_key().public_bytes_raw())
+
+
+def sign(key: PrivateKey, body: bytes) -> bytes:
+    """Return the header with a signature."""
+    hashes = DkimSigner.start()
+    hashes.feed(body)
+    hashes.finish()
+    return DkimSigner("sender.example", "s1", key).finish(Header(HEAD), hashes, now=NOW) + HEAD
+
+
+def verify(head: bytes, body: bytes, key: Answer) -> None:
+    """Verify a signature; it must pass."""
+    verifier = DkimVerifier(Header(head), now=NOW, author="sender.example")
+    for at in range(0, len(body), 65_536):
+        verifier.feed(memoryview(body)[at : at + 65_536])
+    verifier.hashes.finish()
+    (result,) = verifier.finish(dict.fromkeys(verifier.questions, key))
+    assert result.result == "pass", result
+
+
+def microseconds(function: Callable[[], object], count: int) -> float:
+    """Return the median CPU of one call, of five rounds."""
+    rounds = []
+    for _ in range(5):
+        gc.collect()
+        start = time.process_time()
+        for _ in range(count):
+            function()
+        rounds.append((time.process_time() - start) / count * 1e6)
+    return statistics.median(rounds)
+
+
+async def microseconds_async(function: Callable[[], Awaitable[object]], count: int) -> float:
+    """Return the median CPU of one call, of five rounds."""
+    rounds = []
+    for _ in range(5):
+        start = time.process_time()
+        for _ in range(count):
+            await function()
+        rounds.append((time.process_time() - start) / count * 1e6)
+    return statistics.median(rounds)
+
+
+def row(what: str, value: float, bound: float | None = None, unit: str = "us") -> None:
+    """Print a line of the table."""
+    print(f"{what:<52}{value:>10,.1f} {unit:<4}" + (f" bound {bound:,.0f}" if bound is not None else ""))
+
+
+def bench_dkim(key: rsa.RSAPrivateKey) -> None:
+    """Print what DKIM costs."""
+    block = bytes(1_000_000)
+    row("SHA-256 of 1 MB (to compare machines and loads)", microseconds(lambda: hashlib.sha256(block), 50))
+    answer = Answer("found", (key_record(key),))
+    for size, count, bound in ((4_000, 1000, None), (100_000, 200, 200.0), (10_000_000, 3, 15_000.0)):
+        body = body_of(size)
+        head = sign(key, body)
+        row(f"DKIM RSA-2048, {size:,} octets", microseconds(partial(verify, head, body, answer), count), bound)
+    tracemalloc.start()
+    verify(head, body, answer)
+    row("  memory beside the message", tracemalloc.get_traced_memory()[1] / 1024, 2048, "KiB")
+    tracemalloc.stop()
+    other = ed25519.Ed25519PrivateKey.generate()
+    answer = Answer("found", (key_record(other),))
+    body = body_of(4_000)
+    head = sign(other, body)
+    row("DKIM Ed25519, 4,000 octets", microseconds(lambda: verify(head, body, answer), 500))
+    row("  signing, RSA-2048", microseconds(lambda: sign(key, body), 200))
+    row("  signing, Ed25519", microseconds(lambda: sign(other, body), 500))
+
+
+async def judge(resolver: Resolver, head: bytes, body: bytes) -> None:
+    """Make all checks of a message; all must pass."""
+
+    async def query(name: str, kind: Kind) -> Answer:
+        return await resolver.query(name, kind)
+
+    found = await spf.check(query, address=ADDRESS, sender=SENDER, helo="mx.sender.example", receiver="mx.example.org")
+    check = MessageCheck(head, DecisionSettings(), now=NOW)
+    check.feed(body)
+    judgement = await check.finish(
+        query, authserv_id="mx.example.org", spf=found, mail_from=SENDER, helo="mx.sender.example"
+    )
+    field = judgement.header_field
+    assert b"spf=pass" in field and b"dkim=pass" in field and b"dmarc=pass" in field, field
+
+
+async def bench_all(key: rsa.RSAPrivateKey, port: int) -> None:
+    """Print what all checks cost, and the DNS."""
+    servers = (f"127.0.0.1:{port}",)
+    body = body_of(4_000)
+    head = sign(key, body)
+    async with trio.open_nursery() as nursery:
+        resolver = Resolver(ResolverSettings(servers=servers))
+        await nursery.start(resolver.run)
+        while (await resolver.query("_dmarc.sender.example", "TXT")).is_failure:  # noqa: ASYNC110
+            await trio.sleep(0.1)  # NSD is starting
+
+        async def check_spf() -> None:
+            result = await spf.check(resolver.query, address=ADDRESS, sender=SENDER, helo="x.example")
+            assert result.result == "pass"
+
+        row("SPF, an include, DNS cached", await microseconds_async(check_spf, 1000))
+        row(
+            "SPF + DKIM + DMARC, 4,000 octets, DNS cached",
+            await microseconds_async(lambda: judge(resolver, head, body), 500),
+            150,
+        )
+
+        async def asking() -> None:
+            resolver._cache.clear()  # noqa: SLF001 - there is no other use for it
+            await judge(resolver, head, body)
+
+        row("SPF + DKIM + DMARC, 4 questions asked", await microseconds_async(asking, 200), 250)
+        row(
+            "DNS answer from the cache",
+            await microseconds_async(lambda: resolver.query("_dmarc.sender.example", "TXT"), 10_000),
+        )
+        numbers = iter(range(10**9))
+        row(
+            "DNS question asked, one at a time",
+            await microseconds_async(lambda: resolver.query(f"{next(numbers)}.wild.sender.example", "TXT"), 500),
+            35,
+        )
+
+        async def many() -> None:
+            async with trio.open_nursery() as askers:
+                for _ in range(10):
+                    askers.start_soon(resolver.query, f"{next(numbers)}.wild.sender.example", "TXT")
+
+        row("DNS question asked, ten at a time", await microseconds_async(many, 100) / 10, 35)
+        nursery.cancel_scope.cancel()
+
+
+def main() -> None:
+    """Print the table."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    bench_dkim(key)
+    nsd = shutil.which("nsd", path="/usr/sbin")
+    if nsd is None:
+        raise SystemExit("the rest needs nsd")
+    text = key_record(key).decode()
+    strings = " ".join(f'"{text[at : at + 250]}"' for at in range(0, len(text), 250))
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        Path(folder, "zone").write_text(f"{ZONE}s1._domainkey TXT {strings}\n")
+        Path(folder, "conf").write_text(CONFIG.format(port=port, folder=folder))
+        with subprocess.Popen(
+            [nsd, "-d", "-c", f"{folder}/conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                trio.run(bench_all, key, port)
+            finally:
+                process.terminate()
+
+
+if __name__ == "__main__":
+    main()

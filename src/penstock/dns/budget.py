@@ -1,0 +1,37 @@
+"""A bound for what one client can make the resolver do."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from penstock.dns.resolver import Answer, Kind, Resolver
+
+MAX_QUESTIONS: Final = 40
+
+
+class Budget:
+    """A number of questions and a deadline that the checks of one session, or of one message, share.
+
+    What is beyond them is answered "failed" at once: a temporary state, as when the DNS is silent. Answers from the
+    cache are free.
+    """
+
+    def __init__(self, resolver: Resolver, *, seconds: float, questions: int = MAX_QUESTIONS) -> None:
+        """The `seconds` start now."""
+        self._resolver = resolver
+        self._deadline = trio.current_time() + seconds
+        self._questions = questions
+
+    async def query(self, name: str, kind: Kind) -> Answer:
+        """Return the answer to a question. It never raises."""
+        answer = self._resolver.cached(name, kind)
+        if answer is not None:
+            return answer
+        if self._questions <= 0:
+            return Answer("failed", name=name, cause="too many DNS questions for one client")
+        self._questions -= 1
+        with trio.move_on_at(self._deadline):
+            return await self._resolver.query(name, kind)
+        return Answer("failed", name=name, cause="the DNS took too long")

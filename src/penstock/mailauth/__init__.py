@@ -1,0 +1,27 @@
+"""Mail authentication: SPF, DKIM, DMARC, ARC and Authentication-Results. Pure: no socket, no clock, no loop.
+
+A server calls, for a client that is judged:
+
+    connect     nothing
+    MAIL        spf_result = await spf.check(query, address=..., sender=..., helo=..., receiver=hostname, now=...)
+                (`query` is that of a `penstock.dns.Budget`, which bounds questions and time; the result is needed at
+                the end of the message, so that the check may run while the client goes on)
+    header      check = MessageCheck(header, settings, now=...)
+                for name, kind in check.hints: start `query(name, kind)` in the background, or do nothing
+    body chunk  check.feed(chunk)      with CRLF, dots removed; in a thread for bodies of megabytes
+    end         judgement = await check.finish(query, authserv_id=hostname, spf=spf_result, mail_from=..., helo=...)
+                judgement.decisions.enforced says what to do, .monitored what would be done
+                judgement.header_field goes on top, judgement.forged are the fields to leave out
+
+- spf.py, dkim.py, dmarc.py, arc.py: one check each
+- decision.py: what the results mean for the message
+- results.py: the Authentication-Results field
+- header.py, ext/mailauth.pyx: the header and the canonical forms
+- message.py: all of it for one message
+"""
+
+from penstock.mailauth.decision import Decision, Decisions, DecisionSettings, Findings
+from penstock.mailauth.message import Judgement, MessageCheck
+from penstock.mailauth.results import MethodResult
+
+__all__ = ["Decision", "DecisionSettings", "Decisions", "Findings", "Judgement", "MessageCheck", "MethodResult"]

@@ -1,0 +1,494 @@
+"""DKIM: signatures checked and made (RFC 6376, 8301, 8463).
+
+A verifier is made when the header is complete. It names the keys to ask for, so that they are fetched while the body
+still comes in; it hashes the body as it arrives, once for each canonical form in use; `finish` gives the results.
+
+Results: "fail" for a changed body or header or an expired signature; "temperror" for a key that cannot be had now;
+"permerror" for a missing, revoked or malformed key or signature; "policy" for what is valid and not good enough: SHA-1,
+keys outside 1024 to 4096 bits, a body signed in part, From not signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, Literal, NamedTuple
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+
+from penstock.mailauth import _header
+from penstock.mailauth.header import Field, Header
+from penstock.mailauth.lookup import Answer
+
+Result = Literal["pass", "fail", "policy", "temperror", "permerror"]
+MAX_SIGNATURES: Final = 8
+MAX_KEYS: Final = 5
+MIN_RSA: Final = 1024
+MAX_RSA: Final = 4096
+MAX_KEY_RECORD: Final = 4096
+_MAX_SIGNATURE: Final = 16_384
+"""Octets of a signature field."""
+
+_PADDING: Final = padding.PKCS1v15()
+_SHA256: Final = Prehashed(hashes.SHA256())
+_TAG: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_DIGITS: Final = re.compile(r"[0-9]{1,12}")
+_ALGORITHMS: Final = {"rsa-sha256": "rsa", "ed25519-sha256": "ed25519", "rsa-sha1": "rsa"}
+
+PublicKey = rsa.RSAPublicKey | ed25519.Ed25519PublicKey
+PrivateKey = rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
+
+
+class DkimResult(NamedTuple):
+    """What became of one signature."""
+
+    result: Result
+    domain: str
+    """d=, in lower case; "" when the signature is too broken to have one."""
+    selector: str
+    cause: str = ""
+    is_testing: bool = False
+    """The key says t=y (RFC 6376 3.6.1)."""
+
+
+class Invalid(Exception):  # noqa: N818 - it carries a result
+    """A signature that is not valid, and the result that follows."""
+
+    def __init__(self, result: Result, cause: str) -> None:
+        super().__init__(cause)
+        self.result = result
+        self.cause = cause
+
+
+class Key(NamedTuple):
+    """A usable key record."""
+
+    public: PublicKey
+    flags: frozenset[str]
+
+
+def parse_tags(value: str) -> dict[str, str]:
+    """Read a tag list (RFC 6376 3.2). Raise Invalid."""
+    tags: dict[str, str] = {}
+    parts = value.split(";")
+    if not parts[-1].strip(" \t\r\n"):
+        parts.pop()  # one semicolon may end the list
+    for part in parts:
+        name, equals, text = part.partition("=")
+        name = name.strip(" \t\r\n")
+        if not equals or _TAG.fullmatch(name) is None or name in tags:
+            raise Invalid("permerror", "malformed tags")
+        tags[name] = text.strip(" \t\r\n")
+    return tags
+
+
+def _squeeze(text: str) -> str:
+    """Return a text without blanks and folds."""
+    for blank in " \t\r\n":
+        if blank in text:
+            text = text.replace(blank, "")
+    return text
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 with blanks in it. Raise Invalid."""
+    try:
+        return binascii.a2b_base64(_squeeze(text), strict_mode=True)
+    except ValueError:
+        raise Invalid("permerror", "malformed base64") from None
+
+
+# ---- signatures
+
+
+class Signature:
+    """A parsed signature field: of DKIM, or of ARC, which has no v= and uses i= for itself."""
+
+    def __init__(self, header: Header, field: Field, *, is_arc: bool = False) -> None:
+        """Read the tags; `read` must follow. Raise Invalid."""
+        self.field = field
+        self._is_arc = is_arc
+        value = header.value(field)
+        if len(value) > _MAX_SIGNATURE:
+            raise Invalid("permerror", "the signature is too long")
+        tags = self.tags = parse_tags(value.decode("utf-8", "surrogateescape"))
+        self.domain = _squeeze(tags.get("d", "")).lower().rstrip(".")
+        self.selector = _squeeze(tags.get("s", "")).lower()
+
+    def read(self) -> None:
+        """Read the values of the tags. Raise Invalid."""
+        tags, is_arc = self.tags, self._is_arc
+        missing = [name for name in ("a", "b", "bh", "d", "s") if not tags.get(name)]
+        if "h" not in tags or not (tags["h"] or is_arc):
+            missing.append("h")
+        if missing:
+            raise Invalid("permerror", f"no tag {missing[0]}=")
+        if not is_arc and tags.get("v") != "1":
+            raise Invalid("permerror", "unknown version")
+        self.algorithm = _squeeze(tags["a"]).lower()
+        if self.algorithm not in _ALGORITHMS:
+            raise Invalid("permerror", "unknown algorithm")
+        self.signature, self.body_hash = decode_base64(tags["b"]), decode_base64(tags["bh"])
+        self.is_relaxed_header, self.is_relaxed_body = _canonicalization(
+            tags.get("c", "relaxed/relaxed" if is_arc else "simple/simple")
+        )
+        self.names = _squeeze(tags["h"]).lower().encode("utf-8", "surrogateescape").split(b":")
+        self.length = _number(tags, "l")
+        self.expires = _number(tags, "x")
+        created = _number(tags, "t")
+        if self.expires is not None and created is not None and self.expires < created:
+            raise Invalid("permerror", "it expires before it was made")
+        methods = [method.strip(" \t\r\n").lower() for method in tags.get("q", "dns/txt").split(":")]
+        if "dns/txt" not in methods:
+            raise Invalid("permerror", "unknown query method")
+        self.identity_domain = self.domain
+        if not is_arc and "i" in tags:
+            self.identity_domain = _squeeze(tags["i"]).rpartition("@")[2].lower().rstrip(".")
+            if self.identity_domain != self.domain and not self.identity_domain.endswith("." + self.domain):
+                raise Invalid("permerror", "i= is not below d=")
+
+    @property
+    def question(self) -> str:
+        """Return the name whose TXT record is the key."""
+        return f"{self.selector}._domainkey.{self.domain}"
+
+    def check_policy(self, now: int) -> None:
+        """Raise Invalid for what no key can make good."""
+        if self.expires is not None and self.expires < now:
+            raise Invalid("fail", "the signature has expired")
+        if self.algorithm == "rsa-sha1":
+            raise Invalid("policy", "SHA-1 is not accepted")  # RFC 8301 3.1
+        if b"from" not in self.names:
+            raise Invalid("policy", "From is not signed")  # RFC 6376 6.1.1
+
+    def header_digest(self, header: Header) -> bytes:
+        """Return the SHA-256 of what is signed (RFC 6376 3.7, 5.4.2)."""
+        signed = hashlib.sha256()
+        for field in select_fields(header, self.names):
+            signed.update(header.relaxed(field) if self.is_relaxed_header else header.raw(field) + b"\r\n")
+        signed.update(own_field(header, self.field, relaxed=self.is_relaxed_header))
+        return signed.digest()
+
+    def verify(self, header: Header, key: Key) -> None:
+        """Check the signature itself. Raise Invalid."""
+        if isinstance(key.public, rsa.RSAPublicKey) != (_ALGORITHMS[self.algorithm] == "rsa"):
+            raise Invalid("permerror", "the key is for another algorithm")
+        if "s" in key.flags and self.identity_domain != self.domain:
+            raise Invalid("permerror", "the key does not allow subdomains in i=")
+        verify_digest(key, self.signature, self.header_digest(header))
+
+
+def select_fields(header: Header, names: Iterable[bytes]) -> list[Field]:
+    """Return the fields that a list of names means: those of one name from the bottom to the top (RFC 6376 5.4.2)."""
+    left: dict[bytes, int] = {}
+    found: list[Field] = []
+    for name in names:
+        fields = header.by_name.get(name)
+        if fields:
+            number = left.get(name, len(fields)) - 1
+            if number >= 0:
+                found.append(fields[number])
+                left[name] = number
+    return found
+
+
+def own_field(header: Header, field: Field, *, relaxed: bool) -> bytes:
+    """Return a signature field without the value of its b=, and without its last line end (RFC 6376 3.7)."""
+    value = _header.without_signature(header.value(field))
+    if relaxed:
+        return _header.relaxed_field(field.name, value)[:-2]
+    return header.octets[field.start : field.colon + 1] + value
+
+
+def verify_digest(key: Key, signature: bytes, digest: bytes) -> None:
+    """Check a signature of a SHA-256. Raise Invalid."""
+    try:
+        if isinstance(key.public, rsa.RSAPublicKey):
+            if not MIN_RSA <= key.public.key_size <= MAX_RSA:
+                raise Invalid("policy", f"an RSA key of {key.public.key_size} bits")
+            key.public.verify(signature, digest, _PADDING, _SHA256)
+        else:
+            key.public.verify(signature, digest)
+    except InvalidSignature:
+        raise Invalid("fail", "the signature does not match") from None
+
+
+def _canonicalization(text: str) -> tuple[bool, bool]:
+    header, _, body = _squeeze(text).lower().partition("/")
+    if header not in ("simple", "relaxed") or body not in ("", "simple", "relaxed"):
+        raise Invalid("permerror", "unknown canonicalization")
+    return header == "relaxed", body == "relaxed"
+
+
+def _number(tags: dict[str, str], name: str) -> int | None:
+    if name not in tags:
+        return None
+    if _DIGITS.fullmatch(tags[name]) is None:
+        raise Invalid("permerror", f"{name}= is not a number")
+    return int(tags[name])
+
+
+# ---- keys
+
+
+def key_of(answer: Answer | None) -> Key:
+    """Return the key in an answer of the DNS. Raise Invalid."""
+    if answer is None or answer.status == "failed":
+        raise Invalid("temperror", "the key cannot be had now")
+    if not answer.records:
+        raise Invalid("permerror", "no key")
+    error: Invalid | None = None
+    for record in answer.records[:MAX_KEYS]:
+        key = _parse_key(record)
+        if isinstance(key, Key):
+            return key
+        error = error or key
+    assert error is not None
+    raise Invalid(error.result, error.cause)  # a new one: the other is kept, and must not gather tracebacks
+
+
+@functools.lru_cache(maxsize=20_000)
+def _parse_key(record: bytes) -> Key | Invalid:
+    """Parse a key record (RFC 6376 3.6.1); what is wrong with it is remembered as well."""
+    try:
+        return _read_key(record)
+    except Invalid as exc:
+        return Invalid(exc.result, exc.cause)
+
+
+def _read_key(record: bytes) -> Key:
+    if len(record) > MAX_KEY_RECORD:
+        raise Invalid("permerror", "the key record is too long")
+    text = record.decode("utf-8", "surrogateescape")
+    tags = parse_tags(text)
+    if "v" in tags and (tags["v"] != "DKIM1" or not text.lstrip().startswith("v")):
+        raise Invalid("permerror", "not a key of DKIM")
+    if "p" not in tags:
+        raise Invalid("permerror", "no key in the record")
+    if not tags["p"]:
+        raise Invalid("permerror", "the key is revoked")
+    if "sha256" not in _words(tags.get("h", "sha256")):
+        raise Invalid("permerror", "the key does not allow SHA-256")
+    if _words(tags.get("s", "*")).isdisjoint({"*", "email"}):
+        raise Invalid("permerror", "the key is not for mail")
+    octets = decode_base64(tags["p"])
+    kind = tags.get("k", "rsa").lower()
+    try:
+        if kind == "ed25519":
+            return Key(ed25519.Ed25519PublicKey.from_public_bytes(octets), _words(tags.get("t", "")))
+        key = serialization.load_der_public_key(octets) if kind == "rsa" else None
+    except (ValueError, UnsupportedAlgorithm):
+        raise Invalid("permerror", "malformed key") from None
+    if not isinstance(key, rsa.RSAPublicKey):
+        raise Invalid("permerror", "unknown type of key")
+    return Key(key, _words(tags.get("t", "")))
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.strip(" \t\r\n").lower() for word in text.split(":"))
+
+
+# ---- the body
+
+
+class BodyHashes:
+    """The hashes of a body as it arrives: one for each canonical form and length that is asked for."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[bool, int | None], _BodyHash] = {}
+
+    def want(self, *, relaxed: bool, length: int | None = None) -> None:
+        """Have a hash made; before the first octet of the body."""
+        self._hashes.setdefault((relaxed, length), _BodyHash(length, relaxed=relaxed))
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """Take the next piece of the body, with CRLF, without dot-stuffing."""
+        for each in self._hashes.values():
+            each.feed(chunk)
+
+    def finish(self) -> None:
+        """Take the end of the body."""
+        for each in self._hashes.values():
+            each.finish()
+
+    def digest(self, *, relaxed: bool, length: int | None = None) -> tuple[bytes, int]:
+        """Return a hash, and the octets of the whole canonical body."""
+        found = self._hashes[relaxed, length]
+        return found.digest, found.total
+
+
+class _BodyHash:
+    """A SHA-256 of a canonical body, or of its first `length` octets."""
+
+    def __init__(self, length: int | None, *, relaxed: bool) -> None:
+        self._sha = hashlib.sha256()
+        self._left = length or 0
+        self.total = 0
+        self.digest = b""
+        sink: Callable[[memoryview], object] = self._sha.update if length is None else self._limited
+        canonicalizer = _header.BodyCanonicalizer(sink, relaxed)
+        self.feed = canonicalizer.feed
+        self._end = canonicalizer.finish
+
+    def _limited(self, piece: memoryview) -> None:
+        self.total += len(piece)
+        if self._left:
+            part = piece[: self._left]
+            self._sha.update(part)
+            self._left -= len(part)
+
+    def finish(self) -> None:
+        self._end()
+        self.digest = self._sha.digest()
+
+
+def check_body(signature: Signature, hashes: BodyHashes) -> None:
+    """Compare the hash of the body. Raise Invalid."""
+    digest, total = hashes.digest(relaxed=signature.is_relaxed_body, length=signature.length)
+    if digest != signature.body_hash or (signature.length is not None and signature.length > total):
+        raise Invalid("fail", "the body was changed")
+
+
+# ---- verifying
+
+
+class DkimVerifier:
+    """The signatures of one message."""
+
+    def __init__(self, header: Header, *, now: int, author: str = "", hashes: BodyHashes | None = None) -> None:
+        """`author` is the domain of From: signatures of it, and of domains above and below, are evaluated first.
+
+        `now` is in seconds since 1970. `hashes` may be shared with other checks; then `feed` them there.
+        """
+        self._header = header
+        self.hashes = hashes or BodyHashes()
+        self._signatures: list[Signature | DkimResult] = []
+        self.questions: list[str] = []
+        """Names whose TXT records are the keys, MAX_KEYS at most."""
+        fields = header.by_name.get(b"dkim-signature", [])
+        parsed = [_parse_signature(header, field, now) for field in fields[: 4 * MAX_SIGNATURES]]
+        parsed.sort(key=lambda each: not _is_related(each.domain, author))
+        for each in parsed[:MAX_SIGNATURES]:
+            if isinstance(each, Signature):
+                if each.question not in self.questions:
+                    if len(self.questions) == MAX_KEYS:
+                        too_many = DkimResult("policy", each.domain, each.selector, "too many keys")
+                        self._signatures.append(too_many)
+                        continue
+                    self.questions.append(each.question)
+                self.hashes.want(relaxed=each.is_relaxed_body, length=each.length)
+            self._signatures.append(each)
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """Take the next piece of the body."""
+        self.hashes.feed(chunk)
+
+    def finish(self, answers: Mapping[str, Answer]) -> list[DkimResult]:
+        """Return the result of each signature; `answers` are those to `questions`. The body hashes are finished."""
+        return [
+            each if isinstance(each, DkimResult) else self._verify(each, answers.get(each.question))
+            for each in self._signatures
+        ]
+
+    def _verify(self, signature: Signature, answer: Answer | None) -> DkimResult:
+        domain, selector = signature.domain, signature.selector
+        try:
+            check_body(signature, self.hashes)
+            key = key_of(answer)
+            signature.verify(self._header, key)
+        except Invalid as exc:
+            return DkimResult(exc.result, domain, selector, exc.cause)
+        if signature.length is not None:
+            _, total = self.hashes.digest(relaxed=signature.is_relaxed_body, length=signature.length)
+            if signature.length < total:
+                return DkimResult("policy", domain, selector, f"{total - signature.length} octets are not signed")
+        return DkimResult("pass", domain, selector, is_testing="y" in key.flags)
+
+
+def _parse_signature(header: Header, field: Field, now: int) -> Signature | DkimResult:
+    try:
+        signature = Signature(header, field)
+    except Invalid as exc:
+        return DkimResult(exc.result, "", "", exc.cause)
+    try:
+        signature.read()
+        signature.check_policy(now)
+    except Invalid as exc:
+        return DkimResult(exc.result, signature.domain, signature.selector, exc.cause)
+    return signature
+
+
+def _is_related(domain: str, author: str) -> bool:
+    return bool(author) and (domain == author or domain.endswith("." + author) or author.endswith("." + domain))
+
+
+# ---- signing
+
+SIGNED: Final = (
+    b"from", b"sender", b"reply-to", b"subject", b"date", b"message-id", b"to", b"cc", b"mime-version", b"content-type",
+    b"content-transfer-encoding", b"in-reply-to", b"references", b"list-id", b"list-unsubscribe",
+    b"list-unsubscribe-post",
+)  # fmt: skip
+"""Fields that are signed (RFC 6376 5.4.1)."""
+_OVERSIGNED: Final = (b"from", b"subject", b"date", b"to")
+"""Fields that must not be added later either: named once more than they occur (RFC 6376 8.15)."""
+
+
+class DkimSigner:
+    """Signs messages of a domain, relaxed/relaxed, with RSA or Ed25519."""
+
+    def __init__(self, domain: str, selector: str, key: PrivateKey) -> None:
+        """Raise ValueError for an RSA key below 1024 bits."""
+        if isinstance(key, rsa.RSAPrivateKey) and key.key_size < MIN_RSA:
+            raise ValueError(f"an RSA key for DKIM has at least {MIN_RSA} bits")  # RFC 8301 3.2
+        self._domain = domain
+        self._selector = selector
+        self._key = key
+
+    @staticmethod
+    def start() -> BodyHashes:
+        """Return what the body is fed to."""
+        hashes = BodyHashes()
+        hashes.want(relaxed=True)
+        return hashes
+
+    def finish(self, header: Header, hashes: BodyHashes, *, now: int) -> bytes:
+        """Return the field, with CRLF, that goes above the header; `hashes` are finished."""
+        names: list[bytes] = []
+        for name in SIGNED:
+            names += [name] * (len(header.by_name.get(name, ())) + (name in _OVERSIGNED))
+        algorithm = "rsa-sha256" if isinstance(self._key, rsa.RSAPrivateKey) else "ed25519-sha256"
+        digest, _ = hashes.digest(relaxed=True)
+        listed = b":\r\n\t ".join(b":".join(names[at : at + 4]) for at in range(0, len(names), 4)).decode()
+        field = (
+            f"DKIM-Signature: v=1; a={algorithm}; c=relaxed/relaxed;\r\n\td={self._domain}; s={self._selector};"
+            f" t={now};\r\n\th={listed};\r\n\tbh={base64.b64encode(digest).decode()};\r\n\tb="
+        ).encode()
+        signed = hashlib.sha256()
+        for each in select_fields(header, names):
+            signed.update(header.relaxed(each))
+        signed.update(_header.relaxed_field(b"dkim-signature", field.partition(b":")[2])[:-2])
+        if isinstance(self._key, rsa.RSAPrivateKey):
+            signature = self._key.sign(signed.digest(), _PADDING, _SHA256)
+        else:
+            signature = self._key.sign(signed.digest())
+        text = base64.b64encode(signature)
+        return field + b"\r\n\t ".join(text[at : at + 72] for at in range(0, len(text), 72)) + b"\r\n"
+
+
+def load_private_key(pem: bytes) -> PrivateKey:
+    """Read a private key from PEM. Raise ValueError for what is none, or neither RSA nor Ed25519."""
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (TypeError, UnsupportedAlgorithm) as exc:
+        raise ValueError(f"not a usable private key: {exc}") from exc
+    if not isinstance(key, rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey):
+        raise ValueError("a DKIM key is RSA or Ed25519")  # noqa: TRY004 - it is the file that is wrong
+    return key
