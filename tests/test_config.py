@@ -61,8 +61,8 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ("[delivery]\nkind = 'maildir'\n[recipients]\nverify = 'next-hop'", "recipients.verify: delivery.kind"),
         ("[recipients]\nverify = 'next-hop'\nfile = 'x'", "recipients.verify: cannot be combined with recipients.file"),
         ("[delivery]\npassthrough.buffer = 1", "delivery.passthrough.buffer: expected an integer >= 4096, not 1"),
-        ("[[route]]\ndomains = ['a.org']\nnext_hop = 'mx'", "route: reports have to go to the senders"),
-        ("[[route]]\nnext_hop = 'smtp:/a'", "route[0].next_hop: a next hop looks like smtp://host:25"),
+        ("[[route]]\ndomains = ['a.org']\nnext_hop = 'mx'", "route: no default route: bounces go to senders"),
+        ("[[route]]\nnext_hop = 'smtp:/a'", "route[0].next_hop: 'smtp:/a' is not a next hop; expected smtp://host:25"),
         (
             "[[route]]\nnext_hop = 'mx'\n[route.tls]\nmode = 'maybe'",
             "route[0].tls.mode: unknown value 'maybe'; expected one of: ",
@@ -76,7 +76,7 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
             "route[0].next_hops[0].weight: expected an integer >= 1, not 0",
         ),
         ("[relay.retry]\nschedule = [0.5]", "relay.retry.schedule[0]: expected a number >= 1, not 0.5"),
-        ("[resolver]\nservers = ['dns.example.org']", "resolver.servers[0]: a DNS server looks like"),
+        ("[resolver]\nservers = ['dns.example.org']", "resolver.servers[0]: 'dns.example.org' is not a DNS server"),
         (
             "[[listener]]\nauth.mechanisms = ['CRAM-MD5']",
             "listener[0].auth.mechanisms[0]: unknown value 'CRAM-MD5'; expected one of: SCRAM-SHA-256-PLUS, SCRAM-SHA",

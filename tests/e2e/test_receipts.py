@@ -75,7 +75,7 @@ def test_top_shows_a_running_sink(tmp_path: Path) -> None:
         assert url is not None
         command = [sys.executable, "-m", "penstock", "top", url[1], "--once"]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        assert "2 in all" in shown
+        assert "2 total" in shown
         assert server.stop() == 0
 
 
