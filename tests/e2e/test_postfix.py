@@ -184,3 +184,36 @@ def test_smtp_source_finds_nothing_to_complain_about(tmp_path: Path) -> None:
             )
         assert server.stop() == 0
         assert '"messages":3000' in server.out.read_text()
+
+
+TRICKS = [
+    "victim%remote.example@example.org", "remote.example!victim@example.org", '"victim@remote.example"@example.org',
+    '"victim%remote.example"@example.org', '"remote.example!victim"@example.org', "a%b%remote.example@example.org",
+    "one!two!victim@example.org", "victim%remote.example@EXAMPLE.ORG", "victim%remote.example@example.org.",
+    "@example.org:victim%remote.example@example.org", '@example.org:"victim@remote.example"@example.org',
+    r'"victim\@remote.example"@example.org', r'"\v\i\c\t\i\m\@remote.example"@example.org',
+    '"victim"%remote.example@example.org', "victim@remote.example", '"remote.example!victim%other.example"@example.org',
+    "victim%[127.0.0.1]@example.org", '"victim@[127.0.0.1]"@example.org', "%remote.example@example.org",
+    "@remote.example:victim@remote.example",
+]  # fmt: skip
+
+
+def test_postfix_behind_a_gateway_relays_no_sender_specified_route(tmp_path: Path) -> None:
+    """Postfix trusts its gateway and obeys % and ! (swap_bangpath, allow_percent_hack): what passes is relayed."""
+    obeys = (
+        "allow_percent_hack = yes\nswap_bangpath = yes\nallow_untrusted_routing = yes\nresolve_dequoted_address = yes\n"
+    )
+    with serving(tmp_path / "target") as target, postfix(target, tls=False, settings=obeys) as port:
+        gateway_toml = f'domains = ["example.org"]\n[[route]]\nnext_hop = "smtp://127.0.0.1:{port}"\n'
+        with serving(tmp_path / "gateway", gateway_toml) as gateway:
+            refused = []
+            for trick in TRICKS:
+                with smtplib.SMTP("127.0.0.1", gateway.port) as client:
+                    client.ehlo("client.example")
+                    client.mail("a@example.com")
+                    refused.append(client.docmd("RCPT", f"TO:<{trick}>")[0] >= 500)
+            assert refused == [True] * len(TRICKS)
+            with smtplib.SMTP("127.0.0.1", gateway.port) as client:
+                client.sendmail("a@example.com", ["user@example.org"], "Subject: x\r\n\r\nThe only one\r\n")
+            (arrived,) = target.messages(1)
+            assert b"Delivered-To: user@example.org" in arrived
