@@ -164,6 +164,7 @@ PUBLIC = record(RSA).partition(b"p=")[2]
         (b"v=DKIM1; p=" + b"A" * 5000, ("permerror", "the key record is too long")),
         (Answer("found", (b"nonsense", record(RSA))), ("pass", "")),
     ],
+    ids=[f"key-{number}" for number in range(18)],  # each process of the test run makes keys of its own
 )
 def test_a_key_record_is_judged(answer: Answer | bytes, expected: tuple[str, str]) -> None:
     assert one(sign(), answer=answer) == expected
