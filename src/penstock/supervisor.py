@@ -9,7 +9,7 @@ process of its own, which inherits its set and one end of a socket pair, its *li
 - when the supervisor dies, however that happens, the line ends, and the worker stops.
 
 A worker that ends unasked is started again: at once when it had lived for a while, otherwise later and later, so that
-a worker that can not live does not eat the machine. One that never became ready ends the supervisor: what keeps it
+a worker that cannot live does not eat the machine. One that never became ready ends the supervisor: what keeps it
 from starting keeps all of them.
 """
 

@@ -105,7 +105,7 @@ def test_an_unwritable_report_leaves_other_output_intact(tmp_path: Path) -> None
     report = tmp_path / "no" / "report.json"
     result = CliRunner().invoke(main, ["sink", "--report", str(report)])
     assert result.exit_code == 2
-    assert "can not be written" in result.output
+    assert "cannot be written" in result.output
     report.parent.mkdir()
     with serving(tmp_path / "data", "", "sink", "--report", str(report)) as server:
         report.parent.rmdir()

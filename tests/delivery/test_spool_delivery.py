@@ -1,4 +1,4 @@
-"""Delivery into the spool: what its 250 promises, and what it says when it can not keep it."""
+"""Delivery into the spool: what its 250 promises, and what it says when it cannot keep it."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ auth = {{ user = "relay", password_file = "password" }}
             assert b"with ESMTPSA id" in received
 
 
-# ---- what can not be delivered
+# ---- what cannot be delivered
 
 
 def report_of(message: bytes) -> dict[str, str]:

@@ -47,7 +47,7 @@ class Inheritance(msgspec.Struct, frozen=True):
 def indexes(settings: Settings, count: int) -> list[int]:
     """Return the workers that are wanted: so many, and one for each part of the spool where more of them left mail.
 
-    Ends the process with code 1 when such a part can not be read.
+    Ends the process with code 1 when such a part cannot be read.
     """
     wanted = list(range(count))
     if settings.delivery.has_relay:

@@ -1,7 +1,7 @@
 """Delivery straight to the next hop: the client hears 250 when the hop has said it, and not before.
 
 The text goes on while the client sends it; a copy is collected beside, as for any other delivery. Whenever the hop is
-slow, down, or can not take the message now, the copy goes to the spool (any other delivery that is given as the
+slow, down, or cannot take the message now, the copy goes to the spool (any other delivery that is given as the
 fallback), and the client hears what that says: it waits for nobody but us.
 
 What comes of a message
@@ -11,7 +11,7 @@ What comes of a message
 - It takes it for some: for the others it goes to the fallback, which tries again, or reports to the sender.
 - Anything else: it goes to the fallback for all.
 
-Where the fallback can not take the others, the client hears that, sends again, and those who had it get it twice.
+Where the fallback cannot take the others, the client hears that, sends again, and those who had it get it twice.
 
 The one case of doubt: the end of the text was sent, and the hop does not answer in time. The message goes to the
 fallback, and may arrive twice (penstock.relay.exchange has the reason). Up to the end of the text there is no doubt:
@@ -64,7 +64,7 @@ class Onward(Protocol):
     ) -> Forget | None:
         """Begin, and tell `done` a reply for each recipient, or None when nothing was sent.
 
-        Return what makes `done` hear nothing more, or None when the message can not be passed on now. When `coming`
+        Return what makes `done` hear nothing more, or None when the message cannot be passed on now. When `coming`
         raises OSError, nothing of the message may be delivered.
         """
 
@@ -117,7 +117,7 @@ class Pipe:
         self._is_broken = False
         self._changed = trio.Event()
         self.is_read_to_end = False
-        """The end was told to the reader: from here on it can not be taken back."""
+        """The end was told to the reader: from here on it cannot be taken back."""
 
     def put_nowait(self, chunk: bytes) -> bool:
         """Put a chunk, if there is room, which for one there is in an empty pipe."""

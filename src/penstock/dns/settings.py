@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -30,6 +30,10 @@ class ResolverSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     lifetime: Annotated[
         float, msgspec.Meta(gt=0, le=120, description="Seconds to wait for an answer from all servers together")
     ] = 20.0
+    families: Annotated[
+        tuple[Literal["ipv4", "ipv6"], ...],
+        msgspec.Meta(min_length=1, max_length=2, description="Address families to use, in this order"),
+    ] = ("ipv4", "ipv6")
     cache_entries: Annotated[int, msgspec.Meta(ge=0, le=10_000_000, description="Number of cached answers")] = 50_000
     ttl_least: Annotated[
         float, msgspec.Meta(ge=0, le=3600, description="Seconds to cache an answer at least, whatever its TTL")

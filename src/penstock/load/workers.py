@@ -14,11 +14,12 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 import trio
@@ -59,7 +60,7 @@ class WorkerGroup:
         self._running = set(range(plan.workers))
         self._ready = 0
         self._failure: BaseException | None = None
-        counter = os.memfd_create("penstock-load", os.MFD_CLOEXEC)
+        counter = shared_counter()
         self._sockets: list[socket.socket] = []
         self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("fork")
@@ -67,7 +68,7 @@ class WorkerGroup:
             for index in range(plan.workers):
                 ours, theirs = socket.socketpair()
                 own = replace(plan, worker=index)
-                process = context.Process(target=_work, args=(own, theirs, counter, [*self._sockets, ours]))
+                process = context.Process(target=_work, args=(own, theirs, counter.fileno(), [*self._sockets, ours]))
                 self._sockets.append(ours)
                 process.start()
                 self._processes.append(process)
@@ -76,7 +77,7 @@ class WorkerGroup:
             self.close()
             raise
         finally:
-            os.close(counter)
+            counter.close()
 
     def stop(self) -> None:
         """Start no more messages; those in flight may end."""
@@ -200,13 +201,19 @@ def _work(plan: Plan, sock: socket.socket, counter: int, others: Sequence[socket
     # A terminal sends ^C to all processes; the parent passes on what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    trio.run(_report_to, sock, plan, _numbers(counter))
+    trio.run(_report_to, sock, plan, numbers(counter))
 
 
-def _numbers(counter: int) -> Callable[[], int]:
-    """Return a function that counts across all processes.
+def shared_counter() -> IO[bytes]:
+    """Return a file for `numbers()`. Raise OSError."""
+    return tempfile.TemporaryFile()
 
-    They share the offset of one open file, and lseek(2) adds to it atomically: the kernel guards SEEK_CUR by a lock.
+
+def numbers(counter: int) -> Callable[[], int]:
+    """Return a function that counts across all processes that inherited the descriptor of `shared_counter()`.
+
+    They share the offset of one open file, to which lseek(2) adds atomically. That holds for a regular file only: Linux
+    does not lock the offset of a memfd, and two processes would get the same number.
     """
 
     def following() -> int:

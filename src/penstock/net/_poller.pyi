@@ -10,7 +10,7 @@ from typing_extensions import Buffer
 from penstock.metrics._session import Metrics
 
 HAS_EPOLL: Final[bool]
-"""There is an epoll on this platform; without it a `Poller` can not be made."""
+"""There is an epoll on this platform; without it a `Poller` cannot be made."""
 
 SHORTAGES: Final[frozenset[int]]
 """The errors of `accept` that say that there are too few descriptors, or too little memory, for now."""

@@ -86,7 +86,7 @@ class Onward:
         One whose sender wants to hear of its success is for the spool, which can say so where the hop does not.
 
         `done` hears a reply for each recipient, or None when nothing was sent. Return a function after which it hears
-        nothing any more, or None when the message can not be passed on: then `done` hears nothing.
+        nothing any more, or None when the message cannot be passed on: then `done` hears nothing.
         """
         if any(recipient.notify and "SUCCESS" in recipient.notify for recipient in envelope.recipients):
             return None

@@ -113,7 +113,7 @@ class FileBody:
             yield chunk
 
     def link(self, path: os.PathLike[str]) -> bool:
-        """Give the file a name and sync it; False when it can not have that one. Raise OSError."""
+        """Give the file a name and sync it; False when it cannot have that one. Raise OSError."""
         try:
             # The link in /proc is followed only by linkat(2), which os.link uses only when it is given a folder.
             os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
