@@ -288,6 +288,7 @@ cdef class Poller:
         cdef object known
         cdef list outputs
         cdef list again = self.again
+        cdef bint had_input
         if found < 0:
             if errno == EINTR:
                 return 0
@@ -302,6 +303,10 @@ cdef class Poller:
                 self.go_on(watch, 0, -1, outputs)
             elif watch.is_readable:
                 self.take_turn(watch, outputs)
+        if outputs:
+            # A turn below may end the turns of one of these; what they have said goes first.
+            self.send_all(outputs)
+            outputs.clear()
         for i in range(found):
             known = self.watches.get(events[i].data.fd)
             if known is None:
@@ -310,11 +315,14 @@ cdef class Poller:
             watch = <Watch> known
             what = events[i].events
             if what & <uint32_t> (EPOLLIN | EPOLLRDHUP | EPOLLERR | EPOLLHUP):
+                had_input = watch.is_readable
                 watch.is_readable = True
                 if what & <uint32_t> (EPOLLRDHUP | EPOLLERR | EPOLLHUP):
                     watch.has_hung_up = True
                 if watch.protocol is not None:
-                    self.take_turn(watch, outputs)
+                    # One that had input already, or was not ready with it, has had its turn or waits in `again`.
+                    if not had_input and not watch.protocol.wants_turn:
+                        self.take_turn(watch, outputs)
                 elif watch.reader is not None:
                     known = watch.reader
                     watch.reader = None
@@ -371,6 +379,9 @@ cdef class Poller:
         cdef Py_ssize_t received
         try:
             received = watch.protocol.receive(watch.fd)
+        except OSError as exc:
+            self.wake_reader(watch, -1, trio.BrokenResourceError(f"receiving failed: {exc}"))
+            return 0
         except BaseException as exc:
             self.wake_reader(watch, -1, exc)
             return 0
@@ -453,15 +464,16 @@ cdef class Socket:
             self.watch.is_writable = False
         return 0
 
-    cpdef int send_and_close_nowait(self, bytes data) except -1:
+    cpdef Py_ssize_t send_and_close_nowait(self, bytes data) except -1:
+        cdef Py_ssize_t sent = len(data)
         try:
             if data and self.fd >= 0:
-                send_octets(self.fd, data, 0, MSG_NOSIGNAL | MSG_MORE)
+                sent = max(send_octets(self.fd, data, 0, MSG_NOSIGNAL | MSG_MORE), 0)
         except OSError:
             pass  # the peer has left: nobody reads it
-        finally:
+        if sent == len(data):
             self.close_nowait()
-        return 0
+        return sent
 
     def interrupt(self):
         cdef Watch watch = self.watch

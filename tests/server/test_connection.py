@@ -14,6 +14,7 @@ import trio.testing
 
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message
+from penstock.net._poller import Poller
 from penstock.net.stream import SocketStream
 from penstock.reply import DISK_FULL, Reply
 from penstock.server.connection import Connection
@@ -283,3 +284,114 @@ async def test_a_mail_that_there_is_no_room_for_is_refused_before_it_comes(tmp_p
         await talk.ask("EHLO client")
         assert await talk.ask("MAIL FROM:<a@b> SIZE=1001") == DISK_FULL.encoded.decode().strip()
         assert (await talk.ask("MAIL FROM:<a@b> SIZE=1000")).startswith("250")
+
+
+class HelloChecker:
+    async def on_helo(self, transaction: Transaction, name: str) -> Reply | None:
+        return Reply(550, "5.7.1", "No") if name == "bad" else None
+
+
+async def test_a_refused_hello_leaves_the_text_that_has_come(tmp_path: Path) -> None:
+    async with talking(tmp_path, {}, policies=(HelloChecker(),)) as talk:
+        await talk.ask("EHLO client", "MAIL FROM:<a@example.com>", "RCPT TO:<b@example.org>")
+        await talk.stream.send_all(b"BDAT 14\r\nSubject: x\r\n\r\n")
+        assert (await talk.reply()).startswith("250")
+        assert (await talk.ask("EHLO bad")).startswith("550")
+        await talk.stream.send_all(b"BDAT 7 LAST\r\nhello\r\n")
+        assert (await talk.reply()).startswith("250")
+        assert [each["body"] for each in talk.recorder.delivered] == ["Subject: x\r\n\r\nhello\r\n"]
+
+
+class SenderChecker:
+    """Notes each sender in a header field, and defers the first."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple[list[str], int]] = []
+
+    async def on_mail(self, transaction: Transaction, path: Path, parameters: object) -> Reply | None:
+        transaction.add_field("X-Checked", str(path))
+        transaction.results["senders"] = [*transaction.results.get("senders", ()), str(path)]
+        return Reply(450, "4.7.1", "Later") if "first" in str(path) else None
+
+    async def on_message(self, transaction: Transaction, message: Message) -> Reply | None:
+        senders = [str(sender) for sender in transaction.results["senders"]]
+        self.results.append((senders, message.prefix.count(b"X-Checked")))
+        return None
+
+
+async def test_what_policies_noted_of_a_refused_sender_is_forgotten(tmp_path: Path) -> None:
+    checker = SenderChecker()
+    async with talking(tmp_path, {}, policies=(checker,)) as talk:
+        assert (await talk.ask("EHLO client", "MAIL FROM:<first@example.com>")).startswith("450")
+        await talk.ask("MAIL FROM:<second@example.com>", "RCPT TO:<b@example.org>", "DATA")
+        assert (await talk.ask("Subject: x\r\n\r\n.")).startswith("250")
+    ((senders, fields),) = checker.results
+    assert len(senders) == 1
+    assert "second" in senders[0]
+    assert fields <= 1
+
+
+class Refusing(Recorder):
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
+        return Reply(550, "5.7.1", "Spam")
+
+
+async def test_a_refused_lmtp_message_is_one_error_whatever_its_recipients(tmp_path: Path) -> None:
+    async with talking(tmp_path, {"kind": "lmtp"}, recorder=Refusing()) as talk:
+        await talk.ask("LHLO client", "MAIL FROM:<a@example.com>")
+        await talk.ask(*(f"RCPT TO:<b{n}@example.org>" for n in range(25)))
+        await talk.ask("DATA")
+        await talk.send("Subject: x", "", ".")
+        assert [(await talk.reply())[:9] for _ in range(25)] == ["550 5.7.1"] * 25
+        assert (await talk.ask("NOOP")).startswith("250")
+
+
+async def test_a_refused_text_is_answered_at_its_end_however_long_it_comes(
+    tmp_path: Path, autojump_clock: object
+) -> None:
+    settings = {"max_size": 70_000, "limits": {"command_timeout": 30, "data_timeout": 300}}
+    async with talking(tmp_path, settings) as talk:
+        await talk.begin_data()
+        for _ in range(100):
+            await talk.stream.send_all(b"x" * 998 + b"\r\n")
+            await trio.sleep(1)
+        await talk.send(".")
+        assert (await talk.reply()).startswith("552")
+
+
+async def test_every_pipelined_command_is_answered_before_quit_or_the_end(tmp_path: Path) -> None:
+    listener = listener_of({}, Recorder(), tmp_path)
+    for tail in (b"QUIT\r\n", b""):
+        for count in range(300, 2_500, 200):
+            poller = Poller()
+            ours, theirs = socket.socketpair()
+            for end in (ours, theirs):
+                end.setblocking(False)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            connection = Connection(SocketStream.of(theirs, poller), PEER, listener, FakeWorker())
+            got = b""
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.run)
+                await trio.testing.wait_all_tasks_blocked()
+                ours.send(b"EHLO x\r\nMAIL FROM:<a@b.example>\r\n")
+                poller.poll()
+                ours.send(b"RCPT TO:<a@b.example>\r\n" * count)
+                poller.poll()  # has begun, and has more than one turn to do: then comes the rest
+                if tail:
+                    ours.send(tail)
+                else:
+                    ours.shutdown(socket.SHUT_WR)
+                while True:
+                    poller.poll()
+                    await trio.lowlevel.checkpoint()
+                    try:
+                        data = ours.recv(1 << 20)
+                    except BlockingIOError:
+                        continue
+                    if not data:
+                        break
+                    got += data
+            ours.close()
+            poller.close()
+            answered = sum(line.startswith((b"250 2.1.5", b"452 4.5.3")) for line in got.split(b"\r\n"))
+            assert answered == count, tail

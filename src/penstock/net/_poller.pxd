@@ -55,5 +55,5 @@ cdef class Socket:
     cdef public bint eof_sent
 
     cpdef Py_ssize_t send_nowait(self, data, Py_ssize_t start=*) except -1
-    cpdef int send_and_close_nowait(self, bytes data) except -1
+    cpdef Py_ssize_t send_and_close_nowait(self, bytes data) except -1
     cpdef int close_nowait(self) except -1

@@ -128,8 +128,11 @@ class Socket:
 
         Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here.
         """
-    def send_and_close_nowait(self, data: bytes) -> None:
-        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
+    def send_and_close_nowait(self, data: bytes) -> int:
+        """Send and close: both leave in one packet. Return how many octets were sent; fewer than all: it is open still.
+
+        A lost connection counts as sent: nobody reads it.
+        """
     def interrupt(self) -> None:
         """Wake the task that waits for the end of the turns; otherwise do nothing."""
     def close_nowait(self) -> None:

@@ -13,6 +13,7 @@ epoll, it waits with `trio.lowlevel.wait_readable`. The tests run both.
 from __future__ import annotations
 
 import socket
+import ssl
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import trio
@@ -203,7 +204,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         watch.reader = current_task()
         try:
             received = int(await wait_task_rescheduled(self._stop_reading))
-        except OSError as exc:
+        except ssl.SSLError as exc:  # an OSError of its own making a turn throws as it is
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
             self._is_receiving = False
@@ -254,9 +255,12 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._conflict("sending")
         return self._socket.send_nowait(data)
 
-    def send_and_close_nowait(self, data: bytes) -> None:
-        """Send what the socket takes at once, and close it: both leave in one packet. Whatever fails, it is closed."""
-        self._socket.send_and_close_nowait(data)
+    def send_and_close_nowait(self, data: bytes) -> int:
+        """Send and close: both leave in one packet. Return how many octets were sent; fewer than all: it is open still.
+
+        A lost connection counts as sent: nobody reads it.
+        """
+        return self._socket.send_and_close_nowait(data)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it, waiting for the socket as long as it takes."""

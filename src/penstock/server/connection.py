@@ -399,7 +399,8 @@ class Connection:
         """Dismiss the client when one of its timeouts is over."""
         if self._paused and not self.worker.is_stopping:
             return
-        text = self.texts + self.pump.texts if self.is_receiving else 0
+        # A text that is refused already is still a text: its reply comes at its end.
+        text = self.texts + self.pump.texts if self.is_receiving or self.session.in_body else 0
         final_reply = self._deadlines(now).expired(now, self.session.commands, text, self.pump.octets)
         if final_reply is not None:
             self.expire(final_reply)
@@ -479,12 +480,20 @@ class Connection:
             return
         with suppress(*lost):
             if self.session.has_quit and pump.tls is None:
-                socket.send_and_close_nowait(output)  # one packet has the reply and the end of the stream
-            elif socket.send_nowait(output) == len(output):
-                if pump.tls is not None:
-                    socket.send_nowait(pump.tls.end())
-                with trio.move_on_after(_LINGER):
-                    await self._linger(socket)
+                sent = socket.send_and_close_nowait(output)  # one packet has the reply and the end of the stream
+            else:
+                sent = socket.send_nowait(output)
+            if sent < len(output):
+                if not self.session.has_quit:
+                    return  # dismissed, and it does not read
+                with trio.move_on_after(_FINAL_REPLY) as scope:
+                    await socket.send_now(output[sent:])
+                if scope.cancelled_caught:
+                    return
+            if pump.tls is not None:
+                socket.send_nowait(pump.tls.end())
+            with trio.move_on_after(_LINGER):
+                await self._linger(socket)
 
     async def _linger(self, stream: trio.abc.Stream) -> None:
         """Let a client that was dismissed read the reply: what it still sends must not reset the connection."""
@@ -570,9 +579,10 @@ class Connection:
     # ---- HELO MAIL RCPT
 
     async def _on_hello(self, event: Hello) -> None:
-        self.drop_message(event.verb)
         pipeline = self.listener.pipeline
         verdict = await pipeline.on_helo(self.transaction, event.name) if pipeline.helo else None
+        if verdict is None or verdict.accepts:  # a refused one leaves the transaction, and its text, as they are
+            self.drop_message(event.verb)
         self._reply(verdict, replies.OK, event.name)
 
     async def _on_mail(self, event: Mail) -> None:
@@ -651,6 +661,8 @@ class Connection:
             self.incoming = COUNTED
         else:
             head = self._message(CountedBody(0)) if listener.streams is not None else None
+            if head is not None:
+                head = head._replace(prefix=self.transaction.added_fields + head.prefix)
             self.incoming = IncomingMessage(listener, head)
 
     async def _on_begin_data(self, event: BeginData) -> None:
@@ -677,6 +689,8 @@ class Connection:
 
     async def _on_end_of_message(self, event: EndOfMessage) -> None:
         """Judge and deliver a whole message. From here to the reply, only the end of the process cuts it short."""
+        if self.incoming is None and self.listener.keeps_body:
+            raise RuntimeError("a message ends that has not begun")
         incoming, self.incoming = self.incoming or COUNTED, None
         self.pump.is_counting = False
         try:
