@@ -176,7 +176,11 @@ async def open_server(
             await server.run(task_status=task_status)
 
     async with trio.open_nursery() as nursery:
-        await nursery.start(run)
+        try:
+            await nursery.start(run)
+        except BaseException:
+            server.close()
+            raise
         try:
             yield server
         finally:
@@ -356,7 +360,7 @@ def make_gateway(
         journal=journal,
         grace=settings.server.grace,
     )
-    passthrough = Onward(pool, routes)
+    passthrough = Onward(pool, routes, suspended=lambda: scheduler.suspended)
     delivery: Delivery = SpoolDelivery(spool, scheduler, disk_space)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)

@@ -14,7 +14,7 @@ What comes of a message
 Where the fallback cannot take the others, the client hears that, sends again, and those who had it get it twice.
 
 The one case of doubt: the end of the text was sent, and the hop does not answer in time. The message goes to the
-fallback, and may arrive twice (penstock.relay.exchange has the reason). Up to the end of the text there is no doubt:
+fallback, and may arrive twice (penstock.relay.ahead has the reason). Up to the end of the text there is no doubt:
 the connection to the hop is closed before it, and what the hop has is no message.
 """
 

@@ -73,16 +73,17 @@ def seam(start: bytes, *, is_whole: bool) -> Seam | None:
     with anything that is not a header field; a first `From ` line (mbox format) is left out. Everything else of the
     body stays as it is.
 
-    `is_whole`: there are no octets after `start`. Return None when more octets are needed; never with `MAX_START`
-    octets or more.
+    `is_whole`: there are no octets after `start`. Return None when more octets are needed; never with twice
+    `MAX_START` octets or more.
     """
-    is_whole = is_whole or len(start) >= MAX_START
-    skip = 0
+    was_whole, skip = is_whole, 0
+    is_whole = was_whole or len(start) >= MAX_START
     if _MBOX_LINE.match(start):
         end = start.find(b"\n", 0, MAX_START)
         if end < 0:
             return _SEPARATED if is_whole else None  # too long for a line of mbox format
         skip = end + 1
+        is_whole = was_whole or len(start) - skip >= MAX_START
     elif not is_whole and _MBOX_LINE_SO_FAR.fullmatch(start):
         return None
     rest = start[skip : skip + MAX_START]

@@ -185,7 +185,8 @@ class Worker:
 
         with trio.CancelScope() as scope:
             self._accepting.append(scope)
-            await accept_forever(bound.socket, serve, report_shortage, self._poller)
+            if not self.is_stopping:  # `stop` may have been called before this task has begun
+                await accept_forever(bound.socket, serve, report_shortage, self._poller)
         close_listener(bound.socket, unlinks=bound.is_own)
 
     def _serve(self, fd: int, peer: Peer, listener: Listener) -> None:

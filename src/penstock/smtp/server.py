@@ -385,7 +385,12 @@ class ServerSession:
             self.note_accepted()
         self._end_transaction()
         for reply in answers:
-            self.send(reply)
+            self.send_encoded(reply.encoded)
+        # One message is one error of the client at most, and it is counted after the last of its replies.
+        if any(reply.closes for reply in answers):
+            self._state = _CLOSED
+        elif all(reply.code >= 500 for reply in answers):
+            self.count_error()
 
     def challenge(self, data: bytes) -> None:
         """Answer Auth or AuthResponse with a 334 (RFC 4954 4)."""
@@ -615,6 +620,8 @@ class ServerSession:
         if not isinstance(mail, Mail):
             self.send(mail)
             return None
+        if self._state is _REFUSED or not self.auto_accept & AUTO_ACCEPT_MAIL:
+            transaction.forget()  # what a refused BDAT has left, or policies that refused another MAIL
         if self.auto_accept & AUTO_ACCEPT_MAIL:
             self.send_encoded(replies.SENDER_OK.encoded)
             self.begin_transaction(mail)
@@ -628,8 +635,6 @@ class ServerSession:
         transaction = self.transaction
         self._mails += 1
         self.junk = 0
-        if self._state is _REFUSED:
-            transaction.forget()  # a refused BDAT has left its transaction
         transaction.sender = mail[0]
         transaction.parameters = mail[1]
         self.tolerated = mail[2]
@@ -748,8 +753,9 @@ class ServerSession:
         """Answer a message whose text has ended, once per recipient in LMTP (RFC 2033 4.2)."""
         times = len(self.transaction.recipients) if self._is_lmtp else 1
         self._end_transaction()
-        for _ in range(times):
-            self.send(reply)
+        for _ in range(times - 1):
+            self.send_encoded(reply.encoded)
+        self.send(reply)  # however many recipients, it is one error of the client
 
     def _end_transaction(self) -> None:
         self.transaction.forget()

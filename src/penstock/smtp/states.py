@@ -93,7 +93,12 @@ RULES: Final = _table(
             DATA=reply.DATA_AFTER_BDAT,
             AUTH=reply.AUTH_IN_TRANSACTION,
         ),
-        State.REFUSED: _rules(RCPT=reply.BDAT_ENDED, DATA=reply.BDAT_ENDED, BDAT=reply.BDAT_ENDED),
+        State.REFUSED: _rules(
+            RCPT=reply.BDAT_ENDED,
+            DATA=reply.BDAT_ENDED,
+            BDAT=reply.BDAT_ENDED,
+            AUTH=reply.AUTH_IN_TRANSACTION,
+        ),
     }
 )
 
