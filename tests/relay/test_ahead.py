@@ -200,3 +200,25 @@ async def test_what_can_not_be_passed_on_at_once_is_not_begun_with(pool: Pool) -
         assert onward.begin(envelope(), 0, coming(TEXT), heard) is not None
         await heard.event.wait()
         assert onward.begin(envelope(), 0, coming(TEXT), heard) is None  # it is left alone now
+
+
+@pytest.mark.parametrize("limits", [HopLimits(recipients=2), HopLimits()])
+async def test_recipients_of_another_transaction_are_deferred(pool: Pool, limits: HopLimits) -> None:
+    hop = FakeHop(RCPT=["250 ok", "250 ok" if limits.recipients == 2 else "452 4.5.3 too many", "452 4.5.3 too many"])
+    heard = Heard()
+    async with serving(hop):
+        onward = Onward(pool, Map(hop.hop(limits=limits)))
+        assert onward.begin(envelope("a@x.org", "b@x.org", "c@x.org"), 0, coming(PREFIX, TEXT), heard) is not None
+        await heard.event.wait()
+    assert hop.texts == [STUFFED]
+    assert [reply.code for reply in heard.replies or ()] == [250, 250 if limits.recipients == 2 else 451, 451]
+
+
+@pytest.mark.parametrize("name", ["x.org", "hop"])
+async def test_nothing_is_passed_on_to_what_an_operator_suspended(pool: Pool, name: str) -> None:
+    hop = FakeHop()
+    async with serving(hop):
+        there = hop.hop()
+        names = frozenset({there.host.lower() if name == "hop" else name})
+        onward = Onward(pool, Map(there), suspended=lambda: names)
+        assert onward.begin(envelope("a@x.org"), 0, coming(TEXT), Heard()) is None

@@ -38,8 +38,19 @@ class Map(Protocol):
 class Onward:
     """Looks ahead to the hop that a recipient's mail would go to."""
 
-    def __init__(self, pool: Pool, routes: Map, *, connections: int = 5) -> None:
-        """Questions have `connections` of their own to each hop, so that they hold up no mail."""
+    def __init__(
+        self,
+        pool: Pool,
+        routes: Map,
+        *,
+        connections: int = 5,
+        suspended: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
+        """Questions have `connections` of their own to each hop, so that they hold up no mail.
+
+        `suspended` returns the domains and hops that an operator suspended: nothing is passed on to them.
+        """
+        self._suspended = suspended
         self._pool = pool
         self._routes = routes
         self._connections = connections
@@ -91,11 +102,15 @@ class Onward:
         if any(recipient.notify and "SUCCESS" in recipient.notify for recipient in envelope.recipients):
             return None
         domains = {self._routes.domain_of(recipient) for recipient in envelope.recipients}
+        suspended = self._suspended()
+        if not suspended.isdisjoint(domains):
+            return None
         routes = [self._routes.static_route(domain) for domain in domains]
         first = routes[0]
         if first is None or first.is_local or any(route is None or route.key != first.key for route in routes):
             return None
-        hop = next((hop for hop in first.order(self._random) if self._pool.room(hop)), None)
+        hops = (hop for hop in first.order(self._random) if suspended.isdisjoint((hop.name.lower(), hop.host.lower())))
+        hop = next((hop for hop in hops if self._pool.room(hop)), None)
         if hop is None:
             return None
 

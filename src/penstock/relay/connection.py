@@ -287,7 +287,7 @@ class HopConnection:
         except CannotSendError as exc:
             kind = Outcome.DEFERRED if exc.status.startswith("4") else Outcome.FAILED
             result = Result(kind, str(exc), exc.status, self.name, is_said=False)
-        except BodyError as exc:
+        except (BodyError, OSError) as exc:
             result = Result(Outcome.DEFERRED, str(exc), "4.3.0", self.name, is_said=False)
         else:
             self._begun += 1

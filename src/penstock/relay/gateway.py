@@ -100,5 +100,6 @@ class Gateway:
 
     def abort(self) -> None:
         """End now. Transactions in progress are cut, and made again after the next start."""
+        self.scheduler.stop()  # before anything that is cut is recorded: it is no attempt
         self._is_stopping.set()
         self._work.cancel()

@@ -66,14 +66,21 @@ class Operators:
         with trio.CancelScope(shield=True):
             ours = {row.number for entry in withdrawn for row in entry.rows}
             at_rest = [each.row for each in instructions if each.state not in (None, ATTEMPTING)]
+            try:
+                if action == "bounce":
+                    withdrawn += await self._spool.take_rows(at_rest)
+                else:
+                    ours.update(at_rest)
+                    await self._spool.obey(action, sorted(ours))
+            except Exception:
+                for entry in withdrawn:
+                    self._scheduler.give_back(entry)
+                raise
             if action == "bounce":
-                withdrawn += await self._spool.take_rows(at_rest)
                 ours = {row.number for entry in withdrawn for row in entry.rows}
                 for entry in withdrawn:
                     self._recorder.record(entry, [_RETURNED] * len(entry.rows))
                 await self._spool.answer(sorted(ours), is_done=True)
             else:
-                ours.update(at_rest)
-                await self._spool.obey(action, sorted(ours))
                 self._scheduler.look()
             await self._spool.answer(sorted(numbers - ours), is_done=False)

@@ -404,6 +404,9 @@ class HostPool:
 
     def release(self, job: Job) -> None:
         """Take a job back after a transaction."""
+        if job.waiting and job.coming is not None:  # such a text can be read once only
+            text = "the hop accepts these recipients in another transaction only"
+            job.record_rest(Result(Outcome.DEFERRED, text, "4.5.3", self.hop.name, is_said=False))
         if job.waiting:
             self._queue.appendleft(job)  # it has waited for longest
             return

@@ -213,7 +213,8 @@ class AttemptRecorder:
         if not records:
             return
         self._writing = len(records)
-        messages = [await self._make(report) for report in reports]
+        with trio.CancelScope(shield=True):  # what was recorded is only here
+            messages = [await self._make(report) for report in reports]
         addressed = [(message, [self._domain_of(to) for to in message.envelope.recipients]) for message in messages]
         pause, tried = _FIRST_PAUSE, 0
         while True:
@@ -227,7 +228,11 @@ class AttemptRecorder:
                 if tried == tries:
                     self._writing = 0
                     return
-                await trio.sleep(pause)
+                try:
+                    await trio.sleep(pause)
+                except trio.Cancelled:
+                    self._take_back(records, reports)
+                    raise
                 pause = min(pause * 2, _LONGEST_PAUSE)
             else:
                 break
@@ -238,6 +243,16 @@ class AttemptRecorder:
         again = min((each.next_try for each in records if each.next_try), default=None)
         if again is not None:
             self.on_put_off(again)
+
+    def _take_back(self, records: list[AttemptRecord], reports: list[_Report]) -> None:
+        """Keep what a cancelled `_write` has not written, for `flush`."""
+        self._records[:0] = records
+        for report in reports:
+            later = self._reports.setdefault((report.entry.number, report.action), report)
+            if later is not report:
+                later.results[:0] = report.results
+                later.entries[:0] = report.entries
+        self._writing = 0
 
     async def _make(self, report: _Report) -> Message:
         """Return the message of a report."""

@@ -249,6 +249,10 @@ class Scheduler:
         for queue in self._queues.values():
             self._give_back(queue)
 
+    def give_back(self, entry: Entry) -> None:
+        """Return an entry that was withdrawn to the spool, due now."""
+        self.recorder.give_back(entry, self._clock())
+
     def _give_back(self, queue: DomainQueue) -> None:
         """Return what waits in a queue to the spool, as if it had not been taken."""
         self._leave_round_robin(queue)
@@ -408,7 +412,7 @@ class Scheduler:
                 self._put_off(route_queue)
             else:
                 self._stalled.add(route_queue)
-                self._look.set()
+                self._expect(self._clock() + _STALL)
 
     def _is_asked_to_try(self, route_queue: RouteQueue) -> bool:
         """Return whether hops that are backing off are tried now: they have not failed since an operator asked.
@@ -596,7 +600,8 @@ class Scheduler:
         async for queue in self._to_take:
             settings = self._settings
             while self.held >= settings.memory_messages or self._octets >= settings.memory_octets:
-                self._has_space = trio.Event()
+                if self._has_space.is_set():  # otherwise another taker waits for it
+                    self._has_space = trio.Event()
                 await self._has_space.wait()
             try:
                 await self._take(queue)

@@ -92,7 +92,8 @@ class HopTransaction:
                 return result._replace(kind=Outcome.DEFERRED)
             if transaction.is_question and reply is transaction.mail_reply:
                 return result._replace(kind=Outcome.DEFERRED)  # about our sender, not about the recipient
-            if not is_accepted and reply.enhanced_status in _TOO_MANY:  # RFC 5321 4.5.3.1.10
+            is_for_all = reply is transaction.mail_reply
+            if not is_accepted and not is_for_all and reply.enhanced_status in _TOO_MANY:  # RFC 5321 4.5.3.1.10
                 return result._replace(kind=Outcome.DEFERRED, status="4.5.3")
         return result
 
