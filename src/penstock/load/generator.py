@@ -170,6 +170,7 @@ class Generator:
         """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
         self._open -= 1
         if session.is_promised:
+            session.is_promised = False
             self._promised -= 1
         if session in self._idle:
             self._idle.remove(session)
