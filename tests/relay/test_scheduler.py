@@ -867,6 +867,25 @@ async def test_mail_to_what_is_suspended_waits(tmp_path: Path, name: str) -> Non
         await relay.quiet()
 
 
+async def test_suspending_a_domain_reaches_a_message_that_waits_for_several(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: None, most=1)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("x@z.org"))
+        await relay.accept(message_of("a@a.org", "b@b.org"))
+        await relay.until(lambda: len(pool.sent) == 1)
+        await ask(relay, tmp_path, lambda admin: admin.suspend("b.org"))
+        await relay.until(lambda: relay.scheduler.suspended == {"b.org"})
+        pool.reply(pool.sent[0], DELIVERED)
+        await relay.until(lambda: len(pool.sent) == 2)
+        assert pool.sent[1].to == ["a@a.org"]
+        pool.reply(pool.sent[1], DELIVERED)
+        await ask(relay, tmp_path, lambda admin: admin.resume("b.org"))
+        await relay.until(lambda: len(pool.sent) == 3)
+        assert pool.sent[2].to == ["b@b.org"]
+        pool.reply(pool.sent[2], DELIVERED)
+        await relay.quiet()
+
+
 async def test_a_suspended_hop_leaves_the_mail_to_others(tmp_path: Path) -> None:
     async with relaying(tmp_path, routes=TWO_HOSTS) as relay:
         await ask(relay, tmp_path, lambda admin: admin.suspend("a"))

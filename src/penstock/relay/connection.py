@@ -518,6 +518,7 @@ class HopConnection:
         self._connection.close_nowait()
         closing = cause.reply if isinstance(cause, ClosingError) else None
         text = str(cause) or "the connection was lost"
+        status = "4.3.0" if isinstance(cause, BodyError) else "4.4.2"  # a body of ours: no other hop is asked
         following = self._following
         for each in (self._current, following):
             if each is None:
@@ -527,7 +528,7 @@ class HopConnection:
                 each.withdraw()
                 self._source.give_back(each.job)
             else:
-                each.lose(text, closing)
+                each.lose(text, closing, status=status)
                 self._source.release(each.job)
         self._current = self._following = None
 

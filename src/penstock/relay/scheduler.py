@@ -555,6 +555,12 @@ class Scheduler:
                 self._give_back(queue)
             elif was_suspended:
                 self._want(queue)
+        # A message for several domains of one route waits as one entry, in the queue of one of them.
+        rows = [row for queue in self._queues.values() for entry in (*queue.old, *queue.fresh) for row in entry.rows]
+        for entry in self.withdraw({row.number for row in rows if row.queue in names}):
+            for row in entry.rows:
+                self._queue(row.queue).has_due = True
+            self.give_back(entry)
 
     async def check_clock(self) -> None:
         """Notice when the clock was set: nothing expires too early, and nothing waits for days."""

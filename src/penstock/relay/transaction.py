@@ -97,11 +97,11 @@ class HopTransaction:
                 return result._replace(kind=Outcome.DEFERRED, status="4.5.3")
         return result
 
-    def lose(self, text: str, closing: ServerReply | None = None) -> None:
+    def lose(self, text: str, closing: ServerReply | None = None, *, status: str = "4.4.2") -> None:
         """Record the loss of the connection: recipients without a result are deferred.
 
-        `closing` is the 421 with which the hop has closed it. Recipients that wait for another transaction go on
-        waiting.
+        `status` is 4.3.0 if it was not the hop that failed. `closing` is the 421 with which the hop has closed it.
+        Recipients that wait for another transaction go on waiting.
         """
         if not self.is_recorded:
             self.record()
@@ -113,7 +113,7 @@ class HopTransaction:
             lost = Result(
                 Outcome.DEFERRED,
                 f"{doubt}{text}",
-                "4.4.2",
+                status,
                 self._hop,
                 is_said=False,
                 in_doubt=self.transaction.is_in_doubt,
