@@ -129,3 +129,13 @@ async def test_hops_are_the_received_fields_of_the_header(head: bytes, count: in
         await fill(target, *[bytes([octet]) for octet in head], rest)
         assert target.received_fields() == count
         target.discard()
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 40])
+async def test_hops_are_counted_in_a_header_that_goes_to_the_file_piece_by_piece(pieces: int, tmp_path: Path) -> None:
+    target = BodyCollector(BodySettings(memory_per_message=0), MemoryBudget(0), tmp_path)
+    head = b"Received: a\r\n" * 30 + b"Subject: x\r\n\r\nReceived: not a field\r\n"
+    size = -(-len(head) // pieces)
+    await fill(target, *(head[at : at + size] for at in range(0, len(head), size)))
+    assert target.received_fields() == 30
+    target.discard()

@@ -24,6 +24,8 @@ from penstock.reply import Reply
 
 CHUNK_OCTETS: Final = 128 * 1024
 """Octets of a piece that `chunks` yields."""
+_MAX_HEAD: Final = 64 * 1024
+"""Octets in which Received fields are counted; a longer header is no loop but an attack."""
 _UNDER_WAY: Final = 128 * 1024
 """Octets that a body in a file has in memory nevertheless."""
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -132,7 +134,7 @@ class FileBody:
 class BodyCollector:
     """Takes the chunks of one body in, and turns them into a `Body`."""
 
-    __slots__ = ("_budget", "_chunks", "_descriptor", "_folder", "_held", "_hops", "_most", "failure", "size")
+    __slots__ = ("_budget", "_chunks", "_descriptor", "_folder", "_head", "_held", "_hops", "_most", "failure", "size")
 
     def __init__(self, settings: BodySettings, budget: MemoryBudget, folder: Path) -> None:
         self.size = 0
@@ -146,6 +148,8 @@ class BodyCollector:
         self._held = 0
         """Octets in `_chunks`, all of them taken from the budget."""
         self._descriptor = -1
+        self._head: bytes | None = b""
+        """What is in the file, up to the end of the header; None once that has come, and is counted."""
         self._hops = 0
 
     def add_nowait(self, chunk: bytes) -> bool:
@@ -194,14 +198,19 @@ class BodyCollector:
 
     def received_fields(self) -> int:
         """Count the Received fields of the header: the servers this message has passed (RFC 5321 6.3)."""
-        return self._hops if self._descriptor >= 0 else count_received(b"".join(self._chunks))
+        if self._descriptor < 0:
+            return count_received(b"".join(self._chunks))
+        return self._hops if self._head is None else count_received(self._head + b"".join(self._chunks))
 
     async def _spill(self, chunk: bytes) -> None:
         """Write what is held, and a chunk, to the file."""
         pieces = [*self._chunks, chunk]
+        if self._head is not None:
+            self._head += b"".join(pieces)
+            if len(self._head) >= _MAX_HEAD or b"\r\n\r\n" in self._head or self._head.startswith(b"\r\n"):
+                self._hops, self._head = count_received(self._head), None
         try:
             if self._descriptor < 0:
-                self._hops = count_received(b"".join(pieces))  # the header is in what stayed in memory so far
                 self._descriptor = await trio.to_thread.run_sync(self._open)
                 self._budget.claim(_UNDER_WAY)
             await trio.to_thread.run_sync(self._write, pieces)

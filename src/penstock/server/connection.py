@@ -377,7 +377,7 @@ class Connection:
     def use_sync_handlers(self, wanted: bool, *, but: frozenset[type] = frozenset()) -> None:
         """Have the events that need neither a decision nor a wait handled without the task, or no event."""
         listener, pump = self.listener, self.pump
-        if not wanted:
+        if not wanted or self.worker.is_stopping:  # then the task has to see the end of the message
             pump.sync_handlers, pump.counting = {}, None
             return
         handlers = listener.sync_handlers
