@@ -492,8 +492,9 @@ class Connection:
                     return
             if pump.tls is not None:
                 socket.send_nowait(pump.tls.end())
-            with trio.move_on_after(_LINGER):
-                await self._linger(socket)
+            if not self.session.has_quit:
+                with trio.move_on_after(_LINGER):
+                    await self._linger(socket)
 
     async def _linger(self, stream: trio.abc.Stream) -> None:
         """Let a client that was dismissed read the reply: what it still sends must not reset the connection."""
