@@ -10,6 +10,7 @@ import smtplib
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,13 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path: Path) ->
         os.kill(before[1], signal.SIGKILL)
         server.said("worker 1 was ended by SIGKILL, and is started again")
         send(server, 20)
-        assert len(server.messages(40)) == 40
+        # A message that was being delivered when its worker was killed may come twice: nothing tells how far it was.
+        for total in range(40, 61):
+            found = Counter(re.search(rb"Subject: (\d+)", message)[1] for message in server.messages(total))  # type: ignore[index]
+            if len(found) == 20 and min(found.values()) >= 2:
+                break
+        assert len(found) == 20
+        assert min(found.values()) >= 2, "a message was lost"
         after = workers_of(server)
         assert after[0] == before[0]
         assert after[1] != before[1]
