@@ -499,6 +499,32 @@ async def test_a_connection_that_has_ended_is_not_told_any_more(tmp_path: Path) 
         assert not talk.engine.followers
 
 
+@pytest.mark.parametrize("end", ["RSET", EHLO])
+async def test_a_fault_of_an_aborted_text_does_not_meet_the_next_one(tmp_path: Path, end: str) -> None:
+    plan = rule("body", BUSY + "\nat = 20")
+    async with talking(tmp_path, plan) as talk:
+        await talk.begin()
+        assert (await talk.ask("BDAT 5\r\n123")).startswith("250")
+        talk.engine.load(parse_plan(""))
+        assert (await talk.ask(end)).startswith("250")
+        await talk.ask(MAIL, RCPT, "BDAT 5\r\n123")
+        talk.engine.load(parse_plan(plan))  # too late for the text that has begun
+        assert (await talk.ask("BDAT 30 LAST\r\n" + "x" * 28)).startswith("250")
+        assert not talk.log.last
+
+
+async def test_a_number_in_an_aborted_header_is_not_that_of_the_next_text(tmp_path: Path) -> None:
+    plan = '[identity]\nwhere = "header"\nheader = "X-Number"\n' + rule("dot", BUSY + "\nmatch.every = 1")
+    async with talking(tmp_path, plan) as talk:
+        await talk.begin()
+        await talk.ask("BDAT 19\r\nX-Number: seq-r-1")
+        talk.engine.load(parse_plan(""))
+        await talk.ask("RSET", MAIL, RCPT, "BDAT 5\r\n123")
+        talk.engine.load(parse_plan(plan))
+        assert (await talk.ask("BDAT 5 LAST\r\nxyz")).startswith("450")
+        assert [fault.sequence for fault in talk.log.last] == [""]
+
+
 async def test_calm_sessions_are_accepted_in_compiled_code(tmp_path: Path) -> None:
     async with talking(tmp_path, has_magic=True, settings={"wire": {"bare_lf": "accept"}}) as talk:
         session = talk.connection.session

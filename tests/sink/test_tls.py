@@ -183,6 +183,19 @@ async def test_a_dressed_reply_to_starttls_goes_on_to_the_handshake(tmp_path: Pa
         assert (await talk.mail()).startswith("250")
 
 
+async def test_a_faulty_starttls_between_two_bdats_gives_the_memory_back(tmp_path: Path) -> None:
+    async with secured(tmp_path, '[[rule]]\nphase = "starttls"\nreply = "220 2.0.0 Mine"') as (talk, context):
+        budget = talk.connection.listener.budget
+        await talk.begin()
+        await talk.ask("BDAT 1002\r\n" + "x" * 1000)
+        assert budget.used > 0
+        assert await talk.ask("STARTTLS") == "220 2.0.0 Mine"
+        await handshake(talk, context)
+        assert budget.used == 0
+        assert not talk.connection.is_receiving
+        assert (await talk.mail()).startswith("250")
+
+
 async def test_a_drop_inside_of_tls_breaks_it_off(tmp_path: Path) -> None:
     plan = '[[rule]]\nphase = "mail"\nend = "drop"'
     async with secured(tmp_path, plan) as (talk, context):

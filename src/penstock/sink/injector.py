@@ -87,12 +87,31 @@ def fault_injection(engine: FaultEngine, certificates: Certificates | None = Non
     return attach
 
 
+class _Text:
+    """What is known of the text of one message."""
+
+    __slots__ = ("head", "number", "octets", "stops")
+
+    def __init__(self, number: int, stops: Sequence[int]) -> None:
+        self.number = number
+        """The number of the text on its connection; 0 for none."""
+        self.stops = stops
+        """Octets at which a decision is due."""
+        self.octets = 0
+        """Octets received."""
+        self.head: bytearray | None = None
+        """The start of the text, where its header is read."""
+
+
+_NO_TEXT: Final = _Text(0, ())
+
+
 class FaultInjector:
-    """What goes wrong on one connection (penstock.server.connection.Faults)."""
+    """The faults of one connection (penstock.server.connection.Faults)."""
 
     __slots__ = (
-        "_auto_accept", "_certificates", "_connection", "_engine", "_has_magic", "_head", "_intercepted", "_magic",
-        "_octets_passed", "_session", "_stops", "_tls_fault",
+        "_auto_accept", "_certificates", "_connection", "_engine", "_has_magic", "_intercepted", "_magic", "_session",
+        "_text", "_tls_fault",
     )  # fmt: skip
 
     def __init__(self, connection: Connection, engine: FaultEngine, magic: Magic, certificates: Certificates) -> None:
@@ -107,12 +126,8 @@ class FaultInjector:
         """A magic recipient was named on this connection."""
         self._tls_fault: TlsFault | None = None
         """What spoils the next handshake."""
-        self._stops: Sequence[int] = ()
-        """Octets of the body at which there is something to decide."""
-        self._octets_passed = 0
-        """Octets of the body that have come."""
-        self._head: bytearray | None = None
-        """The header of the message, when its sequence number is there."""
+        self._text = _NO_TEXT
+        """The text that is being received, if its begin was seen here; see `_current_text`."""
         engine.followers.add(self)
         self.follow()
 
@@ -180,6 +195,8 @@ class FaultInjector:
                 await self._connection.handle(event)
             else:
                 await self._apply(decision, event)
+        if not self._connection.is_receiving:
+            self._text = _NO_TEXT  # whatever has ended it: its end, RSET, EHLO, STARTTLS, or a client that left
 
     def _decide(self, event: Event) -> Decision | None:
         """Ask the engine about an event that needs nothing but the occasion."""
@@ -221,51 +238,62 @@ class FaultInjector:
             await self._apply(decision, event)
 
     async def _handle_begin_data(self, event: BeginData) -> None:
-        self._stops = self._engine.stops()
-        if self._magic_rules("body") and 0 not in self._stops:
-            self._stops = [0, *self._stops]
-        self._octets_passed = 0
+        stops = self._engine.stops()
+        if self._magic_rules("body") and 0 not in stops:
+            stops = [0, *stops]
         occasion = self._occasion("data", octets=event.size or 0)
         occasion.is_chunk = VERBS[self._session.last_verb] == "BDAT"
         decision = self._engine.decide(occasion, self._magic_rules("data"))
-        if decision is None and 0 not in self._stops:
+        if decision is None and 0 not in stops:
             await self._connection.handle(event)
-            self._read_body()
+            self._begin_text(stops)
             return
         await self._apply(decision or Decision(), event)
         if self._connection.is_receiving:
-            self._read_body()
-            await self._pass_stops()
+            self._begin_text(stops)
+            await self._pass_stops(self._text)
 
-    def _read_body(self) -> None:
-        """Have the body come here, where a rule or the log waits for an octet or a field of it."""
-        self._head = bytearray() if self._engine.header or self._engine.receipts.wants_message_ids else None
-        if self._head is not None or any(self._stops):
+    def _begin_text(self, stops: Sequence[int]) -> None:
+        """Have the text come here, if a rule or the log waits for an octet or a field of it."""
+        self._text = text = _Text(self._text_number(), stops)
+        if self._engine.header or self._engine.receipts.wants_message_ids:
+            text.head = bytearray()
+        if text.head is not None or any(stops):
             self._session.wire.discard = False
 
+    def _text_number(self) -> int:
+        return self._connection.texts + self._connection.pump.texts
+
+    def _current_text(self) -> _Text:
+        """Return the text that is being received; an empty one if it began while nothing could go wrong."""
+        return self._text if self._text.number == self._text_number() else _NO_TEXT
+
     async def _handle_chunk(self, event: BodyChunk) -> None:
-        self._octets_passed += len(event.data)
-        if self._head is not None and len(self._head) < _MOST_HEAD:
-            self._head += event.data[: _MOST_HEAD - len(self._head)]
-        await self._pass_stops()
+        text = self._current_text()
+        if text is not _NO_TEXT:
+            text.octets += len(event.data)
+            if text.head is not None and len(text.head) < _MOST_HEAD:
+                text.head += event.data[: _MOST_HEAD - len(text.head)]
+            await self._pass_stops(text)
         if self._connection.is_receiving:
             await self._connection.handle(event)
 
-    async def _pass_stops(self) -> None:
-        """Do what goes wrong at the octets that have been reached."""
-        while self._stops and self._octets_passed >= self._stops[0] and self._connection.is_receiving:
-            at, *self._stops = self._stops
+    async def _pass_stops(self, text: _Text) -> None:
+        """Inject what is due at the octets that have been reached."""
+        while text.stops and text.octets >= text.stops[0] and self._connection.is_receiving:
+            at, *text.stops = text.stops
             magic = self._magic_rules("body") if not at else ()
             occasion = self._occasion("body", at=at)
-            occasion.message_id = self._message_id()
+            occasion.message_id = self._message_id(text)
             decision = self._engine.decide(occasion, magic)
             if decision is not None:
                 await self._apply(decision, None)
 
     async def _handle_end_of_message(self, event: EndOfMessage) -> None:
+        text = self._current_text()
         occasion = self._occasion("dot", octets=event.size)
-        occasion.message_id = self._message_id()
-        occasion.header = self._number_in_header()
+        occasion.message_id = self._message_id(text)
+        occasion.header = self._number_in_header(text)
         decision = self._engine.decide(occasion, self._magic_rules("dot"))
         refuses = decision is not None and decision.has_verdict and not decision.keeps and not _accepts(decision)
         if not refuses:
@@ -275,19 +303,18 @@ class FaultInjector:
         else:
             await self._apply(decision, event)
 
-    def _message_id(self) -> str:
+    def _message_id(self, text: _Text) -> str:
         """Return the Message-ID, as far as the header has arrived, if the log wants it."""
-        if not self._head or not self._engine.receipts.wants_message_ids:
+        if not text.head or not self._engine.receipts.wants_message_ids:
             return ""
-        return message_id_of(bytes(self._head.partition(b"\r\n\r\n")[0]))
+        return message_id_of(bytes(text.head.partition(b"\r\n\r\n")[0]))
 
-    def _number_in_header(self) -> str:
+    def _number_in_header(self, text: _Text) -> str:
         """Return the value of the field that the plan looks for; "" without it."""
-        head, self._head = self._head, None
-        if not head or not self._engine.header:
+        if not text.head or not self._engine.header:
             return ""
         pattern = rb"^%b[ \t]*:[ \t]*([^\r\n]*)" % re.escape(self._engine.header).encode()
-        found = re.search(pattern, head.partition(b"\r\n\r\n")[0], re.IGNORECASE | re.MULTILINE)
+        found = re.search(pattern, text.head.partition(b"\r\n\r\n")[0], re.IGNORECASE | re.MULTILINE)
         return "" if found is None else found[1].decode("ascii", "replace").strip()
 
     # ---- before the first command
@@ -394,6 +421,8 @@ class FaultInjector:
             return session.take_output()
         if isinstance(event, StartTls):
             session.reply(reply or replies.GO_AHEAD_TLS)
+            if session.state is State.TLS:
+                self._connection.drop_message("STARTTLS")  # RFC 3207 4.2: between two BDATs it ends the message
             return session.take_output()
         await self._connection.handle(event)
         output = session.take_output()
