@@ -175,10 +175,10 @@ class Worker:
 
     async def _accept(self, bound: BoundListener) -> None:
         """Accept connections until the worker stops."""
-        listener, (address, port) = bound.listener, bound.local_address
+        listener, ends = bound.listener, bound.local_address
 
-        def serve(fd: int, client_address: str, client_port: int) -> None:
-            self._serve(fd, Peer(client_address, client_port, address, port), listener)
+        def serve(fd: int, address: str, port: int) -> None:
+            self._serve(fd, Peer(address, port, *ends), listener)
 
         def report_shortage(exc: OSError) -> None:
             self._journal.error(0, "accept", exc)
