@@ -25,7 +25,7 @@ ROWS = [
     {"auth", "policy", "delivery", "relay"},
     {"net", "dns", "spool"},
     {"smtp"},
-    {"metrics"},
+    {"control", "metrics"},
     {"journal"},
     {"transaction", "_journal", "mailauth"},
     {"addresses", "breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket", "window"},
