@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final, Literal, Protocol
 
@@ -188,6 +188,7 @@ class Channel:
         self._notice = notice
         self._longest = longest
         self._outgoing, self._waiting = trio.open_memory_channel[bytes](_MOST_WAITING)
+        self._received = bytearray()
         self._numbers = itertools.count(1)
         self._asked: dict[int, _Question] = {}
         self._is_over = False
@@ -199,7 +200,7 @@ class Channel:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
                 task_status.started()
-                async for line in self._lines():
+                while (line := await self._next_line()) is not None:
                     try:
                         self._take(decoder.decode(line), nursery)
                     except msgspec.MsgspecError:
@@ -212,24 +213,23 @@ class Channel:
                 question.answered.set()
             self._stream.socket.close()
 
-    async def _lines(self) -> AsyncIterator[bytes]:
-        """Yield lines until the end."""
-        rest = bytearray()
-        while True:
+    async def _next_line(self) -> bytes | None:
+        """Return the next line; None at the end, and when it is too long."""
+        received, start = self._received, 0
+        while (end := received.find(b"\n", start)) < 0:
+            start = len(received)
+            if start > self._longest:
+                return None
             try:
                 data = await self._stream.receive_some(_READ)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return
+                return None
             if not data:
-                return
-            start = len(rest)
-            rest += data
-            while (end := rest.find(b"\n", start)) >= 0:
-                line, start = bytes(rest[:end]), 0
-                del rest[: end + 1]
-                yield line
-            if len(rest) > self._longest:
-                return
+                return None
+            received += data
+        line = bytes(received[:end])
+        del received[: end + 1]
+        return line
 
     def _take(self, line: _Line, nursery: trio.Nursery) -> None:
         if not line.verb:

@@ -15,4 +15,5 @@ async def run_services(
 
     Raise OSError when a socket cannot be bound.
     """
+    del control, settings
     task_status.started()
