@@ -25,10 +25,22 @@ ROWS = [
     {"auth", "policy", "delivery", "relay"},
     {"net", "dns", "spool"},
     {"smtp"},
-    {"metrics"},
+    {"control", "metrics"},
     {"journal"},
     {"transaction", "_journal", "mailauth"},
-    {"addresses", "breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket", "window"},
+    {
+        "addresses",
+        "breaker",
+        "files",
+        "loading",
+        "message",
+        "privileges",
+        "reply",
+        "schema",
+        "sequence",
+        "tokenbucket",
+        "window",
+    },
 ]
 """From the top layer to the bottom."""
 

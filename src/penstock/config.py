@@ -126,6 +126,34 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=1, le=256, description="Worker processes; each has its own part of the spool and its own limits"),
     ] = 1
+    user: Annotated[
+        str,
+        Meta(
+            description="User that workers run as, a name or a number; a supervisor binds the sockets and reads the "
+            "keys as root. Empty: that of the process"
+        ),
+    ] = ""
+    group: Annotated[str, Meta(description="Group that workers run as; the primary group of the user if empty")] = ""
+    allow_root: Annotated[
+        bool, Meta(description="Allow root without `user` on addresses that other machines can reach")
+    ] = False
+    watchdog: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Seconds without a sign of life after which a worker is killed and restarted; 0: never",
+        ),
+    ] = 30.0
+    reload_check: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Seconds between checks of certificates, keys, users, recipients and policy files for changes; "
+            "0: only at a reload",
+        ),
+    ] = 10.0
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

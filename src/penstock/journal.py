@@ -31,7 +31,14 @@ Recipients = Sequence[Recipient]
 
 
 class JournalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The journal (log) on standard error."""
+    """The journal (log), on standard error or in a file."""
+
+    file: Annotated[
+        str,
+        msgspec.Meta(
+            description="File of the journal, relative to data_dir; opened again at SIGUSR1. Standard error if empty"
+        ),
+    ] = ""
 
     format: Annotated[
         Literal["auto", "human", "json"],
@@ -82,6 +89,11 @@ class Journal:
         if self.logs_connections:
             self._note("listening", 0, None, address, listener)
 
+    def limited(self, key: str, wanted: int, value: int, cause: str) -> None:
+        """A setting is lower than configured."""
+        if self._logs_connections:
+            self._note("limited", 0, None, key, wanted, value, cause)
+
     def stopping(self, sessions: int) -> None:
         """The server stops accepting connections; `sessions` are open."""
         if self.logs_connections:
@@ -96,6 +108,35 @@ class Journal:
         """An error that is not about a message: a bug, or the operating system."""
         if self._logs_errors:
             self._note("error", session, None, where, exc)
+
+    def reloaded(self, what: str) -> None:
+        """The configuration or files that it names were read again and are in use."""
+        if self._logs_errors:
+            self._note("reloaded", 0, None, what)
+
+    def reload_refused(self, cause: str) -> None:
+        """The configuration is wrong: nothing was changed. `cause` begins with the key."""
+        if self._logs_errors:
+            self._note("reload-refused", 0, None, cause)
+
+    def reload_failed(self, cause: str) -> None:
+        """A file that has changed, or a new worker, cannot be used; what was in use before remains."""
+        if self._logs_errors:
+            self._note("reload-failed", 0, None, cause)
+
+    def draining(self, sessions: int) -> None:
+        """Mail is refused until the server is resumed or has ended; `sessions` are open."""
+        if self._logs_errors:
+            self._note("draining", 0, None, sessions)
+
+    def resumed(self) -> None:
+        """Mail is accepted again."""
+        if self._logs_errors:
+            self._note("resumed", 0, None)
+
+    def state(self, state: Fields) -> None:
+        """The state of the server, as an operator has asked for it."""
+        self._note("state", 0, None, state)
 
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """A policy raised an exception, missed its deadline, or returned an invalid value."""
@@ -271,10 +312,17 @@ class Journal:
 # The names of the values of each event, in the order of the arguments of its method.
 _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "listening": ("address", "listener"),
+    "limited": ("key", "wanted", "value", "cause"),
     "stopping": ("sessions",),
     "stopped": (),
     "dropped": ("events",),
     "error": ("where", "error"),
+    "reloaded": ("what",),
+    "reload-refused": ("cause",),
+    "reload-failed": ("cause",),
+    "draining": ("sessions",),
+    "resumed": (),
+    "state": ("state",),
     "hook-failed": ("hook", "hook_point", "cause"),
     "users-failed": ("cause",),
     "users-read": ("file", "users"),
@@ -320,6 +368,8 @@ def _fields(event: str, session: int, peer: Peer | None, values: tuple[Any, ...]
         elif name == "to":
             fields["to"] = [escape(recipient.path.text) for recipient in value[:_MAX_RECIPIENTS]]
             fields["recipients"] = len(value)
+        elif isinstance(value, dict):
+            fields |= value
         elif isinstance(value, BaseException):
             fields["error"] = escape(f"{type(value).__name__}: {value}")
             fields["trace"] = _trace(value)

@@ -1,4 +1,4 @@
-"""What all connections of one listener share. Made once by penstock.app, never changed after."""
+"""What all connections of one listener share. Made by penstock.app, never changed after: a reload makes another."""
 
 from __future__ import annotations
 
@@ -114,6 +114,8 @@ class Listener:
     """TLS begins with the first octet (RFC 8314 3)."""
     binding: ChannelBinding | None = None
     """The channel binding of the certificate (RFC 5929 4)."""
+    certificate_not_after: float = 0.0
+    """Unix time at which the certificate expires; 0 without TLS."""
     max_hops: int = 50
     """`Received:` fields of a message before it counts as looping (RFC 5321 6.3); 0 does not look."""
     delivery: Delivery
