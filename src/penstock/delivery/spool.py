@@ -13,7 +13,8 @@ from penstock.message import Message, Recipient
 from penstock.reply import Reply
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.entry import Entry
-from penstock.spool.spool import Spool, SpoolFullError
+from penstock.spool.queue import DurableQueue
+from penstock.spool.spool import SpoolFullError
 from penstock.transaction import Transaction
 
 
@@ -33,7 +34,7 @@ class Relay(Protocol):
 class SpoolDelivery(Delivery):
     """Puts messages into the spool. Its 250 promises that the message survives a power failure."""
 
-    def __init__(self, spool: Spool, relay: Relay, space: DiskSpace) -> None:
+    def __init__(self, spool: DurableQueue, relay: Relay, space: DiskSpace) -> None:
         self._spool = spool
         self._relay = relay
         self._space = space

@@ -15,7 +15,7 @@ from penstock.relay.recorder import AttemptRecorder
 from penstock.relay.scheduler import Scheduler
 from penstock.reply import Reply
 from penstock.spool.diskspace import DiskSpace
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
 
 
 class Mailboxes(Protocol):
@@ -37,7 +37,7 @@ class Gateway:
     def __init__(
         self,
         *,
-        spool: Spool,
+        spool: DurableQueue,
         disk_space: DiskSpace,
         pool: Pool,
         recorder: AttemptRecorder,

@@ -22,7 +22,7 @@ from penstock.relay.bounce import Action, Reporter, wants
 from penstock.relay.hop import Outcome, Result
 from penstock.spool.entry import AttemptRecord, Entry, Row
 from penstock.spool.entry import Outcome as End
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
 
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
@@ -48,7 +48,7 @@ class AttemptRecorder:
 
     def __init__(
         self,
-        spool: Spool,
+        spool: DurableQueue,
         backoff: Backoff,
         reporter: Reporter,
         domain_of: DomainOf,

@@ -49,7 +49,7 @@ from penstock.relay.route import Route, Routes
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
 from penstock.spool.entry import Entry, HopState
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
 
 _TAKERS: Final = 4
 """Tasks that take mail from the spool."""
@@ -121,7 +121,7 @@ class Scheduler:
     def __init__(
         self,
         settings: RelaySettings,
-        spool: Spool,
+        spool: DurableQueue,
         pool: Pool,
         routes: Routes,
         recorder: AttemptRecorder,
