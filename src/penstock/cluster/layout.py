@@ -20,6 +20,7 @@ The envelope and the place of the body are in headers: the queue is rebuilt with
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -136,6 +137,18 @@ class Layout:
         """Return the subject of requests to a node."""
         return f"{self.name}.op.{node}"
 
+    @staticmethod
+    def spool_queue(partition: int) -> str:
+        """Return the queue of the local spool for messages that were, or may be, in a partition."""
+        return f"cluster-{partition}"
+
+    def spooled_partition(self, queue: str, message_id: str) -> int:
+        """Return the partition for a message of the local spool: the same for each try."""
+        word = queue.removeprefix("cluster-")
+        if word != queue and word.isdecimal():
+            return int(word) % self.partitions
+        return zlib.crc32(message_id.encode()) % self.partitions  # it was spooled before there was a cluster
+
     @property
     def leases(self) -> str:
         """The bucket of the leases."""
@@ -232,8 +245,8 @@ def message_headers(message: Message, *, crc: int, pieces: int) -> tuple[bytes, 
     return headers, before
 
 
-def read_message(subject: str, sequence: int, headers: bytes, *, is_uncertain: bool) -> StoredMessage | None:
-    """Return a message by its headers; None for a marker in its place. Raise LayoutError."""
+def read_message(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
+    """Return a message that was found in the stream; None for a marker in its place. Raise LayoutError."""
     fields = parse_headers(headers)
     try:
         if "P-Done" in fields:
@@ -244,7 +257,7 @@ def read_message(subject: str, sequence: int, headers: bytes, *, is_uncertain: b
         before, prefix, size, pieces = map(int, fields["P-Size"].split())
         envelope = _decode_envelope(fields["P-Env"]) if fields["P-Env"] else None
         crc = int(fields["P-CRC"], 16)
-        place = Place(int(partition), sequence, pieces, crc, before, prefix, 0, is_uncertain)
+        place = Place(int(partition), sequence, pieces, crc, before, prefix, 0, True)
         return StoredMessage(MessageId(message_id), envelope, float(fields["P-At"]), size, place)
     except (KeyError, ValueError, msgspec.MsgspecError) as exc:
         if isinstance(exc, LayoutError):
@@ -262,9 +275,9 @@ def read_envelope(data: bytes) -> Envelope:
 
 def tombstone_headers(sequence: int) -> bytes:
     """Return the headers of the marker that takes the place of a message that is finished."""
-    return (
-        b"NATS/1.0\r\nP-Done: 1\r\nNats-TTL: %ds\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n"
-        % (TOMBSTONE_SECONDS, sequence)
+    return b"NATS/1.0\r\nP-Done: 1\r\nNats-TTL: %ds\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % (
+        TOMBSTONE_SECONDS,
+        sequence,
     )
 
 

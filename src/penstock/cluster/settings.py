@@ -36,9 +36,9 @@ class JetStreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     servers: Annotated[
         tuple[str, ...], msgspec.Meta(max_length=64, description="nats://host:4222, or tls://host:4222 with TLS")
     ] = ()
-    name: Annotated[
-        str, msgspec.Meta(description="Prefix of streams, buckets and subjects; the same on all nodes")
-    ] = "penstock"
+    name: Annotated[str, msgspec.Meta(description="Prefix of streams, buckets and subjects; the same on all nodes")] = (
+        "penstock"
+    )
     node: Annotated[str, msgspec.Meta(description="Unique name of this node; the machine's name if empty")] = ""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5, description="Servers that store each message")] = 3
     streams: Annotated[
@@ -50,7 +50,9 @@ class JetStreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = 64
     max_octets: Annotated[
         int,
-        msgspec.Meta(ge=1 << 20, le=1 << 50, description="Size of each stream; at 90 % of it, mail is refused with 452"),
+        msgspec.Meta(
+            ge=1 << 20, le=1 << 50, description="Size of each stream; at 90 % of it, mail is refused with 452"
+        ),
     ] = 4 << 30
     lease: Annotated[
         float, msgspec.Meta(ge=1, le=600, description="Seconds after which others take over what a lost node owned")
@@ -111,6 +113,16 @@ def check_jetstream(settings: JetStreamSettings) -> None:
             raise ValueError(f"{key}: {value!r} must have 1 to 64 letters, digits, - and _")
     if settings.streams > settings.partitions:
         raise ValueError(f"streams: more than partitions = {settings.partitions}")
+    _check_monitors(settings)
+    if settings.user and not settings.password_file:
+        raise ValueError("password_file: missing for user")
+    if settings.user and settings.nkey_file:
+        raise ValueError("nkey_file: cannot be combined with user")
+    if settings.tls.key and not settings.tls.certificate:
+        raise ValueError("tls.key: requires tls.certificate")
+
+
+def _check_monitors(settings: JetStreamSettings) -> None:
     for number, url in enumerate(settings.monitors):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ValueError(f"monitors[{number}]: {url!r} is not a URL; expected http://host:8222")
@@ -119,9 +131,3 @@ def check_jetstream(settings: JetStreamSettings) -> None:
             "monitors: name the monitoring URLs of all servers, so that it is known whether they sync each message "
             "(sync_interval: always); or set trust_durability = true"
         )
-    if settings.user and not settings.password_file:
-        raise ValueError("password_file: missing for user")
-    if settings.user and settings.nkey_file:
-        raise ValueError("nkey_file: cannot be combined with user")
-    if settings.tls.key and not settings.tls.certificate:
-        raise ValueError("tls.key: requires tls.certificate")

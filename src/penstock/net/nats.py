@@ -20,7 +20,6 @@ Rules
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import random
 import ssl
@@ -266,7 +265,7 @@ class _Connection:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 await self.left.wait()
                 with trio.move_on_after(_DRAINING):
-                    while self.waiting:
+                    while self.waiting:  # noqa: ASYNC110 - it has no event, which each request would cost
                         await trio.sleep(_SWEEP)
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as group:
@@ -429,7 +428,9 @@ class NatsClient:
                     with trio.fail_after(_OPENING):
                         return await self._open(address)
                 except (OSError, trio.BrokenResourceError, ProtocolError, trio.TooSlowError, ssl.SSLError) as exc:
-                    cause = exc.__cause__ or exc
+                    cause: BaseException = exc.__cause__ or exc
+                    while isinstance(cause, BaseExceptionGroup):
+                        cause = cause.exceptions[0]
                     self._last_error = f"{address}: {str(cause) or type(cause).__name__}"
             self.on_change("", self._last_error)
             await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - it spreads load
@@ -440,19 +441,9 @@ class NatsClient:
         """Connect to a server, with TLS and authentication. Raise what `_connect` catches."""
         stream: trio.abc.Stream = await trio.open_tcp_stream(address.host, address.port)
         try:
-            greeting, rest = await _read_line(stream, b"")
-            verb, _, data = greeting.partition(b" ")
-            if verb != b"INFO":
-                raise ProtocolError(f"expected INFO, got {greeting[:60]!r}")
-            info = decode_info(data)
+            info = await _read_info(stream)
             if address.is_tls or info.tls_required:
-                if self._tls is None:
-                    raise ProtocolError("the server demands TLS; use tls://")
-                if rest:
-                    raise ProtocolError("the server sent something before TLS")
-                secured = trio.SSLStream(stream, self._tls, server_hostname=address.tls_name or address.host)
-                await secured.do_handshake()
-                stream = secured
+                stream = await self._start_tls(stream, address)
             await stream.send_all(self._hello(info))
             await self._wait_for_pong(stream)
         except BaseException:
@@ -461,6 +452,13 @@ class NatsClient:
             raise
         self.learn(info, address)
         return _Connection(self, address, stream, info)
+
+    async def _start_tls(self, stream: trio.abc.Stream, address: ServerAddress) -> trio.abc.Stream:
+        if self._tls is None:
+            raise ProtocolError("the server demands TLS; use tls://")
+        secured = trio.SSLStream(stream, self._tls, server_hostname=address.tls_name or address.host)
+        await secured.do_handshake()
+        return secured
 
     def _hello(self, info: Info) -> bytes:
         """Return CONNECT, and a PING whose PONG says that we are let in."""
@@ -602,6 +600,15 @@ class NatsClient:
         subscription = self._subscriptions.get(sid)
         if subscription is not None:
             subscription.deliver(message)
+
+
+async def _read_info(stream: trio.abc.Stream) -> Info:
+    """Return the INFO that a server sends first. Nothing comes after it before the client has sent something."""
+    greeting, rest = await _read_line(stream, b"")
+    verb, _, data = greeting.partition(b" ")
+    if verb != b"INFO" or rest:
+        raise ProtocolError(f"expected INFO, got {greeting[:60]!r}")
+    return decode_info(data)
 
 
 async def _read_line(stream: trio.abc.Stream, rest: bytes) -> tuple[bytes, bytes]:

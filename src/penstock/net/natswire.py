@@ -181,9 +181,7 @@ def make_publish(subject: str, reply: str, headers: bytes, data: bytes) -> bytes
     """Return a PUB, or an HPUB with headers."""
     if headers:
         size = len(headers)
-        return b"".join(
-            [f"HPUB {subject} {reply} {size} {size + len(data)}\r\n".encode(), headers, data, b"\r\n"]
-        )
+        return b"".join([f"HPUB {subject} {reply} {size} {size + len(data)}\r\n".encode(), headers, data, b"\r\n"])
     return b"".join([f"PUB {subject} {reply} {len(data)}\r\n".encode(), data, b"\r\n"])
 
 
