@@ -17,9 +17,9 @@ What needs a decision is asked of `auth` (who is this client?) and `policy` (is 
 SPF, DKIM, DMARC and ARC without any I/O, and `dns` answers its questions; `penstock judge` shows what they find.
 
 A complete message goes to a `delivery`, and the client gets its 250 after that has committed it: to a Maildir, to the
-`spool`, a durable queue, or straight to the next hop. From the spool, `relay` sends it on to the next hop, tries again
-later, and reports to the sender when it gives up. Everything that happens to mail is an event of the `journal`, which
-compiled code (`_journal`) encodes.
+`spool`, a durable queue, to the same queue replicated over several machines (`cluster`), or straight to the next hop.
+From the queue, `relay` sends it on to the next hop, tries again later, and reports to the sender when it gives up.
+Everything that happens to mail is an event of the `journal`, which compiled code (`_journal`) encodes.
 
 `sink` is the target of load tests: it accepts everything, injects faults on request and keeps statistics. `load`
 generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found.

@@ -143,9 +143,9 @@ def node_of(server: Server) -> Node:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait until something is so that has no event."""
+    """Wait until something is so, without an event."""
     with trio.fail_after(PATIENCE):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it has none
             await trio.sleep(0.01)
 
 
