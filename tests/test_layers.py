@@ -23,6 +23,7 @@ ROWS = [
     {"sink", "load"},
     {"server"},
     {"auth", "policy", "delivery", "relay"},
+    {"cluster"},
     {"net", "dns", "spool"},
     {"smtp"},
     {"control", "metrics"},

@@ -17,14 +17,15 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from penstock import __version__
 from penstock.addresses import canonical_domain, parse_network
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.auth.throttle import AuthThrottle
@@ -38,6 +39,7 @@ from penstock.delivery.maildir import MaildirDelivery
 from penstock.delivery.passthrough import PassthroughDelivery
 from penstock.delivery.spool import SpoolDelivery
 from penstock.journal import Journal, JournalSettings
+from penstock.loading import HookError
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
@@ -72,7 +74,11 @@ from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
 from penstock.spool.admin import Filter, QueueAdmin
 from penstock.spool.diskspace import DiskSpace
+from penstock.spool.queue import DurableQueue
 from penstock.spool.spool import Spool, SpoolError
+
+if TYPE_CHECKING:
+    from penstock.cluster.node import Node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -516,15 +522,17 @@ def make_gateway(
     spool = Spool(settings.spool, folder)
     reserve = settings.spool.reserve_octets, settings.spool.reserve_inodes
     disk_space = DiskSpace(folder, reserve_octets=reserve[0], reserve_inodes=reserve[1])
+    node = make_node(settings, spool, data_dir, journal) if settings.delivery.kind == "jetstream" else None
+    queue: DurableQueue = spool if node is None else node.queue
     resolver = Resolver(settings.resolver, own_names=own_names(settings))
     routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_domain=own_domain)
     pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
-    recorder = AttemptRecorder(spool, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
+    recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
-    scheduler = Scheduler(relay, spool, pool, routes, recorder, journal, local=local)
+    scheduler = Scheduler(relay, queue, pool, routes, recorder, journal, local=local)
     gateway = Gateway(
-        spool=spool,
+        spool=queue,
         disk_space=disk_space,
         pool=pool,
         recorder=recorder,
@@ -532,12 +540,37 @@ def make_gateway(
         local=local,
         journal=journal,
         grace=settings.server.grace,
+        services=nullcontext if node is None else node.running,
+        beside=None if node is None else node.serve,
     )
     passthrough = Onward(pool, routes, suspended=lambda: scheduler.suspended)
-    delivery: Delivery = SpoolDelivery(spool, scheduler, disk_space)
+    delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space)
+    if node is not None:
+        delivery = make_replicated(settings, node, scheduler, disk_space)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
     return gateway, delivery, passthrough
+
+
+def make_node(settings: Settings, spool: Spool, data_dir: Path, journal: Journal) -> Node:
+    """Assemble this node of the cluster. Raise OSError or ValueError for its files, HookError without the extra."""
+    try:
+        from penstock.cluster.node import Node  # noqa: PLC0415 - needs the extra
+    except ImportError as exc:
+        raise HookError(f"delivery.kind = \"jetstream\" needs pip install 'penstock[cluster]': {exc}") from exc
+    # Worker processes have a part of the spool each, "spool-1", and so an index each.
+    number = settings.spool.path.rpartition("-")[2]
+    index = f"index-{number}" if number.isdecimal() else "index"
+    return Node(settings.jetstream, spool, data_dir=data_dir, index=index, version=__version__, journal=journal)
+
+
+def make_replicated(settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace) -> Delivery:
+    """Return the delivery into the cluster, and connect its queue to the relay."""
+    from penstock.delivery.jetstream import FallbackSpool, JetStreamDelivery  # noqa: PLC0415 - needs the extra
+
+    node.attach(scheduler.domain_of, scheduler.withdraw)
+    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue)
+    return JetStreamDelivery(node.queue, scheduler, node, fallback if settings.jetstream.fallback == "spool" else None)
 
 
 def own_names(settings: Settings) -> list[str]:

@@ -91,7 +91,7 @@ class Journal:
 
     def limited(self, key: str, wanted: int, value: int, cause: str) -> None:
         """A setting is lower than configured."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("limited", 0, None, key, wanted, value, cause)
 
     def stopping(self, sessions: int) -> None:
@@ -274,6 +274,11 @@ class Journal:
         if self._logs_errors:
             self._note("hop-up", 0, None, hop)
 
+    def cluster(self, server: str, cause: str) -> None:
+        """A connection to a server of the replicated queue was made, or lost if there is a cause."""
+        if self._logs_errors:
+            self._note("cluster", 0, None, server, cause)
+
     # ---- lines
 
     def _note(self, event: str, session: int, peer: Peer | None, *values: Any) -> None:
@@ -344,6 +349,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "reported": ("id", "about", "action", "sender"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
+    "cluster": ("server", "cause"),
     "operated": ("action", "id", "recipients"),
     "clock-jumped": ("seconds", "rescheduled"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -45,8 +47,15 @@ class Gateway:
         local: Mailboxes,
         journal: Journal,
         grace: float,
+        services: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        beside: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`grace` is how many seconds transactions with next hops have to end when the gateway stops."""
+        """`grace` is how many seconds transactions with next hops have to end when the gateway stops.
+
+        The spool is opened and closed within `services`; `beside` runs as long as the relay.
+        """
+        self._services = services
+        self._beside = beside
         self.spool = spool
         self.scheduler = scheduler
         self.pool = pool
@@ -66,6 +75,10 @@ class Gateway:
         Raise OSError, sqlite3.Error or SpoolError if the spool cannot be opened. All sessions must have ended before
         `stop`, as the spool is closed then.
         """
+        async with self._services():
+            await self._run(task_status)
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         self.spool.report_bug = partial(self._journal.error, 0, "spool")
         recovered = await self.spool.start()
         try:
@@ -88,6 +101,8 @@ class Gateway:
             await nursery.start(self.pool.run)
             await nursery.start(self.scheduler.run)
             nursery.start_soon(Operators(self.scheduler, self._recorder).run)
+            if self._beside is not None:
+                nursery.start_soon(self._beside)
             task_status.started()
             await self._is_stopping.wait()
             self.scheduler.stop()
