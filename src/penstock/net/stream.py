@@ -274,7 +274,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     def send_and_close_nowait(self, data: bytes) -> int:
         """Send and close: both leave in one packet. Return how many octets were sent; fewer than all: it is open still.
 
-        A lost connection counts as sent: nobody reads it.
+        A lost connection counts as sent: there is no reader.
         """
         return self._socket.send_and_close_nowait(data)
 

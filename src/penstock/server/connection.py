@@ -722,7 +722,7 @@ class Connection:
         self.session.reply(reply)
 
     def _on_end_of_message_now(self, event: EndOfMessage) -> bool:
-        """Count a message that nobody keeps, and journal it."""
+        """Count a message that is not kept, and journal it."""
         listener, transaction = self.listener, self.transaction
         assert listener.discards is not None
         self.incoming = None
@@ -737,7 +737,7 @@ class Connection:
         return True
 
     def _is_looping(self, incoming: IncomingMessage | CountedMessage) -> bool:
-        """Say whether a message has passed so many servers that it must be looping (RFC 5321 6.3)."""
+        """Return True if a message has passed more servers than `max_hops`: it is looping (RFC 5321 6.3)."""
         most = self.listener.max_hops
         return bool(most) and incoming.received_fields() >= most
 

@@ -42,7 +42,7 @@ class Deadlines:
         """Return the final reply for a connection that has taken too long.
 
         `commands` counts the lines that are complete: a client that sends an octet from time to time is idle. `text`
-        is the number of the text that is being received, 0 when there is none; `octets` are those received so far.
+        is the number of the text that is being received, 0 without one; `octets` are those received so far.
         """
         is_late = False
         if text:

@@ -101,7 +101,7 @@ AUTO_ACCEPT_RCPT: Final = 4
 AUTO_ACCEPT_QUIT: Final = 8
 
 _SLOW_COMMAND: Final = 8
-"""What a MAIL or RCPT that needs the whole grammar counts for in a turn: it takes as long as so many others."""
+"""What a MAIL or RCPT that needs the whole grammar counts for in a turn: it takes about as long as 8 others."""
 OUTPUT_TAKEN: Final = -1
 """What an observer is called with before the output is taken; otherwise it is called with each token of the wire."""
 
