@@ -29,9 +29,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
+import outcome
 import trio
 
 from penstock.journal import Journal
@@ -95,7 +97,7 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 67_108_864
     local_writers: Annotated[
         int, msgspec.Meta(ge=1, le=1024, description='Messages that a route to "maildir" delivers at a time')
-    ] = 32
+    ] = 512
     smtputf8_downgrade: Annotated[
         Literal["refuse", "send"],
         msgspec.Meta(
@@ -111,8 +113,8 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class LocalDelivery(Protocol):
     """Delivery into mailboxes on this machine; see penstock.delivery.base."""
 
-    async def deliver(self, message: Message) -> Reply:
-        """Deliver to all recipients, or to none of them."""
+    def deliver_later(self, message: Message, done: Callable[[outcome.Outcome[Reply]], None]) -> None:
+        """Deliver to all recipients, or to none of them, then call `done` in the trio thread."""
 
 
 class Scheduler:
@@ -430,8 +432,7 @@ class Scheduler:
             name = "maildir" if route.is_local else (route_queue.only or route.first)[0].name
             self.journal.attempted(entry.id, entry.envelope.recipients, name, entry.rows[0].attempts)
         if route.is_local:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._deliver_locally, route_queue, entry)
+            self._deliver_locally(route_queue, entry)
             return
         hops: Sequence[Hop] = route_queue.only or route.order(self._random)
         if route_queue.suspended:
@@ -504,20 +505,30 @@ class Scheduler:
             queue.resume_at = resume_at
             self._end_all(queue, result, is_backing_off=route_queue.reason is not None)
 
-    async def _deliver_locally(self, route_queue: RouteQueue, entry: Entry) -> None:
-        """Deliver a message into mailboxes."""
+    def _deliver_locally(self, route_queue: RouteQueue, entry: Entry) -> None:
+        """Deliver a message into mailboxes. What has been begun is finished, also when the relay is cancelled."""
         assert self._local is not None
         message = Message(entry.id, entry.envelope, entry.prefix, entry.body, entry.received_at)
+        done = partial(self._delivered_locally, route_queue, entry)
         try:
-            with trio.CancelScope(shield=True):  # only the disk is waited for, and a delivery is made as a whole
-                reply = await self._local.deliver(message)
+            self._local.deliver_later(message, done)
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            done(outcome.Error(exc))
+
+    def _delivered_locally(self, route_queue: RouteQueue, entry: Entry, result: outcome.Outcome[Reply]) -> None:
+        """Record what became of a message. Does not raise: others of the same batch follow."""
+        if isinstance(result, outcome.Value):
+            reply = result.value
             kind = Outcome.DELIVERED if reply.accepts else Outcome.FAILED if reply.is_permanent else Outcome.DEFERRED
-            text, status = f"{reply.code} {reply.status or ''} {reply.text}", reply.status or f"{reply.code // 100}.0.0"
-        except Exception as exc:  # noqa: BLE001 - rule 6; what is wrong with our disk is not reported to senders
-            self.journal.error(0, "maildir", exc)
-            kind, text, status = Outcome.DEFERRED, "the mailbox cannot be written", "4.2.0"
-        result = Result(kind, text, status, "", is_said=False)
-        self.sent(route_queue, entry, [result] * len(entry.rows), is_final=True)
+            status = reply.status or f"{reply.code // 100}.0.0"
+            ended = Result(kind, f"{reply.code} {reply.status or ''} {reply.text}", status, "", is_said=False)
+        else:  # what is wrong with our disk is not reported to senders
+            self.journal.error(0, "maildir", result.error)
+            ended = Result(Outcome.DEFERRED, "the mailbox cannot be written", "4.2.0", "", is_said=False)
+        try:
+            self.sent(route_queue, entry, [ended] * len(entry.rows), is_final=True)
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            self.journal.error(0, "relay", exc)
 
     # ---- what operators ask for (see relay/operators.py)
 
