@@ -152,11 +152,16 @@ class Spool:
     def _entries(self, put: Put) -> list[Entry]:
         """Return the entries of a message that was put as taken, one for each queue."""
         message = put.message
-        envelope, queues = message.envelope, put.queues
+        envelope, queues, first = message.envelope, put.queues, put.number << PLACES
+        if len(queues) == 1:
+            body = self._store.body(put.number, message.body.size, put.data)
+            row = Row(first, 1, False, queues[0])
+            return [
+                Entry(put.number, message.id, row.queue, envelope, (row,), message.prefix, body, message.received_at)
+            ]
         groups: dict[str, list[int]] = {}
         for place, queue in enumerate(queues):
             groups.setdefault(queue, []).append(place)
-        first = put.number << PLACES
         entries = []
         for queue, places in groups.items():
             if len(groups) > 1:
