@@ -237,10 +237,13 @@ class Spool:
         """Return what operators have asked for since the last call; see `QueueAdmin`."""
         return await self._committer.do(lambda store: store.admin_input(), whole=True)
 
-    async def obey(self, action: str, rows: Sequence[int]) -> None:
-        """Hold, drop or retry recipients that are written as being attempted, but are not."""
+    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, drop or retry recipients, and answer the instructions.
+
+        `withdrawn` are written as being attempted, but are not. `at_rest` were not; those that are now are not changed.
+        """
         now = self._clock()
-        for number in await self._committer.do(lambda store: store.obey(action, rows, now), whole=True):
+        for number in await self._committer.do(lambda store: store.obey(action, withdrawn, at_rest, now), whole=True):
             self._threads.remove_later(number)
 
     async def answer(self, rows: Sequence[int], *, is_done: bool) -> None:
