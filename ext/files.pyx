@@ -18,8 +18,8 @@ from libc.errno cimport EINTR, EIO, errno
 from libc.stdio cimport FILE, fclose, fgets, fopen, sscanf
 from libc.stdlib cimport calloc, free
 
-import os
-import sys
+import os as _os
+import sys as _sys
 
 
 cdef extern from *:
@@ -70,7 +70,7 @@ def _version(text):
     return tuple(int(part) if part.isdecimal() else 0 for part in text.partition("-")[0].split(".")[:2])
 
 
-cdef bint syncfs_reports_errors = sys.platform == "linux" and _version(os.uname().release) >= (5, 8)
+cdef bint syncfs_reports_errors = _sys.platform == "linux" and _version(_os.uname().release) >= (5, 8)
 
 
 cdef struct Folder:
