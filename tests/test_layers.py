@@ -30,6 +30,7 @@ ROWS = [
     {"journal"},
     {"transaction", "_journal", "mailauth"},
     {
+        "_files",
         "addresses",
         "breaker",
         "files",

@@ -26,7 +26,7 @@ Everything that happens to mail is an event of the `journal`, which compiled cod
 generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found.
 
 At the bottom: `addresses` (the canonical form of domains and IP addresses), `breaker` (a circuit breaker),
-`tokenbucket` and `window` (rates), `files` (full disks and atomic writes).
+`tokenbucket` and `window` (rates), `files` and `_files` (full disks, atomic writes, batches of files).
 
 A package imports only from packages below it; tests/test_layers.py has the order. Whatever programs that use Penstock
 need can be imported from `penstock` itself.

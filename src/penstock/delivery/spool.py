@@ -24,8 +24,14 @@ class Relay(Protocol):
     def domain_of(self, recipient: Recipient) -> str:
         """Return the domain whose queue a recipient waits in."""
 
-    def takes(self, queues: Sequence[str], octets: int) -> bool:
-        """Say whether a message of so many octets would be attempted at once, so that it need not be read back."""
+    def reserve(self, queues: Sequence[str], octets: int) -> bool:
+        """Return whether a message of this size would be attempted at once, so that it need not be read back.
+
+        If so, memory is reserved for it until `release`.
+        """
+
+    def release(self, octets: int) -> None:
+        """Give back what `reserve` has reserved."""
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Attempt what was put as taken."""
@@ -48,11 +54,14 @@ class SpoolDelivery(Delivery):
     async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
         """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for its errors."""
         queues = self._queues(message)
-        is_taken = self._relay.takes(queues, message.size)
+        is_taken = self._relay.reserve(queues, message.size)
         try:
             entries = await self._spool.put(message, queues, is_taken=is_taken)
         except (OSError, sqlite3.Error, SpoolFullError) as exc:
             return _refusal(exc)
+        finally:
+            if is_taken:
+                self._relay.release(message.size)
         self._space.count(message.size)
         if entries:
             self._relay.offer(entries)

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
+import outcome
 import trio
 
 from penstock.journal import Journal
@@ -26,11 +27,11 @@ class Mailboxes(Protocol):
     async def start(self) -> None:
         """Open what it needs. Raise OSError."""
 
-    async def deliver(self, message: Message) -> Reply:
-        """Deliver to all recipients, or to none of them."""
+    def deliver_later(self, message: Message, done: Callable[[outcome.Outcome[Reply]], None]) -> None:
+        """Deliver to all recipients, or to none of them, then call `done` in the trio thread."""
 
     async def aclose(self) -> None:
-        """Give everything back."""
+        """Finish what was begun, and give everything back."""
 
 
 class Gateway:
@@ -87,11 +88,12 @@ class Gateway:
             with self._work:
                 await self._relay(task_status)
         finally:
-            self.scheduler.close()
             with trio.CancelScope(shield=True):
+                self.scheduler.stop()
+                await self._local.aclose()  # what was delivered is recorded
+                self.scheduler.close()
                 await self._recorder.flush()
                 await self.spool.aclose()
-                await self._local.aclose()
             self.over.set()
 
     async def _relay(self, task_status: trio.TaskStatus[None]) -> None:

@@ -68,8 +68,11 @@ class DurableQueue(Protocol):
     async def admin_input(self) -> AdminInput:
         """Return what operators have asked for since the last call."""
 
-    async def obey(self, action: str, rows: Sequence[int]) -> None:
-        """Hold, drop or retry recipients that are not being delivered."""
+    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, drop or retry recipients, and answer the instructions.
+
+        `withdrawn` are written as being attempted, but are not. `at_rest` were not; those that are now are not changed.
+        """
 
     async def answer(self, rows: Sequence[int], *, is_done: bool) -> None:
         """Answer the instructions on recipients."""

@@ -152,11 +152,16 @@ class Spool:
     def _entries(self, put: Put) -> list[Entry]:
         """Return the entries of a message that was put as taken, one for each queue."""
         message = put.message
-        envelope, queues = message.envelope, put.queues
+        envelope, queues, first = message.envelope, put.queues, put.number << PLACES
+        if len(queues) == 1:
+            body = self._store.body(put.number, message.body.size, put.data)
+            row = Row(first, 1, False, queues[0])
+            return [
+                Entry(put.number, message.id, row.queue, envelope, (row,), message.prefix, body, message.received_at)
+            ]
         groups: dict[str, list[int]] = {}
         for place, queue in enumerate(queues):
             groups.setdefault(queue, []).append(place)
-        first = put.number << PLACES
         entries = []
         for queue, places in groups.items():
             if len(groups) > 1:
@@ -232,10 +237,13 @@ class Spool:
         """Return what operators have asked for since the last call; see `QueueAdmin`."""
         return await self._committer.do(lambda store: store.admin_input(), whole=True)
 
-    async def obey(self, action: str, rows: Sequence[int]) -> None:
-        """Hold, drop or retry recipients that are written as being attempted, but are not."""
+    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, drop or retry recipients, and answer the instructions.
+
+        `withdrawn` are written as being attempted, but are not. `at_rest` were not; those that are now are not changed.
+        """
         now = self._clock()
-        for number in await self._committer.do(lambda store: store.obey(action, rows, now), whole=True):
+        for number in await self._committer.do(lambda store: store.obey(action, withdrawn, at_rest, now), whole=True):
             self._threads.remove_later(number)
 
     async def answer(self, rows: Sequence[int], *, is_done: bool) -> None:
