@@ -29,7 +29,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -61,8 +61,6 @@ class Command(NamedTuple):
     words: Sequence[str]
     descriptors: Sequence[int]
     """Those that it inherits."""
-    options: Mapping[str, Any] = {}
-    """Keyword arguments for subprocess.Popen, such as `user`."""
 
 
 class Launch(Protocol):
@@ -337,7 +335,6 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     pass_fds=tuple(command.descriptors),
                     start_new_session=True,
-                    **command.options,
                 )
                 line = ours.dup()
             if self._stop_wanted.is_set():
