@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bench.operations import make_pair
 
 from tests.e2e.running import ENVIRONMENT, serving
-from tests.e2e.test_reload import certificate_of, make_pair, wait_for_event
+from tests.e2e.test_reload import certificate_of, wait_for_event
 from tests.e2e.test_workers import workers_of
 
 IS_ROOT = os.geteuid() == 0
