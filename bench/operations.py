@@ -418,9 +418,10 @@ def passed(sockets: list[int]) -> Iterator[tuple[int, ...]]:
 
 def _saved(number: int) -> int | None:
     try:
-        return int(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 200))
+        copy: int = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 200)
     except OSError:
         return None
+    return copy
 
 
 def restarts(folder: Path, count: int) -> str:
@@ -453,9 +454,10 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only rows whose names have one of these words")
     parser.add_argument("--scale", type=float, default=1.0, help="0.1: a tenth of the reloads")
     arguments = parser.parse_args()
+    scale: float = arguments.scale
 
     def times(count: int) -> int:
-        return max(1, round(count * arguments.scale))
+        return max(1, round(count * scale))
 
     rows: dict[str, Callable[[Path], str]] = {
         "reload": lambda folder: reloads(folder, times(50)),
