@@ -8,8 +8,11 @@ import gc
 import os
 import resource
 import signal
+import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
+from importlib import resources
+from pathlib import Path
 from typing import Final
 
 import click
@@ -126,6 +129,10 @@ def account_of(settings: Settings) -> Account | None:
 
 def become(account: Account) -> None:
     """Serve as another account from now on, without capabilities. Raise OSError."""
+    # Modules that Python imports at their first use: the other account need not be able to read them.
+    socket.getaddrinfo("localhost", 0)
+    "idna".encode("idna")
+    resources.files("penstock").joinpath("py.typed").read_bytes()
     os.setgroups(account.groups)
     os.setgid(account.gid)
     os.setuid(account.uid)
@@ -139,11 +146,29 @@ def tune_collector() -> None:
     gc.set_threshold(_GC_THRESHOLD, 20, 100)
 
 
+_OF_WORKERS: Final = ("tmp", "maildir", "secret", "spool*", "state*", "index*", "run")
+"""What workers write in the state directory. Certificates and keys stay those of root."""
+
+
 def prepare_data_dir(settings: Settings, account: Account) -> None:
-    """Make the state directory of an account if there is none. Raise OSError."""
-    if not os.path.isdir(settings.data_dir):  # noqa: PTH112 - no Path is needed
-        os.makedirs(settings.data_dir, mode=0o750)  # noqa: PTH103
-        os.chown(settings.data_dir, account.uid, account.gid)
+    """Make the state directory for an account, or hand one that root has used to it. Raise OSError.
+
+    Only a directory of root is handed over: nobody else could have put a link into it.
+    """
+    folder = Path(settings.data_dir)
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o750)
+    if folder.stat().st_uid != 0:
+        return
+    names = (
+        *_OF_WORKERS,
+        f"{settings.spool.path}*",
+        settings.delivery.maildir.path.partition("{")[0].rstrip("/") or "tmp",
+    )
+    found = {path for name in names if not Path(name).is_absolute() for path in folder.glob(name)}
+    for path in [*found, *(each for top in found if top.is_dir() for each in top.rglob("*"))]:
+        os.chown(path, account.uid, account.gid, follow_symlinks=False)
+    os.chown(folder, account.uid, account.gid)
 
 
 # ---- a server of one process

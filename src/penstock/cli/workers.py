@@ -31,6 +31,7 @@ from penstock.cli.notify import ServiceManager, passed_sockets
 from penstock.cli.operating import Load, Operations, Outfit, RollError
 from penstock.cli.running import (
     account_of,
+    become,
     fit_descriptors,
     innermost,
     prepare_data_dir,
@@ -46,7 +47,7 @@ from penstock.config import ConfigError, Settings, check
 from penstock.control import Channel, ControlError, HopAction, WorkerState
 from penstock.journal import Journal
 from penstock.net.tls import KeyPair
-from penstock.privileges import Account, drop_capabilities
+from penstock.privileges import Account
 from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
 from penstock.supervisor import Command, Supervisor, WorkerError, WorkerProcess, describe_end
@@ -82,7 +83,8 @@ class Boot(NamedTuple):
     settings: Settings
     key_pairs: Sequence[KeyPair | None]
     is_draining: bool = False
-    drops_capabilities: bool = False
+    account: Account | None = None
+    """Who to become."""
 
     def encode(self) -> bytes:
         """Return it as octets."""
@@ -139,7 +141,7 @@ class Launcher:
     @property
     def boot(self) -> Boot:
         """What a worker is told."""
-        return Boot(self.settings, self.key_pairs, self.is_draining, self._account is not None)
+        return Boot(self.settings, self.key_pairs, self.is_draining, self._account)
 
     @contextmanager
     def __call__(self, index: int, line: int) -> Iterator[Command]:
@@ -150,13 +152,13 @@ class Launcher:
         ]
         with _in_memory(self.boot.encode()) as boot:
             told = Inheritance(index, line, boot, sockets)
-            words = [sys.executable, "-m", "penstock", *sys.argv[1:], "--worker", told.encode()]
-            yield Command(words, [line, boot, *(fd for each in sockets for fd in each)], self._options())
+            words = [*_python(), "-m", "penstock", *sys.argv[1:], "--worker", told.encode()]
+            yield Command(words, [line, boot, *(fd for each in sockets for fd in each)])
 
-    def _options(self) -> dict[str, Any]:
-        if self._account is None:
-            return {}
-        return {"user": self._account.uid, "group": self._account.gid, "extra_groups": self._account.groups}
+
+def _python() -> list[str]:
+    """Return how to start Python. `-m` must not add the current folder to the path of modules if it is not there."""
+    return [sys.executable] if str(Path.cwd()) in sys.path or "" in sys.path else [sys.executable, "-P"]
 
 
 @contextmanager
@@ -432,8 +434,8 @@ def work(word: str) -> None:
     sockets = [[socket.socket(fileno=fd) for fd in each] for each in told.sockets]
     writer: JournalWriter | None = None
     try:
-        if boot.drops_capabilities:
-            drop_capabilities()
+        if boot.account is not None:
+            become(boot.account)
         log = LogFile(settings)
         journal = Journal(settings.journal, is_terminal=os.isatty(log.descriptor))
         writer = JournalWriter(log.descriptor, journal.tell_dropped, is_shared=True)
