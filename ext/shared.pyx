@@ -374,7 +374,10 @@ cdef class SharedTable:
             slot.before = slot.recent if slot.window + 1 == window else 0
             slot.recent = 0
             slot.window = window
-        slot.recent += n
+        if n < 0 and slot.recent <= 0 and slot.before > 0:
+            slot.before += n        # it was counted in the window before
+        else:
+            slot.recent += n
         slot.ends = <uint64_t> (now + 2 * seconds) + 1
 
     cdef void sums(self, uint64_t key, uint32_t window, double part, uint64_t *opened, double *recent) noexcept:
@@ -575,9 +578,8 @@ cdef class ListenerTotals:
     cdef unsigned int sessions, accepted
 
     def __init__(self, SessionTotals totals not None, unsigned int sessions, unsigned int accepted, end_cell, refused):
-        """`end_cell(cause)` returns the cell of an end; `refused(phase, encoded)` is told of refused messages.
-
-        And of refused recipients: with the phase "RCPT".
+        """`end_cell(cause)` returns the cell of an end; `refused(phase, encoded)` gets refused messages,
+        recipients and handshakes.
         """
         self.totals = totals
         self.page = totals.page
@@ -680,5 +682,7 @@ cdef class CountedSession(SessionMetrics):
         if self.has_ended:
             return
         self.has_ended = True
+        if self.tls_began:
+            self.listener.refused("tls", b"")
         self.listener.page.bump(self.listener.sessions, <uint64_t> -1)
         self.listener.page.bump(<unsigned int> self.listener.end_cell(cause), 1)

@@ -110,9 +110,7 @@ class SharedTable:
 class SessionTotals(Metrics):
     """What the sessions of a worker count in its page: a few additions for each reply."""
 
-    def __init__(
-        self, page: Page, code_cell: Callable[[int], int], verb_cell: Callable[[str, int], int]
-    ) -> None:
+    def __init__(self, page: Page, code_cell: Callable[[int], int], verb_cell: Callable[[str, int], int]) -> None:
         """`code_cell(code)` and `verb_cell(verb, class)` return the cells of replies_total and commands_total."""
     page: Page
 
@@ -130,7 +128,7 @@ class ListenerTotals:
         """`sessions` and `accepted` are the cells of the open connections and of the accepted messages.
 
         `end_cell(cause)` returns the cell of an end; `refused(phase, reply)` is called for each refused message (phase
-        "message") and recipient ("rcpt").
+        "message"), recipient ("rcpt"), and handshake that failed ("tls", without a reply).
         """
     totals: SessionTotals
     def new_session(self) -> CountedSession:

@@ -30,7 +30,8 @@ class Collector:
         """At most `destinations` of them, and as many next hops, have series of their own."""
         self.segment = segment
         self._retired: Sums = {}
-        self._most = destinations
+        self.most: Final = destinations
+        """Destinations, and next hops, with series of their own."""
         self._destinations = Busiest(destinations, len(OUTCOMES), clock)
         self._hops: dict[int, dict[str, tuple[int, int]]] = {}
         """By worker."""
@@ -91,12 +92,12 @@ class Collector:
             for name, (is_up, connections) in hops.items():
                 was_up, before = merged.get(name, (1, 0))
                 merged[name] = (min(is_up, was_up), before + connections)
-        if len(merged) <= self._most:
+        if len(merged) <= self.most:
             return merged
         order = sorted(merged.items(), key=lambda each: (each[1][0], -each[1][1], each[0]))
-        rest = order[self._most :]
+        rest = order[self.most :]
         total = (min(is_up for _, (is_up, _) in rest), sum(connections for _, (_, connections) in rest))
-        return {**dict(order[: self._most]), OTHER: total}
+        return {**dict(order[: self.most]), OTHER: total}
 
 
 def _add(sums: Sums, kind: str, name: str, value: Value) -> None:

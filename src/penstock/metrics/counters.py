@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from penstock import reply as replies
-from penstock.metrics._shared import ListenerTotals, Page, SessionTotals
+from penstock.metrics._shared import ListenerTotals, Page, SessionTotals, SharedTable
 from penstock.metrics.families import FAMILIES, OTHER, OUTCOMES, SERIES_FROM_THE_START, series
 
 _MOST_REASONS: Final = 128
@@ -51,15 +51,15 @@ class Counters:
     def __init__(self, page: Page) -> None:
         """Use a page that was started."""
         self.page = page
+        self.table = SharedTable(page)
+        """The limits that all workers share."""
         self._cells: dict[tuple[str, tuple[str, ...]], int] = {}
         self._reasons: set[str] = set()
         self._destinations: dict[str, list[int]] = {}
         self.sessions = SessionTotals(page, self._code_cell, self._verb_cell)
         for name, labels in SERIES_FROM_THE_START:
             self._cell(name, **labels)
-        self._seconds = {
-            name: self._cell(name) for name in ("relay_seconds", "spool_commit_seconds", "spool_batch")
-        }
+        self._seconds = {name: self._cell(name) for name in ("relay_seconds", "spool_commit_seconds", "spool_batch")}
 
     # ---- cells
 
@@ -110,7 +110,10 @@ class Counters:
         )
 
     def _note_refusal(self, phase: str, encoded: bytes) -> None:
-        """Count a refused message or recipient by its code and its enhanced status."""
+        """Count a refused message or recipient by its code and its enhanced status, or a handshake that failed."""
+        if phase == "tls":
+            self.handshake("none", "failed")
+            return
         found = _REPLY.match(encoded)
         code, reason = (found[1].decode(), (found[2] or b"none").decode()) if found else ("other", "none")
         if reason not in self._reasons:

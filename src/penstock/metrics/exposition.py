@@ -26,7 +26,9 @@ def render(sums: Sums, process: dict[str, float]) -> str:
     for name, family in FAMILIES.items():
         found = sorted(by_family[name], key=lambda each: each[0])
         lines += _head(PREFIX + name, family)
-        lines += _histograms(PREFIX + name, family, found) if family.type == "histogram" else _plain(PREFIX + name, found)
+        lines += (
+            _histograms(PREFIX + name, family, found) if family.type == "histogram" else _plain(PREFIX + name, found)
+        )
     for name, family in PROCESS_FAMILIES.items():
         lines += _head(name, family)
         if name in process:

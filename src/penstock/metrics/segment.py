@@ -6,7 +6,7 @@ import mmap
 import os
 from typing import Final
 
-from penstock.metrics._shared import Segment, segment_octets
+from penstock.metrics._shared import Segment, SharedTable, segment_octets
 
 _KEY_OCTETS: Final = 16
 
@@ -19,6 +19,12 @@ def pages_for(workers: int) -> int:
 def private_segment(pages: int = 1) -> Segment:
     """Make a segment for this process alone."""
     return Segment(mmap.mmap(-1, segment_octets(pages)), pages, os.urandom(_KEY_OCTETS))
+
+
+def private_table() -> SharedTable:
+    """Make a table for this process alone."""
+    segment = private_segment()
+    return SharedTable(segment.page(segment.claim()))
 
 
 def shared_segment(pages: int) -> tuple[Segment, int]:
