@@ -366,7 +366,7 @@ def assemble(
     passthrough: Onward | None = None
     delivery: Delivery
     if overrides.delivery is None and settings.delivery.has_relay:
-        gateway, delivery, passthrough = make_gateway(settings, data_dir, journal, ids)
+        gateway, delivery, passthrough = make_gateway(settings, data_dir, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
     shared = Shared(
@@ -523,7 +523,7 @@ def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
 
 
 def make_gateway(
-    settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds
+    settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds, counters: Counters | None
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
@@ -541,9 +541,9 @@ def make_gateway(
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
-    if journal.counters is not None:
-        recorder.on_result = journal.counters.attempted
-        spool.on_commit = journal.counters.committed
+    if counters is not None:
+        recorder.on_result = counters.attempted
+        spool.on_commit = counters.committed
     scheduler = Scheduler(relay, queue, pool, routes, recorder, journal, local=local)
     gateway = Gateway(
         spool=queue,

@@ -27,24 +27,7 @@ async def run_services(
 
     Raise OSError when a socket cannot be bound, or the token file not be used.
     """
-    folder = Path(settings.data_dir).absolute()
-    sockets: list[socket.socket] = []
-    control_socket: socket.socket | None = None
-    token_file = folder / settings.metrics.token_file if settings.metrics.token_file else None
-    if token_file is not None:
-        try:
-            read_token(token_file)
-        except (OSError, ValueError) as exc:
-            raise OSError(f"metrics.token_file: {exc}") from exc
-    try:
-        if settings.metrics.address:
-            sockets = bind(ListenAddress.parse(settings.metrics.address))
-        if settings.control.socket:
-            control_socket = bind_control(folder / settings.control.socket)
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
+    token_file, sockets, control_socket = _bind(settings)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(observation.run)
         if sockets:
@@ -52,6 +35,29 @@ async def run_services(
         if control_socket is not None:
             await nursery.start(ControlSocket(control, observation).run, control_socket)
         task_status.started()
+
+
+def _bind(settings: Settings) -> tuple[Path | None, list[socket.socket], socket.socket | None]:
+    """Return the token file, the sockets of the HTTP address, and the control socket. Raise OSError."""
+    folder = Path(settings.data_dir).absolute()
+    token_file = folder / settings.metrics.token_file if settings.metrics.token_file else None
+    if token_file is not None:
+        try:
+            read_token(token_file)
+        except (OSError, ValueError) as exc:
+            raise OSError(f"metrics.token_file: {exc}") from exc
+    sockets: list[socket.socket] = []
+    if settings.metrics.address:
+        sockets = bind(ListenAddress.parse(settings.metrics.address))
+    control_socket: socket.socket | None = None
+    try:
+        if settings.control.socket:
+            control_socket = bind_control(folder / settings.control.socket)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return token_file, sockets, control_socket
 
 
 def make_endpoint(control: Control, observation: Observation, token_file: Path | None) -> Endpoint:

@@ -1,7 +1,7 @@
 """Counters and limits in memory that all processes of a server share. The theory stands at the top of ext/shared.pyx.
 
-Kinds of series: "c" a counter, "g" a gauge; histograms of "s" nanoseconds, "o" octets, "n" numbers. Kinds of keys in the
-table: any letter but "n" (connections of networks) and "r" (rates), as its number.
+Kinds of series: "c" a counter, "g" a gauge; histograms of "s" nanoseconds, "o" octets, "n" numbers. Kinds of keys in
+the table: any letter but "n" (connections of networks) and "r" (rates), as its number.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from penstock.metrics.counters import Report
 from penstock.metrics.families import OTHER, OUTCOMES, series
 
 _MOST_RETIRED: Final = 20_000
-"""Series of workers that have ended. A configuration that is changed has other listeners; it is bounded all the same."""
+"""Series of workers that have ended: those of listeners and checks that are not configured any more stay."""
 
 Value = int | list[int]
 Sums = dict[tuple[str, str], Value]

@@ -26,9 +26,7 @@ def render(sums: Sums, process: dict[str, float]) -> str:
     for name, family in FAMILIES.items():
         found = sorted(by_family[name], key=lambda each: each[0])
         lines += _head(PREFIX + name, family)
-        lines += (
-            _histograms(PREFIX + name, family, found) if family.type == "histogram" else _plain(PREFIX + name, found)
-        )
+        lines += (_histograms if family.type == "histogram" else _plain)(PREFIX + name, family, found)
     for name, family in PROCESS_FAMILIES.items():
         lines += _head(name, family)
         if name in process:
@@ -40,7 +38,7 @@ def _head(name: str, family: Family) -> tuple[str, str]:
     return f"# HELP {name} {family.help}", f"# TYPE {name} {family.type}"
 
 
-def _plain(name: str, found: Iterable[tuple[str, int | list[int]]]) -> Iterator[str]:
+def _plain(name: str, _: Family, found: Iterable[tuple[str, int | list[int]]]) -> Iterator[str]:
     for labels, value in found:
         yield f"{name}{labels} {value}"
 

@@ -82,10 +82,8 @@ class ControlSocket:
     async def _reload(self) -> object:
         return await self._control.reload()
 
-    async def _drain(
-        self, wait: bool = False, delay: float = 5.0, timeout: float = 600.0, stay: bool = False
-    ) -> object:
-        self._control.drain(delay=delay, timeout=timeout, stay=stay)
+    async def _drain(self, wait: bool = False, delay: float = 5.0, most: float = 600.0, stay: bool = False) -> object:
+        self._control.drain(delay=delay, timeout=most, stay=stay)
         if wait:
             await self._control.wait_drained()
         return None

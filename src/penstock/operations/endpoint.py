@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hmac
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -52,7 +52,7 @@ def read_token(file: Path) -> bytes:
 class Endpoint:
     """Answers GET and HEAD of a few paths."""
 
-    def __init__(self, pages: dict[str, Page], *, token_file: Path | None, protected: frozenset[str]) -> None:
+    def __init__(self, pages: Mapping[str, Page], *, token_file: Path | None, protected: frozenset[str]) -> None:
         """Requests for the `protected` paths need the token of the file, if there is one."""
         self._pages = pages
         self._token_file = token_file

@@ -140,7 +140,7 @@ def process_values(pids: Iterable[int]) -> dict[str, float]:
             cpu += (int(fields[11]) + int(fields[12])) / _TICKS
             virtual += int(fields[20])
             resident += int(fields[21]) * _PAGE_OCTETS
-            descriptors += len(os.listdir(place / "fd"))
+            descriptors += sum(1 for _ in (place / "fd").iterdir())
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
         "process_cpu_seconds_total": round(cpu, 2),
