@@ -33,7 +33,7 @@ cimport cython
 
 from penstock.metrics._session cimport P_BANNER, P_MESSAGE, P_UNASKED, Metrics, SessionMetrics
 
-from penstock.metrics._session import PHASES
+from penstock.metrics._session import PHASES as _PHASES
 
 cdef extern from "shared.h":
     uint64_t load64(const uint64_t *at) noexcept nogil
@@ -89,7 +89,8 @@ cdef struct SegmentMemory:
     uint64_t head[512]                  # HEAD_OCTETS
     uint64_t rates[MOST_RATES][2]       # a key and a time
 
-_FIRST_OCTAVE = {"s": 13, "o": 8, "n": 0}
+FIRST_OCTAVE = {"s": 13, "o": 8, "n": 1}
+"""By kind of a histogram: below this power of two (nanoseconds, octets, a number) all values are in the first bucket."""
 
 
 def segment_octets(int pages):
@@ -99,8 +100,8 @@ def segment_octets(int pages):
 
 
 def bucket_bounds(str kind not None):
-    """Return the upper bounds of the buckets of a histogram."""
-    cdef int first = _FIRST_OCTAVE[kind]
+    """Return the bounds of the buckets of a histogram: the least value that is above each."""
+    cdef int first = FIRST_OCTAVE[kind]
     bounds = []
     for i in range(BUCKET_COUNT - 1):
         octave, half = divmod(i + 1, 2)
@@ -194,7 +195,7 @@ cdef class Page:
 
     def register(self, str kind not None, str name not None):
         """Return the cell of a series."""
-        cdef uint64_t at, size = BUCKET_COUNT + 1 if kind in _FIRST_OCTAVE else 1
+        cdef uint64_t at, size = BUCKET_COUNT + 1 if kind in FIRST_OCTAVE else 1
         cdef bytes text
         found = self.known.get((kind, name))
         if found is not None:
@@ -265,7 +266,7 @@ cdef class Page:
             text = self.memory.names[at][:min(strlen(self.memory.names[at]), <size_t> NAME_OCTETS)]
             text = text.decode("utf-8", "replace")
             kind, name = text[:1], text[1:]
-            if kind in _FIRST_OCTAVE:
+            if kind in FIRST_OCTAVE:
                 size = BUCKET_COUNT + 1
                 if at + size > end:
                     break
@@ -524,7 +525,7 @@ cdef enum:
     CLASSES = 6
     VERBS = 18              # those of PHASES before "text"
 
-_PLAIN = tuple(PHASES[:VERBS])
+_PLAIN = tuple(_PHASES[:VERBS])
 
 
 cdef class SessionTotals(Metrics):

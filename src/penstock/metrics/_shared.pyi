@@ -14,11 +14,14 @@ from penstock.metrics._session import Metrics, SessionMetrics
 BUCKETS: Final = 48
 """Buckets of a histogram, two for each octave."""
 
+FIRST_OCTAVE: Final[dict[str, int]]
+"""By kind of a histogram: the power of two (nanoseconds, octets, a number) below which all values share a bucket."""
+
 def segment_octets(pages: int) -> int:
     """Return the size of a segment. Raise ValueError if it cannot have as many pages."""
 
 def bucket_bounds(kind: str) -> list[int]:
-    """Return the upper bounds of the buckets of a histogram, except for the last, which has none."""
+    """Return the least value above each bucket of a histogram, except for the last bucket, which has no bound."""
 
 class Segment:
     """The memory that all processes of a server share."""
@@ -63,7 +66,7 @@ class Page:
     def get(self, cell: int) -> int:
         """Return the value of a cell."""
     def observe(self, cell: int, first: int, value: int) -> None:
-        """Add a value to a histogram whose first bucket is the octave `first` (s: 13, o: 8, n: 0)."""
+        """Add a value to a histogram whose first bucket is the octave `first` (see FIRST_OCTAVE)."""
     def series(self) -> list[tuple[str, str, int | list[int]]]:
         """Return kind, name and value of all series; a histogram has the counts of its buckets, then the sum."""
     def beat(self) -> None:

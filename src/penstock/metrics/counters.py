@@ -13,14 +13,13 @@ from typing import Final
 import msgspec
 
 from penstock import reply as replies
-from penstock.metrics._shared import ListenerTotals, Page, SessionTotals, SharedTable
+from penstock.metrics._shared import FIRST_OCTAVE, ListenerTotals, Page, SessionTotals, SharedTable
 from penstock.metrics.families import FAMILIES, OTHER, OUTCOMES, SERIES_FROM_THE_START, series
 
 _MOST_REASONS: Final = 128
 """Enhanced status codes that are told apart."""
 _MOST_DESTINATIONS: Final = 4096
 """Destinations of one report; those beyond are counted together."""
-_FIRST_OCTAVE: Final = {"s": 13, "o": 8, "n": 0}
 _REPLY: Final = re.compile(rb"([2-5]\d\d)[ -](?:([245]\.\d{1,3}\.\d{1,3}) )?")
 _END_OF_CAUSE: Final = {
     "QUIT": "quit",
@@ -85,7 +84,7 @@ class Counters:
         """Add to a histogram: seconds, octets or a number."""
         unit = FAMILIES[name].unit
         amount = int(value * 1e9) if unit == "s" else int(value)
-        self.page.observe(self._cell(name, **labels), _FIRST_OCTAVE[unit], max(0, amount))
+        self.page.observe(self._cell(name, **labels), FIRST_OCTAVE[unit], max(0, amount))
 
     def _code_cell(self, code: int) -> int:
         return self._cell("replies_total", code=str(code))
@@ -141,8 +140,8 @@ class Counters:
 
     def committed(self, seconds: float, requests: int) -> None:
         """Count a transaction of the spool. Any thread may call this."""
-        self.page.observe(self._seconds["spool_commit_seconds"], 13, int(seconds * 1e9))
-        self.page.observe(self._seconds["spool_batch"], 0, requests)
+        self.page.observe(self._seconds["spool_commit_seconds"], FIRST_OCTAVE["s"], int(seconds * 1e9))
+        self.page.observe(self._seconds["spool_batch"], FIRST_OCTAVE["n"], requests)
 
     def attempted(self, destination: str, outcome: int, recipients: int, seconds: float) -> None:
         """Count the attempt to deliver to recipients of a domain, `seconds` after the message came.
@@ -151,7 +150,7 @@ class Counters:
         """
         self.page.add(self._cell("relay_attempts_total", outcome=OUTCOMES[outcome]), recipients)
         if outcome == 0:
-            self.page.observe(self._seconds["relay_seconds"], 13, max(0, int(seconds * 1e9)))
+            self.page.observe(self._seconds["relay_seconds"], FIRST_OCTAVE["s"], max(0, int(seconds * 1e9)))
         counts = self._destinations.get(destination)
         if counts is None:
             if len(self._destinations) >= _MOST_DESTINATIONS:

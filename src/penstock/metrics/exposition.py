@@ -44,14 +44,15 @@ def _plain(name: str, _: Family, found: Iterable[tuple[str, int | list[int]]]) -
 
 
 def _histograms(name: str, family: Family, found: Iterable[tuple[str, int | list[int]]]) -> Iterator[str]:
-    scale = 1e9 if family.unit == "s" else 1
+    # The bounds of Prometheus belong to the buckets below them; those of durations are fine enough without that.
+    scale, less = (1e9, 0) if family.unit == "s" else (1, 1)
     for labels, value in found:
         assert isinstance(value, list)
         inside = labels[1:-1] + "," if labels else ""
         total = 0
         for bound, count in zip(_BOUNDS[family.unit], value[: BUCKETS - 1], strict=True):
             total += count
-            yield f'{name}_bucket{{{inside}le="{bound / scale:.10g}"}} {total}'
+            yield f'{name}_bucket{{{inside}le="{(bound - less) / scale:.10g}"}} {total}'
         total += value[BUCKETS - 1]
         yield f'{name}_bucket{{{inside}le="+Inf"}} {total}'
         yield f"{name}_sum{labels} {value[BUCKETS] / scale:.10g}"
