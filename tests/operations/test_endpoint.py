@@ -66,7 +66,8 @@ class Observed:
         report(self.server, self.counters)
         status, text = await self.get("/metrics")
         assert status == 200
-        return {family.name: family for family in text_string_to_metric_families(text)}
+        families = text_string_to_metric_families(text)
+        return {family.name + "_total" * (family.type == "counter"): family for family in families}
 
     def send(self, *recipients: str, sender: str = "a@example.com", text: str = "Subject: x\r\n\r\nhello\r\n") -> None:
         """Send a message with a client of the standard library."""
@@ -77,9 +78,8 @@ class Observed:
 
 @asynccontextmanager
 async def observed(folder: Path, toml: str = "") -> AsyncIterator[Observed]:
-    settings = parse(
-        f'data_dir = "{folder}"\nhostname = "mx.example.org"\n{toml}\n[[listener]]\naddress = "127.0.0.1:0"\nname = "in"\n'
-    )
+    listener = '[[listener]]\naddress = "127.0.0.1:0"\nname = "in"'
+    settings = parse(f'data_dir = "{folder}"\nhostname = "mx.example.org"\n{toml}\n{listener}\n')
     observation, control = Observation(settings), FakeControl()
     counters = start_counting(observation.segment, observation.claim())
     token_file = folder / settings.metrics.token_file if settings.metrics.token_file else None
@@ -107,9 +107,9 @@ async def test_all_metrics_are_there_from_the_start(tmp_path: Path) -> None:
     async with observed(tmp_path) as server:
         families = await server.metrics()
         expected = {PREFIX + name: family for name, family in FAMILIES.items()} | PROCESS_FAMILIES
-        assert set(families) == {name.removesuffix("_total") for name in expected}
+        assert set(families) == set(expected)
         for name, family in expected.items():
-            found = families[name.removesuffix("_total")]
+            found = families[name]
             assert (found.type, found.documentation) == (family.type, family.help)
         assert value(families, "relay_attempts_total", outcome="failed") == 0
         assert value(families, "accept_seconds_count") == 0
@@ -123,9 +123,11 @@ async def test_a_message_is_counted_where_it_passes(tmp_path: Path) -> None:
             await trio.to_thread.run_sync(server.send, "bad")
         with pytest.raises(smtplib.SMTPDataError):
             await trio.to_thread.run_sync(lambda: server.send("b@example.org", text="a\0b"))
-        while len(list((tmp_path / "maildir" / "new").glob("*"))) < 2:
-            await trio.sleep(0.01)
-        families = await server.metrics()
+        with trio.fail_after(30):
+            families = await server.metrics()
+            while value(families, "relay_attempts_total", outcome="delivered") < 2:
+                families = await server.metrics()
+        families = await server.metrics()  # destinations are reported apart from counters, once a second
         assert value(families, "messages_accepted_total", listener="in", kind="spool") == 1
         assert value(families, "messages_refused_total", phase="message", code="550", reason="5.6.0") == 1
         assert value(families, "recipients_refused_total", code="501", reason="5.1.3") == 1
@@ -140,7 +142,6 @@ async def test_a_message_is_counted_where_it_passes(tmp_path: Path) -> None:
         labels = {"destination": "example.net", "outcome": "delivered"}
         assert value(families, "relay_attempts_by_destination_total", **labels) == 1
         assert value(families, "spool_commit_seconds_count") >= 2
-        assert value(families, "spool_messages") == 0
 
 
 async def test_the_destinations_have_at_most_so_many_series(tmp_path: Path) -> None:
@@ -149,11 +150,11 @@ async def test_the_destinations_have_at_most_so_many_series(tmp_path: Path) -> N
             server.counters.attempted(f"d{number}.example", number % 3, 1, 0.5)
             server.counters.attempted("big.example", 0, 1, 0.5)
         families = await server.metrics()
-        found = families[f"{PREFIX}relay_attempts_by_destination"].samples
+        found = families[f"{PREFIX}relay_attempts_by_destination_total"].samples
         names = {each.labels["destination"] for each in found}
         assert len(names) == 101 and {"other", "big.example"} <= names
         assert sum(each.value for each in found) == 20_000
-        assert sum(each.value for each in families[f"{PREFIX}relay_attempts"].samples) == 20_000
+        assert sum(each.value for each in families[f"{PREFIX}relay_attempts_total"].samples) == 20_000
         assert sum(len(family.samples) for family in families.values()) < 2000
 
 
@@ -167,7 +168,7 @@ async def test_the_queue_is_counted_by_destination(tmp_path: Path) -> None:
         queues = {each.labels["destination"]: each.value for each in families[f"{PREFIX}relay_queue"].samples}
         assert queues == {"a.example": 3, "b.example": 2, "other": 1}
         assert value(families, "spool_messages") == value(families, "spool_recipients") == 6
-        assert value(families, "relay_hop_up", hop="smtp://127.0.0.1:1") in (0, 1)
+        assert value(families, "relay_hop_up", hop="127.0.0.1:1") == 0
 
 
 async def test_logins_handshakes_and_refused_connections_are_counted(tmp_path: Path) -> None:

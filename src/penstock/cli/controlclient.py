@@ -11,7 +11,8 @@ from typing import Any, Final, TypeVar
 import click
 import msgspec
 
-from penstock.config import ConfigError, Settings, load
+from penstock.metrics.settings import ControlSettings
+from penstock.schema import parse_table
 
 _TIMEOUT: Final = 15.0
 """Seconds for an answer, unless the request says otherwise."""
@@ -36,14 +37,25 @@ def server_options(command: Callable[..., T]) -> Callable[..., T]:
 
 
 def socket_path(config_file: Path | None, data_dir: str | None) -> Path:
-    """Return the control socket of the server that runs with these options. End the process with an error."""
-    try:
-        settings = Settings() if config_file is None else load(config_file)
-    except ConfigError as exc:
-        raise click.ClickException(str(exc)) from exc
-    if not settings.control.socket:
+    """Return the control socket of the server that runs with these options. End the process with an error.
+
+    Only the two keys that matter are read: a file that was made wrong after the start must not keep operators away
+    from the server.
+    """
+    folder, name = Path("penstock-data"), ControlSettings().socket
+    if config_file is not None:
+        try:
+            table = parse_table(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as exc:
+            if data_dir is None:
+                raise click.ClickException(f"{config_file}: {exc}") from exc
+            table = {}
+        folder = config_file.absolute().parent / str(table.get("data_dir", folder))
+        control = table.get("control")
+        name = str(control.get("socket", name)) if isinstance(control, dict) else name
+    if not name:
         raise click.ClickException('control.socket is "": this server has no control socket')
-    return Path(data_dir or settings.data_dir).absolute() / settings.control.socket
+    return Path(data_dir or folder).absolute() / name
 
 
 def ask(path: Path, verb: str, *, seconds: float | None = _TIMEOUT, **arguments: Any) -> Any:

@@ -149,7 +149,7 @@ def _head(state: ServerState, series: Series) -> list[str]:
 def _workers(state: ServerState, series: Series) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("worker", "process", "since", "sessions", "accepted", "per second", "memory", "restarts"):
-        table.add_column(name, justify="left" if name in ("since", "worker") else "right")
+        table.add_column(name, justify="left" if name in ("since", "worker") else "right", no_wrap=True)
     for worker in state.workers:
         accepted = series.of_worker(worker.pid, "messages_accepted_total")
         age = time.time() - worker.since if worker.since else 0.0

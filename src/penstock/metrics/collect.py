@@ -16,6 +16,9 @@ from penstock.metrics.families import OTHER, OUTCOMES, series
 _MOST_RETIRED: Final = 20_000
 """Series of workers that have ended: those of listeners and checks that are not configured any more stay."""
 
+LONGEST_NAME: Final = 300
+"""Characters of a domain or the name of a next hop."""
+
 Value = int | list[int]
 Sums = dict[tuple[str, str], Value]
 """By kind and name; see `Page.series`."""
@@ -72,10 +75,10 @@ class Collector:
         for destination, counts in self._destinations.sums().items():
             for outcome, count in zip(OUTCOMES, counts, strict=True):
                 labels = {"destination": destination, "outcome": outcome}
-                found["c", series("relay_attempts_by_destination_total", labels)] = count
+                found["c", series("relay_attempts_by_destination_total", labels, LONGEST_NAME)] = count
         for hop, (is_up, connections) in self.hops().items():
-            found["g", series("relay_hop_up", {"hop": hop})] = is_up
-            found["g", series("relay_connections", {"hop": hop})] = connections
+            found["g", series("relay_hop_up", {"hop": hop}, LONGEST_NAME)] = is_up
+            found["g", series("relay_connections", {"hop": hop}, LONGEST_NAME)] = connections
         return found
 
     def of_page(self, index: int) -> Sums:

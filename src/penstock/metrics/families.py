@@ -119,18 +119,22 @@ SERIES_FROM_THE_START: Final[tuple[tuple[str, dict[str, str]], ...]] = (
 """Series that have a value before anything happens: a rate needs a first sample."""
 
 
-def series(name: str, labels: dict[str, str]) -> str:
-    """Return the name of a series with its labels, without the prefix: sessions{listener="smtp"}."""
+_MOST_LABEL: Final = 64
+"""Characters of a label that are kept of what a worker counts itself."""
+
+
+def series(name: str, labels: dict[str, str], most: int = _MOST_LABEL) -> str:
+    """Return the name of a series with its labels, without the prefix: sessions{listener="smtp"}.
+
+    At most `most` characters of a value are kept.
+    """
     if not labels:
         return name
-    inside = ",".join(f'{key}="{escape_label(value)}"' for key, value in labels.items())
+    inside = ",".join(f'{key}="{escape_label(value, most)}"' for key, value in labels.items())
     return f"{name}{{{inside}}}"
 
 
-_MOST_LABEL: Final = 64
-
-
-def escape_label(value: str) -> str:
-    """Return the value of a label as the text format wants it, at most 64 characters of it."""
-    value = value if len(value) <= _MOST_LABEL else value[: _MOST_LABEL - 3] + "..."
+def escape_label(value: str, most: int = _MOST_LABEL) -> str:
+    """Return the value of a label as the text format wants it, at most `most` characters of it."""
+    value = value if len(value) <= most else value[: most - 3] + "..."
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -7,8 +7,10 @@ result or an error.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +18,7 @@ import msgspec
 import trio
 
 from penstock.control import Channel, Control, ControlError
-from penstock.net.listen import ListenAddress, bind, close_listener
+from penstock.net.listen import ListenAddress, bind
 from penstock.operations.observation import Observation
 
 MAX_CONNECTIONS: Final = 16
@@ -45,10 +47,12 @@ class ControlSocket:
     async def run(self, sock: socket.socket, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled, then remove the socket; `started` once clients are accepted."""
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        path = sock.getsockname()
         try:
             await trio.serve_listeners(self._serve, [listener], task_status=_without_value(task_status))
         finally:
-            close_listener(sock)
+            with suppress(OSError):
+                os.unlink(path)  # noqa: PTH108 - it does not wait
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         """Be the task of one connection."""

@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from penstock.config import Settings
-from penstock.metrics.collect import Sums
+from penstock.metrics.collect import LONGEST_NAME, Sums
 from penstock.metrics.families import OTHER, series
 from penstock.spool.depth import Depth, count
 from penstock.spool.spool import shard_of, shards
@@ -59,7 +59,7 @@ class SpoolDepth:
         rest = depth.recipients
         for name, recipients in depth.queues:
             rest -= recipients
-            found["g", series("relay_queue", {"destination": name})] = recipients
+            found["g", series("relay_queue", {"destination": name}, LONGEST_NAME)] = recipients
         found["g", series("relay_queue", {"destination": OTHER})] = max(0, rest)
         return found
 

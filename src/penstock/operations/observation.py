@@ -13,8 +13,8 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,9 +31,12 @@ from penstock.metrics.exposition import render
 from penstock.metrics.families import series
 from penstock.metrics.segment import pages_for, private_segment, shared_segment
 from penstock.operations.depth import SpoolDepth
+from penstock.spool.spool import Spool
 
 _INTERVAL: Final = 1.0
 """Seconds between two reports of a worker."""
+_MOST_WORKERS: Final = 64
+"""Workers for which there is memory, unless the server is started with more."""
 _PAGE_OCTETS: Final = resource.getpagesize()
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
@@ -45,8 +48,10 @@ class Observation:
         """With `workers` they are processes of their own; 0 is a server of one process. Raise OSError."""
         self.descriptor: int | None = None
         """Of the segment, for workers to inherit; `close` closes it."""
+        self.most_workers: Final = max(workers, _MOST_WORKERS)
+        """Workers that there may be after a reload."""
         if workers:
-            self.segment, self.descriptor = shared_segment(pages_for(workers))
+            self.segment, self.descriptor = shared_segment(pages_for(self.most_workers))
         else:
             self.segment = private_segment()
         self.collector = Collector(self.segment, destinations=settings.metrics.destinations)
@@ -59,9 +64,25 @@ class Observation:
             os.close(self.descriptor)
             self.descriptor = None
 
+    @property
+    def inherited(self) -> int:
+        """The descriptor that workers inherit."""
+        assert self.descriptor is not None, "a server of one process"
+        return self.descriptor
+
     def claim(self) -> int:
         """Return the page of a worker that is about to start. Raise ValueError when all are in use."""
         return self.segment.claim()
+
+    @contextmanager
+    def claimed(self) -> Iterator[int]:
+        """Yield the page of a worker that is started in the block; if that fails, it is free again."""
+        page = self.claim()
+        try:
+            yield page
+        except BaseException:
+            self.segment.free(page)
+            raise
 
     def ended(self, page: int) -> None:
         """Keep what a worker has counted that has ended, and count out what it had open."""
@@ -123,9 +144,14 @@ def report(server: Server, counters: Counters) -> None:
     """Set the gauges of a worker, and report to the supervisor."""
     budget = {id(bound.listener.budget): bound.listener.budget.used for bound in server.listeners}
     counters.set("body_memory_octets", sum(budget.values()))
+    for bound in server.listeners:
+        if bound.listener.certificate_not_after:
+            name, ends = bound.listener.name, bound.listener.certificate_not_after
+            counters.set("tls_certificate_not_after_seconds", ends, listener=name)
     hops: dict[str, tuple[int, int]] = {}
     if server.gateway is not None:
-        counters.set("spool_waiting", server.gateway.spool.waiting)
+        if isinstance(server.gateway.spool, Spool):
+            counters.set("spool_waiting", server.gateway.spool.waiting)
         hops = server.gateway.pool.hop_states()
     counters.report(hops)
 
