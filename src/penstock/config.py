@@ -24,6 +24,7 @@ from penstock.cluster.settings import JetStreamSettings, check_jetstream
 from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
 from penstock.journal import JournalSettings
+from penstock.metrics.settings import ControlSettings, MetricsSettings
 from penstock.net.listen import ListenAddress, find_group, parse_mode
 from penstock.net.resolver import ResolverSettings, parse_server
 from penstock.net.tls import TlsSettings
@@ -191,6 +192,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recipients: RecipientSettings = RecipientSettings()
     check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    control: ControlSettings = ControlSettings()
     server: ServerSettings = ServerSettings()
 
     @property
@@ -277,6 +280,7 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             raise ConfigError(f"jetstream.{exc}") from exc
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
+    _check_metrics(settings.metrics)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
         raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
@@ -325,6 +329,18 @@ def _check_outbound(settings: Settings) -> None:
             raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
     if settings.resolver.ttl_least > settings.resolver.ttl_most:
         raise ConfigError(f"resolver.ttl_least: greater than resolver.ttl_most = {settings.resolver.ttl_most:g}")
+
+
+def _check_metrics(metrics: MetricsSettings) -> None:
+    """Check the address of /metrics: what others can reach names the domains that mail is exchanged with."""
+    if not metrics.address:
+        return
+    try:
+        address = ListenAddress.parse(metrics.address)
+    except ValueError as exc:
+        raise ConfigError(f"metrics.address: {exc}") from exc
+    if not address.is_loopback and not metrics.token_file:
+        raise ConfigError(f"metrics.address: other machines can reach {address}; set metrics.token_file")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:

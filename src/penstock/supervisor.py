@@ -62,6 +62,8 @@ class Command(NamedTuple):
     words: Sequence[str]
     descriptors: Sequence[int]
     """Those that it inherits."""
+    ended: Callable[[], None] | None = None
+    """Called once the process has ended."""
 
 
 class Launch(Protocol):
@@ -340,6 +342,7 @@ class Supervisor:
     async def _live(self, worker: WorkerProcess, launch: Launch) -> None:
         """Run a process from its start to its end."""
         ours, theirs = socket.socketpair()
+        note_end: Callable[[], None] | None = None
         try:
             with ours, theirs, launch(worker.index, theirs.fileno()) as command:
                 worker.process = process = await trio.lowlevel.open_process(
@@ -348,6 +351,7 @@ class Supervisor:
                     pass_fds=tuple(command.descriptors),
                     start_new_session=True,
                 )
+                note_end = command.ended
                 line = ours.dup()
             if self._stop_wanted.is_set():
                 process.send_signal(signal.SIGTERM)
@@ -366,6 +370,8 @@ class Supervisor:
                     worker.code = await process.wait()
         finally:
             self._living.discard(worker)
+            if note_end is not None:
+                note_end()
             worker.ended.set()
 
     async def _let_begin(self, worker: WorkerProcess) -> None:

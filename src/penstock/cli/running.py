@@ -30,6 +30,7 @@ from penstock.config import ConfigError, Settings, check
 from penstock.control import ControlError, HopAction, WorkerState
 from penstock.journal import Journal
 from penstock.net.listen import ListenAddress
+from penstock.operations.observation import Observation, keep_reporting, start_counting
 from penstock.privileges import Account, drop_capabilities, find_account, is_root
 from penstock.spool.spool import SpoolError
 
@@ -275,6 +276,10 @@ def run(
         certificates = Certificates(fitted)
         overrides = dataclasses.replace(overrides, key_pairs=certificates.pairs, ca_file=certificates.ca_file)
         writer = JournalWriter(log.descriptor, journal.tell_dropped)
+        observation = Observation(fitted) if beside is None else None
+        if observation is not None:
+            counters = start_counting(observation.segment, observation.claim())
+            overrides = dataclasses.replace(overrides, counters=counters)
         server = assemble(fitted, journal, writer, overrides=overrides)
         if account is not None:
             become(account)
@@ -287,7 +292,7 @@ def run(
     survive_signals()
     operations = SingleOperations(outfit, server, allow_open=allow_open)
     try:
-        trio.run(_serve, server, operations, announce, done, beside)
+        trio.run(_serve, server, operations, observation, announce, done, beside)
     except* (OSError, SpoolError, sqlite3.Error) as group:
         raise click.ClickException(innermost(group)) from group
     finally:
@@ -305,15 +310,18 @@ def innermost(exc: BaseException) -> str:
 async def _serve(
     server: Server,
     operations: SingleOperations,
+    observation: Observation | None,
     announce: Callable[[Server], None],
     done: Callable[[Server], bool] | None,
     beside: Callable[[Server], Awaitable[None]] | None,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(operations.run)
-        if beside is None:
-            await nursery.start(run_services, operations, operations.settings)
+        if observation is not None:
+            await nursery.start(run_services, operations, operations.settings, observation)
         await nursery.start(run_server, server, nursery)
+        if server.overrides.counters is not None:
+            nursery.start_soon(keep_reporting, server, server.overrides.counters)
         tune_collector()
         operations.started()
         announce(server)
