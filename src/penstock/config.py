@@ -283,10 +283,7 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
     _check_metrics(settings.metrics)
-    for number, trace in enumerate(settings.trace):
-        _check_networks(f"trace[{number}].networks", trace.networks)
-        if not (trace.networks or trace.sender or trace.recipient):
-            raise ConfigError(f"trace[{number}]: choose the sessions by networks, sender or recipient")
+    _check_traces(settings.trace)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
         raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
@@ -347,6 +344,13 @@ def _check_metrics(metrics: MetricsSettings) -> None:
         raise ConfigError(f"metrics.address: {exc}") from exc
     if not address.is_loopback and not metrics.token_file:
         raise ConfigError(f"metrics.address: other machines can reach {address}; set metrics.token_file")
+
+
+def _check_traces(traces: tuple[TraceSettings, ...]) -> None:
+    for number, trace in enumerate(traces):
+        _check_networks(f"trace[{number}].networks", trace.networks)
+        if not (trace.networks or trace.sender or trace.recipient):
+            raise ConfigError(f"trace[{number}]: choose the sessions by networks, sender or recipient")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:
