@@ -70,6 +70,7 @@ from penstock.server.deadlines import Sweeper
 from penstock.server.domains import Domains, RelayControl
 from penstock.server.limits import Admission
 from penstock.server.listener import Listener
+from penstock.server.trace import Traces
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
@@ -149,6 +150,7 @@ class Server:
     gateway: Gateway | None = None
     """The spool and the relay, where the delivery has them."""
     passthrough: Onward | None = None
+    traces: Traces | None = None
     _policy_stamp: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
@@ -164,7 +166,9 @@ class Server:
 
         `started` once clients can connect. Raise OSError, sqlite3.Error or SpoolError when a part cannot start.
         """
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, trio.open_nursery() as observing:
+            if self.traces is not None:
+                observing.start_soon(self.traces.run)
             await self.delivery.start()
             if self.gateway is not None:
                 await nursery.start(self.gateway.run)
@@ -173,6 +177,7 @@ class Server:
             finally:
                 with trio.CancelScope(shield=True):
                     await self.delivery.aclose()
+            observing.cancel_scope.cancel()
             if self.gateway is not None:
                 self.gateway.stop()
 
@@ -360,6 +365,7 @@ def assemble(
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
     ids = MessageIds()
     journal.counters = counters = overrides.counters
+    traces = Traces(settings.trace, data_dir) if settings.trace else None
     table = counters.table if counters is not None and settings.admission.shared else None
     domains = None if settings.domains is None else Domains(settings.domains)
     gateway: Gateway | None = None
@@ -383,7 +389,7 @@ def assemble(
         metrics=overrides.metrics,
         counters=counters,
         delivery_kind=settings.delivery.kind if ":" not in settings.delivery.kind else "python",
-        components=overrides.components,
+        components=(*overrides.components, *([traces.watch] if traces is not None else [])),
         # A delivery from outside (a sink, a test) gets addresses as the client has sent them.
         own_domain="" if overrides.delivery is not None else own_domain(domains, settings.own_hostname),
         refuses_routing=overrides.delivery is None and settings.delivery.has_relay,
@@ -402,7 +408,7 @@ def assemble(
         metrics=overrides.metrics if counters is None else counters.sessions,
         ended=overrides.ended,
     )
-    return Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough)
+    return Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough, traces)
 
 
 def rolling_changes(old: Settings, new: Settings) -> list[str]:
