@@ -293,7 +293,15 @@ class Server:
         """
         if self.gateway is None:
             raise ControlError(f'delivery.kind = "{self.settings.delivery.kind}" has no next hops')
-        return await trio.to_thread.run_sync(change_hop, self._spool_folder, hop, action)
+        hop = hop.lower()
+        if action != "retry":
+            return await trio.to_thread.run_sync(suspend_hop, self._spool_folder, hop, action == "suspend")
+        domains: list[str] = []
+        with trio.move_on_after(_LOOK_UP):  # domains whose routes are not found by then are retried in their time
+            for domain in await trio.to_thread.run_sync(domains_in, self._spool_folder):
+                is_meant = domain == hop or await self.gateway.scheduler.leads_to(domain, hop)
+                domains += [domain] if is_meant else []
+        return await trio.to_thread.run_sync(retry_domains, self._spool_folder, domains)
 
     @property
     def _spool_folder(self) -> Path:
@@ -424,6 +432,10 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     return found
 
 
+_MOST_DOMAINS: Final = 10_000
+"""Domains that are looked at when a next hop is to be retried."""
+_LOOK_UP: Final = 10.0
+"""Seconds to look up their routes."""
 _IN_PLACE: Final = frozenset({"check", "recipients", "control", "metrics"})
 _IN_PLACE_SERVER: Final = frozenset({"grace", "watchdog", "reload_check"})
 
@@ -731,17 +743,22 @@ def is_spool_empty(folder: Path) -> bool:
         return admin.is_empty
 
 
-def change_hop(folder: Path, hop: str, action: HopAction) -> int:
-    """Suspend or resume a next hop or domain, or make its mail due. Blocks.
-
-    Return what it concerned. Raise OSError, sqlite3.Error or SpoolError.
-    """
+def suspend_hop(folder: Path, hop: str, is_wanted: bool) -> int:
+    """Suspend or resume a next hop or domain; return 0 if it was so already. Blocks. Raise as `count_spool`."""
     with QueueAdmin.opened(folder) as admin:
-        if action == "suspend":
-            return int(admin.suspend(hop))
-        if action == "resume":
-            return int(admin.resume(hop))
-        return admin.retry(Filter(domain=hop)).changed
+        return int(admin.suspend(hop) if is_wanted else admin.resume(hop))
+
+
+def domains_in(folder: Path) -> list[str]:
+    """Return the domains that have mail in a part of the spool, those with the most first. Blocks."""
+    with QueueAdmin.opened(folder) as admin:
+        return [domain for domain, _ in admin.stats(_MOST_DOMAINS).queues]
+
+
+def retry_domains(folder: Path, domains: Sequence[str]) -> int:
+    """Make the mail for some domains due; return the number of recipients. Blocks. Raise as `count_spool`."""
+    with QueueAdmin.opened(folder) as admin:
+        return sum(admin.retry(Filter(domain=domain)).changed for domain in domains)
 
 
 def wrong_file(settings: Settings) -> str:

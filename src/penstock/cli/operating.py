@@ -164,6 +164,10 @@ class Operations(abc.ABC):
             self.journal.reload_failed(str(exc))
             return self.note_reload("failed", str(exc))
         self.settings, self.certificates = settings, certificates
+        try:
+            await trio.to_thread.run_sync(self._log.move, settings)
+        except OSError as exc:
+            self.journal.error(0, "journal.file", exc)
         self.journal.reloaded("configuration")
         return self.note_reload("ok")
 
