@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -147,7 +149,7 @@ class JetStream:
         Close the iterator. Raise NatsError when the connection or the consumer is lost: then scan again from there.
         """
         client = self.client
-        name = f"scan-{trio.lowlevel.current_task().name.rpartition('.')[2][:20]}-{id(subjects):x}"
+        name = f"scan-{os.urandom(8).hex()}"
         configuration = {
             "name": name,
             "filter_subjects": list(subjects),
@@ -163,7 +165,7 @@ class JetStream:
         await self.api(f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": configuration})
         inbox = f"_INBOX.{name}"
         connections = client.connections
-        async with client.subscribed(inbox, limit=_WAITING) as subscription:
+        async with client.subscribed(inbox, limit=_WAITING) as subscription, self._deleting(stream, name):
             request = _encode({"batch": _BATCH, "expires": 2 * 10**9})
             while True:
                 client.publish(f"{_API}.CONSUMER.MSG.NEXT.{stream}.{name}", request, reply=inbox)
@@ -184,6 +186,15 @@ class JetStream:
                         if message.reply.endswith(".0"):  # nothing is pending: what there is, is here
                             is_over = True
                 yield batch
+
+    @asynccontextmanager
+    async def _deleting(self, stream: str, consumer: str) -> AsyncIterator[None]:
+        """Delete a consumer at the end of an `async with`, without waiting for it."""
+        try:
+            yield
+        finally:
+            with suppress(NatsError):  # the server deletes it when it is idle
+                self.client.publish(f"{_API}.CONSUMER.DELETE.{stream}.{consumer}", reply="_INBOX.none")
 
 
 def _scanned(message: Message) -> Stored:

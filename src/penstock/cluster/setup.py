@@ -20,7 +20,7 @@ from penstock.net.tls import client_context
 _CREATING: Final = 20.0
 """Seconds to wait for a stream to be made, and for a leader."""
 _LEAST_REPLICAS: Final = 3
-_COMPARED: Final = ("subjects", "num_replicas", "max_msgs_per_subject", "discard", "max_age", "storage")
+_COMPARED: Final = ("subjects", "num_replicas", "max_msgs_per_subject", "discard", "max_age", "storage", "compression")
 
 
 class SetupError(Exception):
