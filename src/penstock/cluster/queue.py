@@ -179,6 +179,8 @@ class ReplicatedQueue(Spool):
                     most = info["config"].get("max_bytes", 0)
                     is_full = is_full or (most > 0 and info["state"]["bytes"] >= most * FULL)
                 self.is_full = is_full
+            except ApiError as exc:
+                self._complain(NatsError(f"{exc}; run penstock cluster init") if exc.is_not_found else exc)
             except NatsError:
                 pass  # what cannot be reached is noticed where it is used
             await trio.sleep(1)
