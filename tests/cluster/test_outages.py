@@ -104,7 +104,7 @@ async def test_a_stale_owner_cannot_write_over_the_state_of_the_next(servers: Na
         await only_row(stale)
         node_of(owner).queue.gain(0)  # the lease of the first has expired, and it does not know
         await owns(owner, 1)
-        await node_of(owner).queue.obey("hold", [await only_row(owner)])
+        await node_of(owner).queue.obey("hold", [], [await only_row(owner)])
         (before,) = await states(jetstream, settings)
         assert before[0].state == HELD
 
@@ -121,7 +121,7 @@ async def test_a_stale_owner_cannot_write_over_the_state_of_the_next(servers: Na
             b"",
             state_headers([before[0]._replace(last_reply="another")], await last_state(jetstream, settings)),
         )
-        await node_of(owner).queue.obey("retry", [await only_row(owner)])
+        await node_of(owner).queue.obey("retry", [], [await only_row(owner)])
         (after,) = await states(jetstream, settings)
         assert [each.state for each in after] == [DUE]
 

@@ -25,7 +25,7 @@ from penstock.net.nats import Message, NatsClient, NatsError
 from penstock.spool.admin import Ages, Filter, ListedMessage, QueueAdmin, Stats, no_message
 from penstock.spool.admin import Change as Changed
 from penstock.spool.bodies import StoredBody
-from penstock.spool.entry import ATTEMPTING, HELD, HopState
+from penstock.spool.entry import ATTEMPTING, DUE, HELD, HopState
 from penstock.spool.store import SpoolError, connect
 
 _CHUNK: Final = 200
@@ -56,8 +56,8 @@ class IndexAdmin(QueueAdmin):
     """The index of a node that runs: the relay makes all changes."""
 
     def _change(self, action: str, change: str, values: Sequence[object], states: list[int], what: Filter) -> Changed:  # noqa: ARG002 - the interface
-        which = f"state = {HELD}" if action == "release" else "1"
-        numbers = [row[0] for row in self._rows(what, which)]
+        among = {"release": [HELD], "drop": [DUE, ATTEMPTING, HELD]}.get(action, [DUE, ATTEMPTING])
+        numbers = [row[0] for row in self._rows(what, f"state IN ({','.join(map(str, among))})")]
         done = self._instruct(action, numbers)
         if done.changed:
             self._note_events(action, numbers, done.changed)
@@ -164,6 +164,7 @@ class RemoteAdmin(QueueAdmin):
     """A node, for an operator: each call is a request."""
 
     def __init__(self, run: Runner, layout: Layout, node: str) -> None:
+        self._clock = time.time
         self._run = run
         self._layout = layout
         self._node = node

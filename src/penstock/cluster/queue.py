@@ -630,10 +630,12 @@ class ReplicatedQueue(Spool):
             for number in await self._committer.do(act, whole=True):
                 self._threads.remove_later(number)
 
-    async def obey(self, action: str, rows: Sequence[int]) -> None:
-        """Hold, release, drop or retry recipients that are written as being attempted, but are not."""
+    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, release, drop or retry recipients. See `Spool.obey`."""
         async with self._writing:
             now = self._clock()
+            idle = await self._committer.do(lambda _: self._index.idle(at_rest))
+            rows = [*withdrawn, *idle]
 
             def change(state: RecipientState) -> RecipientState | None:
                 if action == "drop":
@@ -643,7 +645,7 @@ class ReplicatedQueue(Spool):
             planned = await self._committer.do(lambda _: self._index.plan(dict.fromkeys(rows, change)))
             places = await self._write_states(planned)
             await self._committer.do(lambda _: self._index.set_places(places), whole=True)
-            await super().obey(action, rows)
+            await super().obey(action, withdrawn, idle)
 
     async def _write_states(self, planned: Sequence[Planned]) -> list[tuple[int, Place]]:
         """Write into the stream what becomes of messages. Return places that have changed. Raise NatsError."""
