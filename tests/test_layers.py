@@ -27,7 +27,9 @@ ROWS = [
     {"smtp"},
     {"metrics"},
     {"journal"},
-    {"transaction", "_journal", "mailauth"},
+    {"transaction", "_journal"},
+    {"results"},
+    {"mailauth"},
     {"addresses", "breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket", "window"},
 ]
 """From the top layer to the bottom."""
@@ -38,6 +40,7 @@ PURE = {
     "mailauth",
     "message",
     "reply",
+    "results",
     "sequence",
     "transaction",
     "smtp",

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,15 +32,19 @@ from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery
 from penstock.delivery.passthrough import PassthroughDelivery
 from penstock.delivery.spool import SpoolDelivery
+from penstock.dns import MailExchangers, Resolver
 from penstock.journal import Journal, JournalSettings
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
-from penstock.net.resolver import Resolver
 from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
+from penstock.policy.check import Parts
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
+from penstock.policy.judge import Judge, make_checks
 from penstock.policy.pipeline import Pipeline
 from penstock.policy.recipients import FileRecipients, NextHopRecipients, RecipientSettings
+from penstock.policy.scores import Thresholds
+from penstock.policy.settings import DEFAULT
 from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
@@ -94,6 +98,7 @@ class Shared:
     journal: Journal
     delivery: Delivery
     pipeline: Pipeline
+    """That of listeners whose clients are judged."""
     throttle: AuthThrottle
     body: BodySettings
     budget: MemoryBudget
@@ -102,6 +107,8 @@ class Shared:
     components: Sequence[Component] = ()
     own_domain: str = ""
     """Domain of `<postmaster>` and of senders without a domain; "" leaves them without one."""
+    unjudged: Pipeline | None = None
+    """That of the other listeners, when it is another: the policies in Python alone."""
     refuses_routing: bool = False
     """Mail for `domains` goes on to other servers, so sender-specified routing is refused."""
 
@@ -117,6 +124,10 @@ class Server:
     """The authority of a generated certificate, which clients have to trust."""
     gateway: Gateway | None = None
     """The spool and the relay, where the delivery has them."""
+    resolver: Resolver | None = None
+    """The DNS, where the relay or the checks ask it."""
+    judge: Judge | None = None
+    """The built-in checks, where there are any."""
     _over: trio.Event = field(default_factory=trio.Event)
 
     @property
@@ -129,6 +140,16 @@ class Server:
 
         `started` once clients can connect. Raise OSError, sqlite3.Error or SpoolError when a part cannot start.
         """
+        async with trio.open_nursery() as services:
+            if self.resolver is not None:
+                await services.start(self.resolver.run)
+            if self.judge is not None:
+                await services.start(self.judge.run)
+            await self._serve(task_status)
+            services.cancel_scope.cancel()
+
+    async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
+        """Run delivery, relay and worker."""
         async with trio.open_nursery() as nursery:
             await self.delivery.start()
             if self.gateway is not None:
@@ -222,22 +243,26 @@ def assemble(
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
     ids = MessageIds()
     domains = None if settings.domains is None else Domains(settings.domains)
+    resolver = Resolver(settings.resolver)
     gateway: Gateway | None = None
     passthrough: Onward | None = None
     delivery: Delivery
     if overrides.delivery is None and settings.delivery.has_relay:
-        gateway, delivery, passthrough = make_gateway(settings, data_dir, journal, ids)
+        gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
     policies = make_recipients(settings.recipients, domains, data_dir, passthrough, journal)
     policies += collect_policies(settings.check, overrides.policies)
+    judge = make_judge(settings, domains, data_dir, resolver, journal) if overrides.delivery is None else None
+    thresholds = Thresholds.of(settings.policy)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
         data_dir=data_dir,
         journal=journal,
         delivery=delivery,
-        pipeline=Pipeline(policies, journal),
+        pipeline=Pipeline(policies, journal, judge, thresholds),
+        unjudged=Pipeline(policies, journal, None, thresholds),
         throttle=AuthThrottle(settings.admission),
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
@@ -259,7 +284,34 @@ def assemble(
         metrics=overrides.metrics,
         ended=overrides.ended,
     )
-    return Server(worker, delivery, listeners, ca_file, gateway)
+    uses_dns = gateway is not None or judge is not None
+    return Server(worker, delivery, listeners, ca_file, gateway, resolver if uses_dns else None, judge)
+
+
+def make_judge(
+    settings: Settings, domains: Domains | None, data_dir: Path, resolver: Resolver, journal: Journal
+) -> Judge | None:
+    """Return the built-in checks that the settings ask for, if they do: see `is_judged`."""
+    if not any(is_judged(listener, settings) for listener in settings.listener):
+        return None
+    policy = settings.policy or DEFAULT
+
+    def is_ours(domain: str) -> bool:
+        return domains is None or domain in domains
+
+    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours))
+    return Judge(policy, checks, journal) if checks else None
+
+
+def is_judged(listener: ListenerSettings, settings: Settings) -> bool:
+    """Return whether the clients of a listener are judged: as [policy] says, and by default on public ones.
+
+    Without [policy], a public listener that accepts mail for `domains` without authentication is.
+    """
+    if settings.policy is not None:
+        return True
+    is_submission = listener.auth is not None and listener.auth.required
+    return settings.domains is not None and not is_submission and not ListenAddress.parse(listener.address).is_loopback
 
 
 def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> tuple[list[BoundListener], Path | None]:
@@ -270,7 +322,9 @@ def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> 
         for number, wanted in enumerate(settings.listener):
             secrets = read_secrets(wanted.tls, shared)
             ca_file = ca_file or secrets.ca_file
-            listener = make_listener(wanted, shared, secrets, overrides.authenticator if wanted.auth else None)
+            pipeline = shared.pipeline if is_judged(wanted, settings) else shared.unjudged or shared.pipeline
+            authenticator = overrides.authenticator if wanted.auth else None
+            listener = make_listener(wanted, replace(shared, pipeline=pipeline), secrets, authenticator)
             if overrides.sockets is None:
                 bound += [BoundListener(sock, listener) for sock in bind_listener(wanted)]
             else:
@@ -333,7 +387,7 @@ def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
 
 
 def make_gateway(
-    settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds
+    settings: Settings, data_dir: Path, resolver: Resolver, journal: Journal, ids: MessageIds
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
@@ -343,8 +397,8 @@ def make_gateway(
     spool = Spool(settings.spool, folder)
     reserve = settings.spool.reserve_octets, settings.spool.reserve_inodes
     disk_space = DiskSpace(folder, reserve_octets=reserve[0], reserve_inodes=reserve[1])
-    resolver = Resolver(settings.resolver, own_names=own_names(settings))
-    routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_domain=own_domain)
+    exchangers = MailExchangers(resolver, families=settings.resolver.families, own_names=own_names(settings))
+    routes = Routes(settings.route, data_dir=data_dir, resolver=exchangers, own_domain=own_domain)
     pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(spool, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)

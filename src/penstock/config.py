@@ -22,12 +22,13 @@ from penstock.addresses import canonical_domain, domain_of, parse_network
 from penstock.auth.base import AuthSettings
 from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
+from penstock.dns.settings import ResolverSettings, parse_server
 from penstock.journal import JournalSettings
 from penstock.net.listen import ListenAddress, find_group, parse_mode
-from penstock.net.resolver import ResolverSettings, parse_server
 from penstock.net.tls import TlsSettings
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
+from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
@@ -157,6 +158,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     admission: AdmissionSettings = AdmissionSettings()
     body: BodySettings = BodySettings()
     recipients: RecipientSettings = RecipientSettings()
+    policy: Annotated[
+        PolicySettings | None,
+        Meta(
+            description="Without this table, SPF, DKIM and DMARC are in monitor mode on public listeners with domains, "
+            "and off on others"
+        ),
+    ] = None
     check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
     server: ServerSettings = ServerSettings()
@@ -240,6 +248,8 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     _check_delivery(settings.delivery)
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
+    if settings.policy is not None:
+        _check_policy(settings.policy, settings)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
         raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
@@ -288,6 +298,23 @@ def _check_outbound(settings: Settings) -> None:
             raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
     if settings.resolver.ttl_least > settings.resolver.ttl_most:
         raise ConfigError(f"resolver.ttl_least: greater than resolver.ttl_most = {settings.resolver.ttl_most:g}")
+
+
+def _check_policy(policy: PolicySettings, settings: Settings) -> None:
+    """Check the [policy] tables."""
+    _check_networks("policy.trusted", policy.trusted)
+    if policy.quarantine_above > policy.reject_above:
+        raise ConfigError(f"policy.quarantine_above: greater than policy.reject_above = {policy.reject_above:g}")
+    if not is_quarantine(policy.quarantine):
+        raise ConfigError(f'policy.quarantine: expected "tag", "hold" or "route:NAME", not {policy.quarantine!r}')
+    if policy.quarantine != "tag" and not settings.delivery.has_relay:
+        raise ConfigError(
+            f'policy.quarantine: "{policy.quarantine}" needs a spool, which delivery.kind = '
+            f'"{settings.delivery.kind}" does not have'
+        )
+    for number, each in enumerate(policy.dnsbl):
+        if not is_zone(each.zone):
+            raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:

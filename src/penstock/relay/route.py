@@ -24,9 +24,9 @@ import msgspec
 import trio
 
 from penstock.addresses import canonical_domain, domain_of
+from penstock.dns.exchangers import Exchanger, MailExchangers, ResolveError
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
-from penstock.net.resolver import Exchanger, ResolveError, Resolver
 from penstock.relay.hop import AuthPolicy, Hop, HopLimits, TlsPolicy
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
@@ -277,7 +277,7 @@ class Routes:
         settings: Sequence[RouteSettings],
         *,
         data_dir: Path,
-        resolver: Resolver,
+        resolver: MailExchangers,
         own_domain: str,
         lookup: Lookup = system_lookup,
         clock: Callable[[], float] = time.monotonic,

@@ -34,9 +34,9 @@ from typing import Annotated, Final, Literal, Protocol
 import msgspec
 import trio
 
+from penstock.dns.exchangers import ResolveError
 from penstock.journal import Journal
 from penstock.message import Body, Message, Recipient
-from penstock.net.resolver import ResolveError
 from penstock.relay.attempt import Attempt
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings

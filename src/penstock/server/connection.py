@@ -155,6 +155,7 @@ class Connection:
         self.number = number
         """What the journal calls it."""
         self.transaction = Transaction(peer, listener.name)
+        self.transaction.number = number
         pattern = listener.session
         self.session = session = pattern.fresh(pattern.wire.fresh(), self.transaction)
         self.metrics = None if listener.metrics is None else listener.metrics.new_session()
@@ -212,6 +213,8 @@ class Connection:
                 await self._close()
             finally:
                 self._end(cause)
+                if self.transaction.evidence is not None:
+                    self.listener.pipeline.close(self.transaction)
         if self.listener.pipeline.disconnect:
             await self.listener.pipeline.on_disconnect(self.transaction)
 
@@ -298,7 +301,7 @@ class Connection:
             if listener.is_implicit_tls:
                 await self.start_tls()
             if pipeline.connect:
-                refusal = await pipeline.on_connect(self.peer, listener.name)
+                refusal = await pipeline.on_connect(self.transaction)
                 refusal = refusal if refusal is not None and not refusal.accepts else None
         if refusal is None:
             self.session.greet()
@@ -732,10 +735,10 @@ class Connection:
         listener, transaction = self.listener, self.transaction
         accepted: Reply | None = None
         if listener.pipeline.message:
-            accepted = await listener.pipeline.on_message(transaction, message)
+            accepted, message = await listener.pipeline.on_message(transaction, message)
             if accepted is not None and not accepted.accepts:
                 return accepted
-        if incoming.head is None and (fields := transaction.added_fields):
+        elif incoming.head is None and (fields := transaction.added_fields):
             message = message._replace(prefix=fields + message.prefix)
         try:
             if incoming.flow is None:
@@ -744,7 +747,9 @@ class Connection:
                 reply = await incoming.flow.finish(message, transaction)
         except Exception as exc:  # noqa: BLE001 - a delivery that raises has not accepted the message
             listener.journal.error(self.number, "delivery", exc)
-            return replies.TRY_LATER
+            reply = replies.TRY_LATER
+        if listener.pipeline.judge is not None:
+            listener.pipeline.judge.answered(transaction, message, reply)
         return accepted if accepted is not None and reply.accepts else reply
 
     def _message(self, body: Any) -> Message:
