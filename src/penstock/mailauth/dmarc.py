@@ -181,9 +181,13 @@ class _Walks:
         self._walks: dict[str, _Walk] = {}
 
     async def record(self, domain: str) -> Record | None:
-        """Return the record of a domain; several are none. Raise _TemporaryError."""
+        """Return the record of a domain; several are none. Raise _TemporaryError.
+
+        A top-level domain that is not answered about counts as without a record: hardly any has one, and mail must not
+        wait for those of a DNS that does not serve them.
+        """
         answer = await self._query(f"_dmarc.{domain}", "TXT")
-        if answer.status == "failed":
+        if answer.status == "failed" and "." in domain:
             raise _TemporaryError(f"the DNS does not answer about _dmarc.{domain}")
         candidates = [text for text in answer.records if _is_dmarc(text)]
         return parse(candidates[0]) if len(candidates) == 1 else None

@@ -10,7 +10,7 @@ from penstock.mailauth.arc import ArcResult, ArcVerifier
 from penstock.mailauth.decision import Decisions, DecisionSettings, Findings, decide
 from penstock.mailauth.dkim import BodyHashes, DkimVerifier
 from penstock.mailauth.header import Field, Header, author_domains
-from penstock.mailauth.lookup import Answer, Query
+from penstock.mailauth.lookup import Answer, Kind, Query
 from penstock.mailauth.spf import SpfResult
 
 
@@ -40,7 +40,7 @@ class MessageCheck:
         self._dkim = DkimVerifier(self.header, now=now, author=author, hashes=self._hashes)
         self._arc = ArcVerifier(self.header, self._hashes) if arc else None
         self._questions = list(dict.fromkeys([*self._dkim.questions, *(self._arc.questions if self._arc else [])]))
-        self.hints = tuple((name, "TXT") for name in self._questions) + (
+        self.hints: tuple[tuple[str, Kind], ...] = tuple((name, "TXT") for name in self._questions) + (
             ((f"_dmarc.{author}", "TXT"),) if author and settings.dmarc != "off" else ()
         )
         """Questions that `finish` will ask; asking them while the body arrives saves the wait."""

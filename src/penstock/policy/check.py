@@ -22,6 +22,7 @@ import trio
 from penstock.journal import Journal
 from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.policy.base import Mark
+from penstock.policy.evidence import Watcher
 from penstock.reply import CHECK_FAILED, Reply
 from penstock.transaction import Transaction
 
@@ -77,6 +78,9 @@ class Check:
     def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> FindingOrAwaitable:
         """Judge a recipient; `transaction.recipients` holds those accepted before."""
 
+    def on_data(self, transaction: Transaction) -> Watcher | None:
+        """Return what looks at the message while it arrives; one check of a server may override this."""
+
     def on_message(self, transaction: Transaction, message: Message) -> MessageFindingOrAwaitable:
         """Judge a whole message. `message.prefix` has the fields that we add, Authentication-Results among them."""
 
@@ -98,7 +102,8 @@ class Check:
 
 
 HOOK_POINTS = (
-    "on_connect", "on_helo", "on_mail", "on_rcpt", "on_message", "on_refused", "on_accepted", "on_disconnect",
+    "on_connect", "on_helo", "on_mail", "on_rcpt", "on_data", "on_message", "on_refused", "on_accepted",
+    "on_disconnect",
 )  # fmt: skip
 
 

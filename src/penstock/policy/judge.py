@@ -24,9 +24,10 @@ import trio
 from penstock.addresses import Network, parse_address, parse_network
 from penstock.journal import Journal
 from penstock.message import MailParameters, Message, Path, Recipient
+from penstock.policy import authentication
 from penstock.policy.base import Mark
 from penstock.policy.check import HOOK_POINTS, Check, Edited, Parts
-from penstock.policy.evidence import Evidence, evidence_of
+from penstock.policy.evidence import Evidence, Watcher, evidence_of
 from penstock.policy.scores import BEFORE_MAIL, apply_mark
 from penstock.policy.settings import PolicySettings
 from penstock.reply import Reply
@@ -34,7 +35,7 @@ from penstock.results import Results
 from penstock.transaction import Transaction
 
 Maker = Callable[[PolicySettings, Parts], Sequence[Check]]
-MAKERS: Final[list[Maker]] = []
+MAKERS: Final[tuple[Maker, ...]] = (authentication.make_checks,)
 """What makes the checks of the settings, in the order in which they are asked."""
 
 _Asked = tuple[Check, Callable[..., Any]]
@@ -59,6 +60,7 @@ class Judge:
         self.mail: tuple[_Asked, ...] = found["on_mail"]
         self.rcpt: tuple[_Asked, ...] = found["on_rcpt"]
         self.message: tuple[_Asked, ...] = found["on_message"]
+        self._data = found["on_data"]
         self._refused = found["on_refused"]
         self._accepted = found["on_accepted"]
         self._disconnect = found["on_disconnect"]
@@ -89,6 +91,15 @@ class Judge:
     async def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> Reply | None:
         """Judge a forward-path."""
         return await self._ask(self.rcpt, "on_rcpt", transaction, recipient)
+
+    def begin(self, transaction: Transaction) -> Watcher | None:
+        """Return what looks at the message that begins, if anything does."""
+        evidence = evidence_of(transaction)
+        evidence.watcher = None
+        for check, method in self._data:
+            if self._applies(check, transaction, evidence):
+                evidence.watcher = method(transaction)
+        return evidence.watcher
 
     async def on_message(self, transaction: Transaction, message: Message) -> tuple[Reply | None, Message]:
         """Judge a whole message. Return the verdict, and the message as the checks have changed it."""

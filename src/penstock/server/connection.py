@@ -667,7 +667,9 @@ class Connection:
             head = self._message(CountedBody(0)) if listener.streams is not None else None
             if head is not None:
                 head = head._replace(prefix=self.transaction.added_fields + head.prefix)
-            self.incoming = IncomingMessage(listener, head)
+            judge = listener.pipeline.judge
+            watcher = None if judge is None else judge.begin(self.transaction)
+            self.incoming = IncomingMessage(listener, head, watcher)
 
     async def _on_begin_data(self, event: BeginData) -> None:
         self._on_begin_data_now(event)
