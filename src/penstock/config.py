@@ -312,6 +312,12 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             f'policy.quarantine: "{policy.quarantine}" needs a spool, which delivery.kind = '
             f'"{settings.delivery.kind}" does not have'
         )
+    _, _, route = policy.quarantine.partition("route:")
+    if route and not any(each.name == route and each.next_hop != "mx" for each in settings.route):
+        raise ConfigError(
+            f'policy.quarantine: "{policy.quarantine}" needs a [[route]] with name = "{route}" and a next_hop that is '
+            'not "mx"'
+        )
     for number, each in enumerate(policy.dnsbl):
         if not is_zone(each.zone):
             raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")

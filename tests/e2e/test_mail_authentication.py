@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import smtplib
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -106,10 +108,8 @@ def send(server: Server, mail: Mail) -> str:
     try:
         with smtplib.SMTP("127.0.0.1", server.port, "silent.example", timeout=60) as client:
             client.sendmail(sender, ["bob@example.org"], mail.text())
-    except smtplib.SMTPSenderRefused as exc:
-        return f"{exc.smtp_code} {exc.smtp_error.decode()}"
-    except smtplib.SMTPDataError as exc:
-        return f"{exc.smtp_code} {exc.smtp_error.decode()}"
+    except smtplib.SMTPResponseException as exc:  # at MAIL or at the end of the text
+        return f"{exc.smtp_code} {bytes(exc.smtp_error).decode()}"  # type: ignore[arg-type]
     return "250"
 
 
@@ -192,6 +192,36 @@ def test_mail_is_decided_about_in_enforce_mode(servers: dict[str, Server], name:
         assert (b"\nX-Spam-Flag: YES" in message) is (name == "p=quarantine")
     else:
         assert servers["enforce"].messages() == []
+
+
+# ---- quarantine
+
+SPOOLING = SETTINGS.replace('[delivery]\nkind = "maildir"\n', "")
+
+
+def test_mail_in_quarantine_is_held_until_it_is_released(dns: str, tmp_path: Path) -> None:
+    settings = SPOOLING.format(dns=dns, mode="enforce", more='quarantine = "hold"')
+    with serving(tmp_path / "server", settings) as server:
+        assert send(server, Mail("lenient.example", "lenient.example")) == "250"
+        assert send(server, Mail("good.example", "good.example", "good.example")) == "250"
+        assert b"dmarc=pass" in only_message(server)
+        spool = [sys.executable, "-m", "penstock", "spool"]
+        config = ["--config", str(server.folder / "penstock.toml"), "--data", str(server.folder)]
+        listed = subprocess.run([*spool, "list", "--json", *config], capture_output=True, check=True, text=True).stdout
+        assert '"state":"held"' in listed.replace(" ", "")
+        subprocess.run([*spool, "release", "--all", *config], capture_output=True, check=True)
+        assert b"dmarc=fail" in only_message(server)
+
+
+def test_mail_in_quarantine_takes_the_route_of_that_name(dns: str, servers: dict[str, Server], tmp_path: Path) -> None:
+    hop = servers["monitor"]
+    routes = f'[[route]]\nnext_hop = "maildir"\n[[route]]\nname = "junk"\nnext_hop = "smtp://{hop.address}"\n'
+    settings = SPOOLING.format(dns=dns, mode="enforce", more=f'quarantine = "route:junk"\n{routes}')
+    with serving(tmp_path / "server", settings) as server:
+        assert send(server, Mail("lenient.example", "lenient.example")) == "250"
+        assert send(server, Mail("good.example", "good.example", "good.example")) == "250"
+        assert b"From: Joe <joe@lenient.example>" in only_message(hop)
+        assert b"From: Joe <joe@good.example>" in only_message(server)
 
 
 # ---- without DMARC, and who is judged
