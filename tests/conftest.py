@@ -26,6 +26,7 @@ PROGRAMS = {
     "relay/test_smtp_sink.py": ["smtp-sink"],
     "dns/test_nsd.py": ["nsd"],
     "e2e/test_mail_authentication.py": ["nsd"],
+    "e2e/test_reputation.py": ["nsd"],
 }
 """The programs that a file needs, from Debian packages; Haraka comes from npm."""
 TESTS = Path(__file__).parent

@@ -26,6 +26,7 @@ from penstock.dns.settings import ResolverSettings, parse_server
 from penstock.journal import JournalSettings
 from penstock.net.listen import ListenAddress, find_group, parse_mode
 from penstock.net.tls import TlsSettings
+from penstock.policy.dnsbl import parse_pattern
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
@@ -321,6 +322,11 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
     for number, each in enumerate(policy.dnsbl):
         if not is_zone(each.zone):
             raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")
+        for pattern in each.answers:
+            try:
+                parse_pattern(pattern)
+            except ValueError as exc:
+                raise ConfigError(f"policy.dnsbl[{number}].answers: {exc}") from exc
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:

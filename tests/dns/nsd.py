@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ports import free_port
+
 CONFIG = """\
 server:
     ip-address: 127.0.0.1@{port}
@@ -35,9 +37,7 @@ QUESTION = b"\x00\x01\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x0
 @contextmanager
 def running_nsd(folder: Path, zones: Mapping[str, str]) -> Iterator[str]:
     """Serve zones, given by name as lines without SOA; yield the address once it answers."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = CONFIG.format(port=port, folder=folder)
     for number, (name, lines) in enumerate(zones.items()):
         (folder / f"{number}.zone").write_text(HEAD.format(name=f"{name.rstrip('.')}.") + lines)

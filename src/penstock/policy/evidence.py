@@ -40,6 +40,16 @@ class Pending(Generic[T]):
         finally:
             self._done.set()
 
+    @property
+    def is_done(self) -> bool:
+        """The task is over."""
+        return self._done.is_set()
+
+    @property
+    def value(self) -> T | None:
+        """The result, once the task is over; None if there is none."""
+        return self._value
+
     async def get(self) -> T | None:
         """Wait for the result. None: there will be none. No checkpoint when it is known."""
         if not self._done.is_set():

@@ -24,7 +24,7 @@ import trio
 from penstock.addresses import Network, parse_address, parse_network
 from penstock.journal import Journal
 from penstock.message import MailParameters, Message, Path, Recipient
-from penstock.policy import authentication
+from penstock.policy import authentication, dnsbl, fcrdns, pregreet
 from penstock.policy.base import Mark
 from penstock.policy.check import HOOK_POINTS, Check, Edited, Parts
 from penstock.policy.evidence import Evidence, Watcher, evidence_of
@@ -35,7 +35,12 @@ from penstock.results import Results
 from penstock.transaction import Transaction
 
 Maker = Callable[[PolicySettings, Parts], Sequence[Check]]
-MAKERS: Final[tuple[Maker, ...]] = (authentication.make_checks,)
+MAKERS: Final[tuple[Maker, ...]] = (
+    pregreet.make_checks,
+    dnsbl.make_checks,
+    fcrdns.make_checks,
+    authentication.make_checks,
+)
 """What makes the checks of the settings, in the order in which they are asked."""
 
 _Asked = tuple[Check, Callable[..., Any]]
@@ -61,6 +66,7 @@ class Judge:
         self.rcpt: tuple[_Asked, ...] = found["on_rcpt"]
         self.message: tuple[_Asked, ...] = found["on_message"]
         self._data = found["on_data"]
+        self._pregreet = next((each for each in checks if isinstance(each, pregreet.Pregreet)), None)
         self._refused = found["on_refused"]
         self._accepted = found["on_accepted"]
         self._disconnect = found["on_disconnect"]
@@ -75,6 +81,14 @@ class Judge:
             await trio.sleep_forever()
 
     # ---- the hook points
+
+    def pregreet_of(self, transaction: Transaction) -> tuple[pregreet.Pregreet, float] | None:
+        """Return the check of what comes before the greeting, and how many seconds this client has to wait."""
+        check = self._pregreet
+        if check is None or not self._applies(check, transaction, evidence_of(transaction)):
+            return None
+        seconds = check.seconds(transaction)
+        return (check, seconds) if seconds else None
 
     async def on_connect(self, transaction: Transaction) -> Reply | None:
         """Judge a client by its address. None is a yes."""

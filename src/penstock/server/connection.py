@@ -68,6 +68,7 @@ from penstock.smtp.states import State
 from penstock.transaction import Peer, Transaction
 
 if TYPE_CHECKING:
+    from penstock.policy.judge import Judge
     from penstock.server.listener import Listener
 
 _FINAL_REPLY: Final = 5.0
@@ -303,6 +304,8 @@ class Connection:
             if pipeline.connect:
                 refusal = await pipeline.on_connect(self.transaction)
                 refusal = refusal if refusal is not None and not refusal.accepts else None
+            if refusal is None and pipeline.judge is not None and not listener.is_implicit_tls:
+                refusal = await self._wait_in_silence(pipeline.judge)
         if refusal is None:
             self.session.greet()
             return self.faults is None or await self.faults.greet()
@@ -310,6 +313,23 @@ class Connection:
         if self._is_admitted or not listener.is_implicit_tls:  # a reply in the clear would only break a handshake
             self.session.greet(refusal)
         return False
+
+    async def _wait_in_silence(self, judge: Judge) -> Reply | None:
+        """Let a stranger wait for the greeting. Return the refusal of one that speaks before it."""
+        found = judge.pregreet_of(self.transaction)
+        if found is None:
+            return None
+        check, seconds = found
+        if not self.pump.octets:  # otherwise some came with the PROXY header
+            data: bytes | bytearray = b""
+            with trio.move_on_after(seconds) as scope:
+                data = await self._wait(self.stream.receive_some, _READ_OCTETS)
+            if scope.cancelled_caught:
+                check.passed(self.transaction)
+            if not data:
+                return None
+            self.pump.feed(data)
+        return check.spoke_early(self.transaction)
 
     async def _read_proxy(self) -> bool:
         """Read the PROXY header of a trusted proxy; the client it names is the peer from now on."""
