@@ -183,7 +183,7 @@ class Authentication(Check):
             spf=results.spf,
             mail_from=sender.text,
             helo=transaction.hello,
-            first=_first(iprev, transaction),
+            first=iprev_method(iprev, transaction.peer.address),
         )
         results.iprev = iprev
         results.dkim, results.dmarc = tuple(judgement.findings.dkim), judgement.findings.dmarc
@@ -233,8 +233,6 @@ async def _iprev_of(evidence: Evidence) -> IprevResult | None:
     return None if pending is None else await pending.get() or IprevResult("temperror")
 
 
-def _first(iprev: IprevResult | None, transaction: Transaction) -> Sequence[MethodResult]:
-    """Return the results that stand before ours in the field."""
-    if iprev is None:
-        return ()
-    return (MethodResult("iprev", iprev.result, (("smtp.remote-ip", transaction.peer.address),)),)
+def iprev_method(iprev: IprevResult | None, address: str) -> Sequence[MethodResult]:
+    """Return the result that stands before the others in the field, if that check was made."""
+    return () if iprev is None else (MethodResult("iprev", iprev.result, (("smtp.remote-ip", address),)),)

@@ -44,6 +44,7 @@ _BREAKER: Final = (5, 60.0)
 """Questions in a row without an answer after which a list is left out, and for how many seconds."""
 _EXEMPT: Final = frozenset({"postmaster", "abuse"})
 _MAX_TEXT: Final = 200
+_NO_ANSWER: Final = "no answer to the self-test:"
 _DEFAULT_ANSWERS: Final = {"127.0.0.2-127.0.0.254": 10.0}
 _PART: Final = re.compile(r"\*|[0-9]{1,3}(?:-[0-9]{1,3})?")
 _LOOPBACK: Final = 127 << 24
@@ -139,6 +140,21 @@ def reversed_name(address: str) -> str:
     return name.removesuffix(".in-addr.arpa" if parsed.version == 4 else ".ip6.arpa")
 
 
+async def find_problem(resolver: Resolver, zone: str) -> str:
+    """Make the self-test of a list: 127.0.0.2 is listed, 127.0.0.1 is not (RFC 5782 5). Return what is wrong, or ""."""
+    listed = await resolver.query(f"2.0.0.127.{zone}", "A")
+    unlisted = await resolver.query(f"1.0.0.127.{zone}", "A")
+    if listed.is_failure or unlisted.is_failure:
+        return f"{_NO_ANSWER} {listed.cause or unlisted.cause}"
+    if not listed.records:
+        return "127.0.0.2 is not listed"
+    if unlisted.records:
+        return "127.0.0.1 is listed"
+    if any(is_error(int.from_bytes(record, "big")) for record in listed.records):
+        return f"it has answered {', '.join(str(ipaddress.IPv4Address(record)) for record in listed.records)}"
+    return ""
+
+
 def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
     """Return the check of all lists, if there are any. Raise ValueError for patterns that are none."""
     modes = [(each, policy.mode_of(each)) for each in policy.dnsbl]
@@ -192,21 +208,10 @@ class Dnsbl(Check):
             await self._test(each)
 
     async def _test(self, each: _List) -> None:
-        """Ask for 127.0.0.2 and 127.0.0.1 (RFC 5782 5). Without an answer, the list stays what it was."""
-        listed = await self._resolver.query(f"2.0.0.127.{each.zone}", "A")
-        unlisted = await self._resolver.query(f"1.0.0.127.{each.zone}", "A")
-        cause = ""
-        if listed.is_failure or unlisted.is_failure:
-            if each.is_usable:
-                return
-            cause = f"no answer to the self-test: {listed.cause or unlisted.cause}"
-        elif not listed.records:
-            cause = "127.0.0.2 is not listed"
-        elif unlisted.records:
-            cause = "127.0.0.1 is listed"
-        elif any(is_error(int.from_bytes(record, "big")) for record in listed.records):
-            cause = f"it has answered {', '.join(str(ipaddress.IPv4Address(record)) for record in listed.records)}"
-        self._set_usable(each, cause)
+        """Test a list. Without an answer, it stays what it was."""
+        problem = await find_problem(self._resolver, each.zone)
+        if not (each.is_usable and problem.startswith(_NO_ANSWER)):
+            self._set_usable(each, problem)
 
     def _set_usable(self, each: _List, problem: str) -> None:
         """Use a list, or not because of a problem, and journal a change."""
