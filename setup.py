@@ -80,6 +80,7 @@ setup(
         extension("penstock.dns._codec", "ext/dns.pyx"),
         extension("penstock.mailauth._header", "ext/mailauth.pyx"),
         extension("penstock._journal", "ext/journal.pyx"),
+        extension("penstock._files", "ext/files.pyx"),
         extension("penstock.metrics._session", "ext/metrics.pyx"),
         extension("penstock.transaction", "src/penstock/transaction.py"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from penstock import __version__
+from penstock.cli.cluster import cluster
 from penstock.cli.config import config
 from penstock.cli.judge import judge
 from penstock.cli.load import load
@@ -41,6 +42,7 @@ main.add_command(sink)
 main.add_command(load)
 main.add_command(judge)
 main.add_command(spool)
+main.add_command(cluster)
 main.add_command(config)
 main.add_command(top)
 main.add_command(user)
