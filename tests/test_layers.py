@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "penstock"
 
 ROWS = [
     {"cli", "pytest_plugin"},
-    {"supervisor", "testing"},
+    {"operations", "supervisor", "testing"},
     {"app"},
     {"config"},
     {"sink", "load"},

@@ -5,8 +5,9 @@ The way of a message through the packages, which is the order to read them in:
 The command line (`cli`) reads a TOML file into frozen settings (`config`, with the rules of the file format in
 `schema`). `app` is the only place where concrete parts are assembled, started and stopped; `loading` finds the policies
 and deliveries that the configuration names by "module:name". `supervisor` runs workers, each a process of its own,
-which may be another user with fewer `privileges`; `control` is what operators can do with them. `testing` runs the
-same server inside a test, and `pytest_plugin` turns it into fixtures.
+which may be another user with fewer `privileges`; `control` is what operators can do with them, and `operations` how
+they do it: /metrics and the control socket. `testing` runs the same server inside a test, and `pytest_plugin` turns it
+into fixtures.
 
 A client connects to a socket of `net`: the poller, streams, TLS, listeners, the PROXY protocol, DNS look-ups and
 outgoing connections. Its session is one task of `server`: read server/connection.py first, it follows a connection from

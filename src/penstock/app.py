@@ -43,6 +43,7 @@ from penstock.journal import Journal, JournalSettings
 from penstock.loading import HookError
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
+from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
 from penstock.net.tls import (
     KeyPair,
@@ -95,7 +96,9 @@ class Overrides:
     policies: Sequence[object] = ()
     """Asked after those of the settings."""
     metrics: Metrics | None = None
-    """What counts the replies and the latencies of all sessions."""
+    """What counts the replies and the latencies of all sessions of a sink."""
+    counters: Counters | None = None
+    """What counts everything for /metrics, and has the limits that all workers share."""
     components: Sequence[Component] = ()
     """Called with each new connection: fault injection, and whatever else observes connections."""
     ended: Callable[[], None] | None = None
@@ -126,6 +129,8 @@ class Shared:
     budget: MemoryBudget
     ids: MessageIds
     metrics: Metrics | None = None
+    counters: Counters | None = None
+    delivery_kind: str = ""
     components: Sequence[Component] = ()
     own_domain: str = ""
     """Domain of `<postmaster>` and of senders without a domain; "" leaves them without one."""
@@ -376,13 +381,15 @@ def assemble(
     data_dir = Path(settings.data_dir).absolute()
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
     ids = MessageIds()
+    journal.counters = counters = overrides.counters
+    table = counters.table if counters is not None and settings.admission.shared else None
     domains = None if settings.domains is None else Domains(settings.domains)
     resolver = Resolver(settings.resolver)
     gateway: Gateway | None = None
     passthrough: Onward | None = None
     delivery: Delivery
     if overrides.delivery is None and settings.delivery.has_relay:
-        gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids)
+        gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
     judge = make_judge(settings, domains, data_dir, resolver, journal) if overrides.delivery is None else None
@@ -393,11 +400,13 @@ def assemble(
         journal=journal,
         delivery=delivery,
         pipeline=Pipeline((), journal),
-        throttle=AuthThrottle(settings.admission),
+        throttle=AuthThrottle(settings.admission, table=table),
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
         ids=ids,
         metrics=overrides.metrics,
+        counters=counters,
+        delivery_kind=settings.delivery.kind if ":" not in settings.delivery.kind else "python",
         components=overrides.components,
         # A delivery from outside (a sink, a test) gets addresses as the client has sent them.
         own_domain="" if overrides.delivery is not None else own_domain(domains, settings.own_hostname),
@@ -409,12 +418,14 @@ def assemble(
     listeners, ca_file = bind_listeners(settings, shared, overrides)
     worker = Worker(
         listeners,
-        Admission(settings.admission),
+        Admission(
+            settings.admission, table=table, note_refusal=None if counters is None else counters.refused_connection
+        ),
         Sweeper(min(listener.limits.shortest_timeout for listener in settings.listener)),
         journal,
         write_journal,
         grace=settings.server.grace,
-        metrics=overrides.metrics,
+        metrics=overrides.metrics if counters is None else counters.sessions,
         ended=overrides.ended,
     )
     uses_dns = gateway is not None or judge is not None
@@ -568,7 +579,12 @@ def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
 
 
 def make_gateway(
-    settings: Settings, data_dir: Path, resolver: Resolver, journal: Journal, ids: MessageIds
+    settings: Settings,
+    data_dir: Path,
+    resolver: Resolver,
+    journal: Journal,
+    ids: MessageIds,
+    counters: Counters | None,
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
@@ -586,6 +602,9 @@ def make_gateway(
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
+    if counters is not None:
+        recorder.on_result = counters.attempted
+        spool.on_commit = counters.committed
     scheduler = Scheduler(relay, queue, pool, routes, recorder, journal, local=local)
     gateway = Gateway(
         spool=queue,
@@ -708,7 +727,9 @@ def make_listener(
         folder=shared.data_dir / "tmp",
         journal=shared.journal,
         ids=shared.ids,
-        metrics=shared.metrics,
+        metrics=shared.metrics
+        if shared.counters is None
+        else shared.counters.listener(wanted.name or wanted.address, shared.delivery_kind),
         components=tuple(shared.components),
     )
 

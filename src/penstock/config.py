@@ -25,6 +25,7 @@ from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
 from penstock.dns.settings import ResolverSettings, parse_server
 from penstock.journal import JournalSettings
+from penstock.metrics.settings import ControlSettings, MetricsSettings
 from penstock.net.listen import ListenAddress, find_group, parse_mode
 from penstock.net.tls import TlsSettings
 from penstock.policy.dnsbl import parse_pattern
@@ -200,6 +201,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    control: ControlSettings = ControlSettings()
     server: ServerSettings = ServerSettings()
 
     @property
@@ -288,6 +291,7 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     _check_networks("admission.exempt", settings.admission.exempt)
     if settings.policy is not None:
         _check_policy(settings.policy, settings)
+    _check_metrics(settings.metrics)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
         raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
@@ -341,8 +345,6 @@ def _check_outbound(settings: Settings) -> None:
 def _check_policy(policy: PolicySettings, settings: Settings) -> None:
     """Check the [policy] tables."""
     _check_networks("policy.trusted", policy.trusted)
-    if policy.quarantine_above > policy.reject_above:
-        raise ConfigError(f"policy.quarantine_above: greater than policy.reject_above = {policy.reject_above:g}")
     if not is_quarantine(policy.quarantine):
         raise ConfigError(f'policy.quarantine: expected "tag", "hold" or "route:NAME", not {policy.quarantine!r}')
     if policy.quarantine != "tag" and not settings.delivery.has_relay:
@@ -367,6 +369,18 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
                 parse_pattern(pattern)
             except ValueError as exc:
                 raise ConfigError(f"policy.dnsbl[{number}].answers: {exc}") from exc
+
+
+def _check_metrics(metrics: MetricsSettings) -> None:
+    """Check the address of /metrics: what others can reach names the domains that mail is exchanged with."""
+    if not metrics.address:
+        return
+    try:
+        address = ListenAddress.parse(metrics.address)
+    except ValueError as exc:
+        raise ConfigError(f"metrics.address: {exc}") from exc
+    if not address.is_loopback and not metrics.token_file:
+        raise ConfigError(f"metrics.address: other machines can reach {address}; set metrics.token_file")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -64,6 +64,13 @@ def escape(text: str) -> str:
     )
 
 
+class EventCounters(Protocol):
+    """Counts events that few places know of but the journal; see penstock.metrics.counters."""
+
+    def count(self, name: str, n: int = 1, /, **labels: str) -> None:
+        """Add to a counter."""
+
+
 class Journal:
     """Collects events and formats them as lines. Not thread-safe."""
 
@@ -77,6 +84,8 @@ class Journal:
         self._made = 0
         """Number of events in `_lines`."""
         self._dropped = 0
+        self.counters: EventCounters | None = None
+        """Counts some events for /metrics, whether they are written or not."""
         self.logs_connections = settings.events == "all"
         self.logs_mail = settings.events in ("all", "mail")
         """Mail events are written. Callers may skip the preparation of events that are not."""
@@ -140,6 +149,8 @@ class Journal:
 
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """A policy raised an exception, missed its deadline, or returned an invalid value."""
+        if self.counters is not None:
+            self.counters.count("policy_failures_total", check=hook)
         if self._logs_errors:
             self._note("hook-failed", 0, None, hook, hook_point, cause)
 
@@ -167,16 +178,22 @@ class Journal:
 
     def tls(self, session: int, peer: Peer, info: TlsInfo) -> None:
         """A TLS handshake was completed."""
+        if self.counters is not None:
+            self.counters.count("tls_handshakes_total", version=info.version, result="ok")
         if self.logs_connections:
             self._note("tls", session, peer, info.version, info.cipher)
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
         """A client has authenticated."""
+        if self.counters is not None:
+            self.counters.count("auth_total", mechanism=mechanism, result="ok")
         if self.logs_mail:
             self._note("authenticated", session, peer, name, mechanism)
 
     def auth_failed(self, session: int, peer: Peer, name: str, mechanism: str, cause: str) -> None:
         """An authentication has failed."""
+        if self.counters is not None:
+            self.counters.count("auth_total", mechanism=mechanism, result="failed")
         if self.logs_mail:
             self._note("auth-failed", session, peer, name, mechanism, cause)
 
@@ -267,6 +284,8 @@ class Journal:
 
     def reported(self, report_id: str, message_id: str, action: str, sender: Path) -> None:
         """A delivery report was sent to the sender of a message, as a new message."""
+        if self.counters is not None:
+            self.counters.count("reports_total", kind=action)
         if self.logs_mail:
             self._note("reported", 0, None, report_id, message_id, action, sender)
 
@@ -279,6 +298,8 @@ class Journal:
 
     def clock_jumped(self, seconds: float, rescheduled: int) -> None:
         """The clock of the machine was set forward, or back if negative; recipients were given other due times."""
+        if self.counters is not None:
+            self.counters.count("clock_jumps_total")
         if self._logs_errors:
             self._note("clock-jumped", 0, None, round(seconds), rescheduled)
 
@@ -319,12 +340,18 @@ class Journal:
 
     def tell_dropped(self, events: int) -> bytes:
         """Return the line that reports lines that could not be written. Any thread may call it."""
+        self._count_dropped(events)
         line = _human_line if self._human else _json_line
         return line(self._clock(), "dropped", 0, None, (events,))
+
+    def _count_dropped(self, events: int) -> None:
+        if self.counters is not None:
+            self.counters.count("journal_dropped_total", events)
 
     def drain(self) -> bytes:
         """Return the lines of all events since the last call; b"" if there were none."""
         if self._dropped:
+            self._count_dropped(self._dropped)
             self._waiting.append((self._clock(), "dropped", 0, None, (self._dropped,)))
             self._dropped = 0
         if self._waiting:

@@ -29,8 +29,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import trio
@@ -61,8 +62,8 @@ class Command(NamedTuple):
     words: Sequence[str]
     descriptors: Sequence[int]
     """Those that it inherits."""
-    options: Mapping[str, Any] = {}
-    """Keyword arguments for subprocess.Popen, such as `user`."""
+    ended: Callable[[], None] | None = None
+    """Called once the process has ended."""
 
 
 class Launch(Protocol):
@@ -105,6 +106,14 @@ class WorkerProcess:
     def reason(self) -> RestartReason:
         """Why it has ended."""
         return "watchdog" if self.has_hung else "signal" if self.code < 0 else "exit"
+
+    @property
+    def is_stopped(self) -> bool:
+        """A signal has stopped it, as a debugger does: it gets no other signal but SIGKILL."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except (OSError, IndexError):
+            return False
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal, unless it has ended."""
@@ -259,6 +268,8 @@ class Supervisor:
         if not successor.prepared.is_set() or successor.ended.is_set() or self._stop_wanted.is_set():
             successor.send_signal(signal.SIGKILL)
             raise self._failure(place.index, successor)
+        if place.successor is not None:  # the worker before hangs, and was to be replaced anyway
+            place.successor.send_signal(signal.SIGKILL)
         old, place.successor = place.worker, successor
         place.changed.set()
         if old is not None:
@@ -292,8 +303,9 @@ class Supervisor:
                 await worker.ended.wait()
                 if self._stop_wanted.is_set() or place.is_leaving:
                     return
-                if place.successor is None:
+                if place.successor is None or worker.has_hung:
                     self._note_end(place, worker)
+                if place.successor is None:
                     if self._clock() - begun >= _LONG_LIFE:
                         pause = _FIRST_PAUSE
                     else:
@@ -330,6 +342,7 @@ class Supervisor:
     async def _live(self, worker: WorkerProcess, launch: Launch) -> None:
         """Run a process from its start to its end."""
         ours, theirs = socket.socketpair()
+        note_end: Callable[[], None] | None = None
         try:
             with ours, theirs, launch(worker.index, theirs.fileno()) as command:
                 worker.process = process = await trio.lowlevel.open_process(
@@ -337,8 +350,8 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     pass_fds=tuple(command.descriptors),
                     start_new_session=True,
-                    **command.options,
                 )
+                note_end = command.ended
                 line = ours.dup()
             if self._stop_wanted.is_set():
                 process.send_signal(signal.SIGTERM)
@@ -357,6 +370,8 @@ class Supervisor:
                     worker.code = await process.wait()
         finally:
             self._living.discard(worker)
+            if note_end is not None:
+                note_end()
             worker.ended.set()
 
     async def _let_begin(self, worker: WorkerProcess) -> None:
@@ -398,10 +413,13 @@ class Supervisor:
                         nursery.start_soon(self._end_hung, worker)
 
     async def _end_hung(self, worker: WorkerProcess) -> None:
+        place = self._places.get(worker.index)
+        if place is not None and place.worker is worker and place.successor is None and not place.is_leaving:
+            place.successor = self._spawn(place.index, place.launch)  # it prepares itself meanwhile
         worker.send_signal(signal.SIGABRT)
-        with trio.move_on_after(_LAST_WORDS):
+        with trio.move_on_after(0.0 if worker.is_stopped else _LAST_WORDS):
             await worker.ended.wait()
-        worker.send_signal(signal.SIGKILL)  # a process that was stopped gets no other signal
+        worker.send_signal(signal.SIGKILL)
 
 
 async def _first(*events: trio.Event) -> None:

@@ -13,18 +13,10 @@ from typing import Any
 
 import pytest
 import trustme
+from bench.operations import make_pair
 
 from tests.e2e.running import Server, serving
 from tests.e2e.test_workers import events, workers_of
-
-
-def make_pair(folder: Path, name: str = "mx.example.org") -> bytes:
-    """Replace the certificate and the key in a folder, each by a rename; return the certificate as DER."""
-    leaf = trustme.CA().issue_cert(name)
-    for file, blob in (("cert.pem", leaf.cert_chain_pems[0]), ("key.pem", leaf.private_key_pem)):
-        blob.write_to_path(folder / f"{file}.new")
-        (folder / f"{file}.new").rename(folder / file)
-    return ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
 
 
 def certificate_of(server: Server) -> bytes:

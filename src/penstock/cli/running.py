@@ -8,8 +8,11 @@ import gc
 import os
 import resource
 import signal
+import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
+from importlib import resources
+from pathlib import Path
 from typing import Final
 
 import click
@@ -27,6 +30,7 @@ from penstock.config import ConfigError, Settings, check
 from penstock.control import ControlError, HopAction, WorkerState
 from penstock.journal import Journal
 from penstock.net.listen import ListenAddress
+from penstock.operations.observation import Observation, keep_reporting, start_counting
 from penstock.privileges import Account, drop_capabilities, find_account, is_root
 from penstock.spool.spool import SpoolError
 
@@ -126,6 +130,10 @@ def account_of(settings: Settings) -> Account | None:
 
 def become(account: Account) -> None:
     """Serve as another account from now on, without capabilities. Raise OSError."""
+    # Modules that Python imports at their first use: the other account need not be able to read them.
+    socket.getaddrinfo("localhost", 0)
+    "idna".encode("idna")
+    resources.files("penstock").joinpath("py.typed").read_bytes()
     os.setgroups(account.groups)
     os.setgid(account.gid)
     os.setuid(account.uid)
@@ -139,11 +147,29 @@ def tune_collector() -> None:
     gc.set_threshold(_GC_THRESHOLD, 20, 100)
 
 
+_OF_WORKERS: Final = ("tmp", "maildir", "secret", "spool*", "state*", "index*", "run")
+"""What workers write in the state directory. Certificates and keys stay those of root."""
+
+
 def prepare_data_dir(settings: Settings, account: Account) -> None:
-    """Make the state directory of an account if there is none. Raise OSError."""
-    if not os.path.isdir(settings.data_dir):  # noqa: PTH112 - no Path is needed
-        os.makedirs(settings.data_dir, mode=0o750)  # noqa: PTH103
-        os.chown(settings.data_dir, account.uid, account.gid)
+    """Make the state directory for an account, or hand one that root has used to it. Raise OSError.
+
+    Only a directory of root is handed over: nobody else could have put a link into it.
+    """
+    folder = Path(settings.data_dir)
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o750)
+    if folder.stat().st_uid != 0:
+        return
+    names = (
+        *_OF_WORKERS,
+        f"{settings.spool.path}*",
+        settings.delivery.maildir.path.partition("{")[0].rstrip("/") or "tmp",
+    )
+    found = {path for name in names if not Path(name).is_absolute() for path in folder.glob(name)}
+    for path in [*found, *(each for top in found if top.is_dir() for each in top.rglob("*"))]:
+        os.chown(path, account.uid, account.gid, follow_symlinks=False)
+    os.chown(folder, account.uid, account.gid)
 
 
 # ---- a server of one process
@@ -250,6 +276,10 @@ def run(
         certificates = Certificates(fitted)
         overrides = dataclasses.replace(overrides, key_pairs=certificates.pairs, ca_file=certificates.ca_file)
         writer = JournalWriter(log.descriptor, journal.tell_dropped)
+        observation = Observation(fitted) if beside is None else None
+        if observation is not None:
+            counters = start_counting(observation.segment, observation.claim())
+            overrides = dataclasses.replace(overrides, counters=counters)
         server = assemble(fitted, journal, writer, overrides=overrides)
         if account is not None:
             become(account)
@@ -262,7 +292,7 @@ def run(
     survive_signals()
     operations = SingleOperations(outfit, server, allow_open=allow_open)
     try:
-        trio.run(_serve, server, operations, announce, done, beside)
+        trio.run(_serve, server, operations, observation, announce, done, beside)
     except* (OSError, SpoolError, sqlite3.Error) as group:
         raise click.ClickException(innermost(group)) from group
     finally:
@@ -280,15 +310,18 @@ def innermost(exc: BaseException) -> str:
 async def _serve(
     server: Server,
     operations: SingleOperations,
+    observation: Observation | None,
     announce: Callable[[Server], None],
     done: Callable[[Server], bool] | None,
     beside: Callable[[Server], Awaitable[None]] | None,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(operations.run)
-        if beside is None:
-            await nursery.start(run_services, operations, operations.settings)
+        if observation is not None:
+            await nursery.start(run_services, operations, operations.settings, observation)
         await nursery.start(run_server, server, nursery)
+        if server.overrides.counters is not None:
+            nursery.start_soon(keep_reporting, server, server.overrides.counters)
         tune_collector()
         operations.started()
         announce(server)

@@ -16,6 +16,7 @@ import sqlite3
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +32,7 @@ from penstock.cli.notify import ServiceManager, passed_sockets
 from penstock.cli.operating import Load, Operations, Outfit, RollError
 from penstock.cli.running import (
     account_of,
+    become,
     fit_descriptors,
     innermost,
     prepare_data_dir,
@@ -45,8 +47,10 @@ from penstock.cli.sockets import ListeningSockets
 from penstock.config import ConfigError, Settings, check
 from penstock.control import Channel, ControlError, HopAction, WorkerState
 from penstock.journal import Journal
+from penstock.metrics.segment import attach_segment
 from penstock.net.tls import KeyPair
-from penstock.privileges import Account, drop_capabilities
+from penstock.operations.observation import Observation, keep_reporting, start_counting
+from penstock.privileges import Account
 from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
 from penstock.supervisor import Command, Supervisor, WorkerError, WorkerProcess, describe_end
@@ -70,6 +74,10 @@ class Inheritance(msgspec.Struct, frozen=True):
     """The descriptor of a file in memory with its `Boot`."""
     sockets: list[list[int]]
     """Descriptors of the listening sockets of each listener; none for a worker that only sees to its spool."""
+    segment: int
+    """The descriptor of the memory that all workers share (penstock.operations.observation)."""
+    page: int
+    """Its page of that."""
 
     def encode(self) -> str:
         """Return it as a word."""
@@ -82,7 +90,8 @@ class Boot(NamedTuple):
     settings: Settings
     key_pairs: Sequence[KeyPair | None]
     is_draining: bool = False
-    drops_capabilities: bool = False
+    account: Account | None = None
+    """Who to become."""
 
     def encode(self) -> bytes:
         """Return it as octets."""
@@ -97,8 +106,14 @@ class Boot(NamedTuple):
 
 
 def needs_supervisor(settings: Settings, wanted: Sequence[int], manager: ServiceManager) -> bool:
-    """Return whether a server has a supervisor: for several workers, another user, or a service manager."""
-    return len(wanted) > 1 or bool(settings.server.user) or manager.exists or "LISTEN_FDS" in os.environ
+    """Return whether a server has a supervisor: for several workers, another user, /metrics, or a service manager."""
+    return (
+        len(wanted) > 1
+        or bool(settings.server.user)
+        or bool(settings.metrics.address)
+        or manager.exists
+        or "LISTEN_FDS" in os.environ
+    )
 
 
 def indexes(settings: Settings) -> list[int]:
@@ -129,17 +144,19 @@ class Launcher:
         key_pairs: Sequence[KeyPair | None],
         sockets: ListeningSockets,
         account: Account | None,
+        observation: Observation,
     ) -> None:
         self.settings = settings
         self.key_pairs = key_pairs
         self.is_draining = False
         self._sockets = sockets
         self._account = account
+        self._observation = observation
 
     @property
     def boot(self) -> Boot:
         """What a worker is told."""
-        return Boot(self.settings, self.key_pairs, self.is_draining, self._account is not None)
+        return Boot(self.settings, self.key_pairs, self.is_draining, self._account)
 
     @contextmanager
     def __call__(self, index: int, line: int) -> Iterator[Command]:
@@ -148,15 +165,17 @@ class Launcher:
             [sock.fileno() for sock in each]
             for each in self._sockets.of_worker(self.settings, index, self.settings.server.workers)
         ]
-        with _in_memory(self.boot.encode()) as boot:
-            told = Inheritance(index, line, boot, sockets)
-            words = [sys.executable, "-m", "penstock", *sys.argv[1:], "--worker", told.encode()]
-            yield Command(words, [line, boot, *(fd for each in sockets for fd in each)], self._options())
+        with self._observation.claimed() as page, _in_memory(self.boot.encode()) as boot:
+            segment = self._observation.inherited
+            told = Inheritance(index, line, boot, sockets, segment, page)
+            words = [*_python(), "-m", "penstock", *sys.argv[1:], "--worker", told.encode()]
+            descriptors = [line, boot, segment, *(fd for each in sockets for fd in each)]
+            yield Command(words, descriptors, partial(self._observation.ended, page))
 
-    def _options(self) -> dict[str, Any]:
-        if self._account is None:
-            return {}
-        return {"user": self._account.uid, "group": self._account.gid, "extra_groups": self._account.groups}
+
+def _python() -> list[str]:
+    """Return how to start Python. `-m` must not add the current folder to the path of modules if it is not there."""
+    return [sys.executable] if str(Path.cwd()) in sys.path or "" in sys.path else [sys.executable, "-P"]
 
 
 @contextmanager
@@ -176,8 +195,16 @@ def _in_memory(data: bytes) -> Iterator[int]:
 class SupervisorOperations(Operations):
     """A supervisor and its workers, for their operators."""
 
-    def __init__(self, outfit: Outfit, sockets: ListeningSockets, launcher: Launcher, wanted: Sequence[int]) -> None:
+    def __init__(
+        self,
+        outfit: Outfit,
+        sockets: ListeningSockets,
+        launcher: Launcher,
+        wanted: Sequence[int],
+        observation: Observation,
+    ) -> None:
         super().__init__(outfit)
+        self.observation = observation
         self.supervisor = Supervisor(
             launcher,
             wanted,
@@ -268,8 +295,11 @@ class SupervisorOperations(Operations):
             account = account_of(settings)
         except click.UsageError as exc:
             raise ControlError(exc.message) from exc
+        if settings.server.workers > self.observation.most_workers:
+            most = self.observation.most_workers
+            raise ControlError(f"server.workers: more than {most} workers need a restart")
         undo = self._sockets.prepare(settings, settings.server.workers)
-        launcher = Launcher(settings, certificates.pairs, self._sockets, account)
+        launcher = Launcher(settings, certificates.pairs, self._sockets, account, self.observation)
         launcher.is_draining = self.is_draining
         before = self.supervisor.processes
         try:
@@ -361,6 +391,7 @@ def supervise(settings: Settings, load: Load, wanted: Sequence[int], manager: Se
     sockets = ListeningSockets(passed_sockets(), manager)
     try:
         check(fitted)
+        observation = Observation(fitted, workers=max(wanted) + 1)
         if account is not None:
             prepare_data_dir(fitted, account)
         certificates = Certificates(fitted)
@@ -377,7 +408,8 @@ def supervise(settings: Settings, load: Load, wanted: Sequence[int], manager: Se
     tell_fitted(settings, fitted, limit, journal)
     write(journal.drain())
     outfit = Outfit(fitted, lambda: fit_descriptors(load(), limit), certificates, log, journal, write, manager)
-    operations = SupervisorOperations(outfit, sockets, Launcher(fitted, certificates.pairs, sockets, account), wanted)
+    launcher = Launcher(fitted, certificates.pairs, sockets, account, observation)
+    operations = SupervisorOperations(outfit, sockets, launcher, wanted, observation)
     survive_signals()
     try:
         trio.run(_supervise, operations, sockets, wanted)
@@ -395,7 +427,7 @@ async def _supervise(operations: SupervisorOperations, sockets: ListeningSockets
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(operations.run)
-            await nursery.start(run_services, operations, settings)
+            await nursery.start(run_services, operations, settings, operations.observation)
             await nursery.start(_keep, operations.supervisor, nursery)
             operations.started()
             alone = len(wanted) - count
@@ -432,12 +464,14 @@ def work(word: str) -> None:
     sockets = [[socket.socket(fileno=fd) for fd in each] for each in told.sockets]
     writer: JournalWriter | None = None
     try:
-        if boot.drops_capabilities:
-            drop_capabilities()
+        if boot.account is not None:
+            become(boot.account)
         log = LogFile(settings)
         journal = Journal(settings.journal, is_terminal=os.isatty(log.descriptor))
         writer = JournalWriter(log.descriptor, journal.tell_dropped, is_shared=True)
-        server = assemble(settings, journal, writer, overrides=Overrides(sockets=sockets, key_pairs=boot.key_pairs))
+        counters = start_counting(attach_segment(told.segment), told.page)
+        overrides = Overrides(sockets=sockets, key_pairs=boot.key_pairs, counters=counters)
+        server = assemble(settings, journal, writer, overrides=overrides)
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(settings) or str(exc)) from exc
     server.worker.sessions = told.index * _SESSIONS
@@ -491,6 +525,8 @@ class WorkerSide:
                 nursery.cancel_scope.cancel()
                 return
             await nursery.start(run_server, self._server, nursery)
+            if self._server.overrides.counters is not None:
+                nursery.start_soon(keep_reporting, self._server, self._server.overrides.counters)
             tune_collector()
             if self._boot.is_draining:
                 self._server.worker.drain()

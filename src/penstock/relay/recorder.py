@@ -32,6 +32,8 @@ _LAST_TRIES: Final = 3
 _BUG_PAUSE: Final = 300.0
 """Seconds until a recipient is tried again whose failure could not be reported."""
 
+_PLACES: Final = {Outcome.DELIVERED: 0, Outcome.DEFERRED: 1, Outcome.FAILED: 2}
+
 DomainOf = Callable[[Recipient], str]
 
 
@@ -68,6 +70,8 @@ class AttemptRecorder:
         self._clock = clock
         self.on_put_off: Callable[[float], None] = _ignore
         """Gets the earliest time at which something that was written is due again."""
+        self.on_result: Callable[[str, int, int, float], None] | None = None
+        """Gets the results of attempts, for statistics: queue, 0 delivered, 1 deferred, 2 failed, recipients, age."""
         self._records: list[AttemptRecord] = []
         self._reports: dict[tuple[int, Action], _Report] = {}
         """By message and action: one report for all recipients of a message whose attempts end together."""
@@ -98,6 +102,8 @@ class AttemptRecorder:
         the results are those of an earlier attempt.
         """
         result = results[0]
+        if self.on_result is not None and not is_backing_off:
+            self._count(entry, results, is_stopping)
         if len(results) == 1 and result.kind is Outcome.DELIVERED and entry.envelope.recipients[0].notify is None:
             row = entry.rows[0]
             self._records.append(AttemptRecord(row.number, row.queue, End.DELIVERED))
@@ -110,6 +116,13 @@ class AttemptRecorder:
             self._conclude(entry, results, is_final, is_stopping, "backing off: " if is_backing_off else "")
         if not self._has_something.is_set():
             self._has_something.set()
+
+    def _count(self, entry: Entry, results: Sequence[Result], is_stopping: bool) -> None:
+        assert self.on_result is not None
+        age = self._clock() - entry.received_at
+        for result, row in zip(results, entry.rows, strict=False):
+            if not (is_stopping and result.kind is Outcome.DEFERRED and not result.is_said):  # it was no attempt
+                self.on_result(row.queue, _PLACES[result.kind], 1, age)
 
     def give_back(self, entry: Entry, when: float) -> None:
         """Record that there was no attempt after all: the recipients are due again at a time."""

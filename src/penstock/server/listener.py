@@ -17,6 +17,7 @@ from penstock.delivery.base import ChecksCapacity, Delivery, Discards, Streams
 from penstock.journal import Journal
 from penstock.message import MessageIds, Path
 from penstock.metrics._session import Metrics
+from penstock.metrics._shared import ListenerTotals
 from penstock.policy.pipeline import Pipeline
 from penstock.reply import Reply
 from penstock.server.body import BodySettings, MemoryBudget
@@ -128,7 +129,7 @@ class Listener:
     """Where bodies go that do not stay in memory."""
     journal: Journal
     ids: MessageIds
-    metrics: Metrics | None = None
+    metrics: Metrics | ListenerTotals | None = None
     """What counts the replies and the latencies of all sessions; None counts nothing."""
     components: tuple[Component, ...] = ()
     """Called with each new connection."""

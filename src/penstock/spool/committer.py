@@ -22,6 +22,7 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -91,6 +92,8 @@ class Committer:
         """Their octets."""
         self.transactions = 0
         """Transactions so far."""
+        self.on_commit: Callable[[float, int], None] | None = None
+        """Gets the seconds and the requests of each transaction, in this thread."""
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken
         self._thread: threading.Thread | None = None
@@ -178,7 +181,10 @@ class Committer:
         while not is_last:
             batch, is_last = self._next_batch()
             if batch:
+                began = time.perf_counter()
                 self._execute(batch)
+                if self.on_commit is not None:
+                    self.on_commit(time.perf_counter() - began, len(batch))
                 with suppress(trio.RunFinishedError):  # the loop has crashed, and no task waits any more
                     self._token.run_sync_soon(self._answer, batch)
                 self._store.tidy()

@@ -90,6 +90,20 @@ class Spool:
         return self._clock()
 
     @property
+    def on_commit(self) -> Callable[[float, int], None] | None:
+        """Gets the seconds and the requests of each transaction, in the thread of the spool."""
+        return self._committer.on_commit
+
+    @on_commit.setter
+    def on_commit(self, call: Callable[[float, int], None] | None) -> None:
+        self._committer.on_commit = call
+
+    @property
+    def waiting(self) -> int:
+        """Messages that wait to be written."""
+        return self._committer.waiting
+
+    @property
     def puts(self) -> int:
         """Messages put so far."""
         return self._store.puts
