@@ -5,44 +5,200 @@ meaning is not known yet), so that any split into chunks gives the same, and mem
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.string cimport memchr, memcpy
 
 cdef enum:
     BLOCK = 8192
 
 
-def split_header(bytes header):
-    """Return (name in lower case, start, colon, stop) of each field; a line without a colon is a field without name."""
-    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(header)
-    cdef Py_ssize_t n = PyBytes_GET_SIZE(header), i = 0, start, end, k
-    cdef const unsigned char *found
+cdef inline bint is_blank(unsigned char c) noexcept:
+    return c == 32 or c == 9 or c == 13 or c == 10
+
+
+cdef class Field:
+    """Where a field stands in the header."""
+
+    cdef readonly bytes name
+    cdef readonly Py_ssize_t start, colon, stop
+
+    def __repr__(self):
+        return f"<Field {self.name!r} {self.start}:{self.stop}>"
+
+
+cdef class Header:
+    """A header, split once and read by all checks."""
+
+    cdef readonly bytes octets
+    cdef readonly list fields
+    cdef readonly dict by_name
+    cdef dict _relaxed
+
+    def __init__(self, bytes octets):
+        """`octets` are the lines of the header, without the empty line behind them."""
+        cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(octets)
+        cdef Py_ssize_t n = PyBytes_GET_SIZE(octets), i = 0, start
+        cdef const unsigned char *found
+        cdef Field field
+        cdef list same
+        self.octets = octets
+        self.fields = []
+        self.by_name = {}
+        self._relaxed = {}
+        while i < n:
+            start = i
+            while True:
+                found = <const unsigned char *>memchr(p + i, 10, n - i)
+                i = n if found == NULL else found - p + 1
+                if i >= n or (p[i] != 32 and p[i] != 9):
+                    break
+            field = Field.__new__(Field)
+            field.start = field.colon = start
+            field.stop = i
+            found = <const unsigned char *>memchr(p + start, 58, i - start)
+            if found == NULL:
+                field.name = b""
+            else:
+                field.colon = found - p
+                field.name = lower_name(p + start, field.colon - start)
+            self.fields.append(field)
+            same = <list>self.by_name.get(field.name)
+            if same is None:
+                self.by_name[field.name] = [field]
+            else:
+                same.append(field)
+
+    cdef bytes text(self, Py_ssize_t start, Py_ssize_t stop):
+        """Return octets without their last line end."""
+        cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(self.octets)
+        if stop > start and p[stop - 1] == 10:
+            stop -= 2 if stop - start > 1 and p[stop - 2] == 13 else 1
+        return self.octets[start:stop]
+
+    def value(self, Field field not None):
+        """Return what follows the colon, without the last line end."""
+        return self.text(min(field.colon + 1, field.stop), field.stop)
+
+    def raw(self, Field field not None):
+        """Return the whole field without its last line end."""
+        return self.text(field.start, field.stop)
+
+    cpdef bytes relaxed(self, Field field):
+        """Return the field in the relaxed form, with CRLF (RFC 6376 3.4.2)."""
+        cdef object found = self._relaxed.get(field.start)
+        if found is None:
+            # The relaxed form drops the last line end as well.
+            found = relaxed_field(field.name, self.octets[min(field.colon + 1, field.stop):field.stop])
+            self._relaxed[field.start] = found
+        return <bytes>found
+
+    cdef list selected(self, list names):
+        """Return the fields that a list of names means: those of a name from the bottom up (RFC 6376 5.4.2)."""
+        cdef dict left = {}
+        cdef list fields, found = []
+        cdef Py_ssize_t number
+        cdef object rest
+        for name in names:
+            fields = <list>self.by_name.get(name)
+            if fields is None:
+                continue
+            rest = left.get(name)
+            number = len(fields) if rest is None else <Py_ssize_t>rest
+            if number > 0:
+                number -= 1
+                found.append(fields[number])
+                left[name] = number
+        return found
+
+    def select(self, list names not None):
+        """Return the fields that a list of names means: those of a name from the bottom up (RFC 6376 5.4.2)."""
+        return self.selected(names)
+
+    def signed(self, list names not None, Field own not None, bint relaxed):
+        """Return what a signature field signs: the fields that it names, then itself without b= (RFC 6376 3.7)."""
+        cdef list parts = []
+        cdef Field field
+        for each in self.selected(names):
+            field = <Field>each
+            parts.append(self.relaxed(field) if relaxed else self.text(field.start, field.stop) + b"\r\n")
+        parts.append(self.own(own, relaxed))
+        return b"".join(parts)
+
+    cpdef bytes own(self, Field field, bint relaxed):
+        """Return a signature field without the value of its b=, and without its last line end (RFC 6376 3.7)."""
+        cdef bytes value = without_signature(self.text(min(field.colon + 1, field.stop), field.stop))
+        if relaxed:
+            value = relaxed_field(field.name, value)
+            return value[:PyBytes_GET_SIZE(value) - 2]
+        return self.octets[field.start:field.colon + 1] + value
+
+
+cdef bytes lower_name(const unsigned char *p, Py_ssize_t n):
+    """Return a field name in lower case, without the blanks behind it."""
     cdef bytes name
     cdef unsigned char *out
-    cdef list fields = []
-    while i < n:
-        start = i
-        while True:
-            found = <const unsigned char *>memchr(p + i, 10, n - i)
-            i = n if found == NULL else found - p + 1
-            if i >= n or (p[i] != 32 and p[i] != 9):
-                break
-        found = <const unsigned char *>memchr(p + start, 58, i - start)
-        if found == NULL:
-            fields.append((b"", start, start, i))
-            continue
-        end = found - p
-        while end > start and (p[end - 1] == 32 or p[end - 1] == 9):
-            end -= 1
-        # Not made from the text and then changed: Python shares the objects of single octets.
-        name = PyBytes_FromStringAndSize(NULL, end - start)
-        out = <unsigned char *>PyBytes_AS_STRING(name)
-        for k in range(end - start):
-            out[k] = p[start + k] + 32 if 65 <= p[start + k] <= 90 else p[start + k]
-        fields.append((name, start, found - p, i))
-    return fields
+    cdef Py_ssize_t k
+    while n > 0 and (p[n - 1] == 32 or p[n - 1] == 9):
+        n -= 1
+    # Not made from the text and then changed: Python shares the objects of single octets.
+    name = PyBytes_FromStringAndSize(NULL, n)
+    out = <unsigned char *>PyBytes_AS_STRING(name)
+    for k in range(n):
+        out[k] = p[k] + 32 if 65 <= p[k] <= 90 else p[k]
+    return name
 
 
-def relaxed_field(bytes name, bytes value):
+cdef inline bint is_letter(unsigned char c) noexcept:
+    return 97 <= (c | 32) <= 122
+
+
+def split_tags(bytes value not None):
+    """Return a tag list (RFC 6376 3.2) as a dict; None for a malformed one. Values are stripped, and not unfolded."""
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(value), start = 0, end, a, b, k
+    cdef const unsigned char *found
+    cdef str name
+    cdef dict tags = {}
+    while start <= n:
+        found = NULL if start == n else <const unsigned char *>memchr(p + start, 59, n - start)
+        end = n if found == NULL else found - p
+        a, b = start, end
+        start = end + 1
+        while a < b and is_blank(p[a]):
+            a += 1
+        if a == b:
+            if end == n:
+                break           # one semicolon may end the list
+            return None
+        k = a
+        if not is_letter(p[k]):
+            return None
+        while k < b and (is_letter(p[k]) or 48 <= p[k] <= 57 or p[k] == 95):
+            k += 1
+        name = PyUnicode_DecodeASCII(<const char *>p + a, k - a, NULL)
+        while k < b and is_blank(p[k]):
+            k += 1
+        if k == b or p[k] != 61 or name in tags:
+            return None
+        k += 1
+        while k < b and is_blank(p[k]):
+            k += 1
+        while b > k and is_blank(p[b - 1]):
+            b -= 1
+        tags[name] = PyUnicode_DecodeUTF8(<const char *>p + k, b - k, "surrogateescape")
+    return tags
+
+
+def squeeze(str text not None):
+    """Return a text without blanks and folds; the same object if it has none."""
+    cdef Py_UCS4 char
+    for char in text:
+        if char == 32 or char == 9 or char == 13 or char == 10:
+            return text.replace(" ", "").replace("\t", "").replace("\r", "").replace("\n", "")
+    return text
+
+
+cpdef bytes relaxed_field(bytes name, bytes value):
     """Return a field in the relaxed form, with its CRLF (RFC 6376 3.4.2); `name` is in lower case already."""
     cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
     cdef Py_ssize_t n = PyBytes_GET_SIZE(value), size = PyBytes_GET_SIZE(name), i = 0, o
@@ -71,11 +227,7 @@ def relaxed_field(bytes name, bytes value):
     return made[:o + 2]
 
 
-cdef inline bint is_blank(unsigned char c) noexcept:
-    return c == 32 or c == 9 or c == 13 or c == 10
-
-
-def without_signature(bytes value):
+cpdef bytes without_signature(bytes value):
     """Return the value of a signature field without the value of its first b= (RFC 6376 3.7)."""
     cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
     cdef Py_ssize_t n = PyBytes_GET_SIZE(value), start = 0, i, end

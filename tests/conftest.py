@@ -25,6 +25,8 @@ PROGRAMS = {
     "e2e/test_dumps.py": ["smtp-sink"],
     "relay/test_smtp_sink.py": ["smtp-sink"],
     "dns/test_nsd.py": ["nsd"],
+    "e2e/test_mail_authentication.py": ["nsd"],
+    "e2e/test_reputation.py": ["nsd"],
 }
 """The programs that a file needs, from Debian packages; Haraka comes from npm."""
 TESTS = Path(__file__).parent

@@ -28,7 +28,9 @@ ROWS = [
     {"smtp"},
     {"control", "metrics"},
     {"journal"},
-    {"transaction", "_journal", "mailauth"},
+    {"transaction", "_journal"},
+    {"results"},
+    {"mailauth"},
     {
         "_files",
         "addresses",
@@ -52,6 +54,7 @@ PURE = {
     "mailauth",
     "message",
     "reply",
+    "results",
     "sequence",
     "transaction",
     "smtp",

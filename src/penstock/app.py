@@ -38,13 +38,13 @@ from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery
 from penstock.delivery.passthrough import PassthroughDelivery
 from penstock.delivery.spool import SpoolDelivery
+from penstock.dns import MailExchangers, Resolver
 from penstock.journal import Journal, JournalSettings
 from penstock.loading import HookError
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
 from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
-from penstock.net.resolver import Resolver
 from penstock.net.tls import (
     KeyPair,
     TlsSettings,
@@ -53,9 +53,13 @@ from penstock.net.tls import (
     generated_certificate,
     server_context,
 )
+from penstock.policy.check import Parts
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
+from penstock.policy.judge import Judge, make_checks
 from penstock.policy.pipeline import Pipeline
 from penstock.policy.recipients import FileRecipients, NextHopRecipients, RecipientSettings
+from penstock.policy.scores import Thresholds
+from penstock.policy.settings import DEFAULT
 from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
@@ -131,6 +135,10 @@ class Shared:
     components: Sequence[Component] = ()
     own_domain: str = ""
     """Domain of `<postmaster>` and of senders without a domain; "" leaves them without one."""
+    judge: Judge | None = None
+    """The built-in checks, where there are any."""
+    judges_all: bool = False
+    """There is a [policy] table: the clients of all listeners are judged, not only those of public ones."""
     refuses_routing: bool = False
     """Mail for `domains` goes on to other servers, so sender-specified routing is refused."""
 
@@ -151,6 +159,8 @@ class Server:
     """The spool and the relay, where the delivery has them."""
     passthrough: Onward | None = None
     traces: Traces | None = None
+    resolver: Resolver | None = None
+    """The DNS, where the relay or the checks ask it."""
     _policy_stamp: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
@@ -166,9 +176,19 @@ class Server:
 
         `started` once clients can connect. Raise OSError, sqlite3.Error or SpoolError when a part cannot start.
         """
-        async with trio.open_nursery() as nursery, trio.open_nursery() as observing:
+        async with trio.open_nursery() as services:
             if self.traces is not None:
-                observing.start_soon(self.traces.run)
+                services.start_soon(self.traces.run)
+            if self.resolver is not None:
+                await services.start(self.resolver.run)
+            if self.shared.judge is not None:
+                await services.start(self.shared.judge.run)
+            await self._serve(task_status)
+            services.cancel_scope.cancel()
+
+    async def _serve(self, task_status: trio.TaskStatus[None]) -> None:
+        """Run delivery, relay and worker."""
+        async with trio.open_nursery() as nursery:
             await self.delivery.start()
             if self.gateway is not None:
                 await nursery.start(self.gateway.run)
@@ -177,7 +197,6 @@ class Server:
             finally:
                 with trio.CancelScope(shield=True):
                     await self.delivery.aclose()
-            observing.cancel_scope.cancel()
             if self.gateway is not None:
                 self.gateway.stop()
 
@@ -243,7 +262,9 @@ class Server:
         pipeline = make_pipeline(self.settings, self.shared, self.overrides, self.passthrough)
         self.shared = dataclasses.replace(self.shared, pipeline=pipeline)
         for bound in self.listeners:
-            bound.listener = dataclasses.replace(bound.listener, pipeline=pipeline)
+            is_judged = bound.listener.pipeline.judge is not None
+            own = pipeline if is_judged else pipeline.unjudged
+            bound.listener = dataclasses.replace(bound.listener, pipeline=own)
 
     # ---- for operators
 
@@ -376,13 +397,15 @@ def assemble(
     traces = Traces(settings.trace, data_dir) if settings.trace else None
     table = counters.table if counters is not None and settings.admission.shared else None
     domains = None if settings.domains is None else Domains(settings.domains)
+    resolver = Resolver(settings.resolver)
     gateway: Gateway | None = None
     passthrough: Onward | None = None
     delivery: Delivery
     if overrides.delivery is None and settings.delivery.has_relay:
-        gateway, delivery, passthrough = make_gateway(settings, data_dir, journal, ids, counters)
+        gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
+    judge = make_judge(settings, domains, data_dir, resolver, journal) if overrides.delivery is None else None
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
@@ -400,6 +423,8 @@ def assemble(
         components=(*overrides.components, *([traces.watch] if traces is not None else [])),
         # A delivery from outside (a sink, a test) gets addresses as the client has sent them.
         own_domain="" if overrides.delivery is not None else own_domain(domains, settings.own_hostname),
+        judge=judge,
+        judges_all=settings.policy is not None,
         refuses_routing=overrides.delivery is None and settings.delivery.has_relay,
     )
     shared = dataclasses.replace(shared, pipeline=make_pipeline(settings, shared, overrides, passthrough))
@@ -416,7 +441,37 @@ def assemble(
         metrics=overrides.metrics if counters is None else counters.sessions,
         ended=overrides.ended,
     )
-    return Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough, traces)
+    uses_dns = gateway is not None or judge is not None
+    server = Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough, traces)
+    server.resolver = resolver if uses_dns else None
+    return server
+
+
+def make_judge(
+    settings: Settings, domains: Domains | None, data_dir: Path, resolver: Resolver, journal: Journal
+) -> Judge | None:
+    """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
+    judges_all = settings.policy is not None
+    if not any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener):
+        return None
+    policy = settings.policy or DEFAULT
+
+    def is_ours(domain: str) -> bool:
+        return domains is None or domain in domains
+
+    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours))
+    return Judge(policy, checks, journal) if checks else None
+
+
+def is_judged(listener: ListenerSettings, domains: Domains | None, *, judges_all: bool) -> bool:
+    """Return whether the clients of a listener are judged: as [policy] says, and by default on public ones.
+
+    Without [policy], a public listener that accepts mail for `domains` without authentication is.
+    """
+    if judges_all:
+        return True
+    is_submission = listener.auth is not None and listener.auth.required
+    return domains is not None and not is_submission and not ListenAddress.parse(listener.address).is_loopback
 
 
 def rolling_changes(old: Settings, new: Settings) -> list[str]:
@@ -464,7 +519,7 @@ def make_pipeline(settings: Settings, shared: Shared, overrides: Overrides, pass
     """Load the policies. Raise OSError or ValueError for a file that cannot be used."""
     policies = make_recipients(settings.recipients, shared.domains, shared.data_dir, passthrough, shared.journal)
     policies += collect_policies(settings.check, overrides.policies)
-    return Pipeline(policies, shared.journal)
+    return Pipeline(policies, shared.journal, shared.judge, Thresholds.of(settings.policy))
 
 
 def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> tuple[list[BoundListener], Path | None]:
@@ -541,7 +596,12 @@ def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
 
 
 def make_gateway(
-    settings: Settings, data_dir: Path, journal: Journal, ids: MessageIds, counters: Counters | None
+    settings: Settings,
+    data_dir: Path,
+    resolver: Resolver,
+    journal: Journal,
+    ids: MessageIds,
+    counters: Counters | None,
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
@@ -553,8 +613,8 @@ def make_gateway(
     disk_space = DiskSpace(folder, reserve_octets=reserve[0], reserve_inodes=reserve[1])
     node = make_node(settings, spool, data_dir, journal) if settings.delivery.kind == "jetstream" else None
     queue: DurableQueue = spool if node is None else node.queue
-    resolver = Resolver(settings.resolver, own_names=own_names(settings))
-    routes = Routes(settings.route, data_dir=data_dir, resolver=resolver, own_domain=own_domain)
+    exchangers = MailExchangers(resolver, families=settings.resolver.families, own_names=own_names(settings))
+    routes = Routes(settings.route, data_dir=data_dir, resolver=exchangers, own_domain=own_domain)
     pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
@@ -657,6 +717,7 @@ def make_listener(
     wanted: ListenerSettings, shared: Shared, secrets: Secrets, authenticator: Authenticator | None = None
 ) -> Listener:
     """Assemble what all connections of a listener share."""
+    pipeline = shared.pipeline
     return Listener(
         name=wanted.name or wanted.address,
         extensions=make_extensions(wanted, shared.hostname, shared.own_domain),
@@ -675,7 +736,7 @@ def make_listener(
         certificate_not_after=secrets.not_after,
         max_hops=wanted.max_hops,
         delivery=shared.delivery,
-        pipeline=shared.pipeline,
+        pipeline=pipeline if is_judged(wanted, shared.domains, judges_all=shared.judges_all) else pipeline.unjudged,
         authenticator=authenticator or make_authenticator(wanted.auth, shared.data_dir, shared.journal),
         auth_throttle=shared.throttle,
         body=shared.body,

@@ -23,13 +23,15 @@ from penstock.auth.base import AuthSettings
 from penstock.cluster.settings import JetStreamSettings, check_jetstream
 from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
+from penstock.dns.settings import ResolverSettings, parse_server
 from penstock.journal import JournalSettings
 from penstock.metrics.settings import ControlSettings, MetricsSettings
 from penstock.net.listen import ListenAddress, find_group, parse_mode
-from penstock.net.resolver import ResolverSettings, parse_server
 from penstock.net.tls import TlsSettings
+from penstock.policy.dnsbl import parse_pattern
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
+from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
@@ -191,6 +193,13 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     admission: AdmissionSettings = AdmissionSettings()
     body: BodySettings = BodySettings()
     recipients: RecipientSettings = RecipientSettings()
+    policy: Annotated[
+        PolicySettings | None,
+        Meta(
+            description="Without this table, SPF, DKIM and DMARC are in monitor mode on public listeners with domains, "
+            "and off on others"
+        ),
+    ] = None
     check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
     trace: Annotated[tuple[TraceSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
@@ -282,6 +291,8 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
             raise ConfigError(f"jetstream.{exc}") from exc
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
+    if settings.policy is not None:
+        _check_policy(settings.policy, settings)
     _check_metrics(settings.metrics)
     _check_traces(settings.trace)
     path = settings.delivery.maildir.path
@@ -332,6 +343,35 @@ def _check_outbound(settings: Settings) -> None:
             raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
     if settings.resolver.ttl_least > settings.resolver.ttl_most:
         raise ConfigError(f"resolver.ttl_least: greater than resolver.ttl_most = {settings.resolver.ttl_most:g}")
+
+
+def _check_policy(policy: PolicySettings, settings: Settings) -> None:
+    """Check the [policy] tables."""
+    _check_networks("policy.trusted", policy.trusted)
+    if not is_quarantine(policy.quarantine):
+        raise ConfigError(f'policy.quarantine: expected "tag", "hold" or "route:NAME", not {policy.quarantine!r}')
+    if policy.quarantine != "tag" and not settings.delivery.has_relay:
+        raise ConfigError(
+            f'policy.quarantine: "{policy.quarantine}" needs a spool, which delivery.kind = '
+            f'"{settings.delivery.kind}" does not have'
+        )
+    if policy.quarantine == "hold" and settings.delivery.kind not in ("spool", "passthrough"):
+        kind = settings.delivery.kind
+        raise ConfigError(f'policy.quarantine: "hold" cannot be combined with delivery.kind = "{kind}"')
+    _, _, route = policy.quarantine.partition("route:")
+    if route and not any(each.name == route and each.next_hop != "mx" for each in settings.route):
+        raise ConfigError(
+            f'policy.quarantine: "{policy.quarantine}" needs a [[route]] with name = "{route}" and a next_hop that is '
+            'not "mx"'
+        )
+    for number, each in enumerate(policy.dnsbl):
+        if not is_zone(each.zone):
+            raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")
+        for pattern in each.answers:
+            try:
+                parse_pattern(pattern)
+            except ValueError as exc:
+                raise ConfigError(f"policy.dnsbl[{number}].answers: {exc}") from exc
 
 
 def _check_metrics(metrics: MetricsSettings) -> None:

@@ -235,6 +235,26 @@ class Journal:
         if self.logs_mail:
             self._note("tolerated", session, peer, message_id, ",".join(sorted(set(kinds))))
 
+    def monitored(self, session: int, peer: Peer, check: str, hook_point: str, reply: Reply) -> None:
+        """A check in monitor mode would have refused something with this reply."""
+        if self.logs_mail:
+            self._note("monitored", session, peer, check, hook_point, reply)
+
+    def judged(self, session: int, peer: Peer, message_id: str, verdict: str, score: float, checks: str) -> None:
+        """A message was judged: "accept", "quarantine", "defer" or "reject", and what each check has found."""
+        if self.logs_mail:
+            self._note("judged", session, peer, message_id, verdict, round(score, 3), checks)
+
+    def list_failed(self, zone: str, cause: str) -> None:
+        """A DNS list is not used: its self-test has failed, or it has returned an error."""
+        if self._logs_errors:
+            self._note("list-failed", 0, None, zone, cause)
+
+    def list_works(self, zone: str) -> None:
+        """A DNS list has passed its self-test, and is used."""
+        if self._logs_errors:
+            self._note("list-works", 0, None, zone)
+
     def lost(self, session: int, peer: Peer, sender: Path | None, cause: str) -> None:
         """A message began and did not end."""
         if self.logs_mail:
@@ -373,6 +393,10 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "refused": ("verb", "reply", "from", "subject"),
     "accepted": ("id", "from", "to", "size", "reply"),
     "tolerated": ("id", "kinds"),
+    "monitored": ("check", "hook_point", "reply"),
+    "judged": ("id", "verdict", "score", "checks"),
+    "list-failed": ("zone", "cause"),
+    "list-works": ("zone",),
     "lost": ("from", "cause"),
     "recovered": ("messages", "interrupted", "swept"),
     "attempted": ("id", "to", "hop", "attempts"),

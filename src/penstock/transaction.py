@@ -6,10 +6,11 @@ The session writes here as replies move its state; checks, hooks and the trace h
 from __future__ import annotations
 
 import re
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from penstock.addresses import literal_of_address, network_of
 from penstock.message import NO_PARAMETERS, NULL_PATH, Envelope, MailParameters, Path, Recipient
+from penstock.results import Results
 
 _FIELD: Final = re.compile(rb"[!-9;-~]+: [^\r\n\x00]*(?:\r\n[ \t]+[^\r\n\x00 \t][^\r\n\x00]*)*\r\n")
 """A header field, perhaps folded (RFC 5322 2.2, 2.2.3)."""
@@ -90,15 +91,29 @@ class Transaction:
         self.parameters: MailParameters = NO_PARAMETERS
         self.recipients: list[Recipient] = []
         """Accepted so far, in the order of their RCPT."""
-        self._results: dict[str, Any] | None = None
+        self.number = 0
+        """What the journal calls the connection."""
+        self.evidence: object = None
+        """What the built-in checks keep about the connection (penstock.policy.judge); None before they need it."""
+        self._results: Results | None = None
         self._fields: list[bytes] | None = None
 
     @property
-    def results(self) -> dict[str, Any]:
-        """What checks have found out about this transaction, by their name: for later checks and the delivery."""
+    def results(self) -> Results:
+        """What checks have found out about this transaction: for later checks and the delivery."""
         if self._results is None:  # as in most transactions
-            self._results = {}
+            self._results = Results()
         return self._results
+
+    @property
+    def has_results(self) -> bool:
+        """A check has looked at this transaction, or a policy has kept something."""
+        return self._results is not None
+
+    @property
+    def quarantine(self) -> str:
+        """What happens to the message if it is accepted: "" (it is delivered), "tag", "hold" or "route:NAME"."""
+        return "" if self._results is None else self._results.quarantine
 
     @property
     def added_fields(self) -> bytes:

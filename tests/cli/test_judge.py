@@ -31,11 +31,11 @@ def message(tmp_path: Path) -> Path:
     return path
 
 
-async def invoke(zone: Lying, path: Path, *arguments: str) -> Result:
+async def invoke(zone: Lying, path: Path, *arguments: str, more: str = "") -> Result:
     """Run the command in a thread, while the name server answers."""
     config = path.with_name("penstock.toml")
     async with serving(zone) as port:
-        config.write_text(f'[resolver]\nservers = ["127.0.0.1:{port}"]\ntimeout = 0.5\nlifetime = 1.0\n')
+        config.write_text(f'[resolver]\nservers = ["127.0.0.1:{port}"]\ntimeout = 0.5\nlifetime = 1.0\n{more}')
         return await trio.to_thread.run_sync(
             lambda: CliRunner().invoke(judge, [str(path), "--config", str(config), *arguments])
         )
@@ -62,6 +62,25 @@ async def test_mail_would_be_deferred_while_the_dns_fails(zone: Lying, message: 
     result = await invoke(zone, message, "--client", "192.0.2.1", "--from", "joe@example.com")
     assert result.exit_code == 75
     assert "defer by dmarc: 451 4.4.3" in result.output
+
+
+async def test_the_checks_of_the_configuration_are_made(zone: Lying, message: Path) -> None:
+    zone.zone.add("2.0.0.127.bl.example", "A", "127.0.0.2")
+    zone.zone.add("9.2.0.192.bl.example", "A", "127.0.0.4")
+    zone.zone.add("9.2.0.192.in-addr.arpa", "PTR", "mail.example.")
+    more = (
+        '[policy]\nmode = "monitor"\n[policy.dmarc]\nmode = "off"\n[policy.spf]\nmode = "off"\n[policy.fcrdns]\n'
+        '[[policy.dnsbl]]\nzone = "bl.example"\nanswers = {{ "127.0.0.4" = {score} }}\n'
+    )
+    arguments = ("--client", "192.0.2.9", "--from", "joe@example.com", "--json")
+    result = await invoke(zone, message, *arguments, more=more.format(score=7))
+    found = json.loads(result.output)
+    assert (result.exit_code, found["action"], found["score"]) == (0, "quarantine", 7)
+    rows = {row["check"]: row["result"] for row in found["checks"]}
+    assert rows == {"iprev": "fail", "dnsbl": "+7", "dkim": "pass", "arc": "none"}
+    result = await invoke(zone, message, *arguments, more=more.format(score=11))
+    assert result.exit_code == 1
+    assert json.loads(result.output)["text"].startswith("Client host [192.0.2.9] blocked using bl.example")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--client", "nonsense"]])

@@ -140,12 +140,20 @@ def test_two_records_are_none() -> None:
     assert check(table, "example.com").result == "fail"
 
 
-@pytest.mark.parametrize("name", ["_dmarc.example.com", "_dmarc.com"])
+@pytest.mark.parametrize("name", ["_dmarc.mail.example.com", "_dmarc.example.com"])
 def test_a_silent_dns_is_a_temporary_error(name: str) -> None:
-    table = table_of(example_com=REJECT)
+    table = table_of(mail_example_com=REJECT)
     table.failing.add(name)
-    assert check(table, "example.com", dkim="other.net").result == "temperror"
-    assert check(table, "example.com", dkim="example.com").result == ("temperror" if "example" in name else "pass")
+    assert check(table, "mail.example.com", dkim="other.net").result == "temperror"
+    own = check(table, "mail.example.com", dkim="mail.example.com").result
+    assert own == ("temperror" if "mail" in name else "pass")
+
+
+def test_a_silent_top_level_domain_has_no_record() -> None:
+    table = table_of(example_com=REJECT)
+    table.failing.add("_dmarc.com")
+    assert check(table, "example.com", dkim="other.net").result == "fail"
+    assert check(table, "example.net", dkim="other.net").result == "none"
 
 
 def test_a_temporary_result_counts_when_it_could_have_passed() -> None:

@@ -182,7 +182,7 @@ def test_forged_results_are_named_and_hints_are_what_is_asked() -> None:
     head = b"Authentication-Results: MX.example.org; dmarc=pass\r\n" + sign()
     judgement = judge(zone(), head)
     assert [head[each.start : each.stop] for each in judgement.forged] == [head.partition(b"\r\n")[0] + b"\r\n"]
-    assert MessageCheck(head, ENFORCE, now=NOW).hints == (
+    assert MessageCheck(head, ENFORCE, now=NOW).hints == [
         ("s1._domainkey.example.com", "TXT"),
         ("_dmarc.example.com", "TXT"),
-    )
+    ]

@@ -13,7 +13,7 @@ from penstock.policy.base import ACCEPT, Verdict
 from penstock.policy.hooks import HookSettings
 from penstock.policy.pipeline import Pipeline
 from penstock.reply import CHECK_FAILED, Reply
-from penstock.transaction import Peer
+from penstock.transaction import Peer, Transaction
 
 PEER = Peer("192.0.2.1", 1)
 NO = Reply(550, "5.7.1", "No")
@@ -59,7 +59,7 @@ def make(*policies: object, **settings: float) -> tuple[Pipeline, Journal]:
 
 
 async def ask(pipeline: Pipeline) -> Reply | None:
-    return await pipeline.on_connect(PEER, "main")
+    return await pipeline.on_connect(Transaction(PEER, "main"))
 
 
 def test_a_milestone_that_nobody_watches_is_empty() -> None:
@@ -121,7 +121,7 @@ async def test_an_answer_of_a_wrong_type_has_failed() -> None:
     for wrong in (True, "550 no", 550):
         pipeline, journal = make(Says(wrong))
         assert await ask(pipeline) == CHECK_FAILED
-        assert b"an answer is None, ACCEPT or a Reply" in journal.drain()
+        assert b"an answer is None, ACCEPT, a Mark or a Reply" in journal.drain()
 
 
 async def test_a_policy_that_takes_too_long_has_failed(autojump_clock: trio.testing.MockClock) -> None:

@@ -14,10 +14,10 @@ import outcome
 import trio
 
 from penstock.delivery.spool import SpoolDelivery
+from penstock.dns.exchangers import Exchanger, MailExchangers, ResolveError
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Body, Envelope, Message, MessageIds, Recipient
 from penstock.message import Path as MailPath
-from penstock.net.resolver import Exchanger, ResolveError, Resolver
 from penstock.relay.backoff import Backoff, RetrySettings
 from penstock.relay.bounce import Reporter, ReportSettings, TextBody
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
@@ -245,7 +245,7 @@ async def relaying(
 
     relay_settings = msgspec.convert(settings, RelaySettings)
     spool = Spool(SpoolSettings(), folder, lambda: relay.now)
-    resolver = cast(Resolver, FakeResolver(dns or {}))
+    resolver = cast(MailExchangers, FakeResolver(dns or {}))
     table = Routes(
         msgspec.convert(routes, tuple[RouteSettings, ...]),
         data_dir=folder,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import msgspec
 import pytest
 import trio
 
+from penstock.dns import MailExchangers, ResolveError, Resolver, ResolverSettings
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
-from penstock.net.resolver import ResolveError, Resolver, ResolverSettings
 from penstock.relay.hop import Hop
 from penstock.relay.route import LOCAL, Choice, Route, Routes, RouteSettings, check_routes, parse_hop
+from tests.dns.lying import running
 from tests.net.nameserver import Zone, nameserver
 
 MX = {"next_hop": "mx"}
@@ -31,11 +34,20 @@ async def lookup(host: str) -> list[str]:
     return ["192.0.2.1", "2001:db8::1"] if host == "two" else ["192.0.2.9"]
 
 
-def routes_of(*routes: dict[str, Any], folder: Path = Path("/nonexistent"), server: str = "", **more: Any) -> Routes:
+def routes_of(
+    *routes: dict[str, Any], folder: Path = Path("/nonexistent"), dns: Resolver | None = None, **more: Any
+) -> Routes:
     settings = settings_of(*routes)
     check_routes(settings)
-    resolver = Resolver(ResolverSettings(servers=(server,) if server else ()), is_local_address=lambda _: False)
+    resolver = MailExchangers(dns or Resolver(), is_local_address=lambda _: False)
     return Routes(settings, data_dir=folder, resolver=resolver, own_domain="MX.example.org", lookup=lookup, **more)
+
+
+@asynccontextmanager
+async def resolving(zone: Zone) -> AsyncIterator[Resolver]:
+    """Run a resolver that asks a name server with this zone."""
+    async with nameserver(zone) as server, running(Resolver(ResolverSettings(servers=(server,)))) as resolver:
+        yield resolver
 
 
 def to(domain: str) -> Recipient:
@@ -201,8 +213,8 @@ async def test_the_route_of_mx_comes_from_the_dns() -> None:
     for number, host in enumerate("abc"):
         zone.add(f"{host}.example.net", "A", f"192.0.2.{number}")
     zone.add("a.example.net", "AAAA", "2001:db8::1")
-    async with nameserver(zone) as server:
-        routes = routes_of({**MX, "limits": {"connections": 2}}, server=server)
+    async with resolving(zone) as resolver:
+        routes = routes_of({**MX, "limits": {"connections": 2}}, dns=resolver)
         assert routes.static_route("example.org") is None
         route = await routes.find_route("example.org")
         assert (await routes.find_route("other.org")).key == route.key  # the same hosts: the same connections
@@ -246,10 +258,12 @@ async def test_a_name_is_looked_up_again_and_survives_a_failure() -> None:
         return found
 
     zone = Zone(failures={"hop": "SERVFAIL"})
-    async with nameserver(zone) as server:
+    async with resolving(zone) as resolver:
         settings = settings_of({"next_hop": "smtp://hop"})
-        resolver = Resolver(ResolverSettings(servers=(server,)))
-        routes = Routes(settings, data_dir=Path(), resolver=resolver, own_domain="x", lookup=answer, clock=lambda: now)
+        exchangers = MailExchangers(resolver)
+        routes = Routes(
+            settings, data_dir=Path(), resolver=exchangers, own_domain="x", lookup=answer, clock=lambda: now
+        )
         async with trio.open_nursery() as nursery:
             for domain in "abc":
                 nursery.start_soon(routes.find_route, domain)
@@ -265,12 +279,12 @@ async def test_a_name_is_looked_up_again_and_survives_a_failure() -> None:
 async def test_a_name_only_the_configured_servers_know_is_found() -> None:
     zone = Zone()
     zone.add("unknown", "A", "192.0.2.33")
-    async with nameserver(zone) as server:
-        route = await routes_of({"next_hop": "smtp://unknown"}, server=server).find_route("x")
+    async with resolving(zone) as resolver:
+        route = await routes_of({"next_hop": "smtp://unknown"}, dns=resolver).find_route("x")
         assert [hop.address for hop in route.hops()] == ["192.0.2.33"]
-        zone.records.clear()
+    async with resolving(Zone()) as resolver:
         with pytest.raises(ResolveError, match="address of the next hop unknown could not be found") as error:
-            await routes_of({"next_hop": "smtp://unknown"}, server=server).find_route("x")
+            await routes_of({"next_hop": "smtp://unknown"}, dns=resolver).find_route("x")
     assert (error.value.status, error.value.is_permanent) == ("4.4.3", False)
 
 

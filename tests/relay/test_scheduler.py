@@ -15,9 +15,9 @@ import trio
 
 import penstock.relay.recorder
 import penstock.relay.scheduler
+from penstock.dns.exchangers import Exchanger, ResolveError
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
-from penstock.net.resolver import Exchanger, ResolveError
 from penstock.relay.bounce import Reporter
 from penstock.relay.hop import NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool

@@ -10,6 +10,7 @@ import click
 
 from penstock.cli import filecheck
 from penstock.cli.once import OnceGroup
+from penstock.cli.online import problems as online_problems
 from penstock.config import ConfigError, Settings, load, to_toml
 from penstock.config import describe as describe_all
 
@@ -31,7 +32,8 @@ def config() -> None:
 @config.command()
 @_FILE
 @click.option("--no-files", is_flag=True, help="Do not open the files that the configuration names.")
-def check(file: Path, no_files: bool) -> None:
+@click.option("--online", is_flag=True, help="Also ask every DNS server, DNS list and filter once.")
+def check(file: Path, no_files: bool, online: bool) -> None:
     """Check a configuration file and the files that it names.
 
     Exit code 1, with a line for each key, if the server would not start or not work: wrong keys and values, missing or
@@ -39,11 +41,11 @@ def check(file: Path, no_files: bool) -> None:
     cause trouble later, such as a certificate that expires within 14 days.
     """
     settings = _load(file)
-    if not no_files:
-        found = filecheck.problems(settings)
-        if found:
-            raise click.ClickException("\n".join(f"{file}: {problem}" for problem in found))
-    for warning in filecheck.warnings(settings, reads_files=not no_files):
+    found = [] if no_files else filecheck.problems(settings)
+    unanswered, refused = online_problems(settings) if online else ([], [])
+    if found or unanswered:
+        raise click.ClickException("\n".join(f"{file}: {problem}" for problem in [*found, *unanswered]))
+    for warning in [*filecheck.warnings(settings, reads_files=not no_files), *refused]:
         click.echo(f"warning: {warning}", err=True)
     click.echo(f"{file}: ok")
 

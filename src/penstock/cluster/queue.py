@@ -239,8 +239,11 @@ class ReplicatedQueue(Spool):
 
     # ---- in
 
-    async def put(self, message: Message, queues: Sequence[str], *, is_taken: bool = False) -> list[Entry]:
+    async def put(
+        self, message: Message, queues: Sequence[str], *, is_taken: bool = False, is_held: bool = False
+    ) -> list[Entry]:
         """Write a message into one of the partitions. See `put_into`."""
+        assert not is_held, "the configuration refuses quarantine by hold"
         return await self.put_into(self.choose(), message, queues, is_taken=is_taken)
 
     async def put_into(

@@ -94,8 +94,19 @@ class PassthroughDelivery(Delivery):
         return None if self._room is None else self._room.check_capacity(octets)
 
     async def accept(self, message: Message, transaction: Transaction) -> Reply:
-        """Accept a message that was not streamed."""
-        return await self.fallback.accept(message, transaction)
+        """Accept a message that is there as a whole, because policies have judged it; not one in quarantine."""
+        passed = self.open(message) if transaction.quarantine in ("", "tag") else None
+        if passed is None:
+            return await self.fallback.accept(message, transaction)
+        try:
+            chunks = message.body.chunks()
+            is_blocking = not getattr(message.body, "in_memory", False)
+            while chunk := await trio.to_thread.run_sync(next, chunks, b"") if is_blocking else next(chunks, b""):
+                if not passed.feed_nowait(chunk):
+                    await passed.feed(chunk)
+            return await passed.finish(message, transaction)
+        finally:
+            passed.abort()
 
     def open(self, head: Message) -> PassedMessage | None:
         """Begin with a message, if the next hop of all its recipients is known and has room."""

@@ -51,12 +51,19 @@ class SpoolDelivery(Delivery):
             return None
         return replies.DISK_FULL.because("the reserve of free space or inodes is reached")
 
-    async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
-        """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for its errors."""
+    async def accept(self, message: Message, transaction: Transaction) -> Reply:
+        """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for its errors.
+
+        A message in quarantine is held, or waits in the queue of the route that `transaction.quarantine` names.
+        """
         queues = self._queues(message)
-        is_taken = self._relay.reserve(queues, message.size)
+        quarantine = transaction.quarantine
+        if quarantine.startswith("route:"):
+            queues = [quarantine] * len(queues)
+        is_held = quarantine == "hold"
+        is_taken = not is_held and self._relay.reserve(queues, message.size)
         try:
-            entries = await self._spool.put(message, queues, is_taken=is_taken)
+            entries = await self._spool.put(message, queues, is_taken=is_taken, is_held=is_held)
         except (OSError, sqlite3.Error, SpoolFullError) as exc:
             return _refusal(exc)
         finally:

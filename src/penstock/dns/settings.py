@@ -71,7 +71,7 @@ def parse_server(text: str) -> tuple[str, int]:
         else:
             if 0 < port < 65_536:
                 return address, port
-    raise ValueError(f"a DNS server looks like 192.0.2.53, 127.0.0.1:5353 or [::1]:53, not {text!r}")
+    raise ValueError(f"{text!r} is not a DNS server; expected 192.0.2.53, 127.0.0.1:5353 or [::1]:53")
 
 
 def system_servers(path: Path = _RESOLV_CONF) -> list[tuple[str, int]]:

@@ -18,7 +18,6 @@ from penstock.mailauth.dkim import (
     check_body,
     decode_base64,
     key_of,
-    own_field,
     parse_tags,
     verify_digest,
 )
@@ -46,7 +45,7 @@ class _Seal:
 
     def __init__(self, header: Header, field: Field) -> None:
         """Raise Invalid."""
-        tags = parse_tags(header.value(field).decode("utf-8", "surrogateescape"))
+        tags = parse_tags(header.value(field))
         for name in ("a", "b", "cv", "d", "i", "s"):
             if not tags.get(name):
                 raise Invalid("permerror", f"no tag {name}= in a seal")
@@ -76,7 +75,7 @@ class ArcVerifier:
         self._sets: list[tuple[Field, Field, Field]] = []
         self._seals: list[_Seal] = []
         self._message: Signature | None = None
-        self.is_present = any(header.by_name.get(name) for name in _NAMES)
+        self.is_present = not header.by_name.keys().isdisjoint(_NAMES)
         if self.is_present:
             try:
                 self._read()
@@ -124,7 +123,7 @@ class ArcVerifier:
         for at, fields in enumerate(self._sets[:number], 1):
             for field in fields[:2] if at == number else fields:
                 signed.update(self._header.relaxed(field))
-        signed.update(own_field(self._header, self._sets[number - 1][2], relaxed=True))
+        signed.update(self._header.own(self._sets[number - 1][2], True))
         return signed.digest()
 
 
@@ -151,7 +150,7 @@ def _instance(header: Header, field: Field) -> int:
         match = _INSTANCE.match(value)
         text = match[1].decode() if match is not None else ""
     else:
-        text = parse_tags(value.decode("utf-8", "surrogateescape")).get("i", "")
+        text = parse_tags(value).get("i", "")
     if re.fullmatch("[0-9]{1,3}", text) is None or not 1 <= int(text) <= MAX_SETS:
         raise Invalid("fail", "a field has no instance")
     return int(text)

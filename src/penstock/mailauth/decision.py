@@ -59,6 +59,9 @@ class Decisions(NamedTuple):
     monitored: Decision = ACCEPT
 
 
+_NOTHING: Final = Decisions()
+
+
 @dataclass(frozen=True, slots=True)
 class Findings:
     """What the checks found for a message."""
@@ -73,6 +76,8 @@ class Findings:
 
 def decide(findings: Findings, settings: DecisionSettings) -> Decisions:
     """Return the most severe decision of the checks that enforce, and that of those that monitor."""
+    if findings.dmarc is not None and findings.dmarc.result == "pass" and not settings.require_aligned:
+        return _NOTHING  # it takes one From field with one author
     found: list[tuple[Mode, Decision]] = [
         (settings.dmarc, _of_from(findings)),
         (settings.dmarc, _of_dmarc(findings.dmarc, settings)),

@@ -15,7 +15,7 @@ import binascii
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
 from penstock.mailauth import _header
+from penstock.mailauth._header import squeeze
 from penstock.mailauth.header import Field, Header
 from penstock.mailauth.lookup import Answer
 
@@ -38,7 +39,6 @@ _MAX_SIGNATURE: Final = 16_384
 
 _PADDING: Final = padding.PKCS1v15()
 _SHA256: Final = Prehashed(hashes.SHA256())
-_TAG: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _DIGITS: Final = re.compile(r"[0-9]{1,12}")
 _ALGORITHMS: Final = {"rsa-sha256": "rsa", "ed25519-sha256": "ed25519", "rsa-sha1": "rsa"}
 
@@ -74,33 +74,18 @@ class Key(NamedTuple):
     flags: frozenset[str]
 
 
-def parse_tags(value: str) -> dict[str, str]:
+def parse_tags(value: bytes) -> dict[str, str]:
     """Read a tag list (RFC 6376 3.2). Raise Invalid."""
-    tags: dict[str, str] = {}
-    parts = value.split(";")
-    if not parts[-1].strip(" \t\r\n"):
-        parts.pop()  # one semicolon may end the list
-    for part in parts:
-        name, equals, text = part.partition("=")
-        name = name.strip(" \t\r\n")
-        if not equals or _TAG.fullmatch(name) is None or name in tags:
-            raise Invalid("permerror", "malformed tags")
-        tags[name] = text.strip(" \t\r\n")
+    tags = _header.split_tags(value)
+    if tags is None:
+        raise Invalid("permerror", "malformed tags")
     return tags
-
-
-def _squeeze(text: str) -> str:
-    """Return a text without blanks and folds."""
-    for blank in " \t\r\n":
-        if blank in text:
-            text = text.replace(blank, "")
-    return text
 
 
 def decode_base64(text: str) -> bytes:
     """Decode base64 with blanks in it. Raise Invalid."""
     try:
-        return binascii.a2b_base64(_squeeze(text), strict_mode=True)
+        return binascii.a2b_base64(squeeze(text), strict_mode=True)
     except ValueError:
         raise Invalid("permerror", "malformed base64") from None
 
@@ -118,39 +103,38 @@ class Signature:
         value = header.value(field)
         if len(value) > _MAX_SIGNATURE:
             raise Invalid("permerror", "the signature is too long")
-        tags = self.tags = parse_tags(value.decode("utf-8", "surrogateescape"))
-        self.domain = _squeeze(tags.get("d", "")).lower().rstrip(".")
-        self.selector = _squeeze(tags.get("s", "")).lower()
+        tags = self.tags = parse_tags(value)
+        self.domain = squeeze(tags.get("d", "")).lower().rstrip(".")
+        self.selector = squeeze(tags.get("s", "")).lower()
 
     def read(self) -> None:
         """Read the values of the tags. Raise Invalid."""
         tags, is_arc = self.tags, self._is_arc
-        missing = [name for name in ("a", "b", "bh", "d", "s") if not tags.get(name)]
+        for name in ("a", "b", "bh", "d", "s"):
+            if not tags.get(name):
+                raise Invalid("permerror", f"no tag {name}=")
         if "h" not in tags or not (tags["h"] or is_arc):
-            missing.append("h")
-        if missing:
-            raise Invalid("permerror", f"no tag {missing[0]}=")
+            raise Invalid("permerror", "no tag h=")
         if not is_arc and tags.get("v") != "1":
             raise Invalid("permerror", "unknown version")
-        self.algorithm = _squeeze(tags["a"]).lower()
+        self.algorithm = squeeze(tags["a"]).lower()
         if self.algorithm not in _ALGORITHMS:
             raise Invalid("permerror", "unknown algorithm")
         self.signature, self.body_hash = decode_base64(tags["b"]), decode_base64(tags["bh"])
         self.is_relaxed_header, self.is_relaxed_body = _canonicalization(
             tags.get("c", "relaxed/relaxed" if is_arc else "simple/simple")
         )
-        self.names = _squeeze(tags["h"]).lower().encode("utf-8", "surrogateescape").split(b":")
-        self.length = _number(tags, "l")
-        self.expires = _number(tags, "x")
-        created = _number(tags, "t")
+        self.names = squeeze(tags["h"]).lower().encode("utf-8", "surrogateescape").split(b":")
+        self.length = _number(tags, "l") if "l" in tags else None
+        self.expires = _number(tags, "x") if "x" in tags else None
+        created = _number(tags, "t") if "t" in tags else None
         if self.expires is not None and created is not None and self.expires < created:
             raise Invalid("permerror", "it expires before it was made")
-        methods = [method.strip(" \t\r\n").lower() for method in tags.get("q", "dns/txt").split(":")]
-        if "dns/txt" not in methods:
+        if "q" in tags and "dns/txt" not in _words(tags["q"]):
             raise Invalid("permerror", "unknown query method")
         self.identity_domain = self.domain
         if not is_arc and "i" in tags:
-            self.identity_domain = _squeeze(tags["i"]).rpartition("@")[2].lower().rstrip(".")
+            self.identity_domain = squeeze(tags["i"]).rpartition("@")[2].lower().rstrip(".")
             if self.identity_domain != self.domain and not self.identity_domain.endswith("." + self.domain):
                 raise Invalid("permerror", "i= is not below d=")
 
@@ -170,11 +154,7 @@ class Signature:
 
     def header_digest(self, header: Header) -> bytes:
         """Return the SHA-256 of what is signed (RFC 6376 3.7, 5.4.2)."""
-        signed = hashlib.sha256()
-        for field in select_fields(header, self.names):
-            signed.update(header.relaxed(field) if self.is_relaxed_header else header.raw(field) + b"\r\n")
-        signed.update(own_field(header, self.field, relaxed=self.is_relaxed_header))
-        return signed.digest()
+        return hashlib.sha256(header.signed(self.names, self.field, self.is_relaxed_header)).digest()
 
     def verify(self, header: Header, key: Key) -> None:
         """Check the signature itself. Raise Invalid."""
@@ -183,28 +163,6 @@ class Signature:
         if "s" in key.flags and self.identity_domain != self.domain:
             raise Invalid("permerror", "the key does not allow subdomains in i=")
         verify_digest(key, self.signature, self.header_digest(header))
-
-
-def select_fields(header: Header, names: Iterable[bytes]) -> list[Field]:
-    """Return the fields that a list of names means: those of one name from the bottom to the top (RFC 6376 5.4.2)."""
-    left: dict[bytes, int] = {}
-    found: list[Field] = []
-    for name in names:
-        fields = header.by_name.get(name)
-        if fields:
-            number = left.get(name, len(fields)) - 1
-            if number >= 0:
-                found.append(fields[number])
-                left[name] = number
-    return found
-
-
-def own_field(header: Header, field: Field, *, relaxed: bool) -> bytes:
-    """Return a signature field without the value of its b=, and without its last line end (RFC 6376 3.7)."""
-    value = _header.without_signature(header.value(field))
-    if relaxed:
-        return _header.relaxed_field(field.name, value)[:-2]
-    return header.octets[field.start : field.colon + 1] + value
 
 
 def verify_digest(key: Key, signature: bytes, digest: bytes) -> None:
@@ -220,16 +178,15 @@ def verify_digest(key: Key, signature: bytes, digest: bytes) -> None:
         raise Invalid("fail", "the signature does not match") from None
 
 
+@functools.lru_cache(maxsize=64)
 def _canonicalization(text: str) -> tuple[bool, bool]:
-    header, _, body = _squeeze(text).lower().partition("/")
+    header, _, body = squeeze(text).lower().partition("/")
     if header not in ("simple", "relaxed") or body not in ("", "simple", "relaxed"):
         raise Invalid("permerror", "unknown canonicalization")
     return header == "relaxed", body == "relaxed"
 
 
-def _number(tags: dict[str, str], name: str) -> int | None:
-    if name not in tags:
-        return None
+def _number(tags: dict[str, str], name: str) -> int:
     if _DIGITS.fullmatch(tags[name]) is None:
         raise Invalid("permerror", f"{name}= is not a number")
     return int(tags[name])
@@ -266,9 +223,8 @@ def _parse_key(record: bytes) -> Key | Invalid:
 def _read_key(record: bytes) -> Key:
     if len(record) > MAX_KEY_RECORD:
         raise Invalid("permerror", "the key record is too long")
-    text = record.decode("utf-8", "surrogateescape")
-    tags = parse_tags(text)
-    if "v" in tags and (tags["v"] != "DKIM1" or not text.lstrip().startswith("v")):
+    tags = parse_tags(record)
+    if "v" in tags and (tags["v"] != "DKIM1" or next(iter(tags)) != "v"):
         raise Invalid("permerror", "not a key of DKIM")
     if "p" not in tags:
         raise Invalid("permerror", "no key in the record")
@@ -374,7 +330,8 @@ class DkimVerifier:
         """Names whose TXT records are the keys, MAX_KEYS at most."""
         fields = header.by_name.get(b"dkim-signature", [])
         parsed = [_parse_signature(header, field, now) for field in fields[: 4 * MAX_SIGNATURES]]
-        parsed.sort(key=lambda each: not _is_related(each.domain, author))
+        if len(parsed) > 1:
+            parsed.sort(key=lambda each: not _is_related(each.domain, author))
         for each in parsed[:MAX_SIGNATURES]:
             if isinstance(each, Signature):
                 if each.question not in self.questions:
@@ -472,7 +429,7 @@ class DkimSigner:
             f" t={now};\r\n\th={listed};\r\n\tbh={base64.b64encode(digest).decode()};\r\n\tb="
         ).encode()
         signed = hashlib.sha256()
-        for each in select_fields(header, names):
+        for each in header.select(names):
             signed.update(header.relaxed(each))
         signed.update(_header.relaxed_field(b"dkim-signature", field.partition(b":")[2])[:-2])
         if isinstance(self._key, rsa.RSAPrivateKey):

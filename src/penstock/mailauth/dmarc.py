@@ -181,12 +181,15 @@ class _Walks:
         self._walks: dict[str, _Walk] = {}
 
     async def record(self, domain: str) -> Record | None:
-        """Return the record of a domain; several are none. Raise _TemporaryError."""
+        """Return the record of a domain; several are none. Raise _TemporaryError.
+
+        A top-level domain that is not answered about counts as without a record: hardly any has one, and mail must not
+        wait for those of a DNS that does not serve them.
+        """
         answer = await self._query(f"_dmarc.{domain}", "TXT")
-        if answer.status == "failed":
+        if answer.status == "failed" and "." in domain:
             raise _TemporaryError(f"the DNS does not answer about _dmarc.{domain}")
-        candidates = [text for text in answer.records if _is_dmarc(text)]
-        return parse(candidates[0]) if len(candidates) == 1 else None
+        return _only_record(answer.records)
 
     async def walk(self, domain: str) -> _Walk:
         """Return the records of a domain and those above it (RFC 9989 4.10). Raise _TemporaryError."""
@@ -213,11 +216,17 @@ def names_to_ask(domain: str) -> list[str]:
     return [domain, *(".".join(above[at:]) for at in range(len(above)))]
 
 
+@functools.lru_cache(maxsize=20_000)
+def _only_record(records: tuple[bytes, ...]) -> Record | None:
+    """Return the record in an answer; several are none (RFC 9989 4.10)."""
+    candidates = [text for text in records if _is_dmarc(text)]
+    return parse(candidates[0]) if len(candidates) == 1 else None
+
+
 def _is_dmarc(text: bytes) -> bool:
     return re.match(rb"v[ \t]*=[ \t]*DMARC1[ \t]*(?:;|\Z)", text) is not None
 
 
-@functools.lru_cache(maxsize=20_000)
 def parse(octets: bytes) -> Record | None:
     """Read a record (RFC 9989 4.7, 4.8). None is one that must be ignored: an invalid policy, and no reports wanted."""
     if not _is_dmarc(octets) or len(octets) > MAX_RECORD:

@@ -3,63 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
 
 import idna
 
-from penstock.mailauth import _header
+from penstock.mailauth._header import Field, Header
+
+__all__ = ["Field", "Header", "author_domains", "canonical_domain", "mailboxes"]
 
 _SIMPLE: Final = re.compile(
     r"""(?:(?:"[^"\\]*"|[^"(),:;<>\\])*<([^"(),:;<>\\\s]+)>|[ \t\r\n]*([^"(),:;<>\\\s]+))[ \t\r\n]*"""
 )
 """One mailbox, as nearly all From fields have it."""
-
-
-class Field(NamedTuple):
-    """Where a field stands in the header."""
-
-    name: bytes
-    """In lower case; empty for a line without a colon."""
-    start: int
-    colon: int
-    stop: int
-    """Behind its last line end."""
-
-
-class Header:
-    """A header, split once and read by all checks."""
-
-    def __init__(self, octets: bytes) -> None:
-        """`octets` are the lines of the header, without the empty line behind them."""
-        self.octets = octets
-        self.fields = [Field._make(found) for found in _header.split_header(octets)]
-        self._relaxed: dict[int, bytes] = {}
-        self.by_name: dict[bytes, list[Field]] = {}
-        """The fields of a name, from top to bottom."""
-        for field in self.fields:
-            self.by_name.setdefault(field.name, []).append(field)
-
-    def value(self, field: Field) -> bytes:
-        """Return what follows the colon, without the last line end."""
-        return _without_line_end(self.octets[field.colon + 1 : field.stop])
-
-    def raw(self, field: Field) -> bytes:
-        """Return the whole field without its last line end."""
-        return _without_line_end(self.octets[field.start : field.stop])
-
-    def relaxed(self, field: Field) -> bytes:
-        """Return the field in the relaxed form, with CRLF (RFC 6376 3.4.2)."""
-        found = self._relaxed.get(field.start)
-        if found is None:
-            value = self.octets[field.colon + 1 : field.stop]  # the relaxed form drops the last line end as well
-            found = self._relaxed[field.start] = _header.relaxed_field(field.name, value)
-        return found
-
-
-def _without_line_end(octets: bytes) -> bytes:
-    if octets.endswith(b"\r\n"):
-        return octets[:-2]
-    return octets.removesuffix(b"\n")
 
 
 def author_domains(header: Header) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from penstock.mailauth.arc import ArcResult, ArcVerifier
 from penstock.mailauth.decision import Decisions, DecisionSettings, Findings, decide
 from penstock.mailauth.dkim import BodyHashes, DkimVerifier
 from penstock.mailauth.header import Field, Header, author_domains
-from penstock.mailauth.lookup import Answer, Query
+from penstock.mailauth.lookup import Answer, Kind, Query
 from penstock.mailauth.spf import SpfResult
 
 
@@ -39,11 +39,17 @@ class MessageCheck:
         author = self.authors[0] if self.authors else ""
         self._dkim = DkimVerifier(self.header, now=now, author=author, hashes=self._hashes)
         self._arc = ArcVerifier(self.header, self._hashes) if arc else None
-        self._questions = list(dict.fromkeys([*self._dkim.questions, *(self._arc.questions if self._arc else [])]))
-        self.hints = tuple((name, "TXT") for name in self._questions) + (
-            ((f"_dmarc.{author}", "TXT"),) if author and settings.dmarc != "off" else ()
-        )
+        self._questions = self._dkim.questions
+        if self._arc is not None and self._arc.questions:
+            self._questions = list(dict.fromkeys([*self._questions, *self._arc.questions]))
+
+    @property
+    def hints(self) -> list[tuple[str, Kind]]:
         """Questions that `finish` will ask; asking them while the body arrives saves the wait."""
+        found: list[tuple[str, Kind]] = [(name, "TXT") for name in self._questions]
+        if self.authors and self.authors[0] and self._settings.dmarc != "off":
+            found.append((f"_dmarc.{self.authors[0]}", "TXT"))
+        return found
 
     def feed(self, chunk: bytes | memoryview) -> None:
         """Take the next piece of the body, with CRLF, without dot-stuffing. About 3.5 us for 4 KB, 1 ms for 1 MB."""

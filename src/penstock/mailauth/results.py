@@ -26,22 +26,25 @@ class MethodResult(NamedTuple):
 
 def authentication_results(authserv_id: str, results: Iterable[MethodResult]) -> bytes:
     """Return the field with its CRLF, folded; "none" stands for no results (RFC 8601 2.2)."""
-    lines: list[str] = []
-    line = f"Authentication-Results: {authserv_id}"
-    parts = [
-        [f"{each.method}={each.result}", *(f"{name}={quote(value)}" for name, value in each.properties if value)]
-        for each in results
-    ] or [["none"]]
-    for words in parts:
-        line += ";"
-        for word in words:
-            if len(line) + 1 + len(word) >= _LINE:
-                lines.append(line)
-                line = "\t" + word
-            else:
-                line += " " + word
-    lines.append(line)
-    return ("\r\n".join(lines) + "\r\n").encode("ascii")
+    pieces = [f"Authentication-Results: {authserv_id}"]
+    column = len(pieces[0])
+    words: list[str] = []
+    for method, result, properties in results:
+        words.append(f";{method}={result}")
+        words += [f" {name}={quote(value)}" for name, value in properties if value]
+    for word in words or [";none"]:
+        if word[0] == ";":  # it ends the method before
+            pieces.append(";")
+            column += 1
+        if column + len(word) >= _LINE:
+            pieces.append("\r\n\t")
+            column = 0
+        else:
+            pieces.append(" ")
+        pieces.append(word[1:])
+        column += len(word)
+    pieces.append("\r\n")
+    return "".join(pieces).encode("ascii")
 
 
 def quote(text: str) -> str:

@@ -92,7 +92,7 @@ async def check(
     """
     identity: Literal["mailfrom", "helo"] = "mailfrom" if sender else "helo"
     evaluation = _Evaluation(query, address, sender or f"postmaster@{helo}", helo, receiver, now)
-    domain = evaluation.macros["o"]
+    domain = evaluation.domain
     domain = domain.lower() if domain.isascii() else canonical_domain(domain)  # RFC 8616 4
     try:
         result = await evaluation.check_host(domain, is_outermost=True)
@@ -103,31 +103,41 @@ async def check(
     return SpfResult(result, domain, identity, evaluation.explanation if result == "fail" else "")
 
 
+@functools.lru_cache(maxsize=10_000)
+def _parse_address(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int, bool]:
+    """Return an address, its number, and whether it is of IPv6. Raise ValueError."""
+    parsed = ipaddress.ip_address(text)
+    if parsed.version == 6 and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped  # RFC 7208 5
+    return parsed, int(parsed), parsed.version == 6
+
+
 class _Evaluation:
     """One evaluation: its limits, and the values of the macros."""
 
     def __init__(self, query: Query, address: str, sender: str, helo: str, receiver: str, now: int) -> None:
-        parsed = ipaddress.ip_address(address)
-        if parsed.version == 6 and parsed.ipv4_mapped is not None:
-            parsed = parsed.ipv4_mapped  # RFC 7208 5
         self.query = query
-        self.address = parsed
-        self.number = int(parsed)
-        self.is_v6 = parsed.version == 6
+        self.address, self.number, self.is_v6 = _parse_address(address)
         self.kind: Kind = "AAAA" if self.is_v6 else "A"
         self.terms = 0
         self.voids = 0
         self.explanation = ""
-        local, _, domain = sender.rpartition("@")
-        local = local or "postmaster"  # RFC 7208 4.3
-        self.macros = {
-            "s": f"{local}@{domain}",
-            "l": local,
-            "o": domain,
+        local, _, self.domain = sender.rpartition("@")
+        self.local = local or "postmaster"  # RFC 7208 4.3
+        self._names_of_parties = helo, receiver, now
+
+    @functools.cached_property
+    def macros(self) -> dict[str, str]:
+        """Return the values of the macros (RFC 7208 7.2); few records use any."""
+        helo, receiver, now = self._names_of_parties
+        return {
+            "s": f"{self.local}@{self.domain}",
+            "l": self.local,
+            "o": self.domain,
             "h": helo,
-            "i": ".".join(f"{self.number:032X}") if self.is_v6 else str(parsed),
+            "i": ".".join(f"{self.number:032X}") if self.is_v6 else str(self.address),
             "v": "ip6" if self.is_v6 else "in-addr",
-            "c": str(parsed),
+            "c": str(self.address),
             "r": receiver,
             "t": str(now),
         }
@@ -135,19 +145,11 @@ class _Evaluation:
     async def check_host(self, domain: str, *, is_outermost: bool = False) -> Result:
         """Evaluate the record of a domain (RFC 7208 4). Raise _TemporaryError, _PermanentError."""
         domain = domain.rstrip(".")
-        labels = domain.split(".")
-        if len(domain) > 253 or len(labels) < 2 or domain.startswith("[") or not all(0 < len(e) < 64 for e in labels):
+        if not _is_domain(domain):
             return "none"  # RFC 7208 4.3
-        records = [
-            record
-            for record in (await self._ask(domain, "TXT")).records
-            if record[:6].lower() == b"v=spf1" and record[6:7] in (b"", b" ")
-        ]
-        if not records:
+        record = _only_record((await self._ask(domain, "TXT")).records)
+        if record is None:
             return "none"
-        if len(records) > 1:
-            raise _PermanentError(f"{domain} has more than one SPF record")
-        record = _parse(records[0])
         if record.error:
             raise _PermanentError(f"{domain}: {record.error}")
         for term in record.terms:
@@ -281,6 +283,20 @@ class _Evaluation:
 
 
 @functools.lru_cache(maxsize=20_000)
+def _is_domain(domain: str) -> bool:
+    labels = domain.split(".")
+    return len(domain) <= 253 and len(labels) > 1 and domain[0] != "[" and all(0 < len(each) < 64 for each in labels)
+
+
+@functools.lru_cache(maxsize=20_000)
+def _only_record(records: tuple[bytes, ...]) -> _Record | None:
+    """Return the record in an answer, parsed; more than one are an error (RFC 7208 4.5)."""
+    found = [each for each in records if each[:6].lower() == b"v=spf1" and each[6:7] in (b"", b" ")]
+    if len(found) > 1:
+        return _Record((), "", "", "more than one SPF record")
+    return _parse(found[0]) if found else None
+
+
 def _parse(octets: bytes) -> _Record:
     """Parse a record (RFC 7208 12)."""
     try:

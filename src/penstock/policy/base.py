@@ -5,7 +5,8 @@ A policy is any object with some of the methods named in `HOOK_POINTS`. Each met
 
 - `None`: no opinion, the next policy is called;
 - `ACCEPT`: accepted, and the policies after this one are not called;
-- a `Reply`: 4xx and 5xx refuse, with this reply; 2xx replaces the ordinary reply of an acceptance.
+- a `Reply`: 4xx and 5xx refuse, with this reply; 2xx replaces the ordinary reply of an acceptance;
+- a `Mark`: no opinion yet, but a score, a header field or a reason for quarantine. The next policy is called.
 
 A hook that raises, or takes longer than its deadline, is a failed check: the client gets 451, and the cause is
 journaled.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from enum import Enum
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.reply import Reply
@@ -37,7 +38,24 @@ class _Accept(Enum):
 ACCEPT: Final = _Accept.ACCEPT
 """The verdict that accepts without calling the policies that follow."""
 
-Verdict = Reply | Literal[_Accept.ACCEPT] | None
+
+class Mark(NamedTuple):
+    """The verdict that adds something to a message without deciding about it.
+
+    Scores of all checks are added up at the end of the message: from `policy.reject_above` on it is refused, from
+    `policy.quarantine_above` on it is quarantined. A mark of a hook before MAIL applies to all messages of the
+    connection.
+    """
+
+    score: float = 0.0
+    """Positive for spam, negative for wanted mail."""
+    header: str | tuple[str, str] | None = None
+    """A header field for the top of the message: "X-Virus: none", or ("X-Virus", "none")."""
+    quarantine: bool | str = False
+    """True: if the message is accepted, it is quarantined as `policy.quarantine` says; "hold": it is held."""
+
+
+Verdict = Reply | Mark | Literal[_Accept.ACCEPT] | None
 Answer = Verdict | Awaitable[Verdict]
 
 HOOK_POINTS = (

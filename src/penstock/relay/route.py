@@ -24,9 +24,9 @@ import msgspec
 import trio
 
 from penstock.addresses import canonical_domain, domain_of
+from penstock.dns.exchangers import Exchanger, MailExchangers, ResolveError
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
-from penstock.net.resolver import Exchanger, ResolveError, Resolver
 from penstock.relay.hop import AuthPolicy, Hop, HopLimits, TlsPolicy
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
@@ -78,6 +78,13 @@ class RouteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             description='".example.org" matches all names below it; without domains: every domain no other route names'
         ),
     ] = ()
+    name: Annotated[
+        str,
+        msgspec.Meta(
+            max_length=100,
+            description="Name for policy.quarantine; a named route without domains is used for nothing else",
+        ),
+    ] = ""
     next_hop: Annotated[
         str,
         msgspec.Meta(description=f'"mx": as the DNS says; "maildir": local delivery; or {_FORMS}'),
@@ -100,6 +107,7 @@ DEFAULT_ROUTES: Final = (RouteSettings(next_hop="maildir"),)
 def check_routes(routes: Sequence[RouteSettings]) -> None:
     """Raise ValueError, beginning with the key, for routes that cannot work."""
     owner: dict[str, int] = {}
+    names: dict[str, int] = {}
     for number, route in enumerate(routes):
         key = f"route[{number}]"
         for domain in route.domains:
@@ -111,7 +119,11 @@ def check_routes(routes: Sequence[RouteSettings]) -> None:
             before = owner.setdefault(canonical, number)
             if before != number:
                 raise ValueError(f"{key}.domains: {domain!r} is already in route[{before}]")
-        if not route.domains:
+        if route.name:
+            before = names.setdefault(route.name, number)
+            if before != number:
+                raise ValueError(f"{key}.name: {route.name!r} is the name of route[{before}]")
+        elif not route.domains:
             before = owner.setdefault("", number)
             if before != number:
                 raise ValueError(
@@ -277,7 +289,7 @@ class Routes:
         settings: Sequence[RouteSettings],
         *,
         data_dir: Path,
-        resolver: Resolver,
+        resolver: MailExchangers,
         own_domain: str,
         lookup: Lookup = system_lookup,
         clock: Callable[[], float] = time.monotonic,
@@ -293,10 +305,13 @@ class Routes:
         self._clock = clock
         self._exact: dict[str, _Rule] = {}
         self._below: dict[str, _Rule] = {}
+        self._named: dict[str, _Rule] = {}
         self._default: _Rule | None = None
         for number, each in enumerate(settings or DEFAULT_ROUTES):
             rule = _read(number, each, data_dir)
-            if not each.domains:
+            if each.name:
+                self._named[f"{NAMED}{each.name}"] = rule
+            elif not each.domains:
                 self._default = rule
             for domain in each.domains:
                 names = self._below if domain.startswith(".") else self._exact
@@ -332,13 +347,15 @@ class Routes:
     async def find_route(self, domain: str) -> Route:
         """Return the route of a domain. Raise ResolveError if the DNS has none."""
         rule = self._rule_of(domain)
+        if rule is _NO_RULE:
+            raise ResolveError("4.4.4", f"there is no {domain} in the configuration", is_permanent=False)
         if rule.ranks is None:
             return _mx_route(rule, await self._resolver.exchangers(domain))
         return await self._resolved(rule)
 
     async def resolve_all(self) -> None:
         """Look up the addresses of all static next hops, so that the first message need not wait for it."""
-        for rule in {*self._exact.values(), *self._below.values(), self._default}:
+        for rule in {*self._exact.values(), *self._below.values(), *self._named.values(), self._default}:
             if rule is not None and rule.names:
                 with suppress(ResolveError):  # reported when mail is to be sent there
                     await self._resolved(rule)
@@ -381,6 +398,9 @@ class Routes:
         found = self._exact.get(domain)
         if found is not None:
             return found
+        if domain.startswith(NAMED):
+            # Mail that waits for a route which is no longer in the configuration waits on.
+            return self._named.get(domain, _NO_RULE)
         if self._below:
             name = domain
             while "." in name:
@@ -390,6 +410,11 @@ class Routes:
                     return found
         assert self._default is not None
         return self._default
+
+
+NAMED: Final = "route:"
+"""The beginning of the queue names of named routes; no domain has a colon."""
+_NO_RULE: Final = _Rule(-1, TlsPolicy(), HopLimits(), None)
 
 
 def _read(number: int, settings: RouteSettings, data_dir: Path) -> _Rule:

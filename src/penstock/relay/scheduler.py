@@ -36,9 +36,9 @@ import msgspec
 import outcome
 import trio
 
+from penstock.dns.exchangers import ResolveError
 from penstock.journal import Journal
 from penstock.message import Body, Message, Recipient
-from penstock.net.resolver import ResolveError
 from penstock.relay.attempt import Attempt
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings

@@ -69,6 +69,7 @@ from penstock.smtp.states import State
 from penstock.transaction import Peer, Transaction
 
 if TYPE_CHECKING:
+    from penstock.policy.judge import Judge
     from penstock.server.listener import Listener
 
 _FINAL_REPLY: Final = 5.0
@@ -174,6 +175,7 @@ class Connection:
         self.number = number
         """What the journal calls it."""
         self.transaction = transaction = Transaction(peer, listener.name)
+        transaction.number = number
         self.session = session = listener.session.fresh(listener.session.wire.fresh(), transaction)
         self.metrics = metrics = None if listener.metrics is None else listener.metrics.new_session()
         session.metrics = metrics
@@ -307,8 +309,10 @@ class Connection:
             if listener.is_implicit_tls:
                 await self.start_tls()
             if pipeline.connect:
-                refusal = await pipeline.on_connect(self.peer, listener.name)
+                refusal = await pipeline.on_connect(self.transaction)
                 refusal = refusal if refusal is not None and not refusal.accepts else None
+            if refusal is None and pipeline.judge is not None and not listener.is_implicit_tls:
+                refusal = await self._wait_in_silence(pipeline.judge)
         if refusal is None:
             self.session.greet()
             return self.faults is None or not self.faults.are_possible or await self.faults.greet()
@@ -316,6 +320,23 @@ class Connection:
         if self._is_admitted or not listener.is_implicit_tls:  # a reply in the clear would only break a handshake
             self.session.greet(refusal)
         return False
+
+    async def _wait_in_silence(self, judge: Judge) -> Reply | None:
+        """Let a stranger wait for the greeting. Return the refusal of one that speaks before it."""
+        found = judge.pregreet_of(self.transaction)
+        if found is None:
+            return None
+        check, seconds = found
+        if not self.pump.octets:  # otherwise some came with the PROXY header
+            data: bytes | bytearray = b""
+            with trio.move_on_after(seconds) as scope:
+                data = await self._wait(self.stream.receive_some, _READ_OCTETS)
+            if scope.cancelled_caught:
+                check.passed(self.transaction)
+            if not data:
+                return None
+            self.pump.feed(data)
+        return check.spoke_early(self.transaction)
 
     async def _read_proxy(self) -> bool:
         """Read the PROXY header of a trusted proxy; the client it names is the peer from now on."""
@@ -527,6 +548,8 @@ class Connection:
         session, pump, journal = self.session, self.pump, self.listener.journal
         if self.metrics is not None:
             self.metrics.ended("QUIT" if session.has_quit else cause, pump.octets)
+        if self.transaction.evidence is not None:
+            self.listener.pipeline.close(self.transaction)
         if self._is_admitted:
             self.worker.release(self.peer)
             if journal.logs_connections:
@@ -678,7 +701,9 @@ class Connection:
             head = self._message(CountedBody(0)) if listener.streams is not None else None
             if head is not None:
                 head = head._replace(prefix=self.transaction.added_fields + head.prefix)
-            self.incoming = IncomingMessage(listener, head)
+            judge = listener.pipeline.judge
+            watcher = None if judge is None else judge.begin(self.transaction)
+            self.incoming = IncomingMessage(listener, head, watcher)
 
     async def _on_begin_data(self, event: BeginData) -> None:
         self._on_begin_data_now(event)
@@ -746,10 +771,10 @@ class Connection:
         listener, transaction = self.listener, self.transaction
         accepted: Reply | None = None
         if listener.pipeline.message:
-            accepted = await listener.pipeline.on_message(transaction, message)
+            accepted, message = await listener.pipeline.on_message(transaction, message)
             if accepted is not None and not accepted.accepts:
                 return accepted
-        if incoming.head is None and (fields := transaction.added_fields):
+        elif incoming.head is None and (fields := transaction.added_fields):
             message = message._replace(prefix=fields + message.prefix)
         try:
             if incoming.flow is None:
@@ -758,7 +783,9 @@ class Connection:
                 reply = await incoming.flow.finish(message, transaction)
         except Exception as exc:  # noqa: BLE001 - a delivery that raises has not accepted the message
             listener.journal.error(self.number, "delivery", exc)
-            return replies.TRY_LATER
+            reply = replies.TRY_LATER
+        if listener.pipeline.judge is not None:
+            listener.pipeline.judge.answered(transaction, message, reply)
         return accepted if accepted is not None and reply.accepts else reply
 
     def _message(self, body: Any) -> Message:

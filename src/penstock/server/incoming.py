@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from penstock.delivery.base import Flow
 from penstock.message import Body, CountedBody, Message
+from penstock.policy.evidence import Watcher
 from penstock.reply import Reply
 from penstock.server.body import BodyCollector
 from penstock.server.received import seam
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 class IncomingMessage:
     """Takes the chunks of a body, then hands the message to the delivery. `close` it in any case."""
 
-    __slots__ = ("_body", "_collector", "_start", "flow", "head", "separator")
+    __slots__ = ("_body", "_collector", "_start", "_watcher", "flow", "head", "separator")
 
-    def __init__(self, listener: Listener, head: Message | None) -> None:
-        """`head` is the message without its body, for a delivery that begins before the end of the text."""
+    def __init__(self, listener: Listener, head: Message | None, watcher: Watcher | None = None) -> None:
+        """`head` is the message without its body, for a delivery that begins before the end of the text.
+
+        `watcher` looks at what is kept.
+        """
+        self._watcher = watcher
         self._body: Body | None = None
         self._collector = BodyCollector(listener.body, listener.budget, listener.folder)
         self._start: bytes | None = b""
@@ -43,24 +48,35 @@ class IncomingMessage:
         if self.flow is not None:
             return False
         start = self._start
-        if start is None:
-            return self._collector.add_nowait(chunk)
-        chunk = self._join(chunk)
-        if not chunk or self._collector.add_nowait(chunk):
-            return True
-        self._start = start
-        return False
+        if start is not None:
+            chunk = self._join(chunk)
+            if not chunk:
+                return True
+        if not self._collector.add_nowait(chunk):
+            self._start = start
+            return False
+        if self._watcher is not None:
+            self._watch(chunk, is_first=start is not None)
+        return True
 
     async def add(self, chunk: bytes) -> None:
         """Keep a chunk, and pass it on. A disk error is kept in `failure`."""
         passed_on = chunk
-        if self._start is not None:
+        is_first = self._start is not None
+        if is_first:
             chunk = self._join(chunk)
             passed_on = self.separator + chunk
         if chunk and not self._collector.add_nowait(chunk):
             await self._collector.add(chunk)
+        if chunk and self._watcher is not None:
+            self._watch(chunk, is_first=is_first)
         if self.flow is not None and passed_on and not self.flow.feed_nowait(passed_on):
             await self.flow.feed(passed_on)
+
+    def _watch(self, chunk: bytes, *, is_first: bool) -> None:
+        """Show the watcher what is kept, with the empty line that goes before a body without a header."""
+        assert self._watcher is not None
+        self._watcher.feed(self.separator + chunk if is_first and self.separator else chunk)
 
     def _join(self, chunk: bytes, *, is_whole: bool = False) -> bytes:
         """Decide how the body follows our header fields, which it must not continue. Return what is to be kept."""
@@ -89,6 +105,8 @@ class IncomingMessage:
             rest = self._join(start, is_whole=True)
             if rest and not self._collector.add_nowait(rest):
                 await self._collector.add(rest)
+            if rest and self._watcher is not None:
+                self._watch(rest, is_first=True)
             if self.flow is not None and (passed_on := self.separator + rest):
                 await self.flow.feed(passed_on)
         self._body = self._collector.finish_nowait() or await self._collector.finish()

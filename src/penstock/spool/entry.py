@@ -100,6 +100,8 @@ class Put(NamedTuple):
     """The domain queue of each recipient, in their order."""
     is_taken: bool = False
     """Written as being attempted for the first time."""
+    is_held: bool = False
+    """Written as held: an operator decides."""
 
 
 class Recovered(NamedTuple):

@@ -27,11 +27,14 @@ class DurableQueue(Protocol):
     async def aclose(self) -> None:
         """Write what waits, and close."""
 
-    async def put(self, message: Message, queues: Sequence[str], *, is_taken: bool = False) -> list[Entry]:
+    async def put(
+        self, message: Message, queues: Sequence[str], *, is_taken: bool = False, is_held: bool = False
+    ) -> list[Entry]:
         """Write a message; `queues` has the domain queue of each recipient. Return once it is on stable storage.
 
-        With `is_taken` the recipients are written as being attempted, and the entries to attempt are returned. Raise
-        OSError, sqlite3.Error or SpoolFullError: then nothing was written.
+        With `is_taken` the recipients are written as being attempted, and the entries to attempt are returned. With
+        `is_held` an operator has to release them. Raise OSError, sqlite3.Error or SpoolFullError: then nothing was
+        written.
         """
 
     async def due_queues(self, now: float, limit: int, until: float = 0.0) -> list[QueueDue]:

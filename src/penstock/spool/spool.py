@@ -130,18 +130,20 @@ class Spool:
 
     # ---- in
 
-    async def put(self, message: Message, queues: Sequence[str], *, is_taken: bool = False) -> list[Entry]:
+    async def put(
+        self, message: Message, queues: Sequence[str], *, is_taken: bool = False, is_held: bool = False
+    ) -> list[Entry]:
         """Write a message; `queues` has the domain queue of each recipient. Return once it is on stable storage.
 
         A recipient that is named several times is written once. With `is_taken` the recipients are written as being
         attempted, and the entries to attempt are returned, one for each queue; a body of the database is in them, one
-        stored in a file is read from the file.
+        stored in a file is read from the file. With `is_held` they are not attempted before an operator releases them.
 
         Raise OSError, sqlite3.Error or SpoolFullError: then nothing was written. Cannot be cancelled once it has begun:
         the caller learns what became of the message.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        put = self._put_of(message, queues, is_taken)
+        put = self._put_of(message, queues, is_taken)._replace(is_held=is_held)
         if put.data is None:
             self._committer.check_capacity(0, self._threads.waiting)
             await self._threads.write(put.number, message.body)
@@ -153,7 +155,8 @@ class Spool:
             raise
         if is_taken:
             return self._entries(put)
-        self.became_due(put.queues)
+        if not is_held:
+            self.became_due(put.queues)
         return []
 
     def _put_of(self, message: Message, queues: Sequence[str], is_taken: bool) -> Put:

@@ -340,11 +340,11 @@ class Store:
         due: dict[int, float] = {}
         for put in puts:
             _add_message(messages, put)
-            state, attempts = (ATTEMPTING, 1) if put.is_taken else (DUE, 0)
+            state, attempts = (ATTEMPTING, 1) if put.is_taken else (HELD if put.is_held else DUE, 0)
             first = put.number << PLACES
             for place, (recipient, name) in enumerate(zip(put.message.envelope.recipients, put.queues, strict=True)):
                 queue = self._queue(name)
-                if not put.is_taken:
+                if state == DUE:
                     due[queue] = now
                 dsn = None
                 if recipient.notify is not None or recipient.orcpt is not None:

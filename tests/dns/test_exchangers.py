@@ -1,4 +1,4 @@
-"""The resolver, against a DNS server on the loopback."""
+"""Mail exchangers, against a DNS server on the loopback."""
 
 from __future__ import annotations
 
@@ -11,42 +11,26 @@ import msgspec
 import pytest
 import trio
 
-from penstock.net.resolver import ResolveError, Resolver, ResolverSettings, is_local_address, parse_server
+from penstock.dns import MailExchangers, ResolveError, Resolver, ResolverSettings, parse_server
+from penstock.dns.exchangers import is_local_address
+from tests.dns.lying import Clock, running, zone_of
 from tests.net.nameserver import Zone, nameserver
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @asynccontextmanager
-async def resolving(zone: Zone, **settings: Any) -> AsyncIterator[Resolver]:
+async def resolving(zone: Zone, **settings: Any) -> AsyncIterator[MailExchangers]:
     own_names, clock = settings.pop("own_names", ()), settings.pop("clock", Clock())
     interfaces = settings.pop("interfaces", ())
     async with nameserver(zone) as server:
         given = msgspec.structs.replace(ResolverSettings(servers=(server,)), **settings)
-        yield Resolver(
-            given,
-            own_names=own_names,
-            random_source=random.Random(1),
-            clock=clock,
-            is_local_address=interfaces.__contains__,
-        )
-
-
-def zone_of(*lines: str, **fields: Any) -> Zone:
-    """Return a zone of lines such as "example.org MX 10 mx.example.org."."""
-    zone = Zone(**fields)
-    for line in lines:
-        name, kind, record = line.split(" ", 2)
-        zone.add(name, kind, record)
-    return zone
+        async with running(Resolver(given, clock=clock)) as resolver:
+            yield MailExchangers(
+                resolver,
+                families=given.families,
+                own_names=own_names,
+                random_source=random.Random(1),
+                is_local_address=interfaces.__contains__,
+            )
 
 
 async def failure(zone: Zone, domain: str = "example.org", **settings: Any) -> ResolveError:
@@ -197,12 +181,15 @@ async def test_negative_answers_are_cached() -> None:
         assert await resolver.exchangers("example.org")
 
 
-async def test_a_failure_is_not_remembered() -> None:
-    zone = zone_of("example.org A 192.0.2.1", failures={"example.org": "SERVFAIL"})
-    async with resolving(zone) as resolver:
+async def test_a_failure_is_remembered_for_a_second() -> None:
+    clock, zone = Clock(), zone_of("example.org A 192.0.2.1", failures={"example.org": "SERVFAIL"})
+    async with resolving(zone, clock=clock) as resolver:
         with pytest.raises(ResolveError):
             await resolver.exchangers("example.org")
         zone.failures.clear()
+        with pytest.raises(ResolveError):
+            await resolver.exchangers("example.org")
+        clock.now += 1.1
         assert await resolver.exchangers("example.org")
 
 
@@ -246,8 +233,9 @@ async def test_unreachable_servers_are_temporary() -> None:
         await sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     resolver = Resolver(ResolverSettings(servers=(f"127.0.0.1:{port}",), timeout=0.05, lifetime=0.1))
-    with pytest.raises(ResolveError) as error:
-        await resolver.exchangers("example.org")
+    async with running(resolver):
+        with pytest.raises(ResolveError) as error:
+            await MailExchangers(resolver).exchangers("example.org")
     assert not error.value.is_permanent
 
 

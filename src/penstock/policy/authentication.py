@@ -1,0 +1,238 @@
+"""SPF, DKIM, DMARC and ARC of messages, and the Authentication-Results field (penstock.mailauth).
+
+SPF is checked at MAIL. The header is read as soon as it is complete; keys and policies are asked for while the body
+still arrives, and the body is hashed piece by piece. The rest is done at the end of the message: nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+
+from penstock.dns import Budget, Resolver
+from penstock.journal import Journal
+from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, spf
+from penstock.mailauth.decision import decide
+from penstock.message import MailParameters, Message, Path
+from penstock.policy.base import Mark
+from penstock.policy.check import Check, Edited, Finding, MessageFinding, Parts
+from penstock.policy.evidence import Evidence, evidence_of
+from penstock.policy.overlay import Edit, EditedBody
+from penstock.policy.settings import DmarcSettings, PolicySettings
+from penstock.reply import Reply
+from penstock.results import IprevResult
+from penstock.transaction import Transaction
+
+_SECONDS: Final = 20.0
+"""Time for all questions at MAIL, and again for those at the end of the message (RFC 7208 4.6.4)."""
+_MAX_HEADER: Final = 1 << 18
+"""Octets of a header that are read; a longer one hides what it says, and is refused."""
+
+
+def decision_settings(policy: PolicySettings) -> DecisionSettings:
+    """Return how much each of SPF, DKIM and DMARC may decide."""
+    dmarc = policy.dmarc or DmarcSettings()
+    on_fail = dmarc.on_fail
+    return DecisionSettings(
+        spf=policy.mode_of(policy.spf, by_default=True),
+        dkim=policy.mode_of(policy.dkim, by_default=True),
+        dmarc=policy.mode_of(policy.dmarc, by_default=True),
+        require_aligned=policy.dkim is not None and policy.dkim.require_aligned,
+        on_fail={"reject": on_fail.reject, "quarantine": on_fail.quarantine, "none": on_fail.none},
+        temperror=dmarc.temperror,
+    )
+
+
+def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
+    """Return the check, unless all of it is off."""
+    settings = decision_settings(policy)
+    modes = (settings.spf, settings.dkim, settings.dmarc, policy.mode_of(policy.fcrdns))
+    return [] if set(modes) == {"off"} else [Authentication(settings, parts)]
+
+
+class _MessageWatcher:
+    """Reads a message while it arrives (penstock.policy.evidence.Watcher)."""
+
+    __slots__ = ("_authentication", "_check", "_error", "_has_hinted", "_start", "header_octets", "is_too_long")
+
+    def __init__(self, authentication: Authentication) -> None:
+        self._authentication = authentication
+        self._start = b""
+        self._check: MessageCheck | None = None
+        self._error: Exception | None = None
+        self._has_hinted = False
+        self.is_too_long = False
+        """The header is longer than what is read."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next octets of the message."""
+        if self._error is not None:
+            return
+        try:
+            self._feed(chunk)
+        except Exception as exc:  # noqa: BLE001 - the connection goes on; `finish` raises it
+            self._error = exc
+
+    def _feed(self, chunk: bytes) -> None:
+        check = self._check
+        if check is not None:
+            if not self._has_hinted:  # the body comes in several pieces: time to ask meanwhile
+                self._has_hinted = True
+                self._authentication.ask_ahead(check)
+            check.feed(chunk)
+            return
+        before = len(self._start)
+        start = self._start + chunk if before else chunk
+        if start.startswith(b"\r\n"):
+            end, body = 0, 2
+        else:
+            found = start.find(b"\r\n\r\n", max(0, before - 3))
+            end, body = found + 2, found + 4
+            if found < 0:
+                if len(start) <= _MAX_HEADER:
+                    self._start = start
+                    return
+                self.is_too_long = True
+                end = body = len(start)
+        self._start = b""
+        self._check = self._authentication.open(start[:end])
+        self._check.feed(memoryview(start)[body:])
+
+    def finish(self) -> MessageCheck:
+        """Return the checks of the whole message. Raise whatever went wrong with them."""
+        if self._error is not None:
+            raise self._error
+        if self._check is None:  # a message without a body, and without the empty line
+            self._check = self._authentication.open(self._start)
+        return self._check
+
+
+class Authentication(Check):
+    """The check. It knows the modes of its parts, so that what it returns always counts."""
+
+    name = "authentication"
+    mode = "enforce"
+    deadline = 2 * _SECONDS
+
+    def __init__(self, settings: DecisionSettings, parts: Parts, clock: Callable[[], float] = time.time) -> None:
+        self._settings = settings
+        self._hostname = parts.hostname
+        self._resolver: Resolver = parts.resolver
+        self._journal: Journal = parts.journal
+        self._clock = clock
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the tasks that ask ahead."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def on_mail(self, transaction: Transaction, sender: Path, parameters: MailParameters) -> Finding:  # noqa: ARG002 - the interface
+        """Check SPF. Without DMARC it may refuse."""
+        if self._settings.spf == "off":
+            return None
+        found = await spf.check(
+            Budget(self._resolver, seconds=_SECONDS).query,
+            address=transaction.peer.address,
+            sender=f"{sender.local}@{sender.domain}" if sender.domain else "",
+            helo=transaction.hello,
+            receiver=self._hostname,
+            now=int(self._clock()),
+        )
+        transaction.results.spf = found
+        if self._settings.dmarc != "off":
+            return None
+        only_spf = DecisionSettings(spf=self._settings.spf, dkim="off", dmarc="off", temperror=self._settings.temperror)
+        decisions = decide(Findings((), 0, found), only_spf)
+        self._note_monitored(transaction, "on_mail", decisions.monitored)
+        return _finding(decisions.enforced)
+
+    def on_data(self, transaction: Transaction) -> _MessageWatcher:  # noqa: ARG002 - the interface
+        """Return what reads the message."""
+        return _MessageWatcher(self)
+
+    def open(self, header: bytes) -> MessageCheck:
+        """Begin the checks of a message whose header is complete."""
+        return MessageCheck(header, self._settings, now=int(self._clock()))
+
+    def ask_ahead(self, check: MessageCheck) -> None:
+        """Ask for keys and policies, so that the answers are there at the end of the message."""
+        if self._nursery is None:
+            return
+        for name, kind in check.hints:
+            if self._resolver.cached(name, kind) is None:
+                self._nursery.start_soon(self._resolver.query, name, kind)
+
+    async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
+        """Finish the checks, decide, add our header field and leave out those that claim our name."""
+        evidence = evidence_of(transaction)
+        watcher, evidence.watcher = evidence.watcher, None
+        assert isinstance(watcher, _MessageWatcher)
+        check = watcher.finish()
+        results = transaction.results
+        iprev = await _iprev_of(evidence)
+        sender = message.envelope.sender
+        judgement = await check.finish(
+            Budget(self._resolver, seconds=_SECONDS).query,
+            authserv_id=self._hostname,
+            spf=results.spf,
+            mail_from=sender.text,
+            helo=transaction.hello,
+            first=iprev_method(iprev, transaction.peer.address),
+        )
+        results.iprev = iprev
+        results.dkim, results.dmarc = tuple(judgement.findings.dkim), judgement.findings.dmarc
+        results.arc = judgement.arc
+        return self._conclude(transaction, evidence, message, judgement, is_too_long=watcher.is_too_long)
+
+    def _conclude(
+        self, transaction: Transaction, evidence: Evidence, message: Message, judgement: Judgement, *, is_too_long: bool
+    ) -> MessageFinding:
+        enforced, monitored = judgement.decisions
+        if is_too_long:
+            refusal = Decision("reject", "from", 550, "5.6.0", "The header is too long to be read", "header too long")
+            if self._settings.dmarc == "enforce":
+                enforced = refusal
+            else:
+                monitored = refusal
+        self._note_monitored(transaction, "on_message", monitored)
+        evidence.header_field = judgement.header_field
+        message = message._replace(prefix=judgement.header_field + message.prefix)
+        if judgement.forged:
+            edits = [Edit(field.start, field.stop) for field in judgement.forged]
+            message = message._replace(body=EditedBody(message.body, edits))
+        return Edited(message, _finding(enforced))
+
+    def _note_monitored(self, transaction: Transaction, hook_point: str, decision: Decision) -> None:
+        """Journal what a part in monitor mode would have decided."""
+        if decision.action == "accept":
+            return
+        reply = Reply(250, "2.0.0", "Quarantine", cause=decision.cause)
+        if decision.action != "quarantine":
+            reply = Reply(decision.code, decision.status, decision.text, cause=decision.cause)
+        self._journal.monitored(transaction.number, transaction.peer, decision.check, hook_point, reply)
+
+
+def _finding(decision: Decision) -> Finding:
+    """Return a decision as a verdict."""
+    if decision.action == "accept":
+        return None
+    if decision.action == "quarantine":
+        return Mark(quarantine=True)
+    return Reply(decision.code, decision.status, decision.text, cause=decision.cause)
+
+
+async def _iprev_of(evidence: Evidence) -> IprevResult | None:
+    """Return what the check of the client's name has found, if it is made."""
+    pending = evidence.pending("iprev")
+    return None if pending is None else await pending.get() or IprevResult("temperror")
+
+
+def iprev_method(iprev: IprevResult | None, address: str) -> Sequence[MethodResult]:
+    """Return the result that stands before the others in the field, if that check was made."""
+    return () if iprev is None else (MethodResult("iprev", iprev.result, (("smtp.remote-ip", address),)),)

@@ -1,0 +1,324 @@
+"""Lists of addresses in the DNS: blocklists, and lists of good senders (RFC 5782).
+
+Rules
+-----
+1. Only an answer that is in the `answers` of a list counts. A timeout, SERVFAIL, or an open breaker says nothing: the
+   list is left out.
+2. 127.255.255.*, 127.0.0.1 and everything outside 127.0.0.0/8 is an error of ours (a blocked resolver, a list that has
+   gone): it can never condemn. The list is not used until it has passed its self-test again.
+3. A list is used while 127.0.0.2 is listed and 127.0.0.1 is not (RFC 5782 5). That is asked at the start, and every
+   hour.
+4. The lists are asked while the client is greeted and says EHLO; only RCPT waits for them. The refusal at RCPT names
+   the sender and the recipient in the journal, and mail for postmaster and abuse gets through.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+import trio
+
+from penstock.breaker import Breaker
+from penstock.dns import Answer, Resolver
+from penstock.journal import Journal
+from penstock.message import Recipient
+from penstock.policy.base import Mark
+from penstock.policy.check import Check, Finding, FindingOrAwaitable, Parts
+from penstock.policy.evidence import Pending, evidence_of
+from penstock.policy.settings import DnsblSettings, PolicySettings
+from penstock.reply import Reply
+from penstock.results import DnsblResult, Listing
+from penstock.transaction import Transaction
+
+_SECONDS: Final = 3.0
+"""What the answers of all lists may take."""
+_SELF_TEST: Final = 3600.0
+_RETRY: Final = (1.0, 5.0, 30.0, 60.0)
+"""Seconds after a self-test that has failed until the next one; the last is repeated."""
+_FIRST_TEST: Final = 2.0
+"""Seconds that the start of the server waits for the first self-tests."""
+_BREAKER: Final = (5, 60.0)
+"""Questions in a row without an answer after which a list is left out, and for how many seconds."""
+_EXEMPT: Final = frozenset({"postmaster", "abuse"})
+_MAX_TEXT: Final = 200
+_NO_ANSWER: Final = "no answer to the self-test:"
+_DEFAULT_ANSWERS: Final = {"127.0.0.2-127.0.0.254": 10.0}
+_PART: Final = re.compile(r"\*|[0-9]{1,3}(?:-[0-9]{1,3})?")
+_LOOPBACK: Final = 127 << 24
+_NOT_LISTED: Final = DnsblResult()
+
+
+class Pattern(NamedTuple):
+    """A range of addresses, or a range for each of the four numbers; see `parse_pattern`."""
+
+    low: int
+    high: int
+    parts: tuple[tuple[int, int], ...] = ()
+
+    def matches(self, address: int) -> bool:
+        """Return whether an IPv4 address is in it."""
+        if not self.parts:
+            return self.low <= address <= self.high
+        octets = address.to_bytes(4, "big")
+        return all(low <= octet <= high for octet, (low, high) in zip(octets, self.parts, strict=True))
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read "127.0.0.2", "127.0.0.2-127.0.0.9" or "127.0.*.1-3". Raise ValueError."""
+    low, dash, high = text.partition("-")
+    try:
+        if "*" not in text and (not dash or high.count(".") == 3):
+            first = int(ipaddress.IPv4Address(low))
+            last = int(ipaddress.IPv4Address(high)) if dash else first
+            if _LOOPBACK <= first <= last < _LOOPBACK + (1 << 24):
+                return Pattern(first, last)
+        else:
+            parts = tuple(map(_parse_part, text.split(".")))
+            if len(parts) == 4 and parts[0] == (127, 127):
+                return Pattern(0, 0, parts)
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r} is not 127.0.0.2, 127.0.0.2-127.0.0.9 or 127.0.*.1-3, within 127.0.0.0/8")
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    if _PART.fullmatch(text) is None:
+        raise ValueError(text)
+    if text == "*":
+        return 0, 255
+    low, _, high = text.partition("-")
+    first, last = int(low), int(high or low)
+    if not first <= last <= 255:
+        raise ValueError(text)
+    return first, last
+
+
+def is_error(address: int) -> bool:
+    """Return whether an answer is an error message of a list, or no answer of a list at all."""
+    return address >> 24 != 127 or address == _LOOPBACK + 1 or address >> 8 == _LOOPBACK + 0xFFFF00 >> 8
+
+
+class _List:
+    """One list and its state."""
+
+    def __init__(self, settings: DnsblSettings, *, is_enforced: bool) -> None:
+        """Raise ValueError for patterns that are none."""
+        self.zone = settings.zone.lower().rstrip(".")
+        self.is_enforced = is_enforced
+        self.breaker = Breaker(*_BREAKER, _BREAKER[1])
+        self.is_usable = False
+        """It has passed its self-test."""
+        self.problem: str | None = None
+        """Why it is not usable, as it was journaled."""
+        self.failed = trio.Event()
+        """An answer was an error: it is not usable."""
+        self._scores = [(parse_pattern(text), score) for text, score in (settings.answers or _DEFAULT_ANSWERS).items()]
+
+    def listing(self, answer: Answer) -> Listing | None:
+        """Return what an answer means; None: not listed. Raise _BadAnswerError for an error."""
+        addresses = [int.from_bytes(record, "big") for record in answer.records]
+        bad = next(filter(is_error, addresses), None)
+        if bad is not None:
+            raise _BadAnswerError(f"the list has answered {ipaddress.IPv4Address(bad)}")
+        score = sum(score for pattern, score in self._scores if any(map(pattern.matches, addresses)))
+        if not any(pattern.matches(address) for pattern, _ in self._scores for address in addresses):
+            return None
+        return Listing(self.zone, tuple(str(ipaddress.IPv4Address(each)) for each in addresses), score)
+
+
+class _BadAnswerError(Exception):
+    """An answer that is an error message."""
+
+
+def reversed_name(address: str) -> str:
+    """Return the name of an address in a list: 2.0.0.127, or 32 nibbles (RFC 5782 2.1, 2.4)."""
+    parsed = ipaddress.ip_address(address)
+    name = parsed.reverse_pointer
+    return name.removesuffix(".in-addr.arpa" if parsed.version == 4 else ".ip6.arpa")
+
+
+async def find_problem(resolver: Resolver, zone: str) -> str:
+    """Make the self-test of a list: 127.0.0.2 is listed, 127.0.0.1 is not (RFC 5782 5). Return what is wrong, or ""."""
+    listed = await resolver.query(f"2.0.0.127.{zone}", "A")
+    unlisted = await resolver.query(f"1.0.0.127.{zone}", "A")
+    if listed.is_failure or unlisted.is_failure:
+        return f"{_NO_ANSWER} {listed.cause or unlisted.cause}"
+    if not listed.records:
+        return "127.0.0.2 is not listed"
+    if unlisted.records:
+        return "127.0.0.1 is listed"
+    if any(is_error(int.from_bytes(record, "big")) for record in listed.records):
+        return f"it has answered {', '.join(str(ipaddress.IPv4Address(record)) for record in listed.records)}"
+    return ""
+
+
+def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
+    """Return the check of all lists, if there are any. Raise ValueError for patterns that are none."""
+    modes = [(each, policy.mode_of(each)) for each in policy.dnsbl]
+    lists = [_List(each, is_enforced=mode == "enforce") for each, mode in modes if mode != "off"]
+    return [Dnsbl(lists, policy, parts)] if lists else []
+
+
+class Dnsbl(Check):
+    """All lists together. It knows which are in monitor mode, so that what it returns always counts."""
+
+    name = "dnsbl"
+    mode = "enforce"
+    failure = None
+    deadline = 2 * _SECONDS
+
+    def __init__(self, lists: Sequence[_List], policy: PolicySettings, parts: Parts) -> None:
+        self._lists = lists
+        self._reject_above = policy.reject_above
+        self._at_connect = policy.dnsbl_at.reject == "connect"
+        self._resolver: Resolver = parts.resolver
+        self._journal: Journal = parts.journal
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Test the lists, and run the tasks that ask. `started` when each was tested once, or after two seconds."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            with trio.move_on_after(_FIRST_TEST):
+                async with trio.open_nursery() as first:
+                    for each in self._lists:
+                        first.start_soon(self._test, each)
+            for each in self._lists:
+                nursery.start_soon(self._keep_testing, each)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # ---- the self-test
+
+    async def _keep_testing(self, each: _List) -> None:
+        failures = 0
+        while True:
+            if each.is_usable:
+                failures = 0
+                with trio.move_on_after(_SELF_TEST):
+                    await each.failed.wait()
+                    each.failed = trio.Event()
+                    failures = len(_RETRY)
+            if not each.is_usable:
+                await trio.sleep(_RETRY[min(failures, len(_RETRY) - 1)])
+                failures += 1
+            await self._test(each)
+
+    async def _test(self, each: _List) -> None:
+        """Test a list. Without an answer, it stays what it was."""
+        problem = await find_problem(self._resolver, each.zone)
+        if not (each.is_usable and problem.startswith(_NO_ANSWER)):
+            self._set_usable(each, problem)
+
+    def _set_usable(self, each: _List, problem: str) -> None:
+        """Use a list, or not because of a problem, and journal a change."""
+        was_usable, each.is_usable = each.is_usable, not problem
+        if problem and problem != each.problem:
+            self._journal.list_failed(each.zone, problem)
+        if not problem and not was_usable:
+            self._journal.list_works(each.zone)
+        each.problem = problem
+
+    # ---- clients
+
+    def on_connect(self, transaction: Transaction) -> FindingOrAwaitable:
+        """Begin to ask; where listed clients get no greeting, wait for the answers."""
+        assert self._nursery is not None
+        pending: Pending[DnsblResult] = evidence_of(transaction).begin("dnsbl")
+        self._nursery.start_soon(pending.run, self._find, transaction.peer.address)
+        return self._judge_connection(transaction, pending) if self._at_connect else None
+
+    async def _find(self, address: str) -> DnsblResult:
+        """Ask all lists at once. Those that have not answered in time are left out."""
+        name = reversed_name(address)
+        found: dict[str, Listing] = {}
+        with trio.move_on_after(_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for each in self._lists:
+                    nursery.start_soon(self._ask, each, name, found)
+        return DnsblResult(tuple(found[each.zone] for each in self._lists if each.zone in found))
+
+    async def _ask(self, each: _List, name: str, found: dict[str, Listing]) -> None:
+        now = trio.current_time()
+        if not each.is_usable or each.breaker.blocks(now):
+            return
+        each.breaker.probe()
+        answer: Answer | None = None
+        try:
+            answer = await self._resolver.query(f"{name}.{each.zone}", "A")
+        finally:
+            if answer is None or answer.is_failure:
+                if each.breaker.failed(trio.current_time()):
+                    self._journal.list_failed(each.zone, "no answers")
+            elif each.breaker.succeeded():
+                self._journal.list_works(each.zone)
+        try:
+            listing = each.listing(answer)
+        except _BadAnswerError as exc:
+            self._set_usable(each, str(exc))
+            each.failed.set()
+            return
+        if listing is not None:
+            found[each.zone] = listing
+
+    async def _judge_connection(self, transaction: Transaction, pending: Pending[DnsblResult]) -> Finding:
+        found = await pending.get() or _NOT_LISTED
+        return await self._refusal(transaction, "on_connect", found)
+
+    def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> FindingOrAwaitable:
+        """Refuse a listed client. Its score is added once for a message, for the first recipient that is not exempt."""
+        if recipient.path.local.lower() in _EXEMPT:
+            return None
+        evidence = evidence_of(transaction)
+        pending: Pending[DnsblResult] | None = evidence.pending("dnsbl")
+        if pending is None:
+            return None
+        if pending.is_done and not (pending.value or _NOT_LISTED).listings:
+            transaction.results.dnsbl = _NOT_LISTED
+            return None
+        return self._judge_recipient(transaction, pending)
+
+    async def _judge_recipient(self, transaction: Transaction, pending: Pending[DnsblResult]) -> Finding:
+        found = await pending.get() or _NOT_LISTED
+        is_first = transaction.results.dnsbl is None
+        transaction.results.dnsbl = found
+        refusal = await self._refusal(transaction, "on_rcpt", found)
+        if refusal is not None or not is_first:
+            return refusal
+        score = self._score_of(found.listings, enforced=True)
+        monitored = self._score_of(found.listings) - score
+        if monitored:
+            transaction.results.monitored_scores[self.name] = monitored
+        return Mark(score=score) if score else None
+
+    def _score_of(self, listings: Iterable[Listing], *, enforced: bool = False) -> float:
+        zones = {each.zone for each in self._lists if each.is_enforced or not enforced}
+        return sum(each.score for each in listings if each.zone in zones)
+
+    async def _refusal(self, transaction: Transaction, hook_point: str, found: DnsblResult) -> Reply | None:
+        """Return the refusal of a client whose score is too high; that of lists in monitor mode is journaled."""
+        enforced, everything = self._score_of(found.listings, enforced=True), self._score_of(found.listings)
+        if max(enforced, everything) < self._reject_above:
+            return None
+        worst = max(found.listings, key=lambda each: each.score)
+        text = await self._text_of(transaction.peer.address, worst.zone)
+        causes = ", ".join(f"{each.zone}={'|'.join(each.answers)} ({each.score:g})" for each in found.listings)
+        what = f"Client host {transaction.peer.literal} blocked using {worst.zone}"
+        reply = Reply(554, "5.7.1", f"{what}; {text}" if text else what, cause=causes)
+        if enforced >= self._reject_above:
+            return reply
+        self._journal.monitored(transaction.number, transaction.peer, self.name, hook_point, reply)
+        return None
+
+    async def _text_of(self, address: str, zone: str) -> str:
+        """Return what a list says about a client, as printable ASCII."""
+        answer: Answer | None = None
+        with trio.move_on_after(_SECONDS):
+            answer = await self._resolver.query(f"{reversed_name(address)}.{zone}", "TXT")
+        if answer is None or not answer.records:
+            return ""
+        text = answer.records[0].decode("latin-1")[:_MAX_TEXT]
+        return "".join(char if " " <= char <= "~" else "?" for char in text)

@@ -1,0 +1,190 @@
+"""The `[policy]` tables: one settings class for each built-in check."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta, Struct
+
+Mode = Literal["off", "monitor", "enforce"]
+_MODE: Final = (
+    "off: not made; monitor: made, journaled and in the header, without other effect; enforce: its verdict counts. "
+    "If absent, that of [policy]"
+)
+OwnMode = Annotated[Mode | None, Meta(description=_MODE)]
+LOOPBACK: Final = ("127.0.0.0/8", "::1")
+_ZONE: Final = re.compile(r"(?=.{1,200}\Z)[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?(?:\.[A-Za-z0-9_-]{1,63})*")
+
+
+class SpfSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """SPF (RFC 7208): may this client send for the domain of the sender? Refuses on its own only without DMARC."""
+
+    mode: OwnMode = None
+
+
+class DkimSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """DKIM (RFC 6376): the signatures of a message."""
+
+    mode: OwnMode = None
+    require_aligned: Annotated[
+        bool, Meta(description="Refuse messages without a valid signature of their From domain, or one above or below")
+    ] = False
+
+
+class DmarcActions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What follows from a fail of DMARC, by the policy of the domain."""
+
+    reject: Literal["reject", "quarantine", "accept"] = "reject"
+    quarantine: Literal["reject", "quarantine", "accept"] = "quarantine"
+    none: Literal["reject", "quarantine", "accept"] = "accept"
+
+
+class DmarcSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """DMARC (RFC 9989): what the domain of From wants done with mail that is not authenticated."""
+
+    mode: OwnMode = None
+    on_fail: Annotated[DmarcActions, Meta(description="What follows from each policy of a domain")] = DmarcActions()
+    temperror: Annotated[
+        Literal["defer", "accept"],
+        Meta(description="What follows when a result that could refuse is not known now; defer: 451"),
+    ] = "defer"
+    trusted_sealers: Annotated[
+        tuple[str, ...],
+        Meta(max_length=1000, description="Domains whose ARC seals are reported in the header (RFC 8617)"),
+    ] = ()
+
+
+class FcrdnsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Forward-confirmed reverse DNS: a name of the client's address leads back to it (iprev, RFC 8601)."""
+
+    mode: OwnMode = None
+    score: Annotated[float, Meta(ge=-1000, le=1000, description="Added when no name leads back")] = 0.0
+
+
+class PregreetSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Refuse clients that speak before the greeting. Those who have passed do not wait again."""
+
+    mode: OwnMode = None
+    wait: Annotated[float, Meta(gt=0, le=60, description="Seconds before the greeting")] = 2.0
+    remember: Annotated[
+        float, Meta(ge=0, le=31_536_000, description="Seconds for which a network that has passed does not wait")
+    ] = 604_800.0
+
+
+class DnsblSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A list of addresses in the DNS (RFC 5782): a blocklist, or with negative scores a list of good senders."""
+
+    zone: Annotated[str, Meta(min_length=1, description="Domain of the list")]
+    mode: OwnMode = None
+    answers: Annotated[
+        dict[str, float],
+        Meta(
+            description='Scores by answer: "127.0.0.2", "127.0.0.2-127.0.0.9" or "127.0.*.1-3"; several that match are '
+            "added up. Answers outside 127.0.0.0/8, 127.0.0.1 and 127.255.255.* are errors and never count. If empty: "
+            '"127.0.0.2-127.0.0.254" = 10.0'
+        ),
+    ] = {}
+
+
+class DnsblAtSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where listed clients are refused."""
+
+    reject: Annotated[
+        Literal["rcpt", "connect"],
+        Meta(description="rcpt: at RCPT, except for postmaster@ and abuse@; connect: in place of the greeting"),
+    ] = "rcpt"
+
+
+class GreylistSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Greylisting."""
+
+    mode: OwnMode = None
+
+
+class RateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A rate limit."""
+
+    mode: OwnMode = None
+
+
+class MilterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A milter."""
+
+    mode: OwnMode = None
+
+
+class RspamdSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Rspamd over HTTP."""
+
+    mode: OwnMode = None
+
+
+class DelegateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Postfix policy server."""
+
+    mode: OwnMode = None
+
+
+class SenderLoginSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which senders an authenticated user may use."""
+
+    mode: OwnMode = None
+
+
+class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Built-in checks. A check is made when its table is present; SPF, DKIM and DMARC unless their mode is off."""
+
+    mode: Annotated[Mode, Meta(description="Of all checks that have none of their own: off, monitor or enforce")] = (
+        "monitor"
+    )
+    trusted: Annotated[
+        tuple[str, ...], Meta(description="Networks whose clients are not judged; authenticated clients never are")
+    ] = LOOPBACK
+    reject_above: Annotated[
+        float, Meta(gt=0, le=100_000, description="Score of all checks at which a message is refused")
+    ] = 10.0
+    quarantine_above: Annotated[
+        float, Meta(gt=0, le=100_000, description="Score of all checks at which a message is quarantined")
+    ] = 6.0
+    quarantine: Annotated[
+        str,
+        Meta(
+            description="tag: deliver with X-Spam-Flag and X-Spam-Score; hold: keep in the spool until `penstock spool "
+            "release`; route:NAME: send to the next hop of the route of this name"
+        ),
+    ] = "tag"
+    spf: SpfSettings | None = None
+    dkim: DkimSettings | None = None
+    dmarc: DmarcSettings | None = None
+    fcrdns: FcrdnsSettings | None = None
+    pregreet: PregreetSettings | None = None
+    dnsbl: Annotated[tuple[DnsblSettings, ...], Meta(max_length=64, description="May be repeated.")] = ()
+    dnsbl_at: DnsblAtSettings = DnsblAtSettings()
+    greylist: GreylistSettings | None = None
+    rate: Annotated[tuple[RateSettings, ...], Meta(max_length=64, description="May be repeated.")] = ()
+    milter: Annotated[tuple[MilterSettings, ...], Meta(max_length=16, description="May be repeated.")] = ()
+    rspamd: RspamdSettings | None = None
+    delegate: Annotated[tuple[DelegateSettings, ...], Meta(max_length=16, description="May be repeated.")] = ()
+    sender_login: SenderLoginSettings | None = None
+
+    def mode_of(self, check: object, *, by_default: bool = False) -> Mode:
+        """Return the mode of a check by its table; `by_default`: it is also made without a table."""
+        if check is None:
+            return self.mode if by_default else "off"
+        own: Mode | None = getattr(check, "mode", None)
+        return self.mode if own is None else own
+
+
+def is_quarantine(text: str) -> bool:
+    """Return whether a value of `quarantine` is one."""
+    return text in ("tag", "hold") or (text.startswith("route:") and len(text) > len("route:"))
+
+
+def is_zone(text: str) -> bool:
+    """Return whether a text can be the domain of a list."""
+    return _ZONE.fullmatch(text) is not None
+
+
+DEFAULT: Final = PolicySettings()
+"""That of public listeners with `domains`, without a [policy] table: SPF, DKIM and DMARC in monitor mode."""
