@@ -362,7 +362,7 @@ def drain(folder: Path) -> str:
     if status_of(address) != 200:
         raise MissedError("it is not ready at the start")
     with Senders(lambda: server.port) as account:
-        command = [sys.executable, "-m", "penstock", "ctl", "drain", "--config", folder / "penstock.toml"]
+        command = [sys.executable, "-m", "penstock", "ctl", "drain", "--config", str(folder / "penstock.toml")]
         subprocess.run([*command, "--delay", "1", "--stay"], check=True, env=ENVIRONMENT, timeout=_PATIENCE)
         if status_of(address) != 503:
             raise MissedError("/readyz does not answer 503 at once")

@@ -12,7 +12,7 @@ from penstock.app import Server
 from penstock.cli.filecheck import tls_problems
 from penstock.cli.notify import ServiceManager
 from penstock.cli.once import OnceCommand
-from penstock.cli.running import listen_on, print_authority, run
+from penstock.cli.running import account_of, listen_on, prepare_data_dir, print_authority, run
 from penstock.cli.workers import indexes, needs_supervisor, supervise, work
 from penstock.config import ConfigError, Settings, load
 from penstock.spool.spool import SpoolError
@@ -78,13 +78,16 @@ def serve(
     wrong = tls_problems(settings)  # before OpenSSL prompts for a passphrase
     if wrong:
         raise click.ClickException("\n".join(wrong))
+    account = account_of(settings)
     try:
-        wanted = indexes(settings)
+        if account is not None:
+            prepare_data_dir(settings, account)
+        wanted = indexes(settings, account)
     except (OSError, SpoolError, sqlite3.Error) as exc:
         raise click.ClickException(str(exc)) from exc
     manager = ServiceManager()
     if needs_supervisor(settings, wanted, manager):
-        supervise(settings, load_settings, wanted, manager)
+        supervise(settings, load_settings, wanted, manager, account)
         return
 
     def announce(parts: Server) -> None:
