@@ -10,7 +10,7 @@ from pathlib import Path
 
 from penstock.cli.journaling import stderr
 from penstock.config import Settings
-from penstock.privileges import Account
+from penstock.privileges import Account, acting_as
 
 
 class LogFile:
@@ -44,18 +44,12 @@ class LogFile:
             os.close(new)
 
     def _open(self, path: Path) -> int:
-        """Open the file for appending; create it for the account of the workers, which open it themselves."""
+        """Open the file for appending, as the account of the workers, which open it themselves."""
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            with acting_as(self._owner):
+                return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         except OSError as exc:
             raise OSError(exc.errno, f"journal.file: {path}: {exc.strerror}") from exc
-        if self._owner is not None and os.geteuid() == 0:
-            try:
-                os.fchown(descriptor, self._owner.uid, self._owner.gid)
-            except OSError:
-                os.close(descriptor)
-                raise
-        return descriptor
 
 
 def _path_of(settings: Settings) -> Path | None:
