@@ -605,6 +605,7 @@ def make_gateway(
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
+    table = counters.table if counters is not None and settings.admission.shared else None
     own_domain = next((name for name in settings.domains or () if not name.startswith(".")), hostname)
     folder = data_dir / settings.spool.path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -615,7 +616,9 @@ def make_gateway(
     queue: DurableQueue = spool if node is None else node.queue
     exchangers = MailExchangers(resolver, families=settings.resolver.families, own_names=own_names(settings))
     routes = Routes(settings.route, data_dir=data_dir, resolver=exchangers, own_domain=own_domain)
-    pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
+    pool = Pool(
+        relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade, table=table
+    )
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
