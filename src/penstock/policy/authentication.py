@@ -17,6 +17,7 @@ from penstock.journal import Journal
 from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, spf
 from penstock.mailauth.decision import decide
 from penstock.message import MailParameters, Message, Path
+from penstock.policy.aggregate import Reporter
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Edited, Finding, MessageFinding, Parts
 from penstock.policy.evidence import Evidence, evidence_of
@@ -50,7 +51,19 @@ def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
     """Return the check, unless all of it is off."""
     settings = decision_settings(policy)
     modes = (settings.spf, settings.dkim, settings.dmarc, policy.mode_of(policy.fcrdns))
-    return [] if set(modes) == {"off"} else [Authentication(settings, parts)]
+    if set(modes) == {"off"}:
+        return []
+    check = Authentication(settings, parts)
+    if policy.dmarc is not None and policy.dmarc.reports == "daily" and parts.send is not None:
+        check.reporter = Reporter(
+            parts.send,
+            parts.resolver,
+            parts.journal,
+            hostname=parts.hostname,
+            contact=policy.dmarc.contact,
+            file=parts.data_dir / f"{parts.spool_name}.dmarc.json",
+        )
+    return [check]
 
 
 class _MessageWatcher:
@@ -124,11 +137,15 @@ class Authentication(Check):
         self._journal: Journal = parts.journal
         self._clock = clock
         self._nursery: trio.Nursery | None = None
+        self.reporter: Reporter | None = None
+        """What sends reports to the owners of domains."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the tasks that ask ahead."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            if self.reporter is not None:
+                nursery.start_soon(self.reporter.run)
             task_status.started()
             await trio.sleep_forever()
 
@@ -201,6 +218,9 @@ class Authentication(Check):
             else:
                 monitored = refusal
         self._note_monitored(transaction, "on_message", monitored)
+        if self.reporter is not None and enforced.action != "defer":  # a deferred message comes again
+            sender = message.envelope.sender.domain
+            self.reporter.count(transaction.peer.address, sender, transaction.results, enforced)
         evidence.header_field = judgement.header_field
         message = message._replace(prefix=judgement.header_field + message.prefix)
         if judgement.forged:
