@@ -31,6 +31,8 @@ _SECONDS: Final = 20.0
 """Time for all questions at MAIL, and again for those at the end of the message (RFC 7208 4.6.4)."""
 _MAX_HEADER: Final = 1 << 18
 """Octets of a header that are read; a longer one hides what it says, and is refused."""
+_MAX_HELD: Final = 64 << 20
+"""Octets of the headers of all messages that are arriving; beyond them the check has failed, and messages wait."""
 
 
 def decision_settings(policy: PolicySettings) -> DecisionSettings:
@@ -69,7 +71,7 @@ def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
 class _MessageWatcher:
     """Reads a message while it arrives (penstock.policy.evidence.Watcher)."""
 
-    __slots__ = ("_authentication", "_check", "_error", "_has_hinted", "_start", "header_octets", "is_too_long")
+    __slots__ = ("_authentication", "_check", "_error", "_has_hinted", "_held", "_start", "is_too_long")
 
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
@@ -77,6 +79,8 @@ class _MessageWatcher:
         self._check: MessageCheck | None = None
         self._error: Exception | None = None
         self._has_hinted = False
+        self._held = 0
+        """Octets of a header that are counted in `Authentication.held`."""
         self.is_too_long = False
         """The header is longer than what is read."""
 
@@ -106,13 +110,30 @@ class _MessageWatcher:
             end, body = found + 2, found + 4
             if found < 0:
                 if len(start) <= _MAX_HEADER:
+                    self._hold(len(start))
                     self._start = start
                     return
                 self.is_too_long = True
                 end = body = len(start)
         self._start = b""
+        self._hold(end)
         self._check = self._authentication.open(start[:end])
         self._check.feed(memoryview(start)[body:])
+
+    def _hold(self, octets: int) -> None:
+        """Count the octets of the header that are kept. Raise MemoryError if all messages together keep too many."""
+        authentication = self._authentication
+        authentication.held += octets - self._held
+        self._held = octets
+        if authentication.held > _MAX_HELD:
+            raise MemoryError("the headers of all messages that are arriving are too large")
+
+    def close(self) -> None:
+        """Give the header back."""
+        self._authentication.held -= self._held
+        self._held = 0
+        self._start = b""
+        self._check = None
 
     def finish(self) -> MessageCheck:
         """Return the checks of the whole message. Raise whatever went wrong with them."""
@@ -137,6 +158,8 @@ class Authentication(Check):
         self._journal: Journal = parts.journal
         self._clock = clock
         self._nursery: trio.Nursery | None = None
+        self.held = 0
+        """Octets of the headers of messages that are arriving."""
         self.reporter: Reporter | None = None
         """What sends reports to the owners of domains."""
 
@@ -188,8 +211,16 @@ class Authentication(Check):
     async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
         """Finish the checks, decide, add our header field and leave out those that claim our name."""
         evidence = evidence_of(transaction)
-        watcher, evidence.watcher = evidence.watcher, None
+        watcher = evidence.watcher
         assert isinstance(watcher, _MessageWatcher)
+        try:
+            return await self._judge(transaction, evidence, watcher, message)
+        finally:
+            evidence.watch(None)
+
+    async def _judge(
+        self, transaction: Transaction, evidence: Evidence, watcher: _MessageWatcher, message: Message
+    ) -> MessageFinding:
         check = watcher.finish()
         results = transaction.results
         iprev = await _iprev_of(evidence)
