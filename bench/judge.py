@@ -13,7 +13,6 @@ import gc
 import hashlib
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 import tracemalloc
@@ -21,16 +20,25 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from tests.ports import free_port
+from tests.dns.nsd import running_nsd
 
 from penstock.dns import Answer, Resolver, ResolverSettings
+from penstock.journal import Journal, JournalSettings
 from penstock.mailauth import DecisionSettings, MessageCheck, spf
 from penstock.mailauth.dkim import DkimSigner, DkimVerifier, PrivateKey
 from penstock.mailauth.header import Header
 from penstock.mailauth.lookup import Kind
+from penstock.message import Path as MailPath
+from penstock.message import Recipient
+from penstock.policy import dnsbl, fcrdns
+from penstock.policy.check import Parts
+from penstock.policy.judge import Judge
+from penstock.policy.settings import PolicySettings
+from penstock.transaction import Peer, Transaction
 
 ADDRESS, SENDER, NOW = "192.0.2.10", "joe@sender.example", 1_750_000_000
 HEAD = (
@@ -41,35 +49,14 @@ HEAD = (
     b"Content-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 7bit\r\n"
 )  # fmt: skip
 LINE = b"We met on Monday,  and agreed to meet  again on Tuesday of next week.\r\n"
-ZONE = """\
-$ORIGIN sender.example.
-$TTL 300
-@ SOA ns hostmaster 1 3600 600 86400 60
-@ NS ns
-ns A 192.0.2.53
-@ TXT "v=spf1 ip4:198.51.100.0/24 include:_spf.sender.example -all"
-_spf TXT "v=spf1 ip4:192.0.2.0/24 -all"
-_dmarc TXT "v=DMARC1; p=reject"
-*.wild TXT "x"
-"""
-CONFIG = """\
-server:
-    ip-address: 127.0.0.1@{port}
-    do-ip6: no
-    username: ""
-    zonesdir: "{folder}"
-    database: ""
-    pidfile: "{folder}/pid"
-    xfrdfile: "{folder}/xfrd"
-    zonelistfile: "{folder}/zones"
-    server-count: 1
-    rrl-ratelimit: 0
-remote-control:
-    control-enable: no
-zone:
-    name: "sender.example"
-    zonefile: "{folder}/zone"
-"""
+ZONES = {
+    "sender.example": '@ TXT "v=spf1 ip4:198.51.100.0/24 include:_spf.sender.example -all"\n'
+    '_spf TXT "v=spf1 ip4:192.0.2.0/24 -all"\n_dmarc TXT "v=DMARC1; p=reject"\n*.wild TXT "x"\nname A 192.0.2.1\n',
+    "in-addr.arpa": "*.10 PTR name.sender.example.\n",
+    **{f"list{number}.example": "2.0.0.127 A 127.0.0.2\n" for number in range(5)},
+}
+LISTS = [{"zone": f"list{number}.example"} for number in range(5)]
+SETTINGS = DecisionSettings()
 
 
 def body_of(size: int) -> bytes:
@@ -160,7 +147,7 @@ async def judge(resolver: Resolver, head: bytes, body: bytes) -> None:
         return await resolver.query(name, kind)
 
     found = await spf.check(query, address=ADDRESS, sender=SENDER, helo="mx.sender.example", receiver="mx.example.org")
-    check = MessageCheck(head, DecisionSettings(), now=NOW)
+    check = MessageCheck(head, SETTINGS, now=NOW)
     check.feed(body)
     judgement = await check.finish(
         query, authserv_id="mx.example.org", spf=found, mail_from=SENDER, helo="mx.sender.example"
@@ -169,16 +156,41 @@ async def judge(resolver: Resolver, head: bytes, body: bytes) -> None:
     assert b"spf=pass" in field and b"dkim=pass" in field and b"dmarc=pass" in field, field
 
 
-async def bench_all(key: rsa.RSAPrivateKey, port: int) -> None:
+async def bench_client(resolver: Resolver) -> None:
+    """Print what is asked about a new client: five lists, and its name."""
+    settings = msgspec.convert({"mode": "enforce", "dnsbl": LISTS, "fcrdns": {}}, PolicySettings)
+    journal = Journal(JournalSettings(events="none"))
+    parts = Parts("mx.example.org", resolver, journal, Path(), lambda _: True)
+    judge = Judge(settings, [*dnsbl.make_checks(settings, parts), *fcrdns.make_checks(settings, parts)], journal)
+    recipient = Recipient(MailPath("b@example.org", "b", "example.org"))
+    numbers = iter(range(10**6))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(judge.run)
+
+        async def client(number: int | None = None) -> None:
+            number = next(numbers) if number is None else number
+            address = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+            transaction = Transaction(Peer(address, 25), "main")
+            await judge.on_connect(transaction)
+            assert await judge.on_rcpt(transaction, recipient) is None
+            found = transaction.results
+            assert found.iprev is not None and found.iprev.result == "fail", found.iprev
+            assert found.dnsbl is not None and not found.dnsbl.listings
+
+        row("5 lists and reverse DNS, asked (7 questions)", await microseconds_async(client, 200), 250)
+        await client(77)
+        row("5 lists and reverse DNS, DNS cached", await microseconds_async(partial(client, 77), 300))
+        nursery.cancel_scope.cancel()
+
+
+async def bench_all(key: rsa.RSAPrivateKey, server: str) -> None:
     """Print what all checks cost, and the DNS."""
-    servers = (f"127.0.0.1:{port}",)
+    servers = (server,)
     body = body_of(4_000)
     head = sign(key, body)
     async with trio.open_nursery() as nursery:
         resolver = Resolver(ResolverSettings(servers=servers))
         await nursery.start(resolver.run)
-        while (await resolver.query("_dmarc.sender.example", "TXT")).is_failure:  # noqa: ASYNC110
-            await trio.sleep(0.1)  # NSD is starting
 
         async def check_spf() -> None:
             result = await spf.check(resolver.query, address=ADDRESS, sender=SENDER, helo="x.example")
@@ -213,6 +225,7 @@ async def bench_all(key: rsa.RSAPrivateKey, port: int) -> None:
                     askers.start_soon(resolver.query, f"{next(numbers)}.wild.sender.example", "TXT")
 
         row("DNS question asked, ten at a time", await microseconds_async(many, 100) / 10, 35)
+        await bench_client(resolver)
         nursery.cancel_scope.cancel()
 
 
@@ -225,17 +238,9 @@ def main() -> None:
         raise SystemExit("the rest needs nsd")
     text = key_record(key).decode()
     strings = " ".join(f'"{text[at : at + 250]}"' for at in range(0, len(text), 250))
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        Path(folder, "zone").write_text(f"{ZONE}s1._domainkey TXT {strings}\n")
-        Path(folder, "conf").write_text(CONFIG.format(port=port, folder=folder))
-        with subprocess.Popen(
-            [nsd, "-d", "-c", f"{folder}/conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
-            try:
-                trio.run(bench_all, key, port)
-            finally:
-                process.terminate()
+    zones = ZONES | {"sender.example": f"{ZONES['sender.example']}s1._domainkey TXT {strings}\n"}
+    with tempfile.TemporaryDirectory() as folder, running_nsd(Path(folder), zones) as server:
+        trio.run(bench_all, key, server)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from penstock.delivery.spool import SpoolDelivery
 from penstock.dns import MailExchangers, Resolver
 from penstock.journal import Journal, JournalSettings
 from penstock.loading import HookError
-from penstock.message import MessageIds
+from penstock.message import Message, MessageIds
 from penstock.metrics._session import Metrics
 from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
@@ -405,7 +405,7 @@ def assemble(
         gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
-    judge = make_judge(settings, domains, data_dir, resolver, journal) if overrides.delivery is None else None
+    judge = make_judge(settings, domains, data_dir, resolver, journal, gateway) if overrides.delivery is None else None
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
@@ -448,7 +448,12 @@ def assemble(
 
 
 def make_judge(
-    settings: Settings, domains: Domains | None, data_dir: Path, resolver: Resolver, journal: Journal
+    settings: Settings,
+    domains: Domains | None,
+    data_dir: Path,
+    resolver: Resolver,
+    journal: Journal,
+    gateway: Gateway | None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
     judges_all = settings.policy is not None
@@ -459,7 +464,20 @@ def make_judge(
     def is_ours(domain: str) -> bool:
         return domains is None or domain in domains
 
-    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours))
+    async def send(message: Message) -> None:
+        assert gateway is not None
+        await gateway.spool.put(message, [gateway.scheduler.domain_of(to) for to in message.envelope.recipients])
+
+    parts = Parts(
+        settings.own_hostname,
+        resolver,
+        journal,
+        data_dir,
+        is_ours,
+        None if gateway is None else send,
+        settings.spool.path,
+    )
+    checks = make_checks(policy, parts)
     return Judge(policy, checks, journal) if checks else None
 
 

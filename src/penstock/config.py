@@ -364,6 +364,11 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             f'policy.quarantine: "{policy.quarantine}" needs a [[route]] with name = "{route}" and a next_hop that is '
             'not "mx"'
         )
+    if policy.dmarc is not None and policy.dmarc.reports == "daily":
+        if "@" not in policy.dmarc.contact or domain_of(policy.dmarc.contact.rpartition("@")[2], utf8=False) is None:
+            raise ConfigError('policy.dmarc.contact: reports = "daily" needs an address such as postmaster@example.org')
+        if not settings.delivery.has_relay:
+            raise ConfigError(f'policy.dmarc.reports: delivery.kind = "{settings.delivery.kind}" sends no mail')
     for number, each in enumerate(policy.dnsbl):
         if not is_zone(each.zone):
             raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")

@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import trio
 
 from penstock.dns import _codec as codec
-from penstock.dns.server import NoResponseError, Response, Server
+from penstock.dns.server import NoResponseError, Question, Response, Server
 from penstock.dns.settings import ResolverSettings, parse_server, system_servers
 
 Kind = Literal["A", "AAAA", "CNAME", "MX", "NS", "PTR", "TLSA", "TXT"]
@@ -180,10 +181,45 @@ class Resolver:
         try:
             pending.answer = await self._resolve(key, trio.current_time() + min(self._settings.lifetime, seconds))
         finally:
-            del self._pending[key]
-            if pending.done is not None:
-                pending.done.set()
+            self._end(key, pending)
         return pending.answer
+
+    async def query_all(self, questions: Sequence[tuple[str, Kind]], seconds: float = math.inf) -> list[Answer]:
+        """Return the answers to several questions, which are asked at once by one task. As `query` otherwise."""
+        deadline = trio.current_time() + min(self._settings.lifetime, seconds)
+        server = next(self._rounds(), None)
+        begun: dict[tuple[str, Kind], tuple[_Pending, Question]] = {}
+        keys: list[tuple[str, Kind]] = [(name.lower().rstrip("."), kind) for name, kind in questions]
+        answers: list[Answer] = []
+        try:
+            for key in keys:
+                is_known = self._cached(key) is not None or key in self._pending
+                if is_known or server is None or len(self._pending) >= _MAX_QUESTIONS:
+                    continue
+                with suppress(ValueError):
+                    until = min(trio.current_time() + self._settings.timeout, deadline)
+                    question = server.begin(key[0], KINDS[key[1]], until)
+                    pending = self._pending[key] = _Pending()
+                    begun[key] = pending, question
+            for key in keys:
+                if key not in begun:
+                    answers.append(await self.query(*key, deadline - trio.current_time()))
+                    continue
+                pending, question = begun[key]
+                pending.answer = await self._resolve(key, deadline, question)
+                self._end(key, begun.pop(key)[0])
+                answers.append(pending.answer)
+        finally:
+            for key, (pending, question) in begun.items():
+                question.server.abandon(question)
+                self._end(key, pending)
+        return answers
+
+    def _end(self, key: tuple[str, Kind], pending: _Pending) -> None:
+        """Forget a question, and wake those who wait for its answer."""
+        del self._pending[key]
+        if pending.done is not None:
+            pending.done.set()
 
     # ---- the cache
 
@@ -202,13 +238,14 @@ class Resolver:
         while len(self._cache) > self._settings.cache_entries:
             self._cache.popitem(last=False)
 
-    async def _resolve(self, key: tuple[str, Kind], deadline: float) -> Answer:
-        """Ask, and cache the answer."""
+    async def _resolve(self, key: tuple[str, Kind], deadline: float, begun: Question | None = None) -> Answer:
+        """Ask, and cache the answer. `begun` is the question to the first server, if it was sent already."""
         name, kind = asked, _ = key
         longest = self._settings.ttl_most
         for _ in range(codec.MAX_ALIASES):
             try:
-                response, authentic = await self._ask(asked, kind, deadline)
+                response, authentic = await self._ask(asked, kind, deadline, begun)
+                begun = None
             except NoResponseError as exc:
                 return self._failed(key, str(exc))
             except ValueError:
@@ -245,7 +282,9 @@ class Resolver:
 
     # ---- the servers
 
-    async def _ask(self, name: str, kind: Kind, deadline: float) -> tuple[Response, bool]:
+    async def _ask(
+        self, name: str, kind: Kind, deadline: float, begun: Question | None = None
+    ) -> tuple[Response, bool]:
         """Return the first usable response, and whether it is authentic. Raise NoResponseError, ValueError."""
         nursery = self._nursery
         if nursery is None:
@@ -261,7 +300,13 @@ class Resolver:
             self.statistics.questions += 1
             was_open = server.is_open
             try:
-                response = await server.ask(name, KINDS[kind], min(now + self._settings.timeout, deadline))
+                if begun is not None and begun.server is not server:  # its breaker has opened meanwhile
+                    begun.server.abandon(begun)
+                    begun = None
+                if begun is None:
+                    begun = server.begin(name, KINDS[kind], min(now + self._settings.timeout, deadline))
+                question, begun = begun, None
+                response = await server.finish(question)
             except NoResponseError as exc:
                 cause = str(exc)
                 if server.is_open and not was_open:

@@ -106,6 +106,23 @@ class _UdpSocket:
         notify_closing(self.socket)
 
 
+class Question:
+    """A question that was sent to a server."""
+
+    __slots__ = ("deadline", "error", "kind", "name", "query", "server", "used")
+
+    def __init__(self, server: Server, name: str, kind: int, deadline: float, query: bytes) -> None:
+        self.server = server
+        self.name = name
+        self.kind = kind
+        self.deadline = deadline
+        self.query = query
+        self.used: _UdpSocket | None = None
+        """The socket that waits for the response."""
+        self.error: OSError | None = None
+        """Why it could not be sent."""
+
+
 class Server:
     """A recursive server, asked by one trio loop."""
 
@@ -140,16 +157,35 @@ class Server:
         Raise NoResponseError when there is none before the deadline, in the clock of trio, and ValueError for what is
         not a name of the DNS.
         """
+        return await self.finish(self.begin(name, kind, deadline))
+
+    def begin(self, name: str, kind: int, deadline: float) -> Question:
+        """Send a question without waiting; `finish` or `abandon` must follow.
+
+        Raise ValueError for what is not a name of the DNS.
+        """
+        query = codec.encode_query(self._random.next(), name, kind, self._knows_edns)
+        question = Question(self, name, kind, deadline, query)
+        try:
+            question.used = self._send(query, deadline)
+        except OSError as exc:
+            question.error = exc
+        return question
+
+    async def finish(self, question: Question) -> Response:
+        """Return the response to a question, as `ask` does."""
         cause = "no answer"
         try:
-            query = codec.encode_query(self._random.next(), name, kind, self._knows_edns)
-            wire = await self._exchange(query, deadline)
+            if question.used is None:
+                raise question.error or OSError("not sent")
+            used, question.used = question.used, None
+            wire = await self._receive(used, question.query)
             rcode = wire[3] & 15
             response = None
             if rcode not in (codec.FORMERR, codec.NOTIMP):
-                response = _decode(wire, query)
+                response = _decode(wire, question.query)
             if response is None:
-                response = await self._ask_again(name, kind, rcode, deadline)
+                response = await self._ask_again(question.name, question.kind, rcode, question.deadline)
         except (TimeoutError, trio.TooSlowError):
             pass
         except OSError as exc:
@@ -163,6 +199,13 @@ class Server:
         if self._failures == FAILURES:
             self.is_open = True
         raise NoResponseError(f"{self.text}: {cause}")
+
+    def abandon(self, question: Question) -> None:
+        """Forget a question that was begun; nothing once it was finished."""
+        used, question.used = question.used, None
+        if used is not None:
+            self._busy.discard(used)
+            used.socket.close()
 
     async def probe(self, interval: float, timeout: float) -> None:  # noqa: ASYNC109 - of each probe
         """Ask for the root every `interval` seconds until the server answers, then close the breaker.
@@ -204,22 +247,38 @@ class Server:
 
     async def _exchange(self, query: bytes, deadline: float) -> bytes:
         """Send a query by UDP; return its response. Raise OSError."""
+        return await self._receive(self._send(query, deadline), query)
+
+    def _send(self, query: bytes, deadline: float) -> _UdpSocket:
+        """Send a query by UDP. Raise OSError."""
         used = self._take()
-        is_answered = False
         used.deadline = deadline
         if not self._busy:
             self._began()
         self._busy.add(used)
-        sock = used.socket
         try:
             # A full send buffer is like a lost datagram: the next server is asked.
-            sock.send(query)
-            while not used.is_expired:  # it may have been while this task was about to read something else
-                await wait_readable(sock)
+            used.socket.send(query)
+        except BaseException:
+            self._busy.discard(used)
+            used.socket.close()
+            raise
+        return used
+
+    async def _receive(self, used: _UdpSocket, query: bytes) -> bytes:
+        """Return the response to a query that was sent. Raise OSError."""
+        sock = used.socket
+        is_answered = False
+        try:
+            while True:
+                if not used.is_expired:
+                    await wait_readable(sock)
                 try:
                     wire = sock.recv(_MAX_DATAGRAM)
-                except BlockingIOError:  # a datagram with a wrong checksum
-                    continue
+                except BlockingIOError:
+                    if used.is_expired:
+                        break
+                    continue  # a datagram with a wrong checksum
                 if codec.is_response_to(wire, query):
                     is_answered = True
                     return wire

@@ -17,6 +17,7 @@ from penstock.journal import Journal
 from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, spf
 from penstock.mailauth.decision import decide
 from penstock.message import MailParameters, Message, Path
+from penstock.policy.aggregate import Reporter
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Edited, Finding, MessageFinding, Parts
 from penstock.policy.evidence import Evidence, evidence_of
@@ -30,6 +31,8 @@ _SECONDS: Final = 20.0
 """Time for all questions at MAIL, and again for those at the end of the message (RFC 7208 4.6.4)."""
 _MAX_HEADER: Final = 1 << 18
 """Octets of a header that are read; a longer one hides what it says, and is refused."""
+_MAX_HELD: Final = 64 << 20
+"""Octets of the headers of all messages that are arriving; beyond them the check has failed, and messages wait."""
 
 
 def decision_settings(policy: PolicySettings) -> DecisionSettings:
@@ -50,13 +53,25 @@ def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
     """Return the check, unless all of it is off."""
     settings = decision_settings(policy)
     modes = (settings.spf, settings.dkim, settings.dmarc, policy.mode_of(policy.fcrdns))
-    return [] if set(modes) == {"off"} else [Authentication(settings, parts)]
+    if set(modes) == {"off"}:
+        return []
+    check = Authentication(settings, parts)
+    if policy.dmarc is not None and policy.dmarc.reports == "daily" and parts.send is not None:
+        check.reporter = Reporter(
+            parts.send,
+            parts.resolver,
+            parts.journal,
+            hostname=parts.hostname,
+            contact=policy.dmarc.contact,
+            file=parts.data_dir / f"{parts.spool_name}.dmarc.json",
+        )
+    return [check]
 
 
 class _MessageWatcher:
     """Reads a message while it arrives (penstock.policy.evidence.Watcher)."""
 
-    __slots__ = ("_authentication", "_check", "_error", "_has_hinted", "_start", "header_octets", "is_too_long")
+    __slots__ = ("_authentication", "_check", "_error", "_has_hinted", "_held", "_start", "is_too_long")
 
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
@@ -64,6 +79,8 @@ class _MessageWatcher:
         self._check: MessageCheck | None = None
         self._error: Exception | None = None
         self._has_hinted = False
+        self._held = 0
+        """Octets of a header that are counted in `Authentication.held`."""
         self.is_too_long = False
         """The header is longer than what is read."""
 
@@ -93,13 +110,30 @@ class _MessageWatcher:
             end, body = found + 2, found + 4
             if found < 0:
                 if len(start) <= _MAX_HEADER:
+                    self._hold(len(start))
                     self._start = start
                     return
                 self.is_too_long = True
                 end = body = len(start)
         self._start = b""
+        self._hold(end)
         self._check = self._authentication.open(start[:end])
         self._check.feed(memoryview(start)[body:])
+
+    def _hold(self, octets: int) -> None:
+        """Count the octets of the header that are kept. Raise MemoryError if all messages together keep too many."""
+        authentication = self._authentication
+        authentication.held += octets - self._held
+        self._held = octets
+        if authentication.held > _MAX_HELD:
+            raise MemoryError("the headers of all messages that are arriving are too large")
+
+    def close(self) -> None:
+        """Give the header back."""
+        self._authentication.held -= self._held
+        self._held = 0
+        self._start = b""
+        self._check = None
 
     def finish(self) -> MessageCheck:
         """Return the checks of the whole message. Raise whatever went wrong with them."""
@@ -124,11 +158,17 @@ class Authentication(Check):
         self._journal: Journal = parts.journal
         self._clock = clock
         self._nursery: trio.Nursery | None = None
+        self.held = 0
+        """Octets of the headers of messages that are arriving."""
+        self.reporter: Reporter | None = None
+        """What sends reports to the owners of domains."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the tasks that ask ahead."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            if self.reporter is not None:
+                nursery.start_soon(self.reporter.run)
             task_status.started()
             await trio.sleep_forever()
 
@@ -171,8 +211,16 @@ class Authentication(Check):
     async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
         """Finish the checks, decide, add our header field and leave out those that claim our name."""
         evidence = evidence_of(transaction)
-        watcher, evidence.watcher = evidence.watcher, None
+        watcher = evidence.watcher
         assert isinstance(watcher, _MessageWatcher)
+        try:
+            return await self._judge(transaction, evidence, watcher, message)
+        finally:
+            evidence.watch(None)
+
+    async def _judge(
+        self, transaction: Transaction, evidence: Evidence, watcher: _MessageWatcher, message: Message
+    ) -> MessageFinding:
         check = watcher.finish()
         results = transaction.results
         iprev = await _iprev_of(evidence)
@@ -201,6 +249,9 @@ class Authentication(Check):
             else:
                 monitored = refusal
         self._note_monitored(transaction, "on_message", monitored)
+        if self.reporter is not None and enforced.action != "defer":  # a deferred message comes again
+            sender = message.envelope.sender.domain
+            self.reporter.count(transaction.peer.address, sender, transaction.results, enforced)
         evidence.header_field = judgement.header_field
         message = message._replace(prefix=judgement.header_field + message.prefix)
         if judgement.forged:

@@ -117,3 +117,7 @@ class Parts:
     data_dir: FilePath
     is_ours: Callable[[str], bool]
     """Whether mail for a domain (in canonical form) is accepted from everybody."""
+    send: Callable[[Message], Awaitable[None]] | None = None
+    """Puts a message of our own into the queue; None without one."""
+    spool_name: str = "spool"
+    """The name of the spool in `data_dir`; each worker has one of its own."""

@@ -225,44 +225,47 @@ class Dnsbl(Check):
     # ---- clients
 
     def on_connect(self, transaction: Transaction) -> FindingOrAwaitable:
-        """Begin to ask; where listed clients get no greeting, wait for the answers."""
+        """Begin to ask; where listed clients get no greeting, wait for the answers. Cached answers need no task."""
         assert self._nursery is not None
         pending: Pending[DnsblResult] = evidence_of(transaction).begin("dnsbl")
-        self._nursery.start_soon(pending.run, self._find, transaction.peer.address)
+        name, now = reversed_name(transaction.peer.address), trio.current_time()
+        asked = [each for each in self._lists if each.is_usable and not each.breaker.blocks(now)]
+        known = [self._resolver.cached(f"{name}.{each.zone}", "A") for each in asked]
+        answers = [each for each in known if each is not None]
+        if len(answers) == len(asked):
+            pending.set(self._result(asked, answers))
+        else:
+            self._nursery.start_soon(pending.run, self._find, asked, name)
         return self._judge_connection(transaction, pending) if self._at_connect else None
 
-    async def _find(self, address: str) -> DnsblResult:
-        """Ask all lists at once. Those that have not answered in time are left out."""
-        name = reversed_name(address)
-        found: dict[str, Listing] = {}
-        with trio.move_on_after(_SECONDS):
-            async with trio.open_nursery() as nursery:
-                for each in self._lists:
-                    nursery.start_soon(self._ask, each, name, found)
-        return DnsblResult(tuple(found[each.zone] for each in self._lists if each.zone in found))
-
-    async def _ask(self, each: _List, name: str, found: dict[str, Listing]) -> None:
-        now = trio.current_time()
-        if not each.is_usable or each.breaker.blocks(now):
-            return
-        each.breaker.probe()
-        answer: Answer | None = None
-        try:
-            answer = await self._resolver.query(f"{name}.{each.zone}", "A")
-        finally:
-            if answer is None or answer.is_failure:
+    async def _find(self, asked: Sequence[_List], name: str) -> DnsblResult:
+        """Ask lists at once. Those that have not answered in time are left out."""
+        for each in asked:
+            each.breaker.probe()
+        answers = await self._resolver.query_all([(f"{name}.{each.zone}", "A") for each in asked], _SECONDS)
+        for each, answer in zip(asked, answers, strict=True):
+            if answer.is_failure:
                 if each.breaker.failed(trio.current_time()):
                     self._journal.list_failed(each.zone, "no answers")
             elif each.breaker.succeeded():
                 self._journal.list_works(each.zone)
-        try:
-            listing = each.listing(answer)
-        except _BadAnswerError as exc:
-            self._set_usable(each, str(exc))
-            each.failed.set()
-            return
-        if listing is not None:
-            found[each.zone] = listing
+        return self._result(asked, answers)
+
+    def _result(self, asked: Sequence[_List], answers: Sequence[Answer]) -> DnsblResult:
+        """Return what answers mean. A list whose answer is an error is not used any more."""
+        found: list[Listing] = []
+        for each, answer in zip(asked, answers, strict=True):
+            if not answer.records:
+                continue
+            try:
+                listing = each.listing(answer)
+            except _BadAnswerError as exc:
+                self._set_usable(each, str(exc))
+                each.failed.set()
+                continue
+            if listing is not None:
+                found.append(listing)
+        return DnsblResult(tuple(found)) if found else _NOT_LISTED
 
     async def _judge_connection(self, transaction: Transaction, pending: Pending[DnsblResult]) -> Finding:
         found = await pending.get() or _NOT_LISTED

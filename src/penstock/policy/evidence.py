@@ -20,6 +20,9 @@ class Watcher(Protocol):
     def feed(self, chunk: bytes) -> None:
         """Take the next octets of the message, header and body; never raises."""
 
+    def close(self) -> None:
+        """Give back what the message has taken; further calls do nothing."""
+
 
 class Pending(Generic[T]):
     """A result that a background task is going to set."""
@@ -39,6 +42,11 @@ class Pending(Generic[T]):
                 self._value = await find(*arguments)
         finally:
             self._done.set()
+
+    def set(self, value: T) -> None:
+        """Set the result without a task."""
+        self._value = value
+        self._done.set()
 
     @property
     def is_done(self) -> bool:
@@ -89,9 +97,15 @@ class Evidence:
         if len(self.marks) < _MAX_MARKS:
             self.marks.append((name, mark, is_monitored))
 
+    def watch(self, watcher: Watcher | None) -> None:
+        """Look at the next message with this watcher; the one before is closed."""
+        if self.watcher is not None:
+            self.watcher.close()
+        self.watcher = watcher
+
     def close(self) -> None:
         """Stop what still goes on for the connection."""
-        self.watcher = None
+        self.watch(None)
         for pending in (self._pending or {}).values():
             pending.scope.cancel()
 

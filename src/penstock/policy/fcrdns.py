@@ -6,11 +6,12 @@ The names are looked up while the client is greeted and says EHLO; only RCPT wai
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Generator
 from typing import Final
 
 import trio
 
-from penstock.dns import Answer, Budget, Kind
+from penstock.dns import Answer, Budget, Kind, Resolver
 from penstock.message import Recipient
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Finding, FindingOrAwaitable, Mode, Parts
@@ -50,10 +51,15 @@ class Fcrdns(Check):
             await trio.sleep_forever()
 
     def on_connect(self, transaction: Transaction) -> None:
-        """Begin to ask."""
+        """Begin to ask. Cached answers need no task."""
         assert self._nursery is not None
+        address = transaction.peer.address
         pending: Pending[IprevResult] = evidence_of(transaction).begin("iprev")
-        self._nursery.start_soon(pending.run, self._find, transaction.peer.address)
+        known = find_cached(self._resolver, address)
+        if known is not None:
+            pending.set(known)
+        else:
+            self._nursery.start_soon(pending.run, self._find, address)
 
     async def _find(self, address: str) -> IprevResult:
         return await find_iprev(Budget(self._resolver, seconds=_SECONDS), address)
@@ -69,11 +75,11 @@ class Fcrdns(Check):
         return Mark(score=self._score) if self._score and found.result in ("fail", "permerror") else None
 
 
-async def find_iprev(budget: Budget, address: str) -> IprevResult:
-    """Return whether a name of an address leads back to it."""
+def _steps(address: str) -> Generator[tuple[str, Kind], Answer, IprevResult]:
+    """Yield the questions about an address, take their answers, and return the result."""
     parsed = ipaddress.ip_address(address)
     kind: Kind = "A" if parsed.version == 4 else "AAAA"
-    answer = await budget.query(parsed.reverse_pointer, "PTR")
+    answer = yield parsed.reverse_pointer, "PTR"
     if answer.is_failure:
         return IprevResult("temperror", cause=answer.cause)
     names = [name for name in answer.records[:_MAX_NAMES] if name]
@@ -81,10 +87,35 @@ async def find_iprev(budget: Budget, address: str) -> IprevResult:
         return IprevResult("permerror", cause="no PTR record")
     failed: Answer | None = None
     for name in names:
-        found = await budget.query(name, kind)
+        found = yield name, kind
         if parsed.packed in found.records:
             return IprevResult("pass", name)
         failed = found if found.is_failure else failed
     if failed is not None:
         return IprevResult("temperror", cause=failed.cause)
     return IprevResult("fail", cause=f"{', '.join(names[:3])} does not lead back")
+
+
+async def find_iprev(budget: Budget, address: str) -> IprevResult:
+    """Return whether a name of an address leads back to it."""
+    steps = _steps(address)
+    try:
+        question = next(steps)
+        while True:
+            question = steps.send(await budget.query(*question))
+    except StopIteration as exc:
+        result: IprevResult = exc.value
+        return result
+
+
+def find_cached(resolver: Resolver, address: str) -> IprevResult | None:
+    """Return the same where all answers are cached; None where one has to be asked for."""
+    steps = _steps(address)
+    try:
+        question = next(steps)
+        while (answer := resolver.cached(*question)) is not None:
+            question = steps.send(answer)
+    except StopIteration as exc:
+        result: IprevResult = exc.value
+        return result
+    return None

@@ -109,10 +109,10 @@ class Judge:
     def begin(self, transaction: Transaction) -> Watcher | None:
         """Return what looks at the message that begins, if anything does."""
         evidence = evidence_of(transaction)
-        evidence.watcher = None
+        evidence.watch(None)
         for check, method in self._data:
             if self._applies(check, transaction, evidence):
-                evidence.watcher = method(transaction)
+                evidence.watch(method(transaction))
         return evidence.watcher
 
     async def on_message(self, transaction: Transaction, message: Message) -> tuple[Reply | None, Message]:

@@ -49,6 +49,11 @@ class DmarcSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["defer", "accept"],
         Meta(description="What follows when a result that could refuse is not known now; defer: 451"),
     ] = "defer"
+    reports: Annotated[
+        Literal["off", "daily"],
+        Meta(description="daily: send aggregate reports (RFC 9990) to the domains that ask for them; needs contact"),
+    ] = "off"
+    contact: Annotated[str, Meta(description="Sender of the reports, and where their readers can ask")] = ""
     trusted_sealers: Annotated[
         tuple[str, ...],
         Meta(max_length=1000, description="Domains whose ARC seals are reported in the header (RFC 8617)"),
