@@ -12,7 +12,7 @@ cdef class Transaction:
     cdef public object sender
     cdef public object parameters
     cdef public list recipients
-    cdef public int number
+    cdef public long long number
     cdef public object evidence
     cdef object _results
     cdef list _fields
