@@ -23,7 +23,7 @@ ROWS = [
     {"sink", "load"},
     {"server"},
     {"auth", "policy", "delivery", "relay"},
-    {"net", "dns", "spool"},
+    {"net", "dns", "spool", "state"},
     {"smtp"},
     {"metrics"},
     {"journal"},

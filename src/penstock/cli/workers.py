@@ -23,6 +23,8 @@ from penstock.journal import Journal
 from penstock.net.listen import close_listener, name_of, share
 from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
+from penstock.state import snapshot
+from penstock.state.keeper import Keeper
 from penstock.supervisor import Line, Supervisor, WorkerError
 
 _SESSIONS: Final = 10**12
@@ -38,6 +40,8 @@ class Inheritance(msgspec.Struct, frozen=True):
     """The descriptor of the line (penstock.supervisor)."""
     sockets: list[list[int]]
     """Descriptors of the listening sockets of each listener; none for a worker that only sees to its spool."""
+    state: int
+    """The descriptor where the keeper answers (penstock.state.keeper)."""
 
     def encode(self) -> str:
         """Return it as a word."""
@@ -77,23 +81,29 @@ def supervise(settings: Settings, wanted: Sequence[int], count: int) -> None:
     # What it has to say is written as its workers' journals are: nobody who does not read it holds it up.
     write = JournalWriter(stderr(), Journal(settings.journal).tell_dropped, is_shared=True)
     survive_signals()
+    state = Path(settings.data_dir) / snapshot.FILE
     try:
-        trio.run(_supervise, settings, wanted, [share(sockets, count) for sockets in listeners], write)
-    except* (WorkerError, OSError) as group:
+        with Keeper(state, lambda text: write(f"penstock: {text}\n".encode())) as keeper:
+            trio.run(_supervise, settings, wanted, [share(sockets, count) for sockets in listeners], keeper, write)
+    except* (WorkerError, OSError, sqlite3.Error) as group:
         raise click.ClickException(innermost(group)) from group
     finally:
         write.close()
 
 
 async def _supervise(
-    settings: Settings, wanted: Sequence[int], sets: list[list[list[socket.socket]]], write: Callable[[bytes], None]
+    settings: Settings,
+    wanted: Sequence[int],
+    sets: list[list[list[socket.socket]]],
+    keeper: Keeper,
+    write: Callable[[bytes], None],
 ) -> None:
     program = [sys.executable, "-m", "penstock", *sys.argv[1:]]
 
     def launch(index: int, line: int) -> tuple[Sequence[str], Sequence[int]]:
         sockets = [[sock.fileno() for sock in each[index]] if index < len(each) else [] for each in sets]
-        told = Inheritance(index, line, sockets)
-        return [*program, "--worker", told.encode()], [line, *(fd for each in sockets for fd in each)]
+        told = Inheritance(index, line, sockets, keeper.connect(index))
+        return [*program, "--worker", told.encode()], [line, told.state, *(fd for each in sockets for fd in each)]
 
     def restarted(index: int, code: int) -> None:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
@@ -155,6 +165,7 @@ def work(settings: Settings, word: str) -> None:
     told = msgspec.json.decode(word, type=Inheritance)
     sockets = [[socket.socket(fileno=fd) for fd in each] for each in told.sockets]
     settings = _replace(settings, spool=_replace(settings.spool, path=shard_of(settings.spool.path, told.index)))
+    state = socket.socket(fileno=told.state)
     line: list[Line] = []
 
     def announce(parts: Server) -> None:
@@ -168,4 +179,4 @@ def work(settings: Settings, word: str) -> None:
         await line[0].wait_for_end()
         parts.worker.stop()
 
-    run(settings, announce, overrides=Overrides(sockets=sockets), beside=beside, is_shared=True)
+    run(settings, announce, overrides=Overrides(sockets=sockets, state=state), beside=beside, is_shared=True)
