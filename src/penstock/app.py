@@ -45,6 +45,7 @@ from penstock.policy.pipeline import Pipeline
 from penstock.policy.recipients import FileRecipients, NextHopRecipients, RecipientSettings
 from penstock.policy.scores import Thresholds
 from penstock.policy.settings import DEFAULT
+from penstock.policy.units import needs_state
 from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
@@ -64,6 +65,9 @@ from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.spool import Spool
+from penstock.state import snapshot
+from penstock.state.local import LocalState
+from penstock.state.remote import RemoteState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,8 @@ class Overrides:
     """Called with each new connection: fault injection, and whatever else observes connections."""
     ended: Callable[[], None] | None = None
     """Called whenever a connection has ended."""
+    state: socket.socket | None = None
+    """Where the process that keeps the shared state answers (penstock.state.keeper)."""
     sockets: Sequence[Sequence[socket.socket]] | None = None
     """Listening sockets that others have bound: those of each listener, in the order of the settings."""
 
@@ -128,6 +134,8 @@ class Server:
     """The DNS, where the relay or the checks ask it."""
     judge: Judge | None = None
     """The built-in checks, where there are any."""
+    state: LocalState | RemoteState | None = None
+    """Rate limits and greylisting, where checks need them."""
     _over: trio.Event = field(default_factory=trio.Event)
 
     @property
@@ -143,6 +151,8 @@ class Server:
         async with trio.open_nursery() as services:
             if self.resolver is not None:
                 await services.start(self.resolver.run)
+            if self.state is not None:
+                await services.start(self.state.run)
             if self.judge is not None:
                 await services.start(self.judge.run)
             await self._serve(task_status)
@@ -253,7 +263,8 @@ def assemble(
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
     policies = make_recipients(settings.recipients, domains, data_dir, passthrough, journal)
     policies += collect_policies(settings.check, overrides.policies)
-    judge = make_judge(settings, domains, data_dir, resolver, journal) if overrides.delivery is None else None
+    state = make_state(settings, data_dir, journal, overrides.state) if overrides.delivery is None else None
+    judge = make_judge(settings, domains, data_dir, resolver, journal, state) if overrides.delivery is None else None
     thresholds = Thresholds.of(settings.policy)
     shared = Shared(
         hostname=settings.own_hostname,
@@ -285,11 +296,27 @@ def assemble(
         ended=overrides.ended,
     )
     uses_dns = gateway is not None or judge is not None
-    return Server(worker, delivery, listeners, ca_file, gateway, resolver if uses_dns else None, judge)
+    return Server(worker, delivery, listeners, ca_file, gateway, resolver if uses_dns else None, judge, state)
+
+
+def make_state(
+    settings: Settings, data_dir: Path, journal: Journal, keeper: socket.socket | None
+) -> LocalState | RemoteState | None:
+    """Return the state of rate limits and greylisting, if checks need it: with `keeper`, that of the supervisor."""
+    if settings.policy is None or not needs_state(settings.policy):
+        return None
+    if keeper is not None:
+        return RemoteState(keeper, journal.state_failed)
+    return LocalState(data_dir / snapshot.FILE, journal.state_failed)
 
 
 def make_judge(
-    settings: Settings, domains: Domains | None, data_dir: Path, resolver: Resolver, journal: Journal
+    settings: Settings,
+    domains: Domains | None,
+    data_dir: Path,
+    resolver: Resolver,
+    journal: Journal,
+    state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if they do: see `is_judged`."""
     if not any(is_judged(listener, settings) for listener in settings.listener):
@@ -299,7 +326,7 @@ def make_judge(
     def is_ours(domain: str) -> bool:
         return domains is None or domain in domains
 
-    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours))
+    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours, state))
     return Judge(policy, checks, journal) if checks else None
 
 

@@ -30,6 +30,7 @@ from penstock.policy.dnsbl import parse_pattern
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
+from penstock.policy.units import problems
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
@@ -319,6 +320,8 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             f'policy.quarantine: "{policy.quarantine}" needs a [[route]] with name = "{route}" and a next_hop that is '
             'not "mx"'
         )
+    for problem in problems(policy):
+        raise ConfigError(problem)
     for number, each in enumerate(policy.dnsbl):
         if not is_zone(each.zone):
             raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")

@@ -24,6 +24,7 @@ from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.policy.base import Mark
 from penstock.policy.evidence import Watcher
 from penstock.reply import CHECK_FAILED, Reply
+from penstock.state import State
 from penstock.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -117,3 +118,5 @@ class Parts:
     data_dir: FilePath
     is_ours: Callable[[str], bool]
     """Whether mail for a domain (in canonical form) is accepted from everybody."""
+    state: State | None = None
+    """Rate limits and greylisting; None if no check needs it."""
