@@ -326,7 +326,8 @@ def make_judge(
     def is_ours(domain: str) -> bool:
         return domains is None or domain in domains
 
-    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours, state))
+    can_hold = settings.delivery.has_relay
+    checks = make_checks(policy, Parts(settings.own_hostname, resolver, journal, data_dir, is_ours, state, can_hold))
     return Judge(policy, checks, journal) if checks else None
 
 

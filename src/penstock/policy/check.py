@@ -120,3 +120,5 @@ class Parts:
     """Whether mail for a domain (in canonical form) is accepted from everybody."""
     state: State | None = None
     """Rate limits and greylisting; None if no check needs it."""
+    can_hold: bool = True
+    """There is a spool where messages can be held."""
