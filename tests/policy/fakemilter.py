@@ -24,8 +24,11 @@ class FakeMilter:
     def __init__(self, steps: int = 0, answers: Mapping[bytes, bytes] | None = None, *, keeps: bool = True) -> None:
         """`steps` are those that it asks for; `keeps`: it goes on after QUIT_NC."""
         self.steps = steps
+        self._agreed = 0
         self.answers = dict(answers or {})
         self.keeps = keeps
+        self.probes = 0
+        """Connections on which it was asked whether it takes another client."""
         self.seen: list[bytes] = []
         """All commands, with their data."""
         self.connections = 0
@@ -81,8 +84,11 @@ class FakeMilter:
                     await trio.sleep(1)
             return False
         if code == b"O":
-            await stream.send_all(answer(b"O", struct.pack("!III", 6, 0x1FF, self.steps)))
+            (offered,) = struct.unpack_from("!I", command, 9)
+            self._agreed = self.steps & (offered | ~0x1FF7FF)
+            await stream.send_all(answer(b"O", struct.pack("!III", 6, 0x1FF, self._agreed)))
         elif code == b"K":
+            self.probes += self.commands()[-3:] == b"OCK"
             return self.keeps
         elif code not in b"DAQ" and not self._is_silent(code):
             await stream.send_all(self.answers.get(code, answer(CONTINUE)))
@@ -90,7 +96,7 @@ class FakeMilter:
 
     def _is_silent(self, code: bytes) -> bool:
         bits = {b"C": 0x1000, b"H": 0x2000, b"M": 0x4000, b"R": 0x8000, b"T": 0x10000, b"L": 0x80, b"N": 0x40000}
-        return bool(self.steps & bits.get(code, 0x80000 if code == b"B" else 0))
+        return bool(self._agreed & bits.get(code, 0x80000 if code == b"B" else 0))
 
     def commands(self) -> bytes:
         """Return the codes of what it has seen, without macros."""

@@ -94,25 +94,49 @@ async def test_a_filter_that_has_seen_enough_of_the_body_is_sent_no_more() -> No
     assert milter.commands().count(b"B") == 1
 
 
-async def test_one_connection_serves_many_messages() -> None:
-    milter = FakeMilter(NO_REPLIES)
-    async with milter.serving():
+@pytest.mark.parametrize("keeps", [True, False])
+async def test_connections_are_kept_if_the_filter_can(keeps: bool) -> None:
+    milter = FakeMilter(NO_REPLIES, {b"E": answer(b"r")}, keeps=keeps)
+    async with milter.serving(), trio.open_nursery() as nursery:
         check = check_for(milter)
-        for _ in range(5):
-            assert (await judge(check))[0] is None
-    assert milter.connections == 1
-    assert milter.commands().count(b"O") == 1
-
-
-async def test_a_filter_that_closes_after_each_message_is_asked_again() -> None:
-    milter = FakeMilter(0, {b"E": answer(b"r")}, keeps=False)
-    async with milter.serving():
-        check = check_for(milter)
+        await nursery.start(check.run)
+        while not milter.probes:
+            await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        milter.seen.clear()
         for _ in range(5):
             reply, _ = await judge(check)
             assert reply is not None
             assert reply.code == 550
-    assert milter.connections == 5
+        assert milter.commands().count(b"O") == (1 if keeps else 5)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_filter_that_comes_later_is_found_out_then(autojump_clock: trio.testing.MockClock) -> None:
+    milter = FakeMilter(NO_REPLIES)
+    async with milter.serving(), trio.open_nursery() as nursery:
+        milter.break_at, milter.breaks = b"O", "hang"
+        check = check_for(milter)
+        await nursery.start(check.run)
+        await trio.sleep(5)
+        milter.break_at = b""
+        for _ in range(2):
+            assert (await judge(check))[0] is None
+            await trio.sleep(5)
+        assert milter.probes == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_kept_connection_that_was_closed_is_replaced() -> None:
+    milter = FakeMilter(NO_REPLIES)
+    async with milter.serving() as address:
+        check = check_for(milter)
+        check._pool.reusable.update(check._pool.addresses)
+        assert (await judge(check))[0] is None
+        milter.keeps = False
+        assert (await judge(check))[0] is None
+        assert address
+    assert milter.connections == 2
 
 
 # ---- what a filter decides

@@ -84,6 +84,8 @@ class FilterPool:
     def __init__(self, addresses: Sequence[Address], *, connect: float, deadline: float) -> None:
         """`connect` is the time for a connection, `deadline` that for a dialog; both in seconds."""
         self.addresses = tuple(addresses)
+        self.reusable = set(addresses)
+        """Those whose connections are kept."""
         self._connect_time = connect
         self._deadline = deadline
         self._idle: dict[Address, list[FilterConnection]] = {address: [] for address in addresses}
@@ -115,7 +117,7 @@ class FilterPool:
         is_decided = False
         try:
             while True:
-                connection = self._take_idle(address) or await self._connect(address)
+                connection = self._take_idle(address) or await self.connect(address)
                 try:
                     result = await self._use(address, connection, dialog)
                 except StaleError:
@@ -139,7 +141,7 @@ class FilterPool:
             return await dialog(connection)
         finally:
             idle = self._idle[address]
-            if connection.can_be_kept and len(idle) < _MOST_IDLE:
+            if connection.can_be_kept and address in self.reusable and len(idle) < _MOST_IDLE:
                 connection.is_reused = True
                 connection.idle_since = trio.current_time()
                 idle.append(connection)
@@ -153,8 +155,8 @@ class FilterPool:
             idle.pop(0).close()
         return idle.pop() if idle else None
 
-    async def _connect(self, address: Address) -> FilterConnection:
-        """Connect. Raise FilterError."""
+    async def connect(self, address: Address) -> FilterConnection:
+        """Return a new connection. Raise FilterError."""
         try:
             with trio.move_on_after(self._connect_time):
                 if address.path:

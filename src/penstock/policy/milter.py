@@ -3,14 +3,15 @@
 Rules
 -----
 1. The whole dialog is held at the end of the message, after the checks that cost less. So a filter sees only mail that
-   would be accepted otherwise, a connection to it is used by one message after the other (QUIT_NC), and a filter that
-   wants no replies before the end of the message costs one round trip.
+   would be accepted otherwise, and one that wants no replies before the end of the message costs one round trip.
 2. A reply to any step decides about the message, also one to RCPT: there is no recipient that can be refused alone
    after the text has come.
 3. Changes count once the filter has accepted the message; a filter that dies in the middle has changed nothing.
 4. Nothing is dropped without a word: "discard" holds the message in the spool, and so does the removal of all its
    recipients.
-5. A dialog ends at its deadline, whatever the filter does; progress does not extend it, because a client waits.
+5. A connection is used by one message after the other (QUIT_NC), if the filter can do that: rspamd can, while filters
+   made with libmilter never answer the second SMFIC_CONNECT. That is tried out beside the mail.
+6. A dialog ends at its deadline, whatever the filter does; progress does not extend it, because a client waits.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from penstock.policy.edits import EditError, MessageEditor, make_field
 from penstock.policy.filters import FilterConnection, FilterError, FilterPool
 from penstock.policy.milterwire import MilterError, Packet, Reader, macros, packet, text
 from penstock.policy.settings import MilterSettings, PolicySettings
-from penstock.policy.units import parse_addresses
+from penstock.policy.units import Address, parse_addresses
 from penstock.reply import CHECK_FAILED, Reply
 from penstock.smtp.grammar import parse_mailbox
 from penstock.transaction import Transaction
@@ -44,6 +45,8 @@ _SEND: Final = 1 << 16
 """Octets that are collected before they are sent."""
 _CHANGES: Final = frozenset(b"hmibeR+-2q")
 _DECISIONS: Final = frozenset(b"acdrty")
+_PROBE: Final = 2.0
+"""Seconds that a filter has to answer when it is tried out whether it can keep connections."""
 _GRACE: Final = 5.0
 """Seconds between our own deadline and that of the judge, which is for bugs."""
 
@@ -375,14 +378,58 @@ class MilterCheck(Check):
         self._hostname = hostname
         self._can_hold = can_hold
         self._pool = FilterPool(addresses, connect=settings.connect, deadline=settings.deadline)
+        self._pool.reusable.clear()
+        self._has_worked = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Close the connections at the end."""
+        """Find out which filters keep connections (rule 5), as soon as they are there."""
         task_status.started()
+        unknown = list(self._pool.addresses)
         try:
-            await trio.sleep_forever()
+            while True:
+                for address in list(unknown):
+                    found = await self._keeps_connections(address)
+                    if found is not None:
+                        unknown.remove(address)
+                    if found:
+                        self._pool.reusable.add(address)
+                if not unknown:
+                    await trio.sleep_forever()
+                self._has_worked = trio.Event()
+                await self._has_worked.wait()
         finally:
             self._pool.close()
+
+    async def _keeps_connections(self, address: Address) -> bool | None:
+        """Say whether a filter takes another client on a connection; None if it cannot be asked."""
+        reader, client = Reader(), wire.connect("localhost", "127.0.0.1", 0)
+        answers = 0
+
+        async def ask(out: bytes) -> Packet:
+            await connection.send(out)
+            while (found := reader.next()) is None:
+                reader.feed(await connection.receive())
+            return found
+
+        try:
+            connection = await self._pool.connect(address)
+            try:
+                with trio.move_on_after(_PROBE):
+                    steps = wire.parse_negotiation(await ask(wire.negotiation(wire.STEPS & ~wire.NR_CONNECT)))
+                    answers += 1
+                    if steps & wire.NR_CONNECT:  # not offered: this is rspamd, since libmilter takes no such step
+                        return True
+                    if steps & wire.NO_CONNECT:
+                        return False
+                    await ask(client)
+                    answers += 1
+                    await ask(packet(b"K") + client)
+                    return True
+            finally:
+                connection.close()
+        except (FilterError, MilterError):
+            pass
+        return False if answers == 2 else None
 
     async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
         """Ask the filter about a message. Raise FilterError."""
@@ -396,6 +443,7 @@ class MilterCheck(Check):
                 raise FilterError(str(exc)) from exc
 
         outcome = await self._pool.talk(talk)
+        self._has_worked.set()
         if isinstance(outcome.verdict, Mark) and not self._can_hold:
             return _REJECTED.because(f"{self.name} wants it held, and there is no spool")
         if outcome.has_changed:

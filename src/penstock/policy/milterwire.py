@@ -74,9 +74,9 @@ def macros(code: bytes, values: Iterable[tuple[str, str]]) -> bytes:
     return packet(b"D", code, data.encode("utf-8", "surrogateescape"))
 
 
-def negotiation() -> bytes:
-    """Return the first packet of a connection."""
-    return packet(b"O", _NEGOTIATION.pack(VERSION, ACTIONS, STEPS))
+def negotiation(steps: int = STEPS) -> bytes:
+    """Return the first packet of a connection. `steps` are offered."""
+    return packet(b"O", _NEGOTIATION.pack(VERSION, ACTIONS, steps))
 
 
 def connect(name: str, address: str, port: int) -> bytes:
