@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from penstock.mailauth import _header
+from penstock.mailauth.header import Header
 from penstock.message import Envelope, Message, Path, Recipient
 from penstock.policy.overlay import Edit, EditedBody
 
@@ -80,13 +80,13 @@ class MessageEditor:
     def _split(self) -> None:
         """Find the fields."""
         prefix = self._message.prefix.removesuffix(b"\r\n") if self._tail else self._message.prefix
-        for name, start, _, stop in _header.split_header(prefix):
-            field = _Field(name, prefix[start:stop])
-            field.is_hidden = name == b"received"
+        for found in Header(prefix).fields:
+            field = _Field(found.name, prefix[found.start : found.stop])
+            field.is_hidden = found.name == b"received"
             self._fields.append(field)
         self._in_prefix = len(self._fields)
         self._has_results = bool(self._fields) and self._fields[0].name == b"authentication-results"
-        self._fields += [_Field(name, None, start, stop) for name, start, _, stop in _header.split_header(self._header)]
+        self._fields += [_Field(found.name, None, found.start, found.stop) for found in Header(self._header).fields]
 
     def _count(self, octets: int) -> None:
         if not self.has_changed:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from penstock.mailauth import _header
+from penstock.mailauth.header import Header
 from penstock.reply import Reply
 
 VERSION: Final = 6
@@ -89,9 +89,10 @@ def connect(name: str, address: str, port: int) -> bytes:
 def headers(octets: bytes, steps: int) -> Iterator[bytes]:
     """Yield a packet for each field of a header that ends in CRLF. Lines are separated by LF, as sendmail has them."""
     leading = steps & LEADING_SPACE
-    for _, start, colon, stop in _header.split_header(octets):
-        if colon < start:
+    for field in Header(octets).fields:
+        if not field.name:
             continue
+        start, colon, stop = field.start, field.colon, field.stop
         value = octets[colon + 1 : stop].rstrip(b"\r\n")
         if not leading and value[:1] in (b" ", b"\t"):
             value = value[1:]
