@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
 
 import msgspec
 
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Envelope, Message, MessageId, Path, Recipient
-from penstock.policy.check import Check
+from penstock.policy.check import Check, Parts
 from penstock.policy.judge import Judge
 from penstock.policy.settings import PolicySettings
 from penstock.reply import Reply
@@ -21,6 +23,12 @@ HEADER = (
 )
 TEXT = b"Hello\r\n\r\nand goodbye\r\n"
 PREFIX = b"Authentication-Results: mx.example.org; spf=none\r\nReceived: from client\r\n\tby mx.example.org\r\n"
+
+
+def make_parts(folder: FilePath = FilePath()) -> Parts:
+    """Return parts for checks that ask no DNS."""
+    resolver: Any = None
+    return Parts("mx.example.org", resolver, Journal(JournalSettings()), folder, lambda domain: domain == "example.org")
 
 
 def path_of(address: str) -> Path:

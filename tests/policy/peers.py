@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import socket
@@ -61,12 +62,17 @@ AddHeader Replace
 
 def wait_for(port: int) -> None:
     """Wait until a port accepts connections."""
-    deadline = time.monotonic() + 30
+    _wait_for(socket.AF_INET, ("127.0.0.1", port))
+
+
+def _wait_for(family: int, address: str | tuple[str, int]) -> None:
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        with socket.socket(family) as sock, suppress(OSError):
+            sock.connect(address)
             return
         time.sleep(0.02)
-    raise AssertionError(f"no program listens on port {port}")
+    raise AssertionError(f"no program listens on {address}")
 
 
 @contextmanager
@@ -75,12 +81,8 @@ def rspamd(folder: Path) -> Iterator[tuple[int, int]]:
     command = ["rspamd", "-f", "-i", "-c", str(folder / "rspamd.conf")]
     command += [f"--var={name}={folder}" for name in ("DBDIR", "RUNDIR", "LOGDIR")]
     if os.getuid() == 0:
-        user = pwd.getpwnam("nobody")
-        os.chown(folder, user.pw_uid, user.pw_gid)
+        _give_to(folder, pwd.getpwnam("nobody"))
         command += ["-u", "nobody", "-g", "nogroup"]
-        for parent in folder.parents[:3]:
-            with suppress(PermissionError):
-                parent.chmod(parent.stat().st_mode | 0o011)
     milter, http = free_port(), free_port()
     (folder / "tld").write_text("com\norg\nexample\n")
     (folder / "rspamd.conf").write_text(RSPAMD.format(folder=folder, milter=milter, http=http))
@@ -96,9 +98,10 @@ def opendkim(folder: Path, key: bytes) -> Iterator[int]:
     port = free_port()
     (folder / "key.pem").write_bytes(key)
     (folder / "opendkim.conf").write_text(OPENDKIM.format(folder=folder, port=port))
-    with processes.started(["opendkim", "-f", "-x", str(folder / "opendkim.conf")], folder / "out"):
+    with processes.started(["opendkim", "-f", "-x", str(folder / "opendkim.conf")], folder / "out") as process:
         wait_for(port)
         yield port
+        process.kill()  # libmilter looks for SIGTERM every five seconds
 
 
 @contextmanager
@@ -109,9 +112,31 @@ def clamav_milter(folder: Path, virus: bytes) -> Iterator[int]:
     (folder / "clamd.conf").write_text(CLAMD.format(folder=folder))
     (folder / "milter.conf").write_text(CLAMAV_MILTER.format(folder=folder, port=port))
     with processes.started(["clamd", "-c", str(folder / "clamd.conf")], folder / "clamd.out"):
-        deadline = time.monotonic() + 60
-        while not (folder / "clamd.sock").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        with processes.started(["clamav-milter", "-c", str(folder / "milter.conf")], folder / "milter.out"):
+        _wait_for(socket.AF_UNIX, str(folder / "clamd.sock"))
+        command = ["clamav-milter", "-c", str(folder / "milter.conf")]
+        with processes.started(command, folder / "milter.out") as process:
             wait_for(port)
             yield port
+            process.kill()
+
+
+@contextmanager
+def postgrey(folder: Path) -> Iterator[int]:
+    """Run postgrey with a delay of one second; yield its port."""
+    port = free_port()
+    user = pwd.getpwuid(os.getuid() or pwd.getpwnam("nobody").pw_uid)
+    _give_to(folder, user)
+    command = ["postgrey", f"--inet=127.0.0.1:{port}", f"--dbdir={folder}", "--delay=1", f"--user={user.pw_name}"]
+    command += ["--group=nogroup" if os.getuid() == 0 else f"--group={grp.getgrgid(user.pw_gid).gr_name}"]
+    with processes.started(command, folder / "out"):
+        wait_for(port)
+        yield port
+
+
+def _give_to(folder: Path, user: pwd.struct_passwd) -> None:
+    """Let a program that gives up root use a folder."""
+    if os.getuid() == 0:
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        for parent in folder.parents[:3]:
+            with suppress(PermissionError):
+                parent.chmod(parent.stat().st_mode | 0o011)

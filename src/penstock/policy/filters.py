@@ -7,12 +7,14 @@ use. The addresses of a filter are tried in turn; one that fails again and again
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from penstock.breaker import Breaker
+from penstock.message import Body
 from penstock.net.connect import connect_tcp, connect_unix
 from penstock.net.stream import SocketStream
 from penstock.policy.units import Address
@@ -171,3 +173,10 @@ class FilterPool:
         for idle in self._idle.values():
             while idle:
                 idle.pop().close()
+
+
+async def next_chunk(chunks: Iterator[bytes], body: Body) -> bytes | None:
+    """Return the next chunk of a body, None at the end; one from a file is read in a thread."""
+    if getattr(body, "in_memory", False):
+        return next(chunks, None)
+    return await trio.to_thread.run_sync(partial(next, chunks, None))

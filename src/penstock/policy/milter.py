@@ -19,17 +19,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, NamedTuple
 
 import trio
 
-from penstock.message import Body, Message, Path
+from penstock.message import Message, Path
 from penstock.policy import milterwire as wire
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Edited, MessageFinding, Mode, Parts
 from penstock.policy.edits import EditError, MessageEditor, make_field
-from penstock.policy.filters import FilterConnection, FilterError, FilterPool
+from penstock.policy.filters import FilterConnection, FilterError, FilterPool, next_chunk
 from penstock.policy.milterwire import MilterError, Packet, Reader, macros, packet, text
 from penstock.policy.settings import MilterSettings, PolicySettings
 from penstock.policy.units import Address, parse_addresses
@@ -182,7 +181,7 @@ class _Dialog:
             return None
         body, skip = self._job.message.body, self._job.rest
         chunks = body.chunks()
-        while (chunk := await _next(chunks, body)) is not None:
+        while (chunk := await next_chunk(chunks, body)) is not None:
             for at in range(skip, len(chunk), wire.BODY_CHUNK):
                 answer = await self._send_piece(chunk[at : at + wire.BODY_CHUNK])
                 if answer is None:
@@ -338,13 +337,6 @@ def _path(data: bytes, *, can_be_null: bool = False) -> Path:
     return path
 
 
-async def _next(chunks: Iterator[bytes], body: Body) -> bytes | None:
-    """Return the next chunk; one from a file is read in a thread."""
-    if getattr(body, "in_memory", False):
-        return next(chunks, None)
-    return await trio.to_thread.run_sync(partial(next, chunks, None))
-
-
 async def split_body(message: Message) -> tuple[bytes, int]:
     """Return the header of a body, with CRLF, and where the text after the empty line begins."""
     body = message.body
@@ -352,7 +344,7 @@ async def split_body(message: Message) -> tuple[bytes, int]:
         return b"", 0
     chunks = body.chunks()
     start = b""
-    while (chunk := await _next(chunks, body)) is not None:
+    while (chunk := await next_chunk(chunks, body)) is not None:
         start = start + chunk if start else chunk
         if start.startswith(b"\r\n"):
             return b"", 2

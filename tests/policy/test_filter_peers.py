@@ -1,4 +1,4 @@
-"""The milter client against real filters."""
+"""The clients of milters, rspamd and policy servers against real ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ from pathlib import Path
 
 import dkim  # type: ignore[import-untyped]
 import msgspec
+import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from penstock.message import Recipient
+from penstock.policy.delegate import make_checks as make_delegates
 from penstock.policy.milter import MilterCheck
-from penstock.policy.settings import MilterSettings
-from tests.policy.judging import HEADER, PREFIX, TEXT, judge, make_message, make_transaction, octets_of
-from tests.policy.peers import clamav_milter, opendkim, rspamd
+from penstock.policy.rspamd import RspamdCheck
+from penstock.policy.settings import MilterSettings, PolicySettings, RspamdSettings
+from tests.policy.judging import (
+    HEADER,
+    PREFIX,
+    TEXT,
+    judge,
+    judge_with,
+    make_message,
+    make_parts,
+    make_transaction,
+    octets_of,
+    path_of,
+)
+from tests.policy.peers import clamav_milter, opendkim, postgrey, rspamd
 
 GTUBE = b"XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X\r\n"
 
@@ -24,7 +39,7 @@ def check_for(port: int) -> MilterCheck:
 
 
 async def test_rspamd_refuses_spam_and_marks_other_mail(tmp_path: Path) -> None:
-    with rspamd(tmp_path) as (port, _):
+    with rspamd(tmp_path) as (port, http):
         check = check_for(port)
         address = check._pool.addresses[0]
         assert await check._keeps_connections(address)
@@ -40,6 +55,16 @@ async def test_rspamd_refuses_spam_and_marks_other_mail(tmp_path: Path) -> None:
             reply, _ = await judge(check, transaction, make_message(transaction, HEADER + b"\r\n" + GTUBE))
             assert reply is not None
             assert reply.encoded == b"554 5.7.1 Gtube pattern\r\n"
+        for verdict in (True, False):
+            over_http = RspamdCheck(
+                RspamdSettings(url=f"http://127.0.0.1:{http}", verdict=verdict), "enforce", "mx.example.org"
+            )
+            transaction = make_transaction()
+            assert (await judge(over_http, transaction))[0] is None
+            assert transaction.results.score == 0
+            reply, _ = await judge(over_http, transaction, make_message(transaction, HEADER + b"\r\n" + GTUBE))
+            assert (reply is not None and reply.encoded) == (verdict and b"550 5.7.1 Gtube pattern\r\n")
+            assert verdict or transaction.results.scores == {"rspamd": 15.0}
 
 
 async def test_opendkim_signs_what_is_delivered(tmp_path: Path) -> None:
@@ -74,3 +99,16 @@ async def test_clamav_milter_quarantines_viruses(tmp_path: Path) -> None:
         reply, message = await judge(check, transaction, make_message(transaction, HEADER + b"\r\n" + virus + b"\r\n"))
         assert (reply, transaction.quarantine) == (None, "hold")
         assert b"X-Virus-Status: Infected (Test.UNOFFICIAL)\r\n" in octets_of(message)
+
+
+async def test_postgrey_defers_the_first_attempt(tmp_path: Path) -> None:
+    with postgrey(tmp_path) as port:
+        table = {"mode": "enforce", "delegate": [{"address": f"inet:127.0.0.1:{port}"}]}
+        (check,) = make_delegates(msgspec.convert(table, PolicySettings), make_parts())
+        judging, _ = judge_with(check)
+        recipient = Recipient(path_of("bob@example.org"))
+        reply = await judging.on_rcpt(make_transaction(), recipient)
+        assert reply is not None
+        assert reply.encoded.startswith(b"450 4.7.1 Greylisted"), reply.cause
+        while await judging.on_rcpt(make_transaction(), recipient) is not None:
+            await trio.lowlevel.checkpoint()
