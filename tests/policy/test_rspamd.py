@@ -47,8 +47,8 @@ class Server:
                 while data := await stream.receive_some():
                     request += data
                     head, _, body = request.partition(b"\r\n\r\n")
-                    length = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
-                    if len(body) < length:
+                    length = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0] or 0)
+                    if b"\r\n\r\n" not in request or len(body) < length:
                         continue
                     self.requests.append(request)
                     request = b""
