@@ -35,6 +35,7 @@ from penstock.policy import (
     rates,
     rspamd,
     senderlogin,
+    signing,
 )
 from penstock.policy.base import Mark
 from penstock.policy.check import HOOK_POINTS, Check, Edited, Parts
@@ -56,6 +57,7 @@ MAKERS: Final[tuple[Maker, ...]] = (
     delegate.make_checks,
     milter.make_checks,
     rspamd.make_checks,
+    signing.make_checks,  # after all that changes the message
     rates.make_checks,  # last: what it takes for a message is given back if something else refuses it
 )
 """What makes the checks of the settings, in the order in which they are asked."""

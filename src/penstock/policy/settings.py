@@ -217,6 +217,23 @@ class SenderLoginSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = True
 
 
+class SignSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A DKIM key: mail of authenticated and trusted clients whose From is in the domain, or below it, is signed.
+
+    Several tables of one domain make several signatures, such as one with RSA and one with Ed25519.
+    """
+
+    domain: Annotated[str, Meta(min_length=1, description="d= of the signature")]
+    selector: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*$",
+            description="s= of the signature: the key is at SELECTOR._domainkey.DOMAIN",
+        ),
+    ]
+    key: Annotated[str, Meta(min_length=1, description="PEM file with an RSA or Ed25519 key, relative to data_dir")]
+
+
 class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Built-in checks. A check is made when its table is present; SPF, DKIM and DMARC unless their mode is off."""
 
@@ -252,6 +269,7 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     rspamd: RspamdSettings | None = None
     delegate: Annotated[tuple[DelegateSettings, ...], Meta(max_length=16, description="May be repeated.")] = ()
     sender_login: SenderLoginSettings | None = None
+    sign: Annotated[tuple[SignSettings, ...], Meta(max_length=1000, description="May be repeated.")] = ()
 
     def mode_of(self, check: object, *, by_default: bool = False) -> Mode:
         """Return the mode of a check by its table; `by_default`: it is also made without a table."""

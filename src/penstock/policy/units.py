@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
+from penstock.addresses import canonical_domain
 from penstock.policy.settings import PolicySettings, RateSettings
 
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhdw])")
@@ -117,6 +118,8 @@ def _checks(policy: PolicySettings) -> Iterator[tuple[str, Callable[[], object]]
         yield f"milter[{number}].address", partial(parse_addresses, milter.address)
     for number, delegate in enumerate(policy.delegate):
         yield f"delegate[{number}].address", partial(parse_addresses, delegate.address)
+    for number, sign in enumerate(policy.sign):
+        yield f"sign[{number}].domain", partial(canonical_domain, sign.domain)
     if policy.rspamd is not None:
         yield "rspamd.url", partial(parse_url, policy.rspamd.url)
 
