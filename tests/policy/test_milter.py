@@ -317,7 +317,7 @@ async def test_a_filter_that_breaks_at_any_step_defers_mail(
         answer(b"y", b"250 fine\0"),
         answer(b"y", b"\xff\0"),
         answer(b"4"),
-        answer(b"h", b"X\0y\0") * 10_001 + answer(b"c"),
+        answer(b"h", b"X\0y\0") * 10_002 + answer(b"c"),
         answer(b"b", bytes(1 << 20)) * 65 + answer(b"c"),
     ],
     ids=lambda packets: repr(packets[:12]),

@@ -49,10 +49,13 @@ def make_field(name: bytes, value: bytes, *, has_space: bool = False) -> bytes:
     """
     if not _NAME.fullmatch(name):
         raise EditError(f"{name[:100]!r} is not the name of a header field")
-    lines = re.split(rb"\r\n|\r|\n", value.replace(b"\0", b"").rstrip(b"\r\n\t "))
+    separator = b":" if has_space else b": "
+    value = value.rstrip(b"\r\n\t ")
+    if b"\n" not in value and b"\r" not in value and b"\0" not in value:
+        return b"%b%b%b\r\n" % (name, separator, value)
+    lines = re.split(rb"\r\n|\r|\n", value.replace(b"\0", b""))
     rest = [line for line in lines[1:] if line.strip()]  # an empty line would end the header
     folded = [lines[0], *[line if line[:1] in (b" ", b"\t") else b"\t" + line for line in rest]]
-    separator = b":" if has_space else b": "
     return name + separator + b"\r\n".join(folded) + b"\r\n"
 
 
@@ -66,8 +69,11 @@ class MessageEditor:
         self._header_octets = len(header)
         self._tail = b"\r\n" if message.prefix.endswith(b"\r\n\r\n") else b""
         """An empty line at the end of the prefix: the body has no header."""
+        self._added: list[bytes] = []
+        """Fields at the end of the header, while there is no other change: most filters only add some."""
+        self._is_split = False
         self._fields: list[_Field] = []
-        """Those of the prefix come first. Empty until the first change."""
+        """Those of the prefix come first. Empty until they are needed."""
         self._in_prefix = 0
         self._has_results = False
         """The first field is our Authentication-Results."""
@@ -79,6 +85,9 @@ class MessageEditor:
 
     def _split(self) -> None:
         """Find the fields."""
+        if self._is_split:
+            return
+        self._is_split = True
         prefix = self._message.prefix.removesuffix(b"\r\n") if self._tail else self._message.prefix
         for found in Header(prefix).fields:
             field = _Field(found.name, prefix[found.start : found.stop])
@@ -87,13 +96,13 @@ class MessageEditor:
         self._in_prefix = len(self._fields)
         self._has_results = bool(self._fields) and self._fields[0].name == b"authentication-results"
         self._fields += [_Field(found.name, None, found.start, found.stop) for found in Header(self._header).fields]
+        self._fields += [_Field(_name_of(field), field) for field in self._added]
+        self._added.clear()
 
     def _count(self, octets: int) -> None:
-        if not self.has_changed:
-            self.has_changed = True
-            self._split()
+        self.has_changed = True
         self._octets += octets
-        if self._octets > MOST_OCTETS or len(self._fields) > MOST_FIELDS:
+        if self._octets > MOST_OCTETS or len(self._fields) + len(self._added) > MOST_FIELDS:
             raise EditError(f"more than {MOST_FIELDS} fields, or changes of more than {MOST_OCTETS >> 20} MB")
 
     # ---- the header
@@ -101,11 +110,15 @@ class MessageEditor:
     def add(self, field: bytes) -> None:
         """Add a field at the end of the header."""
         self._count(len(field))
-        self._fields.append(_Field(_name_of(field), field))
+        if self._is_split:
+            self._fields.append(_Field(_name_of(field), field))
+        else:
+            self._added.append(field)
 
     def insert(self, index: int, field: bytes) -> None:
         """Insert a field after the first `index` fields, but never above our Authentication-Results."""
         self._count(len(field))
+        self._split()
         visible = [at for at, each in enumerate(self._fields) if not each.is_hidden]
         index = max(index, self._has_results)
         at = 0 if index <= 0 else visible[index - 1] + 1 if index <= len(visible) else len(self._fields)
@@ -119,6 +132,7 @@ class MessageEditor:
         Without such an occurrence, the field is added. Our own Authentication-Results stays as it is.
         """
         self._count(len(field))
+        self._split()
         wanted = name.lower()
         found = [each for each in self._fields if each.name == wanted and not each.is_hidden]
         if 0 < index <= len(found):
@@ -173,7 +187,23 @@ class MessageEditor:
         message = self._message
         if not self.has_changed:
             return message
-        prefix = b"".join([field.octets or b"" for field in self._fields[: self._in_prefix]])
+        prefix, edits, at, inserted = self._edit_header()
+        if inserted and self._tail:
+            prefix += inserted
+        elif inserted:
+            edits.append(Edit(at, at, inserted))
+        body = message.body
+        if self._body is not None:
+            edits.append(self._new_body(at))
+        if edits:
+            body = EditedBody(body, edits)
+        return message._replace(prefix=prefix + self._tail, body=body, envelope=self._envelope(message.envelope))
+
+    def _edit_header(self) -> tuple[bytes, list[Edit], int, bytes]:
+        """Return the prefix, the edits of the header in the body, where that ends, and what is inserted there."""
+        if not self._is_split:
+            prefix = self._message.prefix.removesuffix(self._tail)
+            return prefix, [], self._header_octets, b"".join(self._added)
         edits: list[Edit] = []
         at, inserted = 0, b""
         for field in self._fields[self._in_prefix :]:
@@ -185,16 +215,7 @@ class MessageEditor:
                 edits.append(Edit(field.start, stop, inserted + (field.octets or b"")))
                 inserted = b""
             at = field.stop
-        if inserted and self._tail:
-            prefix += inserted
-        elif inserted:
-            edits.append(Edit(at, at, inserted))
-        body = message.body
-        if self._body is not None:
-            edits.append(self._new_body(at))
-        if edits:
-            body = EditedBody(body, edits)
-        return message._replace(prefix=prefix + self._tail, body=body, envelope=self._envelope(message.envelope))
+        return b"".join([field.octets or b"" for field in self._fields[: self._in_prefix]]), edits, at, inserted
 
     def _new_body(self, header_end: int) -> Edit:
         octets = b"".join(self._body or ())

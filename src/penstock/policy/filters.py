@@ -26,6 +26,7 @@ _MOST_IDLE: Final = 32
 _IDLE_SECONDS: Final = 60.0
 _MOST_BUSY: Final = 200
 """Dialogs with one filter at the same time; further ones wait for their turn."""
+_RECEIVE: Final = 65_536
 T = TypeVar("T")
 
 
@@ -63,7 +64,7 @@ class FilterConnection:
     async def receive(self) -> bytes:
         """Return the next octets. Raise FilterError, also at the end of the stream."""
         try:
-            data = await self._stream.receive_some()
+            data = await self._stream.receive_now(_RECEIVE)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             raise self._lost(exc) from exc
         if not data:
@@ -102,12 +103,18 @@ class FilterPool:
         """
         cause = "not available"
         with trio.move_on_after(self._deadline):
-            async with self._places:
+            try:
+                self._places.acquire_nowait()
+            except trio.WouldBlock:
+                await self._places.acquire()
+            try:
                 for address in self.addresses:
                     try:
                         return await self._talk(address, dialog)
                     except FilterError as exc:
                         cause = f"{address}: {exc}"
+            finally:
+                self._places.release()
             raise FilterError(cause)
         raise FilterError(f"no answer within {self._deadline:g} s")
 

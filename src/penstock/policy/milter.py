@@ -107,20 +107,16 @@ class _Dialog:
         queue_id = ("i", self._job.message.id)
         name = transaction.results.iprev.name if transaction.results.iprev is not None else ""
         client = name or (f"[{peer.address}]" if peer.address else "localhost")
-        out = macros(
-            b"C",
-            (
-                ("j", hostname),
-                ("{daemon_name}", transaction.listener or hostname),
-                ("{daemon_addr}", peer.local_address),
-                ("{daemon_port}", str(peer.local_port)),
-                ("v", "Penstock"),
-                ("_", f"{client} [{peer.address}]" if peer.address else "localhost"),
-                ("{client_addr}", peer.address),
-                ("{client_name}", name or "unknown"),
-            ),
+        values: tuple[tuple[str, str], ...] = (
+            ("j", hostname),
+            ("{daemon_name}", transaction.listener or hostname),
+            ("{daemon_addr}", peer.local_address),
+            ("v", "Penstock"),
+            ("_", f"{client} [{peer.address}]" if peer.address else "localhost"),
+            ("{client_addr}", peer.address),
+            ("{client_name}", name or "unknown"),
         )
-        out += wire.connect(client, peer.address, peer.port)
+        out = macros(b"C", values) + wire.connect(client, peer.address, peer.port)
         decision = await self._ask(wire.NO_CONNECT, wire.NR_CONNECT, out)
         if decision is None:
             secure = (
@@ -132,7 +128,7 @@ class _Dialog:
             decision = await self._ask(wire.NO_HELO, wire.NR_HELO, out)
         if decision is None:
             sender = envelope.sender
-            values: tuple[tuple[str, str], ...] = (
+            values = (
                 queue_id,
                 ("{auth_authen}", transaction.identity or ""),
                 ("{mail_addr}", sender.text),

@@ -60,7 +60,9 @@ def packet(code: bytes, *parts: bytes) -> bytes:
 
 def text(value: str) -> bytes:
     """Return a string as the protocol has it, ended by NUL."""
-    return value.encode("utf-8", "surrogateescape").replace(b"\0", b"") + b"\0"
+    if "\0" in value:
+        value = value.replace("\0", "")
+    return f"{value}\0".encode("utf-8", "surrogateescape")
 
 
 def macros(code: bytes, values: Iterable[tuple[str, str]]) -> bytes:
