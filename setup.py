@@ -80,7 +80,9 @@ setup(
         extension("penstock.dns._codec", "ext/dns.pyx"),
         extension("penstock.mailauth._header", "ext/mailauth.pyx"),
         extension("penstock._journal", "ext/journal.pyx"),
+        extension("penstock._files", "ext/files.pyx"),
         extension("penstock.metrics._session", "ext/metrics.pyx"),
+        extension("penstock.metrics._shared", "ext/shared.pyx", "ext/shared.h"),
         extension("penstock.transaction", "src/penstock/transaction.py"),
     ],
 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
 import statistics
 import tempfile
 import time
@@ -92,7 +91,7 @@ async def bench_state(state: State, name: str, bound: float, keeper: int = 0) ->
 def bench_keeper(folder: Path) -> None:
     """Print what the state of several workers costs. The keeper is another process here."""
     keeper = Keeper(folder / "state.db", print)
-    ours = socket.socket(fileno=os.dup(keeper.connect(1)))
+    ours = keeper.connect()
     other = os.fork()
     if not other:
         ours.close()

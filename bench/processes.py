@@ -47,7 +47,7 @@ def started(
     """Run a program until the end of the block. Its output goes to the log, its standard error to `errors` if given."""
     for file in {log, errors or log}:
         file.write_bytes(b"")
-    with _handling_signals(), log.open("ab") as output, (errors or log).open("ab") as error_output:
+    with handling_signals(), log.open("ab") as output, (errors or log).open("ab") as error_output:
         process = None
         try:
             with _deferring_signals():  # one that comes while the program starts must not lose it
@@ -125,7 +125,7 @@ def _deferring_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _handling_signals() -> Iterator[None]:
+def handling_signals() -> Iterator[None]:
     """Handle the signals, unless something else does already, such as an outer block or trio."""
     replaced = {}
     if threading.current_thread() is threading.main_thread():

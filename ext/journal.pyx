@@ -177,15 +177,17 @@ def delivered(
 ):
     cdef char buffer[LINE_OCTETS]
     cdef Line line
-    if not hop or not said:
+    if not said:
         return None
     start(&line, buffer, stamp, b"delivered", 9)
     put(&line, b'","id":"', 8)
     put_text(&line, message_id)
     put_recipients(&line, recipients)
-    put(&line, b',"hop":"', 8)
-    put_text(&line, hop)
-    put(&line, b'","said":"', 10)
+    if hop:  # none for a Maildir
+        put(&line, b',"hop":"', 8)
+        put_text(&line, hop)
+        put(&line, b'"', 1)
+    put(&line, b',"said":"', 9)
     put_text(&line, said)
     put(&line, b'","attempts":', 13)
     put_number(&line, attempts)

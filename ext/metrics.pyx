@@ -83,7 +83,7 @@ cdef int note_cause(dict causes, str cause) except -1:
 
 
 cdef uint64_t key_of(int phase, const unsigned char *text, Py_ssize_t size) noexcept:
-    """Return what a reply is told apart by: phase, code, subject and detail of its status. 0 where it has none.
+    """Return the key of a reply: phase, code, subject and detail of its status, 0 for each part it lacks.
 
     The octet above the phase is how it was garbled, see `count`.
     """

@@ -155,7 +155,7 @@ HAS_EPOLL = bool(POLL_HAS_EPOLL)
 SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
 
 cdef enum:
-    MOST_TIME = 1_000_000   # nanoseconds of a poll that wakes nobody, before trio has its turn
+    MOST_TIME = 1_000_000   # nanoseconds of a poll that wakes no task, before trio has its turn
     MOST_ACCEPTED = 64  # connections of a listener in a poll: more wait in the kernel while these have their turn
     SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
 
@@ -249,16 +249,16 @@ cdef class Poller:
             watch.looks_for_room = True
 
     def listen(self, int fd, accepted not None, shortage not None):
-        self.control(EPOLL_CTL_ADD, fd, EPOLLIN)  # as long as somebody waits, not once: a batch may leave some
+        self.control(EPOLL_CTL_ADD, fd, EPOLLIN)  # level-triggered: a batch may leave some connections waiting
         self.listeners[fd] = (accepted, shortage)
 
     def ignore(self, int fd):
         cdef epoll_event unused  # kernels before 2.6.9 wanted one
         if self.listeners.pop(fd, None) is not None and self.fd >= 0:
-            epoll_ctl(self.fd, EPOLL_CTL_DEL, fd, &unused)  # one that was closed has left the set by itself
+            epoll_ctl(self.fd, EPOLL_CTL_DEL, fd, &unused)  # closing a descriptor has removed it already
 
     cpdef int forget(self, Watch watch) except -1:
-        # Closing the descriptor takes it out of the set by itself (epoll(7)).
+        # Closing the descriptor removes it from the set (epoll(7)).
         if self.watches.get(watch.fd) is watch:
             del self.watches[watch.fd]
         return 0
@@ -375,7 +375,7 @@ cdef class Poller:
         return 0
 
     cdef int take_turn(self, Watch watch, list outputs) except -1:
-        """Receive for somebody, and let the turn answer."""
+        """Receive for a protocol, and let it answer."""
         cdef Py_ssize_t received
         try:
             received = watch.protocol.receive(watch.fd)
@@ -470,7 +470,7 @@ cdef class Socket:
             if data and self.fd >= 0:
                 sent = max(send_octets(self.fd, data, 0, MSG_NOSIGNAL | MSG_MORE), 0)
         except OSError:
-            pass  # the peer has left: nobody reads it
+            pass  # the peer has left: there is no reader
         if sent == len(data):
             self.close_nowait()
         return sent

@@ -17,20 +17,34 @@ SOURCE = Path(__file__).parent.parent / "src" / "penstock"
 
 ROWS = [
     {"cli", "pytest_plugin"},
-    {"supervisor", "testing"},
+    {"operations", "supervisor", "testing"},
     {"app"},
     {"config"},
     {"sink", "load"},
     {"server"},
     {"auth", "policy", "delivery", "relay"},
+    {"cluster"},
     {"net", "dns", "spool", "state"},
     {"smtp"},
-    {"metrics"},
+    {"control", "metrics"},
     {"journal"},
     {"transaction", "_journal"},
     {"results"},
     {"mailauth"},
-    {"addresses", "breaker", "files", "loading", "message", "reply", "schema", "sequence", "tokenbucket", "window"},
+    {
+        "_files",
+        "addresses",
+        "breaker",
+        "files",
+        "loading",
+        "message",
+        "privileges",
+        "reply",
+        "schema",
+        "sequence",
+        "tokenbucket",
+        "window",
+    },
 ]
 """From the top layer to the bottom."""
 

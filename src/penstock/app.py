@@ -9,23 +9,29 @@ test server use `assemble` and `Server.run` themselves.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import socket
+import sqlite3
 import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import trio
 
+from penstock import __version__
 from penstock.addresses import canonical_domain, parse_network
 from penstock.auth.base import Authenticator, AuthSettings
 from penstock.auth.throttle import AuthThrottle
 from penstock.auth.users import UsersAuthenticator, UsersFile, load_secret
-from penstock.config import DeliverySettings, ListenerSettings, Settings, check
+from penstock.config import DeliverySettings, ListenerSettings, ServerSettings, Settings, check
+from penstock.control import ControlError, HopAction, ListenerState, SpoolState, WorkerState
 from penstock.delivery.base import Delivery
 from penstock.delivery.custom import load_delivery
 from penstock.delivery.discard import DiscardDelivery
@@ -34,10 +40,19 @@ from penstock.delivery.passthrough import PassthroughDelivery
 from penstock.delivery.spool import SpoolDelivery
 from penstock.dns import MailExchangers, Resolver
 from penstock.journal import Journal, JournalSettings
+from penstock.loading import HookError
 from penstock.message import MessageIds
 from penstock.metrics._session import Metrics
+from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
-from penstock.net.tls import TlsSettings, end_point_binding, generated_certificate, server_context
+from penstock.net.tls import (
+    KeyPair,
+    TlsSettings,
+    certificate_not_after,
+    end_point_binding,
+    generated_certificate,
+    server_context,
+)
 from penstock.policy.check import Parts
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
 from penstock.policy.judge import Judge, make_checks
@@ -63,11 +78,16 @@ from penstock.server.listener import Listener
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
+from penstock.spool.admin import Filter, QueueAdmin
 from penstock.spool.diskspace import DiskSpace
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
+from penstock.spool.spool import Spool, SpoolError
 from penstock.state import snapshot
 from penstock.state.local import LocalState
 from penstock.state.remote import RemoteState
+
+if TYPE_CHECKING:
+    from penstock.cluster.node import Node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +100,21 @@ class Overrides:
     policies: Sequence[object] = ()
     """Asked after those of the settings."""
     metrics: Metrics | None = None
-    """What counts the replies and the latencies of all sessions."""
+    """What counts the replies and the latencies of all sessions of a sink."""
+    counters: Counters | None = None
+    """What counts everything for /metrics, and has the limits that all workers share."""
     components: Sequence[Component] = ()
     """Called with each new connection: fault injection, and whatever else observes connections."""
     ended: Callable[[], None] | None = None
     """Called whenever a connection has ended."""
-    state: socket.socket | None = None
-    """Where the process that keeps the shared state answers (penstock.state.keeper)."""
+    policy_state: socket.socket | None = None
+    """Where the supervisor keeps rates and greylisting (penstock.state.keeper)."""
     sockets: Sequence[Sequence[socket.socket]] | None = None
     """Listening sockets that others have bound: those of each listener, in the order of the settings."""
+    key_pairs: Sequence[KeyPair | None] | None = None
+    """Certificates that others have read: that of each listener, in the order of the settings; None without TLS."""
+    ca_file: Path | None = None
+    """The authority of a generated certificate among them."""
 
 
 NO_OVERRIDES = Overrides()
@@ -104,17 +130,20 @@ class Shared:
     journal: Journal
     delivery: Delivery
     pipeline: Pipeline
-    """That of listeners whose clients are judged."""
     throttle: AuthThrottle
     body: BodySettings
     budget: MemoryBudget
     ids: MessageIds
     metrics: Metrics | None = None
+    counters: Counters | None = None
+    delivery_kind: str = ""
     components: Sequence[Component] = ()
     own_domain: str = ""
     """Domain of `<postmaster>` and of senders without a domain; "" leaves them without one."""
-    unjudged: Pipeline | None = None
-    """That of the other listeners, when it is another: the policies in Python alone."""
+    judge: Judge | None = None
+    """The built-in checks, where there are any."""
+    judges_all: bool = False
+    """There is a [policy] table: the clients of all listeners are judged, not only those of public ones."""
     refuses_routing: bool = False
     """Mail for `domains` goes on to other servers, so sender-specified routing is refused."""
 
@@ -128,15 +157,20 @@ class Server:
     listeners: Sequence[BoundListener]
     ca_file: Path | None
     """The authority of a generated certificate, which clients have to trust."""
+    settings: Settings
+    shared: Shared
+    overrides: Overrides = NO_OVERRIDES
     gateway: Gateway | None = None
     """The spool and the relay, where the delivery has them."""
+    passthrough: Onward | None = None
     resolver: Resolver | None = None
     """The DNS, where the relay or the checks ask it."""
-    judge: Judge | None = None
-    """The built-in checks, where there are any."""
-    state: LocalState | RemoteState | None = None
-    """Rate limits and greylisting, where checks need them."""
-    _over: trio.Event = field(default_factory=trio.Event)
+    policy_state: LocalState | RemoteState | None = None
+    """Rates and greylisting, where checks need them."""
+    _policy_stamp: tuple[object, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._policy_stamp = stamp_policies(self.settings)
 
     @property
     def addresses(self) -> list[str]:
@@ -151,10 +185,10 @@ class Server:
         async with trio.open_nursery() as services:
             if self.resolver is not None:
                 await services.start(self.resolver.run)
-            if self.state is not None:
-                await services.start(self.state.run)
-            if self.judge is not None:
-                await services.start(self.judge.run)
+            if self.policy_state is not None:
+                await services.start(self.policy_state.run)
+            if self.shared.judge is not None:
+                await services.start(self.shared.judge.run)
             await self._serve(task_status)
             services.cancel_scope.cancel()
 
@@ -186,6 +220,111 @@ class Server:
         """Close the sockets of a server that does not run."""
         for bound in self.listeners:
             bound.socket.close()
+
+    # ---- changes while it runs: new connections get all of them or none, open ones keep what they began with
+
+    def reload(self, settings: Settings, key_pairs: Sequence[KeyPair | None]) -> None:
+        """Use other settings, which must not have any `rolling_changes`. Blocks: imports policies, reads files.
+
+        Raise OSError or ValueError for a file that cannot be used; then nothing is changed.
+        """
+        shared, stamp = self.shared, stamp_policies(settings)
+        pipeline = make_pipeline(settings, shared, self.overrides, self.passthrough)
+        shared = dataclasses.replace(shared, pipeline=pipeline)
+        made: list[Listener] = []
+        for wanted, pair in zip(settings.listener, key_pairs, strict=True):
+            authenticator = self.overrides.authenticator if wanted.auth else None
+            made.append(make_listener(wanted, shared, Secrets.of(wanted.tls, pair), authenticator))
+        for bound in self.listeners:
+            bound.listener = made[bound.number]
+        self.worker.grace = settings.server.grace
+        self.worker.watch_timeouts(min(listener.limits.shortest_timeout for listener in settings.listener))
+        self.settings, self.shared = settings, shared
+        self._policy_stamp = stamp
+
+    def use_key_pairs(self, key_pairs: Sequence[KeyPair | None]) -> None:
+        """Use other certificates, with their channel bindings. Raise OSError or ValueError; then nothing is changed."""
+        secrets = [Secrets.of(wanted.tls, pair) for wanted, pair in zip(self.settings.listener, key_pairs, strict=True)]
+        for bound in self.listeners:
+            own = secrets[bound.number]
+            # One object with both: no connection gets the one certificate and the binding of the other.
+            bound.listener = dataclasses.replace(
+                bound.listener, tls=own.context, binding=own.binding, certificate_not_after=own.not_after
+            )
+
+    async def check_policies(self) -> bool:
+        """Load the policies again if their files have changed; return whether they had. Blocks while it loads them.
+
+        Raise OSError or ValueError; then nothing is changed, and the files are not tried again before they change.
+        """
+        stamp = await trio.to_thread.run_sync(stamp_policies, self.settings)
+        if stamp == self._policy_stamp:
+            return False
+        self._policy_stamp = stamp
+        self._reload_policies()
+        return True
+
+    def _reload_policies(self) -> None:
+        pipeline = make_pipeline(self.settings, self.shared, self.overrides, self.passthrough)
+        self.shared = dataclasses.replace(self.shared, pipeline=pipeline)
+        for bound in self.listeners:
+            is_judged = bound.listener.pipeline.judge is not None
+            own = pipeline if is_judged else pipeline.unjudged
+            bound.listener = dataclasses.replace(bound.listener, pipeline=own)
+
+    # ---- for operators
+
+    async def state(self, index: int = 0) -> WorkerState:
+        """Return what the process does. The spool is counted in a thread."""
+        spool: SpoolState | None = None
+        hops: tuple[str, ...] = ()
+        suspended: tuple[str, ...] = ()
+        if self.gateway is not None:
+            scheduler = self.gateway.scheduler
+            hops = tuple(hop.name for hop in scheduler.hops_down())
+            suspended = tuple(sorted(scheduler.suspended))
+            with suppress(OSError, sqlite3.Error, SpoolError):
+                spool = await trio.to_thread.run_sync(count_spool, self._spool_folder, abandon_on_cancel=True)
+        return WorkerState(
+            index=index,
+            pid=os.getpid(),
+            sessions=self.worker.open_connections,
+            connections=self.worker.sessions,
+            tasks=trio.lowlevel.current_statistics().tasks_living,
+            listeners=tuple(
+                ListenerState(
+                    name=bound.listener.name,
+                    address=name_of(bound.socket),
+                    certificate_not_after=bound.listener.certificate_not_after,
+                )
+                for bound in self.listeners
+                if bound.socket.fileno() >= 0
+            ),
+            spool=spool,
+            hops_down=hops,
+            suspended=suspended,
+        )
+
+    async def is_drained(self) -> bool:
+        """Return whether no session is open and the spool is empty."""
+        if self.worker.open_connections:
+            return False
+        if self.gateway is None:
+            return True
+        return await trio.to_thread.run_sync(is_spool_empty, self._spool_folder, abandon_on_cancel=True)
+
+    async def hop(self, hop: str, action: HopAction) -> int:
+        """Suspend or resume a next hop or domain, or retry its mail. Return how many it concerned.
+
+        Raise ControlError without a spool.
+        """
+        if self.gateway is None:
+            raise ControlError(f'delivery.kind = "{self.settings.delivery.kind}" has no next hops')
+        return await trio.to_thread.run_sync(change_hop, self._spool_folder, hop, action)
+
+    @property
+    def _spool_folder(self) -> Path:
+        return Path(self.settings.data_dir).absolute() / self.settings.spool.path
 
 
 @asynccontextmanager
@@ -252,61 +391,69 @@ def assemble(
     data_dir = Path(settings.data_dir).absolute()
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
     ids = MessageIds()
+    journal.counters = counters = overrides.counters
+    table = counters.table if counters is not None and settings.admission.shared else None
     domains = None if settings.domains is None else Domains(settings.domains)
     resolver = Resolver(settings.resolver)
     gateway: Gateway | None = None
     passthrough: Onward | None = None
     delivery: Delivery
     if overrides.delivery is None and settings.delivery.has_relay:
-        gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids)
+        gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
-    policies = make_recipients(settings.recipients, domains, data_dir, passthrough, journal)
-    policies += collect_policies(settings.check, overrides.policies)
-    state = make_state(settings, data_dir, journal, overrides.state) if overrides.delivery is None else None
+    state = make_policy_state(settings, data_dir, journal, overrides)
     judge = make_judge(settings, domains, data_dir, resolver, journal, state) if overrides.delivery is None else None
-    thresholds = Thresholds.of(settings.policy)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
         data_dir=data_dir,
         journal=journal,
         delivery=delivery,
-        pipeline=Pipeline(policies, journal, judge, thresholds),
-        unjudged=Pipeline(policies, journal, None, thresholds),
-        throttle=AuthThrottle(settings.admission),
+        pipeline=Pipeline((), journal),
+        throttle=AuthThrottle(settings.admission, table=table),
         body=settings.body,
         budget=MemoryBudget(settings.body.memory_total),
         ids=ids,
         metrics=overrides.metrics,
+        counters=counters,
+        delivery_kind=settings.delivery.kind if ":" not in settings.delivery.kind else "python",
         components=overrides.components,
         # A delivery from outside (a sink, a test) gets addresses as the client has sent them.
         own_domain="" if overrides.delivery is not None else own_domain(domains, settings.own_hostname),
+        judge=judge,
+        judges_all=settings.policy is not None,
         refuses_routing=overrides.delivery is None and settings.delivery.has_relay,
     )
+    shared = dataclasses.replace(shared, pipeline=make_pipeline(settings, shared, overrides, passthrough))
     listeners, ca_file = bind_listeners(settings, shared, overrides)
     worker = Worker(
         listeners,
-        Admission(settings.admission),
+        Admission(
+            settings.admission, table=table, note_refusal=None if counters is None else counters.refused_connection
+        ),
         Sweeper(min(listener.limits.shortest_timeout for listener in settings.listener)),
         journal,
         write_journal,
         grace=settings.server.grace,
-        metrics=overrides.metrics,
+        metrics=overrides.metrics if counters is None else counters.sessions,
         ended=overrides.ended,
     )
     uses_dns = gateway is not None or judge is not None
-    return Server(worker, delivery, listeners, ca_file, gateway, resolver if uses_dns else None, judge, state)
+    server = Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough)
+    server.resolver = resolver if uses_dns else None
+    server.policy_state = state
+    return server
 
 
-def make_state(
-    settings: Settings, data_dir: Path, journal: Journal, keeper: socket.socket | None
+def make_policy_state(
+    settings: Settings, data_dir: Path, journal: Journal, overrides: Overrides
 ) -> LocalState | RemoteState | None:
-    """Return the state of rate limits and greylisting, if checks need it: with `keeper`, that of the supervisor."""
-    if settings.policy is None or not needs_state(settings.policy):
+    """Return where rates and greylisting are kept, if checks need them: here, or in the supervisor."""
+    if overrides.delivery is not None or settings.policy is None or not needs_state(settings.policy):
         return None
-    if keeper is not None:
-        return RemoteState(keeper, journal.state_failed)
+    if overrides.policy_state is not None:
+        return RemoteState(overrides.policy_state, journal.state_failed)
     return LocalState(data_dir / snapshot.FILE, journal.state_failed)
 
 
@@ -318,8 +465,9 @@ def make_judge(
     journal: Journal,
     state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
-    """Return the built-in checks that the settings ask for, if they do: see `is_judged`."""
-    if not any(is_judged(listener, settings) for listener in settings.listener):
+    """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
+    judges_all = settings.policy is not None
+    if not any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener):
         return None
     policy = settings.policy or DEFAULT
 
@@ -331,32 +479,77 @@ def make_judge(
     return Judge(policy, checks, journal) if checks else None
 
 
-def is_judged(listener: ListenerSettings, settings: Settings) -> bool:
+def is_judged(listener: ListenerSettings, domains: Domains | None, *, judges_all: bool) -> bool:
     """Return whether the clients of a listener are judged: as [policy] says, and by default on public ones.
 
     Without [policy], a public listener that accepts mail for `domains` without authentication is.
     """
-    if settings.policy is not None:
+    if judges_all:
         return True
     is_submission = listener.auth is not None and listener.auth.required
-    return settings.domains is not None and not is_submission and not ListenAddress.parse(listener.address).is_loopback
+    return domains is not None and not is_submission and not ListenAddress.parse(listener.address).is_loopback
+
+
+def rolling_changes(old: Settings, new: Settings) -> list[str]:
+    """Return the keys that differ and that a running process cannot change: `Server.reload` does the others."""
+    found = [name for name in Settings.__struct_fields__ if getattr(old, name) != getattr(new, name)]
+    found = [name for name in found if name not in _IN_PLACE]
+    if [_place_of(each) for each in old.listener] == [_place_of(each) for each in new.listener]:
+        found = [name for name in found if name != "listener"]
+    if "server" in found:
+        found.remove("server")
+        fields = [name for name in ServerSettings.__struct_fields__ if name not in _IN_PLACE_SERVER]
+        found += [f"server.{name}" for name in fields if getattr(old.server, name) != getattr(new.server, name)]
+    return found
+
+
+_IN_PLACE: Final = frozenset({"check", "recipients", "control", "metrics"})
+_IN_PLACE_SERVER: Final = frozenset({"grace", "watchdog", "reload_check"})
+
+
+def _place_of(listener: ListenerSettings) -> tuple[str, str, str]:
+    """Return what the socket of a listener depends on."""
+    return listener.address, listener.mode, listener.group
+
+
+def stamp_policies(settings: Settings) -> tuple[object, ...]:
+    """Return a value that changes when a file of a policy does: its code, or a file that an argument names. Blocks."""
+    stamps: list[object] = []
+    for policy in settings.check:
+        place = policy.hook.rpartition(":")[0]
+        names = [place] if place.endswith(".py") else []
+        for name in [*names, *(each for each in policy.arguments.values() if isinstance(each, str))]:
+            try:
+                found = os.stat(name)  # noqa: PTH116 - an argument need not be a path
+            except (OSError, ValueError):
+                continue
+            stamps.append((name, found.st_ino, found.st_mtime_ns, found.st_size))
+    return tuple(stamps)
+
+
+def make_pipeline(settings: Settings, shared: Shared, overrides: Overrides, passthrough: Onward | None) -> Pipeline:
+    """Load the policies. Raise OSError or ValueError for a file that cannot be used."""
+    policies = make_recipients(settings.recipients, shared.domains, shared.data_dir, passthrough, shared.journal)
+    policies += collect_policies(settings.check, overrides.policies)
+    return Pipeline(policies, shared.journal, shared.judge, Thresholds.of(settings.policy))
 
 
 def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> tuple[list[BoundListener], Path | None]:
     """Bind the sockets of all listeners, or of none. Return them, and the authority of a generated certificate."""
     bound: list[BoundListener] = []
-    ca_file: Path | None = None
+    ca_file = overrides.ca_file
     try:
         for number, wanted in enumerate(settings.listener):
-            secrets = read_secrets(wanted.tls, shared)
-            ca_file = ca_file or secrets.ca_file
-            pipeline = shared.pipeline if is_judged(wanted, settings) else shared.unjudged or shared.pipeline
-            authenticator = overrides.authenticator if wanted.auth else None
-            listener = make_listener(wanted, replace(shared, pipeline=pipeline), secrets, authenticator)
-            if overrides.sockets is None:
-                bound += [BoundListener(sock, listener) for sock in bind_listener(wanted)]
+            if overrides.key_pairs is None:
+                secrets = read_secrets(wanted.tls, shared)
             else:
-                bound += [BoundListener(sock, listener, is_own=False) for sock in overrides.sockets[number]]
+                secrets = Secrets.of(wanted.tls, overrides.key_pairs[number])
+            ca_file = ca_file or secrets.ca_file
+            listener = make_listener(wanted, shared, secrets, overrides.authenticator if wanted.auth else None)
+            if overrides.sockets is None:
+                bound += [BoundListener(sock, listener, number) for sock in bind_listener(wanted)]
+            else:
+                bound += [BoundListener(sock, listener, number, is_own=False) for sock in overrides.sockets[number]]
     except BaseException:
         for each in bound:
             each.socket.close()
@@ -415,7 +608,12 @@ def make_delivery(settings: DeliverySettings, data_dir: Path) -> Delivery:
 
 
 def make_gateway(
-    settings: Settings, data_dir: Path, resolver: Resolver, journal: Journal, ids: MessageIds
+    settings: Settings,
+    data_dir: Path,
+    resolver: Resolver,
+    journal: Journal,
+    ids: MessageIds,
+    counters: Counters | None,
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
@@ -425,15 +623,20 @@ def make_gateway(
     spool = Spool(settings.spool, folder)
     reserve = settings.spool.reserve_octets, settings.spool.reserve_inodes
     disk_space = DiskSpace(folder, reserve_octets=reserve[0], reserve_inodes=reserve[1])
+    node = make_node(settings, spool, data_dir, journal) if settings.delivery.kind == "jetstream" else None
+    queue: DurableQueue = spool if node is None else node.queue
     exchangers = MailExchangers(resolver, families=settings.resolver.families, own_names=own_names(settings))
     routes = Routes(settings.route, data_dir=data_dir, resolver=exchangers, own_domain=own_domain)
     pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
     reporter = Reporter(relay.reports, hostname, ids)
-    recorder = AttemptRecorder(spool, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
+    recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
-    scheduler = Scheduler(relay, spool, pool, routes, recorder, journal, local=local)
+    if counters is not None:
+        recorder.on_result = counters.attempted
+        spool.on_commit = counters.committed
+    scheduler = Scheduler(relay, queue, pool, routes, recorder, journal, local=local)
     gateway = Gateway(
-        spool=spool,
+        spool=queue,
         disk_space=disk_space,
         pool=pool,
         recorder=recorder,
@@ -441,12 +644,37 @@ def make_gateway(
         local=local,
         journal=journal,
         grace=settings.server.grace,
+        services=nullcontext if node is None else node.running,
+        beside=None if node is None else node.serve,
     )
     passthrough = Onward(pool, routes, suspended=lambda: scheduler.suspended)
-    delivery: Delivery = SpoolDelivery(spool, scheduler, disk_space)
+    delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space)
+    if node is not None:
+        delivery = make_replicated(settings, node, scheduler, disk_space)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
     return gateway, delivery, passthrough
+
+
+def make_node(settings: Settings, spool: Spool, data_dir: Path, journal: Journal) -> Node:
+    """Assemble this node of the cluster. Raise OSError or ValueError for its files, HookError without the extra."""
+    try:
+        from penstock.cluster.node import Node  # noqa: PLC0415 - needs the extra
+    except ImportError as exc:
+        raise HookError(f"delivery.kind = \"jetstream\" needs pip install 'penstock[cluster]': {exc}") from exc
+    # Worker processes have a part of the spool each, "spool-1", and so an index each.
+    number = settings.spool.path.rpartition("-")[2]
+    index = f"index-{number}" if number.isdecimal() else "index"
+    return Node(settings.jetstream, spool, data_dir=data_dir, index=index, version=__version__, journal=journal)
+
+
+def make_replicated(settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace) -> Delivery:
+    """Return the delivery into the cluster, and connect its queue to the relay."""
+    from penstock.delivery.jetstream import FallbackSpool, JetStreamDelivery  # noqa: PLC0415 - needs the extra
+
+    node.attach(scheduler.domain_of, scheduler.withdraw)
+    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue)
+    return JetStreamDelivery(node.queue, scheduler, node, fallback if settings.jetstream.fallback == "spool" else None)
 
 
 def own_names(settings: Settings) -> list[str]:
@@ -462,6 +690,16 @@ class Secrets:
     context: ssl.SSLContext | None = None
     binding: ChannelBinding | None = None
     ca_file: Path | None = None
+    not_after: float = 0.0
+    """Unix time."""
+
+    @classmethod
+    def of(cls, settings: TlsSettings, pair: KeyPair | None) -> Secrets:
+        """Make them of a certificate that was read before. Raise OSError or ValueError."""
+        if pair is None:
+            return cls()
+        binding = ChannelBinding("tls-server-end-point", pair.binding())
+        return cls(pair.context(settings), binding, not_after=pair.not_after())
 
 
 def read_secrets(settings: TlsSettings, shared: Shared) -> Secrets:
@@ -477,7 +715,7 @@ def read_secrets(settings: TlsSettings, shared: Shared) -> Secrets:
         made = generated_certificate(shared.data_dir / "tls", list(names))
         certificate, key, ca_file = made.certificate, None, made.ca_file
     binding = ChannelBinding("tls-server-end-point", end_point_binding(certificate))
-    return Secrets(server_context(settings, certificate, key), binding, ca_file)
+    return Secrets(server_context(settings, certificate, key), binding, ca_file, certificate_not_after(certificate))
 
 
 def make_authenticator(settings: AuthSettings | None, data_dir: Path, journal: Journal) -> Authenticator | None:
@@ -491,6 +729,7 @@ def make_listener(
     wanted: ListenerSettings, shared: Shared, secrets: Secrets, authenticator: Authenticator | None = None
 ) -> Listener:
     """Assemble what all connections of a listener share."""
+    pipeline = shared.pipeline
     return Listener(
         name=wanted.name or wanted.address,
         extensions=make_extensions(wanted, shared.hostname, shared.own_domain),
@@ -506,9 +745,10 @@ def make_listener(
         tls=secrets.context,
         is_implicit_tls=wanted.tls.mode == "implicit",
         binding=secrets.binding,
+        certificate_not_after=secrets.not_after,
         max_hops=wanted.max_hops,
         delivery=shared.delivery,
-        pipeline=shared.pipeline,
+        pipeline=pipeline if is_judged(wanted, shared.domains, judges_all=shared.judges_all) else pipeline.unjudged,
         authenticator=authenticator or make_authenticator(wanted.auth, shared.data_dir, shared.journal),
         auth_throttle=shared.throttle,
         body=shared.body,
@@ -516,7 +756,9 @@ def make_listener(
         folder=shared.data_dir / "tmp",
         journal=shared.journal,
         ids=shared.ids,
-        metrics=shared.metrics,
+        metrics=shared.metrics
+        if shared.counters is None
+        else shared.counters.listener(wanted.name or wanted.address, shared.delivery_kind),
         components=tuple(shared.components),
     )
 
@@ -551,6 +793,40 @@ def make_extensions(listener: ListenerSettings, hostname: str, own_domain: str =
         requiretls=extensions.requiretls,
         expn=extensions.expn,
     )
+
+
+# ---- the spool, for operators
+
+
+def count_spool(folder: Path) -> SpoolState:
+    """Count what is in a part of the spool. Blocks. Raise OSError, sqlite3.Error or SpoolError."""
+    with QueueAdmin.opened(folder) as admin:
+        stats = admin.stats(0)
+    return SpoolState(
+        messages=stats.messages,
+        recipients=stats.recipients,
+        octets=stats.octets,
+        oldest_seconds=0.0 if stats.oldest is None else max(0.0, time.time() - stats.oldest),
+    )
+
+
+def is_spool_empty(folder: Path) -> bool:
+    """Return whether a part of the spool has no mail. Blocks. Raise OSError, sqlite3.Error or SpoolError."""
+    with QueueAdmin.opened(folder) as admin:
+        return admin.is_empty
+
+
+def change_hop(folder: Path, hop: str, action: HopAction) -> int:
+    """Suspend or resume a next hop or domain, or make its mail due. Blocks.
+
+    Return what it concerned. Raise OSError, sqlite3.Error or SpoolError.
+    """
+    with QueueAdmin.opened(folder) as admin:
+        if action == "suspend":
+            return int(admin.suspend(hop))
+        if action == "resume":
+            return int(admin.resume(hop))
+        return admin.retry(Filter(domain=hop)).changed
 
 
 def wrong_file(settings: Settings) -> str:

@@ -20,10 +20,12 @@ import tomli_w
 from penstock import schema
 from penstock.addresses import canonical_domain, domain_of, parse_network
 from penstock.auth.base import AuthSettings
+from penstock.cluster.settings import JetStreamSettings, check_jetstream
 from penstock.delivery.maildir import MaildirSettings
 from penstock.delivery.passthrough import PassthroughSettings
 from penstock.dns.settings import ResolverSettings, parse_server
 from penstock.journal import JournalSettings
+from penstock.metrics.settings import ControlSettings, MetricsSettings
 from penstock.net.listen import ListenAddress, find_group, parse_mode
 from penstock.net.tls import TlsSettings
 from penstock.policy.dnsbl import parse_pattern
@@ -93,7 +95,7 @@ class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     extensions: ExtensionSettings = ExtensionSettings()
 
 
-DELIVERY_KINDS: Final = ("spool", "passthrough", "maildir", "discard")
+DELIVERY_KINDS: Final = ("spool", "jetstream", "passthrough", "maildir", "discard")
 
 
 class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +104,9 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kind: Annotated[
         str,
         Meta(
-            description="spool: written to stable storage before the 250, then delivered as the routes say; "
+            description="spool: written to stable storage before the 250, then delivered as the routes say; jetstream: "
+            "on stable storage of a majority of the servers of [jetstream] before the 250, or in the spool if they do "
+            "not answer; "
             "passthrough: sent to the next hop before the 250, or spooled if that is slow or down; maildir: written to "
             "the Maildir before the 250; discard: dropped; package.module:Class or path/to/file.py:Class: a delivery "
             "in Python"
@@ -115,7 +119,7 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def has_relay(self) -> bool:
         """The delivery uses the spool and the relay."""
-        return self.kind in ("spool", "passthrough")
+        return self.kind in ("spool", "jetstream", "passthrough")
 
 
 class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -129,6 +133,34 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=1, le=256, description="Worker processes; each has its own part of the spool and its own limits"),
     ] = 1
+    user: Annotated[
+        str,
+        Meta(
+            description="User that workers run as, a name or a number; a supervisor binds the sockets and reads the "
+            "keys as root. Empty: that of the process"
+        ),
+    ] = ""
+    group: Annotated[str, Meta(description="Group that workers run as; the primary group of the user if empty")] = ""
+    allow_root: Annotated[
+        bool, Meta(description="Allow root without `user` on addresses that other machines can reach")
+    ] = False
+    watchdog: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Seconds without a sign of life after which a worker is killed and restarted; 0: never",
+        ),
+    ] = 30.0
+    reload_check: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="Seconds between checks of certificates, keys, users, recipients and policy files for changes; "
+            "0: only at a reload",
+        ),
+    ] = 10.0
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,6 +183,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     )
     delivery: DeliverySettings = DeliverySettings()
     spool: SpoolSettings = SpoolSettings()
+    jetstream: JetStreamSettings = JetStreamSettings()
     route: Annotated[
         tuple[RouteSettings, ...],
         Meta(description="May be repeated. Without routes, spooled mail is delivered to the Maildir."),
@@ -169,6 +202,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
     check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    control: ControlSettings = ControlSettings()
     server: ServerSettings = ServerSettings()
 
     @property
@@ -248,10 +283,16 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
                 f'domains: {domain!r} is not a domain; expected "example.org", or ".example.org" for all names below it'
             ) from exc
     _check_delivery(settings.delivery)
+    if settings.delivery.kind == "jetstream":
+        try:
+            check_jetstream(settings.jetstream)
+        except ValueError as exc:
+            raise ConfigError(f"jetstream.{exc}") from exc
     _check_outbound(settings)
     _check_networks("admission.exempt", settings.admission.exempt)
     if settings.policy is not None:
         _check_policy(settings.policy, settings)
+    _check_metrics(settings.metrics)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
         raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
@@ -305,8 +346,6 @@ def _check_outbound(settings: Settings) -> None:
 def _check_policy(policy: PolicySettings, settings: Settings) -> None:
     """Check the [policy] tables."""
     _check_networks("policy.trusted", policy.trusted)
-    if policy.quarantine_above > policy.reject_above:
-        raise ConfigError(f"policy.quarantine_above: greater than policy.reject_above = {policy.reject_above:g}")
     if not is_quarantine(policy.quarantine):
         raise ConfigError(f'policy.quarantine: expected "tag", "hold" or "route:NAME", not {policy.quarantine!r}')
     if policy.quarantine != "tag" and not settings.delivery.has_relay:
@@ -314,6 +353,9 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             f'policy.quarantine: "{policy.quarantine}" needs a spool, which delivery.kind = '
             f'"{settings.delivery.kind}" does not have'
         )
+    if policy.quarantine == "hold" and settings.delivery.kind not in ("spool", "passthrough"):
+        kind = settings.delivery.kind
+        raise ConfigError(f'policy.quarantine: "hold" cannot be combined with delivery.kind = "{kind}"')
     _, _, route = policy.quarantine.partition("route:")
     if route and not any(each.name == route and each.next_hop != "mx" for each in settings.route):
         raise ConfigError(
@@ -330,6 +372,18 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
                 parse_pattern(pattern)
             except ValueError as exc:
                 raise ConfigError(f"policy.dnsbl[{number}].answers: {exc}") from exc
+
+
+def _check_metrics(metrics: MetricsSettings) -> None:
+    """Check the address of /metrics: what others can reach names the domains that mail is exchanged with."""
+    if not metrics.address:
+        return
+    try:
+        address = ListenAddress.parse(metrics.address)
+    except ValueError as exc:
+        raise ConfigError(f"metrics.address: {exc}") from exc
+    if not address.is_loopback and not metrics.token_file:
+        raise ConfigError(f"metrics.address: other machines can reach {address}; set metrics.token_file")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:
@@ -384,7 +438,7 @@ def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_ope
 def _has_hops(settings: Settings) -> bool:
     """Return True if mail may be sent on by SMTP or LMTP."""
     is_local = all(route.next_hop == "maildir" for route in settings.route)
-    return settings.delivery.kind == "passthrough" or (settings.delivery.kind == "spool" and not is_local)
+    return settings.delivery.kind == "passthrough" or (settings.delivery.has_relay and not is_local)
 
 
 def _check_line_ends(wire: WireSettings) -> None:

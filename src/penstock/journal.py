@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -31,7 +31,14 @@ Recipients = Sequence[Recipient]
 
 
 class JournalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The journal (log) on standard error."""
+    """The journal (log), on standard error or in a file."""
+
+    file: Annotated[
+        str,
+        msgspec.Meta(
+            description="File of the journal, relative to data_dir; opened again at SIGUSR1. Standard error if empty"
+        ),
+    ] = ""
 
     format: Annotated[
         Literal["auto", "human", "json"],
@@ -57,6 +64,13 @@ def escape(text: str) -> str:
     )
 
 
+class EventCounters(Protocol):
+    """Counts events that few places know of but the journal; see penstock.metrics.counters."""
+
+    def count(self, name: str, n: int = 1, /, **labels: str) -> None:
+        """Add to a counter."""
+
+
 class Journal:
     """Collects events and formats them as lines. Not thread-safe."""
 
@@ -70,7 +84,9 @@ class Journal:
         self._made = 0
         """Number of events in `_lines`."""
         self._dropped = 0
-        self._logs_connections = settings.events == "all"
+        self.counters: EventCounters | None = None
+        """Counts some events for /metrics, whether they are written or not."""
+        self.logs_connections = settings.events == "all"
         self.logs_mail = settings.events in ("all", "mail")
         """Mail events are written. Callers may skip the preparation of events that are not."""
         self._logs_errors = settings.events != "none"
@@ -79,17 +95,22 @@ class Journal:
 
     def listening(self, address: str, listener: str) -> None:
         """A listener accepts connections."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("listening", 0, None, address, listener)
+
+    def limited(self, key: str, wanted: int, value: int, cause: str) -> None:
+        """A setting is lower than configured."""
+        if self.logs_connections:
+            self._note("limited", 0, None, key, wanted, value, cause)
 
     def stopping(self, sessions: int) -> None:
         """The server stops accepting connections; `sessions` are open."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("stopping", 0, None, sessions)
 
     def stopped(self) -> None:
         """The last session has ended."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("stopped", 0, None)
 
     def error(self, session: int, where: str, exc: BaseException) -> None:
@@ -97,8 +118,39 @@ class Journal:
         if self._logs_errors:
             self._note("error", session, None, where, exc)
 
+    def reloaded(self, what: str) -> None:
+        """The configuration or files that it names were read again and are in use."""
+        if self._logs_errors:
+            self._note("reloaded", 0, None, what)
+
+    def reload_refused(self, cause: str) -> None:
+        """The configuration is wrong: nothing was changed. `cause` begins with the key."""
+        if self._logs_errors:
+            self._note("reload-refused", 0, None, cause)
+
+    def reload_failed(self, cause: str) -> None:
+        """A file that has changed, or a new worker, cannot be used; what was in use before remains."""
+        if self._logs_errors:
+            self._note("reload-failed", 0, None, cause)
+
+    def draining(self, sessions: int) -> None:
+        """Mail is refused until the server is resumed or has ended; `sessions` are open."""
+        if self._logs_errors:
+            self._note("draining", 0, None, sessions)
+
+    def resumed(self) -> None:
+        """Mail is accepted again."""
+        if self._logs_errors:
+            self._note("resumed", 0, None)
+
+    def state(self, state: Fields) -> None:
+        """The state of the server, as an operator has asked for it."""
+        self._note("state", 0, None, state)
+
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """A policy raised an exception, missed its deadline, or returned an invalid value."""
+        if self.counters is not None:
+            self.counters.count("policy_failures_total", check=hook)
         if self._logs_errors:
             self._note("hook-failed", 0, None, hook, hook_point, cause)
 
@@ -121,7 +173,7 @@ class Journal:
 
     def connected(self, session: int, peer: Peer, listener: str) -> None:
         """A connection was accepted."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("connected", session, peer, listener)
 
     def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
@@ -131,16 +183,22 @@ class Journal:
 
     def tls(self, session: int, peer: Peer, info: TlsInfo) -> None:
         """A TLS handshake was completed."""
-        if self._logs_connections:
+        if self.counters is not None:
+            self.counters.count("tls_handshakes_total", version=info.version, result="ok")
+        if self.logs_connections:
             self._note("tls", session, peer, info.version, info.cipher)
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
         """A client has authenticated."""
+        if self.counters is not None:
+            self.counters.count("auth_total", mechanism=mechanism, result="ok")
         if self.logs_mail:
             self._note("authenticated", session, peer, name, mechanism)
 
     def auth_failed(self, session: int, peer: Peer, name: str, mechanism: str, cause: str) -> None:
         """An authentication has failed."""
+        if self.counters is not None:
+            self.counters.count("auth_total", mechanism=mechanism, result="failed")
         if self.logs_mail:
             self._note("auth-failed", session, peer, name, mechanism, cause)
 
@@ -148,7 +206,7 @@ class Journal:
         self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
     ) -> None:
         """A session has ended; `cause` is the reason: "QUIT", a timeout, or a connection error."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
 
     # ---- mail
@@ -206,7 +264,7 @@ class Journal:
 
     def recovered(self, messages: int, interrupted: int, swept: int) -> None:
         """The spool was opened: waiting messages, attempts that were interrupted, orphaned files that were removed."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("recovered", 0, None, messages, interrupted, swept)
 
     def attempted(self, message_id: str, to: Recipients, hop: str, attempts: int) -> None:
@@ -231,6 +289,8 @@ class Journal:
 
     def reported(self, report_id: str, message_id: str, action: str, sender: Path) -> None:
         """A delivery report was sent to the sender of a message, as a new message."""
+        if self.counters is not None:
+            self.counters.count("reports_total", kind=action)
         if self.logs_mail:
             self._note("reported", 0, None, report_id, message_id, action, sender)
 
@@ -243,6 +303,8 @@ class Journal:
 
     def clock_jumped(self, seconds: float, rescheduled: int) -> None:
         """The clock of the machine was set forward, or back if negative; recipients were given other due times."""
+        if self.counters is not None:
+            self.counters.count("clock_jumps_total")
         if self._logs_errors:
             self._note("clock-jumped", 0, None, round(seconds), rescheduled)
 
@@ -257,6 +319,11 @@ class Journal:
         """A next hop that was down accepts mail again."""
         if self._logs_errors:
             self._note("hop-up", 0, None, hop)
+
+    def cluster(self, server: str, cause: str) -> None:
+        """A connection to a server of the replicated queue was made, or lost if there is a cause."""
+        if self._logs_errors:
+            self._note("cluster", 0, None, server, cause)
 
     # ---- lines
 
@@ -278,12 +345,18 @@ class Journal:
 
     def tell_dropped(self, events: int) -> bytes:
         """Return the line that reports lines that could not be written. Any thread may call it."""
+        self._count_dropped(events)
         line = _human_line if self._human else _json_line
         return line(self._clock(), "dropped", 0, None, (events,))
+
+    def _count_dropped(self, events: int) -> None:
+        if self.counters is not None:
+            self.counters.count("journal_dropped_total", events)
 
     def drain(self) -> bytes:
         """Return the lines of all events since the last call; b"" if there were none."""
         if self._dropped:
+            self._count_dropped(self._dropped)
             self._waiting.append((self._clock(), "dropped", 0, None, (self._dropped,)))
             self._dropped = 0
         if self._waiting:
@@ -296,10 +369,17 @@ class Journal:
 # The names of the values of each event, in the order of the arguments of its method.
 _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "listening": ("address", "listener"),
+    "limited": ("key", "wanted", "value", "cause"),
     "stopping": ("sessions",),
     "stopped": (),
     "dropped": ("events",),
     "error": ("where", "error"),
+    "reloaded": ("what",),
+    "reload-refused": ("cause",),
+    "reload-failed": ("cause",),
+    "draining": ("sessions",),
+    "resumed": (),
+    "state": ("state",),
     "hook-failed": ("hook", "hook_point", "cause"),
     "state-failed": ("cause",),
     "users-failed": ("cause",),
@@ -326,6 +406,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "reported": ("id", "about", "action", "sender"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
+    "cluster": ("server", "cause"),
     "operated": ("action", "id", "recipients"),
     "clock-jumped": ("seconds", "rescheduled"),
 }
@@ -350,6 +431,8 @@ def _fields(event: str, session: int, peer: Peer | None, values: tuple[Any, ...]
         elif name == "to":
             fields["to"] = [escape(recipient.path.text) for recipient in value[:_MAX_RECIPIENTS]]
             fields["recipients"] = len(value)
+        elif isinstance(value, dict):
+            fields |= value
         elif isinstance(value, BaseException):
             fields["error"] = escape(f"{type(value).__name__}: {value}")
             fields["trace"] = _trace(value)

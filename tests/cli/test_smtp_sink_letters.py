@@ -309,7 +309,7 @@ def test_addresses_are_parsed_like_those_of_smtp_sink(tmp_path: Path) -> None:
 def test_the_host_of_an_address_is_optional(tmp_path: Path) -> None:
     for option in ((), ("-4",)):
         with (
-            serving(tmp_path / "data", "", "sink", "--open", *option, "inet::0", "100") as server,
+            serving(tmp_path / "data", "", "sink", "--open", "--allow-root", *option, "inet::0", "100") as server,
             client_of(server) as client,
         ):
             assert client.reply()[0].startswith("220")

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import trio
 
+from penstock.delivery import maildirfiles
 from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery, MaildirSettings
 from penstock.message import Message
+from penstock.reply import Reply
+from penstock.spool.bodies import StoredBody
 from tests.contracts.delivery import check_delivery, make_message
 from tests.helpers import TRANSACTION
 
@@ -98,38 +105,88 @@ def test_different_local_parts_have_different_folders(tmp_path: Path, one: str, 
         assert unquote("" if name == "%00" else name) == local
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-async def test_a_full_disk_refuses_for_all_and_leaves_nothing(
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+async def test_a_full_disk_is_temporary_for_the_client(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delivery = maildir(tmp_path, "{local}")
-    await delivery.accept(make_message(b"first", recipients=("b@x", "c@x")), TRANSACTION)
-    before = files(tmp_path)
-    fsync = os.fsync
-    calls = iter(range(100))
-
-    def full_at_the_second_copy(descriptor: int) -> None:
-        if next(calls) == 1:
-            raise OSError(number, os.strerror(number))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full_at_the_second_copy)
-    reply = await delivery.accept(make_message(b"second", recipients=("b@x", "c@x")), TRANSACTION)
-    assert (reply.code, reply.status) == (452, "4.3.1")
-    assert files(tmp_path) == before
-
-
-async def test_other_trouble_is_raised_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delivery = maildir(tmp_path)
+    monkeypatch.setattr(maildirfiles, "publish", lambda *_: [number])
+    reply = await delivery.accept(in_memory(b"x"), TRANSACTION)
+    assert (reply.code, reply.status) == (452, "4.3.1")
 
-    def broken(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    await delivery.start()
-    monkeypatch.setattr(os, "fsync", broken)
+async def test_other_trouble_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    delivery = maildir(tmp_path)
+    monkeypatch.setattr(maildirfiles, "publish", lambda *_: [errno.EIO])
     with pytest.raises(OSError, match="Input/output error"):
-        await delivery.accept(make_message(b"x"), TRANSACTION)
-    assert files(tmp_path) == []
+        await delivery.accept(in_memory(b"x"), TRANSACTION)
+
+
+def in_memory(*pieces: bytes, recipients: tuple[str, ...] = ("b@example.org",)) -> Message:
+    """Return a message as a connection hands over most: its body can be read without blocking."""
+    message = make_message(recipients=recipients)
+    return message._replace(body=StoredBody(b"".join(pieces)))
+
+
+async def test_messages_that_come_together_are_written_together(tmp_path: Path) -> None:
+    delivery = maildir(tmp_path, "{local}")
+    batches: list[int] = []
+    write = delivery._files.write
+
+    def note(messages: Sequence[Any]) -> list[str | Exception]:
+        batches.append(len(messages))
+        return write(messages)
+
+    delivery._files.write = note  # type: ignore[method-assign]
+    replies: list[Reply] = []
+
+    async def accept(number: int) -> None:
+        recipients = (f"u{number % 7}@x", f"v{number}@x")
+        replies.append(await delivery.accept(in_memory(b"%d" % number, recipients=recipients), TRANSACTION))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(300):
+            nursery.start_soon(accept, number)
+    assert {reply.code for reply in replies} == {250}
+    assert len(files(tmp_path)) == 600
+    assert sum(batches) == 300
+    assert max(batches) > 1
+    await delivery.aclose()
+
+
+async def test_a_folder_that_is_removed_is_created_again(tmp_path: Path) -> None:
+    delivery = maildir(tmp_path)
+    await delivery.start()
+    shutil.rmtree(tmp_path / "maildir")
+    assert (await delivery.accept(in_memory(b"x"), TRANSACTION)).code == 250
+    assert len(files(tmp_path)) == 1
+
+
+async def test_what_was_begun_is_finished_before_the_delivery_is_closed(tmp_path: Path) -> None:
+    delivery = maildir(tmp_path)
+    ended: list[Any] = []
+    for number in range(20):
+        delivery.deliver_later(in_memory(b"%d" % number), ended.append)
+    await delivery.aclose()
+    assert len(ended) == len(files(tmp_path)) == 20
+    with pytest.raises(trio.ClosedResourceError):
+        delivery.deliver_later(in_memory(b"late"), ended.append)
+
+
+async def test_more_files_than_descriptors_are_written_in_turn(tmp_path: Path) -> None:
+    delivery = maildir(tmp_path)
+    await delivery.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    ended: list[Any] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+    try:
+        for number in range(40):
+            delivery.deliver_later(in_memory(b"%d" % number), ended.append)
+        await delivery.aclose()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [result.unwrap().code for result in ended] == [250] * 40
 
 
 class Unreadable:

@@ -29,13 +29,18 @@ class Relay:
 
     def __init__(self) -> None:
         self.is_eager = False
+        self.reserved = 0
         self.offered: list[Entry] = []
 
     def domain_of(self, recipient: Recipient) -> str:
         return recipient.path.domain
 
-    def takes(self, queues: Sequence[str], octets: int) -> bool:
+    def reserve(self, queues: Sequence[str], octets: int) -> bool:
+        self.reserved += octets * self.is_eager
         return self.is_eager
+
+    def release(self, octets: int) -> None:
+        self.reserved -= octets
 
     def offer(self, entries: Sequence[Entry]) -> None:
         self.offered += entries

@@ -20,6 +20,6 @@ async def test_a_deadline_is_an_answer_and_not_an_exception() -> None:
     lying = Lying(udp=lambda _: [])
     async with resolving(lying, timeout=30.0) as resolver:
         budget = Budget(resolver, seconds=0.02)
-        for name in ("a.example", "b.example"):
-            assert (await budget.query(name, "A")).cause == "the DNS took too long"
+        assert (await budget.query("a.example", "A")).cause.endswith(": no answer")
+        assert (await budget.query("b.example", "A")).cause == "the DNS took too long"
         assert resolver._pending == {}

@@ -274,7 +274,7 @@ async def test_ports_and_ids_change() -> None:
     async with resolving(lying, cache_entries=0) as resolver:
         for _ in range(2000):
             await resolver.query("a.example", "A")
-        assert all(socket is None or len(socket.waiting) == 0 for socket in resolver._servers[0]._sockets)
+        assert not resolver._servers[0].is_waiting
     assert len(set(lying.clients)) > 6
     assert len(idents) > 1900
 
@@ -323,7 +323,7 @@ async def test_a_dead_server_is_left_out_until_it_answers_a_probe() -> None:
 async def test_questions_under_way_are_bounded() -> None:
     lying = Lying(zone_of(failures={"a.example": "silence"}))
     async with resolving(lying) as resolver, trio.open_nursery() as nursery:
-        for number in range(2048):
+        for number in range(1024):
             nursery.start_soon(resolver.query, f"{number}.silent.example", "A")
         lying.udp = lambda _: []
         await trio.testing.wait_all_tasks_blocked()

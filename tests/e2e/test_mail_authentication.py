@@ -298,3 +298,20 @@ def test_trusted_clients_are_not_judged_by_default(dns: str, tmp_path: Path) -> 
     with serving(tmp_path / "server", settings) as server:
         assert send(server, Mail("strict.example", "strict.example")) == "250"
         assert b"Authentication-Results" not in only_message(server)
+
+
+@pytest.mark.parametrize("mode", ["monitor", "enforce"])
+def test_while_the_dns_is_silent_mail_flows_or_waits(mode: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        dns = f"127.0.0.1:{silent.getsockname()[1]}"
+        settings = SETTINGS.format(dns=dns, mode=mode, more="")
+        settings = settings.replace("[resolver]", "[resolver]\ntimeout = 0.1\nlifetime = 0.2")
+        with serving(tmp_path / "server", settings) as server:
+            reply = send(server, Mail("good.example", "good.example", "good.example"))
+            if mode == "enforce":
+                assert reply.startswith("451 4.4.3 ")
+            else:
+                assert reply == "250"
+                found = results_of(only_message(server))
+                assert all(f"{method}=temperror" in found for method in ("spf", "dkim", "dmarc"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import outcome
 import trio
 
 from penstock.delivery.spool import SpoolDelivery
@@ -140,12 +141,15 @@ class Mailboxes:
     answer: Reply | Exception = field(default_factory=lambda: Reply(250, "2.0.0", "Ok"))
     got: list[Message] = field(default_factory=list)
 
-    async def deliver(self, message: Message) -> Reply:
-        await trio.lowlevel.checkpoint()
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        self.got.append(message)
-        return self.answer
+    def deliver_later(self, message: Message, done: Callable[[outcome.Outcome[Reply]], None]) -> None:
+        def answer() -> None:
+            if isinstance(self.answer, Exception):
+                done(outcome.Error(self.answer))
+            else:
+                self.got.append(message)
+                done(outcome.Value(self.answer))
+
+        trio.lowlevel.current_trio_token().run_sync_soon(answer)
 
 
 @dataclass

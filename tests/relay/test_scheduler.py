@@ -18,6 +18,7 @@ import penstock.relay.scheduler
 from penstock.dns.exchangers import Exchanger, ResolveError
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
+from penstock.relay.bounce import Reporter
 from penstock.relay.hop import NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
@@ -140,6 +141,56 @@ async def test_octets_in_memory_are_bounded_too(tmp_path: Path) -> None:
             pool.reply(sent, DELIVERED)
         await relay.quiet()
         assert len(pool.sent) == 30
+
+
+async def test_memory_is_reserved_while_the_spool_is_read(tmp_path: Path) -> None:
+    async with relaying(tmp_path, runs=False) as relay, trio.open_nursery() as nursery:
+        for n in range(48):
+            nursery.start_soon(relay.accept, message_of(f"bob@d{n % 8}.org", body=b"x" * 100_000))
+    pool = FakePool(lambda _: None)
+    async with relaying(tmp_path, pool, memory_messages=20, memory_octets=1 << 20) as relay:
+        peaks = await peaks_of(relay, lambda: relay.scheduler.held >= 8)
+        assert peaks[0] <= 14
+        assert peaks[1] <= (1 << 20) + 4 * 100_100  # each taker takes at least one message
+        pool.answer = lambda _: DELIVERED
+        for sent in list(pool.sent):
+            pool.reply(sent, DELIVERED)
+        await relay.quiet()
+        assert len(pool.sent) == 48
+        await relay.until(lambda: relay.scheduler._claimed == 0)
+        assert relay.scheduler._claimed_octets == 0
+
+
+async def peaks_of(relay: Relay, condition: Callable[[], bool]) -> tuple[int, int]:
+    """Return the most messages and octets in memory until a condition holds and the spool has been read."""
+    scheduler, hold = relay.scheduler, relay.scheduler._hold
+    peaks = [0, 0]
+
+    def note(*arguments: Any) -> None:
+        hold(*arguments)
+        peaks[:] = max(peaks[0], scheduler.held), max(peaks[1], scheduler._octets)
+
+    scheduler._hold = note  # type: ignore[assignment,method-assign]
+    await relay.until(condition)
+    await relay.until(lambda: scheduler._claimed == 0)
+    return peaks[0], peaks[1]
+
+
+async def test_memory_is_reserved_while_messages_are_put(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: None)
+    async with relaying(tmp_path, pool, memory_messages=20) as relay:
+        async with trio.open_nursery() as nursery:
+            for n in range(50):
+                nursery.start_soon(relay.accept, message_of(f"bob@d{n}.org"))
+            peak, _ = await peaks_of(relay, lambda: relay.scheduler.held >= 10)
+        assert peak <= 20
+        pool.answer = lambda _: DELIVERED
+        for sent in list(pool.sent):
+            pool.reply(sent, DELIVERED)
+        await relay.quiet()
+        assert len(pool.sent) == 50
+        await relay.until(lambda: relay.scheduler._claimed == 0)
+        assert relay.scheduler._claimed_octets == 0
 
 
 async def test_a_hop_gets_no_more_than_its_capacity(tmp_path: Path) -> None:
@@ -894,6 +945,17 @@ async def test_a_suspended_hop_leaves_the_mail_to_others(tmp_path: Path) -> None
         assert [sent.hop.host for sent in relay.pool.sent] == ["b"]
 
 
+async def test_an_attempt_does_not_go_on_to_a_hop_suspended_meanwhile(tmp_path: Path) -> None:
+    pool = FakePool(lambda _: None)
+    async with relaying(tmp_path, pool, routes=TWO_HOSTS) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await ask(relay, tmp_path, lambda admin: admin.suspend("b"))
+        pool.reply(pool.sent[0], BUSY)
+        await relay.quiet()
+        assert [sent.hop.host for sent in pool.sent] == ["a"]
+        assert await relay.waiting() == [("bob@example.org", "450 4.2.1 Busy", 1, 60.0)]
+
+
 async def test_operators_see_which_hops_are_down_and_why(tmp_path: Path) -> None:
     pool = FakePool()
 
@@ -973,6 +1035,28 @@ async def test_a_result_that_cannot_be_recorded_is_tried_again(tmp_path: Path) -
         await relay.accept(message_of("bob@example.org"))
         await relay.quiet()
         assert [(reply, wait) for _, reply, _, wait in await relay.waiting()] == [("internal error", 300.0)]
+
+
+async def test_a_failure_that_cannot_be_reported_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.to == ["eve@example.org"] else REFUSED)
+    async with relaying(tmp_path, pool) as relay:
+
+        def bug(*_: Any, **__: Any) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(Reporter, "report", bug)
+        await relay.accept(message_of("bob@example.org"), message_of("eve@example.org"))
+        await relay.quiet()
+        assert await relay.waiting() == [("bob@example.org", "no report: 550 5.1.1 No such user", 1, 300.0)]
+        assert {event["error"] for event in relay.events("error")} == {"ZeroDivisionError: a bug"}
+        monkeypatch.undo()
+        pool.answer = lambda sent: DELIVERED if sent.envelope.sender.text == "" else REFUSED
+        relay.advance(301)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        await relay.quiet()
+        assert await relay.waiting() == []
 
 
 async def test_a_spool_that_fails_is_written_again_until_it_works(

@@ -7,7 +7,7 @@ import pytest
 from penstock import reply as replies
 from penstock.reply import Reply
 from penstock.smtp._wire import Wire
-from penstock.smtp.events import CLOSED, NEED_DATA, BeginData, BodyChunk, Command, MessageAborted, Rcpt
+from penstock.smtp.events import CLOSED, NEED_DATA, TURN_OVER, BeginData, BodyChunk, Command, MessageAborted, Rcpt
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.server import (
     AUTO_ACCEPT_HELLO,
@@ -98,3 +98,15 @@ def test_a_watched_prefix_begins_in_ascii() -> None:
     session.watch(None)
     session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<drop@d>\r\n")
     assert session.next_event() is NEED_DATA
+
+
+def test_costly_commands_make_a_turn_shorter() -> None:
+    def commands_of_a_turn(mail: str) -> int:
+        session = session_of(AUTO_ACCEPT)
+        session.turn_limit = 16
+        session.receive(b"EHLO c\r\n" + f"{mail}\r\nRSET\r\n".encode() * 16)
+        assert session.next_event() is TURN_OVER
+        return session.commands
+
+    assert commands_of_a_turn("MAIL FROM:<a@example.org>") == 16
+    assert commands_of_a_turn("MAIL FROM:<a@b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.example> SMTPUTF8") < 8

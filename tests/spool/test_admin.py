@@ -7,6 +7,7 @@ import os
 import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -308,6 +309,26 @@ async def test_the_command_line_shows_and_changes(tmp_path: Path) -> None:
     assert run(tmp_path, "retry", ids[1]) == "1 recipient due now\n"
     assert "consistent" in run(tmp_path, "check")
     assert run(tmp_path, "drop", "--all", "--yes") == "4 recipients dropped\n"
+
+
+@pytest.mark.parametrize("action", ["drop", "hold", "retry"])
+async def test_what_was_taken_before_an_instruction_is_obeyed_is_not_changed(tmp_path: Path, action: str) -> None:
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(recipients=("a@x.org", "b@y.org")), ["x.org", "y.org"])
+        ((row, _, _, _),) = [each.rows[0] for each in await spool.take("x.org", NOW, 10, 1 << 20)]
+        rows = [row, row + 1]  # both were at rest when the instruction was read
+        with sqlite3.connect(tmp_path / "spool.db") as database:
+            database.executemany("INSERT INTO instruction VALUES (?, ?, NULL)", [(number, action) for number in rows])
+        await spool.obey(action, [], rows)
+
+        def look(store: Any) -> list[Any]:
+            execute = store._database.execute
+            states = execute("SELECT number, state, due_at < 0 FROM recipient ORDER BY number").fetchall()
+            answers = execute("SELECT recipient, is_done FROM instruction ORDER BY recipient").fetchall()
+            return [*states, *answers]
+
+        changed = {"drop": [], "hold": [(row + 1, 2, 0)], "retry": [(row + 1, 0, 1)]}[action]
+        assert await spool._committer.do(look) == [(row, 1, 0), *changed, (row, 0), (row + 1, 1)]
 
 
 async def test_a_message_delivered_while_it_is_shown_is_an_error(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,10 +17,6 @@ from penstock.state.tables import Tables
 from penstock.state.wire import Take, encode
 from tests.state.clock import Clock
 from tests.state.test_tables import HOUR, TIMES, charge
-
-
-def end_of_worker(keeper: Keeper, worker: int) -> socket.socket:
-    return socket.socket(fileno=os.dup(keeper.connect(worker)))
 
 
 async def answer(value: Later) -> int:
@@ -42,7 +37,7 @@ async def asking(sock: socket.socket, deadline: float = 5.0, patience: int = 1) 
 async def test_workers_share_limits_and_greylisting(tmp_path: Path, patience: int) -> None:
     clock = Clock()
     with Keeper(tmp_path / "state.db", pytest.fail, tables=Tables(clock)) as keeper:
-        one, two = end_of_worker(keeper, 1), end_of_worker(keeper, 2)
+        one, two = keeper.connect(), keeper.connect()
         async with asking(one, patience=patience) as first, asking(two, patience=patience) as second:
             assert await answer(first.take([charge(limit=2)])) == -1
             assert await answer(second.available([charge(limit=2)])) == -1
@@ -56,7 +51,7 @@ async def test_workers_share_limits_and_greylisting(tmp_path: Path, patience: in
             clock.advance(60)
             assert await answer(second.greylist("a", TIMES)) == 0
     with Keeper(tmp_path / "state.db", pytest.fail, tables=Tables(clock)) as keeper:
-        async with asking(end_of_worker(keeper, 1)) as state:
+        async with asking(keeper.connect()) as state:
             assert await answer(state.greylist("a", TIMES)) == 0
             assert await answer(state.available([charge("c", 1)])) == 0
             assert await answer(state.take([charge(limit=2)])) == 0
@@ -72,7 +67,7 @@ async def test_a_limit_is_exact_when_many_tasks_ask(tmp_path: Path) -> None:
                 accepted += 1
 
     with Keeper(tmp_path / "state.db", pytest.fail, tables=Tables(Clock())) as keeper:
-        one, two = end_of_worker(keeper, 1), end_of_worker(keeper, 2)
+        one, two = keeper.connect(), keeper.connect()
         async with asking(one, patience=0) as first, asking(two) as second, trio.open_nursery() as nursery:
             for state in (first, second) * 10:
                 nursery.start_soon(send, state)
@@ -119,11 +114,11 @@ async def test_a_worker_that_sends_nonsense_or_dies_affects_no_other(tmp_path: P
     reported: list[str] = []
     with Keeper(tmp_path / "state.db", reported.append) as keeper:
         for packet in (b"nonsense", encode(Take(1, (Charge("a", 1, 0),))), b""):
-            with end_of_worker(keeper, 1) as sock:
+            with keeper.connect() as sock:
                 sock.send(packet)
-        with end_of_worker(keeper, 3) as deaf:
+        with keeper.connect() as deaf:
             for _ in range(500):  # it reads no answer
                 deaf.send(encode(Take(1, (charge("deaf"),))))
-            async with asking(end_of_worker(keeper, 2)) as state:
+            async with asking(keeper.connect()) as state:
                 assert await answer(state.take([charge()])) == -1
     assert len(reported) == 2

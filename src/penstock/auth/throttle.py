@@ -1,4 +1,4 @@
-"""Limits password guessing, over all connections of a worker.
+"""Limits password guessing, over all connections of all workers.
 
 Rules
 -----
@@ -13,16 +13,19 @@ Rules
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-import trio
-
 from penstock.addresses import parse_address, parse_network
-from penstock.window import SlidingWindow
+from penstock.metrics._shared import SharedTable
+from penstock.metrics.segment import private_table
 
 _CACHE: Final = 65_536
 """Networks for which it is remembered whether they are exempt."""
+_NETWORK: Final = ord("f")
+_NAME: Final = ord("u")
+"""What is counted in the table."""
 
 
 class ThrottleSettings(Protocol):
@@ -44,10 +47,18 @@ class ThrottleSettings(Protocol):
 class AuthThrottle:
     """Counts failed authentications by network and by user name."""
 
-    def __init__(self, settings: ThrottleSettings, clock: Callable[[], float] = trio.current_time) -> None:
+    def __init__(
+        self,
+        settings: ThrottleSettings,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        table: SharedTable | None = None,
+    ) -> None:
+        """`table` is that of all workers, by default one of its own; `clock` is the same one for all of them."""
         self._limit = settings.auth_failures
-        self._networks = SlidingWindow(settings.auth_window, clock)
-        self._names = SlidingWindow(settings.auth_window, clock)
+        self._window = settings.auth_window
+        self._clock = clock
+        self._table = private_table() if table is None else table
         self._exempt = [parse_network(network) for network in settings.exempt]
         self._is_exempt = functools.lru_cache(maxsize=_CACHE)(self._find_exempt)
 
@@ -58,10 +69,7 @@ class AuthThrottle:
         """
         if self._is_exempt(network):
             return Attempt(self, "")
-        if self._networks.count(network) >= self._limit:
-            return None
-        self._networks.add(network)
-        return Attempt(self, network)
+        return Attempt(self, network) if self.add(_NETWORK, network) else None
 
     def _find_exempt(self, network: str) -> bool:
         if not network:
@@ -69,11 +77,21 @@ class AuthThrottle:
         address = parse_address(network.partition("/")[0])
         return any(address in exempt for exempt in self._exempt)
 
-    def _claim(self, name: str) -> bool:
-        if self._names.count(name) >= self._limit:
+    def add(self, kind: int, key: str) -> bool:
+        """Count a failure; return False, and count nothing, when there were too many."""
+        now = self._clock()
+        if self._table.count(kind, key, self._window, now) >= self._limit:
             return False
-        self._names.add(name)
+        self._table.happen(kind, key, 1, self._window, now)
         return True
+
+    def take_back(self, kind: int, key: str) -> None:
+        """Count one failure less."""
+        self._table.happen(kind, key, -1, self._window, self._clock())
+
+    def forget(self, name: str) -> None:
+        """Forget the failures of a user name."""
+        self._table.forget(_NAME, name, self._window, self._clock())
 
 
 class Attempt:
@@ -92,7 +110,7 @@ class Attempt:
         """
         name = name.casefold()
         if self._name is None:
-            if not self._throttle._claim(name):  # noqa: SLF001 - the two classes are one component
+            if not self._throttle.add(_NAME, name):
                 return False
             self._name = name
         return True
@@ -100,15 +118,15 @@ class Attempt:
     def succeeded(self) -> None:
         """Take the attempt back, and forget the failures of the name."""
         if self._network:
-            self._throttle._networks.remove(self._network)  # noqa: SLF001
+            self._throttle.take_back(_NETWORK, self._network)
         if self._name is not None:
-            self._throttle._names.forget(self._name)  # noqa: SLF001
+            self._throttle.forget(self._name)
         self._network, self._name = "", None
 
     def withdrawn(self) -> None:
         """Take the attempt back: nothing was verified because the server could not."""
         if self._network:
-            self._throttle._networks.remove(self._network)  # noqa: SLF001
+            self._throttle.take_back(_NETWORK, self._network)
         if self._name is not None:
-            self._throttle._names.remove(self._name)  # noqa: SLF001
+            self._throttle.take_back(_NAME, self._name)
         self._network, self._name = "", None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib import resources
 from pathlib import Path
 
 import click
@@ -24,7 +26,7 @@ def _load(file: Path) -> Settings:
 
 @click.group(cls=OnceGroup)
 def config() -> None:
-    """Check, show and describe configuration files."""
+    """Check, show and describe configuration files; print a systemd unit, alert rules and a dashboard."""
 
 
 @config.command()
@@ -61,3 +63,27 @@ def show(file: Path | None, diff: bool) -> None:
 def describe() -> None:
     """Print every key with its description, bounds and default: a configuration file to start from."""
     click.echo(describe_all(), nl=False)
+
+
+@config.command()
+def unit() -> None:
+    """Print a systemd unit for `penstock serve`, with the sandboxing that it works with."""
+    program = shutil.which("penstock") or "/usr/bin/penstock"
+    click.echo(packaged("penstock.service").replace("@PENSTOCK@", program), nl=False)
+
+
+@config.command()
+def alerts() -> None:
+    """Print alert rules for Prometheus (YAML)."""
+    click.echo(packaged("alerts.yaml"), nl=False)
+
+
+@config.command()
+def dashboard() -> None:
+    """Print a dashboard for Grafana (JSON)."""
+    click.echo(packaged("dashboard.json"), nl=False)
+
+
+def packaged(name: str) -> str:
+    """Return the text of a file that the package brings along."""
+    return (resources.files("penstock.operations") / "files" / name).read_text(encoding="utf-8")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import click
 
 from penstock import __version__
+from penstock.cli.cluster import cluster
 from penstock.cli.config import config
+from penstock.cli.ctl import ctl
 from penstock.cli.judge import judge
 from penstock.cli.load import load
 from penstock.cli.serve import serve
 from penstock.cli.sink import sink
 from penstock.cli.spool import spool
+from penstock.cli.status import status
 from penstock.cli.top import top
 from penstock.cli.user import user
 
@@ -41,6 +44,9 @@ main.add_command(sink)
 main.add_command(load)
 main.add_command(judge)
 main.add_command(spool)
+main.add_command(cluster)
 main.add_command(config)
+main.add_command(status)
 main.add_command(top)
+main.add_command(ctl)
 main.add_command(user)

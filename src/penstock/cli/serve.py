@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import click
@@ -9,10 +10,14 @@ import msgspec
 
 from penstock.app import Server
 from penstock.cli.filecheck import tls_problems
+from penstock.cli.notify import ServiceManager
 from penstock.cli.once import OnceCommand
 from penstock.cli.running import listen_on, print_authority, run
-from penstock.cli.workers import indexes, supervise, work
+from penstock.cli.workers import indexes, needs_supervisor, supervise, work
 from penstock.config import ConfigError, Settings, load
+from penstock.spool.spool import SpoolError
+
+_replace = msgspec.structs.replace
 
 
 @click.command(cls=OnceCommand)
@@ -51,25 +56,35 @@ def serve(
     restarted.
 
     SIGTERM and SIGINT stop the server gracefully: idle clients receive 421, messages in progress are accepted for
-    server.grace seconds. A second signal stops it immediately.
+    server.grace seconds. A second signal stops it immediately. SIGHUP reads the configuration again, SIGUSR1 opens the
+    journal file again, SIGUSR2 writes the state of the server to the journal, SIGQUIT prints the stacks of the process.
     """
-    try:
+    if worker is not None:
+        work(worker)
+        return
+
+    def load_settings() -> Settings:
         settings = Settings() if config_file is None else load(config_file)
+        if data_dir is not None or config_file is None:
+            settings = _replace(settings, data_dir=str(Path(data_dir or settings.data_dir).absolute()))
+        if workers is not None:
+            settings = _replace(settings, server=_replace(settings.server, workers=workers))
+        return listen_on(settings, addresses)
+
+    try:
+        settings = load_settings()
     except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
-    if data_dir is not None or config_file is None:
-        settings = msgspec.structs.replace(settings, data_dir=str(Path(data_dir or settings.data_dir).absolute()))
-    settings = listen_on(settings, addresses)
-    if worker is not None:
-        work(settings, worker)
-        return
     wrong = tls_problems(settings)  # before OpenSSL prompts for a passphrase
     if wrong:
         raise click.ClickException("\n".join(wrong))
-    count = workers or settings.server.workers
-    wanted = indexes(settings, count)
-    if len(wanted) > 1:
-        supervise(settings, wanted, count)
+    try:
+        wanted = indexes(settings)
+    except (OSError, SpoolError, sqlite3.Error) as exc:
+        raise click.ClickException(str(exc)) from exc
+    manager = ServiceManager()
+    if needs_supervisor(settings, wanted, manager):
+        supervise(settings, load_settings, wanted, manager)
         return
 
     def announce(parts: Server) -> None:
@@ -77,4 +92,4 @@ def serve(
         click.echo(f"penstock: listening on {where}; {settings.delivery.kind} below {settings.data_dir}")
         print_authority(parts)
 
-    run(settings, announce)
+    run(settings, announce, load=load_settings)

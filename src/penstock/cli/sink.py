@@ -72,6 +72,8 @@ _LISTENER = ListenerSettings(
     is_flag=True,
     help="Allow addresses that other machines can reach, although they accept mail for every domain.",
 )
+@click.option("--user", metavar="NAME", help="Run as this user after the sockets are bound and the keys are read.")
+@click.option("--allow-root", is_flag=True, help="Allow root on addresses that other machines can reach.")
 @click.option("--json", "as_json", is_flag=True, help="Print the final counters as JSON.")
 @fault_options
 @receipt_options
@@ -84,6 +86,8 @@ def sink(
     sessions: int | None,
     is_open: bool,
     as_json: bool,
+    user: str | None,
+    allow_root: bool,
     config_file: Path | None,
     tls: str | None,
     certificate: str | None,
@@ -106,6 +110,7 @@ def sink(
     messages, sessions = messages or letters.messages, sessions or letters.sessions
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = _with_tls(_base(config_file, folder), tls, certificate, key)
+        settings = _as_user(settings, user, allow_root)
         settings = faults.prepare(settings, Path(folder) / "tls")
         if ca_file is not None:
             _copy(Path(folder) / "tls" / "ca.pem", ca_file)
@@ -176,6 +181,13 @@ def _with_tls(settings: Settings, mode: str | None, certificate: str | None, key
     return _replace(
         settings, listener=tuple(_replace(each, tls=_replace(each.tls, **changed)) for each in settings.listener)
     )
+
+
+def _as_user(settings: Settings, user: str | None, allow_root: bool) -> Settings:
+    """Return the settings with the options about the user applied."""
+    changed = {} if user is None else {"user": user, "group": ""}
+    server = _replace(settings.server, allow_root=settings.server.allow_root or allow_root, **changed)
+    return _replace(settings, server=server)
 
 
 def _copy(source: Path, target: Path) -> None:

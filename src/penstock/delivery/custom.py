@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from penstock.delivery.base import Delivery
+from penstock.delivery.base import ChecksCapacity, Delivery, Discards, Streams
 from penstock.loading import HookError, load_object
 from penstock.message import Message
 from penstock.reply import Reply
@@ -16,8 +16,9 @@ from penstock.transaction import Transaction
 def load_delivery(reference: str, arguments: Mapping[str, object] = {}) -> Delivery:
     """Return the delivery that a reference names: a class or function is called with the arguments.
 
-    An object that does not inherit from `Delivery` is one when it has an `accept(message, transaction)`; `start` and
-    `aclose` may be missing. Raise HookError when there is no such object, or when it is no delivery.
+    An object that does not inherit from `Delivery` is one when it has an `accept(message, transaction)`; `start`,
+    `aclose` and the methods of the other interfaces of penstock.delivery.base may be missing. Raise HookError when
+    there is no such object, or when it is no delivery.
     """
     made = load_object(reference, arguments)
     if isinstance(made, Delivery):
@@ -32,12 +33,24 @@ def load_delivery(reference: str, arguments: Mapping[str, object] = {}) -> Deliv
     return _Adopted(made)
 
 
+_OPTIONAL: Final = (
+    (ChecksCapacity, "check_capacity", 1),
+    (Discards, "discard", 2),
+    (Streams, "open", 1),
+)
+"""The interfaces that a delivery may have beside, their method, and its number of arguments."""
+
+
 class _Adopted(Delivery):
     """An object with an `accept`, as a delivery."""
 
     def __init__(self, adopted: Any) -> None:
         self.needs_body = bool(getattr(adopted, "needs_body", True))
         self._adopted = adopted
+        for interface, name, arguments in _OPTIONAL:
+            # A method of this name with other arguments has another purpose.
+            if isinstance(adopted, interface) and _accepts(getattr(adopted, name), arguments):
+                setattr(self, name, getattr(adopted, name))
 
     async def start(self) -> None:
         """Start it, where it has a `start`."""
@@ -55,3 +68,12 @@ class _Adopted(Delivery):
         """Close it, where it has an `aclose`."""
         if hasattr(self._adopted, "aclose"):
             await self._adopted.aclose()
+
+
+def _accepts(method: Any, arguments: int) -> bool:
+    """Return whether a function can be called with a number of arguments, and is not `async`."""
+    try:
+        inspect.signature(method).bind(*[None] * arguments)
+    except (TypeError, ValueError):
+        return False
+    return not inspect.iscoroutinefunction(method)

@@ -1,41 +1,43 @@
-"""Delivery into Maildirs (https://cr.yp.to/proto/maildir.html).
+"""Delivery into Maildirs: a message is on stable storage before its client hears 250.
 
-A message is written to `tmp`, synced, renamed to `new`, and the folder is synced: only then does the client hear 250.
-Where the recipients' folders differ, each gets a copy; all copies are on the disk before the first of them is renamed,
-so that a disk that fills up refuses the message for all of them and leaves nothing half-written.
+One thread writes for all sessions and for the relay (penstock.delivery.maildirfiles). It takes all messages that came
+since it last looked, and makes them durable together: a single message is written at once, and under load a batch is
+what came in while the one before was synced. There is no timer. A message that cannot be written affects no other one.
 
 The body stands in the file byte for byte, its line ends CR LF.
 """
 
 from __future__ import annotations
 
-import errno
-import itertools
-import os
+import queue
 import re
-import socket
-import time
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
+import outcome
 import trio
 
 from penstock import reply as replies
 from penstock.delivery.base import Delivery
+from penstock.delivery.maildirfiles import Copy, MaildirFiles, make_maildir, sweep
+from penstock.files import is_disk_full
 from penstock.message import Message
 from penstock.message import Path as MailPath
 from penstock.reply import Reply
 from penstock.transaction import Transaction
 
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_STALE: Final = 36 * 3600
-"""Seconds after which a file in tmp has no writer any more (the Maildir convention)."""
-_FOLDERS: Final = ("tmp", "new", "cur")
+_BATCH_OCTETS: Final = 16 << 20
+"""Octets of the messages that are written together: it bounds how long the first of them waits for the others."""
 _UNSAFE: Final = re.compile(rb"[^A-Za-z0-9_@+=.,~-]")
 _LONGEST_NAME: Final = 200
 """Octets of a folder's name; file systems allow 255."""
+
+Done = Callable[[outcome.Outcome[Reply]], None]
 
 
 class MaildirSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +50,16 @@ class MaildirSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             min_length=1,
         ),
     ] = "maildir"
-    writers: Annotated[int, msgspec.Meta(ge=1, le=256, description="Messages that are being synced at a time")] = 16
+    writers: Annotated[int, msgspec.Meta(ge=1, le=256, description="Messages that are written and synced together")] = (
+        256
+    )
+
+
+class _Job(NamedTuple):
+    """A message to be written."""
+
+    message: Message
+    done: Done
 
 
 class MaildirDelivery(Delivery):
@@ -57,72 +68,128 @@ class MaildirDelivery(Delivery):
     def __init__(self, settings: MaildirSettings, data_dir: Path) -> None:
         self._template = settings.path
         self._data_dir = data_dir
-        self._limiter = trio.CapacityLimiter(settings.writers)
-        self._numbers = itertools.count()
-        # The convention writes / and : of a host name as octal numbers.
-        self._host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
+        self._shared = None if "{" in settings.path else data_dir / settings.path
+        """The Maildir of all recipients; None if they have their own."""
+        self._most = settings.writers
+        self._files = MaildirFiles(is_synced=True)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._token: trio.lowlevel.TrioToken
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._over = trio.Event()
 
     async def start(self) -> None:
-        """Make the folder that needs no recipient, and sweep what a crash has left. Raise OSError."""
-        if "{" not in self._template:
-            folder = self._data_dir / self._template
-            await trio.to_thread.run_sync(_make_maildir, folder)
-            await trio.to_thread.run_sync(_sweep, folder / "tmp")
+        """Create the folder that needs no recipient, and sweep what a crash has left. Raise OSError."""
+        if self._shared is not None:
+            await trio.to_thread.run_sync(make_maildir, self._shared)
+            await trio.to_thread.run_sync(sweep, self._shared)
 
     async def accept(self, message: Message, transaction: Transaction) -> Reply:  # noqa: ARG002 - the interface
         """Deliver to all recipients, or to none: 452 4.3.1 when the disk is full, OSError for other errors."""
-        return await self.deliver(message)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self.deliver_later(message, partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
+        # Not cancelled: the thread reads the body, which its owner closes when this returns or raises.
+        reply: Reply = await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        return reply
 
-    async def deliver(self, message: Message) -> Reply:
-        """Deliver a message that has come from the spool. Return and raise what `accept` does."""
-        copies = self._copies(message)
-        try:
-            await trio.to_thread.run_sync(self._deliver, message, copies, limiter=self._limiter)
-        except OSError as exc:
-            if exc.errno in _FULL:
-                return replies.DISK_FULL.because(str(exc))
-            raise
-        return Reply(250, "2.0.0", f"Ok: delivered as {message.id}")
+    def deliver_later(self, message: Message, done: Done) -> None:
+        """Deliver a message, and call `done` in the trio thread with what `accept` returns or raises.
+
+        The body is needed until then. Raise trio.ClosedResourceError after `aclose`, RuntimeError if there is no
+        thread.
+        """
+        if self._is_closed:
+            raise trio.ClosedResourceError("the delivery is closed")
+        if self._thread is None:
+            self._token = trio.lowlevel.current_trio_token()
+            thread = threading.Thread(target=self._work, name="penstock-maildir", daemon=True)
+            thread.start()
+            self._thread = thread
+        self._jobs.put(_Job(message, done))
+
+    async def aclose(self) -> None:
+        """Deliver what was begun."""
+        self._is_closed = True
+        if self._thread is not None:
+            self._jobs.put(None)
+            with trio.CancelScope(shield=True):
+                await self._over.wait()
+
+    # ---- folders
 
     def folder_of(self, recipient: MailPath) -> Path:
         """Return the Maildir of a recipient. Two recipients never share one by accident, and no name leads out of it.
 
         Local parts are compared without case, as in Postfix.
         """
+        if self._shared is not None:
+            return self._shared
         local, domain = _escape(recipient.local.lower()), _escape(recipient.domain or "localhost")
         # Not str.format: the template is no format string.
         path = self._template.replace("{domain}", domain).replace("{local}", local)
         return self._data_dir / path
 
-    def _copies(self, message: Message) -> dict[Path, list[MailPath]]:
-        copies: dict[Path, list[MailPath]] = {}
+    def _copies(self, message: Message) -> list[Copy]:
+        """Return the files of a message, one for each folder."""
+        recipients: dict[Path, list[MailPath]] = {}
         for recipient in message.envelope.recipients:
-            copies.setdefault(self.folder_of(recipient.path), []).append(recipient.path)
-        return copies
+            recipients.setdefault(self.folder_of(recipient.path), []).append(recipient.path)
+        # RFC 5321 4.4: Return-Path at final delivery, and once.
+        sender = f"Return-Path: <{message.envelope.sender}>\r\n"
+        return [
+            Copy(folder, (sender + "".join(f"Delivered-To: {path}\r\n" for path in paths)).encode() + message.prefix)
+            for folder, paths in recipients.items()
+        ]
 
-    def _unique_name(self, message: Message) -> str:
-        """Return a name that no other delivery has: time, process, counter and message id, host."""
-        now = time.time_ns()
-        unique = f"M{now // 1000 % 1_000_000}P{os.getpid()}Q{next(self._numbers)}I{message.id}"
-        return f"{now // 1_000_000_000}.{unique}.{self._host}"
+    # ---- the thread
 
-    def _deliver(self, message: Message, copies: dict[Path, list[MailPath]]) -> None:
-        """Write all copies, then rename them all. Runs in a thread."""
-        name = self._unique_name(message)
-        written: list[Path] = []
+    def _work(self) -> None:
+        is_last = False
+        while not is_last:
+            batch, is_last = self._next_batch()
+            if batch:
+                results = self._write(batch)
+                with suppress(trio.RunFinishedError):  # the loop has crashed, and no task waits any more
+                    self._token.run_sync_soon(_answer, batch, results)
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._over.set)
+
+    def _next_batch(self) -> tuple[list[_Job], bool]:
+        """Wait for a message; return it with those that are already there, and whether it was the last batch."""
+        batch: list[_Job] = []
+        octets = _BATCH_OCTETS
+        job = self._jobs.get()
+        while job is not None:
+            batch.append(job)
+            octets -= job.message.size
+            if len(batch) >= self._most or octets <= 0 or self._jobs.empty():
+                break
+            job = self._jobs.get_nowait()
+        return batch, job is None
+
+    def _write(self, batch: list[_Job]) -> list[outcome.Outcome[Reply]]:
+        """Write a batch; whatever happens, there is a result for each message."""
         try:
-            for folder, recipients in copies.items():
-                _make_maildir(folder)
-                written.append(folder)
-                _write_copy(folder / "tmp" / name, message, recipients)
-        except BaseException:
-            for folder in written:
-                (folder / "tmp" / name).unlink(missing_ok=True)
-            raise
-        for folder in written:
-            (folder / "tmp" / name).rename(folder / "new" / name)
-        for folder in written:
-            _sync_folder(folder / "new")
+            written = self._files.write([(job.message, self._copies(job.message)) for job in batch])
+        except Exception as exc:  # noqa: BLE001 - a bug; the tasks that wait must be answered
+            if len(batch) == 1:
+                return [outcome.Error(exc)]
+            return [result for job in batch for result in self._write([job])]
+        return [_result(job, name_or_failure) for job, name_or_failure in zip(batch, written, strict=True)]
+
+
+def _result(job: _Job, written: str | Exception) -> outcome.Outcome[Reply]:
+    if isinstance(written, str):
+        return outcome.Value(Reply(250, "2.0.0", f"Ok: delivered as {job.message.id}"))
+    if is_disk_full(written):
+        return outcome.Value(replies.DISK_FULL.because(str(written)))
+    return outcome.Error(written)
+
+
+def _answer(batch: list[_Job], results: list[outcome.Outcome[Reply]]) -> None:
+    """Call back for all messages of a batch. Runs in the trio thread."""
+    for job, result in zip(batch, results, strict=True):
+        job.done(result)
 
 
 def _escape(name: str) -> str:
@@ -138,42 +205,3 @@ def _escape(name: str) -> str:
         escaped = f"%2E{escaped[1:]}"
     parts = [escaped[start : start + _LONGEST_NAME] for start in range(0, len(escaped), _LONGEST_NAME)]
     return "%/".join(parts)
-
-
-def _write_copy(path: Path, message: Message, recipients: Iterable[MailPath]) -> None:
-    head = f"Return-Path: <{message.envelope.sender}>\r\n"  # RFC 5321 4.4: at final delivery, and once
-    head += "".join(f"Delivered-To: {recipient}\r\n" for recipient in recipients)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb", buffering=64 * 1024) as file:  # noqa: PTH123 - of a descriptor
-        file.write(head.encode())
-        file.write(message.prefix)
-        file.writelines(message.body.chunks())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _make_maildir(folder: Path) -> None:
-    """Make a Maildir where there is none, so that it survives a power failure."""
-    if (folder / "new").is_dir():
-        return
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    for name in _FOLDERS:
-        (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-    for made in (folder, *(parent.parent for parent in missing)):
-        _sync_folder(made)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the files that a crash has left unfinished."""
-    oldest = time.time() - _STALE
-    for path in folder.iterdir():
-        if path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from penstock.message import Message, Recipient
 from penstock.reply import Reply
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.entry import Entry
-from penstock.spool.spool import Spool, SpoolFullError
+from penstock.spool.queue import DurableQueue
+from penstock.spool.spool import SpoolFullError
 from penstock.transaction import Transaction
 
 
@@ -23,8 +24,14 @@ class Relay(Protocol):
     def domain_of(self, recipient: Recipient) -> str:
         """Return the domain whose queue a recipient waits in."""
 
-    def takes(self, queues: Sequence[str], octets: int) -> bool:
-        """Say whether a message of so many octets would be attempted at once, so that it need not be read back."""
+    def reserve(self, queues: Sequence[str], octets: int) -> bool:
+        """Return whether a message of this size would be attempted at once, so that it need not be read back.
+
+        If so, memory is reserved for it until `release`.
+        """
+
+    def release(self, octets: int) -> None:
+        """Give back what `reserve` has reserved."""
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Attempt what was put as taken."""
@@ -33,7 +40,7 @@ class Relay(Protocol):
 class SpoolDelivery(Delivery):
     """Puts messages into the spool. Its 250 promises that the message survives a power failure."""
 
-    def __init__(self, spool: Spool, relay: Relay, space: DiskSpace) -> None:
+    def __init__(self, spool: DurableQueue, relay: Relay, space: DiskSpace) -> None:
         self._spool = spool
         self._relay = relay
         self._space = space
@@ -54,11 +61,14 @@ class SpoolDelivery(Delivery):
         if quarantine.startswith("route:"):
             queues = [quarantine] * len(queues)
         is_held = quarantine == "hold"
-        is_taken = not is_held and self._relay.takes(queues, message.size)
+        is_taken = not is_held and self._relay.reserve(queues, message.size)
         try:
             entries = await self._spool.put(message, queues, is_taken=is_taken, is_held=is_held)
         except (OSError, sqlite3.Error, SpoolFullError) as exc:
             return _refusal(exc)
+        finally:
+            if is_taken:
+                self._relay.release(message.size)
         self._space.count(message.size)
         if entries:
             self._relay.offer(entries)

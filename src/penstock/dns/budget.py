@@ -31,7 +31,8 @@ class Budget:
             return answer
         if self._questions <= 0:
             return Answer("failed", name=name, cause="too many DNS questions for one client")
+        seconds = self._deadline - trio.current_time()
+        if seconds <= 0:
+            return Answer("failed", name=name, cause="the DNS took too long")
         self._questions -= 1
-        with trio.move_on_at(self._deadline):
-            return await self._resolver.query(name, kind)
-        return Answer("failed", name=name, cause="the DNS took too long")
+        return await self._resolver.query(name, kind, seconds)

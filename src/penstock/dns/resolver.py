@@ -12,6 +12,7 @@ Rules
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -29,10 +30,12 @@ KINDS: Final[dict[Kind, int]] = {
     "A": 1, "NS": 2, "CNAME": 5, "PTR": 12, "MX": 15, "TXT": 16, "AAAA": 28, "TLSA": 52,
 }  # fmt: skip
 Status = Literal["found", "empty", "missing", "failed"]
-_MAX_QUESTIONS: Final = 2048
+_MAX_QUESTIONS: Final = 1024
 """Questions under way; more are answered FAILED at once."""
 _ROUNDS: Final = 3
 """How often each server is asked the same."""
+_SWEEP: Final = 0.05
+"""Seconds between two looks at the queries under way: they may wait so much longer."""
 _FAILURE_TTL: Final = 1.0
 _STALE_TTL: Final = 30.0
 _FOLLOWED_TTL: Final = 300.0
@@ -93,7 +96,8 @@ class _Pending:
 
     def __init__(self) -> None:
         self.answer: Answer | None = None
-        self.done = trio.Event()
+        self.done: trio.Event | None = None
+        """Made by the first task that waits for the answer of another: few do."""
 
 
 class Resolver:
@@ -118,6 +122,8 @@ class Resolver:
         self._cache: OrderedDict[tuple[str, Kind], _Entry] = OrderedDict()
         self._pending: dict[tuple[str, Kind], _Pending] = {}
         self._nursery: trio.Nursery | None = None
+        self._has_begun = trio.Event()
+        """Questions are under way; the sweeper waits for it."""
         self.statistics = ResolverStatistics()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -126,20 +132,33 @@ class Resolver:
             self._nursery = nursery
             try:
                 task_status.started()
-                await trio.sleep_forever()
+                await self._sweep()
             finally:
                 self._nursery = None
                 for server in self._servers:
                     server.close()
 
+    async def _sweep(self) -> None:
+        """End the queries whose time is over, while there are any; they have no timers of their own (server.py)."""
+        interval = min(_SWEEP, self._settings.timeout / 10)
+        while True:
+            await self._has_begun.wait()
+            while any(server.is_waiting for server in self._servers):
+                await trio.sleep(interval)
+                now = trio.current_time()
+                for server in self._servers:
+                    server.expire(now)
+            self._has_begun = trio.Event()
+
     def cached(self, name: str, kind: Kind) -> Answer | None:
         """Return an answer that is known without asking."""
         return self._cached((name.lower().rstrip("."), kind))
 
-    async def query(self, name: str, kind: Kind) -> Answer:
-        """Return the answer to a question, after at most `lifetime` seconds. A cached one is no checkpoint.
+    async def query(self, name: str, kind: Kind, seconds: float = math.inf) -> Answer:
+        """Return the answer to a question, after at most `lifetime` or `seconds`. A cached one is no checkpoint.
 
-        What is not a name of the DNS is "missing". Raise RuntimeError when the resolver does not run.
+        Tasks that want the same answer share one question, and the time of the task that has asked first. What is not a
+        name of the DNS is "missing". Raise RuntimeError when the resolver does not run.
         """
         key = (name.lower().rstrip("."), kind)
         while True:
@@ -149,6 +168,8 @@ class Resolver:
             pending = self._pending.get(key)
             if pending is None:
                 break
+            if pending.done is None:
+                pending.done = trio.Event()
             await pending.done.wait()
             if pending.answer is not None:
                 return pending.answer  # just asked for, however short its life is
@@ -157,10 +178,11 @@ class Resolver:
             return Answer("failed", name=key[0], cause="too many DNS questions at once")
         pending = self._pending[key] = _Pending()
         try:
-            pending.answer = await self._resolve(key)
+            pending.answer = await self._resolve(key, trio.current_time() + min(self._settings.lifetime, seconds))
         finally:
             del self._pending[key]
-            pending.done.set()
+            if pending.done is not None:
+                pending.done.set()
         return pending.answer
 
     # ---- the cache
@@ -180,13 +202,13 @@ class Resolver:
         while len(self._cache) > self._settings.cache_entries:
             self._cache.popitem(last=False)
 
-    async def _resolve(self, key: tuple[str, Kind]) -> Answer:
+    async def _resolve(self, key: tuple[str, Kind], deadline: float) -> Answer:
         """Ask, and cache the answer."""
         name, kind = asked, _ = key
         longest = self._settings.ttl_most
         for _ in range(codec.MAX_ALIASES):
             try:
-                response, authentic = await self._ask(asked, kind)
+                response, authentic = await self._ask(asked, kind, deadline)
             except NoResponseError as exc:
                 return self._failed(key, str(exc))
             except ValueError:
@@ -223,29 +245,27 @@ class Resolver:
 
     # ---- the servers
 
-    async def _ask(self, name: str, kind: Kind) -> tuple[Response, bool]:
+    async def _ask(self, name: str, kind: Kind, deadline: float) -> tuple[Response, bool]:
         """Return the first usable response, and whether it is authentic. Raise NoResponseError, ValueError."""
         nursery = self._nursery
         if nursery is None:
             raise RuntimeError("the resolver is not running")
-        codec.encode_query(0, name, KINDS[kind])  # a name that cannot be asked for is found before it costs anything
-        deadline = trio.current_time() + self._settings.lifetime
         cause = "no DNS server answers"
         useless: list[Server] = []
         for server in self._rounds():
-            remaining = deadline - trio.current_time()
-            if remaining <= 0:
+            now = trio.current_time()
+            if now >= deadline:
                 break
             if server in useless:
                 continue
             self.statistics.questions += 1
             was_open = server.is_open
             try:
-                response = await server.ask(nursery, name, KINDS[kind], min(self._settings.timeout, remaining))
+                response = await server.ask(name, KINDS[kind], min(now + self._settings.timeout, deadline))
             except NoResponseError as exc:
                 cause = str(exc)
                 if server.is_open and not was_open:
-                    nursery.start_soon(server.probe, nursery, self._probe_interval, self._settings.timeout)
+                    nursery.start_soon(server.probe, self._probe_interval, self._settings.timeout)
                 continue
             if response.rcode in (codec.NOERROR, codec.NXDOMAIN) and response.recursive:
                 return response, response.authentic and server.trust_ad
@@ -253,11 +273,15 @@ class Resolver:
             cause = f"{server.text}: {_describe(response)}"
         raise NoResponseError(cause)
 
+    def _begin(self) -> None:
+        self._has_begun.set()
+
     def _rounds(self) -> Iterator[Server]:
         """Yield the servers to ask, in order, again and again; those whose breaker is open are left out."""
         if not self._servers:
             found = self._addresses or system_servers()
-            self._servers = [Server(host, port, trust_ad=self._settings.trust_ad) for host, port in found]
+            trust_ad = self._settings.trust_ad
+            self._servers = [Server(host, port, trust_ad=trust_ad, began=self._begin) for host, port in found]
         for _ in range(_ROUNDS):
             yield from (server for server in self._servers if not server.is_open)
 

@@ -34,7 +34,7 @@ cdef class Histogram:
     cpdef reset(self)
 
     cdef inline void add(self, int64_t ns, uint64_t n) noexcept nogil:
-        """Count n durations of so many nanoseconds."""
+        """Count n durations, given in nanoseconds."""
         if n == 0:
             return
         if self.total == 0 or ns < self.least:

@@ -83,8 +83,8 @@ class Metrics:
     ) -> None:
         """Count nothing yet. `source` finds the mark of an accepted message in its transaction.
 
-        Without one it is the sender's local part, which is read in C. Where `reads_marks` is false, somebody else takes
-        the marks to `sequences`.
+        Without one it is the sender's local part, which is read in C. Where `reads_marks` is false, another component
+        takes the marks to `sequences`.
         """
     @property
     def reads_marks(self) -> bool:
@@ -192,4 +192,4 @@ class SessionMetrics:
     def loses(self, cause: str) -> None:
         """Count a message that had begun and will not end."""
     def ended(self, cause: str, received: int) -> None:
-        """Count the connection out, which has sent us so many octets. Does nothing the second time."""
+        """Count the end of the connection and the octets it has sent. Does nothing the second time."""

@@ -79,7 +79,7 @@ class Poller:
     def fd(self) -> int:
         """The descriptor of the set: readable when `poll` has something to do."""
     metrics: Metrics | None
-    """Told of each round, whose begin and end are the clocks of all meters; None when nobody counts."""
+    """Called at the start and end of each round, the clocks of all session metrics; None without metrics."""
     def __len__(self) -> int:
         """Return how many sockets are watched."""
     def watch(self, fd: int) -> Watch:
@@ -131,7 +131,7 @@ class Socket:
     def send_and_close_nowait(self, data: bytes) -> int:
         """Send and close: both leave in one packet. Return how many octets were sent; fewer than all: it is open still.
 
-        A lost connection counts as sent: nobody reads it.
+        A lost connection counts as sent: there is no reader.
         """
     def interrupt(self) -> None:
         """Wake the task that waits for the end of the turns; otherwise do nothing."""
@@ -160,7 +160,7 @@ def send(fd: int, data: Buffer, start: int = 0) -> int:
     """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError."""
 
 def recv(fd: int, octets: int) -> bytes | None:
-    """Receive up to so many octets: b"" at the end of the stream, None when there is nothing. Raise OSError."""
+    """Receive up to `octets` octets: b"" at the end of the stream, None when there is nothing. Raise OSError."""
 
 def close(fd: int) -> None:
     """Close a descriptor."""

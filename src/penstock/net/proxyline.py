@@ -35,7 +35,7 @@ class ProxyLine:
     consumed: int
     """Octets of the header."""
     is_local: bool
-    """LOCAL or UNKNOWN: there is no client behind the proxy, or it is not known. Use the addresses of the socket."""
+    """LOCAL or UNKNOWN: the proxy has no client, or does not know it. Use the addresses of the socket."""
     source_address: str = ""
     source_port: int = 0
     destination_address: str = ""

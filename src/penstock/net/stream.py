@@ -28,7 +28,7 @@ from trio.lowlevel import (
 )
 
 from penstock.net import _poller
-from penstock.net._poller import Poller, Socket, Watch
+from penstock.net._poller import Poller, Socket
 
 if TYPE_CHECKING:
     from penstock.net._poller import Receiver
@@ -159,46 +159,35 @@ class SocketStream(trio.abc.HalfCloseableStream):
             watch.is_readable = False
         return received
 
-    async def run_protocol(self, protocol: Any) -> int:
-        """Let a protocol (penstock.net._poller) take turns until it leaves something to this task.
+    async def run_turns(self, protocol: Any) -> int:
+        """Let a protocol (penstock.net._poller) take turns until it leaves something to this task. Needs a poller.
 
-        With a poller this task sleeps meanwhile; it is woken to send what the socket does not take. Return the octets
-        received last, 0 at the end of the stream, -1 when a turn without octets has ended the turns or the wait was
+        The task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, and -1 when a turn
+        without octets has ended the turns, the socket has not taken all of the output (`take_unsent`), or the wait was
         interrupted. Raise BrokenResourceError when the connection is lost, and whatever a turn raises.
         """
         watch = self._watch
+        assert watch is not None
         protocol.wants_turn = False
-        while True:
-            output: bytes | None = None
-            if watch is None or watch.is_readable:
-                if self._turns >= _TURNS:
-                    self._turns = 0
-                    await checkpoint()
-                received = await self.fill(protocol) if watch is None else self._fill_nowait(protocol)
-                if received < 0:
-                    continue
-                if received:
-                    output = protocol.data_received(received)
-            else:
-                received = await self._sleep_through_turns(watch, protocol)
-                output, watch.unsent = watch.unsent, None
-            if output is None:
-                return received
-            if output:
-                await self.send_now(output)
-            while protocol.wants_turn:
-                protocol.wants_turn = False
-                await checkpoint()
-                output = protocol.data_received(0)
-                if output is None:
-                    return -1
-                await self.send_now(output)
-
-    async def _sleep_through_turns(self, watch: Watch, protocol: Any) -> int:
-        """Leave the turns to the poller until it wakes this task. Return what `run_protocol` does."""
-        self._turns = 0
         if self._is_receiving:
             self._conflict("receiving")
+        while watch.is_readable:
+            if self._turns >= _TURNS:
+                self._turns = 0
+                await checkpoint()
+            received = self._fill_nowait(protocol)
+            if received < 0:
+                continue
+            output: bytes | None = protocol.data_received(received) if received else None
+            if output is None:
+                return received
+            sent = self._socket.send_nowait(output) if output else 0
+            if sent < len(output):
+                watch.unsent = output[sent:]
+                return -1
+            if protocol.wants_turn:
+                return -1
+        self._turns = 0
         self._is_receiving = True
         watch.protocol = protocol
         watch.reader = current_task()
@@ -208,8 +197,35 @@ class SocketStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
             self._is_receiving = False
-        self._check_open()
+        if self._socket.fd < 0:
+            self._check_open()
         return received
+
+    def take_unsent(self) -> bytes | None:
+        """Return the output of the last turn that the socket has not taken, and forget it."""
+        watch = self._watch
+        assert watch is not None
+        unsent, watch.unsent = watch.unsent, None
+        return unsent
+
+    async def run_protocol(self, protocol: Any) -> int:
+        """Let a protocol take turns until it leaves something to this task, like `run_turns`; send what is unsent.
+
+        Works without a poller, too. Return the octets received last, 0 at the end of the stream, -1 when a turn
+        without octets has ended the turns or the wait was interrupted.
+        """
+        while True:
+            output: bytes | None
+            if self._watch is None:
+                received = await self.fill(protocol)
+                output = protocol.data_received(received) if received else None
+            else:
+                received = await self.run_turns(protocol)
+                output = self.take_unsent()
+            if output is None:
+                return received
+            if output:
+                await self.send_now(output)
 
     def interrupt(self) -> None:
         """End the wait of a task in `run_protocol`, with -1; do nothing where none sleeps there. Needs a poller."""
@@ -258,7 +274,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
     def send_and_close_nowait(self, data: bytes) -> int:
         """Send and close: both leave in one packet. Return how many octets were sent; fewer than all: it is open still.
 
-        A lost connection counts as sent: nobody reads it.
+        A lost connection counts as sent: there is no reader.
         """
         return self._socket.send_and_close_nowait(data)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal, Protocol
+from typing import Annotated, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 import trio
@@ -76,8 +76,54 @@ def server_context(settings: TlsSettings, certificate: Path, key: Path | None = 
     context.minimum_version = ssl.TLSVersion.TLSv1_3 if settings.minimum == "1.3" else ssl.TLSVersion.TLSv1_2
     if settings.ciphers:
         context.set_ciphers(settings.ciphers)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate, key, password=_no_passphrase)
     return context
+
+
+def _no_passphrase() -> str:
+    """Refuse an encrypted key: without this, OpenSSL would ask on the terminal."""
+    raise ValueError("the private key is encrypted")
+
+
+class KeyPair(NamedTuple):
+    """A certificate chain and its key as read from their files, for another process or for later."""
+
+    chain: bytes
+    """PEM; the first certificate is that of the server."""
+    key: bytes
+    """PEM."""
+
+    @classmethod
+    def read(cls, certificate: Path, key: Path | None = None) -> KeyPair:
+        """Read the files. Raise OSError."""
+        chain = certificate.read_bytes()
+        return cls(chain, chain if key is None else key.read_bytes())
+
+    def context(self, settings: TlsSettings) -> ssl.SSLContext:
+        """Return the context of a listener. Raise OSError or ssl.SSLError (an OSError) when they are of no use.
+
+        OpenSSL reads files only: they are files in memory, because a worker may not be allowed to read the real ones.
+        """
+        with _in_memory(self.chain) as chain, _in_memory(self.key) as key:
+            return server_context(settings, chain, key)
+
+    def binding(self) -> bytes:
+        """Return the tls-server-end-point channel binding (RFC 5929 4.1)."""
+        return _binding(self.chain)
+
+    def not_after(self) -> float:
+        """Return the Unix time at which the certificate expires."""
+        return _not_after(self.chain)
+
+
+@contextmanager
+def _in_memory(data: bytes) -> Iterator[Path]:
+    """Yield the name of a file that exists in memory only."""
+    with open(os.memfd_create("penstock", os.MFD_CLOEXEC), "w+b", buffering=0) as file:  # noqa: PTH123 - of a descriptor
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+        yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
 class Agreed(Protocol):
@@ -189,7 +235,20 @@ def end_point_binding(certificate: Path) -> bytes:
 
     It is the hash of the certificate with the hash of its signature, and SHA-256 in the place of MD5 and SHA-1.
     """
-    leaf = x509.load_pem_x509_certificates(certificate.read_bytes())[0]
+    return _binding(certificate.read_bytes())
+
+
+def certificate_not_after(certificate: Path) -> float:
+    """Return the Unix time at which a certificate expires. Raise OSError or ValueError."""
+    return _not_after(certificate.read_bytes())
+
+
+def _not_after(chain: bytes) -> float:
+    return x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc.timestamp()
+
+
+def _binding(chain: bytes) -> bytes:
+    leaf = x509.load_pem_x509_certificates(chain)[0]
     used = leaf.signature_hash_algorithm
     weak = used is None or isinstance(used, hashes.MD5 | hashes.SHA1)
     return leaf.fingerprint(hashes.SHA256() if weak or used is None else used)

@@ -114,6 +114,8 @@ class Pipeline:
         """`judge` has the built-in checks."""
         guards = [_Guard(policy, settings, journal) for policy, settings in policies]
         self.judge = judge
+        self.unjudged = self if judge is None else Pipeline(policies, journal, None, thresholds)
+        """The same policies without the built-in checks."""
         self._thresholds = thresholds
 
         def watching(hook_point: str) -> tuple[_Asked, ...]:

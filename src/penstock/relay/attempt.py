@@ -77,6 +77,8 @@ class Attempt:
         while self._hop + 1 < len(self._hops):
             self._hop += 1
             hop = self._hops[self._hop]
+            if self._route_queue.is_hop_suspended(hop):
+                continue  # since the attempt has begun
             try:
                 self._dispatcher.pool.deliver_later(
                     hop, self._envelope(), entry.prefix, entry.body, entry.size, self._done

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
+import outcome
 import trio
 
 from penstock.journal import Journal
@@ -15,7 +18,7 @@ from penstock.relay.recorder import AttemptRecorder
 from penstock.relay.scheduler import Scheduler
 from penstock.reply import Reply
 from penstock.spool.diskspace import DiskSpace
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
 
 
 class Mailboxes(Protocol):
@@ -24,11 +27,11 @@ class Mailboxes(Protocol):
     async def start(self) -> None:
         """Open what it needs. Raise OSError."""
 
-    async def deliver(self, message: Message) -> Reply:
-        """Deliver to all recipients, or to none of them."""
+    def deliver_later(self, message: Message, done: Callable[[outcome.Outcome[Reply]], None]) -> None:
+        """Deliver to all recipients, or to none of them, then call `done` in the trio thread."""
 
     async def aclose(self) -> None:
-        """Give everything back."""
+        """Finish what was begun, and give everything back."""
 
 
 class Gateway:
@@ -37,7 +40,7 @@ class Gateway:
     def __init__(
         self,
         *,
-        spool: Spool,
+        spool: DurableQueue,
         disk_space: DiskSpace,
         pool: Pool,
         recorder: AttemptRecorder,
@@ -45,8 +48,15 @@ class Gateway:
         local: Mailboxes,
         journal: Journal,
         grace: float,
+        services: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        beside: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`grace` is how many seconds transactions with next hops have to end when the gateway stops."""
+        """`grace` is how many seconds transactions with next hops have to end when the gateway stops.
+
+        The spool is opened and closed within `services`; `beside` runs as long as the relay.
+        """
+        self._services = services
+        self._beside = beside
         self.spool = spool
         self.scheduler = scheduler
         self.pool = pool
@@ -66,6 +76,10 @@ class Gateway:
         Raise OSError, sqlite3.Error or SpoolError if the spool cannot be opened. All sessions must have ended before
         `stop`, as the spool is closed then.
         """
+        async with self._services():
+            await self._run(task_status)
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         self.spool.report_bug = partial(self._journal.error, 0, "spool")
         recovered = await self.spool.start()
         try:
@@ -74,11 +88,12 @@ class Gateway:
             with self._work:
                 await self._relay(task_status)
         finally:
-            self.scheduler.close()
             with trio.CancelScope(shield=True):
+                self.scheduler.stop()
+                await self._local.aclose()  # what was delivered is recorded
+                self.scheduler.close()
                 await self._recorder.flush()
                 await self.spool.aclose()
-                await self._local.aclose()
             self.over.set()
 
     async def _relay(self, task_status: trio.TaskStatus[None]) -> None:
@@ -88,6 +103,8 @@ class Gateway:
             await nursery.start(self.pool.run)
             await nursery.start(self.scheduler.run)
             nursery.start_soon(Operators(self.scheduler, self._recorder).run)
+            if self._beside is not None:
+                nursery.start_soon(self._beside)
             task_status.started()
             await self._is_stopping.wait()
             self.scheduler.stop()

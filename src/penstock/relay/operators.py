@@ -70,8 +70,8 @@ class Operators:
                 if action == "bounce":
                     withdrawn += await self._spool.take_rows(at_rest)
                 else:
+                    await self._spool.obey(action, sorted(ours), at_rest)
                     ours.update(at_rest)
-                    await self._spool.obey(action, sorted(ours))
             except Exception:
                 for entry in withdrawn:
                     self._scheduler.give_back(entry)

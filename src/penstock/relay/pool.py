@@ -176,6 +176,13 @@ class Pool:
             return 0
         return hop.limits.connections * 2 if host_pool is None else host_pool.room(trio.current_time())
 
+    def hop_states(self) -> dict[str, tuple[int, int]]:
+        """Return the next hops in use: 1, or 0 for one that is backing off; and its open connections."""
+        return {
+            host_pool.hop.name: (0 if host_pool.breaker.is_open else 1, host_pool.connections)
+            for host_pool in self._host_pools.values()
+        }
+
     def down_until(self, hop: Hop) -> float:
         """Return when a hop whose breaker is open may be tried again, in trio's time; 0 if it is not open."""
         host_pool = self._host_pools.get(hop)
@@ -458,6 +465,11 @@ class HostPool:
     def has_connections(self) -> bool:
         """A connection is open or being opened."""
         return bool(self._open or self._openings)
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open or being opened."""
+        return len(self._open) + sum(each.connection is None for each in self._openings)
 
     def ungreeted(self) -> int:
         """Return how many connections wait for the socket or the greeting."""

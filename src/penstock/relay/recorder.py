@@ -22,13 +22,17 @@ from penstock.relay.bounce import Action, Reporter, wants
 from penstock.relay.hop import Outcome, Result
 from penstock.spool.entry import AttemptRecord, Entry, Row
 from penstock.spool.entry import Outcome as End
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
 
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
 """Seconds before a spool that could not be written is tried again."""
 _LAST_TRIES: Final = 3
 """Tries at shutdown."""
+_BUG_PAUSE: Final = 300.0
+"""Seconds until a recipient is tried again whose failure could not be reported."""
+
+_PLACES: Final = {Outcome.DELIVERED: 0, Outcome.DEFERRED: 1, Outcome.FAILED: 2}
 
 DomainOf = Callable[[Recipient], str]
 
@@ -39,6 +43,8 @@ class _Report(NamedTuple):
     action: Action
     entry: Entry
     results: list[tuple[Recipient, Result]]
+    rows: list[int]
+    """The numbers of the recipients in `results`."""
     entries: list[Entry]
     """All entries of the message that the report covers; their bodies are closed once it is written."""
 
@@ -48,7 +54,7 @@ class AttemptRecorder:
 
     def __init__(
         self,
-        spool: Spool,
+        spool: DurableQueue,
         backoff: Backoff,
         reporter: Reporter,
         domain_of: DomainOf,
@@ -64,6 +70,8 @@ class AttemptRecorder:
         self._clock = clock
         self.on_put_off: Callable[[float], None] = _ignore
         """Gets the earliest time at which something that was written is due again."""
+        self.on_result: Callable[[str, int, int, float], None] | None = None
+        """Gets the results of attempts, for statistics: queue, 0 delivered, 1 deferred, 2 failed, recipients, age."""
         self._records: list[AttemptRecord] = []
         self._reports: dict[tuple[int, Action], _Report] = {}
         """By message and action: one report for all recipients of a message whose attempts end together."""
@@ -94,6 +102,8 @@ class AttemptRecorder:
         the results are those of an earlier attempt.
         """
         result = results[0]
+        if self.on_result is not None and not is_backing_off:
+            self._count(entry, results, is_stopping)
         if len(results) == 1 and result.kind is Outcome.DELIVERED and entry.envelope.recipients[0].notify is None:
             row = entry.rows[0]
             self._records.append(AttemptRecord(row.number, row.queue, End.DELIVERED))
@@ -106,6 +116,13 @@ class AttemptRecorder:
             self._conclude(entry, results, is_final, is_stopping, "backing off: " if is_backing_off else "")
         if not self._has_something.is_set():
             self._has_something.set()
+
+    def _count(self, entry: Entry, results: Sequence[Result], is_stopping: bool) -> None:
+        assert self.on_result is not None
+        age = self._clock() - entry.received_at
+        for result, row in zip(results, entry.rows, strict=False):
+            if not (is_stopping and result.kind is Outcome.DEFERRED and not result.is_said):  # it was no attempt
+                self.on_result(row.queue, _PLACES[result.kind], 1, age)
 
     def give_back(self, entry: Entry, when: float) -> None:
         """Record that there was no attempt after all: the recipients are due again at a time."""
@@ -141,16 +158,17 @@ class AttemptRecorder:
             action = _action(recipient, record, result, had_delay=row.delay_told, is_final=is_final)
             reports = action is not None and bool(entry.envelope.sender.text)
             if reports and action is not None:
-                self._report(action, entry, recipient, result)
+                self._report(action, entry, recipient, row, result)
                 has_report = True
             self._log(entry, recipient, row, record, result, has_report=reports)
         if not has_report:
             entry.body.close()
 
-    def _report(self, action: Action, entry: Entry, recipient: Recipient, result: Result) -> None:
+    def _report(self, action: Action, entry: Entry, recipient: Recipient, row: Row, result: Result) -> None:
         """Add a recipient to the report on its message."""
-        report = self._reports.setdefault((entry.number, action), _Report(action, entry, [], [entry]))
+        report = self._reports.setdefault((entry.number, action), _Report(action, entry, [], [], [entry]))
         report.results.append((recipient, result))
+        report.rows.append(row.number)
         if report.entries[-1] is not entry:
             report.entries.append(entry)
 
@@ -214,14 +232,15 @@ class AttemptRecorder:
             return
         self._writing = len(records)
         with trio.CancelScope(shield=True):  # what was recorded is only here
-            messages = [await self._make(report) for report in reports]
-        addressed = [(message, [self._domain_of(to) for to in message.envelope.recipients]) for message in messages]
+            made = [(report, await self._make(report)) for report in reports]
+        messages = [message for _, message in made if message is not None]
+        records = self._without(records, [report for report, message in made if message is None])
         pause, tried = _FIRST_PAUSE, 0
         while True:
             try:
                 # Whether a transaction that was cancelled has been committed is unknown.
                 with trio.CancelScope(shield=True):
-                    await self._spool.record(records, addressed)
+                    await self._spool.record(records, messages)
             except Exception as exc:  # noqa: BLE001 - whatever it is: what has ended must be written, or is done twice
                 self._journal.error(0, "spool", exc)
                 tried += 1
@@ -251,11 +270,25 @@ class AttemptRecorder:
             later = self._reports.setdefault((report.entry.number, report.action), report)
             if later is not report:
                 later.results[:0] = report.results
+                later.rows[:0] = report.rows
                 later.entries[:0] = report.entries
         self._writing = 0
 
-    async def _make(self, report: _Report) -> Message:
-        """Return the message of a report."""
+    def _without(self, records: list[AttemptRecord], reports: Sequence[_Report]) -> list[AttemptRecord]:
+        """Return the records, with the failures deferred that could not be reported: no sender is left without word."""
+        failed = {row for report in reports if report.action == "failed" for row in report.rows}
+        if not failed:
+            return records
+        when = self._clock() + _BUG_PAUSE
+        return [
+            record._replace(outcome=End.DEFERRED, reply=f"no report: {record.reply}", next_try=when)
+            if record.row in failed
+            else record
+            for record in records
+        ]
+
+    async def _make(self, report: _Report) -> tuple[Message, Sequence[str]] | None:
+        """Return the message of a report and its domain queues; None if there is a bug."""
         entry, now = report.entry, self._clock()
         until = self.backoff.expires(entry.received_at) if report.action == "delayed" else None
         original = Message(entry.id, entry.envelope, entry.prefix, entry.body, entry.received_at)
@@ -265,13 +298,18 @@ class AttemptRecorder:
             return self._reporter.report(report.action, original, report.results, now, retry_until=until)
 
         try:
-            message = make() if is_at_hand else await trio.to_thread.run_sync(make)
-        except Exception as exc:  # noqa: BLE001 - if the body cannot be read, a report without it is still sent
+            try:
+                message = make() if is_at_hand else await trio.to_thread.run_sync(make)
+            except Exception as exc:  # noqa: BLE001 - if the body cannot be read, a report without it is still sent
+                self._journal.error(0, "report", exc)
+                original = original._replace(body=CountedBody(0))
+                message = make()
+            queues = [self._domain_of(to) for to in message.envelope.recipients]
+        except Exception as exc:  # noqa: BLE001 - a bug in one report must not end the relay
             self._journal.error(0, "report", exc)
-            original = original._replace(body=CountedBody(0))
-            message = make()
+            return None
         self._journal.reported(message.id, entry.id, report.action, entry.envelope.sender)
-        return message
+        return message, queues
 
 
 def _ignore(_: float) -> None:

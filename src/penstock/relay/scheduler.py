@@ -29,9 +29,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Final, Literal, Protocol
 
 import msgspec
+import outcome
 import trio
 
 from penstock.dns.exchangers import ResolveError
@@ -49,7 +51,7 @@ from penstock.relay.route import Route, Routes
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
 from penstock.spool.entry import Entry, HopState
-from penstock.spool.spool import Spool
+from penstock.spool.queue import DurableQueue
 
 _TAKERS: Final = 4
 """Tasks that take mail from the spool."""
@@ -95,7 +97,7 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = 67_108_864
     local_writers: Annotated[
         int, msgspec.Meta(ge=1, le=1024, description='Messages that a route to "maildir" delivers at a time')
-    ] = 32
+    ] = 512
     smtputf8_downgrade: Annotated[
         Literal["refuse", "send"],
         msgspec.Meta(
@@ -111,8 +113,8 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class LocalDelivery(Protocol):
     """Delivery into mailboxes on this machine; see penstock.delivery.base."""
 
-    async def deliver(self, message: Message) -> Reply:
-        """Deliver to all recipients, or to none of them."""
+    def deliver_later(self, message: Message, done: Callable[[outcome.Outcome[Reply]], None]) -> None:
+        """Deliver to all recipients, or to none of them, then call `done` in the trio thread."""
 
 
 class Scheduler:
@@ -121,7 +123,7 @@ class Scheduler:
     def __init__(
         self,
         settings: RelaySettings,
-        spool: Spool,
+        spool: DurableQueue,
         pool: Pool,
         routes: Routes,
         recorder: AttemptRecorder,
@@ -154,6 +156,9 @@ class Scheduler:
         self.held = 0
         """Messages in memory, waiting or being delivered."""
         self._octets = 0
+        self._claimed = 0
+        self._claimed_octets = 0
+        """Memory reserved for messages that are being put into the spool, or taken from it."""
         self.is_running = False
         self._has_space = trio.Event()
         self._look = trio.Event()
@@ -170,11 +175,16 @@ class Scheduler:
 
     # ---- for those who put messages into the spool
 
-    def takes(self, queues: Sequence[str], octets: int) -> bool:
-        """Return whether a message for these queues would be attempted at once, so that it need not be read back."""
+    def reserve(self, queues: Sequence[str], octets: int) -> bool:
+        """Return whether a message for these queues would be attempted at once, so that it need not be read back.
+
+        If so, memory is reserved for it: call `release` before `offer`, or when the message could not be put.
+        """
         settings = self._settings
         most = settings.memory_messages // 2
         if not self.is_running or self.held >= most or self._octets + octets > settings.memory_octets // 2:
+            return False
+        if self._is_full(octets):
             return False
         if self.recorder.waiting > settings.memory_messages:
             return False
@@ -183,7 +193,14 @@ class Scheduler:
             queue = self._queues.get(name)
             if queue is not None and (queue.is_down or queue.is_suspended or len(queue.fresh) >= share):
                 return False
-        return not self.suspended or self.suspended.isdisjoint(queues)
+        if self.suspended and not self.suspended.isdisjoint(queues):
+            return False
+        self._claim(1, octets)
+        return True
+
+    def release(self, octets: int) -> None:
+        """Give back what `reserve` has reserved."""
+        self._claim(-1, -octets)
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Attempt what was put as taken: the recipients of a message that have the same route together."""
@@ -293,6 +310,21 @@ class Scheduler:
         self._octets -= entry.size
         if not self._has_space.is_set():
             self._has_space.set()
+
+    def _claim(self, messages: int, octets: int) -> None:
+        """Reserve memory, or give it back if the numbers are negative."""
+        self._claimed += messages
+        self._claimed_octets += octets
+        if messages < 0 and not self._has_space.is_set():
+            self._has_space.set()
+
+    def _is_full(self, octets: int) -> bool:
+        """Return whether there is no space for another message of this size, with what is reserved."""
+        settings = self._settings
+        return (
+            self.held + self._claimed >= settings.memory_messages
+            or self._octets + self._claimed_octets + octets > settings.memory_octets
+        )
 
     def _note_due(self, name: str, *, is_asked_for: bool = False) -> None:
         queue = self._queue(name)
@@ -430,8 +462,7 @@ class Scheduler:
             name = "maildir" if route.is_local else (route_queue.only or route.first)[0].name
             self.journal.attempted(entry.id, entry.envelope.recipients, name, entry.rows[0].attempts)
         if route.is_local:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._deliver_locally, route_queue, entry)
+            self._deliver_locally(route_queue, entry)
             return
         hops: Sequence[Hop] = route_queue.only or route.order(self._random)
         if route_queue.suspended:
@@ -504,20 +535,30 @@ class Scheduler:
             queue.resume_at = resume_at
             self._end_all(queue, result, is_backing_off=route_queue.reason is not None)
 
-    async def _deliver_locally(self, route_queue: RouteQueue, entry: Entry) -> None:
-        """Deliver a message into mailboxes."""
+    def _deliver_locally(self, route_queue: RouteQueue, entry: Entry) -> None:
+        """Deliver a message into mailboxes. What has been begun is finished, also when the relay is cancelled."""
         assert self._local is not None
         message = Message(entry.id, entry.envelope, entry.prefix, entry.body, entry.received_at)
+        done = partial(self._delivered_locally, route_queue, entry)
         try:
-            with trio.CancelScope(shield=True):  # only the disk is waited for, and a delivery is made as a whole
-                reply = await self._local.deliver(message)
+            self._local.deliver_later(message, done)
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            done(outcome.Error(exc))
+
+    def _delivered_locally(self, route_queue: RouteQueue, entry: Entry, result: outcome.Outcome[Reply]) -> None:
+        """Record what became of a message. Does not raise: others of the same batch follow."""
+        if isinstance(result, outcome.Error):  # what is wrong with our disk is not reported to senders
+            self.journal.error(0, "maildir", result.error)
+            ended = Result(Outcome.DEFERRED, "the mailbox cannot be written", "4.2.0", "", is_said=False)
+        else:
+            reply = result.unwrap()
             kind = Outcome.DELIVERED if reply.accepts else Outcome.FAILED if reply.is_permanent else Outcome.DEFERRED
-            text, status = f"{reply.code} {reply.status or ''} {reply.text}", reply.status or f"{reply.code // 100}.0.0"
-        except Exception as exc:  # noqa: BLE001 - rule 6; what is wrong with our disk is not reported to senders
-            self.journal.error(0, "maildir", exc)
-            kind, text, status = Outcome.DEFERRED, "the mailbox cannot be written", "4.2.0"
-        result = Result(kind, text, status, "", is_said=False)
-        self.sent(route_queue, entry, [result] * len(entry.rows), is_final=True)
+            status = reply.status or f"{reply.code // 100}.0.0"
+            ended = Result(kind, f"{reply.code} {reply.status or ''} {reply.text}", status, "", is_said=False)
+        try:
+            self.sent(route_queue, entry, [ended] * len(entry.rows), is_final=True)
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            self.journal.error(0, "relay", exc)
 
     # ---- what operators ask for (see relay/operators.py)
 
@@ -604,8 +645,7 @@ class Scheduler:
     async def _keep_taking(self) -> None:
         """Take mail of the queues that want it, in their order."""
         async for queue in self._to_take:
-            settings = self._settings
-            while self.held >= settings.memory_messages or self._octets >= settings.memory_octets:
+            while self._is_full(1):
                 if self._has_space.is_set():  # otherwise another taker waits for it
                     self._has_space = trio.Event()
                 await self._has_space.wait()
@@ -623,8 +663,10 @@ class Scheduler:
     async def _take(self, queue: DomainQueue) -> None:
         """Take some mail of a queue. Raise what keeps the spool from returning it."""
         settings = self._settings
-        limit = max(1, min(self._batch_of(queue), settings.memory_messages - self.held))
-        octets = max(1, settings.memory_octets - self._octets)
+        limit = min(self._batch_of(queue), settings.memory_messages - self.held - self._claimed)
+        # A share of what is left: the other takers need some, too.
+        octets = max(1, (settings.memory_octets - self._octets - self._claimed_octets) // _TAKERS)
+        claimed = limit, octets
         now = self._clock()
         queue.has_due = False  # set again by what comes meanwhile
         key = self._route_key(queue.name)
@@ -632,9 +674,13 @@ class Scheduler:
         def same_route(name: str) -> bool:
             return name not in self.suspended and self._route_key(name) == key
 
-        entries = await self.spool.take(
-            queue.name, now, limit, octets, now + _CLAIM, None if key is None else same_route
-        )
+        self._claim(*claimed)
+        try:
+            entries = await self.spool.take(
+                queue.name, now, limit, octets, now + _CLAIM, None if key is None else same_route
+            )
+        finally:
+            self._claim(-claimed[0], -claimed[1])
         rows = 0
         for entry in entries:
             rows += len(entry.rows)

@@ -12,8 +12,9 @@ lost or overtaken, whenever octets arrive.
 
 Rules
 -----
-1. Only waiting for the client can be cut short (a timeout, the end of the server): `_wait` is the one place. A message
-   that is being committed is committed, and its reply is sent, because the client sends again what was not answered.
+1. Only waiting for the client can be cut short (a timeout, the end of the server), by `expire`: in `next_event` and
+   `_wait`. A message that is being committed is committed, and its reply is sent, because the client sends again what
+   was not answered.
 2. What happens without waiting is a synchronous handler, named `..._now`; it returns False to leave the event to the
    task. Listeners without policies have synchronous handlers for nearly everything.
 3. A bug costs one connection: 421 to the client, a traceback in the journal (RFC 5321 3.8).
@@ -102,6 +103,10 @@ class Host(Protocol):
 class Faults(Protocol):
     """The component that makes a connection misbehave (penstock.sink.injector)."""
 
+    @property
+    def are_possible(self) -> bool:
+        """Return False when nothing can go wrong before the first command."""
+
     async def open(self) -> None:
         """Do what happens before the connection is admitted. Raise BrokenResourceError to end it."""
 
@@ -129,11 +134,25 @@ class _Dismissed(Exception):  # noqa: N818 - no error, but the end of a wait
 class Connection:
     """A client, its stream and its session. `run` is the task of one connection."""
 
-    __slots__ = (
-        "_clocks", "_has_ended", "_is_admitted", "_is_sending", "_login", "_paused", "_received_ahead", "_scope",
-        "_socket", "_started", "faults", "final_reply", "incoming", "listener", "messages", "metrics",
-        "number", "peer", "pump", "session", "stream", "texts", "transaction", "worker",
-    )  # fmt: skip
+    # What most connections never change is an attribute of the class, so that making one costs less.
+    faults: Faults | None = None
+    incoming: IncomingMessage | CountedMessage | None = None
+    """The message that is being received; its text has begun and not ended."""
+    texts = 0
+    """Texts begun so far."""
+    messages = 0
+    """Messages accepted so far."""
+    final_reply: Reply | None = None
+    """What the client is dismissed with at the next wait."""
+    _login: Login | None = None
+    _clocks: Deadlines | None = None
+    _paused = False
+    _scope: trio.CancelScope | None = None
+    _is_sending = False
+    """A reply or a handshake is on its way; after a cut, half of it may be."""
+    _received_ahead = b""
+    _rest = b""
+    """The part of the 221 that the socket has not taken."""
 
     def __init__(
         self,
@@ -148,39 +167,23 @@ class Connection:
         """`is_admitted` says that the limits have counted the client in already; otherwise `run` asks them."""
         self.stream = stream
         """What is read and written: the socket, or TLS or a paced stream on top of it."""
-        self._socket = stream if isinstance(stream, SocketStream) and stream.has_poller else None
+        self._socket = stream if type(stream) is SocketStream and stream.has_poller else None
         """The stream, while the pump may use it directly; None where every octet goes through `stream`."""
         self.peer = peer
         self.listener = listener
         self.worker = worker
         self.number = number
         """What the journal calls it."""
-        self.transaction = Transaction(peer, listener.name)
-        self.transaction.number = number
-        pattern = listener.session
-        self.session = session = pattern.fresh(pattern.wire.fresh(), self.transaction)
-        self.metrics = None if listener.metrics is None else listener.metrics.new_session()
-        session.metrics = self.metrics
-        self.faults: Faults | None = None
-        self.pump = Pump(session, listener.sync_handlers, self)
-        self.use_sync_handlers(True)
-        self.incoming: IncomingMessage | CountedMessage | None = None
-        """The message that is being received; its text has begun and not ended."""
-        self.texts = 0
-        """Texts begun so far."""
-        self.messages = 0
-        """Messages accepted so far."""
-        self.final_reply: Reply | None = None
-        """What the client is dismissed with at the next wait."""
-        self._login: Login | None = None
-        self._clocks: Deadlines | None = None
-        self._paused = False
-        self._scope: trio.CancelScope | None = None
-        self._is_sending = False
-        """A reply or a handshake is on its way; after a cut, half of it may be."""
+        self.transaction = transaction = Transaction(peer, listener.name)
+        transaction.number = number
+        self.session = session = listener.session.fresh(listener.session.wire.fresh(), transaction)
+        self.metrics = metrics = None if listener.metrics is None else listener.metrics.new_session()
+        session.metrics = metrics
+        self.pump = pump = Pump(session, listener.sync_handlers, self)
+        pump.counting = listener.counts
+        if worker.is_stopping:
+            self.use_sync_handlers(False)
         self._is_admitted = is_admitted
-        self._has_ended = False
-        self._received_ahead = b""
         self._started = trio.current_time()
         for component in listener.components:
             component(self)
@@ -193,7 +196,12 @@ class Connection:
         self.worker.connections.add(self)
         try:
             if await self._open():
-                cause = await self._converse()
+                while (event := await self.next_event()) is not None and event is not CLOSED:
+                    if self.faults is None:
+                        await self.HANDLERS[type(event)](self, event)
+                    else:
+                        await self.faults.handle(event)
+                cause = self._cause(event)
         except _Dismissed:
             assert self.final_reply is not None
             cause = self.final_reply.text
@@ -210,33 +218,18 @@ class Connection:
             await self._dismiss(replies.UNEXPECTED)
         finally:
             try:
-                self.drop_message(cause)
-                await self._close()
+                if not self._leave(cause):
+                    await self._close()
             finally:
                 self._end(cause)
-                if self.transaction.evidence is not None:
-                    self.listener.pipeline.close(self.transaction)
         if self.listener.pipeline.disconnect:
             await self.listener.pipeline.on_disconnect(self.transaction)
 
-    async def _converse(self) -> str:
-        """Handle events until the conversation is over. Return why it is."""
-        while True:
-            event = await self.next_event()
-            if event is None:
-                return "the client closed the connection"
-            if event is CLOSED:
-                if self.session.has_quit and self.pump.tls is None:
-                    return "QUIT"  # `_close` sends the 221 together with the end of the stream
-                await self.send_output()
-                return "QUIT" if self.session.has_quit else "the session ended"
-            await self._dispatch(event)
-
-    async def _dispatch(self, event: Event) -> None:
-        if self.faults is None:
-            await self.HANDLERS[type(event)](self, event)
-        else:
-            await self.faults.handle(event)
+    def _cause(self, last: Event | None) -> str:
+        """Return why the conversation is over, whose last event was CLOSED or None."""
+        if last is None:
+            return "the client closed the connection"
+        return "QUIT" if self.session.has_quit else "the session ended"
 
     async def handle(self, event: Event) -> None:
         """Handle an event as if there were no faults."""
@@ -247,38 +240,51 @@ class Connection:
 
         What was said before is sent first, in one piece with the replies to whatever else has come.
         """
+        pump = self.pump
         while True:
-            event: Event | None = self.pump.advance()
-            if event is NEED_DATA or event is TURN_OVER:
-                await self.send_output()
-                if event is TURN_OVER:
-                    await trio.lowlevel.checkpoint()
-                    continue
-                if self.worker.is_stopping and not self.is_receiving:
-                    self.expire(replies.SHUTTING_DOWN)
-                event = await self._wait_for_event()
-                if event is NEED_DATA:
-                    continue
-            return event
-
-    async def _wait_for_event(self) -> Event | None:
-        """Wait until octets have come. Return the event that the pump could not handle, NEED_DATA to go on."""
-        if self._socket is None:
-            data = await self._wait(self.stream.receive_some, _READ_OCTETS)
-            if not data:
+            event: Event | None = pump.advance()
+            if event is not NEED_DATA and event is not TURN_OVER:
+                return event
+            output = pump.take_output()
+            if output:
+                await self._send_octets(output)
+            self._check_dismissal()
+            if event is TURN_OVER:
+                await trio.lowlevel.checkpoint()
+            elif self._socket is None:
+                if not await self._receive():
+                    return None
+            elif pump.has_ended:
                 return None
-            self.pump.feed(data)
-            return NEED_DATA
-        if self.pump.has_ended:
-            return None
-        received = await self._wait(self._socket.run_protocol, self.pump)
-        event: Event | None = self.pump.take_event()
-        if event is not None:
-            return event
-        return None if received == 0 else NEED_DATA
+            else:
+                received = await self._socket.run_turns(pump)
+                event = pump.take_event()
+                if event is not None:
+                    return event
+                unsent = self._socket.take_unsent()
+                if unsent:
+                    await self._send_octets(unsent)
+                elif received == 0:
+                    return None
+
+    async def _receive(self) -> bool:
+        """Receive through the stream, where the pump cannot. Return False at its end."""
+        data = await self._wait(self.stream.receive_some, _READ_OCTETS)
+        self.pump.feed(data)
+        return bool(data)
+
+    def _check_dismissal(self) -> None:
+        """Raise _Dismissed when the client is to be sent the final reply."""
+        if self.worker.is_stopping and not self.is_receiving:
+            self.expire(replies.SHUTTING_DOWN)
+        if self.final_reply is not None:
+            raise _Dismissed
 
     async def _wait(self, wait: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        """Await something that depends on the client. Raise _Dismissed when it is dismissed meanwhile."""
+        """Await something that depends on the client. Raise _Dismissed when it is dismissed meanwhile.
+
+        The turns of the pump need no cancel scope: `expire` interrupts them.
+        """
         if self.final_reply is None:
             with trio.CancelScope() as scope:
                 self._scope = scope
@@ -291,14 +297,15 @@ class Connection:
     async def _open(self) -> bool:
         """Do what comes before the first command. Return False when there will be none."""
         listener, pipeline = self.listener, self.listener.pipeline
-        if self.faults is not None:
+        if self.faults is not None and self.faults.are_possible:
             await self.faults.open()
-        if listener.must_announce(self.peer) and not await self._read_proxy():
+        if listener.proxy_networks and listener.must_announce(self.peer) and not await self._read_proxy():
             return False
         refusal = None if self._is_admitted else self.worker.admit(self.peer)
         if refusal is None:
             self._is_admitted = True
-            listener.journal.connected(self.number, self.peer, listener.name)
+            if listener.journal.logs_connections:
+                listener.journal.connected(self.number, self.peer, listener.name)
             if listener.is_implicit_tls:
                 await self.start_tls()
             if pipeline.connect:
@@ -308,7 +315,7 @@ class Connection:
                 refusal = await self._wait_in_silence(pipeline.judge)
         if refusal is None:
             self.session.greet()
-            return self.faults is None or await self.faults.greet()
+            return self.faults is None or not self.faults.are_possible or await self.faults.greet()
         listener.journal.rejected_connection(self.number, self.peer, listener.name, refusal)
         if self._is_admitted or not listener.is_implicit_tls:  # a reply in the clear would only break a handshake
             self.session.greet(refusal)
@@ -403,11 +410,8 @@ class Connection:
         if not wanted or self.worker.is_stopping:  # then the task has to see the end of the message
             pump.sync_handlers, pump.counting = {}, None
             return
-        handlers = listener.sync_handlers
-        pump.sync_handlers = (
-            {event: handler for event, handler in handlers.items() if event not in but} if but else handlers
-        )
-        pump.counting = None if listener.journal.logs_mail else listener.discards
+        pump.sync_handlers = listener.sync_handlers_but(but) if but else listener.sync_handlers
+        pump.counting = listener.counts
 
     # ---- timeouts and the end
 
@@ -417,6 +421,8 @@ class Connection:
             self.final_reply = final_reply
             if self._scope is not None:
                 self._scope.cancel()
+            elif self._socket is not None:
+                self._socket.interrupt()
 
     def check_deadlines(self, now: float) -> None:
         """Dismiss the client when one of its timeouts is over."""
@@ -487,13 +493,25 @@ class Connection:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError):
             self._socket.send_nowait(self.pump.take_output())
 
+    def _leave(self, cause: str) -> bool:
+        """Forget an unfinished message, and answer a QUIT without TLS. Return False if there is more to do."""
+        if self.is_receiving:
+            self.drop_message(cause)
+        socket = self._socket
+        if socket is None or not self.session.has_quit or self.pump.tls is not None or self._has_cut_output:
+            return False
+        output = self.pump.take_output()
+        sent = socket.send_and_close_nowait(output)  # one packet has the 221 and the end of the stream
+        self._rest = output[sent:]
+        return not self._rest
+
     async def _close(self) -> None:
         """Send what is left, and close the stream."""
         lost = (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
         socket, pump = self._socket, self.pump
-        output = b""
+        output = self._rest
         with suppress(*lost):
-            output = b"" if self._has_cut_output else pump.take_output()
+            output += b"" if self._has_cut_output else pump.take_output()
         if socket is None:
             with trio.move_on_after(_LINGER, shield=True), suppress(*lost):
                 await self.stream.send_all(output)
@@ -502,10 +520,7 @@ class Connection:
             await trio.aclose_forcefully(self.stream)
             return
         with suppress(*lost):
-            if self.session.has_quit and pump.tls is None:
-                sent = socket.send_and_close_nowait(output)  # one packet has the reply and the end of the stream
-            else:
-                sent = socket.send_nowait(output)
+            sent = socket.send_nowait(output)
             if sent < len(output):
                 if not self.session.has_quit:
                     return  # dismissed, and it does not read
@@ -530,24 +545,23 @@ class Connection:
 
     def _end(self, cause: str) -> None:
         """Count the connection out and let everything go."""
-        if self._has_ended:
-            return
-        self._has_ended = True
-        session, octets = self.session, self.pump.octets
+        session, pump, journal = self.session, self.pump, self.listener.journal
         if self.metrics is not None:
-            self.metrics.ended("QUIT" if session.has_quit else cause, octets)
+            self.metrics.ended("QUIT" if session.has_quit else cause, pump.octets)
+        if self.transaction.evidence is not None:
+            self.listener.pipeline.close(self.transaction)
         if self._is_admitted:
             self.worker.release(self.peer)
-            seconds = trio.current_time() - self._started
-            self.listener.journal.disconnected(
-                self.number, self.peer, self.messages + self.pump.messages, session.errors, octets, seconds, cause
-            )
+            if journal.logs_connections:
+                seconds = trio.current_time() - self._started
+                messages = self.messages + pump.messages
+                journal.disconnected(self.number, self.peer, messages, session.errors, pump.octets, seconds, cause)
         if self._socket is not None:
             self._socket.close_nowait()
         if self.faults is not None:
             self.faults.close()
             self.faults = None
-        self.pump.close()
+        pump.close()
         self.worker.ended(self)
 
     # ---- TLS
@@ -733,7 +747,7 @@ class Connection:
         self.session.reply(reply)
 
     def _on_end_of_message_now(self, event: EndOfMessage) -> bool:
-        """Count a message that nobody keeps, and journal it."""
+        """Count a message that is not kept, and journal it."""
         listener, transaction = self.listener, self.transaction
         assert listener.discards is not None
         self.incoming = None
@@ -748,7 +762,7 @@ class Connection:
         return True
 
     def _is_looping(self, incoming: IncomingMessage | CountedMessage) -> bool:
-        """Say whether a message has passed so many servers that it must be looping (RFC 5321 6.3)."""
+        """Return True if a message has passed more servers than `max_hops`: it is looping (RFC 5321 6.3)."""
         most = self.listener.max_hops
         return bool(most) and incoming.received_fields() >= most
 

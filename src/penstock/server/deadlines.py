@@ -42,7 +42,7 @@ class Deadlines:
         """Return the final reply for a connection that has taken too long.
 
         `commands` counts the lines that are complete: a client that sends an octet from time to time is idle. `text`
-        is the number of the text that is being received, 0 when there is none; `octets` are those received so far.
+        is the number of the text that is being received, 0 without one; `octets` are those received so far.
         """
         is_late = False
         if text:
@@ -96,9 +96,13 @@ class Sweeper:
 
     def __init__(self, shortest_timeout: float) -> None:
         """Look every second, or four times in the shortest timeout."""
-        self._interval = max(0.05, min(1.0, shortest_timeout / 4))
+        self.look_for(shortest_timeout)
         self.watched: set[Any] = set()
         """The connections it looks after (each a `HasDeadlines`): add and remove as they come and go."""
+
+    def look_for(self, shortest_timeout: float) -> None:
+        """Look every second, or four times in the shortest timeout."""
+        self._interval = max(0.05, min(1.0, shortest_timeout / 4))
 
     async def run(self) -> None:
         """Look from time to time, until cancelled."""

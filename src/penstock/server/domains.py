@@ -35,7 +35,7 @@ class Domains:
 def has_routing(local_part: str) -> bool:
     """Return whether an unquoted local part asks for a route: `user%remote`, `remote!user` or `user@remote`.
 
-    A next hop may obey such a route after it has removed our domain, and would relay for anybody: we are a trusted
+    A next hop may obey such a route after it has removed our domain, and would relay for any client: we are a trusted
     client there. Compatibility characters (a full-width @) count, because the next hop may normalize them.
     """
     if not local_part.isascii():

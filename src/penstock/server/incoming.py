@@ -40,8 +40,8 @@ class IncomingMessage:
         """The message on its way to the next hop, where it is passed on while it comes."""
         if head is not None and listener.streams is not None:
             self.flow = listener.streams.open(head)
-        self.head = head if self.flow is not None else None
-        """The message without its body, where it is being passed on already."""
+        self.head = head
+        """The message without its body, for a delivery that may begin before the end of the text."""
 
     def add_nowait(self, chunk: bytes) -> bool:
         """Keep a chunk in memory. Return False, and keep nothing, when it does not fit: then `await add(chunk)`."""

@@ -1,23 +1,26 @@
 """Limits of connections, and admission before the greeting.
 
-Every counter here is bounded: those of networks end with their window (penstock.window).
+The counters are in memory that all workers share, and bounded (ext/shared.pyx).
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Annotated, Final
 
 import msgspec
-import trio
 
 from penstock import reply as replies
 from penstock.addresses import parse_address, parse_network
+from penstock.metrics._shared import SharedTable
+from penstock.metrics.families import REFUSED_BY
+from penstock.metrics.segment import private_table
 from penstock.reply import Reply
-from penstock.window import SlidingWindow
 
-_MINUTE: Final = 60.0
+_REFUSALS: Final = (replies.TOO_BUSY, replies.TOO_MANY_FROM_HERE, replies.TOO_FAST_FROM_HERE)
+"""In the order of REFUSED_BY."""
 
 
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,7 +68,14 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may come in. A network is an IPv4 address or an IPv6 /64."""
 
-    connections: Annotated[int, msgspec.Meta(ge=1, description="Connections of a worker")] = 20_000
+    shared: Annotated[
+        bool,
+        msgspec.Meta(
+            description="The limits of this table, and those of next hops, are for all workers together; otherwise for "
+            "each of them"
+        ),
+    ] = True
+    connections: Annotated[int, msgspec.Meta(ge=1, description="Connections")] = 20_000
     per_network: Annotated[int, msgspec.Meta(ge=1, description="Connections of a network")] = 200
     per_network_per_minute: Annotated[
         int, msgspec.Meta(ge=1, description="New connections of a network in a minute")
@@ -81,40 +91,57 @@ class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class Admission:
-    """Counts connections: in total, of a network, of a network in a minute. Asked before the greeting."""
+    """Counts connections: in total, of a network, of a network in a minute. Asked before the greeting.
 
-    def __init__(self, settings: AdmissionSettings, clock: Callable[[], float] = trio.current_time) -> None:
+    The counts are those of all workers that share the table. Each looks before it counts: with connections at the same
+    time, a limit may be exceeded by as many as there are workers less one; otherwise it is exact.
+    """
+
+    def __init__(
+        self,
+        settings: AdmissionSettings,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        table: SharedTable | None = None,
+        note_refusal: Callable[[str], None] | None = None,
+    ) -> None:
+        """`table` is that of all workers, by default one of its own; `clock` is the same one for all of them.
+
+        `note_refusal` is called with one of REFUSED_BY for each refusal.
+        """
         self._settings = settings
+        self._clock = clock
+        self._table = private_table() if table is None else table
+        self._note_refusal = note_refusal
         self._exempt = [parse_network(network) for network in settings.exempt]
         self._is_exempt = functools.lru_cache(maxsize=65_536)(self._find_exempt)
-        self._of_network: dict[str, int] = {}
-        self._recent = SlidingWindow(_MINUTE, clock)
         self.total = 0
-        """Connections that are open."""
+        """Connections that this worker has open."""
 
     def admit(self, network: str) -> Reply | None:
         """Count a connection in and return None, or return why not."""
-        settings = self._settings
-        if self.total >= settings.connections:
-            return replies.TOO_BUSY
+        settings, table = self._settings, self._table
+        if table.total >= settings.connections:
+            return self._refuse(0)
         if not self._is_exempt(network):
-            if self._of_network.get(network, 0) >= settings.per_network:
-                return replies.TOO_MANY_FROM_HERE
-            if self._recent.count(network) >= settings.per_network_per_minute:
-                return replies.TOO_FAST_FROM_HERE
-            self._recent.add(network)
-            self._of_network[network] = self._of_network.get(network, 0) + 1
+            refused = table.enter(network, settings.per_network, settings.per_network_per_minute, self._clock())
+            if refused:
+                return self._refuse(refused)
+        table.count_total(1)
         self.total += 1
         return None
+
+    def _refuse(self, place: int) -> Reply:
+        if self._note_refusal is not None:
+            self._note_refusal(REFUSED_BY[place])
+        return _REFUSALS[place]
 
     def release(self, network: str) -> None:
         """Count a connection out that was admitted."""
         self.total -= 1
-        left = self._of_network.get(network, 0) - 1
-        if left > 0:
-            self._of_network[network] = left
-        else:
-            self._of_network.pop(network, None)
+        self._table.count_total(-1)
+        if not self._is_exempt(network):
+            self._table.leave(network)
 
     def _find_exempt(self, network: str) -> bool:
         if not network:

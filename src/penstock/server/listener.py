@@ -1,4 +1,4 @@
-"""What all connections of one listener share. Made once by penstock.app, never changed after."""
+"""What all connections of one listener share. Made by penstock.app, never changed after: a reload makes another."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from penstock.delivery.base import ChecksCapacity, Delivery, Discards, Streams
 from penstock.journal import Journal
 from penstock.message import MessageIds, Path
 from penstock.metrics._session import Metrics
+from penstock.metrics._shared import ListenerTotals
 from penstock.policy.pipeline import Pipeline
 from penstock.reply import Reply
 from penstock.server.body import BodySettings, MemoryBudget
@@ -114,6 +115,8 @@ class Listener:
     """TLS begins with the first octet (RFC 8314 3)."""
     binding: ChannelBinding | None = None
     """The channel binding of the certificate (RFC 5929 4)."""
+    certificate_not_after: float = 0.0
+    """Unix time at which the certificate expires; 0 without TLS."""
     max_hops: int = 50
     """`Received:` fields of a message before it counts as looping (RFC 5321 6.3); 0 does not look."""
     delivery: Delivery
@@ -126,7 +129,7 @@ class Listener:
     """Where bodies go that do not stay in memory."""
     journal: Journal
     ids: MessageIds
-    metrics: Metrics | None = None
+    metrics: Metrics | ListenerTotals | None = None
     """What counts the replies and the latencies of all sessions; None counts nothing."""
     components: tuple[Component, ...] = ()
     """Called with each new connection."""
@@ -137,12 +140,16 @@ class Listener:
     """The body will be read, so it has to be kept."""
     discards: Discards | None = field(init=False)
     """The delivery, when it keeps nothing and no policy sees a message before it."""
+    counts: Discards | None = field(init=False)
+    """`discards`, when no line of the journal is made about a message."""
     checks_capacity: ChecksCapacity | None = field(init=False)
     """The delivery, when it can say before a message comes that there is no space for it."""
     streams: Streams | None = field(init=False)
     """The delivery, when it begins with a message before its end, and no policy sees the message before it."""
     sync_handlers: SyncHandlers = field(init=False)
     """The events of a connection that need no task."""
+    _fewer_handlers: dict[frozenset[type], SyncHandlers] = field(init=False, default_factory=dict)
+    """One entry for each component that leaves events out."""
 
     def __post_init__(self) -> None:
         delivery, pipeline = self.delivery, self.pipeline
@@ -156,16 +163,26 @@ class Listener:
         )
         if pipeline.reset:
             session.intercepted_verbs = frozenset({NUMBER["RSET"]})
+        discards = delivery if isinstance(delivery, Discards) and not keeps else None
         made = {
             "session": session,
             "keeps_body": keeps,
-            "discards": delivery if isinstance(delivery, Discards) and not keeps else None,
+            "discards": discards,
+            "counts": None if self.journal.logs_mail else discards,
             "checks_capacity": checks_capacity,
             "streams": delivery if isinstance(delivery, Streams) and not pipeline.message else None,
         }
         for name, value in made.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "sync_handlers", Connection.sync_handlers_for(self))
+
+    def sync_handlers_but(self, but: frozenset[type]) -> SyncHandlers:
+        """Return the `sync_handlers` without those of some events; they are the same for all connections."""
+        handlers = self._fewer_handlers.get(but)
+        if handlers is None:
+            handlers = {event: handler for event, handler in self.sync_handlers.items() if event not in but}
+            self._fewer_handlers[but] = handlers
+        return handlers
 
     def must_announce(self, peer: Peer) -> bool:
         """Say whether a client is one of the proxies that have to begin with a PROXY header."""

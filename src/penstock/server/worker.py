@@ -1,7 +1,8 @@
 """A worker: listening sockets, one nursery task per connection, one sweeper, one journal writer.
 
 On shutdown, listeners close at once; sessions get a grace period. `stop` may be called from the task of a signal
-handler or from a test; `run` returns when the last session is over.
+handler or from a test; `run` returns when the last session is over. A worker that drains refuses mail in the same way,
+but keeps its listeners, and can resume.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Final
 
 import trio
 
+from penstock import reply as replies
 from penstock.journal import Journal
 from penstock.metrics._session import Metrics
 from penstock.net._poller import HAS_EPOLL, Poller, close, send
@@ -30,12 +32,14 @@ _JOURNAL_INTERVAL: Final = 0.25
 """Seconds a journal line may wait before it is written."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BoundListener:
-    """A listening socket and what its connections share."""
+    """A listening socket and what its new connections share, which a reload replaces."""
 
     socket: Socket
     listener: Listener
+    number: int = 0
+    """Which listener of the settings it is."""
     is_own: bool = True
     """No other process listens there: the path of a unix socket is removed at the end."""
 
@@ -72,13 +76,14 @@ class Worker:
         """The connections that are open."""
         self.admission = admission
         self.is_stopping = False
+        """No new mail is accepted: the worker drains or ends. Connections leave as soon as they receive no message."""
         self.sessions = 0
         """Connections so far, those that were refused before the greeting among them."""
         self._listeners = listeners
         self._sweeper = sweeper
         self._journal = journal
         self._write_journal = write_journal
-        self._grace = grace
+        self.grace = grace
         self._ended = ended
         self._nursery: trio.Nursery | None = None
         self._poller = Poller() if HAS_EPOLL else None
@@ -154,17 +159,31 @@ class Worker:
 
     def stop(self) -> None:
         """Stop accepting; dismiss idle clients, and let messages that are being received arrive within the grace."""
-        if self.is_stopping:
+        if self._stop_wanted.is_set():
             return
-        self.is_stopping = True
         self._stop_wanted.set()
         self._journal.stopping(len(self.connections))
         for scope in self._accepting:
             scope.cancel()
-        for connection in list(self.connections):
-            connection.stop(self._grace)
+        self.drain()
         # Whatever does not end by then (a hook, a disk that hangs) ends with this.
-        self._serving.deadline = trio.current_time() + self._grace * 2
+        self._serving.deadline = trio.current_time() + self.grace * 2
+
+    def drain(self) -> None:
+        """Answer new clients with 421; dismiss idle ones, and let messages arrive within the grace."""
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        for connection in list(self.connections):
+            connection.stop(self.grace)
+
+    def resume(self) -> None:
+        """Undo `drain`. A worker that stops goes on stopping."""
+        self.is_stopping = self._stop_wanted.is_set()
+
+    def watch_timeouts(self, shortest: float) -> None:
+        """Look often enough for timeouts of `shortest` seconds and more."""
+        self._sweeper.look_for(shortest)
 
     def abort(self) -> None:
         """End every session now, also where a message is being received."""
@@ -175,17 +194,17 @@ class Worker:
 
     async def _accept(self, bound: BoundListener) -> None:
         """Accept connections until the worker stops."""
-        listener, (address, port) = bound.listener, bound.local_address
+        ends = bound.local_address
 
-        def serve(fd: int, client_address: str, client_port: int) -> None:
-            self._serve(fd, Peer(client_address, client_port, address, port), listener)
+        def serve(fd: int, address: str, port: int) -> None:
+            self._serve(fd, Peer(address, port, *ends), bound.listener)
 
         def report_shortage(exc: OSError) -> None:
             self._journal.error(0, "accept", exc)
 
         with trio.CancelScope() as scope:
             self._accepting.append(scope)
-            if not self.is_stopping:  # `stop` may have been called before this task has begun
+            if not self._stop_wanted.is_set():  # `stop` may have been called before this task has begun
                 await accept_forever(bound.socket, serve, report_shortage, self._poller)
         close_listener(bound.socket, unlinks=bound.is_own)
 
@@ -193,6 +212,9 @@ class Worker:
         """Give an accepted socket its connection and its task, or refuse it before it costs either."""
         assert self._nursery is not None
         self.sessions += 1
+        if self.is_stopping:
+            self._refuse(fd, peer, listener, replies.SHUTTING_DOWN)
+            return
         is_admitted = not listener.proxy_networks  # the client behind a proxy is known later
         if is_admitted:
             refusal = self.admit(peer)

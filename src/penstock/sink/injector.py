@@ -81,7 +81,7 @@ def fault_injection(engine: FaultEngine, certificates: Certificates | None = Non
         pattern = connection.listener.session
         if pattern.watched_prefixes != prefixes:
             pattern.watch(prefixes)  # for all later connections of the listener
-        connection.session.watch(prefixes)
+            connection.session.watch(prefixes)
         connection.faults = FaultInjector(connection, engine, magic, used)
 
     return attach
@@ -109,27 +109,28 @@ _NO_TEXT: Final = _Text(0, ())
 class FaultInjector:
     """The faults of one connection (penstock.server.connection.Faults)."""
 
-    __slots__ = (
-        "_auto_accept", "_certificates", "_connection", "_engine", "_has_magic", "_intercepted", "_magic", "_session",
-        "_text", "_tls_fault",
-    )  # fmt: skip
+    _has_magic = False
+    """A magic recipient was named on this connection."""
+    _tls_fault: TlsFault | None = None
+    """What spoils the next handshake."""
+    _text = _NO_TEXT
+    """The text that is being received, if its begin was seen here; see `_current_text`."""
 
     def __init__(self, connection: Connection, engine: FaultEngine, magic: Magic, certificates: Certificates) -> None:
         self._connection = connection
-        self._session = connection.session
+        self._session = session = connection.session
         self._engine = engine
         self._magic = magic
         self._certificates = certificates
-        self._auto_accept = connection.session.auto_accept
-        self._intercepted = connection.session.intercepted_verbs
-        self._has_magic = False
-        """A magic recipient was named on this connection."""
-        self._tls_fault: TlsFault | None = None
-        """What spoils the next handshake."""
-        self._text = _NO_TEXT
-        """The text that is being received, if its begin was seen here; see `_current_text`."""
+        self._auto_accept = session.auto_accept
+        self._intercepted = session.intercepted_verbs
         engine.followers.add(self)
         self.follow()
+
+    @property
+    def are_possible(self) -> bool:
+        """Return False when nothing can go wrong before the first command."""
+        return self._engine.is_armed
 
     def follow(self) -> None:
         """Look again whether anything can go wrong. May be called in any thread."""

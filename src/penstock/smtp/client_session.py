@@ -249,7 +249,7 @@ class ClientSession:
         yield from self._authenticate()
 
     def _expect_handshake(self) -> None:
-        """Raise ProtocolError if clear text follows the 220: anybody may have inserted it (RFC 3207 6)."""
+        """Raise ProtocolError if clear text follows the 220: an attacker may have inserted it (RFC 3207 6)."""
         if not self._reader.is_empty:
             raise ProtocolError("the server sent something between STARTTLS and TLS")
         self._step = Step.HANDSHAKE

@@ -30,6 +30,7 @@ cdef class ServerSession:
     cdef public object observer         # called with each token of the wire, and with OUTPUT_TAKEN
     cdef public SessionMetrics metrics  # None counts nothing
     cdef public int turn_limit          # commands that one call of next_event may answer; 0 is no limit
+    cdef int _turn_left
     cdef readonly int commands          # lines read so far
     cdef readonly int errors            # replies 5xx so far, but for unknown recipients
     cdef readonly int unknown           # recipients refused with 5xx

@@ -100,6 +100,8 @@ AUTO_ACCEPT_MAIL: Final = 2
 AUTO_ACCEPT_RCPT: Final = 4
 AUTO_ACCEPT_QUIT: Final = 8
 
+_SLOW_COMMAND: Final = 8
+"""What a MAIL or RCPT that needs the whole grammar counts for in a turn: it takes about as long as 8 others."""
 OUTPUT_TAKEN: Final = -1
 """What an observer is called with before the output is taken; otherwise it is called with each token of the wire."""
 
@@ -168,7 +170,7 @@ class ServerSession:
     metrics: Any
     """The SessionMetrics that count replies and latencies (penstock.metrics); None counts nothing."""
     turn_limit: int
-    """Commands that one call of `next_event` may answer; 0 is no limit."""
+    """Commands that one call of `next_event` may answer, costly ones counted several times; 0 is no limit."""
     commands: int
     """Lines read so far."""
     errors: int
@@ -321,7 +323,7 @@ class ServerSession:
             raise RuntimeError(f"{self._event} was not answered")
         if self.metrics is not None and not self.metrics.in_turn:
             self.metrics.begin_turn()
-        left = self.turn_limit
+        self._turn_left = self.turn_limit
         while self._state is not _CLOSED:
             token = self.wire.next()
             if self.observer is not None:
@@ -329,8 +331,8 @@ class ServerSession:
             if token == T_COMMAND:
                 event = self.take_line()
                 if event is None:
-                    left -= 1
-                    if left == 0 and self._state is not _CLOSED:
+                    self._turn_left -= 1
+                    if self._turn_left <= 0 and self.turn_limit > 0 and self._state is not _CLOSED:
                         return TURN_OVER
             elif token == T_NEED_DATA:
                 self.wire.rest()
@@ -614,6 +616,7 @@ class ServerSession:
         transaction = self.transaction
         mail = plain_mail(argument, transaction.is_esmtp, self._eightbitmime, self._max_size)
         if mail is None:
+            self._turn_left -= _SLOW_COMMAND - 1
             mail = parse_any_mail(
                 argument, self.extensions, esmtp=transaction.is_esmtp, tls=transaction.tls is not None
             )
@@ -648,6 +651,7 @@ class ServerSession:
         recipient = plain_recipient(argument)
         if recipient is None:
             transaction = self.transaction
+            self._turn_left -= _SLOW_COMMAND - 1
             rcpt = parse_any_rcpt(
                 argument, self.extensions, esmtp=transaction.is_esmtp, smtputf8=transaction.parameters.smtputf8
             )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -91,6 +92,8 @@ class Committer:
         """Their octets."""
         self.transactions = 0
         """Transactions so far."""
+        self.on_commit: Callable[[float, int], None] | None = None
+        """Gets the seconds and the requests of each transaction, in this thread."""
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken
         self._thread: threading.Thread | None = None
@@ -127,13 +130,16 @@ class Committer:
 
         The wait cannot be cancelled: the caller learns what became of the message.
         """
+        self.check_capacity(0 if put.data is None else len(put.data))
+        self.put_later(put, partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
+        await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
+
+    def put_later(self, put: Put, done: Done) -> None:
+        """Write a message, then call `done` in the trio thread, with the exception if that failed."""
         octets = 0 if put.data is None else len(put.data)
-        self.check_capacity(octets)
         self.waiting += 1
         self.octets += octets
-        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
         self._requests.put(_Request(None, put, done, octets))
-        await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
 
     def do_later(self, act: Callable[[Store], T], done: Done) -> None:
         """Have something done with the store, in the next transaction and in the order of the requests.
@@ -175,7 +181,10 @@ class Committer:
         while not is_last:
             batch, is_last = self._next_batch()
             if batch:
+                began = time.perf_counter()
                 self._execute(batch)
+                if self.on_commit is not None:
+                    self.on_commit(time.perf_counter() - began, len(batch))
                 with suppress(trio.RunFinishedError):  # the loop has crashed, and no task waits any more
                     self._token.run_sync_soon(self._answer, batch)
                 self._store.tidy()

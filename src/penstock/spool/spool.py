@@ -58,10 +58,16 @@ def shards(folder: Path) -> list[int]:
 class Spool:
     """Messages that wait, on stable storage. See penstock.spool.entry for what goes in and out."""
 
-    def __init__(self, settings: SpoolSettings, folder: Path, clock: Callable[[], float] = time.time) -> None:
-        """`clock` returns seconds since the epoch."""
+    def __init__(
+        self,
+        settings: SpoolSettings,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+        store: Store | None = None,
+    ) -> None:
+        """`clock` returns seconds since the epoch; `store` has the tables, by default those of the folder."""
         self._settings = settings
-        self._store = Store(folder)
+        self._store = store or Store(folder)
         self._clock = clock
         self.report_bug: Callable[[Exception], None] = traceback.print_exception
         """Gets the exceptions of callbacks."""
@@ -78,6 +84,24 @@ class Spool:
 
     def _report_bug(self, exc: Exception) -> None:
         self.report_bug(exc)
+
+    def now(self) -> float:
+        """Return the seconds since the epoch, by the clock of the spool."""
+        return self._clock()
+
+    @property
+    def on_commit(self) -> Callable[[float, int], None] | None:
+        """Gets the seconds and the requests of each transaction, in the thread of the spool."""
+        return self._committer.on_commit
+
+    @on_commit.setter
+    def on_commit(self, call: Callable[[float, int], None] | None) -> None:
+        self._committer.on_commit = call
+
+    @property
+    def waiting(self) -> int:
+        """Messages that wait to be written."""
+        return self._committer.waiting
 
     @property
     def puts(self) -> int:
@@ -137,7 +161,7 @@ class Spool:
 
     def _put_of(self, message: Message, queues: Sequence[str], is_taken: bool) -> Put:
         if len(queues) > 1:
-            message, queues = _without_duplicates(message, queues)
+            message, queues = without_duplicates(message, queues)
         is_filed = message.body.size > self._settings.body_in_file
         data = None if is_filed else b"".join(message.body.chunks())
         return Put(self._store.new_number(), message, data, queues, is_taken)
@@ -145,11 +169,16 @@ class Spool:
     def _entries(self, put: Put) -> list[Entry]:
         """Return the entries of a message that was put as taken, one for each queue."""
         message = put.message
-        envelope, queues = message.envelope, put.queues
+        envelope, queues, first = message.envelope, put.queues, put.number << PLACES
+        if len(queues) == 1:
+            body = self._store.body(put.number, message.body.size, put.data)
+            row = Row(first, 1, False, queues[0])
+            return [
+                Entry(put.number, message.id, row.queue, envelope, (row,), message.prefix, body, message.received_at)
+            ]
         groups: dict[str, list[int]] = {}
         for place, queue in enumerate(queues):
             groups.setdefault(queue, []).append(place)
-        first = put.number << PLACES
         entries = []
         for queue, places in groups.items():
             if len(groups) > 1:
@@ -225,10 +254,13 @@ class Spool:
         """Return what operators have asked for since the last call; see `QueueAdmin`."""
         return await self._committer.do(lambda store: store.admin_input(), whole=True)
 
-    async def obey(self, action: str, rows: Sequence[int]) -> None:
-        """Hold, drop or retry recipients that are written as being attempted, but are not."""
+    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, drop or retry recipients, and answer the instructions.
+
+        `withdrawn` are written as being attempted, but are not. `at_rest` were not; those that are now are not changed.
+        """
         now = self._clock()
-        for number in await self._committer.do(lambda store: store.obey(action, rows, now), whole=True):
+        for number in await self._committer.do(lambda store: store.obey(action, withdrawn, at_rest, now), whole=True):
             self._threads.remove_later(number)
 
     async def answer(self, rows: Sequence[int], *, is_done: bool) -> None:
@@ -251,7 +283,7 @@ class Spool:
         return await self._committer.do(lambda store: store.reschedule(now, waits, longest), whole=True)
 
 
-def _without_duplicates(message: Message, queues: Sequence[str]) -> tuple[Message, Sequence[str]]:
+def without_duplicates(message: Message, queues: Sequence[str]) -> tuple[Message, Sequence[str]]:
     """Return a message with each recipient once: a client may name one again, and it still gets one copy."""
     envelope = message.envelope
     places = {(to.path.local, to.path.domain): place for place, to in reversed(list(enumerate(envelope.recipients)))}

@@ -547,11 +547,20 @@ class Store:
             [Instruction(*row) for row in instructions], [AdminEvent(*event) for _, *event in events], suspended
         )
 
-    def obey(self, action: str, rows: Sequence[int], now: float) -> list[int]:
-        """Do what an operator asked for with recipients that are not being delivered, whatever their state says.
+    def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int], now: float) -> list[int]:
+        """Do what an operator asked for with recipients, and answer the instructions.
 
-        Return the numbers of messages that are finished and had a body file.
+        Those that were withdrawn are not being delivered, whatever their state says. Those that were at rest may have
+        been taken meanwhile: then they are not changed. Return the numbers of messages that are finished and had a body
+        file.
         """
+        busy: set[int] = set()
+        for part in _parts(at_rest):
+            among = ",".join("?" * len(part))
+            statement = f"SELECT number FROM recipient WHERE number IN ({among}) AND state = {ATTEMPTING}"
+            busy.update(number for (number,) in self._database.execute(statement, part))
+        rows = sorted({*withdrawn, *(row for row in at_rest if row not in busy)})
+        self.answer(sorted(busy), is_done=False)
         self.answer(rows, is_done=True)
         if action == "drop":
             return self._delete(rows)

@@ -60,8 +60,6 @@ class Keeper:
         self._wake, self._woken = socket.socketpair()
         self._lock = threading.Lock()
         self._new: list[socket.socket] = []
-        self._inherited: dict[int, socket.socket] = {}
-        """The ends of the workers, by their number."""
         self._buffer = memoryview(bytearray(MOST_OCTETS))
         """A new buffer for each question would cost more than the rest."""
         self._is_stopping = False
@@ -90,7 +88,7 @@ class Keeper:
         self._wake.send(b"\0")
         self._thread.join()
         self._saver.shutdown()
-        for each in (self._wake, self._woken, *self._inherited.values()):
+        for each in (self._wake, self._woken, *self._new):
             each.close()
         changes = self._tables.take_changes()
         if changes:
@@ -99,8 +97,8 @@ class Keeper:
             except (OSError, sqlite3.Error) as exc:
                 self._report(f"greylisting and rates cannot be saved: {exc}")
 
-    def connect(self, worker: int) -> int:
-        """Return the descriptor that a worker inherits. It stays open until the worker's next one, or the end."""
+    def connect(self) -> socket.socket:
+        """Return the end of a worker: the worker inherits it, and the caller closes it then. Any thread may call it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         for each in (ours, theirs):
@@ -108,11 +106,7 @@ class Keeper:
         with self._lock:
             self._new.append(ours)
         self._wake.send(b"\0")
-        before = self._inherited.pop(worker, None)
-        if before is not None:
-            before.close()
-        self._inherited[worker] = theirs
-        return theirs.fileno()
+        return theirs
 
     # ---- the thread
 

@@ -89,7 +89,12 @@ class Snapshot:
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)  # it has addresses of people
-        os.close(descriptor)
+        try:
+            if os.geteuid() == 0:  # a supervisor that has not given up root; SQLite gives its other files to this owner
+                owner = self._path.parent.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        finally:
+            os.close(descriptor)
         database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode = WAL")

@@ -1,0 +1,318 @@
+"""Creates many files at once: written, made durable together, then renamed into place.
+
+A batch is one call that gives the interpreter lock up once. Done file by file in Python, each of the six system calls
+of a file takes the lock again, in competition with the loop that serves the clients.
+
+Steps
+-----
+1. Each file is written into the first folder of its pair (`tmp` of a Maildir).
+2. All are synced. If they are many, by one syncfs(2); if that fails, or would wait for much that others have written,
+   the kernel is told to start writing all of them, and each is synced. Only this says which file has failed: Linux
+   reports a failed write once to every descriptor opened before it.
+3. Only then are files renamed into the second folder (`new`), and each of these folders is synced once.
+
+The files of a group are created all or none. One group's failure does not affect the others.
+"""
+
+from libc.errno cimport EINTR, EIO, errno
+from libc.stdio cimport FILE, fclose, fgets, fopen, sscanf
+from libc.stdlib cimport calloc, free
+
+import os as _os
+import sys as _sys
+
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <fcntl.h>
+    #include <limits.h>
+    #include <sys/stat.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #ifndef __linux__
+    #define SYNC_FILE_RANGE_WRITE 0
+    static int syncfs(int fd) { errno = ENOSYS; return -1; }
+    static int sync_file_range(int fd, off_t from, off_t octets, unsigned flags) { return 0; }
+    #endif
+    """
+    const int SYNC_FILE_RANGE_WRITE
+    const int O_RDONLY, O_DIRECTORY, O_CLOEXEC, O_WRONLY, O_CREAT, O_EXCL, IOV_MAX
+    ctypedef long off_t
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    cdef struct stat_t "stat":
+        unsigned long st_dev
+    int open(const char *path, int flags, ...) nogil
+    int openat(int folder, const char *path, int flags, ...) nogil
+    int close(int fd) nogil
+    int renameat(int folder, const char *name, int new_folder, const char *new_name) nogil
+    int unlinkat(int folder, const char *name, int flags) nogil
+    int fsync(int fd) nogil
+    int fdatasync(int fd) nogil
+    int syncfs(int fd) nogil
+    int sync_file_range(int fd, off_t start, off_t octets, unsigned flags) nogil
+    int fstat(int fd, stat_t *found) nogil
+    ssize_t writev(int fd, const iovec *pieces, int count) nogil
+
+
+cdef enum:
+    MANY = 4
+    # Files, or folders, from which on one syncfs is used instead of a sync of each.
+    MOST_DIRTY_KIB = 65536
+    # KiB that wait to be written by all programs, up to which syncfs is used: it would wait for all of them.
+
+
+def _version(text):
+    return tuple(int(part) if part.isdecimal() else 0 for part in text.partition("-")[0].split(".")[:2])
+
+
+cdef bint syncfs_reports_errors = _sys.platform == "linux" and _version(_os.uname().release) >= (5, 8)
+
+
+cdef struct Folder:
+    const char *unfinished_path
+    const char *finished_path
+    int unfinished
+    int finished
+    unsigned long device
+    int error
+    bint is_changed
+
+
+cdef struct File:
+    int folder
+    int group
+    const char *name
+    iovec *pieces
+    int count
+    int fd
+    bint is_there
+
+
+cdef struct Batch:
+    Folder *folders
+    int folder_count
+    File *files
+    int file_count
+    iovec *pieces
+    int *errors
+    # By group: the error number of the first failure, 0 without one.
+    int group_count
+
+
+def publish(list folders, list files, int groups, bint is_synced):
+    """Create files in folders. Return a list with an error number for each group of files, 0 if it was created.
+
+    `folders` has pairs of paths: where files are written, and where they are renamed to. `files` has tuples: the number
+    of the pair, the number of the group, the name, and the content as a list of bytes, or the descriptor of the
+    unfinished file if that has been written already; it is closed. With `is_synced`, what is created is on stable
+    storage. Releases the interpreter lock. If no file of a group could be renamed, none of its files is left behind.
+    """
+    cdef Batch batch
+    cdef Py_ssize_t most = 0
+    cdef list keep = []
+    for _, _, _, content in files:
+        most += len(content) if type(content) is list else 0
+    batch.folder_count, batch.file_count, batch.group_count = len(folders), len(files), groups
+    batch.folders = <Folder *> calloc(max(1, len(folders)), sizeof(Folder))
+    batch.files = <File *> calloc(max(1, len(files)), sizeof(File))
+    batch.pieces = <iovec *> calloc(max(1, most), sizeof(iovec))
+    batch.errors = <int *> calloc(max(1, groups), sizeof(int))
+    try:
+        if batch.folders == NULL or batch.files == NULL or batch.pieces == NULL or batch.errors == NULL:
+            raise MemoryError
+        fill(&batch, folders, files, keep)
+        with nogil:
+            create(&batch, is_synced)
+        return [batch.errors[group] for group in range(groups)]
+    finally:
+        free(batch.folders)
+        free(batch.files)
+        free(batch.pieces)
+        free(batch.errors)
+
+
+cdef int fill(Batch *batch, list folders, list files, list keep) except -1:
+    """Describe the batch in C. `keep` gets what has to live as long as it."""
+    cdef Py_ssize_t at = 0
+    cdef int number
+    cdef File *file
+    cdef bytes piece
+    for number in range(batch.folder_count):
+        unfinished, finished = folders[number]
+        keep.append((unfinished, finished))
+        batch.folders[number].unfinished_path = <bytes> unfinished
+        batch.folders[number].finished_path = <bytes> finished
+        batch.folders[number].unfinished = batch.folders[number].finished = -1
+    for number in range(batch.file_count):
+        folder, group, name, content = files[number]
+        if not 0 <= folder < batch.folder_count or not 0 <= group < batch.group_count:
+            raise IndexError("no such folder or group")
+        file = &batch.files[number]
+        file.folder, file.group, file.name, file.fd = folder, group, <bytes> name, -1
+        if type(content) is not list:
+            file.fd = content
+            file.is_there = True
+            continue
+        keep.append(content)
+        file.pieces = batch.pieces + at
+        for piece in content:
+            file.pieces[file.count].iov_base = <char *> piece
+            file.pieces[file.count].iov_len = len(piece)
+            file.count += 1
+        at += file.count
+    return 0
+
+
+cdef void create(Batch *batch, bint is_synced) noexcept nogil:
+    cdef int number
+    for number in range(batch.folder_count):
+        open_folder(&batch.folders[number])
+    for number in range(batch.file_count):
+        write_file(batch, &batch.files[number])
+    if is_synced:
+        sync_files(batch)
+    for number in range(batch.file_count):
+        if batch.files[number].fd >= 0:
+            close(batch.files[number].fd)
+    for number in range(batch.file_count):
+        finish(batch, &batch.files[number])
+    if is_synced:
+        sync_folders(batch)
+    for number in range(batch.folder_count):
+        if batch.folders[number].unfinished >= 0:
+            close(batch.folders[number].unfinished)
+        if batch.folders[number].finished >= 0:
+            close(batch.folders[number].finished)
+
+
+cdef void fail(Batch *batch, int group, int error) noexcept nogil:
+    if batch.errors[group] == 0:
+        batch.errors[group] = error if error else EIO
+
+
+cdef void open_folder(Folder *folder) noexcept nogil:
+    # Opened before anything is written: a descriptor learns of failed writes only from then on.
+    cdef stat_t found
+    folder.unfinished = open(folder.unfinished_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if folder.unfinished >= 0:
+        folder.finished = open(folder.finished_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if folder.finished < 0 or fstat(folder.finished, &found) != 0:
+        folder.error = errno
+    else:
+        folder.device = found.st_dev
+
+
+cdef void write_file(Batch *batch, File *file) noexcept nogil:
+    """Write a file into its first folder, unless it is there already."""
+    cdef Folder *folder = &batch.folders[file.folder]
+    if folder.error:
+        fail(batch, file.group, folder.error)
+    if file.is_there or batch.errors[file.group]:
+        return
+    file.fd = openat(folder.unfinished, file.name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0o600)
+    file.is_there = file.fd >= 0
+    if file.fd < 0 or write_pieces(file) != 0:
+        fail(batch, file.group, errno)
+
+
+cdef int write_pieces(File *file) noexcept nogil:
+    cdef iovec *piece = file.pieces
+    cdef iovec *end = file.pieces + file.count
+    cdef ssize_t written
+    while piece < end:
+        written = writev(file.fd, piece, min(end - piece, IOV_MAX))
+        if written < 0:
+            if errno == EINTR:
+                continue
+            return -1
+        while piece < end and <size_t> written >= piece.iov_len:
+            written -= piece.iov_len
+            piece += 1
+        if written:
+            piece.iov_base = <char *> piece.iov_base + written
+            piece.iov_len -= written
+    return 0
+
+
+cdef void sync_files(Batch *batch) noexcept nogil:
+    cdef int number, count = 0
+    cdef File *file
+    for number in range(batch.file_count):
+        count += batch.errors[batch.files[number].group] == 0
+    if count >= MANY and sync_devices(batch, False):
+        return
+    if count > 1:  # in a pass of its own: while files are being created, it costs four times as much
+        for number in range(batch.file_count):
+            if batch.errors[batch.files[number].group] == 0:
+                sync_file_range(batch.files[number].fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+    for number in range(batch.file_count):
+        file = &batch.files[number]
+        if batch.errors[file.group] == 0 and fdatasync(file.fd) != 0:
+            fail(batch, file.group, errno)
+
+
+cdef void finish(Batch *batch, File *file) noexcept nogil:
+    """Rename a file into place, or remove it if one of its group has failed."""
+    cdef Folder *folder = &batch.folders[file.folder]
+    if not file.is_there or folder.error:
+        return
+    if batch.errors[file.group] == 0:
+        if renameat(folder.unfinished, file.name, folder.finished, file.name) == 0:
+            folder.is_changed = True
+            return
+        fail(batch, file.group, errno)
+    unlinkat(folder.unfinished, file.name, 0)
+
+
+cdef void sync_folders(Batch *batch) noexcept nogil:
+    cdef int number, count = 0
+    for number in range(batch.folder_count):
+        count += batch.folders[number].is_changed
+    if count >= MANY and sync_devices(batch, True):
+        return
+    for number in range(batch.folder_count):
+        if batch.folders[number].is_changed and fsync(batch.folders[number].finished) != 0:
+            batch.folders[number].error = errno
+    for number in range(batch.file_count):
+        if batch.folders[batch.files[number].folder].error:
+            fail(batch, batch.files[number].group, batch.folders[batch.files[number].folder].error)
+
+
+cdef bint sync_devices(Batch *batch, bint only_changed) noexcept nogil:
+    """Sync the file systems of the folders, each once. Return whether everything is on stable storage."""
+    cdef int number, other
+    cdef Folder *folder
+    if not syncfs_reports_errors or dirty_kib() > MOST_DIRTY_KIB:
+        return False
+    for number in range(batch.folder_count):
+        folder = &batch.folders[number]
+        if folder.error or (only_changed and not folder.is_changed):
+            continue
+        for other in range(number):
+            if batch.folders[other].device == folder.device and not batch.folders[other].error and (
+                not only_changed or batch.folders[other].is_changed
+            ):
+                break
+        else:
+            if syncfs(folder.finished) != 0:
+                return False
+    return True
+
+
+cdef long dirty_kib() noexcept nogil:
+    """Return the KiB that wait to be written to disks, as the system counts them."""
+    cdef char[256] line
+    cdef long kib = 1 << 40  # unknown: too many
+    cdef FILE *file = fopen("/proc/meminfo", "re")
+    if file == NULL:
+        return kib
+    while fgets(line, sizeof(line), file) != NULL:
+        if sscanf(line, "Dirty: %ld", &kib) == 1:
+            break
+    fclose(file)
+    return kib

@@ -1,0 +1,121 @@
+"""Whether the servers write a message to stable storage before they acknowledge it.
+
+The default of nats-server is to sync every two minutes: after a power failure, acknowledged messages are lost. Clients
+cannot see the setting; the monitoring port (/varz) shows it. A node gives its mail to the cluster once it has seen that
+a majority of the servers syncs always, and not any more when it sees one that does not.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import trio
+
+from penstock.cluster.layout import MINIMUM_VERSION
+
+_TIMEOUT: Final = 3.0
+_INTERVAL: Final = 30.0
+_IMPATIENCE: Final = 1.0
+"""Seconds between two looks: when a majority is known to sync, and before."""
+
+
+class _Config(msgspec.Struct, frozen=True):
+    sync_always: bool = False
+
+
+class _JetStream(msgspec.Struct, frozen=True):
+    config: _Config | None = None
+
+
+class ServerState(msgspec.Struct, frozen=True):
+    """What a monitoring port says (/varz)."""
+
+    server_name: str = ""
+    version: str = ""
+    jetstream: _JetStream = _JetStream()
+
+    @property
+    def problem(self) -> str:
+        """Why messages cannot be given to this server; "" if they can."""
+        if self.jetstream.config is None:
+            return f"{self.server_name} does not run JetStream"
+        if parse_version(self.version) < MINIMUM_VERSION:
+            wanted = ".".join(map(str, MINIMUM_VERSION))
+            return f"{self.server_name} has version {self.version}, expected {wanted} or newer"
+        if not self.jetstream.config.sync_always:
+            return (
+                f"{self.server_name} acknowledges messages before they are on stable storage; set "
+                "jetstream {{ sync_interval: always }} in its configuration".replace("{{", "{").replace("}}", "}")
+            )
+        return ""
+
+
+class DurabilityError(Exception):
+    """A server must not be given messages."""
+
+
+def parse_version(text: str) -> tuple[int, ...]:
+    """Return a version such as 2.15.1-RC.1 as numbers; () for something else."""
+    try:
+        return tuple(int(word) for word in text.partition("-")[0].split("."))
+    except ValueError:
+        return ()
+
+
+def read_monitor(url: str) -> ServerState:
+    """Return what the monitoring port of a server says. Blocks. Raise OSError or ValueError."""
+    with urllib.request.urlopen(f"{url.rstrip('/')}/varz", timeout=_TIMEOUT) as answer:  # noqa: S310 - http or https, checked
+        return msgspec.json.decode(answer.read(1 << 20), type=ServerState)
+
+
+class Durability:
+    """Looks at the monitoring ports."""
+
+    def __init__(self, monitors: Sequence[str], *, is_trusted: bool = False) -> None:
+        """With `is_trusted` the servers are not looked at."""
+        self._monitors = monitors
+        self._is_trusted = is_trusted
+        self._good: set[str] = set()
+        self.problem = "" if is_trusted else "no monitoring port was asked yet"
+        """Why no messages are given to the cluster; "" if they are."""
+
+    async def look(self) -> None:
+        """Ask all servers. Raise DurabilityError if one does not sync, or is too old."""
+        if self._is_trusted:
+            return
+        wrong: list[str] = []
+        errors: list[str] = []
+
+        async def ask(url: str) -> None:
+            try:
+                state = await trio.to_thread.run_sync(read_monitor, url, abandon_on_cancel=True)
+            except (OSError, ValueError) as exc:
+                errors.append(f"{url}: {exc}")
+                return
+            if state.problem:
+                wrong.append(state.problem)
+                self._good.discard(url)
+            else:
+                self._good.add(url)
+
+        async with trio.open_nursery() as nursery:
+            for url in self._monitors:
+                nursery.start_soon(ask, url)
+        if wrong:
+            self.problem = "; ".join(wrong)
+            raise DurabilityError(self.problem)
+        is_majority = len(self._good) * 2 > len(self._monitors)
+        self.problem = "" if is_majority else f"not known whether a majority of the servers syncs: {'; '.join(errors)}"
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled; `problem` says what was seen."""
+        while not self._is_trusted:
+            await trio.sleep(_IMPATIENCE if self.problem else _INTERVAL)
+            try:
+                await self.look()
+            except DurabilityError:
+                continue

@@ -1,0 +1,211 @@
+"""The index of the partitions that this node relays: the tables of the spool, without bodies, on the local disk.
+
+It is thrown away at the start and rebuilt from the stream, so it is never synced. The column `prefix` of a message has
+its place in the stream; the header fields and the body are read from the stream for each attempt.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final, NamedTuple
+
+from penstock.cluster.layout import Place, RecipientState
+from penstock.spool.entry import ATTEMPTING, DUE, Put, Recovered
+from penstock.spool.store import PLACES, Store
+
+_PLACE: Final = struct.Struct(">HQIIIIQ?")
+_KEY: Final = struct.Struct(">HQ")
+_RESERVED: Final = (1 << PLACES) - 1
+
+
+class Loaded(NamedTuple):
+    """A message that was found in the stream."""
+
+    put: Put
+    place: Place
+    states: Sequence[RecipientState] | None
+    """The recipients that are left; None if nothing has become of any."""
+
+
+class Planned(NamedTuple):
+    """A message some of whose recipients change."""
+
+    number: int
+    id: str
+    place: Place
+    states: list[RecipientState]
+    """Those that are left."""
+
+
+Change = Callable[[RecipientState], RecipientState | None]
+"""Returns what becomes of a recipient; None if it is finished."""
+
+
+def pack(place: Place) -> bytes:
+    """Return a place as it is in the index."""
+    return _PLACE.pack(*place)
+
+
+def unpack(data: bytes) -> Place:
+    """Return a place of the index."""
+    return Place(*_PLACE.unpack(data))
+
+
+class IndexStore(Store):
+    """The tables of the index."""
+
+    def open(self) -> Recovered:
+        """Create the tables. Raise OSError, sqlite3.Error or SpoolError."""
+        recovered = super().open()
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute("CREATE INDEX IF NOT EXISTS message_place ON message (prefix)")
+        return recovered
+
+    def _one(self, statement: str, values: Sequence[Any]) -> Any:
+        return self._database.execute(statement, values).fetchone()
+
+    def _number(self, place: Place) -> int | None:
+        """Return the number of a message; None if it is not in the index."""
+        first = _KEY.pack(place.partition, place.sequence)
+        after = _KEY.pack(place.partition, place.sequence + 1)
+        found = self._one("SELECT number FROM message WHERE prefix >= ? AND prefix < ?", (first, after))
+        return None if found is None else int(found[0])
+
+    def unknown(self, places: Sequence[Place]) -> set[int]:
+        """Return the sequences of those places that are not in the index."""
+        return {place.sequence for place in places if self._number(place) is None}
+
+    def _restore(self, number: int, loaded: Loaded, now: float) -> None:
+        first = number << PLACES
+        rows = self._database.execute(
+            "SELECT number FROM recipient WHERE number BETWEEN ? AND ?", (first, first + _RESERVED)
+        ).fetchall()
+        here = {row - first for (row,) in rows}
+        temporary = loaded.put.number
+        self.put([loaded.put], now)
+        if loaded.states is not None:
+            self._apply(temporary, loaded.states)
+        start = temporary << PLACES
+        self._database.executemany("DELETE FROM recipient WHERE number = ?", [(start + place,) for place in here])
+        self._database.execute(
+            "UPDATE recipient SET number = number - ? + ? WHERE number BETWEEN ? AND ?",
+            (start, first, start, start + _RESERVED),
+        )
+        self._database.execute("DELETE FROM message WHERE number = ?", (temporary,))
+
+    def load(self, loaded: Sequence[Loaded], now: float, *, restores: bool = False) -> None:
+        """Add messages that were found, each with what has become of its recipients. Those that are here stay.
+
+        With `restores` they get the recipients back that they lost with the partition, while others were in flight.
+        """
+        new = []
+        for each in loaded:
+            number = self._number(each.place)
+            if number is None:
+                new.append(each)
+            elif restores:
+                self._restore(number, each, now)
+        self.put([each.put for each in new], now)
+        for number, states in ((each.put.number, each.states) for each in new):
+            if states is not None:
+                self._apply(number, states)
+        self.drop_empty([each.put.number for each in new if each.states is not None and not each.states])
+
+    def _apply(self, number: int, states: Sequence[RecipientState]) -> None:
+        first = number << PLACES
+        left = [first + each.place for each in states]
+        rows = self._database.execute(
+            "SELECT number FROM recipient WHERE number BETWEEN ? AND ?", (first, first + _RESERVED)
+        ).fetchall()
+        gone = {row for (row,) in rows} - set(left)
+        self._database.executemany("DELETE FROM recipient WHERE number = ?", [(row,) for row in gone])
+        self._database.executemany(
+            "UPDATE recipient SET state = ?, due_at = ?, attempts = ?, delay_told = ?, last_reply = ? WHERE number = ?",
+            [
+                (each.state, each.due_at, each.attempts, each.delay_told, each.last_reply, first + each.place)
+                for each in states
+            ],
+        )
+
+    # ---- what changes
+
+    def plan(self, changes: dict[int, Change]) -> list[Planned]:
+        """Return what becomes of the messages of these recipients. Changes nothing."""
+        planned = []
+        for number in sorted({row >> PLACES for row in changes}):
+            found = self._one("SELECT id, prefix FROM message WHERE number = ?", (number,))
+            if found is None:
+                continue
+            first = number << PLACES
+            rows = self._database.execute(
+                "SELECT number, state, due_at, attempts, delay_told, last_reply FROM recipient"
+                " WHERE number BETWEEN ? AND ?",
+                (first, first + _RESERVED),
+            ).fetchall()
+            states = []
+            for row, state, due_at, attempts, told, reply in rows:
+                before = DUE if state == ATTEMPTING else state
+                changed: RecipientState | None = RecipientState(
+                    row - first, before, due_at, attempts, bool(told), reply
+                )
+                if row in changes and changed is not None:
+                    changed = changes[row](changed)
+                if changed is not None:
+                    states.append(changed)
+            planned.append(Planned(number, found[0], unpack(found[1]), states))
+        return planned
+
+    def set_places(self, places: Sequence[tuple[int, Place]]) -> None:
+        """Write the places of messages."""
+        self._database.executemany(
+            "UPDATE message SET prefix = ? WHERE number = ?", [(pack(place), number) for number, place in places]
+        )
+
+    def forget_rows(self, rows: Sequence[int]) -> None:
+        """Remove recipients from the index only, and messages that have none left."""
+        self._for_each("DELETE FROM recipient WHERE number IN", rows)
+        self.drop_empty({row >> PLACES for row in rows})
+
+    def forget_idle(self, numbers: Sequence[int]) -> None:
+        """Remove the recipients of messages that are not being attempted from the index only."""
+        self._database.executemany(
+            "DELETE FROM recipient WHERE number BETWEEN ? AND ? AND state != 1",
+            [(number << PLACES, (number << PLACES) + _RESERVED) for number in numbers],
+        )
+        self.drop_empty(numbers)
+
+    def hold(self, rows: Sequence[int], reply: str) -> None:
+        """Hold recipients whose message cannot be read."""
+        self._database.executemany(
+            "UPDATE recipient SET state = 2, last_reply = ? WHERE number = ?", [(reply, row) for row in rows]
+        )
+
+    # ---- partitions
+
+    def attempting(self, partition: int) -> list[int]:
+        """Return the recipients of a partition that are being attempted, or wait in memory for that."""
+        found = self._database.execute(
+            "SELECT recipient.number FROM message CROSS JOIN recipient NOT INDEXED"
+            " ON recipient.number BETWEEN message.number << 20 AND (message.number << 20) + 1048575"
+            " WHERE prefix >= ? AND prefix < ? AND state = 1",
+            self._range(partition),
+        ).fetchall()
+        return [number for (number,) in found]
+
+    def drop_partition(self, partition: int, withdrawn: Collection[int]) -> None:
+        """Remove what is not being attempted, with the recipients that were withdrawn from memory."""
+        self._for_each("DELETE FROM recipient WHERE number IN", sorted(withdrawn))
+        found = self._database.execute(
+            "SELECT number FROM message WHERE prefix >= ? AND prefix < ?", self._range(partition)
+        ).fetchall()
+        self.forget_idle([number for (number,) in found])
+        self.refresh_queues()
+
+    def count(self, partition: int) -> int:
+        """Return the messages of a partition."""
+        found = self._one("SELECT count(*) FROM message WHERE prefix >= ? AND prefix < ?", self._range(partition))
+        return int(found[0])
+
+    def _range(self, partition: int) -> tuple[bytes, bytes]:
+        return _KEY.pack(partition, 0), _KEY.pack(partition + 1, 0)

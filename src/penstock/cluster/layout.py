@@ -1,0 +1,301 @@
+"""What is where in the cluster: streams, subjects, and how a message and its state are written.
+
+    stream NAME-MAIL-k          the partitions p with p mod streams = k
+      NAME.m.P.ID               a message; at its end a marker in its place, or nothing
+      NAME.b.P.ID.N             pieces of a body that is too large for one message, published before it
+      NAME.s.P.ID               what has become of its recipients; absent as long as nothing has
+      NAME.o.k.NODE             the marker of a node: what was published before it is in the stream where it is read
+    bucket NAME-lease           P: which node relays a partition
+    bucket NAME-node            NODE: the nodes that live
+    bucket NAME-shared          what nodes share beside mail
+    NAME.op.NODE                requests of operators to a node (core NATS)
+
+A subject has one message at most. A message is published with the condition that its subject has none
+(Nats-Expected-Last-Subject-Sequence: 0), so that publishing it again, after whatever was lost, changes nothing; a state
+on the condition that the one it follows is the last, so that a node that has lost its partition cannot write over what
+the next owner has written.
+
+The envelope and the place of the body are in headers: the queue is rebuilt without reading bodies.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from penstock.message import Envelope, Message, MessageId
+from penstock.net.natswire import parse_headers
+
+MINIMUM_VERSION: Final = (2, 15, 1)
+"""Of the servers: see README, *What Jepsen found*."""
+VERSION: Final = 1
+PIECE: Final = 512 * 1024
+"""Octets of a piece."""
+MARGIN: Final = 64 * 1024
+"""Octets of a payload that are left for headers."""
+_MOST_ENVELOPE: Final = 32 * 1024
+"""Octets of an envelope in the headers, which have 64 KiB; a longer one is the beginning of the payload."""
+FULL: Final = 0.9
+"""Share of max_octets from which on mail is refused, so that states can still be written."""
+WRONG_LAST_SEQUENCE: Final = 10071
+STREAM_FULL: Final = (10047, 10077)
+"""Error codes: insufficient storage; maximum bytes exceeded."""
+TOMBSTONE_SECONDS: Final = 3600
+"""How long it is known that a message whose acknowledgment may have been lost was relayed."""
+PIECES_WAIT: Final = 24 * 3600.0
+"""Seconds after which pieces without a message are deleted."""
+_NANO: Final = 10**9
+
+_encode = msgspec.json.encode
+_decode_envelope = msgspec.json.Decoder(Envelope).decode
+
+
+class RecipientState(NamedTuple):
+    """What has become of a recipient that is not finished."""
+
+    place: int
+    state: int
+    """DUE or HELD of penstock.spool.entry."""
+    due_at: float
+    attempts: int
+    delay_told: bool
+    last_reply: str
+
+
+_decode_states = msgspec.json.Decoder(list[RecipientState]).decode
+
+
+class Place(NamedTuple):
+    """Where a message is."""
+
+    partition: int
+    sequence: int
+    pieces: int
+    crc: int
+    """CRC-32C of the prefix and the body."""
+    envelope_octets: int
+    """Octets of the payload before the prefix."""
+    prefix_octets: int
+    state_sequence: int
+    """Sequence of its last state; 0 without one."""
+    is_uncertain: bool
+    """It was found in the stream: the one who accepted it may not know that it is there, and publish it again."""
+
+
+class StoredMessage(NamedTuple):
+    """A message, as its headers describe it."""
+
+    id: MessageId
+    envelope: Envelope | None
+    """None if it is in the payload."""
+    received_at: float
+    size: int
+    """Octets of the body."""
+    place: Place
+
+
+class LayoutError(ValueError):
+    """A message in the stream cannot be read: another version, or damaged."""
+
+
+class Layout:
+    """The names of streams, subjects and buckets."""
+
+    def __init__(self, name: str, *, streams: int, partitions: int) -> None:
+        self.name = name
+        self.streams = streams
+        self.partitions = partitions
+
+    def stream_of(self, partition: int) -> str:
+        """Return the stream of a partition."""
+        return self.stream(partition % self.streams)
+
+    def stream(self, number: int) -> str:
+        """Return the name of a stream."""
+        return f"{self.name}-MAIL-{number}"
+
+    def message(self, partition: int, message_id: str) -> str:
+        """Return the subject of a message."""
+        return f"{self.name}.m.{partition}.{message_id}"
+
+    def state(self, partition: int, message_id: str) -> str:
+        """Return the subject of the state of a message."""
+        return f"{self.name}.s.{partition}.{message_id}"
+
+    def piece(self, partition: int, message_id: str, number: int | str) -> str:
+        """Return the subject of a piece of a message; "*" for all."""
+        return f"{self.name}.b.{partition}.{message_id}.{number}"
+
+    def marker(self, stream: int, node: str) -> str:
+        """Return the subject of the marker of a node."""
+        return f"{self.name}.o.{stream}.{node}"
+
+    def operations(self, node: str) -> str:
+        """Return the subject of requests to a node."""
+        return f"{self.name}.op.{node}"
+
+    @staticmethod
+    def spool_queue(partition: int) -> str:
+        """Return the queue of the local spool for messages that were, or may be, in a partition."""
+        return f"cluster-{partition}"
+
+    def spooled_partition(self, queue: str, message_id: str) -> int:
+        """Return the partition for a message of the local spool: the same for each try."""
+        word = queue.removeprefix("cluster-")
+        if word != queue and word.isdecimal():
+            return int(word) % self.partitions
+        return zlib.crc32(message_id.encode()) % self.partitions  # it was spooled before there was a cluster
+
+    @property
+    def leases(self) -> str:
+        """The bucket of the leases."""
+        return f"{self.name}-lease"
+
+    @property
+    def nodes(self) -> str:
+        """The bucket of the living nodes."""
+        return f"{self.name}-node"
+
+    @property
+    def shared(self) -> str:
+        """The bucket of what nodes share beside mail."""
+        return f"{self.name}-shared"
+
+    def subjects(self, stream: int) -> list[str]:
+        """Return the subjects of a stream."""
+        if self.streams == 1:
+            return [f"{self.name}.{kind}.>" for kind in "mbso"]
+        mine = range(stream, self.partitions, self.streams)
+        return [f"{self.name}.{kind}.{partition}.>" for kind in "mbs" for partition in mine] + [
+            f"{self.name}.o.{stream}.>"
+        ]
+
+    def stream_configuration(self, stream: int, *, replicas: int, max_octets: int) -> dict[str, Any]:
+        """Return the configuration of a stream, as the API of JetStream has it."""
+        return {
+            "name": self.stream(stream),
+            "subjects": self.subjects(stream),
+            "storage": "file",
+            "num_replicas": replicas,
+            "retention": "limits",
+            "discard": "new",
+            "max_msgs_per_subject": 1,
+            "max_bytes": max_octets,
+            "max_age": 0,
+            "allow_direct": True,
+            "allow_msg_ttl": True,
+            "duplicate_window": 120 * _NANO,
+            "compression": "s2",
+        }
+
+    def bucket_configurations(self, *, replicas: int, lease: float) -> list[dict[str, Any]]:
+        """Return the configurations of the streams of the buckets."""
+        common = {
+            "storage": "file",
+            "num_replicas": replicas,
+            "discard": "new",
+            "max_msgs_per_subject": 1,
+            "allow_direct": True,
+            "allow_msg_ttl": True,
+            "deny_delete": True,
+            "allow_rollup_hdrs": True,
+            "max_bytes": 64 << 20,
+        }
+        age = int(lease * _NANO)
+        ages = {self.leases: age, self.nodes: age, self.shared: 0}
+        return [
+            {
+                **common,
+                "name": f"KV_{bucket}",
+                "subjects": [f"$KV.{bucket}.>"],
+                "max_age": age,
+                "duplicate_window": min(age or 120 * _NANO, 120 * _NANO),
+            }
+            for bucket, age in ages.items()
+        ]
+
+
+# ---- messages
+
+
+def message_headers(message: Message, *, crc: int, pieces: int) -> tuple[bytes, bytes]:
+    """Return the headers of a message, and what comes before its prefix in the payload."""
+    envelope = _encode(message.envelope)
+    before = b""
+    if len(envelope) > _MOST_ENVELOPE:
+        before, envelope = envelope, b""
+    headers = (
+        b"NATS/1.0\r\nNats-Msg-Id: %s\r\nNats-Expected-Last-Subject-Sequence: 0\r\nP-V: %d\r\nP-Env: %s\r\n"
+        b"P-At: %r\r\nP-Size: %d %d %d %d\r\nP-CRC: %08x\r\n\r\n"
+        % (
+            message.id.encode(),
+            VERSION,
+            envelope,
+            message.received_at,
+            len(before),
+            len(message.prefix),
+            message.body.size,
+            pieces,
+            crc,
+        )
+    )
+    return headers, before
+
+
+def read_message(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
+    """Return a message that was found in the stream; None for a marker in its place. Raise LayoutError."""
+    fields = parse_headers(headers)
+    try:
+        if "P-Done" in fields:
+            return None
+        if fields["P-V"] != str(VERSION):
+            raise LayoutError(f"{subject} has version {fields['P-V']}, expected {VERSION}")
+        _, partition, message_id = subject.rsplit(".", 2)
+        before, prefix, size, pieces = map(int, fields["P-Size"].split())
+        envelope = _decode_envelope(fields["P-Env"]) if fields["P-Env"] else None
+        crc = int(fields["P-CRC"], 16)
+        place = Place(int(partition), sequence, pieces, crc, before, prefix, 0, True)
+        return StoredMessage(MessageId(message_id), envelope, float(fields["P-At"]), size, place)
+    except (KeyError, ValueError, msgspec.MsgspecError) as exc:
+        if isinstance(exc, LayoutError):
+            raise
+        raise LayoutError(f"{subject} at sequence {sequence} cannot be read: {exc!r}") from exc
+
+
+def read_envelope(data: bytes) -> Envelope:
+    """Return an envelope that was in a payload. Raise LayoutError."""
+    try:
+        return _decode_envelope(data)
+    except msgspec.MsgspecError as exc:
+        raise LayoutError(f"the envelope cannot be read: {exc}") from exc
+
+
+def tombstone_headers(sequence: int) -> bytes:
+    """Return the headers of the marker that takes the place of a message that is finished."""
+    return b"NATS/1.0\r\nP-Done: 1\r\nNats-TTL: %ds\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % (
+        TOMBSTONE_SECONDS,
+        sequence,
+    )
+
+
+# ---- states
+
+
+def state_headers(states: Sequence[RecipientState], last: int) -> bytes:
+    """Return the headers of a state that follows the one with sequence `last`; 0 for the first."""
+    return b"NATS/1.0\r\nP-V: %d\r\nNats-Expected-Last-Subject-Sequence: %d\r\nP-State: %s\r\n\r\n" % (
+        VERSION,
+        last,
+        _encode(states),
+    )
+
+
+def read_state(headers: bytes) -> list[RecipientState]:
+    """Return the state of the recipients that are left. Raise LayoutError."""
+    try:
+        return _decode_states(parse_headers(headers)["P-State"])
+    except (KeyError, msgspec.MsgspecError) as exc:
+        raise LayoutError(f"a state cannot be read: {exc!r}") from exc

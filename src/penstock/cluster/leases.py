@@ -1,0 +1,262 @@
+"""Which node relays which partition.
+
+A lease is a record of the bucket NAME-lease that the servers delete when it is as old as a lease. Its owner writes it
+again every third of that time, on the condition that its own record is the last one; others can write it only when it
+is gone. An owner that could not renew a lease for two thirds of its time stops beginning attempts, by its own monotonic
+clock: before another node can have it. So two nodes do not relay a partition at the same time, except for attempts that
+were under way, and when a process is suspended within one.
+
+Nodes aim at equal shares. One that has too many gives some up, after its attempts have ended, and one that has too few
+takes those that are free.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+import trio
+
+from penstock.cluster.jetstream import ApiError, JetStream, acknowledged
+from penstock.cluster.layout import WRONG_LAST_SEQUENCE, Layout
+from penstock.net.nats import Message, NatsError, Request
+from penstock.net.natswire import parse_headers
+
+_TIMEOUT: Final = 2.0
+_encode = msgspec.json.encode
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """Which node has a partition; none if the name is empty."""
+
+    node: str = ""
+    sequence: int = 0
+    """Of the record."""
+
+
+class NodeState(msgspec.Struct, frozen=True):
+    """What a living node says about itself."""
+
+    version: str = ""
+    is_draining: bool = False
+    spooled: int = 0
+    """Messages in its local spool."""
+
+
+async def _read_all(jetstream: JetStream, bucket: str, keys: Sequence[str]) -> list[Message | None]:
+    """Return the last record of each key, as a server knows it, None where there is none. Raise NatsError."""
+    subject = f"$JS.API.DIRECT.GET.KV_{bucket}.$KV.{bucket}"
+    answers = await jetstream.client.request_many([Request(f"{subject}.{key}") for key in keys], timeout=_TIMEOUT)
+    found: list[Message | None] = []
+    for answer in answers:
+        if isinstance(answer, NatsError):
+            raise answer
+        found.append(None if answer.status else answer)
+    return found
+
+
+async def read_leases(jetstream: JetStream, layout: Layout) -> dict[int, Lease]:
+    """Return the lease of each partition that has a record. Raise NatsError."""
+    found: dict[int, Lease] = {}
+    records = await _read_all(jetstream, layout.leases, [str(number) for number in range(layout.partitions)])
+    for partition, record in enumerate(records):
+        if record is not None:
+            lease = _decode(record.data, Lease, Lease())
+            sequence = int(parse_headers(record.headers).get("Nats-Sequence", "0"))
+            found[partition] = Lease(lease.node, sequence)
+    return found
+
+
+async def read_nodes(jetstream: JetStream, layout: Layout) -> dict[str, NodeState]:
+    """Return the living nodes. Raise NatsError."""
+    bucket = layout.nodes
+    names = [name.rpartition(".")[2] for name in await jetstream.subjects(f"KV_{bucket}", f"$KV.{bucket}.>")]
+    records = await _read_all(jetstream, bucket, names)
+    return {
+        name: _decode(record.data, NodeState, NodeState())
+        for name, record in zip(names, records, strict=True)
+        if record is not None
+    }
+
+
+T = TypeVar("T")
+
+
+def _decode(data: bytes, kind: type[T], default: T) -> T:
+    """Return a record; the default for one that another version has written."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError:
+        return default
+
+
+class _Held:
+    """A lease that this node has."""
+
+    __slots__ = ("is_leaving", "sequence", "until")
+
+    def __init__(self, sequence: int, until: float) -> None:
+        self.sequence = sequence
+        self.until = until
+        """When attempts must not begin any more, by the clock of trio."""
+        self.is_leaving = False
+
+
+class LeaseKeeper:
+    """Gets, renews and gives up the leases of a node. Callbacks are called in the trio thread and must not block."""
+
+    def __init__(self, jetstream: JetStream, layout: Layout, *, node: str, version: str, lease: float) -> None:
+        self.on_gain: Callable[[int], None] = _ignore
+        """Gets a partition that this node relays from now on."""
+        self.on_lose: Callable[[int], None] = _ignore
+        """Gets a partition that others may relay now."""
+        self.on_leave: Callable[[int], None] = _ignore
+        """Gets a partition that is to be given up: `release` it when nothing of it is under way."""
+        self.report: Callable[[Exception], None] = _ignore_error
+        self.node = node
+        self.is_draining = False
+        """The node gives up what it has and takes nothing."""
+        self.spooled: Callable[[], int] = lambda: 0
+        """Returns how many messages the local spool has."""
+        self._jetstream = jetstream
+        self._layout = layout
+        self._version = version
+        self._lease = lease
+        self._held: dict[int, _Held] = {}
+        self._wake = trio.Event()
+
+    @property
+    def held(self) -> list[int]:
+        """The partitions that this node has and does not give up."""
+        return [partition for partition, each in self._held.items() if not each.is_leaving]
+
+    async def run(self) -> None:
+        """Keep the leases until cancelled; then call `release_all`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._expire)
+            while True:
+                try:
+                    with trio.move_on_after(self._lease / 3):
+                        await self._tick()
+                except Exception as exc:  # noqa: BLE001 - the cluster may work later
+                    self.report(exc)
+                with trio.move_on_after(self._lease / 3):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+
+    def wake(self) -> None:
+        """Renew and balance now."""
+        self._wake.set()
+
+    async def _expire(self) -> None:
+        """Lose what could not be renewed."""
+        while True:
+            now = trio.current_time()
+            for partition in [partition for partition, each in self._held.items() if each.until <= now]:
+                self._lose(partition)
+            await trio.sleep(min([each.until for each in self._held.values()], default=now + self._lease) - now)
+
+    def _lose(self, partition: int) -> None:
+        del self._held[partition]
+        self.on_lose(partition)
+
+    async def _tick(self) -> None:
+        """Renew what this node has, and balance. Raise NatsError."""
+        await self._announce()
+        await self._renew()
+        nodes = await read_nodes(self._jetstream, self._layout)
+        nodes[self.node] = NodeState(self._version, self.is_draining)
+        working = sum(not state.is_draining for state in nodes.values())
+        share = 0 if self.is_draining else -(-self._layout.partitions // max(1, working))
+        held = self.held
+        if len(held) > share:
+            for partition in held[share:]:
+                self._held[partition].is_leaving = True
+                self.on_leave(partition)
+        elif len(held) < share:
+            await self._claim(share - len(held))
+
+    async def _announce(self) -> None:
+        state = NodeState(self._version, self.is_draining, self.spooled())
+        await self._jetstream.publish(f"$KV.{self._layout.nodes}.{self.node}", _encode(state), b"", timeout=_TIMEOUT)
+
+    def _subject(self, partition: int) -> str:
+        return f"$KV.{self._layout.leases}.{partition}"
+
+    def _record(self, partition: int, last: int, node: str) -> Request:
+        headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % last
+        return Request(self._subject(partition), _encode(Lease(node)), headers)
+
+    async def _write(self, wanted: Sequence[tuple[int, int]]) -> dict[int, int | NatsError]:
+        """Write the records of partitions that follow records with these sequences. Return sequences or errors."""
+        requests = [self._record(partition, last, self.node) for partition, last in wanted]
+        answers = await self._jetstream.client.request_many(requests, timeout=_TIMEOUT)
+        results: dict[int, int | NatsError] = {}
+        for (partition, _), answer in zip(wanted, answers, strict=True):
+            try:
+                if isinstance(answer, NatsError):
+                    raise answer
+                results[partition] = acknowledged(answer, self._subject(partition))
+            except NatsError as exc:
+                results[partition] = exc
+        return results
+
+    async def _renew(self) -> None:
+        begun = trio.current_time()
+        results = await self._write([(partition, each.sequence) for partition, each in self._held.items()])
+        for partition, result in results.items():
+            held = self._held.get(partition)
+            if held is None:
+                continue  # it has expired meanwhile
+            if not isinstance(result, NatsError):
+                held.sequence, held.until = result, begun + self._lease * 2 / 3
+            elif isinstance(result, ApiError) and result.number == WRONG_LAST_SEQUENCE:
+                await self._resolve(partition, held)
+
+    async def _resolve(self, partition: int, held: _Held) -> None:
+        """Find out why a renewal was refused: our own last one was written, or the lease is gone."""
+        found = await self._jetstream.last(f"KV_{self._layout.leases}", self._subject(partition))
+        if found is not None and _decode(found.data, Lease, Lease()) == Lease(self.node):
+            held.sequence = found.sequence
+            self.wake()
+        elif partition in self._held:
+            self._lose(partition)
+
+    async def _claim(self, count: int) -> None:
+        leases = await read_leases(self._jetstream, self._layout)
+        free = [
+            partition
+            for partition in range(self._layout.partitions)
+            if partition not in self._held and not leases.get(partition, Lease()).node
+        ]
+        chosen = random.sample(free, min(count, len(free)))
+        begun = trio.current_time()
+        results = await self._write([(each, leases.get(each, Lease()).sequence) for each in chosen])
+        for partition, result in results.items():
+            if not isinstance(result, NatsError):
+                self._held[partition] = _Held(result, begun + self._lease * 2 / 3)
+                self.on_gain(partition)
+
+    async def release(self, partition: int) -> None:
+        """Let others have a partition now: nothing of it is under way here."""
+        await self._release([partition])
+
+    async def release_all(self) -> None:
+        """Let others have everything now. What cannot be written expires."""
+        await self._release(list(self._held))
+
+    async def _release(self, partitions: Sequence[int]) -> None:
+        held = [(partition, self._held.pop(partition)) for partition in partitions if partition in self._held]
+        requests = [self._record(partition, each.sequence, "") for partition, each in held]
+        if requests:
+            await self._jetstream.client.request_many(requests, timeout=_TIMEOUT)
+
+
+def _ignore(_: int) -> None:
+    """Without a queue."""
+
+
+def _ignore_error(_: Exception) -> None:
+    """Without a journal."""

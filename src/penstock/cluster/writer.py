@@ -1,0 +1,161 @@
+"""Writes messages into the stream: once, whatever is lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import trio
+from crc32c import crc32c
+
+from penstock.cluster.jetstream import ApiError, JetStream, PubAck, read_ack
+from penstock.cluster.layout import (
+    MARGIN,
+    PIECE,
+    STREAM_FULL,
+    WRONG_LAST_SEQUENCE,
+    Layout,
+    LayoutError,
+    Place,
+    StoredMessage,
+    message_headers,
+    read_message,
+)
+from penstock.message import Body, Envelope, Message
+from penstock.net.nats import DisconnectedError, NatsError, OverloadedError, RequestTimeoutError
+
+_ANSWER: Final = 3.0
+"""Seconds to wait for an answer before a message is published again."""
+_PAUSE: Final = 0.1
+"""Seconds before a message is published again that was refused for now."""
+
+
+class UnavailableError(Exception):
+    """The cluster has not confirmed a message in time. Whether it is in the stream is unknown."""
+
+
+class StreamFullError(Exception):
+    """There is no space in the stream, or too much waits for it."""
+
+
+class Written(NamedTuple):
+    """A message in the stream."""
+
+    place: Place | None
+    """None if it was relayed meanwhile."""
+    text: bytes
+    """The prefix and the body if they are one piece."""
+    found: Envelope | None = None
+    """The envelope of the message that was there already."""
+
+
+class Writer:
+    """Publishes messages."""
+
+    def __init__(self, jetstream: JetStream, layout: Layout) -> None:
+        self._jetstream = jetstream
+        self._layout = layout
+
+    async def write(self, message: Message, partition: int, *, patience: float) -> Written:
+        """Publish a message; return once a majority of the servers has synced it.
+
+        Raise UnavailableError after `patience` seconds, StreamFullError, and OSError if the body
+        cannot be read.
+        """
+        deadline = trio.current_time() + patience
+        body, prefix = message.body, message.prefix
+        text = b""
+        count = 0
+        if message.size > self._most_octets():
+            crc, count = await self._write_pieces(message, partition, deadline)
+        else:
+            text = b"".join([prefix, *body.chunks()]) if _in_memory(body) else await _read(prefix, body)
+            crc = crc32c(text)
+        headers, before = message_headers(message, crc=crc, pieces=count)
+        subject = self._layout.message(partition, message.id)
+        place = Place(partition, 0, count, crc, len(before), len(prefix), 0, False)
+        ack = await self._publish(subject, before + text, headers, deadline)
+        if ack is None or ack.duplicate:
+            found = await self._find(subject, partition, deadline)
+            return Written(None, text) if found is None else Written(found.place, text, found.envelope)
+        return Written(place._replace(sequence=ack.seq), text)
+
+    def _most_octets(self) -> int:
+        client = self._jetstream.client
+        return (client.info.max_payload if client.is_connected else 1 << 20) - MARGIN
+
+    async def _find(self, subject: str, partition: int, deadline: float) -> StoredMessage | None:
+        """Return a message that was in the stream already; None if it was relayed meanwhile."""
+        stream = self._layout.stream_of(partition)
+        while True:
+            try:
+                found = await self._jetstream.last(stream, subject)
+                message = None if found is None else read_message(subject, found.sequence, found.headers)
+            except (NatsError, LayoutError) as exc:
+                if trio.current_time() >= deadline:
+                    raise UnavailableError(str(exc)) from exc
+                await trio.sleep(_PAUSE)
+            else:
+                return message
+
+    async def _publish(self, subject: str, data: bytes, headers: bytes, deadline: float) -> PubAck | None:
+        """Publish until it is acknowledged; None if the subject has a message already. Raise what `write` raises."""
+        client = self._jetstream.client
+        while True:
+            left = deadline - trio.current_time()
+            try:
+                answer = await client.request(subject, data, headers, timeout=max(0.01, min(left, _ANSWER)))
+                return read_ack(answer, subject)
+            except OverloadedError as exc:
+                raise StreamFullError(str(exc)) from exc
+            except NatsError as exc:
+                if isinstance(exc, ApiError):
+                    if exc.number == WRONG_LAST_SEQUENCE:
+                        return None
+                    if exc.number in STREAM_FULL:
+                        raise StreamFullError(str(exc)) from exc
+                if trio.current_time() >= deadline:
+                    raise UnavailableError(str(exc)) from exc
+                await self._pause(exc, deadline)
+
+    async def _pause(self, exc: NatsError, deadline: float) -> None:
+        if isinstance(exc, DisconnectedError):
+            with trio.move_on_at(deadline):
+                await self._jetstream.client.wait_connected()
+        elif not isinstance(exc, RequestTimeoutError):
+            await trio.sleep(_PAUSE)
+
+    async def _write_pieces(self, message: Message, partition: int, deadline: float) -> tuple[int, int]:
+        """Publish the prefix and the body in pieces. Return their checksum and how many there are."""
+        crc = count = 0
+        pieces = _pieces(message)
+        while True:
+            piece = (
+                next(pieces, None) if _in_memory(message.body) else await trio.to_thread.run_sync(next, pieces, None)
+            )
+            if piece is None:
+                return crc, count
+            crc = crc32c(piece, crc)
+            # Published again, a piece takes the place of itself.
+            await self._publish(self._layout.piece(partition, message.id, count), piece, b"", deadline)
+            count += 1
+
+
+def _in_memory(body: Body) -> bool:
+    return bool(getattr(body, "in_memory", False))
+
+
+async def _read(prefix: bytes, body: Body) -> bytes:
+    return await trio.to_thread.run_sync(lambda: b"".join([prefix, *body.chunks()]))
+
+
+def _pieces(message: Message) -> Iterator[bytes]:
+    """Yield the prefix and the body in pieces of the size that the layout says."""
+    buffer = bytearray(message.prefix)
+    for chunk in message.body.chunks():
+        buffer += chunk
+        while len(buffer) >= PIECE:
+            yield bytes(buffer[:PIECE])
+            del buffer[:PIECE]
+    if buffer:
+        yield bytes(buffer)

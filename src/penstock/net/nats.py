@@ -1,0 +1,634 @@
+"""A client of NATS: one connection to one of several servers, requests, and subscriptions.
+
+What is sent within one turn of the loop is one system call. A request waits for its answer without a scope or a task of
+its own: a publish to JetStream, which is a request, costs about 15 us.
+
+Rules
+-----
+1. A request ends: with the answer, `NoRespondersError`, `RequestTimeoutError`, or `DisconnectedError` when its
+   connection was lost. Whether the server has acted on a request that failed is then unknown: requests that are
+   repeated must be idempotent.
+2. What waits is bounded, in requests and octets; beyond that, `OverloadedError` at once.
+3. A connection on which nothing comes for two intervals of PING is given up: a server that hangs looks like one that
+   is slow.
+4. A server in lame duck mode is left before it closes: the next server gets what is new, the old one answers what it
+   was asked.
+5. Subscriptions are made again on each new connection. What was published in between is lost (core NATS is at most
+   once); a subscriber that does not keep up loses messages, too, and can see how many (`Subscription.dropped`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
+import outcome
+import trio
+
+from penstock.net.natswire import Info, Message, Nkey, Parser, ProtocolError, decode_info, make_publish
+
+__all__ = ["Message", "NatsClient", "NatsError", "Nkey"]
+
+_PORT: Final = 4222
+_RECEIVE_OCTETS: Final = 256 * 1024
+_OPENING: Final = 3.0
+"""Seconds to connect to a server, with TLS and authentication."""
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+"""Seconds between two rounds over all servers."""
+_PING_INTERVAL: Final = 2.0
+_SWEEP: Final = 0.1
+"""Seconds between two looks for requests that have waited too long."""
+_DRAINING: Final = 10.0
+"""Seconds for which a server in lame duck mode may answer what it was asked."""
+_MAX_SERVERS: Final = 100
+_INBOX_SID: Final = b"1"
+_NO_RESPONDERS: Final = 503
+
+
+class NatsError(Exception):
+    """A request has failed."""
+
+
+class DisconnectedError(NatsError):
+    """There is no connection, or it was lost before the answer."""
+
+
+class RequestTimeoutError(NatsError):
+    """No answer came in time."""
+
+
+class NoRespondersError(NatsError):
+    """Nobody listens on the subject; for JetStream: there is no leader now."""
+
+
+class OverloadedError(NatsError):
+    """Too much is waiting for answers."""
+
+
+class ServerAddress(NamedTuple):
+    """A server to connect to."""
+
+    host: str
+    port: int
+    is_tls: bool = False
+    tls_name: str = ""
+    """The name its certificate is for, if that is not the host."""
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, url: str) -> ServerAddress:
+        """Parse nats://host:4222 or tls://host:4222. Raise ValueError."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("nats", "tls") or not parts.hostname or parts.path.strip("/") or parts.username:
+            raise ValueError(f"{url!r} is not the URL of a server; expected nats://host:4222 or tls://host:4222")
+        return cls(parts.hostname, parts.port or _PORT, parts.scheme == "tls")
+
+
+class Credentials(NamedTuple):
+    """How the client authenticates: with a password, with an nkey, or not at all."""
+
+    user: str = ""
+    password: str = ""
+    nkey: Nkey | None = None
+
+
+class Request(NamedTuple):
+    """A request for `NatsClient.request_many`."""
+
+    subject: str
+    data: bytes = b""
+    headers: bytes = b""
+
+
+Done = Callable[[outcome.Outcome[Message]], None]
+
+
+class _Waiting:
+    """A request that waits for its answer."""
+
+    __slots__ = ("deadline", "done", "octets")
+
+    def __init__(self, done: Done, deadline: float, octets: int) -> None:
+        self.done = done
+        self.deadline = deadline
+        self.octets = octets
+
+
+class Subscription:
+    """Messages of a subject. Iterate over it, or call `receive`."""
+
+    def __init__(self, subject: str, sid: bytes, limit: int) -> None:
+        self.subject = subject
+        self.sid = sid
+        self.dropped = 0
+        """Messages that came while `limit` were waiting already."""
+        self._send, self._receive = trio.open_memory_channel[Message](limit)
+
+    def deliver(self, message: Message) -> None:
+        """Take a message from the connection."""
+        try:
+            self._send.send_nowait(message)
+        except trio.WouldBlock:
+            self.dropped += 1
+
+    async def receive(self) -> Message:
+        """Return the next message."""
+        return await self._receive.receive()
+
+    def __aiter__(self) -> AsyncIterator[Message]:
+        return self._receive.__aiter__()
+
+
+class _Connection:
+    """A connection to a server, after CONNECT. Tasks write, read and watch it; requests are plain calls."""
+
+    def __init__(self, client: NatsClient, address: ServerAddress, stream: trio.abc.Stream, info: Info) -> None:
+        self.address = address
+        self.info = info
+        self.left = trio.Event()
+        """Set when the client should use another connection: it is lost, or the server leaves."""
+        self.reason = "the connection was lost"
+        self.waiting: dict[bytes, _Waiting] = {}
+        self.octets = 0
+        """Octets of the requests that wait for an answer."""
+        self._client = client
+        self._stream = stream
+        self._parser = Parser(self)
+        self._numbers = itertools.count()
+        self._inbox = f"_INBOX.{os.urandom(12).hex()}."
+        self._inbox_length = len(self._inbox)
+        self._out: list[bytes] = []
+        self._unsent = 0
+        self._has_output = trio.Event()
+        self._pongs: list[trio.Event] = []
+        self._is_alive = True
+        """Something was received since the last PING of `_watch`."""
+        self.send(f"SUB {self._inbox}* 1\r\n".encode())
+
+    # ---- sending
+
+    def check_capacity(self) -> None:
+        """Raise OverloadedError if too much waits for a server that does not take what is sent."""
+        if self._unsent > self._client.most_octets:
+            raise OverloadedError(f"{self.address} does not take what is sent")
+
+    def send(self, data: bytes) -> None:
+        """Have octets sent at the end of this turn of the loop."""
+        self._unsent += len(data)
+        self._out.append(data)
+        if not self._has_output.is_set():
+            self._has_output.set()
+
+    def send_request(self, request: Request, done: Done, deadline: float) -> bytes:
+        """Send a request; `done` gets the answer or the error. Return its number. Raise OverloadedError."""
+        octets = len(request.data) + len(request.headers)
+        client = self._client
+        if len(self.waiting) >= client.most_waiting or (self.octets and self.octets + octets > client.most_octets):
+            raise OverloadedError(f"{len(self.waiting)} requests of {self.octets} octets are waiting")
+        self.check_capacity()
+        number = b"%d" % next(self._numbers)
+        self.send(make_publish(request.subject, f"{self._inbox}{number.decode()}", request.headers, request.data))
+        self.waiting[number] = _Waiting(done, deadline, octets)
+        self.octets += octets
+        return number
+
+    def forget(self, number: bytes) -> _Waiting | None:
+        """Wait for an answer no more."""
+        found = self.waiting.pop(number, None)
+        if found is not None:
+            self.octets -= found.octets
+        return found
+
+    def ping(self) -> trio.Event:
+        """Send a PING; the event is set at its PONG, or when the connection is lost."""
+        event = trio.Event()
+        self._pongs.append(event)
+        self.send(b"PING\r\n")
+        return event
+
+    # ---- the receiver of the parser
+
+    def on_message(self, sid: bytes, subject: bytes, reply: bytes, headers: bytes, data: bytes) -> None:
+        """Answer a request, or hand a message to its subscription."""
+        if sid != _INBOX_SID:
+            self._client.deliver(sid, Message(subject.decode(), reply.decode(), headers, data))
+            return
+        waiting = self.forget(subject[self._inbox_length :])
+        if waiting is None:
+            return  # it was given up
+        message = Message("", "", headers, data)
+        if headers and not data and message.status == _NO_RESPONDERS:
+            waiting.done(outcome.Error(NoRespondersError("no one answers; JetStream may have no leader now")))
+        else:
+            waiting.done(outcome.Value(message))
+
+    def on_info(self, info: Info) -> None:
+        """Learn of other servers, and of the end of this one."""
+        self.info = info
+        self._client.learn(info, self.address)
+        if info.ldm:
+            self.reason = "the server is shutting down"
+            self.left.set()
+
+    def on_ping(self) -> None:
+        """Answer."""
+        self.send(b"PONG\r\n")
+
+    def on_pong(self) -> None:
+        """Wake the one who has waited for longest."""
+        if self._pongs:
+            self._pongs.pop(0).set()
+
+    def on_error(self, text: str) -> None:
+        """Keep an error; the server closes the connection if it is fatal."""
+        self.reason = text
+
+    # ---- tasks
+
+    async def run(self) -> None:
+        """Serve the connection until it is lost, or its server has answered everything before its end."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._read, nursery.cancel_scope)
+                nursery.start_soon(self._sweep)
+                nursery.start_soon(self._watch, nursery.cancel_scope)
+                await self.left.wait()
+                with trio.move_on_after(_DRAINING):
+                    while self.waiting:  # noqa: ASYNC110 - it has no event, which each request would cost
+                        await trio.sleep(_SWEEP)
+                nursery.cancel_scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as group:
+            self.reason = self.reason or str(group.exceptions[0])
+        finally:
+            self.left.set()
+            self._client.lost(self)
+            self._fail_all()
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(self._stream)
+
+    def _fail_all(self) -> None:
+        waiting, self.waiting, self.octets = list(self.waiting.values()), {}, 0
+        for each in waiting:
+            each.done(outcome.Error(DisconnectedError(f"{self.address}: {self.reason}")))
+        for event in self._pongs:
+            event.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._has_output.wait()
+            self._has_output = trio.Event()
+            out, self._out = self._out, []
+            data = b"".join(out)
+            await self._stream.send_all(data)
+            self._unsent -= len(data)
+
+    async def _read(self, scope: trio.CancelScope) -> None:
+        while True:
+            data = await self._stream.receive_some(_RECEIVE_OCTETS)
+            if not data:
+                break
+            self._is_alive = True
+            try:
+                self._parser.feed(bytes(data))
+            except ProtocolError as exc:
+                self.reason = str(exc)
+                break
+        scope.cancel()
+
+    async def _sweep(self) -> None:
+        """End requests that have waited too long."""
+        while True:
+            await trio.sleep(_SWEEP)
+            now = trio.current_time()
+            for number in [number for number, each in self.waiting.items() if each.deadline <= now]:
+                waiting = self.forget(number)
+                if waiting is not None:
+                    waiting.done(outcome.Error(RequestTimeoutError(f"{self.address} has not answered in time")))
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        """Give the connection up when nothing comes any more."""
+        self._is_alive = True
+        silent = 0
+        while silent < 2:
+            if not self._is_alive:
+                silent += 1
+            else:
+                silent = 0
+            self._is_alive = False
+            self.ping()
+            await trio.sleep(_PING_INTERVAL)
+        self.reason = "the server does not answer"
+        scope.cancel()
+
+
+class NatsClient:
+    """A connection to one of several servers that is made again whenever it is lost. Called in the trio thread."""
+
+    def __init__(
+        self,
+        servers: Sequence[ServerAddress],
+        *,
+        name: str = "penstock",
+        credentials: Credentials = Credentials(),  # noqa: B008 - immutable
+        tls: ssl.SSLContext | None = None,
+        most_waiting: int = 20_000,
+        most_octets: int = 64 << 20,
+    ) -> None:
+        """`tls` is used for servers with tls:// and for those that demand it.
+
+        At most `most_waiting` requests of `most_octets` octets wait for answers.
+        """
+        self.most_waiting = most_waiting
+        self.most_octets = most_octets
+        self.on_change: Callable[[str, str], None] = _ignore
+        """Gets the address of a server and "" when it is connected, or the reason when a connection was lost."""
+        self.connections = 0
+        """Connections made so far."""
+        self._configured = list(servers)
+        self._servers = list(servers)
+        random.shuffle(self._servers)
+        self._name = name
+        self._credentials = credentials
+        self._tls = tls
+        self._current: _Connection | None = None
+        self._connected = trio.Event()
+        self._last_error = "not connected yet"
+        self._subscriptions: dict[bytes, Subscription] = {}
+        self._sids = itertools.count(2)
+
+    # ---- the connection
+
+    @property
+    def is_connected(self) -> bool:
+        """There is a connection."""
+        return self._current is not None
+
+    @property
+    def info(self) -> Info:
+        """What the connected server says about itself. Raise DisconnectedError."""
+        return self._connection().info
+
+    async def wait_connected(self) -> None:
+        """Return once there is a connection."""
+        while self._current is None:
+            await self._connected.wait()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep a connection until cancelled. `started` at once: whether there is a server shows later."""
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            while True:
+                connection = await self._connect()
+                self._adopt(connection)
+                nursery.start_soon(self._serve, connection)
+                await connection.left.wait()
+
+    async def _serve(self, connection: _Connection) -> None:
+        self.on_change(str(connection.address), "")
+        await connection.run()
+        self.on_change(str(connection.address), connection.reason)
+
+    def lost(self, connection: _Connection) -> None:
+        """Use a connection no more. Called by the connection, before its requests fail."""
+        self._last_error = f"{connection.address}: {connection.reason}"
+        if self._current is connection:
+            self._current = None
+            self._connected = trio.Event()
+
+    def _adopt(self, connection: _Connection) -> None:
+        """Use a connection from now on; the subscriptions move to it."""
+        before, self._current = self._current, connection
+        self.connections += 1
+        for sid, each in self._subscriptions.items():
+            if before is not None:
+                before.send(b"UNSUB %s\r\n" % sid)
+            connection.send(b"SUB %s %s\r\n" % (each.subject.encode(), sid))
+        self._connected.set()
+
+    async def _connect(self) -> _Connection:
+        """Connect to whichever server lets us, trying them in turn."""
+        pause = _FIRST_PAUSE
+        while True:
+            for address in list(self._servers):
+                # The one that is left, or does not answer, is tried last.
+                self._servers.remove(address)
+                self._servers.append(address)
+                try:
+                    with trio.fail_after(_OPENING):
+                        return await self._open(address)
+                except (OSError, trio.BrokenResourceError, ProtocolError, trio.TooSlowError, ssl.SSLError) as exc:
+                    cause: BaseException = exc.__cause__ or exc
+                    while isinstance(cause, BaseExceptionGroup):
+                        cause = cause.exceptions[0]
+                    self._last_error = f"{address}: {str(cause) or type(cause).__name__}"
+            self.on_change("", self._last_error)
+            await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - it spreads load
+            pause = min(pause * 2, _LONGEST_PAUSE)
+            self._servers = [*dict.fromkeys([*self._servers, *self._configured])]
+
+    async def _open(self, address: ServerAddress) -> _Connection:
+        """Connect to a server, with TLS and authentication. Raise what `_connect` catches."""
+        stream: trio.abc.Stream = await trio.open_tcp_stream(address.host, address.port)
+        try:
+            info = await _read_info(stream)
+            if address.is_tls or info.tls_required:
+                stream = await self._start_tls(stream, address)
+            await stream.send_all(self._hello(info))
+            await self._wait_for_pong(stream)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+            raise
+        self.learn(info, address)
+        return _Connection(self, address, stream, info)
+
+    async def _start_tls(self, stream: trio.abc.Stream, address: ServerAddress) -> trio.abc.Stream:
+        if self._tls is None:
+            raise ProtocolError("the server demands TLS; use tls://")
+        secured = trio.SSLStream(stream, self._tls, server_hostname=address.tls_name or address.host)
+        await secured.do_handshake()
+        return secured
+
+    def _hello(self, info: Info) -> bytes:
+        """Return CONNECT, and a PING whose PONG says that we are let in."""
+        credentials = self._credentials
+        hello: dict[str, object] = {
+            "verbose": False,
+            "pedantic": False,
+            "name": self._name,
+            "lang": "penstock",
+            "version": "1",
+            "protocol": 1,  # INFO may come at any time
+            "headers": True,
+            "no_responders": True,
+        }
+        if credentials.nkey is not None:
+            hello |= {"nkey": credentials.nkey.public, "sig": credentials.nkey.sign(info.nonce)}
+        elif credentials.user:
+            hello |= {"user": credentials.user, "pass": credentials.password}
+        return b"CONNECT %s\r\nPING\r\n" % msgspec.json.encode(hello)
+
+    async def _wait_for_pong(self, stream: trio.abc.Stream) -> None:
+        rest = b""
+        while True:
+            line, rest = await _read_line(stream, rest)
+            if line.startswith(b"-ERR"):
+                raise ProtocolError(line[4:].strip(b" '").decode("utf-8", "replace"))
+            if line == b"PONG":
+                return
+
+    def learn(self, info: Info, source: ServerAddress) -> None:
+        """Add the servers that a server knows of."""
+        known = {(each.host, each.port) for each in self._servers}
+        for url in info.connect_urls:
+            try:
+                found = ServerAddress.parse(f"nats://{url}")
+            except ValueError:
+                continue
+            if (found.host, found.port) not in known and len(self._servers) < _MAX_SERVERS:
+                # Servers announce addresses; their certificates have names, as that of the one that knows them.
+                self._servers.append(found._replace(is_tls=source.is_tls, tls_name=source.tls_name or source.host))
+
+    # ---- requests
+
+    def _connection(self) -> _Connection:
+        if self._current is None:
+            raise DisconnectedError(self._last_error)
+        return self._current
+
+    async def request(self, subject: str, data: bytes = b"", headers: bytes = b"", *, timeout: float) -> Message:  # noqa: ASYNC109 - a scope costs more than the request
+        """Send a request and return the answer. Raise NatsError (see the rules above)."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        connection = self._connection()
+        task = trio.lowlevel.current_task()
+
+        def done(result: outcome.Outcome[Message]) -> None:
+            trio.lowlevel.reschedule(task, result)
+
+        number = connection.send_request(Request(subject, data, headers), done, trio.current_time() + timeout)
+
+        def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+            connection.forget(number)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        answer: Message = await trio.lowlevel.wait_task_rescheduled(abort)
+        return answer
+
+    async def request_many(self, requests: Sequence[Request], *, timeout: float) -> list[Message | NatsError]:  # noqa: ASYNC109
+        """Send requests at once and return the answer to each, or why there is none."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        answers: list[Message | NatsError] = [DisconnectedError(self._last_error)] * len(requests)
+        left = 0
+        over = trio.Event()
+        numbers: list[bytes] = []
+        deadline = trio.current_time() + timeout
+        connection = self._current
+
+        def done_at(place: int) -> Done:
+            def done(result: outcome.Outcome[Message]) -> None:
+                nonlocal left
+                answers[place] = result.value if isinstance(result, outcome.Value) else _nats_error(result)
+                left -= 1
+                if not left:
+                    over.set()
+
+            return done
+
+        for place, request in enumerate(requests):
+            if connection is None:
+                break
+            try:
+                numbers.append(connection.send_request(request, done_at(place), deadline))
+                left += 1
+            except OverloadedError as exc:
+                answers[place] = exc
+        try:
+            if left:
+                await over.wait()
+        finally:
+            if connection is not None:
+                for number in numbers:
+                    connection.forget(number)
+        return answers
+
+    def publish(self, subject: str, data: bytes = b"", headers: bytes = b"", *, reply: str = "") -> None:
+        """Send a message without waiting for anything. Raise DisconnectedError or OverloadedError."""
+        connection = self._connection()
+        connection.check_capacity()
+        connection.send(make_publish(subject, reply, headers, data))
+
+    async def flush(self, *, timeout: float) -> None:  # noqa: ASYNC109 - as in `request`
+        """Return once the server has handled what was sent. Raise DisconnectedError or RequestTimeoutError."""
+        connection = self._connection()
+        event = connection.ping()
+        with trio.move_on_after(timeout) as scope:
+            await event.wait()
+        if scope.cancelled_caught:
+            raise RequestTimeoutError(f"{connection.address} has not answered in time")
+        if connection.left.is_set() and self._current is not connection:
+            raise DisconnectedError(self._last_error)
+
+    # ---- subscriptions
+
+    @asynccontextmanager
+    async def subscribed(self, subject: str, *, limit: int = 1000) -> AsyncIterator[Subscription]:
+        """Subscribe to a subject for the length of an `async with`; at most `limit` messages wait."""
+        subscription = Subscription(subject, b"%d" % next(self._sids), limit)
+        self._subscriptions[subscription.sid] = subscription
+        if self._current is not None:
+            self._current.send(b"SUB %s %s\r\n" % (subject.encode(), subscription.sid))
+        try:
+            yield subscription
+        finally:
+            del self._subscriptions[subscription.sid]
+            if self._current is not None:
+                self._current.send(b"UNSUB %s\r\n" % subscription.sid)
+
+    def deliver(self, sid: bytes, message: Message) -> None:
+        """Hand a message to its subscription. Called by the connection."""
+        subscription = self._subscriptions.get(sid)
+        if subscription is not None:
+            subscription.deliver(message)
+
+
+async def _read_info(stream: trio.abc.Stream) -> Info:
+    """Return the INFO that a server sends first. Nothing comes after it before the client has sent something."""
+    greeting, rest = await _read_line(stream, b"")
+    verb, _, data = greeting.partition(b" ")
+    if verb != b"INFO" or rest:
+        raise ProtocolError(f"expected INFO, got {greeting[:60]!r}")
+    return decode_info(data)
+
+
+async def _read_line(stream: trio.abc.Stream, rest: bytes) -> tuple[bytes, bytes]:
+    """Return a line and what came behind it."""
+    buffer = bytearray(rest)
+    while (end := buffer.find(b"\r\n")) < 0:
+        if len(buffer) > 1 << 20:
+            raise ProtocolError("the server sent a line without an end")
+        data = await stream.receive_some(65_536)
+        if not data:
+            raise ProtocolError("the server has closed the connection")
+        buffer += data
+    return bytes(buffer[:end]), bytes(buffer[end + 2 :])
+
+
+def _nats_error(result: outcome.Outcome[Message]) -> NatsError:
+    assert isinstance(result, outcome.Error)
+    error = result.error
+    return error if isinstance(error, NatsError) else NatsError(str(error))
+
+
+def _ignore(_address: str, _reason: str) -> None:
+    """Nobody wants to know."""
