@@ -24,6 +24,7 @@ from bench.processes import ENVIRONMENT, handling_signals
 _CONFIGURATION: Final = """
 server_name: n{number}
 listen: 127.0.0.1:{client}
+{advertised}
 http: 127.0.0.1:{monitor}
 max_payload: {max_payload}
 lame_duck_duration: "30s"
@@ -56,7 +57,9 @@ class NatsServers:
         store: str = "8GB",
         max_payload: str = "1MB",
         more: str = "",
+        advertise: bool = False,
     ) -> None:
+        """With `advertise`, clients are told other ports (`advertised`), of proxies."""
         self.folder = folder
         self.count = count
         self._values = {"sync": sync, "store": store, "max_payload": max_payload, "more": more}
@@ -64,6 +67,7 @@ class NatsServers:
         self.client = [each[0] for each in ports]
         self.monitor = [each[1] for each in ports]
         self.route = [each[2] for each in ports]
+        self.advertised = [free_port() for _ in range(count)] if advertise else []
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
 
     @classmethod
@@ -103,6 +107,7 @@ class NatsServers:
                 number=number + 1,
                 client=self.client[number],
                 monitor=self.monitor[number],
+                advertised=f"client_advertise: 127.0.0.1:{self.advertised[number]}" if self.advertised else "",
                 cluster=cluster if self.count > 1 else "",
                 folder=folder,
                 **self._values,

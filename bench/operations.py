@@ -8,6 +8,8 @@ is missed.
     reload        SIGHUP, with another limit each time: changed in place
     roll          SIGHUP with another domain each time: workers are replaced, so open sessions hear 421
     certificate   certificate and key are replaced by renames; SCRAM-SHA-256-PLUS before and after
+    drain         `penstock ctl drain --wait`; /readyz answers 503 at once
+    limit         the 11th connection of a network, before and after a worker is killed
     hang          SIGSTOP of one of two workers, with watchdog = 5
     restart       the server ends and starts again, with its sockets in the store of a service manager
 """
@@ -19,6 +21,7 @@ import array
 import base64
 import contextlib
 import fcntl
+import http.client
 import itertools
 import os
 import re
@@ -41,6 +44,7 @@ from typing import Any
 
 import scramp
 import trustme
+from tests.ports import free_port
 
 from bench.processes import ENVIRONMENT, family_of, stop
 from penstock.auth.users import UsersFile
@@ -79,6 +83,11 @@ data_dir = "data"
 workers = {workers}
 watchdog = {watchdog}
 reload_check = {reload_check}
+[metrics]
+address = "{metrics}"
+[admission]
+per_network = {per_network}
+exempt = []
 [[listener]]
 name = "smtp"
 address = "127.0.0.1:0"
@@ -88,7 +97,15 @@ auth = {{ users = "users" }}
 certificate = "../cert.pem"
 key = "../key.pem"
 """
-_DEFAULTS = {"workers": 2, "watchdog": 30.0, "reload_check": 0.0, "max_size": 10_000_000, "domains": '"example.org"'}
+_DEFAULTS = {
+    "workers": 2,
+    "watchdog": 30.0,
+    "reload_check": 0.0,
+    "max_size": 10_000_000,
+    "domains": '"example.org"',
+    "metrics": "",
+    "per_network": 1000,
+}
 
 
 class Server:
@@ -337,6 +354,68 @@ def log_in(server: Server) -> None:
             raise MissedError(f"SCRAM-SHA-256-PLUS: {code} {text.decode()}")
 
 
+def drain(folder: Path) -> str:
+    """Drain the server under load."""
+    address = f"127.0.0.1:{free_port()}"
+    server = Server(folder, metrics=address)
+    server.start()
+    if status_of(address) != 200:
+        raise MissedError("it is not ready at the start")
+    with Senders(lambda: server.port) as account:
+        command = [sys.executable, "-m", "penstock", "ctl", "drain", "--config", str(folder / "penstock.toml")]
+        subprocess.run([*command, "--delay", "1", "--stay"], check=True, env=ENVIRONMENT, timeout=_PATIENCE)
+        if status_of(address) != 503:
+            raise MissedError("/readyz does not answer 503 at once")
+        wait_until(lambda: any("421" in what for what in account.refused), "nothing is refused")
+        subprocess.run([*command[:-3], "resume", *command[-2:]], check=True, env=ENVIRONMENT, timeout=_PATIENCE)
+        before = len(account.accepted)
+        wait_until(lambda: len(account.accepted) > before + 20, "it does not resume")
+        done = subprocess.run([*command, "--wait"], check=False, env=ENVIRONMENT, timeout=_PATIENCE)
+        account.is_over.set()
+    assert server.process is not None
+    code = server.process.wait(_PATIENCE)
+    if (done.returncode, code) != (0, 0):
+        raise MissedError(f"exit codes {done.returncode} of ctl and {code} of the server")
+    left = Path(folder / "data" / "spool" / "spool.db")
+    if not left.exists():
+        raise MissedError("there is no spool")
+    return f"/readyz 503 at once, resumed, drained, exit code 0; {check_mail(server, account)}"
+
+
+def status_of(address: str) -> int:
+    """Return the status of /readyz."""
+    connection = http.client.HTTPConnection(address, timeout=_PATIENCE)
+    connection.request("GET", "/readyz")
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def limit(folder: Path) -> str:
+    """Connect more often than a network may, before and after a worker is killed."""
+    server = Server(folder, per_network=10)
+    server.start()
+
+    def greetings() -> list[bytes]:
+        clients = []
+        codes = []
+        for _ in range(11):
+            clients.append(socket.create_connection(("127.0.0.1", server.port), timeout=_PATIENCE))
+            codes.append(clients[-1].recv(3))
+        for client in clients:
+            client.close()
+        return codes
+
+    wanted = [b"220"] * 10 + [b"421"]
+    first = wait_until(lambda: (codes := greetings()) == wanted and codes, "the 11th connection was not refused")
+    workers = server.workers()
+    os.kill(workers[0], signal.SIGKILL)
+    wait_until(lambda: len(now := server.workers()) == 2 and workers[0] not in now, "not started again")
+    wait_until(lambda: greetings() == wanted, "other counts after the kill")
+    server.stop()
+    return f"{first.count(b'220')} of 11 greeted with per_network = 10, also after kill -9 of a worker"
+
+
 def hang(folder: Path) -> str:
     """Stop a worker with SIGSTOP."""
     server = Server(folder, watchdog=5.0)
@@ -463,6 +542,8 @@ def main() -> None:
         "reload": lambda folder: reloads(folder, times(50)),
         "roll": lambda folder: rolls(folder, times(5)),
         "certificate": lambda folder: certificates(folder, times(10)),
+        "drain": drain,
+        "limit": limit,
         "hang": hang,
         "restart": lambda folder: restarts(folder, times(5)),
     }

@@ -75,6 +75,7 @@ from penstock.server.deadlines import Sweeper
 from penstock.server.domains import Domains, RelayControl
 from penstock.server.limits import Admission
 from penstock.server.listener import Listener
+from penstock.server.trace import Traces
 from penstock.server.worker import BoundListener, Worker
 from penstock.smtp.extensions import Extensions
 from penstock.smtp.sasl import ChannelBinding
@@ -163,6 +164,7 @@ class Server:
     gateway: Gateway | None = None
     """The spool and the relay, where the delivery has them."""
     passthrough: Onward | None = None
+    traces: Traces | None = None
     resolver: Resolver | None = None
     """The DNS, where the relay or the checks ask it."""
     policy_state: LocalState | RemoteState | None = None
@@ -183,6 +185,8 @@ class Server:
         `started` once clients can connect. Raise OSError, sqlite3.Error or SpoolError when a part cannot start.
         """
         async with trio.open_nursery() as services:
+            if self.traces is not None:
+                services.start_soon(self.traces.run)
             if self.resolver is not None:
                 await services.start(self.resolver.run)
             if self.policy_state is not None:
@@ -320,7 +324,15 @@ class Server:
         """
         if self.gateway is None:
             raise ControlError(f'delivery.kind = "{self.settings.delivery.kind}" has no next hops')
-        return await trio.to_thread.run_sync(change_hop, self._spool_folder, hop, action)
+        hop = hop.lower()
+        if action != "retry":
+            return await trio.to_thread.run_sync(suspend_hop, self._spool_folder, hop, action == "suspend")
+        domains: list[str] = []
+        with trio.move_on_after(_LOOK_UP):  # domains whose routes are not found by then are retried in their time
+            for domain in await trio.to_thread.run_sync(domains_in, self._spool_folder):
+                is_meant = domain == hop or await self.gateway.scheduler.leads_to(domain, hop)
+                domains += [domain] if is_meant else []
+        return await trio.to_thread.run_sync(retry_domains, self._spool_folder, domains)
 
     @property
     def _spool_folder(self) -> Path:
@@ -392,6 +404,7 @@ def assemble(
     (data_dir / "tmp").mkdir(parents=True, exist_ok=True, mode=0o750)
     ids = MessageIds()
     journal.counters = counters = overrides.counters
+    traces = Traces(settings.trace, data_dir) if settings.trace else None
     table = counters.table if counters is not None and settings.admission.shared else None
     domains = None if settings.domains is None else Domains(settings.domains)
     resolver = Resolver(settings.resolver)
@@ -418,7 +431,7 @@ def assemble(
         metrics=overrides.metrics,
         counters=counters,
         delivery_kind=settings.delivery.kind if ":" not in settings.delivery.kind else "python",
-        components=overrides.components,
+        components=(*overrides.components, *([traces.watch] if traces is not None else [])),
         # A delivery from outside (a sink, a test) gets addresses as the client has sent them.
         own_domain="" if overrides.delivery is not None else own_domain(domains, settings.own_hostname),
         judge=judge,
@@ -440,7 +453,7 @@ def assemble(
         ended=overrides.ended,
     )
     uses_dns = gateway is not None or judge is not None
-    server = Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough)
+    server = Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough, traces)
     server.resolver = resolver if uses_dns else None
     server.policy_state = state
     return server
@@ -503,6 +516,10 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     return found
 
 
+_MOST_DOMAINS: Final = 10_000
+"""Domains that are looked at when a next hop is to be retried."""
+_LOOK_UP: Final = 10.0
+"""Seconds to look up their routes."""
 _IN_PLACE: Final = frozenset({"check", "recipients", "control", "metrics"})
 _IN_PLACE_SERVER: Final = frozenset({"grace", "watchdog", "reload_check"})
 
@@ -816,17 +833,22 @@ def is_spool_empty(folder: Path) -> bool:
         return admin.is_empty
 
 
-def change_hop(folder: Path, hop: str, action: HopAction) -> int:
-    """Suspend or resume a next hop or domain, or make its mail due. Blocks.
-
-    Return what it concerned. Raise OSError, sqlite3.Error or SpoolError.
-    """
+def suspend_hop(folder: Path, hop: str, is_wanted: bool) -> int:
+    """Suspend or resume a next hop or domain; return 0 if it was so already. Blocks. Raise as `count_spool`."""
     with QueueAdmin.opened(folder) as admin:
-        if action == "suspend":
-            return int(admin.suspend(hop))
-        if action == "resume":
-            return int(admin.resume(hop))
-        return admin.retry(Filter(domain=hop)).changed
+        return int(admin.suspend(hop) if is_wanted else admin.resume(hop))
+
+
+def domains_in(folder: Path) -> list[str]:
+    """Return the domains that have mail in a part of the spool, those with the most first. Blocks."""
+    with QueueAdmin.opened(folder) as admin:
+        return [domain for domain, _ in admin.stats(_MOST_DOMAINS).queues]
+
+
+def retry_domains(folder: Path, domains: Sequence[str]) -> int:
+    """Make the mail for some domains due; return the number of recipients. Blocks. Raise as `count_spool`."""
+    with QueueAdmin.opened(folder) as admin:
+        return sum(admin.retry(Filter(domain=domain)).changed for domain in domains)
 
 
 def wrong_file(settings: Settings) -> str:

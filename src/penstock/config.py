@@ -39,6 +39,7 @@ from penstock.schema import SchemaError
 from penstock.server.body import BodySettings
 from penstock.server.limits import AdmissionSettings, LimitSettings
 from penstock.server.listener import WireSettings
+from penstock.server.trace import TraceSettings
 from penstock.smtp.extensions import ExtensionSettings
 from penstock.spool.spool import SpoolSettings
 
@@ -201,6 +202,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = None
     check: Annotated[tuple[HookSettings, ...], Meta(description="May be repeated.")] = ()
+    trace: Annotated[tuple[TraceSettings, ...], Meta(description="May be repeated.")] = ()
     journal: JournalSettings = JournalSettings()
     metrics: MetricsSettings = MetricsSettings()
     control: ControlSettings = ControlSettings()
@@ -293,6 +295,7 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     if settings.policy is not None:
         _check_policy(settings.policy, settings)
     _check_metrics(settings.metrics)
+    _check_traces(settings.trace)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
         raise ConfigError(f"delivery.maildir.path: only {{local}} and {{domain}} are replaced; wrong brace in {path!r}")
@@ -384,6 +387,13 @@ def _check_metrics(metrics: MetricsSettings) -> None:
         raise ConfigError(f"metrics.address: {exc}") from exc
     if not address.is_loopback and not metrics.token_file:
         raise ConfigError(f"metrics.address: other machines can reach {address}; set metrics.token_file")
+
+
+def _check_traces(traces: tuple[TraceSettings, ...]) -> None:
+    for number, trace in enumerate(traces):
+        _check_networks(f"trace[{number}].networks", trace.networks)
+        if not (trace.networks or trace.sender or trace.recipient):
+            raise ConfigError(f"trace[{number}]: choose the sessions by networks, sender or recipient")
 
 
 def _check_networks(key: str, networks: tuple[str, ...]) -> None:

@@ -147,6 +147,11 @@ class Journal:
         """The state of the server, as an operator has asked for it."""
         self._note("state", 0, None, state)
 
+    def shortage(self, cause: str, failures: int) -> None:
+        """Clients could not be accepted, for lack of descriptors or memory, so often since the last such line."""
+        if self._logs_errors:
+            self._note("shortage", 0, None, cause, failures)
+
     def hook_failed(self, hook: str, hook_point: str, cause: str) -> None:
         """A policy raised an exception, missed its deadline, or returned an invalid value."""
         if self.counters is not None:
@@ -380,6 +385,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "draining": ("sessions",),
     "resumed": (),
     "state": ("state",),
+    "shortage": ("cause", "failures"),
     "hook-failed": ("hook", "hook_point", "cause"),
     "state-failed": ("cause",),
     "users-failed": ("cause",),

@@ -244,3 +244,30 @@ def test_a_worker_that_hangs_stops_the_signs_of_life(tmp_path: Path, manager: Ma
         manager._socket.settimeout(60)
         manager.wait_for("WATCHDOG=1")
     assert quiet.is_set()
+
+
+POLICY = """
+import time
+def wait_for_ever():
+    time.sleep(1000)
+class Hangs:
+    def on_mail(self, transaction, sender, parameters):
+        if sender.local == "hang":
+            wait_for_ever()
+"""
+
+
+def test_a_policy_that_blocks_is_found_in_the_stacks(tmp_path: Path) -> None:
+    (tmp_path / "policies.py").write_text(POLICY)
+    config = '[[check]]\nhook = "policies.py:Hangs"\n[[listener]]\naddress = "127.0.0.1:0"\n'
+    config += "[server]\nworkers = 2\nwatchdog = 2\n"
+    with serving(tmp_path, config) as server:
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=60) as client:
+            client.ehlo()
+            with pytest.raises(smtplib.SMTPServerDisconnected):
+                client.mail("hang@example.com")
+        assert "in wait_for_ever" in server.journal.read_text()
+        server.said("did not answer the watchdog, and is started again")
+        for _ in range(10):
+            send(server)
+        assert server.stop() == 0

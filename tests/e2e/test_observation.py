@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import smtplib
 import socket
@@ -164,3 +165,26 @@ def test_a_next_hop_is_suspended_resumed_and_tried_again(tmp_path: Path) -> None
         assert "127.0.0.1: suspended" in penstock(server, "status").stdout
         assert penstock(server, "ctl", "hop", "127.0.0.1", "resume").stdout == "127.0.0.1: resumed\n"
         assert status(server)["spool"]["recipients"] == 1
+
+
+def test_clients_hear_421_when_descriptors_run_out(tmp_path: Path) -> None:
+    toml = WORKERS.replace("workers = 2", "workers = 1")
+    with serving(tmp_path, toml) as server, ExitStack() as stack:
+        open_now = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (open_now + 20, open_now + 20))
+        codes: Counter[bytes] = Counter()
+        for _ in range(60):
+            sock, code = connect(server)
+            stack.enter_context(closing(sock))
+            codes[code] += 1
+        assert codes[b"220"] + codes[b"421"] == 60 and 10 <= codes[b"220"] <= 20
+        server.said('"event":"shortage"')
+        assert server.journal.read_text().count('"event":"shortage"') == 1
+        stack.close()
+
+        def is_served() -> bool:
+            sock, code = connect(server)
+            sock.close()
+            return code == b"220"
+
+        wait_until(is_served)

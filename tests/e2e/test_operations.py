@@ -19,5 +19,9 @@ def test_certificates_replaced_under_load_fail_no_handshake(tmp_path: Path) -> N
     assert "0 refused, new one after" in operations.certificates(tmp_path, 1)
 
 
+def test_draining_under_load_loses_nothing(tmp_path: Path) -> None:
+    assert "drained, exit code 0" in operations.drain(tmp_path)
+
+
 def test_a_restart_with_stored_sockets_refuses_no_client(tmp_path: Path) -> None:
     assert "0 lost, 0 duplicated" in operations.restarts(tmp_path, 1)

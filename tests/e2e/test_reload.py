@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import trustme
-from bench.operations import make_pair
+from bench.operations import make_pair, status_of
 
 from tests.e2e.running import Server, serving
 from tests.e2e.test_workers import events, workers_of
+from tests.ports import free_port
 
 
 def certificate_of(server: Server) -> bytes:
@@ -215,6 +216,27 @@ def test_a_worker_that_does_not_start_stops_the_roll(tmp_path: Path) -> None:
         assert workers_of(server) == before
         with smtplib.SMTP("127.0.0.1", server.port) as client:
             assert client.sendmail("a@example.com", ["b@example.net"], b"Subject: x\r\n\r\nHello\r\n") == {}
+
+
+def test_the_address_of_the_metrics_can_change(tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    more = [f'[metrics]\naddress = "127.0.0.1:{port}"' for port in ports]
+    with reloadable(tmp_path, more=more[0]) as server:
+        assert status_of(f"127.0.0.1:{ports[0]}") == 200
+        pids = workers_of(server)
+        rewrite(server, more=more[1])
+        wait_for_event(server, "reloaded")
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert status_of(f"127.0.0.1:{ports[1]}") == 200
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        with pytest.raises(ConnectionRefusedError):
+            status_of(f"127.0.0.1:{ports[0]}")
+        assert workers_of(server) == pids
 
 
 def test_a_single_process_says_what_needs_a_restart(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from penstock.cli.filecheck import tls_problems
 from penstock.config import ListenerSettings, Settings
 from penstock.net.tls import KeyPair, generated_certificate
+from penstock.privileges import Account, acting_as
 
 _replace = msgspec.structs.replace
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -38,9 +39,15 @@ class Certificates:
     ca_file: Path | None
     """The authority of a generated certificate."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = monotonic) -> None:
-        """Read those of the settings. Raise OSError or ValueError, which names the key."""
+    def __init__(
+        self, settings: Settings, account: Account | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
+        """Read those of the settings. Raise OSError or ValueError, which names the key.
+
+        `account` is that of the workers: a certificate of our own making belongs to it.
+        """
         self._settings = settings
+        self._account = account
         self._clock = clock
         self._names = list(dict.fromkeys([settings.own_hostname, "localhost", "127.0.0.1", "::1"]))
         self.ca_file = None
@@ -101,7 +108,8 @@ class Certificates:
         folder = Path(self._settings.data_dir).absolute()
         if listener.tls.certificate:
             return folder / listener.tls.certificate, folder / listener.tls.key if listener.tls.key else None
-        made = generated_certificate(folder / "tls", self._names)
+        with acting_as(self._account):
+            made = generated_certificate(folder / "tls", self._names)
         self.ca_file = self.ca_file or made.ca_file
         return made.certificate, None
 

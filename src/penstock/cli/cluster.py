@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,8 @@ import trio
 
 from penstock.cluster.settings import JetStreamSettings
 from penstock.config import ConfigError, Settings, load
+from penstock.spool.admins import QueueAdmins
+from penstock.spool.store import SpoolError
 
 if TYPE_CHECKING:
     from penstock.cluster.jetstream import JetStream
@@ -36,11 +39,12 @@ def _settings(config_file: Path) -> Settings:
     return settings
 
 
-def run(config_file: Path, act: Callable[[JetStream, JetStreamSettings], Awaitable[T]]) -> T:
+def run(config_file: Path | None, act: Callable[[JetStream, JetStreamSettings], Awaitable[T]]) -> T:
     """Connect to the cluster and do something; errors become one line and exit code 1."""
     from penstock.cluster import setup  # noqa: PLC0415 - needs the extra
     from penstock.net.nats import NatsError  # noqa: PLC0415
 
+    assert config_file is not None
     settings = _settings(config_file)
 
     async def connect() -> T:
@@ -52,7 +56,7 @@ def run(config_file: Path, act: Callable[[JetStream, JetStreamSettings], Awaitab
     async def guarded() -> T | None:
         try:
             return await connect()
-        except* (NatsError, setup.SetupError, OSError, ValueError) as group:
+        except* (NatsError, setup.SetupError, SpoolError, OSError, ValueError) as group:
             failures.append(group)
         return None
 
@@ -63,6 +67,43 @@ def run(config_file: Path, act: Callable[[JetStream, JetStreamSettings], Awaitab
             cause = cause.exceptions[0]
         raise click.ClickException(str(cause))
     return result  # type: ignore[return-value]  # without a failure it is a T
+
+
+@contextmanager
+def cluster_admins(config_file: Path | None) -> Iterator[QueueAdmins]:
+    """Give what `penstock spool` needs of all nodes. Raise click.UsageError or SpoolError."""
+    if config_file is None:
+        raise click.UsageError("--cluster requires --config")
+    from penstock.cluster import admin, setup  # noqa: PLC0415 - needs the extra
+
+    settings = _settings(config_file)
+    layout = setup.make_layout(settings.jetstream)
+
+    def ask(act: Callable[[JetStream], Awaitable[T]]) -> T:
+        return run(config_file, lambda jetstream, _: act(jetstream))
+
+    nodes = ask(lambda jetstream: admin.living_nodes(jetstream, layout))
+    if not nodes:
+        raise SpoolError("no node of the cluster runs")
+    yield QueueAdmins([(node, admin.RemoteAdmin(ask, layout, node)) for node in nodes])
+
+
+@cluster.command()
+@_config
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="Let the node relay again.")
+def drain(config_file: Path, node: str, undo: bool) -> None:
+    """Have a node give all its partitions to the others, and wait until it has none.
+
+    It still accepts mail, which the others relay. A node that is started again is not draining.
+    """
+    from penstock.cluster import admin, setup  # noqa: PLC0415 - needs the extra
+
+    def act(jetstream: JetStream, settings: JetStreamSettings) -> Awaitable[None]:
+        return admin.drain(jetstream, setup.make_layout(settings), node, undo=undo)
+
+    run(config_file, act)
+    click.echo(f"{node} relays again" if undo else f"{node} has no partitions")
 
 
 @cluster.command()

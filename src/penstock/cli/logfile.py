@@ -10,7 +10,7 @@ from pathlib import Path
 
 from penstock.cli.journaling import stderr
 from penstock.config import Settings
-from penstock.privileges import Account
+from penstock.privileges import Account, acting_as
 
 
 class LogFile:
@@ -18,14 +18,20 @@ class LogFile:
 
     def __init__(self, settings: Settings, owner: Account | None = None) -> None:
         """Open the file that the settings name. `owner` is the account of the workers. Raise OSError."""
-        name = settings.journal.file
-        self._path = Path(settings.data_dir).absolute() / name if name else None
+        self._path = _path_of(settings)
         self._owner = owner
         if self._path is None:
             self.descriptor = stderr()
             _append(self.descriptor)
         else:
             self.descriptor = self._open(self._path)
+
+    def move(self, settings: Settings) -> None:
+        """Write to the file of other settings, unless one of both is standard error. Raise OSError."""
+        path = _path_of(settings)
+        if path is not None and self._path is not None and path != self._path:
+            self._path = path
+            self.reopen()
 
     def reopen(self) -> None:
         """Write to the file that has the name now; standard error stays as it is. Raise OSError."""
@@ -38,15 +44,18 @@ class LogFile:
             os.close(new)
 
     def _open(self, path: Path) -> int:
-        """Open the file for appending; create it for the account of the workers, which open it themselves."""
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        if self._owner is not None and os.geteuid() == 0:
-            try:
-                os.fchown(descriptor, self._owner.uid, self._owner.gid)
-            except OSError:
-                os.close(descriptor)
-                raise
-        return descriptor
+        """Open the file for appending, as the account of the workers, which open it themselves."""
+        try:
+            with acting_as(self._owner):
+                return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as exc:
+            raise OSError(exc.errno, f"journal.file: {path}: {exc.strerror}") from exc
+
+
+def _path_of(settings: Settings) -> Path | None:
+    """Return the file of the journal; None for standard error."""
+    name = settings.journal.file
+    return Path(settings.data_dir).absolute() / name if name else None
 
 
 def _append(descriptor: int) -> None:

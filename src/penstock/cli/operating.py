@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
@@ -30,9 +30,22 @@ from penstock.cli.notify import ServiceManager
 from penstock.config import ConfigError, Settings, check
 from penstock.control import ControlError, Counters, Phase, ReloadResult, ReloadState, ServerState, WorkerState
 from penstock.journal import Journal
+from penstock.net.tls import TlsSettings
+from penstock.privileges import Account, acting_as
 
 Load = Callable[[], Settings]
 """Reads the configuration again. Raises ConfigError."""
+
+
+class RunServices(Protocol):
+    """Runs what operators connect to."""
+
+    async def __call__(self, settings: Settings, *, task_status: trio.TaskStatus[None]) -> None:
+        """Run until cancelled; `started` once everything is bound. Raise OSError when a socket cannot be bound."""
+
+
+_ANSWER = 0.5
+"""Seconds until the control socket is closed that is not configured any more: an answer may be on its way."""
 _DRAIN_LOOK = 0.25
 """Seconds between two looks whether the spool is empty."""
 
@@ -49,7 +62,10 @@ class Outfit:
         journal: Journal,
         write: Callable[[bytes], None],
         manager: ServiceManager,
+        account: Account | None = None,
     ) -> None:
+        """`account` is that of the workers, if it is not that of this process."""
+        self.account = account
         self.settings = settings
         self.load = load
         self.certificates = certificates
@@ -70,6 +86,7 @@ class Operations(abc.ABC):
         self.manager = outfit.manager
         self.phase: Phase = "starting"
         self.last_reload = ReloadState()
+        self._account = outfit.account
         self._load = outfit.load
         self._log = outfit.log
         self._write = outfit.write
@@ -77,7 +94,7 @@ class Operations(abc.ABC):
         self._since = time.time()
         self._changing = trio.Lock()
         self._reload_wanted = trio.Event()
-        self._looks_again = 0.0
+        self._has_other_services = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._draining: trio.CancelScope | None = None
         self._drained = trio.Event()
@@ -163,7 +180,13 @@ class Operations(abc.ABC):
         except RollError as exc:
             self.journal.reload_failed(str(exc))
             return self.note_reload("failed", str(exc))
+        if (settings.control, settings.metrics) != (self.settings.control, self.settings.metrics):
+            self._has_other_services.set()
         self.settings, self.certificates = settings, certificates
+        try:
+            await trio.to_thread.run_sync(self._log.move, settings)
+        except OSError as exc:
+            self.journal.error(0, "journal.file", exc)
         self.journal.reloaded("configuration")
         return self.note_reload("ok")
 
@@ -171,10 +194,12 @@ class Operations(abc.ABC):
         """Read and check the configuration and its files. Policies are not loaded: a supervisor may be root."""
         settings = self._load()
         check(settings, allow_open=self._allow_open)
-        wrong = problems(settings, loads_code=False)
+        certificates = Certificates(settings, self._account)
+        with acting_as(self._account):
+            wrong = problems(_without_tls(settings), loads_code=False)
         if wrong:
             raise ConfigError("; ".join(wrong))
-        return settings, Certificates(settings)
+        return settings, certificates
 
     def note_reload(self, result: ReloadResult, reason: str = "") -> ReloadState:
         """Count a reload, and write the journal."""
@@ -263,6 +288,32 @@ class Operations(abc.ABC):
             self._nursery.start_soon(self._keep_looking)
             task_status.started()
 
+    async def keep_services(
+        self, run: RunServices, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Run what operators connect to until cancelled; start it again when its settings have changed.
+
+        `started` once it runs for the first time. Raise OSError before that.
+        """
+        is_first = True
+        while True:
+            settings, self._has_other_services = self.settings, trio.Event()
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(run, settings)
+                    if is_first:
+                        task_status.started()
+                    await self._has_other_services.wait()
+                    await trio.sleep(_ANSWER)
+                    nursery.cancel_scope.cancel()
+            except* OSError as group:
+                if is_first:
+                    raise
+                self.journal.error(0, "control, metrics", group.exceptions[0])
+                self.flush()
+                await self._has_other_services.wait()
+            is_first = False
+
     def started(self) -> None:
         """All workers are ready."""
         if self.phase == "starting":
@@ -348,6 +399,13 @@ class Operations(abc.ABC):
 
 class RollError(Exception):
     """Some new processes are not ready. The text says why."""
+
+
+def _without_tls(settings: Settings) -> Settings:
+    """Return the settings without certificates, which have been checked before, as root."""
+    replace = msgspec.structs.replace
+    none = TlsSettings(mode="none")
+    return replace(settings, listener=tuple(replace(each, tls=none) for each in settings.listener))
 
 
 def _flat(what: str, state: dict[str, Any]) -> dict[str, Any]:

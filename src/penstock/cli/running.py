@@ -11,6 +11,7 @@ import signal
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -147,8 +148,8 @@ def tune_collector() -> None:
     gc.set_threshold(_GC_THRESHOLD, 20, 100)
 
 
-_OF_WORKERS: Final = ("tmp", "maildir", "secret", "spool*", "state*", "index*", "run")
-"""What workers write in the state directory. Certificates and keys stay those of root."""
+_OF_WORKERS: Final = ("tmp", "maildir", "secret", "spool*", "state*", "index*", "run", "tls")
+"""What a server writes in its state directory. Other files of root stay so, such as certificates and keys."""
 
 
 def prepare_data_dir(settings: Settings, account: Account) -> None:
@@ -318,7 +319,7 @@ async def _serve(
     async with trio.open_nursery() as nursery:
         await nursery.start(operations.run)
         if observation is not None:
-            await nursery.start(run_services, operations, operations.settings, observation)
+            await nursery.start(operations.keep_services, partial(run_services, operations, observation))
         await nursery.start(run_server, server, nursery)
         if server.overrides.counters is not None:
             nursery.start_soon(keep_reporting, server, server.overrides.counters)

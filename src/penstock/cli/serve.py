@@ -12,9 +12,9 @@ from penstock.app import Server
 from penstock.cli.filecheck import tls_problems
 from penstock.cli.notify import ServiceManager
 from penstock.cli.once import OnceCommand
-from penstock.cli.running import listen_on, print_authority, run
+from penstock.cli.running import account_of, listen_on, prepare_data_dir, print_authority, run
 from penstock.cli.workers import indexes, needs_supervisor, supervise, work
-from penstock.config import ConfigError, Settings, load
+from penstock.config import ConfigError, Settings, check, load
 from penstock.spool.spool import SpoolError
 
 _replace = msgspec.structs.replace
@@ -52,8 +52,7 @@ def serve(
     certificate, and delivers to the Maildir ./penstock-data/maildir. A message is on stable storage before it is
     answered with 250.
 
-    Each of several workers has its own part of the spool, its own limits and its own relay. A worker that ends is
-    restarted.
+    Each of several workers has its own part of the spool and its own relay. A worker that ends or hangs is replaced.
 
     SIGTERM and SIGINT stop the server gracefully: idle clients receive 421, messages in progress are accepted for
     server.grace seconds. A second signal stops it immediately. SIGHUP reads the configuration again, SIGUSR1 opens the
@@ -73,18 +72,22 @@ def serve(
 
     try:
         settings = load_settings()
+        check(settings)
     except ConfigError as exc:
         raise click.UsageError(str(exc)) from exc
     wrong = tls_problems(settings)  # before OpenSSL prompts for a passphrase
     if wrong:
         raise click.ClickException("\n".join(wrong))
+    account = account_of(settings)
     try:
-        wanted = indexes(settings)
+        if account is not None:
+            prepare_data_dir(settings, account)
+        wanted = indexes(settings, account)
     except (OSError, SpoolError, sqlite3.Error) as exc:
         raise click.ClickException(str(exc)) from exc
     manager = ServiceManager()
     if needs_supervisor(settings, wanted, manager):
-        supervise(settings, load_settings, wanted, manager)
+        supervise(settings, load_settings, wanted, manager, account)
         return
 
     def announce(parts: Server) -> None:

@@ -14,12 +14,13 @@ from penstock.net.listen import ListenAddress, bind
 from penstock.operations.controlsocket import ControlSocket, bind_control
 from penstock.operations.endpoint import Answer, Endpoint, read_token
 from penstock.operations.observation import Observation
+from penstock.privileges import Account, acting_as
 
 
 async def run_services(
     control: Control,
-    settings: Settings,
     observation: Observation,
+    settings: Settings,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -27,7 +28,7 @@ async def run_services(
 
     Raise OSError when a socket cannot be bound, or the token file not be used.
     """
-    token_file, sockets, control_socket = _bind(settings)
+    token_file, sockets, control_socket = _bind(settings, observation.account)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(observation.run)
         if sockets:
@@ -37,7 +38,7 @@ async def run_services(
         task_status.started()
 
 
-def _bind(settings: Settings) -> tuple[Path | None, list[socket.socket], socket.socket | None]:
+def _bind(settings: Settings, account: Account | None) -> tuple[Path | None, list[socket.socket], socket.socket | None]:
     """Return the token file, the sockets of the HTTP address, and the control socket. Raise OSError."""
     folder = Path(settings.data_dir).absolute()
     token_file = folder / settings.metrics.token_file if settings.metrics.token_file else None
@@ -52,7 +53,8 @@ def _bind(settings: Settings) -> tuple[Path | None, list[socket.socket], socket.
     control_socket: socket.socket | None = None
     try:
         if settings.control.socket:
-            control_socket = bind_control(folder / settings.control.socket)
+            with acting_as(account):
+                control_socket = bind_control(folder / settings.control.socket)
     except OSError:
         for sock in sockets:
             sock.close()

@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from penstock.cli.cluster import cluster_admins
 from penstock.config import ConfigError, Settings, load
 from penstock.journal import escape
 from penstock.spool.admin import AGES, Change, Filter, Listed, ListedMessage, Stats, no_message
@@ -45,9 +46,18 @@ class Age(click.ParamType[float]):
         return float(found[1]) * _UNITS[found[2]]
 
 
+_CLUSTER: Final = click.option(
+    "--cluster",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, _, value: context.meta.__setitem__("cluster", value),
+    help="The replicated queue: ask all nodes. Requires --config.",
+)
+"""For every command: what it does with the parts of a spool, it does with the nodes of a cluster."""
 _OPTIONS: Final = (
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file of the server."),
     click.option("--data", "data_dir", metavar="DIR", help="Data directory of the server [default: ./penstock-data]."),
+    _CLUSTER,
 )
 _FILTERS: Final = (
     click.option("--sender", default="", metavar="GLOB", help="Sender: '*@example.com'; '<>' is the null sender."),
@@ -81,6 +91,10 @@ def _opened(config_file: Path | None, data_dir: str | None) -> Iterator[QueueAdm
     """
     try:
         settings = Settings() if config_file is None else load(config_file)
+        if click.get_current_context().meta.get("cluster"):
+            with cluster_admins(config_file) as admin:
+                yield admin
+            return
         folder = Path(data_dir or settings.data_dir) / settings.spool.path
         with QueueAdmins.opened(folder) as admin:
             yield admin

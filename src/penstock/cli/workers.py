@@ -35,7 +35,6 @@ from penstock.cli.running import (
     become,
     fit_descriptors,
     innermost,
-    prepare_data_dir,
     raise_descriptor_limit,
     run_server,
     survive_signals,
@@ -50,7 +49,7 @@ from penstock.journal import Journal
 from penstock.metrics.segment import attach_segment
 from penstock.net.tls import KeyPair
 from penstock.operations.observation import Observation, keep_reporting, start_counting
-from penstock.privileges import Account
+from penstock.privileges import Account, acting_as
 from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
 from penstock.state import snapshot
@@ -120,7 +119,7 @@ def needs_supervisor(settings: Settings, wanted: Sequence[int], manager: Service
     )
 
 
-def indexes(settings: Settings) -> list[int]:
+def indexes(settings: Settings, account: Account | None) -> list[int]:
     """Return the workers that are wanted: those of the settings, and one for each part of the spool that others left.
 
     Parts without mail need none. Raise OSError, sqlite3.Error or SpoolError when such a part cannot be read.
@@ -129,10 +128,11 @@ def indexes(settings: Settings) -> list[int]:
     wanted = list(range(count))
     if settings.delivery.has_relay:
         folder = Path(settings.data_dir) / settings.spool.path
-        for index in shards(folder):
-            if index >= count:
-                with QueueAdmin.opened(folder.parent / shard_of(folder.name, index)) as desk:
-                    wanted += [] if desk.is_empty else [index]
+        with acting_as(account):
+            for index in shards(folder):
+                if index >= count:
+                    with QueueAdmin.opened(folder.parent / shard_of(folder.name, index)) as desk:
+                        wanted += [] if desk.is_empty else [index]
     return wanted
 
 
@@ -322,12 +322,12 @@ class SupervisorOperations(Operations):
             self._is_mixed = self._is_mixed or before != self.supervisor.processes
             raise RollError(f"{exc}; the workers that were not replaced go on") from exc
         self._is_mixed = False
-        self._launcher = launcher
+        self._launcher, self._account = launcher, account
         self._sockets.keep_only(settings)
 
     async def _indexes(self, settings: Settings) -> list[int]:
         try:
-            return await trio.to_thread.run_sync(indexes, settings)
+            return await trio.to_thread.run_sync(indexes, settings, self._account)
         except (sqlite3.Error, SpoolError) as exc:
             raise ControlError(f"spool.path: {exc}") from exc
 
@@ -393,18 +393,20 @@ def _text(boot: Boot) -> str:
     return base64.b64encode(boot.encode()).decode()
 
 
-def supervise(settings: Settings, load: Load, wanted: Sequence[int], manager: ServiceManager) -> None:
-    """Run workers until a signal. End the process with code 2 for wrong settings, 1 when a worker does not start."""
-    account = account_of(settings)
+def supervise(
+    settings: Settings, load: Load, wanted: Sequence[int], manager: ServiceManager, account: Account | None
+) -> None:
+    """Run workers until a signal, as an account if it is not that of this process.
+
+    End the process with code 2 for wrong settings, 1 when a worker does not start.
+    """
     limit = raise_descriptor_limit()
     fitted = fit_descriptors(settings, limit)
     sockets = ListeningSockets(passed_sockets(), manager)
     try:
         check(fitted)
-        observation = Observation(fitted, workers=max(wanted) + 1)
-        if account is not None:
-            prepare_data_dir(fitted, account)
-        certificates = Certificates(fitted)
+        observation = Observation(fitted, workers=max(wanted) + 1, account=account)
+        certificates = Certificates(fitted, account)
         sockets.prepare(fitted, fitted.server.workers)
         sockets.close_unused()
         log = LogFile(fitted, account)
@@ -417,7 +419,7 @@ def supervise(settings: Settings, load: Load, wanted: Sequence[int], manager: Se
     write = JournalWriter(log.descriptor, journal.tell_dropped, is_shared=True)
     tell_fitted(settings, fitted, limit, journal)
     write(journal.drain())
-    outfit = Outfit(fitted, lambda: fit_descriptors(load(), limit), certificates, log, journal, write, manager)
+    outfit = Outfit(fitted, lambda: fit_descriptors(load(), limit), certificates, log, journal, write, manager, account)
     keeper = Keeper(Path(fitted.data_dir) / snapshot.FILE, lambda text: write(f"penstock: {text}\n".encode()))
     launcher = Launcher(fitted, certificates.pairs, sockets, account, observation, keeper)
     operations = SupervisorOperations(outfit, sockets, launcher, wanted, observation)
@@ -439,7 +441,7 @@ async def _supervise(operations: SupervisorOperations, sockets: ListeningSockets
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(operations.run)
-            await nursery.start(run_services, operations, settings, operations.observation)
+            await nursery.start(operations.keep_services, partial(run_services, operations, operations.observation))
             await nursery.start(_keep, operations.supervisor, nursery)
             operations.started()
             alone = len(wanted) - count

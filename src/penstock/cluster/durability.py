@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from penstock.cluster.layout import MINIMUM_VERSION
+from penstock.spool.store import SpoolError
 
 _TIMEOUT: Final = 3.0
 _INTERVAL: Final = 30.0
@@ -54,7 +55,7 @@ class ServerState(msgspec.Struct, frozen=True):
         return ""
 
 
-class DurabilityError(Exception):
+class DurabilityError(SpoolError):
     """A server must not be given messages."""
 
 

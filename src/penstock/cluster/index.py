@@ -156,6 +156,11 @@ class IndexStore(Store):
             planned.append(Planned(number, found[0], unpack(found[1]), states))
         return planned
 
+    def idle(self, rows: Sequence[int]) -> list[int]:
+        """Return those of the recipients that are not being attempted."""
+        statement = "SELECT number FROM recipient WHERE number = ? AND state != 1"
+        return [row for row in rows if self._one(statement, (row,)) is not None]
+
     def set_places(self, places: Sequence[tuple[int, Place]]) -> None:
         """Write the places of messages."""
         self._database.executemany(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -15,6 +17,10 @@ _API: Final = "$JS.API"
 _TIMEOUT: Final = 5.0
 """Seconds for a request to the API."""
 _NOT_FOUND: Final = 404
+_UNAVAILABLE: Final = 503
+_TRIES: Final = 40
+_PAUSE: Final = 0.05
+"""How often, and after how many seconds, a consumer is asked again that does not run yet."""
 _BATCH: Final = 1000
 """Messages that a scan asks for at a time."""
 _WAITING: Final = 20_000
@@ -147,7 +153,7 @@ class JetStream:
         Close the iterator. Raise NatsError when the connection or the consumer is lost: then scan again from there.
         """
         client = self.client
-        name = f"scan-{trio.lowlevel.current_task().name.rpartition('.')[2][:20]}-{id(subjects):x}"
+        name = f"scan-{os.urandom(8).hex()}"
         configuration = {
             "name": name,
             "filter_subjects": list(subjects),
@@ -163,8 +169,9 @@ class JetStream:
         await self.api(f"CONSUMER.CREATE.{stream}.{name}", {"stream_name": stream, "config": configuration})
         inbox = f"_INBOX.{name}"
         connections = client.connections
-        async with client.subscribed(inbox, limit=_WAITING) as subscription:
+        async with client.subscribed(inbox, limit=_WAITING) as subscription, self._deleting(stream, name):
             request = _encode({"batch": _BATCH, "expires": 2 * 10**9})
+            tries = 0
             while True:
                 client.publish(f"{_API}.CONSUMER.MSG.NEXT.{stream}.{name}", request, reply=inbox)
                 batch: list[Stored] = []
@@ -176,14 +183,28 @@ class JetStream:
                     if message is None or client.connections != connections or subscription.dropped:
                         raise DisconnectedError("the scan was interrupted")
                     if message.status:
-                        if message.status not in (_NOT_FOUND, 408):
+                        if message.status == _UNAVAILABLE and tries < _TRIES:  # the server has it not running yet
+                            tries += 1
+                            await trio.sleep(_PAUSE)
+                        elif message.status not in (_NOT_FOUND, 408):
                             raise NatsError(f"the scan was ended: {message.headers!r}")
                         is_over = True
                     else:
                         batch.append(_scanned(message))
                         if message.reply.endswith(".0"):  # nothing is pending: what there is, is here
                             is_over = True
+                if batch:
+                    tries = 0
                 yield batch
+
+    @asynccontextmanager
+    async def _deleting(self, stream: str, consumer: str) -> AsyncIterator[None]:
+        """Delete a consumer at the end of an `async with`, without waiting for it."""
+        try:
+            yield
+        finally:
+            with suppress(NatsError):  # the server deletes it when it is idle
+                self.client.publish(f"{_API}.CONSUMER.DELETE.{stream}.{consumer}", reply="_INBOX.none")
 
 
 def _scanned(message: Message) -> Stored:

@@ -13,7 +13,7 @@ takes those that are free.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -125,6 +125,8 @@ class LeaseKeeper:
         self._version = version
         self._lease = lease
         self._held: dict[int, _Held] = {}
+        self._last: dict[int, tuple[str, float]] = {}
+        """Which other node had a partition when that was looked at last, and when that was."""
         self._wake = trio.Event()
 
     @property
@@ -176,7 +178,7 @@ class LeaseKeeper:
                 self._held[partition].is_leaving = True
                 self.on_leave(partition)
         elif len(held) < share:
-            await self._claim(share - len(held))
+            await self._claim(share - len(held), nodes)
 
     async def _announce(self) -> None:
         state = NodeState(self._version, self.is_draining, self.spooled())
@@ -224,13 +226,22 @@ class LeaseKeeper:
         elif partition in self._held:
             self._lose(partition)
 
-    async def _claim(self, count: int) -> None:
+    async def _claim(self, count: int, nodes: Collection[str]) -> None:
         leases = await read_leases(self._jetstream, self._layout)
-        free = [
-            partition
-            for partition in range(self._layout.partitions)
-            if partition not in self._held and not leases.get(partition, Lease()).node
-        ]
+        now = trio.current_time()
+        free = []
+        for partition in range(self._layout.partitions):
+            lease = leases.get(partition)
+            if partition in self._held:
+                continue
+            if lease is not None and lease.node:
+                self._last[partition] = (lease.node, now)
+                continue
+            # Without a leader nobody could renew. Who had it knows what it has relayed, and is first to take it again.
+            owner, seen = self._last.get(partition, ("", 0.0))
+            if lease is None and owner != self.node and owner in nodes and now - seen < 2 * self._lease:
+                continue
+            free.append(partition)
         chosen = random.sample(free, min(count, len(free)))
         begun = trio.current_time()
         results = await self._write([(each, leases.get(each, Lease()).sequence) for each in chosen])

@@ -9,6 +9,7 @@ from typing import Final
 
 import trio
 
+from penstock.cluster.admin import AdminService
 from penstock.cluster.durability import Durability
 from penstock.cluster.forwarder import Forwarder
 from penstock.cluster.jetstream import JetStream
@@ -59,6 +60,7 @@ class Node:
         self.keeper.on_leave = self.queue.leave
         self.keeper.report = self._report
         self.forwarder = Forwarder(spool, self, journal)
+        self._admin = AdminService(self._client, layout.operations(name), data_dir / index, journal, self._drain)
         self._complaint = ""
         self._is_lost = False
 
@@ -117,6 +119,11 @@ class Node:
             nursery.start_soon(self.queue.run)
             nursery.start_soon(self.keeper.run)
             nursery.start_soon(self.forwarder.run)
+            nursery.start_soon(self._admin.run)
+
+    def _drain(self, is_draining: bool) -> None:
+        self.keeper.is_draining = is_draining
+        self.keeper.wake()
 
     async def forward(self, message: Message, queue: str) -> None:
         """Put a message of the local spool into the stream (penstock.cluster.forwarder.Target)."""

@@ -45,7 +45,7 @@ from penstock.cluster.layout import (
     state_headers,
     tombstone_headers,
 )
-from penstock.cluster.writer import Writer, Written
+from penstock.cluster.writer import UnavailableError, Writer, Written
 from penstock.journal import Journal
 from penstock.message import CountedBody, Message, MessageId, Recipient
 from penstock.net.nats import Message as NatsMessage
@@ -59,7 +59,11 @@ _READS: Final = 3
 """Times that a damaged message is read from other servers, before it is read from the leader."""
 _TRY_LATER: Final = 5.0
 """Seconds until a message is tried again that the cluster did not return."""
-_REPORT_PATIENCE: Final = 30.0
+_REPORT_PATIENCE: Final = 5.0
+_RECORDING: Final = 10.0
+"""Seconds for which the ends of attempts are written again and again while there is no leader..."""
+_RECORD_PAUSE: Final = 0.2
+"""...and the seconds in between."""
 _GROUP: Final = 100_000
 """Messages of partitions that are read together: they are in memory until the end."""
 _SLICE: Final = 1000
@@ -175,6 +179,8 @@ class ReplicatedQueue(Spool):
                     most = info["config"].get("max_bytes", 0)
                     is_full = is_full or (most > 0 and info["state"]["bytes"] >= most * FULL)
                 self.is_full = is_full
+            except ApiError as exc:
+                self._complain(NatsError(f"{exc}; run penstock cluster init") if exc.is_not_found else exc)
             except NatsError:
                 pass  # what cannot be reached is noticed where it is used
             await trio.sleep(1)
@@ -594,6 +600,20 @@ class ReplicatedQueue(Spool):
 
         The reports are in the stream before the messages they are about leave it: after a crash there may be two.
         """
+        deadline = trio.current_time() + _RECORDING
+        while True:  # the sooner it is written, the less is tried again by the next owner
+            try:
+                await self._record(records, messages)
+            except (NatsError, UnavailableError):
+                if trio.current_time() >= deadline:
+                    raise
+                await trio.sleep(_RECORD_PAUSE)
+            else:
+                return
+
+    async def _record(
+        self, records: Sequence[AttemptRecord], messages: Sequence[tuple[Message, Sequence[str]]]
+    ) -> None:
         async with self._writing:
             changes = {record.row: _change_of(record) for record in records if record.outcome is not Outcome.RETURNED}
             planned = await self._committer.do(lambda _: self._index.plan(changes)) if changes else []
@@ -613,10 +633,12 @@ class ReplicatedQueue(Spool):
             for number in await self._committer.do(act, whole=True):
                 self._threads.remove_later(number)
 
-    async def obey(self, action: str, rows: Sequence[int]) -> None:
-        """Hold, release, drop or retry recipients that are written as being attempted, but are not."""
+    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, release, drop or retry recipients. See `Spool.obey`."""
         async with self._writing:
             now = self._clock()
+            idle = await self._committer.do(lambda _: self._index.idle(at_rest))
+            rows = [*withdrawn, *idle]
 
             def change(state: RecipientState) -> RecipientState | None:
                 if action == "drop":
@@ -626,7 +648,7 @@ class ReplicatedQueue(Spool):
             planned = await self._committer.do(lambda _: self._index.plan(dict.fromkeys(rows, change)))
             places = await self._write_states(planned)
             await self._committer.do(lambda _: self._index.set_places(places), whole=True)
-            await super().obey(action, rows)
+            await super().obey(action, withdrawn, idle)
 
     async def _write_states(self, planned: Sequence[Planned]) -> list[tuple[int, Place]]:
         """Write into the stream what becomes of messages. Return places that have changed. Raise NatsError."""

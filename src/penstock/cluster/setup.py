@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from penstock.net.tls import client_context
 _CREATING: Final = 20.0
 """Seconds to wait for a stream to be made, and for a leader."""
 _LEAST_REPLICAS: Final = 3
-_COMPARED: Final = ("subjects", "num_replicas", "max_msgs_per_subject", "discard", "max_age", "storage")
+_COMPARED: Final = ("subjects", "num_replicas", "max_msgs_per_subject", "discard", "max_age", "storage", "compression")
 
 
 class SetupError(Exception):
@@ -117,7 +117,7 @@ async def _make(jetstream: JetStream, configuration: dict[str, Any]) -> str:
                     raise
                 await jetstream.api(f"STREAM.CREATE.{name}", configuration, timeout=10)
                 return "made"
-            if all(found.get(key) == value for key, value in configuration.items()):
+            if all(_has(found.get(key), value) for key, value in configuration.items()):
                 return "as it should be"
             await jetstream.api(f"STREAM.UPDATE.{name}", {**found, **configuration}, timeout=10)
         except ApiError as exc:
@@ -130,12 +130,25 @@ async def _make(jetstream: JetStream, configuration: dict[str, Any]) -> str:
             return "changed"
 
 
+def _has(found: object, wanted: object) -> bool:
+    """Return whether a value is as it should be; the servers add entries to metadata."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.items() >= wanted.items()
+    return found == wanted
+
+
 async def check_partitions(jetstream: JetStream, layout: Layout) -> None:
     """Raise SetupError if the queue was made with another number of streams: messages would not be found."""
     try:
         names = (await jetstream.api("STREAM.NAMES", {"subject": f"{layout.name}.m.>"})).get("streams") or []
     except NatsError:
         return
+    for name in names:
+        with suppress(NatsError):
+            metadata = (await jetstream.api(f"STREAM.INFO.{name}"))["config"].get("metadata") or {}
+            count = metadata.get("penstock_partitions", str(layout.partitions))
+            if count != str(layout.partitions):
+                raise SetupError(f"jetstream.partitions: the queue was made with {count}; it cannot be changed")
     made = {name for name in names if name.startswith(f"{layout.name}-MAIL-")}
     wanted = {layout.stream(number) for number in range(layout.streams)}
     if made and made != wanted:

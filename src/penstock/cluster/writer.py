@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import trio
@@ -67,7 +68,13 @@ class Writer:
         text = b""
         count = 0
         if message.size > self._most_octets():
-            crc, count = await self._write_pieces(message, partition, deadline)
+            try:
+                crc, count = await self._write_pieces(message, partition, deadline)
+            except StreamFullError:
+                stream = self._layout.stream_of(partition)
+                with suppress(NatsError):  # then they are deleted after a day
+                    await self._jetstream.purge(stream, self._layout.piece(partition, message.id, "*"))
+                raise
         else:
             text = b"".join([prefix, *body.chunks()]) if _in_memory(body) else await _read(prefix, body)
             crc = crc32c(text)

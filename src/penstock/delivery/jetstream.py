@@ -79,9 +79,12 @@ class _NoRelay:
         """Not asked."""
         return ""
 
-    def takes(self, _queues: Sequence[str], _octets: int) -> bool:
-        """Take nothing."""
+    def reserve(self, _queues: Sequence[str], _octets: int) -> bool:
+        """Attempt nothing at once."""
         return False
+
+    def release(self, _octets: int) -> None:
+        """Not called."""
 
     def offer(self, _entries: Sequence[Entry]) -> None:
         """Not called."""
@@ -153,8 +156,12 @@ class JetStreamDelivery(Delivery):
     async def _replicate(self, partition: int, message: Message) -> Reply:
         domain_of = self._relay.domain_of
         queues = [domain_of(recipient) for recipient in message.envelope.recipients]
-        is_taken = self._relay.takes(queues, message.size)
-        entries = await self._queue.put_into(partition, message, queues, is_taken=is_taken)
+        is_taken = self._relay.reserve(queues, message.size)
+        try:
+            entries = await self._queue.put_into(partition, message, queues, is_taken=is_taken)
+        finally:
+            if is_taken:
+                self._relay.release(message.size)
         self._breaker.succeeded()
         self.replicated += 1
         if entries:

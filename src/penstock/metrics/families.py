@@ -104,7 +104,7 @@ PROCESS_FAMILIES: Final[dict[str, Family]] = {
 ENDS: Final = ("quit", "closed", "lost", "timeout", "shutdown", "refused", "dismissed", "error")
 """Why a connection has ended."""
 OUTCOMES: Final = ("delivered", "deferred", "failed")
-REFUSED_BY: Final = ("connections", "per_network", "per_minute")
+REFUSED_BY: Final = ("connections", "per_network", "per_minute", "descriptors")
 SERIES_FROM_THE_START: Final[tuple[tuple[str, dict[str, str]], ...]] = (
     ("accept_errors_total", {}),
     ("message_octets_total", {}),

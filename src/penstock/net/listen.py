@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import re
@@ -22,6 +23,8 @@ BACKLOG = 4096
 """Connections in the kernel's queue; the kernel limits this to net.core.somaxconn."""
 _BATCH = 64
 """Connections accepted before other tasks run."""
+_FIRST_FREE = 1024
+"""The first port that needs no privileges."""
 _PAUSE = 0.1
 """Seconds without accepting when descriptors run out: new connections stay in the kernel's queue."""
 SOCKET_MODE = 0o660
@@ -129,6 +132,8 @@ def bind(address: ListenAddress, *, mode: int = SOCKET_MODE, group: int | None =
         for sock in sockets:
             sock.close()
         said = f"cannot listen on {address}: {exc.strerror or exc}"
+        if exc.errno == errno.EACCES and 0 < address.port < _FIRST_FREE:
+            said += " (ports below 1024 need root with server.user, or CAP_NET_BIND_SERVICE)"
         raise (OSError(said) if exc.errno is None else OSError(exc.errno, said)) from exc
     return sockets
 

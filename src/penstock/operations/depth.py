@@ -15,6 +15,7 @@ import trio
 from penstock.config import Settings
 from penstock.metrics.collect import LONGEST_NAME, Sums
 from penstock.metrics.families import OTHER, series
+from penstock.privileges import Account, acting_as
 from penstock.spool.depth import Depth, count
 from penstock.spool.spool import shard_of, shards
 
@@ -27,7 +28,10 @@ _SHARE: Final = 20
 class SpoolDepth:
     """Counts what waits, at most every few seconds."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, settings: Settings, account: Account | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._account = account
         self._folder = Path(settings.data_dir).absolute() / settings.spool.path
         self._reserve = settings.spool.reserve_octets
         self._clock = clock
@@ -66,7 +70,7 @@ class SpoolDepth:
     def _count(self, queues: int) -> Depth:
         """Count all parts. One that cannot be read, such as one that is being made, counts nothing."""
         total = Depth()
-        with suppress(OSError):
+        with suppress(OSError), acting_as(self._account):
             for index in shards(self._folder):
                 with suppress(sqlite3.Error):
                     total = total.plus(count(self._folder.parent / shard_of(self._folder.name, index), queues))

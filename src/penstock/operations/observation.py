@@ -31,6 +31,7 @@ from penstock.metrics.exposition import render
 from penstock.metrics.families import series
 from penstock.metrics.segment import pages_for, private_segment, shared_segment
 from penstock.operations.depth import SpoolDepth
+from penstock.privileges import Account
 from penstock.spool.spool import Spool
 
 _INTERVAL: Final = 1.0
@@ -44,8 +45,12 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 class Observation:
     """What all workers of a server count."""
 
-    def __init__(self, settings: Settings, *, workers: int = 0) -> None:
-        """With `workers` they are processes of their own; 0 is a server of one process. Raise OSError."""
+    def __init__(self, settings: Settings, *, workers: int = 0, account: Account | None = None) -> None:
+        """With `workers` they are processes of their own; 0 is a server of one process. Raise OSError.
+
+        `account` is that of the workers, if it is not that of this process: the state directory belongs to it.
+        """
+        self.account = account
         self.descriptor: int | None = None
         """Of the segment, for workers to inherit; `close` closes it."""
         self.most_workers: Final = max(workers, _MOST_WORKERS)
@@ -55,7 +60,7 @@ class Observation:
         else:
             self.segment = private_segment()
         self.collector = Collector(self.segment, destinations=settings.metrics.destinations)
-        self.depth = SpoolDepth(settings) if settings.delivery.has_relay else None
+        self.depth = SpoolDepth(settings, account) if settings.delivery.has_relay else None
         self._started = time.time()
 
     def close(self) -> None:

@@ -603,6 +603,16 @@ class Scheduler:
                 self._queue(row.queue).has_due = True
             self.give_back(entry)
 
+    async def leads_to(self, domain: str, hop: str) -> bool:
+        """Return whether mail for a domain may go to a next hop, named by its host or its full name."""
+        route = self._routes.static_route(domain)
+        if route is None:
+            try:
+                route = await self._routes.find_route(domain)
+            except ResolveError:
+                return False
+        return any(hop in (each.host.lower(), each.name.lower()) for each in route.hops())
+
     async def check_clock(self) -> None:
         """Notice when the clock was set: nothing expires too early, and nothing waits for days."""
         jump = self._clock_guard.jump()

@@ -26,6 +26,7 @@ from penstock.server.connection import Connection
 from penstock.server.deadlines import Sweeper
 from penstock.server.limits import Admission
 from penstock.server.listener import Listener
+from penstock.server.shortage import Shortage
 from penstock.transaction import Peer
 
 _JOURNAL_INTERVAL: Final = 0.25
@@ -89,6 +90,7 @@ class Worker:
         self._poller = Poller() if HAS_EPOLL else None
         if self._poller is not None:
             self._poller.metrics = metrics
+        self._shortage = Shortage(journal, trio.current_time)
         self._stop_wanted = trio.Event()
         self._accepting: list[trio.CancelScope] = []
         self._serving = trio.CancelScope()
@@ -154,6 +156,7 @@ class Worker:
                 background.cancel_scope.cancel()
         if self._poller is not None:
             self._poller.close()
+        self._shortage.close()
         self._journal.stopped()
         self._write_journal(self._journal.drain())
 
@@ -199,8 +202,13 @@ class Worker:
         def serve(fd: int, address: str, port: int) -> None:
             self._serve(fd, Peer(address, port, *ends), bound.listener)
 
+        def refuse(fd: int, address: str, port: int) -> None:
+            self.sessions += 1
+            self._refuse(fd, Peer(address, port, *ends), bound.listener, replies.TOO_BUSY)
+
         def report_shortage(exc: OSError) -> None:
-            self._journal.error(0, "accept", exc)
+            self._shortage.note(exc)
+            self._shortage.refuse(bound.socket, refuse)
 
         with trio.CancelScope() as scope:
             self._accepting.append(scope)

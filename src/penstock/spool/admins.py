@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -103,23 +103,23 @@ class QueueAdmins:
 
     def retry(self, what: Filter) -> Change:
         """Let recipients that wait be due now."""
-        return self._change(QueueAdmin.retry, what)
+        return self._change("retry", what)
 
     def hold(self, what: Filter) -> Change:
         """Let recipients wait until they are released."""
-        return self._change(QueueAdmin.hold, what)
+        return self._change("hold", what)
 
     def release(self, what: Filter) -> Change:
         """Let recipients that are held be due now."""
-        return self._change(QueueAdmin.release, what)
+        return self._change("release", what)
 
     def drop(self, what: Filter) -> Change:
         """Delete recipients, and messages that have none left, without a report to the sender."""
-        return self._change(QueueAdmin.drop, what)
+        return self._change("drop", what)
 
     def bounce(self, what: Filter) -> Change:
         """Have the server return recipients to their sender now. Without a server, it does so when it is started."""
-        return self._change(QueueAdmin.bounce, what)
+        return self._change("bounce", what)
 
     def suspend(self, name: str) -> bool:
         """Send nothing to a domain, or to a next hop by host or full name. Return False if that was so already."""
@@ -129,10 +129,10 @@ class QueueAdmins:
         """Undo `suspend`. Return False if the name was not suspended."""
         return sum(admin.resume(name) for admin in self._admins) > 0
 
-    def _change(self, act: Callable[[QueueAdmin, Filter], Change], what: Filter) -> Change:
+    def _change(self, action: str, what: Filter) -> Change:
         done = Change(0)
         for admin in self._admins:
-            done = done.plus(act(admin, what))
+            done = done.plus(getattr(admin, action)(what))
         return done
 
     def check(self) -> Iterator[str]:

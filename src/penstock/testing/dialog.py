@@ -7,7 +7,6 @@ the report of a test is public in many places.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import deque
 from typing import Final
@@ -16,13 +15,8 @@ from penstock.journal import Journal, JournalSettings, escape
 from penstock.message import Path
 from penstock.reply import Reply
 from penstock.sink.faults import AppliedFault, FaultLog
-from penstock.smtp import _wire
-from penstock.smtp._wire import VERBS
-from penstock.smtp.server import OUTPUT_TAKEN, ServerSession
-from penstock.smtp.states import State
 from penstock.transaction import Peer, TlsInfo
 
-_NO_MECHANISM: Final = re.compile(r"[^A-Za-z0-9_-]")
 MOST_LINES: Final = 1000
 """Lines a dialog keeps; the oldest are forgotten."""
 
@@ -48,64 +42,6 @@ class Dialog:
         """Forget all lines."""
         with self._lock:
             self._lines.clear()
-
-
-class DialogObserver:
-    """Notes the dialog of one session (the `observer` of a ServerSession)."""
-
-    __slots__ = ("_dialog", "_is_after_auth", "_noted", "_number", "_session")
-
-    def __init__(self, session: ServerSession, dialog: Dialog, number: int) -> None:
-        self._session = session
-        self._dialog = dialog
-        self._number = number
-        self._is_after_auth = False
-        """No command was known since AUTH."""
-        self._noted = 0
-        """Replies in the output that were noted."""
-
-    def __call__(self, token: int) -> None:
-        """Note what the wire has found, and what is about to be sent."""
-        if token == OUTPUT_TAKEN:
-            self._note_replies()
-            self._noted = 0
-            return
-        if token in (_wire.NEED_DATA, _wire.CHUNK):
-            return
-        self._note_replies()
-        if token == _wire.COMMAND:
-            text = self._command()
-        elif token == _wire.TEXT_END:
-            text = f"({self._session.wire.octets} octets of text)"
-        else:
-            text = "(a line, or a text, that breaks a rule)"
-        self._dialog.note(self._number, "C:", text)
-
-    def _command(self) -> str:
-        """Return the command without what is secret in it."""
-        wire = self._session.wire
-        if self._session.state is State.AUTH:
-            return "(an answer, not shown)"
-        verb = VERBS[wire.verb]
-        argument = wire.argument.decode("utf-8", "replace")
-        if verb == "AUTH":
-            self._is_after_auth = True
-            mechanism = _NO_MECHANISM.split(argument, maxsplit=1)[0]
-            return f"AUTH {mechanism}{' (initial response, not shown)' if argument.strip() != mechanism else ''}"
-        if wire.verb:
-            self._is_after_auth = False
-            return f"{verb} {argument}"
-        # The argument of an unknown verb is its line. A client that misreads the refusal of its AUTH sends its password
-        # in place of a command.
-        is_secret = self._is_after_auth or argument[:4].upper() == "AUTH"
-        return "(no command, not shown after AUTH)" if is_secret else argument
-
-    def _note_replies(self) -> None:
-        output = self._session.replies_waiting
-        for reply in output[self._noted :]:
-            for line in reply.decode("utf-8", "replace").splitlines():
-                self._dialog.note(self._number, "S:", "334 (a challenge)" if line.startswith("334") else line)
-        self._noted = len(output)
 
 
 class NotedJournal(Journal):

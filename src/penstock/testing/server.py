@@ -11,6 +11,7 @@ import os
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -21,11 +22,12 @@ from penstock import schema
 from penstock.app import Overrides, assemble
 from penstock.config import Settings, from_table
 from penstock.server.connection import Connection
+from penstock.server.dialog import DialogObserver
 from penstock.server.worker import BoundListener
 from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.injector import fault_injection
 from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
-from penstock.testing.dialog import Dialog, DialogObserver, NotedFaults, NotedJournal
+from penstock.testing.dialog import Dialog, NotedFaults, NotedJournal
 from penstock.testing.helpers import (
     Authority,
     InboxDelivery,
@@ -404,7 +406,8 @@ class SmtpServer:
 
     def _note_dialog(self, connection: Connection) -> None:
         """Have the dialog of a new connection noted."""
-        connection.session.observer = DialogObserver(connection.session, self.dialog, connection.number)
+        note = partial(self.dialog.note, connection.number)
+        connection.session.observer = DialogObserver(connection.session, note)
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
