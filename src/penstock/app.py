@@ -60,6 +60,7 @@ from penstock.policy.pipeline import Pipeline
 from penstock.policy.recipients import FileRecipients, NextHopRecipients, RecipientSettings
 from penstock.policy.scores import Thresholds
 from penstock.policy.settings import DEFAULT
+from penstock.policy.units import needs_state
 from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
@@ -82,6 +83,9 @@ from penstock.spool.admin import Filter, QueueAdmin
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.queue import DurableQueue
 from penstock.spool.spool import Spool, SpoolError
+from penstock.state import snapshot
+from penstock.state.local import LocalState
+from penstock.state.remote import RemoteState
 
 if TYPE_CHECKING:
     from penstock.cluster.node import Node
@@ -104,6 +108,8 @@ class Overrides:
     """Called with each new connection: fault injection, and whatever else observes connections."""
     ended: Callable[[], None] | None = None
     """Called whenever a connection has ended."""
+    policy_state: socket.socket | None = None
+    """Where the supervisor keeps rates and greylisting (penstock.state.keeper)."""
     sockets: Sequence[Sequence[socket.socket]] | None = None
     """Listening sockets that others have bound: those of each listener, in the order of the settings."""
     key_pairs: Sequence[KeyPair | None] | None = None
@@ -161,6 +167,8 @@ class Server:
     traces: Traces | None = None
     resolver: Resolver | None = None
     """The DNS, where the relay or the checks ask it."""
+    policy_state: LocalState | RemoteState | None = None
+    """Rates and greylisting, where checks need them."""
     _policy_stamp: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
@@ -181,6 +189,8 @@ class Server:
                 services.start_soon(self.traces.run)
             if self.resolver is not None:
                 await services.start(self.resolver.run)
+            if self.policy_state is not None:
+                await services.start(self.policy_state.run)
             if self.shared.judge is not None:
                 await services.start(self.shared.judge.run)
             await self._serve(task_status)
@@ -405,7 +415,10 @@ def assemble(
         gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
-    judge = make_judge(settings, domains, data_dir, resolver, journal, gateway) if overrides.delivery is None else None
+    state = make_policy_state(settings, data_dir, journal, overrides)
+    judge = None
+    if overrides.delivery is None:
+        judge = make_judge(settings, domains, data_dir, resolver, journal, gateway, state)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
@@ -444,7 +457,19 @@ def assemble(
     uses_dns = gateway is not None or judge is not None
     server = Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough, traces)
     server.resolver = resolver if uses_dns else None
+    server.policy_state = state
     return server
+
+
+def make_policy_state(
+    settings: Settings, data_dir: Path, journal: Journal, overrides: Overrides
+) -> LocalState | RemoteState | None:
+    """Return where rates and greylisting are kept, if checks need them: here, or in the supervisor."""
+    if overrides.delivery is not None or settings.policy is None or not needs_state(settings.policy):
+        return None
+    if overrides.policy_state is not None:
+        return RemoteState(overrides.policy_state, journal.state_failed)
+    return LocalState(data_dir / snapshot.FILE, journal.state_failed)
 
 
 def make_judge(
@@ -454,6 +479,7 @@ def make_judge(
     resolver: Resolver,
     journal: Journal,
     gateway: Gateway | None,
+    state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
     judges_all = settings.policy is not None
@@ -476,6 +502,8 @@ def make_judge(
         is_ours,
         None if gateway is None else send,
         settings.spool.path,
+        state,
+        settings.delivery.has_relay,
     )
     checks = make_checks(policy, parts)
     return Judge(policy, checks, journal) if checks else None

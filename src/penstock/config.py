@@ -32,6 +32,7 @@ from penstock.policy.dnsbl import parse_pattern
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
+from penstock.policy.units import problems
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
@@ -365,10 +366,9 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             'not "mx"'
         )
     if policy.dmarc is not None and policy.dmarc.reports == "daily":
-        if "@" not in policy.dmarc.contact or domain_of(policy.dmarc.contact.rpartition("@")[2], utf8=False) is None:
-            raise ConfigError('policy.dmarc.contact: reports = "daily" needs an address such as postmaster@example.org')
-        if not settings.delivery.has_relay:
-            raise ConfigError(f'policy.dmarc.reports: delivery.kind = "{settings.delivery.kind}" sends no mail')
+        _check_reports(policy.dmarc.contact, settings.delivery)
+    for problem in problems(policy):
+        raise ConfigError(problem)
     for number, each in enumerate(policy.dnsbl):
         if not is_zone(each.zone):
             raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")
@@ -377,6 +377,14 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
                 parse_pattern(pattern)
             except ValueError as exc:
                 raise ConfigError(f"policy.dnsbl[{number}].answers: {exc}") from exc
+
+
+def _check_reports(contact: str, delivery: DeliverySettings) -> None:
+    """Check that aggregate reports can be sent, and name a contact."""
+    if "@" not in contact or domain_of(contact.rpartition("@")[2], utf8=False) is None:
+        raise ConfigError('policy.dmarc.contact: reports = "daily" needs an address such as postmaster@example.org')
+    if not delivery.has_relay:
+        raise ConfigError(f'policy.dmarc.reports: delivery.kind = "{delivery.kind}" sends no mail')
 
 
 def _check_metrics(metrics: MetricsSettings) -> None:

@@ -159,6 +159,11 @@ class Journal:
         if self._logs_errors:
             self._note("hook-failed", 0, None, hook, hook_point, cause)
 
+    def state_failed(self, cause: str) -> None:
+        """Greylisting and rates are left out, begin anew, or cannot be saved."""
+        if self._logs_errors:
+            self._note("state-failed", 0, None, cause)
+
     def users_failed(self, cause: str) -> None:
         """A users file has changed and cannot be read, or no longer exists."""
         if self._logs_errors:
@@ -382,6 +387,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "state": ("state",),
     "shortage": ("cause", "failures"),
     "hook-failed": ("hook", "hook_point", "cause"),
+    "state-failed": ("cause",),
     "users-failed": ("cause",),
     "users-read": ("file", "users"),
     "connected": ("listener",),
