@@ -423,10 +423,29 @@ def _check_unique(listeners: tuple[ListenerSettings, ...]) -> None:
             before = addresses.setdefault(listener.address, number)
             if before != number:
                 raise ConfigError(f"listener[{number}].address: {listener.address!r} is used by listener[{before}]")
+        _check_overlap(number, listeners)
         before = names.setdefault(listener.name or listener.address, number)
         if before != number:
             name = listener.name or listener.address
             raise ConfigError(f"listener[{number}].name: {name!r} is the name of listener[{before}]")
+
+
+def _check_overlap(number: int, listeners: tuple[ListenerSettings, ...]) -> None:
+    """Check that a port is not bound on all addresses and on one of them: the second could not be bound."""
+    try:
+        own, *others = [ListenAddress.parse(each.address) for each in (listeners[number], *listeners[:number])]
+    except ValueError:
+        return  # reported for the listener itself
+    for place, other in enumerate(others):
+        if own.path or other.path or own.port != other.port or not own.port:
+            continue
+        everywhere = {own.host, other.host} & {"", "0.0.0.0", "::"}  # noqa: S104 - nothing is bound
+        families = {":" in each.host for each in (own, other) if each.host}
+        if everywhere and ("" in everywhere or len(families) == 1):
+            raise ConfigError(
+                f"listener[{number}].address: {listeners[number].address!r} is bound by listener[{place}] already, "
+                f"{listeners[place].address!r}"
+            )
 
 
 def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_open: bool) -> None:
