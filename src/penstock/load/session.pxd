@@ -37,14 +37,14 @@ cdef class Session:
     # the counts in use, looked up once
     cdef object _counts
     cdef dict _histograms               # by step
-    cdef object _replies
+    cdef dict _replies
     cdef CHistogram _messages
 
     cpdef CClientSession begin_connection(self)
-    @cython.locals(now_=int64_t, session=CClientSession, transaction=CClientTransaction, output=bytes)
+    @cython.locals(at=int64_t, session=CClientSession, transaction=CClientTransaction, output=bytes)
     cpdef bytes on_reply(self, object reply)
     cdef _use(self, object counts)
-    @cython.locals(histogram=CHistogram)
+    @cython.locals(histogram=CHistogram, key=tuple, phases=dict)
     cdef _count(self, object step, object reply, int64_t at)
     cdef bytes _next(self)
     cdef bytes _begin(self, object job)

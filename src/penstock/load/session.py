@@ -240,8 +240,10 @@ class Session:
         if histogram is None:
             return  # a reply to no command
         histogram.record(at - self.asked_at)
-        phase = _PHASES[step]
-        self._replies[phase, code] += 1
+        phases = _PHASES
+        phase = phases[step]
+        key = (phase, code)
+        self._replies[key] = self._replies.get(key, 0) + 1
         if code >= 400:
             counts.remember(f"{phase} {code}", reply.text)
             if code == 421 and self._job is not None:  # RFC 5321 3.8: the server leaves; this message was answered

@@ -11,6 +11,6 @@ cdef class ReplyReader:
 
     @cython.locals(octets=bytes)
     cpdef feed(self, object data)
-    @cython.locals(size=Py_ssize_t)
+    @cython.locals(size=Py_ssize_t, kept=dict)
     cpdef object single(self, bytes data)
     cpdef object next(self)

@@ -136,7 +136,8 @@ class ReplyReader:
         """
         if self._buffer or self._lines:
             return None
-        reply = _SINGLE.get(data)
+        kept = _SINGLE
+        reply = kept.get(data)
         if reply is None:
             size = len(data)
             code = _CODES.get(data[:4])
@@ -144,9 +145,9 @@ class ReplyReader:
                 return None
             reply = ServerReply(code, (data[4:].translate(None, b"\r\n").decode("utf-8", "replace"),))
             if size <= _MAX_SINGLE:
-                if len(_SINGLE) >= _MAX_KEPT:
-                    _SINGLE.clear()
-                _SINGLE[data] = reply
+                if len(kept) >= _MAX_KEPT:
+                    kept.clear()
+                kept[data] = reply
         self._has_greeting = True
         return reply
 

@@ -76,6 +76,14 @@ class Step(StrEnum):  # a StrEnum is hashed faster than an Enum
 
 
 # Global names: before Python 3.12 the lookup of an enum member costs as much as handling the reply.
+_GREETING: Final = Step.GREETING
+_EHLO: Final = Step.EHLO
+_HELO: Final = Step.HELO
+_LHLO: Final = Step.LHLO
+_STARTTLS: Final = Step.STARTTLS
+_HANDSHAKE: Final = Step.HANDSHAKE
+_AUTH: Final = Step.AUTH
+_READY: Final = Step.READY
 _MAIL: Final = Step.MAIL
 _RCPT: Final = Step.RCPT
 _DATA: Final = Step.DATA
@@ -83,9 +91,10 @@ _TEXT: Final = Step.TEXT
 _FINAL: Final = Step.FINAL
 _RSET: Final = Step.RSET
 _DONE: Final = Step.DONE
-_READY: Final = Step.READY
 _QUIT: Final = Step.QUIT
+_CLOSED: Final = Step.CLOSED
 
+_NOTHING_OFFERED: Final = Capabilities()
 _EXPECTED: Final = {Step.DATA: (3, 3), Step.AUTH: (2, 3)}
 """The first digits of replies that are no refusal, where 2xx is not the only one (RFC 5321 4.3.2)."""
 _ANY_2XX: Final = (2, 2)
@@ -154,7 +163,7 @@ class ClientSession:
         `is_private`: the password may be shown on this connection even without TLS (a unix socket). `chunking`: use
         BDAT if offered. `max_recipients`: of a transaction, if the server accepts as many.
         """
-        self.capabilities = Capabilities()
+        self.capabilities = _NOTHING_OFFERED
         self.transaction: ClientTransaction | None = None
         """The transaction whose replies come next."""
         self.is_encrypted = False
@@ -173,7 +182,7 @@ class ClientSession:
         self._reader = ReplyReader()
         self._following: ClientTransaction | None = None
         """The transaction that was begun while the replies to another one are awaited."""
-        self._step = Step.GREETING
+        self._step = _GREETING
         self._exchange: AuthExchange | None = None
         self._opening = self._open()
         next(self._opening)
@@ -202,7 +211,7 @@ class ClientSession:
     def is_costly(self) -> bool:
         """Handling a 334 now may take up to half a second of computing (SCRAM): do it in a thread."""
         exchange = self._exchange
-        return self._step is Step.AUTH and exchange is not None and exchange.mechanism not in CLEAR_TEXT
+        return self._step is _AUTH and exchange is not None and exchange.mechanism not in CLEAR_TEXT
 
     def handle(self, reply: ServerReply) -> bytes:
         """Take the reply to the earliest command without one. Return what is to be sent, perhaps nothing."""
@@ -215,9 +224,9 @@ class ClientSession:
                 self.transaction, self._following = self._following, None
             return output
         if self._step is _QUIT:
-            self._step = Step.CLOSED
+            self._step = _CLOSED
             return b""
-        if self._step in (Step.READY, Step.HANDSHAKE, Step.CLOSED):
+        if self._step in (_READY, _HANDSHAKE, _CLOSED):
             raise ProtocolError(f"a reply to no command: {reply.text}")
         check_reply(self._step, reply)
         return self._advance(reply)
@@ -232,7 +241,7 @@ class ClientSession:
         self.is_encrypted = True
         self.needs_handshake = False
         self._is_private = self._is_private or is_private
-        if self._step is Step.GREETING:
+        if self._step is _GREETING:
             return b""
         self._opening = self._open_encrypted()
         output, self._step = next(self._opening)
@@ -242,19 +251,19 @@ class ClientSession:
         try:
             output, self._step = self._opening.send(reply)
         except StopIteration:
-            if self._step is not Step.HANDSHAKE:
+            if self._step is not _HANDSHAKE:
                 self._step = _READY
             return b""
         return output
 
     def _open(self) -> Opening:
-        reply = yield b"", Step.GREETING
+        reply = yield b"", _GREETING
         if reply.code != 220:
             raise OpeningError(reply.text, reply.status, reply)
         yield from self._hello()
         if not self.is_encrypted and self._starttls != "never":
             if self.capabilities.starttls:
-                reply = yield b"STARTTLS\r\n", Step.STARTTLS
+                reply = yield b"STARTTLS\r\n", _STARTTLS
                 if reply.code == 220:
                     self._expect_handshake()
                     return
@@ -273,11 +282,11 @@ class ClientSession:
         """Raise ProtocolError if clear text follows the 220: an attacker may have inserted it (RFC 3207 6)."""
         if not self._reader.is_empty:
             raise ProtocolError("the server sent something between STARTTLS and TLS")
-        self._step = Step.HANDSHAKE
+        self._step = _HANDSHAKE
         self.needs_handshake = True
 
     def _hello(self) -> Opening:
-        step = Step.LHLO if self._lmtp else Step.EHLO
+        step = _LHLO if self._lmtp else _EHLO
         reply = yield step.encode() + b" " + self._hostname + b"\r\n", step
         if reply.code == 250:
             found = Capabilities.of(reply)
@@ -285,8 +294,8 @@ class ClientSession:
             self.max_recipients = min(self.max_recipients, found.max_recipients)
             return
         if reply.code in _EHLO_UNKNOWN and not self._lmtp:
-            reply = yield b"HELO " + self._hostname + b"\r\n", Step.HELO
-            self.capabilities = Capabilities()
+            reply = yield b"HELO " + self._hostname + b"\r\n", _HELO
+            self.capabilities = _NOTHING_OFFERED
             self.max_recipients = min(self.max_recipients, self.capabilities.max_recipients)
         if reply.code != 250:
             raise OpeningError(reply.text, reply.status, reply)
@@ -299,9 +308,9 @@ class ClientSession:
         except CannotSendError as exc:
             raise OpeningError(f"AUTH: {exc}", exc.status) from exc
         self._exchange = exchange
-        reply = yield exchange.start(), Step.AUTH
+        reply = yield exchange.start(), _AUTH
         while reply.code == 334:
-            reply = yield exchange.respond(reply), Step.AUTH
+            reply = yield exchange.respond(reply), _AUTH
         if reply.code != 235:
             raise OpeningError(f"AUTH was refused: {reply.text}", reply.status, reply)
         exchange.finish()
