@@ -31,7 +31,8 @@ cdef class Session:
     # what the plan says, looked up once
     cdef object _plan
     cdef bint _pipelining, _chunking, _has_header, _can_replace
-    cdef str _sender, _tag
+    cdef str _address, _sender, _tag
+    cdef int _port
     cdef list _recipients
     cdef Py_ssize_t _recipient_count
     # the counts in use, looked up once

@@ -120,7 +120,10 @@ class Session:
         self._pipelining = plan.pipelining
         self._chunking = plan.chunking
         self._has_header = plan.header
-        self._can_replace = plan.tls == "none" and bool(target.place) and not source
+        place = target.place
+        self._address = str(place[0]) if place else ""
+        self._can_replace = plan.tls == "none" and place is not None and not any(place[2:]) and not source
+        self._port = target.port
         self._sender = plan.sender
         self._tag = sequence.mark(plan.run, 0)[:-1]
         self._recipients = [recipient.encode() for recipient in plan.to]
@@ -182,12 +185,12 @@ class Session:
 
     def _replace(self) -> bool:
         """Begin the next connection if it is due now. Return whether it is made, and in use."""
-        pool, target = self.pool, self.target
+        pool = self.pool
         if not self._can_replace or not pool.continue_now(self):
             return False
         self.finish()
         self.start()
-        fd, code = open_connection(target.place[0], target.port)
+        fd, code = open_connection(self._address, self._port)
         if code:
             self.opened = fd, code
             return False

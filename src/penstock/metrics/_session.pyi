@@ -4,7 +4,7 @@ The session and the poller call a totals in C (see _session.pxd): `SessionCore.s
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from penstock.metrics._histogram import Histogram
 from penstock.transaction import Transaction
@@ -156,6 +156,14 @@ class Metrics:
         """Count a connection that was refused before it had a session."""
     def latency(self, phase: str) -> Histogram:
         """Return the latencies of a phase. Raise ValueError when there is no such phase."""
+    def state(self) -> dict[str, Any]:
+        """Return everything that was counted, for `add` in another process: values that msgspec can encode."""
+    def add(self, state: dict[str, Any]) -> None:
+        """Add what another process has counted.
+
+        Exact, but for `peak_sessions`: the peaks are added, whether or not they were at the same time.
+        """
+
     def counted(self) -> list[tuple[str, int, str | None, str | None, int]]:
         """Return phase, code (0 for what has none), enhanced status, garbling and count of every kind of reply."""
 

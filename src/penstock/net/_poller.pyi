@@ -134,9 +134,11 @@ class Socket:
         A lost connection counts as sent: there is no reader.
         """
     def replace(self, fd: int) -> None:
-        """Close the socket and go on with another one, non-blocking: the task that waits for the turns of the first
-        waits for those of the second. Needs a poller. Raise OSError when it cannot be watched.
+        """Close the socket and go on with another, non-blocking one. Raise OSError when that cannot be watched.
+
+        A task that waits for the turns of the first waits for those of the second. Needs a poller.
         """
+
     def interrupt(self) -> None:
         """Wake the task that waits for the end of the turns; otherwise do nothing."""
     def close_nowait(self) -> None:

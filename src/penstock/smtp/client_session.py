@@ -568,4 +568,3 @@ class ClientTransaction:
             return b""
         self.step = _RSET
         return b"RSET\r\n"
-
