@@ -25,7 +25,7 @@ def report(seconds: int, rest: float, latency: float = 0.002) -> dict[str, Any]:
             counts.phases[phase].record_n(int(latency * 1e9), int(100 * length))
         counts.current.record_n(int(latency * 1e9), int(100 * length))
         counts.replies["dot", 250] = counts.accepted
-        counts.replies["rcpt", 450] = counts.refused + 1
+        counts.replies["rcpt", 450] += 1
         counts.refused += 1
         counts.ended = counts.begun + sum(lengths[: number + 1])
         counts._second_begun = counts.ended - length

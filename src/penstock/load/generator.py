@@ -23,9 +23,10 @@ import trio
 from penstock.load.counts import Counts, Interval
 from penstock.load.pace import Pace
 from penstock.load.plan import Plan, Target
+from penstock.load.pool import Job
 from penstock.load.resolve import resolved
 from penstock.load.runner import run_session
-from penstock.load.session import Job, Session
+from penstock.load.session import Session
 from penstock.load.texts import text_of
 from penstock.net._poller import Poller
 from penstock.net.stream import watch_sockets

@@ -38,7 +38,7 @@ cdef class Session:
     # the counts in use, looked up once
     cdef object _counts
     cdef dict _histograms               # by step
-    cdef dict _replies
+    cdef object _replies
     cdef CHistogram _messages
 
     cpdef CClientSession begin_connection(self)

@@ -11,23 +11,21 @@ This file is compiled as it stands (session.pxd has the C types).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final
 
 import cython  # type: ignore[import-untyped]  # it has no types, and is not needed at run time
 import trio
 
 from penstock import sequence
-from penstock.load.counts import Counts
-from penstock.load.plan import Plan, Target
-from penstock.load.texts import Text
 from penstock.smtp.client import CannotSendError, Credentials, ServerReply
 from penstock.smtp.client_session import ClientSession, ClientTransaction, Step
 
 if TYPE_CHECKING:
-    import ssl
-
+    from penstock.load.counts import Counts
+    from penstock.load.plan import Plan, Target
+    from penstock.load.pool import Job, SessionPool
+    from penstock.load.texts import Text
     from penstock.metrics._histogram import Histogram
-    from penstock.net._poller import Poller
     from penstock.net.client import ClientConnection
 
 if not cython.compiled:  # compiled, these are the C functions of session.pxd
@@ -54,38 +52,6 @@ _TEXT: Final = Step.TEXT
 _READY: Final = Step.READY
 _CLOSED: Final = Step.CLOSED
 _HANDSHAKE: Final = Step.HANDSHAKE
-
-
-class Job(NamedTuple):
-    """A message to send."""
-
-    number: int
-    text: Text
-    intended: int
-    """When it was to start, in nanoseconds of the clock; 0 in a closed loop."""
-
-
-class SessionPool(Protocol):
-    """What the sessions of a run share."""
-
-    plan: Plan
-    counts: Counts
-    poller: Poller
-    tls: ssl.SSLContext | None
-    tls_sessions: dict[Target, ssl.SSLSession | None]
-    """The last TLS session with each target, to be resumed."""
-
-    def next_job(self, session: Session) -> Job | None:
-        """Return the next message; None if there is none now."""
-
-    def wait_for_job(self, session: Session) -> bool:
-        """Have `begin` called when there is a message. Return False if there will be none."""
-
-    def continue_now(self, session: Session) -> bool:
-        """Note that a connection has ended, if the next is due now. Otherwise note nothing, and return False."""
-
-    async def next_connection(self, session: Session) -> bool:
-        """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
 
 
 class Session:

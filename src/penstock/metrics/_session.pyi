@@ -17,6 +17,8 @@ last), `tls` (a handshake), `think` (the client's own time), `banner`, `unasked`
 """
 GARBLED: Final[tuple[str, ...]]
 """How a reply may go out wrong: a dress of a fault plan, or `none`, the end of the connection in its place."""
+TOTALS: Final[tuple[str, ...]]
+"""The plain counts of `Metrics`, by their names."""
 OTHER: Final = "others"
 """What causes of further kinds are counted as."""
 
@@ -50,6 +52,8 @@ class Sequence:
     def examples(self) -> list[int]:
         """The first hundred numbers that came again."""
     def __contains__(self, number: int) -> bool: ...
+    def state(self) -> dict[str, Any]:
+        """Return everything, the bitmap as octets."""
     def missing(self, first: int, last: int, most: int) -> tuple[int, list[int]]:
         """Return how many numbers from `first` to `last` have not come, and the first `most` of them."""
 
@@ -70,6 +74,10 @@ class SequenceTracker:
     @property
     def octets(self) -> int:
         """What the bitmaps take."""
+    def state(self) -> dict[str, Any]:
+        """Return everything, for `add` in another process."""
+    def add(self, state: dict[str, Any]) -> None:
+        """Add what another process has tracked: a tag that both have is a duplicate."""
     def note(self, run: str, number: int) -> bool:
         """Take a mark. Return False when there is no room to tell it apart."""
     def mark(self, text: str) -> bool:
