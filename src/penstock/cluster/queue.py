@@ -541,7 +541,11 @@ class ReplicatedQueue(Spool):
         same_route: Callable[[str], bool] | None = None,
     ) -> list[Entry]:
         """Take what a queue has due, with its bodies. See `Spool.take`."""
-        return await self._with_texts(await super().take(queue, now, limit, octets, until, same_route))
+        taken = await super().take(queue, now, limit, octets, until, same_route)
+        complete = await self._with_texts(taken)
+        if len(complete) < len(taken):  # the relay must not believe that nothing else is due
+            self.became_due([queue])
+        return complete
 
     async def take_rows(self, rows: Sequence[int]) -> list[Entry]:
         """Take recipients that wait or are held. See `Spool.take_rows`."""
@@ -561,14 +565,14 @@ class ReplicatedQueue(Spool):
                     continue
                 try:
                     found = await self._text(entry, place, text)
-                except NatsError as exc:
-                    self._journal.error(0, "cluster", exc)
-                    later.append(entry)
                 except DamagedError as exc:
                     self.damaged += 1
                     self._journal.error(0, "cluster", exc)
                     rows = [row.number for row in entry.rows]
                     await self._do(partial(self._index.hold, rows, str(exc)))
+                except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
+                    self._complain(exc)
+                    later.append(entry)
                 else:
                     if found is None:
                         lost += [row.number for row in entry.rows]
