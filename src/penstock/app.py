@@ -45,6 +45,8 @@ from penstock.message import Message, MessageIds
 from penstock.metrics._session import Metrics
 from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
+from penstock.net.natswire import read_nkey
+from penstock.net.resolver import Resolver
 from penstock.net.tls import (
     KeyPair,
     TlsSettings,
@@ -687,7 +689,7 @@ def make_gateway(
     passthrough = Onward(pool, routes, suspended=lambda: scheduler.suspended)
     delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space)
     if node is not None:
-        delivery = make_replicated(settings, node, scheduler, disk_space)
+        delivery = make_replicated(settings, node, scheduler, disk_space, counters)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
     return gateway, delivery, passthrough
@@ -705,13 +707,20 @@ def make_node(settings: Settings, spool: Spool, data_dir: Path, journal: Journal
     return Node(settings.jetstream, spool, data_dir=data_dir, index=index, version=__version__, journal=journal)
 
 
-def make_replicated(settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace) -> Delivery:
+def make_replicated(
+    settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace, counters: Counters | None
+) -> Delivery:
     """Return the delivery into the cluster, and connect its queue to the relay."""
     from penstock.delivery.jetstream import FallbackSpool, JetStreamDelivery  # noqa: PLC0415 - needs the extra
 
     node.attach(scheduler.domain_of, scheduler.withdraw)
-    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue)
-    return JetStreamDelivery(node.queue, scheduler, node, fallback if settings.jetstream.fallback == "spool" else None)
+    has_fallback = settings.jetstream.fallback == "spool"
+    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue) if has_fallback else None
+    delivery = JetStreamDelivery(node.queue, scheduler, node, fallback)
+    if counters is not None:
+        node.count, node.measure = counters.count, counters.set
+        delivery.on_accept = lambda place: counters.count("cluster_accepted_total", stored=place)
+    return delivery
 
 
 def own_names(settings: Settings) -> list[str]:
@@ -900,6 +909,20 @@ def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
     for number, route in enumerate(settings.route):
         if route.auth is not None:
             yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_text
+    yield from _files_of_cluster(settings, folder)
     if settings.recipients.file:
         recipients, nothing = folder / settings.recipients.file, Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, recipients, bool, nothing)
+
+
+def _files_of_cluster(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    if settings.delivery.kind != "jetstream":
+        return
+    cluster = settings.jetstream
+    if cluster.password_file:
+        yield "jetstream.password_file", (folder / cluster.password_file).read_text
+    if cluster.nkey_file:
+        yield "jetstream.nkey_file", partial(read_nkey, folder / cluster.nkey_file)
+    for key in ("ca_file", "certificate", "key"):
+        if getattr(cluster.tls, key):
+            yield f"jetstream.tls.{key}", (folder / getattr(cluster.tls, key)).read_bytes
