@@ -484,8 +484,7 @@ def make_judge(
     state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
-    judges_all = settings.policy is not None
-    if not any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener):
+    if not needs_judge(settings):
         return None
     policy = settings.policy or DEFAULT
 
@@ -511,6 +510,13 @@ def make_judge(
     return Judge(policy, checks, journal) if checks else None
 
 
+def needs_judge(settings: Settings) -> bool:
+    """Return whether the clients of a listener are judged."""
+    domains = None if settings.domains is None else Domains(settings.domains)
+    judges_all = settings.policy is not None
+    return any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener)
+
+
 def is_judged(listener: ListenerSettings, domains: Domains | None, *, judges_all: bool) -> bool:
     """Return whether the clients of a listener are judged: as [policy] says, and by default on public ones.
 
@@ -528,6 +534,8 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     found = [name for name in found if name not in _IN_PLACE]
     if [_place_of(each) for each in old.listener] == [_place_of(each) for each in new.listener]:
         found = [name for name in found if name != "listener"]
+    if needs_judge(old) != needs_judge(new):
+        found.append("policy")
     if "server" in found:
         found.remove("server")
         fields = [name for name in ServerSettings.__struct_fields__ if name not in _IN_PLACE_SERVER]

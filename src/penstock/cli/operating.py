@@ -237,13 +237,12 @@ class Operations(abc.ABC):
 
     async def _drain(self, scope: trio.CancelScope, delay: float, timeout: float, stay: bool) -> None:  # noqa: ASYNC109
         with scope:
+            await trio.sleep(delay)
+            await self._set_draining(True)
+            states = await self._worker_states()
+            self.journal.draining(sum(each.sessions for each in states))
+            self.flush()
             with trio.move_on_after(timeout):
-                await trio.sleep(delay)
-                await self._set_draining(True)
-                with suppress(ControlError):
-                    states = await self._worker_states()
-                    self.journal.draining(sum(each.sessions for each in states))
-                    self.flush()
                 while not await self._is_empty():  # noqa: ASYNC110 - the spool is looked at from outside
                     await trio.sleep(_DRAIN_LOOK)
             self.phase = "drained"

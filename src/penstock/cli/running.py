@@ -117,8 +117,6 @@ def account_of(settings: Settings) -> Account | None:
         if account.uid != os.geteuid():
             raise click.UsageError(f"server.user: only root can become {wanted.user!r}; start as root or as that user")
         return None
-    if wanted.group:
-        raise click.UsageError("server.group: requires server.user")
     if is_root() and not wanted.allow_root:
         for number, listener in enumerate(settings.listener):
             if not ListenAddress.parse(listener.address).is_loopback:
@@ -283,6 +281,7 @@ def run(
             overrides = dataclasses.replace(overrides, counters=counters)
         server = assemble(fitted, journal, writer, overrides=overrides)
         if account is not None:
+            prepare_data_dir(fitted, account)
             become(account)
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(fitted) or str(exc)) from exc
