@@ -229,7 +229,10 @@ class SingleOperations(Operations):
             self._server.worker.resume()
 
     async def _is_empty(self) -> bool:
-        return await self._server.is_drained()
+        try:
+            return await self._server.is_drained()
+        except (OSError, sqlite3.Error, SpoolError):
+            return False  # it cannot be read now
 
     async def _worker_states(self) -> list[WorkerState]:
         state = await self._server.state()
@@ -240,7 +243,10 @@ class SingleOperations(Operations):
 
     async def hop(self, hop: str, action: HopAction) -> int:
         """Suspend, resume or retry a next hop."""
-        return await self._server.hop(hop, action)
+        try:
+            return await self._server.hop(hop, action)
+        except (OSError, sqlite3.Error, SpoolError) as exc:
+            raise ControlError(str(exc)) from exc
 
 
 def run(
