@@ -24,6 +24,7 @@ from penstock.net.tls import TlsSettings, client_context, server_context
 from penstock.operations.endpoint import read_token
 from penstock.policy.hooks import load_hook
 from penstock.policy.recipients import FileRecipients
+from penstock.privileges import find_account
 
 _RENEW_BEFORE: Final = datetime.timedelta(days=14)
 _OTHER_DESCRIPTORS: Final = 200
@@ -44,6 +45,11 @@ def problems(settings: Settings, *, loads_code: bool = True) -> list[str]:
     Loads the policies and the delivery, unless not `loads_code`. Never prompts for a passphrase.
     """
     found = tls_problems(settings)
+    if settings.server.user:
+        try:
+            find_account(settings.server.user, settings.server.group)
+        except ValueError as exc:
+            found.append(str(exc))
     for key, use in _uses(settings, Path(settings.data_dir).absolute()):
         if not loads_code and key.endswith((".hook", ".kind")):
             continue
