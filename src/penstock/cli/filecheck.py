@@ -20,6 +20,7 @@ from penstock.config import ListenerSettings, Settings
 from penstock.delivery.custom import load_delivery
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings, client_context, server_context
+from penstock.policy.files import files_of
 from penstock.policy.hooks import load_hook
 from penstock.policy.recipients import FileRecipients
 
@@ -63,6 +64,7 @@ def _uses(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], 
     if settings.recipients.file:
         silent = Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, folder / settings.recipients.file, bool, silent)
+    yield from files_of(settings.policy, folder)
     if ":" in settings.delivery.kind:
         yield "delivery.kind", partial(load_delivery, settings.delivery.kind, settings.delivery.arguments)
     for number, hook in enumerate(settings.check):
