@@ -55,6 +55,7 @@ from penstock.net.tls import (
     server_context,
 )
 from penstock.policy.check import Parts
+from penstock.policy.files import files_of
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
 from penstock.policy.judge import Judge, make_checks
 from penstock.policy.pipeline import Pipeline
@@ -929,6 +930,7 @@ def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
     if settings.recipients.file:
         recipients, nothing = folder / settings.recipients.file, Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, recipients, bool, nothing)
+    yield from files_of(settings.policy, folder)
 
 
 def _files_of_cluster(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
