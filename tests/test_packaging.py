@@ -27,7 +27,7 @@ OPTIONAL = {"pytest", "django", "cython"}
 FILES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 GENERATED = {".c", ".so", ".pyc"}
 PROMISED = {
-    "ACCEPT", "Body", "Delivery", "Envelope", "MailParameters", "Message", "Path", "Peer", "Recipient", "Reply",
+    "ACCEPT", "Body", "Delivery", "Envelope", "MailParameters", "Mark", "Message", "Path", "Peer", "Recipient", "Reply",
     "Settings", "SmtpServer", "TlsInfo", "Transaction", "Verdict", "__version__", "open_server", "serve",
 }  # fmt: skip
 """The public names that the manual documents, besides those of the policy protocols."""
