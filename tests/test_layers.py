@@ -24,7 +24,7 @@ ROWS = [
     {"server"},
     {"auth", "policy", "delivery", "relay"},
     {"cluster"},
-    {"net", "dns", "spool"},
+    {"net", "dns", "spool", "state"},
     {"smtp"},
     {"control", "metrics"},
     {"journal"},

@@ -45,6 +45,8 @@ from penstock.message import Message, MessageIds
 from penstock.metrics._session import Metrics
 from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
+from penstock.net.natswire import read_nkey
+from penstock.net.resolver import Resolver
 from penstock.net.tls import (
     KeyPair,
     TlsSettings,
@@ -60,6 +62,7 @@ from penstock.policy.pipeline import Pipeline
 from penstock.policy.recipients import FileRecipients, NextHopRecipients, RecipientSettings
 from penstock.policy.scores import Thresholds
 from penstock.policy.settings import DEFAULT
+from penstock.policy.units import needs_state
 from penstock.relay.ahead import Onward
 from penstock.relay.backoff import Backoff
 from penstock.relay.bounce import Reporter
@@ -82,6 +85,9 @@ from penstock.spool.admin import Filter, QueueAdmin
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.queue import DurableQueue
 from penstock.spool.spool import Spool, SpoolError
+from penstock.state import snapshot
+from penstock.state.local import LocalState
+from penstock.state.remote import RemoteState
 
 if TYPE_CHECKING:
     from penstock.cluster.node import Node
@@ -104,6 +110,8 @@ class Overrides:
     """Called with each new connection: fault injection, and whatever else observes connections."""
     ended: Callable[[], None] | None = None
     """Called whenever a connection has ended."""
+    policy_state: socket.socket | None = None
+    """Where the supervisor keeps rates and greylisting (penstock.state.keeper)."""
     sockets: Sequence[Sequence[socket.socket]] | None = None
     """Listening sockets that others have bound: those of each listener, in the order of the settings."""
     key_pairs: Sequence[KeyPair | None] | None = None
@@ -161,6 +169,8 @@ class Server:
     traces: Traces | None = None
     resolver: Resolver | None = None
     """The DNS, where the relay or the checks ask it."""
+    policy_state: LocalState | RemoteState | None = None
+    """Rates and greylisting, where checks need them."""
     _policy_stamp: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
@@ -181,6 +191,8 @@ class Server:
                 services.start_soon(self.traces.run)
             if self.resolver is not None:
                 await services.start(self.resolver.run)
+            if self.policy_state is not None:
+                await services.start(self.policy_state.run)
             if self.shared.judge is not None:
                 await services.start(self.shared.judge.run)
             await self._serve(task_status)
@@ -405,7 +417,10 @@ def assemble(
         gateway, delivery, passthrough = make_gateway(settings, data_dir, resolver, journal, ids, counters)
     else:
         delivery = overrides.delivery or make_delivery(settings.delivery, data_dir)
-    judge = make_judge(settings, domains, data_dir, resolver, journal, gateway) if overrides.delivery is None else None
+    state = make_policy_state(settings, data_dir, journal, overrides)
+    judge = None
+    if overrides.delivery is None:
+        judge = make_judge(settings, domains, data_dir, resolver, journal, gateway, state)
     shared = Shared(
         hostname=settings.own_hostname,
         domains=domains,
@@ -444,7 +459,19 @@ def assemble(
     uses_dns = gateway is not None or judge is not None
     server = Server(worker, delivery, listeners, ca_file, settings, shared, overrides, gateway, passthrough, traces)
     server.resolver = resolver if uses_dns else None
+    server.policy_state = state
     return server
+
+
+def make_policy_state(
+    settings: Settings, data_dir: Path, journal: Journal, overrides: Overrides
+) -> LocalState | RemoteState | None:
+    """Return where rates and greylisting are kept, if checks need them: here, or in the supervisor."""
+    if overrides.delivery is not None or settings.policy is None or not needs_state(settings.policy):
+        return None
+    if overrides.policy_state is not None:
+        return RemoteState(overrides.policy_state, journal.state_failed)
+    return LocalState(data_dir / snapshot.FILE, journal.state_failed)
 
 
 def make_judge(
@@ -454,6 +481,7 @@ def make_judge(
     resolver: Resolver,
     journal: Journal,
     gateway: Gateway | None,
+    state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
     judges_all = settings.policy is not None
@@ -476,6 +504,8 @@ def make_judge(
         is_ours,
         None if gateway is None else send,
         settings.spool.path,
+        state,
+        settings.delivery.has_relay,
     )
     checks = make_checks(policy, parts)
     return Judge(policy, checks, journal) if checks else None
@@ -623,6 +653,7 @@ def make_gateway(
 ) -> tuple[Gateway, Delivery, Onward]:
     """Assemble the spool and the relay; return them, the delivery into them, and the passthrough. Raise OSError."""
     relay, hostname = settings.relay, settings.own_hostname
+    table = counters.table if counters is not None and settings.admission.shared else None
     own_domain = next((name for name in settings.domains or () if not name.startswith(".")), hostname)
     folder = data_dir / settings.spool.path
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -633,7 +664,9 @@ def make_gateway(
     queue: DurableQueue = spool if node is None else node.queue
     exchangers = MailExchangers(resolver, families=settings.resolver.families, own_names=own_names(settings))
     routes = Routes(settings.route, data_dir=data_dir, resolver=exchangers, own_domain=own_domain)
-    pool = Pool(relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade)
+    pool = Pool(
+        relay.pool, hostname=hostname, journal=journal, smtputf8_downgrade=relay.smtputf8_downgrade, table=table
+    )
     reporter = Reporter(relay.reports, hostname, ids)
     recorder = AttemptRecorder(queue, Backoff(relay.retry), reporter, routes.domain_of, journal, time.time)
     local = MaildirDelivery(settings.delivery.maildir, data_dir)
@@ -656,7 +689,7 @@ def make_gateway(
     passthrough = Onward(pool, routes, suspended=lambda: scheduler.suspended)
     delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space)
     if node is not None:
-        delivery = make_replicated(settings, node, scheduler, disk_space)
+        delivery = make_replicated(settings, node, scheduler, disk_space, counters)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
     return gateway, delivery, passthrough
@@ -674,13 +707,20 @@ def make_node(settings: Settings, spool: Spool, data_dir: Path, journal: Journal
     return Node(settings.jetstream, spool, data_dir=data_dir, index=index, version=__version__, journal=journal)
 
 
-def make_replicated(settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace) -> Delivery:
+def make_replicated(
+    settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace, counters: Counters | None
+) -> Delivery:
     """Return the delivery into the cluster, and connect its queue to the relay."""
     from penstock.delivery.jetstream import FallbackSpool, JetStreamDelivery  # noqa: PLC0415 - needs the extra
 
     node.attach(scheduler.domain_of, scheduler.withdraw)
-    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue)
-    return JetStreamDelivery(node.queue, scheduler, node, fallback if settings.jetstream.fallback == "spool" else None)
+    has_fallback = settings.jetstream.fallback == "spool"
+    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue) if has_fallback else None
+    delivery = JetStreamDelivery(node.queue, scheduler, node, fallback)
+    if counters is not None:
+        node.count, node.measure = counters.count, counters.set
+        delivery.on_accept = lambda place: counters.count("cluster_accepted_total", stored=place)
+    return delivery
 
 
 def own_names(settings: Settings) -> list[str]:
@@ -869,6 +909,20 @@ def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
     for number, route in enumerate(settings.route):
         if route.auth is not None:
             yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_text
+    yield from _files_of_cluster(settings, folder)
     if settings.recipients.file:
         recipients, nothing = folder / settings.recipients.file, Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, recipients, bool, nothing)
+
+
+def _files_of_cluster(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    if settings.delivery.kind != "jetstream":
+        return
+    cluster = settings.jetstream
+    if cluster.password_file:
+        yield "jetstream.password_file", (folder / cluster.password_file).read_text
+    if cluster.nkey_file:
+        yield "jetstream.nkey_file", partial(read_nkey, folder / cluster.nkey_file)
+    for key in ("ca_file", "certificate", "key"):
+        if getattr(cluster.tls, key):
+            yield f"jetstream.tls.{key}", (folder / getattr(cluster.tls, key)).read_bytes

@@ -32,6 +32,7 @@ from penstock.policy.dnsbl import parse_pattern
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
+from penstock.policy.units import problems
 from penstock.relay.route import RouteSettings, check_routes
 from penstock.relay.scheduler import RelaySettings
 from penstock.schema import SchemaError
@@ -365,10 +366,9 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             'not "mx"'
         )
     if policy.dmarc is not None and policy.dmarc.reports == "daily":
-        if "@" not in policy.dmarc.contact or domain_of(policy.dmarc.contact.rpartition("@")[2], utf8=False) is None:
-            raise ConfigError('policy.dmarc.contact: reports = "daily" needs an address such as postmaster@example.org')
-        if not settings.delivery.has_relay:
-            raise ConfigError(f'policy.dmarc.reports: delivery.kind = "{settings.delivery.kind}" sends no mail')
+        _check_reports(policy.dmarc.contact, settings.delivery)
+    for problem in problems(policy):
+        raise ConfigError(problem)
     for number, each in enumerate(policy.dnsbl):
         if not is_zone(each.zone):
             raise ConfigError(f"policy.dnsbl[{number}].zone: {each.zone!r} is not a domain")
@@ -377,6 +377,14 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
                 parse_pattern(pattern)
             except ValueError as exc:
                 raise ConfigError(f"policy.dnsbl[{number}].answers: {exc}") from exc
+
+
+def _check_reports(contact: str, delivery: DeliverySettings) -> None:
+    """Check that aggregate reports can be sent, and name a contact."""
+    if "@" not in contact or domain_of(contact.rpartition("@")[2], utf8=False) is None:
+        raise ConfigError('policy.dmarc.contact: reports = "daily" needs an address such as postmaster@example.org')
+    if not delivery.has_relay:
+        raise ConfigError(f'policy.dmarc.reports: delivery.kind = "{delivery.kind}" sends no mail')
 
 
 def _check_metrics(metrics: MetricsSettings) -> None:
@@ -415,10 +423,29 @@ def _check_unique(listeners: tuple[ListenerSettings, ...]) -> None:
             before = addresses.setdefault(listener.address, number)
             if before != number:
                 raise ConfigError(f"listener[{number}].address: {listener.address!r} is used by listener[{before}]")
+        _check_overlap(number, listeners)
         before = names.setdefault(listener.name or listener.address, number)
         if before != number:
             name = listener.name or listener.address
             raise ConfigError(f"listener[{number}].name: {name!r} is the name of listener[{before}]")
+
+
+def _check_overlap(number: int, listeners: tuple[ListenerSettings, ...]) -> None:
+    """Check that a port is not bound on all addresses and on one of them: the second could not be bound."""
+    try:
+        own, *others = [ListenAddress.parse(each.address) for each in (listeners[number], *listeners[:number])]
+    except ValueError:
+        return  # reported for the listener itself
+    for place, other in enumerate(others):
+        if own.path or other.path or own.port != other.port or not own.port:
+            continue
+        everywhere = {own.host, other.host} & {"", "0.0.0.0", "::"}  # noqa: S104 - nothing is bound
+        families = {":" in each.host for each in (own, other) if each.host}
+        if everywhere and ("" in everywhere or len(families) == 1):
+            raise ConfigError(
+                f"listener[{number}].address: {listeners[number].address!r} is bound by listener[{place}] already, "
+                f"{listeners[place].address!r}"
+            )
 
 
 def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_open: bool) -> None:

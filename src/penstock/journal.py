@@ -70,6 +70,9 @@ class EventCounters(Protocol):
     def count(self, name: str, n: int = 1, /, **labels: str) -> None:
         """Add to a counter."""
 
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Add to a histogram."""
+
 
 class Journal:
     """Collects events and formats them as lines. Not thread-safe."""
@@ -158,6 +161,11 @@ class Journal:
             self.counters.count("policy_failures_total", check=hook)
         if self._logs_errors:
             self._note("hook-failed", 0, None, hook, hook_point, cause)
+
+    def state_failed(self, cause: str) -> None:
+        """Greylisting and rates are left out, begin anew, or cannot be saved."""
+        if self._logs_errors:
+            self._note("state-failed", 0, None, cause)
 
     def users_failed(self, cause: str) -> None:
         """A users file has changed and cannot be read, or no longer exists."""
@@ -382,6 +390,7 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "state": ("state",),
     "shortage": ("cause", "failures"),
     "hook-failed": ("hook", "hook_point", "cause"),
+    "state-failed": ("cause",),
     "users-failed": ("cause",),
     "users-read": ("file", "users"),
     "connected": ("listener",),

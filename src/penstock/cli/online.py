@@ -8,6 +8,7 @@ import trio
 from penstock.config import Settings
 from penstock.dns import Resolver
 from penstock.policy.dnsbl import find_problem
+from penstock.policy.filterprobe import Probe, probes
 
 _REFUSED = "not a recursive server for us"
 _SECONDS = 10.0
@@ -33,6 +34,9 @@ async def _ask_all(settings: Settings) -> list[str]:
                 key = f"policy.dnsbl[{number}].zone"
                 found[key] = f"{each.zone}: no answer"
                 nursery.start_soon(_ask_list, settings, key, each.zone, found)
+            for key, probe in probes(policy) if policy is not None else ():
+                found[key] = "no answer"
+                nursery.start_soon(_ask_filter, key, probe, found)
     return [f"{key}: {problem}" for key, problem in found.items() if problem]
 
 
@@ -69,3 +73,9 @@ async def _ask_list(settings: Settings, key: str, zone: str, found: dict[str, st
         problem = await find_problem(resolver, zone)
         nursery.cancel_scope.cancel()
     found[key] = f"{zone}: {problem}" if problem else ""
+
+
+async def _ask_filter(key: str, probe: Probe, found: dict[str, str]) -> None:
+    """Ask a milter, rspamd or a policy server; of several addresses, the first problem is reported."""
+    problem = await probe()
+    found[key] = problem if found[key] in ("", "no answer") else found[key]

@@ -52,6 +52,8 @@ from penstock.operations.observation import Observation, keep_reporting, start_c
 from penstock.privileges import Account, acting_as
 from penstock.spool.admin import QueueAdmin
 from penstock.spool.spool import SpoolError, shard_of, shards
+from penstock.state import snapshot
+from penstock.state.keeper import Keeper
 from penstock.supervisor import Command, Supervisor, WorkerError, WorkerProcess, describe_end
 
 _SESSIONS: Final = 10**12
@@ -73,6 +75,8 @@ class Inheritance(msgspec.Struct, frozen=True):
     """The descriptor of a file in memory with its `Boot`."""
     sockets: list[list[int]]
     """Descriptors of the listening sockets of each listener; none for a worker that only sees to its spool."""
+    state: int
+    """The descriptor where the supervisor keeps rates and greylisting (penstock.state.keeper)."""
     segment: int
     """The descriptor of the memory that all workers share (penstock.operations.observation)."""
     page: int
@@ -145,6 +149,7 @@ class Launcher:
         sockets: ListeningSockets,
         account: Account | None,
         observation: Observation,
+        keeper: Keeper,
     ) -> None:
         self.settings = settings
         self.key_pairs = key_pairs
@@ -152,6 +157,8 @@ class Launcher:
         self._sockets = sockets
         self._account = account
         self._observation = observation
+        self.keeper = keeper
+        """Has the rates and the greylist of all workers, whichever settings they have."""
 
     @property
     def boot(self) -> Boot:
@@ -165,11 +172,12 @@ class Launcher:
             [sock.fileno() for sock in each]
             for each in self._sockets.of_worker(self.settings, index, self.settings.server.workers)
         ]
-        with self._observation.claimed() as page, _in_memory(self.boot.encode()) as boot:
-            segment = self._observation.inherited
-            told = Inheritance(index, line, boot, sockets, segment, page)
+        connected = self.keeper.connect()
+        with self._observation.claimed() as page, _in_memory(self.boot.encode()) as boot, connected:
+            segment, state = self._observation.inherited, connected.fileno()
+            told = Inheritance(index, line, boot, sockets, state, segment, page)
             words = [*_python(), "-m", "penstock", *sys.argv[1:], "--worker", told.encode()]
-            descriptors = [line, boot, segment, *(fd for each in sockets for fd in each)]
+            descriptors = [line, boot, state, segment, *(fd for each in sockets for fd in each)]
             yield Command(words, descriptors, partial(self._observation.ended, page))
 
 
@@ -299,7 +307,9 @@ class SupervisorOperations(Operations):
             most = self.observation.most_workers
             raise ControlError(f"server.workers: more than {most} workers need a restart")
         undo = self._sockets.prepare(settings, settings.server.workers)
-        launcher = Launcher(settings, certificates.pairs, self._sockets, account, self.observation)
+        launcher = Launcher(
+            settings, certificates.pairs, self._sockets, account, self.observation, self._launcher.keeper
+        )
         launcher.is_draining = self.is_draining
         before = self.supervisor.processes
         try:
@@ -410,12 +420,14 @@ def supervise(
     tell_fitted(settings, fitted, limit, journal)
     write(journal.drain())
     outfit = Outfit(fitted, lambda: fit_descriptors(load(), limit), certificates, log, journal, write, manager, account)
-    launcher = Launcher(fitted, certificates.pairs, sockets, account, observation)
+    keeper = Keeper(Path(fitted.data_dir) / snapshot.FILE, lambda text: write(f"penstock: {text}\n".encode()))
+    launcher = Launcher(fitted, certificates.pairs, sockets, account, observation, keeper)
     operations = SupervisorOperations(outfit, sockets, launcher, wanted, observation)
     survive_signals()
     try:
-        trio.run(_supervise, operations, sockets, wanted)
-    except* (WorkerError, OSError) as group:
+        with keeper:
+            trio.run(_supervise, operations, sockets, wanted)
+    except* (WorkerError, OSError, sqlite3.Error) as group:
         raise click.ClickException(innermost(group)) from group
     finally:
         write.close()
@@ -472,7 +484,8 @@ def work(word: str) -> None:
         journal = Journal(settings.journal, is_terminal=os.isatty(log.descriptor))
         writer = JournalWriter(log.descriptor, journal.tell_dropped, is_shared=True)
         counters = start_counting(attach_segment(told.segment), told.page)
-        overrides = Overrides(sockets=sockets, key_pairs=boot.key_pairs, counters=counters)
+        state = socket.socket(fileno=told.state)
+        overrides = Overrides(sockets=sockets, key_pairs=boot.key_pairs, counters=counters, policy_state=state)
         server = assemble(settings, journal, writer, overrides=overrides)
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(settings) or str(exc)) from exc

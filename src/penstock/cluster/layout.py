@@ -9,6 +9,7 @@
     bucket NAME-node            NODE: the nodes that live
     bucket NAME-shared          what nodes share beside mail
     NAME.op.NODE                requests of operators to a node (core NATS)
+    NAME.new.P                  a node that does not relay the partition has put a message into it (core NATS)
 
 A subject has one message at most. A message is published with the condition that its subject has none
 (Nats-Expected-Last-Subject-Sequence: 0), so that publishing it again, after whatever was lost, changes nothing; a state
@@ -132,6 +133,10 @@ class Layout:
     def marker(self, stream: int, node: str) -> str:
         """Return the subject of the marker of a node."""
         return f"{self.name}.o.{stream}.{node}"
+
+    def announcement(self, partition: int | str) -> str:
+        """Return the subject on which the owner of a partition hears of new mail in it; "*" for all."""
+        return f"{self.name}.new.{partition}"
 
     def operations(self, node: str) -> str:
         """Return the subject of requests to a node."""

@@ -25,6 +25,7 @@ import random
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -189,15 +190,15 @@ class _Connection:
         if not self._has_output.is_set():
             self._has_output.set()
 
-    def send_request(self, request: Request, done: Done, deadline: float) -> bytes:
+    def send_request(self, subject: str, data: bytes, headers: bytes, done: Done, deadline: float) -> bytes:
         """Send a request; `done` gets the answer or the error. Return its number. Raise OverloadedError."""
-        octets = len(request.data) + len(request.headers)
+        octets = len(data) + len(headers)
         client = self._client
         if len(self.waiting) >= client.most_waiting or (self.octets and self.octets + octets > client.most_octets):
             raise OverloadedError(f"{len(self.waiting)} requests of {self.octets} octets are waiting")
         self.check_capacity()
         number = b"%d" % next(self._numbers)
-        self.send(make_publish(request.subject, f"{self._inbox}{number.decode()}", request.headers, request.data))
+        self.send(make_publish(subject, f"{self._inbox}{number.decode()}", headers, data))
         self.waiting[number] = _Waiting(done, deadline, octets)
         self.octets += octets
         return number
@@ -511,12 +512,8 @@ class NatsClient:
         """Send a request and return the answer. Raise NatsError (see the rules above)."""
         await trio.lowlevel.checkpoint_if_cancelled()
         connection = self._connection()
-        task = trio.lowlevel.current_task()
-
-        def done(result: outcome.Outcome[Message]) -> None:
-            trio.lowlevel.reschedule(task, result)
-
-        number = connection.send_request(Request(subject, data, headers), done, trio.current_time() + timeout)
+        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
+        number = connection.send_request(subject, data, headers, done, trio.current_time() + timeout)
 
         def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
             connection.forget(number)
@@ -549,7 +546,7 @@ class NatsClient:
             if connection is None:
                 break
             try:
-                numbers.append(connection.send_request(request, done_at(place), deadline))
+                numbers.append(connection.send_request(*request, done_at(place), deadline))
                 left += 1
             except OverloadedError as exc:
                 answers[place] = exc

@@ -24,6 +24,7 @@ from penstock.message import MailParameters, Message, Path, Recipient
 from penstock.policy.base import Mark
 from penstock.policy.evidence import Watcher
 from penstock.reply import CHECK_FAILED, Reply
+from penstock.state import State
 from penstock.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -121,3 +122,7 @@ class Parts:
     """Puts a message of our own into the queue; None without one."""
     spool_name: str = "spool"
     """The name of the spool in `data_dir`; each worker has one of its own."""
+    state: State | None = None
+    """Rate limits and greylisting; None if no check needs it."""
+    can_hold: bool = True
+    """There is a spool where messages can be held."""

@@ -24,7 +24,19 @@ import trio
 from penstock.addresses import Network, parse_address, parse_network
 from penstock.journal import Journal
 from penstock.message import MailParameters, Message, Path, Recipient
-from penstock.policy import authentication, dnsbl, fcrdns, pregreet
+from penstock.policy import (
+    authentication,
+    delegate,
+    dnsbl,
+    fcrdns,
+    greylist,
+    milter,
+    pregreet,
+    rates,
+    rspamd,
+    senderlogin,
+    signing,
+)
 from penstock.policy.base import Mark
 from penstock.policy.check import HOOK_POINTS, Check, Edited, Parts
 from penstock.policy.evidence import Evidence, Watcher, evidence_of
@@ -39,7 +51,14 @@ MAKERS: Final[tuple[Maker, ...]] = (
     pregreet.make_checks,
     dnsbl.make_checks,
     fcrdns.make_checks,
+    senderlogin.make_checks,
     authentication.make_checks,
+    greylist.make_checks,
+    delegate.make_checks,
+    milter.make_checks,
+    rspamd.make_checks,
+    signing.make_checks,  # after all that changes the message
+    rates.make_checks,  # last: what it takes for a message is given back if something else refuses it
 )
 """What makes the checks of the settings, in the order in which they are asked."""
 

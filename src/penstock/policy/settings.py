@@ -102,39 +102,141 @@ class DnsblAtSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class GreylistSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Greylisting."""
+    """Greylisting: an unknown client is asked to try again later, which programs that send spam often do not.
+
+    What has passed once is known by the network of the client (IPv4 /24, IPv6 /64), the sender and the recipient, or by
+    the domain that SPF has authenticated. Durations are a number with a unit: s, m, h, d or w.
+    """
 
     mode: OwnMode = None
+    when: Annotated[
+        Literal["suspicious", "always"],
+        Meta(
+            description="suspicious: clients with a score of at least 2, without a name that leads back to them "
+            "(policy.fcrdns), or whose domain has no SPF record; always: all clients"
+        ),
+    ] = "suspicious"
+    delay: Annotated[str, Meta(description="Time after which another attempt passes")] = "60s"
+    window: Annotated[str, Meta(description="Time after which an attempt that was not repeated is forgotten")] = "2d"
+    remember: Annotated[str, Meta(description="Time for which what has passed is not delayed again")] = "35d"
+
+
+RateKey = Literal["network", "sender", "sender_domain", "recipient", "identity", "listener"]
+RateCount = Literal["connections", "messages", "recipients", "octets", "null_senders", "refused"]
 
 
 class RateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A rate limit."""
+    """A rate limit: at most `limit` units at once, refilled evenly over its period. Excess is deferred with 450.
+
+    A limit by identity is for authenticated clients, all others for the clients that are judged. Only what is accepted
+    counts, except for connections and refused.
+    """
 
     mode: OwnMode = None
+    by: Annotated[
+        tuple[RateKey, ...],
+        Meta(
+            min_length=1,
+            max_length=6,
+            description="What is limited: network (IPv4 address or IPv6 /64), sender, sender_domain, recipient, "
+            "identity (the authenticated user), listener; each combination of several has a limit of its own",
+        ),
+    ]
+    count: Annotated[
+        RateCount,
+        Meta(
+            description="connections, messages, recipients, octets, null_senders (messages with an empty sender), or "
+            "refused (commands and messages that a check has refused)"
+        ),
+    ] = "messages"
+    limit: Annotated[str, Meta(description='"100/h", "2000/10m", "500M/d": units per period; s, m, h, d or w')]
+
+
+Fail = Annotated[
+    Literal["defer", "accept"],
+    Meta(description="If it cannot be asked: defer mail with 451, or accept it without this check"),
+]
+Deadline = Annotated[float, Meta(gt=0, le=600, description="Seconds that all its answers about a message may take")]
+ConnectTime = Annotated[float, Meta(gt=0, le=600, description="Seconds that a connection to it may take")]
+FilterAddress = Annotated[
+    str | tuple[str, ...],
+    Meta(description="inet:HOST:PORT or unix:/path; the addresses of an array are tried in turn"),
+]
 
 
 class MilterSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A milter."""
+    """A mail filter that speaks the milter protocol, version 6: rspamd, opendkim, clamav-milter and others."""
 
     mode: OwnMode = None
+    address: FilterAddress
+    fail: Fail = "defer"
+    deadline: Deadline = 30.0
+    connect: ConnectTime = 10.0
 
 
 class RspamdSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Rspamd over HTTP."""
+    """Rspamd over HTTP: a worker of type "normal"."""
 
     mode: OwnMode = None
+    url: Annotated[str, Meta(description="http://HOST:PORT")] = "http://127.0.0.1:11333"
+    scores: Annotated[bool, Meta(description="Add its score to that of the other checks")] = True
+    verdict: Annotated[
+        bool,
+        Meta(
+            description="Do what it says: reject (550 5.7.1), soft reject and greylist (451 4.7.1), add header and "
+            "rewrite subject (quarantine)"
+        ),
+    ] = False
+    fail: Fail = "defer"
+    deadline: Deadline = 30.0
+    connect: ConnectTime = 10.0
 
 
 class DelegateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Postfix policy server."""
+    """A policy server that speaks Postfix's policy delegation protocol: postgrey, policyd-spf, postfwd and others."""
 
     mode: OwnMode = None
+    address: FilterAddress
+    at: Annotated[
+        Literal["connect", "helo", "mail", "rcpt", "message"],
+        Meta(description="When it is asked; message: at the end of the data, with the size and number of recipients"),
+    ] = "rcpt"
+    fail: Fail = "defer"
+    deadline: Deadline = 30.0
+    connect: ConnectTime = 10.0
 
 
 class SenderLoginSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which senders an authenticated user may use."""
+    """Which senders an authenticated user may use. Others are refused with 553 5.7.1; the null sender is allowed."""
 
     mode: OwnMode = None
+    file: Annotated[
+        str,
+        Meta(
+            description='File with lines "USER: ADDRESS, @DOMAIN ...", * for every sender; relative to data_dir, read '
+            "again when it changes. Without it, and besides it, users may use the address that their name is"
+        ),
+    ] = ""
+    check_from: Annotated[
+        bool, Meta(description="Also check the addresses of the From field; refused with 550 5.7.1")
+    ] = True
+
+
+class SignSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A DKIM key: mail of authenticated and trusted clients whose From is in the domain, or below it, is signed.
+
+    Several tables of one domain make several signatures, such as one with RSA and one with Ed25519.
+    """
+
+    domain: Annotated[str, Meta(min_length=1, description="d= of the signature")]
+    selector: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*$",
+            description="s= of the signature: the key is at SELECTOR._domainkey.DOMAIN",
+        ),
+    ]
+    key: Annotated[str, Meta(min_length=1, description="PEM file with an RSA or Ed25519 key, relative to data_dir")]
 
 
 class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,6 +274,7 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     rspamd: RspamdSettings | None = None
     delegate: Annotated[tuple[DelegateSettings, ...], Meta(max_length=16, description="May be repeated.")] = ()
     sender_login: SenderLoginSettings | None = None
+    sign: Annotated[tuple[SignSettings, ...], Meta(max_length=1000, description="May be repeated.")] = ()
 
     def mode_of(self, check: object, *, by_default: bool = False) -> Mode:
         """Return the mode of a check by its table; `by_default`: it is also made without a table."""

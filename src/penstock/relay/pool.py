@@ -31,6 +31,7 @@ import trio
 from penstock.breaker import Breaker
 from penstock.journal import Journal
 from penstock.message import Body, Envelope
+from penstock.metrics._shared import SharedTable
 from penstock.net._poller import HAS_EPOLL, Poller
 from penstock.net.connect import connect_tcp, connect_unix
 from penstock.net.stream import SocketStream, watch_sockets
@@ -38,8 +39,8 @@ from penstock.net.tls import client_context
 from penstock.relay.connection import ClientSettings, ClockSettings, HandshakeError, HopConnection, LostError
 from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done, Job
+from penstock.relay.share import HopShare
 from penstock.smtp.client_session import BodyError, ClosingError
-from penstock.tokenbucket import TokenBucket
 
 _MAX_RETURNS: Final = 3
 """How often a job may find its connection closed before it is deferred."""
@@ -49,6 +50,8 @@ _SLOW_START: Final = 5
 """Connections being opened at a time, beyond as many as are open: a hop is not to be overrun."""
 _FORGOTTEN: Final = 3600.0
 """Seconds after which a hop that is not used is forgotten, and what was learned of its limits."""
+_YIELD: Final = 1.0
+"""Seconds between two connections that are closed for another worker."""
 _PATIENCE: Final = 5.0
 """Seconds that the only connection to a hop may wait for its greeting while another hop has no connection at all."""
 
@@ -77,10 +80,12 @@ class Pool:
         journal: Journal | None = None,
         poller: Poller | None = None,
         smtputf8_downgrade: Literal["refuse", "send"] = "refuse",
+        table: SharedTable | None = None,
     ) -> None:
         """`hostname` is the argument of EHLO. `poller` is one whose `watch_sockets` runs; by default it has its own.
 
-        `smtputf8_downgrade`: what to do with a header that needs SMTPUTF8 if a hop does not offer it.
+        `smtputf8_downgrade`: what to do with a header that needs SMTPUTF8 if a hop does not offer it. With a `table`,
+        the limits of a hop are for all workers that share it.
         """
         self.settings = settings
         self.hostname = hostname
@@ -90,6 +95,7 @@ class Pool:
         """Connections that are open or being opened."""
         self.is_closing = False
         self.smtputf8_downgrade: Final = smtputf8_downgrade
+        self.table: Final = table
         self._host_pools: dict[Hop, HostPool] = {}
         self._starved: dict[HostPool, None] = {}
         """Hops that have no connection because all of the pool are in use, the one that waits for longest first."""
@@ -320,8 +326,10 @@ class HostPool:
         self._pool = pool
         limits = self._limits = hop.limits
         self.breaker = Breaker(limits.breaker_failures, limits.breaker_pause, limits.breaker_longest)
-        self._messages = TokenBucket(limits.message_rate)
-        self._connects = TokenBucket(limits.connection_rate)
+        self._share = HopShare(pool.table, hop.name)
+        self._messages = self._share.bucket("messages", limits.message_rate)
+        self._connects = self._share.bucket("connections", limits.connection_rate)
+        self._yielded_at = -math.inf
         self._queue: deque[Job] = deque()
         self._open: set[HopConnection] = set()
         """All connections with a socket, also those being opened."""
@@ -384,6 +392,7 @@ class HostPool:
             opening = _Opening(now)
             self._openings[opening] = None
             self._pool.connections += 1
+            self._share.count(1)
             self.breaker.probe()
             self._pool.start_connection(self, opening)
 
@@ -391,6 +400,10 @@ class HostPool:
         openings = len(self._openings)
         ready = len(self._open) - sum(each.connection is not None for each in self._openings)
         if self._pool.is_closing or ready + openings >= self._limits.connections:
+            return False
+        # `sweep` tells the other workers when there is no place, and leaves them the last one that it has freed.
+        places = self._limits.connections - (now - self._yielded_at < _YIELD)
+        if ready + openings + self._share.elsewhere >= places:
             return False
         if openings >= _SLOW_START + ready:
             return False
@@ -515,6 +528,7 @@ class HostPool:
             self._fail(NextHopUnavailable(self.hop.name, "an internal error", "4.3.0"))
         finally:
             self.breaker.abandon()
+            self._share.count(-1)
             self._pool.connection_ended()
             self._go_on()
 
@@ -627,6 +641,16 @@ class HostPool:
             return True
         return False
 
+    def _yield(self, now: float) -> None:
+        """Close a connection, after its transaction, for a worker that has none, if the hop allows no more."""
+        if len(self._open) + self._share.elsewhere < self._limits.connections:
+            return
+        self._yielded_at = now
+        if not self.retire_one():
+            for connection in self._open:
+                connection.retire()
+                return
+
     def close(self) -> None:
         """Close all connections, each after its transaction."""
         self.give_up(NextHopUnavailable(self.hop.name, "the relay is stopping", "4.3.2"))
@@ -646,6 +670,9 @@ class HostPool:
         while self._queue and now - self._queue[0].since > self._limits.wait:
             text = f"no connection was free for {self._limits.wait:.0f} s"
             self._queue.popleft().give_up(NextHopUnavailable(self.hop.name, text, "4.4.5"))
+        self._share.want(bool(self._queue) and not self.has_connections and not self._pool.is_closing)
+        if self._share.is_wanted and now - self._yielded_at >= _YIELD:
+            self._yield(now)
         if now - self._learned_at > _FORGOTTEN:
             self._settings = self._configured
         if self._queue and not self._pool.is_closing:
