@@ -16,9 +16,9 @@ back (`reply`). What the client has said so far is its `transaction`; what it se
 ext/ and in the .py files with a .pxd beside them, answers what needs no decision and counts it in `metrics`.
 
 What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?); `results` is what
-its checks have found. `mailauth` evaluates SPF, DKIM, DMARC and ARC without any I/O, and `dns` answers its questions and
-those of the relay; `penstock judge` shows what they find. `state` has the rate limits and the
-greylist, which all workers share.
+its checks have found, and `state` has the rate limits and the greylist, which all workers share. `mailauth` evaluates
+SPF, DKIM, DMARC and ARC without any I/O, and `dns` answers its questions and those of the relay; `penstock judge` shows
+what they find.
 
 A complete message goes to a `delivery`, and the client gets its 250 after that has committed it: to a Maildir, to the
 `spool`, a durable queue, to the same queue replicated over several machines (`cluster`), or straight to the next hop.

@@ -46,7 +46,6 @@ from penstock.metrics._session import Metrics
 from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
 from penstock.net.natswire import read_nkey
-from penstock.net.resolver import Resolver
 from penstock.net.tls import (
     KeyPair,
     TlsSettings,
