@@ -25,6 +25,7 @@ PROGRAMS = {
     "e2e/test_dumps.py": ["smtp-sink"],
     "relay/test_smtp_sink.py": ["smtp-sink"],
     "dns/test_nsd.py": ["nsd"],
+    "e2e/test_filters.py": ["rspamd"],
     "policy/test_filter_peers.py": ["rspamd", "opendkim", "clamd", "clamav-milter", "postgrey"],
     "e2e/test_mail_authentication.py": ["nsd"],
     "e2e/test_reputation.py": ["nsd"],

@@ -9,16 +9,15 @@ which may be another user with fewer `privileges`; `control` is what operators c
 they do it: /metrics and the control socket. `testing` runs the same server inside a test, and `pytest_plugin` turns it
 into fixtures.
 
-A client connects to a socket of `net`: the poller, streams, TLS, listeners, the PROXY protocol and outgoing
-connections. Its session is one task of `server`: read server/connection.py first, it follows a connection from
+A client connects to a socket of `net`: the poller, streams, TLS, listeners, the PROXY protocol, DNS look-ups and
+outgoing connections. Its session is one task of `server`: read server/connection.py first, it follows a connection from
 the greeting to the close. The octets go through `smtp`, the protocol without any I/O: octets in, events out, replies
 back (`reply`). What the client has said so far is its `transaction`; what it sends is a `message`. Compiled code, in
 ext/ and in the .py files with a .pxd beside them, answers what needs no decision and counts it in `metrics`.
 
-What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?); `results` is what
-its checks have found, and `state` has the rate limits and the greylist, which all workers share. `mailauth` evaluates
-SPF, DKIM, DMARC and ARC without any I/O, and `dns` answers its questions and those of the relay; `penstock judge` shows
-what they find.
+What needs a decision is asked of `auth` (who is this client?) and `policy` (is this mail wanted?). `mailauth` evaluates
+SPF, DKIM, DMARC and ARC without any I/O, and `dns` answers its questions. What was found are the `results` of the
+transaction; `penstock judge` shows them. `state` has the rate limits and the greylist, which all workers share.
 
 A complete message goes to a `delivery`, and the client gets its 250 after that has committed it: to a Maildir, to the
 `spool`, a durable queue, to the same queue replicated over several machines (`cluster`), or straight to the next hop.

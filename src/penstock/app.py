@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -55,6 +55,7 @@ from penstock.net.tls import (
     server_context,
 )
 from penstock.policy.check import Parts
+from penstock.policy.files import files_of
 from penstock.policy.hooks import HookSettings, check_policy, load_hook
 from penstock.policy.judge import Judge, make_checks
 from penstock.policy.pipeline import Pipeline
@@ -171,6 +172,7 @@ class Server:
     policy_state: LocalState | RemoteState | None = None
     """Rates and greylisting, where checks need them."""
     _policy_stamp: tuple[object, ...] = ()
+    _counting: trio.CapacityLimiter = field(default_factory=partial(trio.CapacityLimiter, 1))
 
     def __post_init__(self) -> None:
         self._policy_stamp = stamp_policies(self.settings)
@@ -288,8 +290,11 @@ class Server:
             scheduler = self.gateway.scheduler
             hops = tuple(hop.name for hop in scheduler.hops_down())
             suspended = tuple(sorted(scheduler.suspended))
-            with suppress(OSError, sqlite3.Error, SpoolError):
-                spool = await trio.to_thread.run_sync(count_spool, self._spool_folder, abandon_on_cancel=True)
+            # A large spool takes a while to count: one thread at a time, and the answer does not wait for it.
+            with trio.move_on_after(_COUNT), suppress(OSError, sqlite3.Error, SpoolError):
+                spool = await trio.to_thread.run_sync(
+                    count_spool, self._spool_folder, abandon_on_cancel=True, limiter=self._counting
+                )
         return WorkerState(
             index=index,
             pid=os.getpid(),
@@ -483,8 +488,7 @@ def make_judge(
     state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
-    judges_all = settings.policy is not None
-    if not any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener):
+    if not needs_judge(settings):
         return None
     policy = settings.policy or DEFAULT
 
@@ -510,6 +514,13 @@ def make_judge(
     return Judge(policy, checks, journal) if checks else None
 
 
+def needs_judge(settings: Settings) -> bool:
+    """Return whether the clients of a listener are judged."""
+    domains = None if settings.domains is None else Domains(settings.domains)
+    judges_all = settings.policy is not None
+    return any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener)
+
+
 def is_judged(listener: ListenerSettings, domains: Domains | None, *, judges_all: bool) -> bool:
     """Return whether the clients of a listener are judged: as [policy] says, and by default on public ones.
 
@@ -527,6 +538,8 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     found = [name for name in found if name not in _IN_PLACE]
     if [_place_of(each) for each in old.listener] == [_place_of(each) for each in new.listener]:
         found = [name for name in found if name != "listener"]
+    if needs_judge(old) != needs_judge(new):
+        found.append("policy")
     if "server" in found:
         found.remove("server")
         fields = [name for name in ServerSettings.__struct_fields__ if name not in _IN_PLACE_SERVER]
@@ -534,6 +547,8 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     return found
 
 
+_COUNT: Final = 1.0
+"""Seconds that the state waits for the count of the spool."""
 _MOST_DOMAINS: Final = 10_000
 """Domains that are looked at when a next hop is to be retried."""
 _LOOK_UP: Final = 10.0
@@ -565,7 +580,10 @@ def stamp_policies(settings: Settings) -> tuple[object, ...]:
 def make_pipeline(settings: Settings, shared: Shared, overrides: Overrides, passthrough: Onward | None) -> Pipeline:
     """Load the policies. Raise OSError or ValueError for a file that cannot be used."""
     policies = make_recipients(settings.recipients, shared.domains, shared.data_dir, passthrough, shared.journal)
-    policies += collect_policies(settings.check, overrides.policies)
+    try:
+        policies += collect_policies(settings.check, overrides.policies)
+    except SystemExit as exc:  # of the code of a policy: no reason for a running server to end
+        raise HookError(f"check: a policy has ended the program with code {exc.code} when it was loaded") from exc
     return Pipeline(policies, shared.journal, shared.judge, Thresholds.of(settings.policy))
 
 
@@ -912,6 +930,7 @@ def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
     if settings.recipients.file:
         recipients, nothing = folder / settings.recipients.file, Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, recipients, bool, nothing)
+    yield from files_of(settings.policy, folder)
 
 
 def _files_of_cluster(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:

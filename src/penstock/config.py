@@ -303,12 +303,18 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
         raise ConfigError("recipients.verify: cannot be combined with recipients.file; use one of them")
     if settings.recipients.verify and not settings.delivery.has_relay:
         raise ConfigError(f'recipients.verify: delivery.kind = "{settings.delivery.kind}" has no next hop to ask')
+    _check_server(settings.server)
     _check_unique(settings.listener)
     for number, listener in enumerate(settings.listener):
         try:
             _check_listener(listener, settings, allow_open=allow_open)
         except ConfigError as exc:
             raise ConfigError(f"listener[{number}].{exc}") from exc
+
+
+def _check_server(server: ServerSettings) -> None:
+    if server.group and not server.user:
+        raise ConfigError("server.group: requires server.user")
 
 
 def _check_delivery(delivery: DeliverySettings) -> None:

@@ -63,8 +63,10 @@ async def test_a_message_is_in_the_stream_once_however_often_it_is_written(
             assert second.place == first.place._replace(is_uncertain=True)
         assert len(await jetstream.subjects(layout.stream(0), layout.message(0, "*"))) == 2
         assert len(await jetstream.subjects(layout.stream(0), layout.piece(0, large.id, "*"))) == 3
+        assert first.place is not None
         # What was relayed meanwhile is not put there again.
-        await jetstream.delete(layout.stream(0), first.place.sequence)
+        assert second.place is not None
+        await jetstream.delete(layout.stream(0), second.place.sequence)
         assert (await writer.write(large, 0, patience=10)).place is None
 
 

@@ -16,6 +16,7 @@ from penstock.policy.check import Check, Parts
 from penstock.policy.judge import Judge
 from penstock.policy.settings import PolicySettings
 from penstock.reply import Reply
+from penstock.state import State
 from penstock.transaction import Peer, TlsInfo, Transaction
 
 HEADER = (
@@ -25,10 +26,11 @@ TEXT = b"Hello\r\n\r\nand goodbye\r\n"
 PREFIX = b"Authentication-Results: mx.example.org; spf=none\r\nReceived: from client\r\n\tby mx.example.org\r\n"
 
 
-def make_parts(folder: FilePath = FilePath()) -> Parts:
+def make_parts(folder: FilePath = FilePath(), state: State | None = None) -> Parts:
     """Return parts for checks that ask no DNS."""
     resolver: Any = None
-    return Parts("mx.example.org", resolver, Journal(JournalSettings()), folder, lambda domain: domain == "example.org")
+    journal = Journal(JournalSettings())
+    return Parts("mx.example.org", resolver, journal, folder, lambda domain: domain == "example.org", state=state)
 
 
 def path_of(address: str) -> Path:

@@ -24,9 +24,8 @@ def test_exactly_the_limit_can_be_used_at_once(limit: int, costs: list[int]) -> 
     used = 0
     for cost in costs:
         fits = used + cost <= limit
-        if cost <= limit:
-            assert (tables.take([charge(limit=limit, cost=cost)]) == -1) == fits
-            used += cost if fits else 0
+        assert (tables.take([charge(limit=limit, cost=cost)]) == -1) == fits
+        used += cost if fits else 0
     rest = limit - used
     assert not rest or tables.take([charge(limit=limit, cost=rest)]) == -1
     assert tables.take([charge(limit=limit)]) == 0
@@ -59,10 +58,11 @@ def test_what_is_given_back_can_be_taken_again() -> None:
     assert tables.take([charge(limit=1)]) == 0
 
 
-def test_a_cost_above_the_limit_uses_the_whole_bucket() -> None:
+def test_a_cost_above_the_limit_is_never_available() -> None:
     tables = Tables(Clock())
-    assert tables.take([charge(limit=5, cost=100)]) == -1
-    assert tables.available([charge(limit=5)]) == 0
+    assert tables.available([charge(limit=5, cost=6)]) == 0
+    assert tables.take([charge(limit=5, cost=6)]) == 0
+    assert tables.take([charge(limit=5, cost=5)]) == -1
 
 
 def test_noted_charges_never_exceed_the_bucket() -> None:

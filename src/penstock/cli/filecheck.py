@@ -22,8 +22,10 @@ from penstock.delivery.custom import load_delivery
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings, client_context, server_context
 from penstock.operations.endpoint import read_token
+from penstock.policy.files import files_of
 from penstock.policy.hooks import load_hook
 from penstock.policy.recipients import FileRecipients
+from penstock.privileges import find_account
 
 _RENEW_BEFORE: Final = datetime.timedelta(days=14)
 _OTHER_DESCRIPTORS: Final = 200
@@ -44,6 +46,11 @@ def problems(settings: Settings, *, loads_code: bool = True) -> list[str]:
     Loads the policies and the delivery, unless not `loads_code`. Never prompts for a passphrase.
     """
     found = tls_problems(settings)
+    if settings.server.user:
+        try:
+            find_account(settings.server.user, settings.server.group)
+        except ValueError as exc:
+            found.append(str(exc))
     for key, use in _uses(settings, Path(settings.data_dir).absolute()):
         if not loads_code and key.endswith((".hook", ".kind")):
             continue
@@ -73,6 +80,7 @@ def _uses(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], 
         yield "control.socket", partial(_check_socket_path, folder / settings.control.socket)
     for number, trace in enumerate(settings.trace):
         yield f"trace[{number}].file", partial(_check_folder, (folder / trace.file).parent, folder)
+    yield from files_of(settings.policy, folder)
     if ":" in settings.delivery.kind:
         yield "delivery.kind", partial(load_delivery, settings.delivery.kind, settings.delivery.arguments)
     for number, hook in enumerate(settings.check):

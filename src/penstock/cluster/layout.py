@@ -256,10 +256,10 @@ def message_headers(message: Message, *, crc: int, pieces: int) -> tuple[bytes, 
 
 def read_message(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
     """Return a message that was found in the stream; None for a marker in its place. Raise LayoutError."""
+    if b"\r\nP-Done:" in headers:
+        return None
     fields = parse_headers(headers)
     try:
-        if "P-Done" in fields:
-            return None
         if fields["P-V"] != str(VERSION):
             raise LayoutError(f"{subject} has version {fields['P-V']}, expected {VERSION}")
         _, partition, message_id = subject.rsplit(".", 2)

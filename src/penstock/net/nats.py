@@ -23,6 +23,7 @@ import itertools
 import os
 import random
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -126,28 +127,43 @@ class _Waiting:
 
 
 class Subscription:
-    """Messages of a subject. Iterate over it, or call `receive`."""
+    """Messages of a subject, for one task. Iterate over it, or call `receive` or `receive_all`."""
 
     def __init__(self, subject: str, sid: bytes, limit: int) -> None:
         self.subject = subject
         self.sid = sid
         self.dropped = 0
         """Messages that came while `limit` were waiting already."""
-        self._send, self._receive = trio.open_memory_channel[Message](limit)
+        self._limit = limit
+        self._waiting: deque[Message] = deque()
+        self._has_some = trio.Event()
 
     def deliver(self, message: Message) -> None:
         """Take a message from the connection."""
-        try:
-            self._send.send_nowait(message)
-        except trio.WouldBlock:
+        if len(self._waiting) >= self._limit:
             self.dropped += 1
+            return
+        self._waiting.append(message)
+        if not self._has_some.is_set():
+            self._has_some.set()
 
     async def receive(self) -> Message:
         """Return the next message."""
-        return await self._receive.receive()
+        while not self._waiting:
+            self._has_some = trio.Event()
+            await self._has_some.wait()
+        return self._waiting.popleft()
 
-    def __aiter__(self) -> AsyncIterator[Message]:
-        return self._receive.__aiter__()
+    async def receive_all(self) -> Sequence[Message]:
+        """Return all messages that wait, at least one. A wake-up for each would cost more than the message."""
+        found = deque([await self.receive()])
+        found += self._waiting
+        self._waiting.clear()
+        return found
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        while True:
+            yield await self.receive()
 
 
 class _Connection:

@@ -65,6 +65,10 @@ class Rule:
         key = make_key(self._name, *[key(transaction, recipient) for key in self._keys])
         return Charge(key, self.limit.period, self.limit.units, cost)
 
+    def _octets(self, size: int) -> int:
+        """Return what a message of a size costs: one that is larger than the limit uses all of it."""
+        return min(max(1, size), self.limit.units)
+
     def next_recipient(self, transaction: Transaction, recipient: Path) -> Charge | None:
         """Return what the message will cost at least, if this recipient is accepted."""
         if self.count == "null_senders" and transaction.sender not in (None, NULL_PATH):
@@ -74,14 +78,14 @@ class Rule:
         elif self.count == "recipients":
             cost = len(transaction.recipients) + 1
         else:
-            cost = max(1, transaction.parameters.size or 0)
+            cost = self._octets(transaction.parameters.size or 0)
         return self.charge(transaction, recipient, cost)
 
     def message(self, transaction: Transaction, message: Message) -> list[Charge]:
         """Return what a message costs."""
         if self.count == "refused" or (self.count == "null_senders" and transaction.sender not in (None, NULL_PATH)):
             return []
-        cost = message.body.size if self.count == "octets" else 1
+        cost = self._octets(message.body.size) if self.count == "octets" else 1
         if self.is_by_recipient:
             return [self.charge(transaction, each.path, cost) for each in transaction.recipients]
         if self.count == "recipients":
@@ -139,8 +143,7 @@ class RateCheck(Check):
         for rule in self._of_messages:
             if rule.applies(transaction):
                 for charge in rule.message(transaction, message):
-                    before = costs.get(charge.key)  # the same recipient twice
-                    costs[charge.key] = charge if before is None else charge._replace(cost=charge.cost + before.cost)
+                    costs[charge.key] = charge  # the same recipient twice counts once
         if not costs:
             return None
         charges = list(costs.values())

@@ -32,6 +32,15 @@ class SigningError(ValueError):
     """A key cannot be used."""
 
 
+def read_signer(settings: SignSettings, data_dir: FilePath) -> DkimSigner:
+    """Return what signs with a key. Raise OSError or SigningError."""
+    path = data_dir / settings.key
+    try:
+        return DkimSigner(canonical_domain(settings.domain), settings.selector, load_private_key(path.read_bytes()))
+    except ValueError as exc:
+        raise SigningError(f"{path}: {exc}") from exc
+
+
 class _Signer:
     """A domain, and the keys that sign for it."""
 
@@ -60,11 +69,7 @@ class SigningCheck(Check):
         domains: dict[str, _Signer] = {}
         for each in settings:
             domain = canonical_domain(each.domain)
-            try:
-                signer = DkimSigner(domain, each.selector, load_private_key((data_dir / each.key).read_bytes()))
-            except ValueError as exc:
-                raise SigningError(f"{data_dir / each.key}: {exc}") from exc
-            domains.setdefault(domain, _Signer(domain)).signers.append(signer)
+            domains.setdefault(domain, _Signer(domain)).signers.append(read_signer(each, data_dir))
         self._domains = sorted(domains.values(), key=lambda each: -len(each.domain))  # the nearest one signs
 
     async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:

@@ -14,7 +14,7 @@ class Charge(NamedTuple):
     """What something costs under a rate limit: `cost` of the `limit` units that `key` may use within `period`.
 
     A limit is a bucket of `limit` units which is full at first and is refilled evenly, `limit` units per period. So at
-    most `limit` units can be used at once. A cost above the limit uses the whole bucket.
+    most `limit` units can be used at once, and a cost above the limit is never available.
     Limits up to a million are exact, larger ones to a millionth.
     """
 

@@ -79,7 +79,7 @@ class Tables:
         for index, (key, period, limit, cost) in enumerate(charges):
             full_at = buckets.get(key, now)
             # Integers: `limit` units are exactly one period, whatever they add up from.
-            if full_at > now and full_at + min(cost, limit) * period // limit > now + period:
+            if max(full_at, now) + cost * period // limit > now + period:
                 return index
         return -1
 
@@ -92,7 +92,7 @@ class Tables:
         buckets = self._buckets
         for key, period, limit, cost in charges:
             full_at = max(buckets.get(key, now), now)
-            buckets[key] = full_at + min(cost, limit) * period // limit
+            buckets[key] = full_at + cost * period // limit
             self._changed_buckets[key] = None
         if len(buckets) > self._most:
             self._shrink_buckets(now)
@@ -104,7 +104,7 @@ class Tables:
         for key, period, limit, cost in charges:
             full_at = buckets.get(key)
             if full_at is not None:
-                buckets[key] = full_at - min(cost, limit) * period // limit
+                buckets[key] = full_at - cost * period // limit
                 self._changed_buckets[key] = None
 
     def note(self, charges: Sequence[Charge]) -> None:
@@ -112,7 +112,7 @@ class Tables:
         now = self._clock()
         buckets = self._buckets
         for key, period, limit, cost in charges:
-            full_at = max(buckets.get(key, now), now) + min(cost, limit) * period // limit
+            full_at = max(buckets.get(key, now), now) + cost * period // limit
             buckets[key] = min(full_at, now + period)
             self._changed_buckets[key] = None
         if len(buckets) > self._most:
