@@ -430,6 +430,7 @@ async def run(
     pause: float = 4.0,
     down: float = 2.0,
     seed: int = 1,
+    settle: float = 2 * _LEASE,
     told: Callable[[str], None] = lambda _: None,
 ) -> Account:
     """Run rounds of failures under load; return the account once the queue is empty, or after two minutes."""
@@ -450,15 +451,11 @@ async def run(
                     f"{time.monotonic() - begun:.1f} s"
                 )
             stop.set()
-        await _wait(lambda: not account.missing)
+        with trio.move_on_after(_PATIENCE):
+            while account.missing:  # noqa: ASYNC110 - there is no event
+                await trio.sleep(0.1)
+        await trio.sleep(settle)  # what would come twice comes now
     return account
-
-
-async def _wait(condition: Callable[[], object]) -> None:
-    with trio.move_on_after(_PATIENCE):
-        while not condition():  # noqa: ASYNC110 - there is no event
-            await trio.sleep(0.1)
-        await trio.sleep(2 * _LEASE)  # what would come twice comes now
 
 
 def report(account: Account) -> tuple[str, bool]:

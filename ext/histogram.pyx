@@ -42,7 +42,7 @@ cdef class Histogram:
         self.greatest = 0
         memset(self.counts, 0, sizeof(self.counts))
 
-    def record(self, int64_t ns):
+    cpdef record(self, int64_t ns):
         self.add(ns, 1)
 
     def record_n(self, int64_t ns, int64_t n):

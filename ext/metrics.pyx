@@ -25,7 +25,7 @@ Rules
    notes what becomes of the message, and what is sent is reported with `says`.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcmp, memset
@@ -68,17 +68,22 @@ cdef enum:
     MOST_DIGITS = 12
     FIRST_BITS = 8192       # octets of a bitmap to begin with
 
+TOTALS = (
+    "sessions", "peak_sessions", "received", "sent", "replies", "accepted", "unheard", "refused", "recipients",
+    "text_octets", "tls_failed", "further",
+)
+
 cdef uint64_t MOST_OCTETS = 64 << 20
 OTHER = "others"
 
 
-cdef int note_cause(dict causes, str cause) except -1:
+cdef int note_cause(dict causes, str cause, int64_t times=1) except -1:
     """Count a cause; those of further kinds together."""
     cdef object n = causes.get(cause)
     if n is None and len(causes) >= MOST_CAUSES:
         cause = OTHER
         n = causes.get(cause)
-    causes[cause] = 1 if n is None else n + 1
+    causes[cause] = times if n is None else n + times
     return 0
 
 
@@ -188,6 +193,47 @@ cdef class Metrics:
                 found.append((PHASES[key >> 40 & 0xFF], code, status, garbled, self.counts[i]))
         found.sort(key=lambda each: (each[0], each[1], each[2] or "", each[3] or ""))
         return found
+
+    def state(self):
+        cdef int i
+        return {
+            "latencies": [each.to_dict() for each in self.latencies],
+            "kinds": [(self.keys[i], self.counts[i]) for i in range(CELLS) if self.keys[i]],
+            "totals": {name: getattr(self, name) for name in TOTALS},
+            "ends": self.ends,
+            "lost": self.lost,
+            "sequences": self.tracker.state(),
+        }
+
+    def add(self, dict state not None):
+        cdef dict totals = state["totals"]
+        cdef uint64_t key, count
+        cdef Py_ssize_t at
+        cdef int64_t n
+        for mine, theirs in zip(self.latencies, state["latencies"]):
+            mine.merge(Histogram.from_dict(theirs))
+        for key, count in state["kinds"]:
+            at = self.cell(key)
+            if at < 0:
+                self.further += count
+            else:
+                self.counts[at] += count
+        self.sessions += totals["sessions"]
+        self.peak_sessions += totals["peak_sessions"]
+        self.received += totals["received"]
+        self.sent += totals["sent"]
+        self.replies += totals["replies"]
+        self.accepted += totals["accepted"]
+        self.unheard += totals["unheard"]
+        self.refused += totals["refused"]
+        self.recipients += totals["recipients"]
+        self.text_octets += totals["text_octets"]
+        self.tls_failed += totals["tls_failed"]
+        self.further += totals["further"]
+        for causes, theirs in ((self.ends, state["ends"]), (self.lost, state["lost"])):
+            for cause, n in theirs.items():
+                note_cause(causes, cause, n)
+        self.tracker.add(state["sequences"])
 
     # ---- the poller's side
 
@@ -475,6 +521,44 @@ cdef class Sequence:
                 self.lowest = number
         return 0
 
+    def state(self):
+        return {
+            "run": self.run,
+            "bits": PyBytes_FromStringAndSize(<char *> self.bits, self.size),
+            "received": self.received,
+            "distinct": self.distinct,
+            "duplicates": self.duplicates,
+            "out_of_order": self.out_of_order,
+            "highest": self.highest,
+            "lowest": self.lowest,
+            "examples": self.examples,
+        }
+
+    cdef int add(self, dict state) except -1:
+        """Add the tags that another process has counted; `reserve` has made room. Those that both have are duplicates.
+        """
+        cdef const unsigned char[:] bits = state["bits"]
+        cdef size_t i
+        cdef int bit
+        cdef unsigned char both
+        cdef uint64_t shared = 0
+        self.examples += state["examples"][:MOST_EXAMPLES - len(self.examples)]
+        for i in range(<size_t> bits.shape[0]):
+            both = self.bits[i] & bits[i]
+            self.bits[i] |= bits[i]
+            for bit in range(8 if both else 0):
+                if both >> bit & 1:
+                    shared += 1
+                    if len(self.examples) < MOST_EXAMPLES:
+                        self.examples.append(i * 8 + bit)
+        self.lowest = min(self.lowest, <uint64_t> state["lowest"]) if self.distinct else state["lowest"]
+        self.highest = max(self.highest, <uint64_t> state["highest"])
+        self.received += state["received"]
+        self.distinct += state["distinct"] - shared
+        self.duplicates += state["duplicates"] + shared
+        self.out_of_order += state["out_of_order"]
+        return 0
+
     def __contains__(self, uint64_t number):
         return number // 8 < self.size and self.bits[number // 8] >> number % 8 & 1
 
@@ -555,6 +639,33 @@ cdef class SequenceTracker:
         self.latest = found
         found.take(number)
         return True
+
+    def state(self):
+        return {
+            "unmarked": self.unmarked,
+            "further": self.further,
+            "runs": [(<Sequence> each).state() for each in self.runs.values()],
+        }
+
+    def add(self, dict state not None):
+        cdef Sequence found
+        cdef size_t before
+        cdef Py_ssize_t size
+        self.unmarked += state["unmarked"]
+        self.further += state["further"]
+        for run in state["runs"]:
+            found = self.runs.get(run["run"])
+            if found is None:
+                found = Sequence(run["run"])
+            before, size = found.size, len(run["bits"])
+            if len(self.runs) - (run["run"] in self.runs) >= MOST_RUNS or (
+                size and not found.reserve(<uint64_t> size * 8 - 1, MOST_OCTETS - self.octets)
+            ):
+                self.further += run["received"]
+                continue
+            self.octets += found.size - before
+            self.runs[run["run"]] = found
+            found.add(run)
 
     def mark(self, str text not None):
         return self.note_mark(text)

@@ -32,8 +32,9 @@ Rules
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
+from libc.errno cimport EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, EISCONN, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from outcome import Error, Value
 import trio
@@ -44,6 +45,8 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
     #include <sys/socket.h>
     #include <time.h>
     #define POLL_BATCH 128
@@ -121,10 +124,14 @@ cdef extern from *:
     ssize_t c_recv "recv"(int fd, void *buffer, size_t size, int flags) nogil
     ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags) nogil
     int c_shutdown "shutdown"(int fd, int how) nogil
+    int c_socket "socket"(int family, int kind, int protocol) nogil
+    int c_connect "connect"(int fd, const sockaddr *address, socklen_t length) nogil
+    int setsockopt(int fd, int level, int name, const void *value, socklen_t size) nogil
     enum:
         POLL_BATCH, POLL_HAS_EPOLL, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
         EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLLERR, EPOLLHUP
-        EPOLLET, SOCK_NONBLOCK, SOCK_CLOEXEC, MSG_MORE, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+        EPOLLET, SOCK_NONBLOCK, SOCK_CLOEXEC, SOCK_STREAM, MSG_MORE, MSG_NOSIGNAL, AF_INET, AF_INET6, SHUT_WR
+        IPPROTO_TCP, TCP_NODELAY
 
 cdef extern from "netinet/in.h" nogil:
     struct in_addr:
@@ -132,21 +139,25 @@ cdef extern from "netinet/in.h" nogil:
     struct in6_addr:
         pass
     struct sockaddr_in:
+        uint16_t sin_family
         uint16_t sin_port
         in_addr sin_addr
     struct sockaddr_in6:
+        uint16_t sin6_family
         uint16_t sin6_port
         in6_addr sin6_addr
     uint16_t ntohs(uint16_t port)
+    uint16_t htons(uint16_t port)
 
 cdef extern from "arpa/inet.h" nogil:
     const char *inet_ntop(int family, const void *address, char *text, socklen_t size)
+    int inet_pton(int family, const char *text, void *address)
 
 cdef extern from "unistd.h" nogil:
     int c_close "close"(int fd)
     ssize_t c_read "read"(int fd, void *buffer, size_t size)
 
-cdef int64_t now() noexcept nogil:
+cpdef int64_t now() noexcept nogil:
     """Return the monotonic clock in nanoseconds."""
     return clock_ns()
 
@@ -238,9 +249,13 @@ cdef class Poller:
         cdef Watch watch = Watch.__new__(Watch)
         watch.fd = fd
         watch.is_writable = True
-        self.control(EPOLL_CTL_ADD, fd, EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET)
-        self.watches[fd] = watch
+        self.add(watch)
         return watch
+
+    cdef int add(self, Watch watch) except -1:
+        self.control(EPOLL_CTL_ADD, watch.fd, EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET)
+        self.watches[watch.fd] = watch
+        return 0
 
     def look_for_room(self, Watch watch):
         if not watch.looks_for_room:
@@ -475,6 +490,18 @@ cdef class Socket:
             self.close_nowait()
         return sent
 
+    cpdef int replace(self, int fd) except -1:
+        cdef int before = self.fd
+        cdef Watch watch = self.watch
+        self.poller.forget(watch)
+        watch.fd = self.fd = fd
+        watch.is_readable = watch.has_hung_up = watch.looks_for_room = self.eof_sent = False
+        watch.is_writable = True
+        watch.unsent = None
+        c_close(before)
+        self.poller.add(watch)
+        return 0
+
     def interrupt(self):
         cdef Watch watch = self.watch
         cdef object task
@@ -570,6 +597,36 @@ def accept(int fd):
     return sock, "", 0
 
 
+cpdef tuple open_connection(str address, int port):
+    cdef sockaddr_in place
+    cdef sockaddr_in6 place6
+    cdef sockaddr *to = <sockaddr *> &place
+    cdef socklen_t size = sizeof(place)
+    cdef bytes text = address.encode("ascii", "replace")
+    cdef int fd, code = 0, yes = 1, family = AF_INET
+    memset(&place, 0, sizeof(place))
+    if inet_pton(AF_INET, text, &place.sin_addr) == 1:
+        place.sin_family = AF_INET
+        place.sin_port = htons(<uint16_t> port)
+    else:
+        memset(&place6, 0, sizeof(place6))
+        if inet_pton(AF_INET6, text, &place6.sin6_addr) != 1:
+            raise ValueError(f"not an IP address: {address!r}")
+        place6.sin6_family = family = AF_INET6
+        place6.sin6_port = htons(<uint16_t> port)
+        to, size = <sockaddr *> &place6, sizeof(place6)
+    fd = c_socket(family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        PyErr_SetFromErrno(OSError)
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes))
+    if c_connect(fd, to, size) < 0:
+        # Over loopback the connection is made by now, and connect(2) says so when it is asked again.
+        if errno == EINPROGRESS and c_connect(fd, to, size) == 0:
+            return fd, 0
+        code = errno
+    return fd, 0 if code == EISCONN else code
+
+
 def send(int fd, data not None, Py_ssize_t start=0):
     return send_octets(fd, data, start, MSG_NOSIGNAL)
 
@@ -594,7 +651,7 @@ cdef ssize_t send_octets(int fd, data, Py_ssize_t start, int flags) except -2:
         PyBuffer_Release(&view)
 
 
-def recv(int fd, Py_ssize_t octets):
+cpdef bytes recv(int fd, Py_ssize_t octets):
     cdef bytes data
     cdef ssize_t n
     cdef char small[4096]

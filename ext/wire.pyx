@@ -644,7 +644,7 @@ cdef class Wire:
         self.held_cr = False
         if not has_lf and self.report & ~self.normalize & SCAN_BIT(SCAN_BARE_CR):
             return self.violate(SCAN_BARE_CR)
-        if keep:
+        if keep and self.grown == NULL:  # a CR may have been released at the start of the same octets
             self.grow(out[0], stop - source[0] + 1)
         if has_lf:
             self.octets -= 1  # counted when it was held; `repair` counts both

@@ -49,6 +49,14 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ("[[listener]]\naddress = '127.0.0.1'", "listener[0].address: a listen address looks like"),
         ("[[listener]]\n[[listener]]", "listener[1].address: '127.0.0.1:2525' is used by listener[0]"),
         (
+            "domains = []\n[[listener]]\naddress = ':2525'\n[[listener]]",
+            "listener[1].address: '127.0.0.1:2525' is bound by listener[0] already, ':2525'",
+        ),
+        (
+            "domains = []\n[[listener]]\naddress = '[::1]:25'\n[[listener]]\naddress = '[::]:25'",
+            "listener[1].address: '[::]:25' is bound by listener[0] already, '[::1]:25'",
+        ),
+        (
             "[[listener]]\nname = 'a'\n[[listener]]\naddress = '[::1]:25'\nname = 'a'",
             "listener[1].name: 'a' is the name of listener[0]",
         ),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from email.message import EmailMessage
@@ -642,6 +643,7 @@ def test_an_address_that_is_taken_is_an_error_of_the_start() -> None:
     ("options", "told"),
     [
         ({"require_auth": True}, "require_auth=True needs users"),
+        ({"accept_any_auth": True, "users": {"a": "b"}}, "mutually exclusive"),
         ({"require_tls": True}, "require_tls=True needs tls"),
         ({"users": {"alice": ""}}, "users are names and their passwords"),
         ({"users": {"alice": 1}}, "users are names and their passwords"),
@@ -831,3 +833,21 @@ def test_links_of_a_message_come_from_its_parts() -> None:
         with smtplib.SMTP(server.host, server.port) as client:
             client.send_message(mail, ALICE, [BOB])
         assert server.latest().links == ("https://a.example/html", "https://a.example/plain")
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("AUTH PLAIN " + b64encode(b"\0shop\0anything").decode(), "shop"),
+        ("AUTH XOAUTH2 " + b64encode(b"user=shop\x01auth=Bearer t\x01\x01").decode(), "shop"),
+        ("AUTH PLAIN " + b64encode(b"\0\0").decode(), ""),
+    ],
+)
+def test_any_name_and_password_can_be_accepted(line: str, name: str) -> None:
+    with SmtpServer(accept_any_auth=True, require_auth=True) as server:
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.ehlo()
+            assert "XOAUTH2" in client.esmtp_features["auth"]
+            assert client.docmd(line)[0] == 235
+            client.sendmail(ALICE, [BOB], TEXT)
+        assert server.inbox.last.identity == name

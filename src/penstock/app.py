@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -45,6 +45,7 @@ from penstock.message import Message, MessageIds
 from penstock.metrics._session import Metrics
 from penstock.metrics.counters import Counters
 from penstock.net.listen import ListenAddress, bind, find_group, name_of, parse_mode
+from penstock.net.natswire import read_nkey
 from penstock.net.tls import (
     KeyPair,
     TlsSettings,
@@ -171,6 +172,7 @@ class Server:
     policy_state: LocalState | RemoteState | None = None
     """Rates and greylisting, where checks need them."""
     _policy_stamp: tuple[object, ...] = ()
+    _counting: trio.CapacityLimiter = field(default_factory=partial(trio.CapacityLimiter, 1))
 
     def __post_init__(self) -> None:
         self._policy_stamp = stamp_policies(self.settings)
@@ -288,8 +290,11 @@ class Server:
             scheduler = self.gateway.scheduler
             hops = tuple(hop.name for hop in scheduler.hops_down())
             suspended = tuple(sorted(scheduler.suspended))
-            with suppress(OSError, sqlite3.Error, SpoolError):
-                spool = await trio.to_thread.run_sync(count_spool, self._spool_folder, abandon_on_cancel=True)
+            # A large spool takes a while to count: one thread at a time, and the answer does not wait for it.
+            with trio.move_on_after(_COUNT), suppress(OSError, sqlite3.Error, SpoolError):
+                spool = await trio.to_thread.run_sync(
+                    count_spool, self._spool_folder, abandon_on_cancel=True, limiter=self._counting
+                )
         return WorkerState(
             index=index,
             pid=os.getpid(),
@@ -483,8 +488,7 @@ def make_judge(
     state: LocalState | RemoteState | None = None,
 ) -> Judge | None:
     """Return the built-in checks that the settings ask for, if the clients of a listener are judged."""
-    judges_all = settings.policy is not None
-    if not any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener):
+    if not needs_judge(settings):
         return None
     policy = settings.policy or DEFAULT
 
@@ -510,6 +514,13 @@ def make_judge(
     return Judge(policy, checks, journal) if checks else None
 
 
+def needs_judge(settings: Settings) -> bool:
+    """Return whether the clients of a listener are judged."""
+    domains = None if settings.domains is None else Domains(settings.domains)
+    judges_all = settings.policy is not None
+    return any(is_judged(each, domains, judges_all=judges_all) for each in settings.listener)
+
+
 def is_judged(listener: ListenerSettings, domains: Domains | None, *, judges_all: bool) -> bool:
     """Return whether the clients of a listener are judged: as [policy] says, and by default on public ones.
 
@@ -527,6 +538,8 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     found = [name for name in found if name not in _IN_PLACE]
     if [_place_of(each) for each in old.listener] == [_place_of(each) for each in new.listener]:
         found = [name for name in found if name != "listener"]
+    if needs_judge(old) != needs_judge(new):
+        found.append("policy")
     if "server" in found:
         found.remove("server")
         fields = [name for name in ServerSettings.__struct_fields__ if name not in _IN_PLACE_SERVER]
@@ -534,6 +547,8 @@ def rolling_changes(old: Settings, new: Settings) -> list[str]:
     return found
 
 
+_COUNT: Final = 1.0
+"""Seconds that the state waits for the count of the spool."""
 _MOST_DOMAINS: Final = 10_000
 """Domains that are looked at when a next hop is to be retried."""
 _LOOK_UP: Final = 10.0
@@ -565,7 +580,10 @@ def stamp_policies(settings: Settings) -> tuple[object, ...]:
 def make_pipeline(settings: Settings, shared: Shared, overrides: Overrides, passthrough: Onward | None) -> Pipeline:
     """Load the policies. Raise OSError or ValueError for a file that cannot be used."""
     policies = make_recipients(settings.recipients, shared.domains, shared.data_dir, passthrough, shared.journal)
-    policies += collect_policies(settings.check, overrides.policies)
+    try:
+        policies += collect_policies(settings.check, overrides.policies)
+    except SystemExit as exc:  # of the code of a policy: no reason for a running server to end
+        raise HookError(f"check: a policy has ended the program with code {exc.code} when it was loaded") from exc
     return Pipeline(policies, shared.journal, shared.judge, Thresholds.of(settings.policy))
 
 
@@ -688,7 +706,7 @@ def make_gateway(
     passthrough = Onward(pool, routes, suspended=lambda: scheduler.suspended)
     delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space)
     if node is not None:
-        delivery = make_replicated(settings, node, scheduler, disk_space)
+        delivery = make_replicated(settings, node, scheduler, disk_space, counters)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)
     return gateway, delivery, passthrough
@@ -706,13 +724,20 @@ def make_node(settings: Settings, spool: Spool, data_dir: Path, journal: Journal
     return Node(settings.jetstream, spool, data_dir=data_dir, index=index, version=__version__, journal=journal)
 
 
-def make_replicated(settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace) -> Delivery:
+def make_replicated(
+    settings: Settings, node: Node, scheduler: Scheduler, disk_space: DiskSpace, counters: Counters | None
+) -> Delivery:
     """Return the delivery into the cluster, and connect its queue to the relay."""
     from penstock.delivery.jetstream import FallbackSpool, JetStreamDelivery  # noqa: PLC0415 - needs the extra
 
     node.attach(scheduler.domain_of, scheduler.withdraw)
-    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue)
-    return JetStreamDelivery(node.queue, scheduler, node, fallback if settings.jetstream.fallback == "spool" else None)
+    has_fallback = settings.jetstream.fallback == "spool"
+    fallback = FallbackSpool(node.spool, disk_space, node.spool_queue) if has_fallback else None
+    delivery = JetStreamDelivery(node.queue, scheduler, node, fallback)
+    if counters is not None:
+        node.count, node.measure = counters.count, counters.set
+        delivery.on_accept = lambda place: counters.count("cluster_accepted_total", stored=place)
+    return delivery
 
 
 def own_names(settings: Settings) -> list[str]:
@@ -901,7 +926,21 @@ def _files_of(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
     for number, route in enumerate(settings.route):
         if route.auth is not None:
             yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_text
+    yield from _files_of_cluster(settings, folder)
     if settings.recipients.file:
         recipients, nothing = folder / settings.recipients.file, Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, recipients, bool, nothing)
     yield from files_of(settings.policy, folder)
+
+
+def _files_of_cluster(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    if settings.delivery.kind != "jetstream":
+        return
+    cluster = settings.jetstream
+    if cluster.password_file:
+        yield "jetstream.password_file", (folder / cluster.password_file).read_text
+    if cluster.nkey_file:
+        yield "jetstream.nkey_file", partial(read_nkey, folder / cluster.nkey_file)
+    for key in ("ca_file", "certificate", "key"):
+        if getattr(cluster.tls, key):
+            yield f"jetstream.tls.{key}", (folder / getattr(cluster.tls, key)).read_bytes

@@ -303,12 +303,18 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
         raise ConfigError("recipients.verify: cannot be combined with recipients.file; use one of them")
     if settings.recipients.verify and not settings.delivery.has_relay:
         raise ConfigError(f'recipients.verify: delivery.kind = "{settings.delivery.kind}" has no next hop to ask')
+    _check_server(settings.server)
     _check_unique(settings.listener)
     for number, listener in enumerate(settings.listener):
         try:
             _check_listener(listener, settings, allow_open=allow_open)
         except ConfigError as exc:
             raise ConfigError(f"listener[{number}].{exc}") from exc
+
+
+def _check_server(server: ServerSettings) -> None:
+    if server.group and not server.user:
+        raise ConfigError("server.group: requires server.user")
 
 
 def _check_delivery(delivery: DeliverySettings) -> None:
@@ -423,10 +429,29 @@ def _check_unique(listeners: tuple[ListenerSettings, ...]) -> None:
             before = addresses.setdefault(listener.address, number)
             if before != number:
                 raise ConfigError(f"listener[{number}].address: {listener.address!r} is used by listener[{before}]")
+        _check_overlap(number, listeners)
         before = names.setdefault(listener.name or listener.address, number)
         if before != number:
             name = listener.name or listener.address
             raise ConfigError(f"listener[{number}].name: {name!r} is the name of listener[{before}]")
+
+
+def _check_overlap(number: int, listeners: tuple[ListenerSettings, ...]) -> None:
+    """Check that a port is not bound on all addresses and on one of them: the second could not be bound."""
+    try:
+        own, *others = [ListenAddress.parse(each.address) for each in (listeners[number], *listeners[:number])]
+    except ValueError:
+        return  # reported for the listener itself
+    for place, other in enumerate(others):
+        if own.path or other.path or own.port != other.port or not own.port:
+            continue
+        everywhere = {own.host, other.host} & {"", "0.0.0.0", "::"}  # noqa: S104 - nothing is bound
+        families = {":" in each.host for each in (own, other) if each.host}
+        if everywhere and ("" in everywhere or len(families) == 1):
+            raise ConfigError(
+                f"listener[{number}].address: {listeners[number].address!r} is bound by listener[{place}] already, "
+                f"{listeners[place].address!r}"
+            )
 
 
 def _check_listener(listener: ListenerSettings, settings: Settings, *, allow_open: bool) -> None:

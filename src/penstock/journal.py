@@ -70,6 +70,9 @@ class EventCounters(Protocol):
     def count(self, name: str, n: int = 1, /, **labels: str) -> None:
         """Add to a counter."""
 
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Add to a histogram."""
+
 
 class Journal:
     """Collects events and formats them as lines. Not thread-safe."""

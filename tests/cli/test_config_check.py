@@ -76,6 +76,10 @@ FILES = [
         r"route\[0\]\.auth\.password_file: .*No such file.*/gone",
     ),
     ("[[check]]\nhook = 'no.such.module:Policy'", r"check\[0\]\.hook: "),
+    ("[metrics]\ntoken_file = 'gone'", r"metrics\.token_file: .*/gone"),
+    ("[metrics]\ntoken_file = 'text'", r"metrics\.token_file: .*/text: a token has 16 to 1024 characters"),
+    (f"[control]\nsocket = '{'x' * 100}'", r"control\.socket: .* is longer than 107 octets"),
+    ("[[trace]]\nsender = '*'\nfile = 'gone/trace'", r"trace\[0\]\.file: .*/gone: no such directory"),
 ]
 
 

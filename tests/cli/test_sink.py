@@ -315,3 +315,35 @@ def test_the_summary_has_refusals_duplicates_and_faults(tmp_path: Path) -> None:
     assert "refusals=1 lost=0 duplicates=1 faults=1" in server.out.read_text()
     found = json.loads(report.read_text())["sequences"]["message_ids"]
     assert (found["distinct"], found["duplicates"], found["duplicate_examples"]) == (1, 1, ["<1@x.example>"])
+
+
+def test_two_workers_write_one_report(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    options = ("--workers", "2", "--report", str(file), "--expect", "40", "--json")
+    with serving(tmp_path / "data", "", "sink", *options) as server:
+        for number in range(1, 41):
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+                client.sendmail(f"{mark('run', number)}@example.com", "b@example.org", "Subject: x\r\n\r\nHello")
+        server.stop()
+    summary = json.loads(server.out.read_text().splitlines()[-1])
+    assert (summary["sessions"], summary["messages"], summary["duplicates"]) == (40, 40, 0)
+    report = json.loads(file.read_bytes())
+    assert report["messages"]["accepted"] == report["sessions"]["ends"]["QUIT"] == 40
+    assert report["latencies"]["MAIL"]["histogram"]["count"] == 40
+    assert [(run["received"], run["missing"]) for run in report["sequences"]["runs"]] == [(40, 0)]
+    assert sum(sample["messages"] for sample in report["samples"]) == 40
+
+
+def test_two_workers_stop_after_the_messages_of_both(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "", "sink", "--workers", "2", "--messages", "6") as server:
+        for _ in range(6):
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+                client.sendmail("a@example.com", "b@example.org", "Subject: x\r\n\r\nHello")
+        assert server.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("option", [("--keep", "last:10"), ("--web", "127.0.0.1:0"), ("--faults", "plan.toml")])
+def test_options_that_need_one_process_are_refused_with_workers(option: tuple[str, str]) -> None:
+    result = CliRunner().invoke(main, ["sink", "--workers", "2", *option])
+    assert result.exit_code == 2
+    assert f"{option[0]} cannot be combined with --workers" in result.output

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from penstock.cli.main import main
-from penstock.cli.top import Api, Display, LiveResponse, Seconds, bars
+from penstock.cli.servertop import take_sample
+from penstock.cli.status import Series
+from penstock.cli.terminal import bars
+from penstock.cli.top import Api, Display, LiveResponse, Seconds
 from penstock.metrics._session import Metrics
+from penstock.metrics._shared import BUCKETS
 from tests.sink.test_statistics import receipts
 
 
@@ -115,3 +121,27 @@ def test_the_screen_shows_rates_latencies_replies_and_faults() -> None:
         "5",
     ):
         assert words in shown
+
+
+def test_a_server_is_asked_by_its_options_and_a_sink_by_its_url(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["top", "--data", str(tmp_path), "--once"])
+    assert result.exit_code == 1 and "no server is running" in result.output
+    assert CliRunner().invoke(main, ["top", "localhost", "--data", str(tmp_path)]).exit_code == 2
+
+
+def test_rates_are_those_between_two_looks() -> None:
+    histogram = [0] * (BUCKETS + 1)
+    before = Series([("c", 'messages_accepted_total{a="x"}', 10), ("s", "accept_seconds", histogram)])
+    later = [*histogram]
+    later[4] = 20
+    after = Series(
+        [
+            ("c", 'messages_accepted_total{a="x"}', 20),
+            ("c", 'messages_accepted_total{a="y"}', 10),
+            ("g", 'sessions{a="x"}', 3),
+            ("s", "accept_seconds", later),
+        ]
+    )
+    sample = take_sample(before, after, 2.0)
+    assert (sample.rates["accepted"], sample.gauges["sessions"]) == (10.0, 3)
+    assert 0.00003 < sample.p99 < 0.00006

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import trio
 from bench.nats_servers import NatsServers
 
 from penstock.reply import Reply
@@ -77,3 +79,24 @@ async def test_mail_for_partitions_of_others_is_relayed_by_them(servers: NatsSer
         assert stored is not None
         assert b"P-Done" in stored.headers
         assert hop.begun == 1
+
+
+async def test_a_lost_gateway_is_replaced_within_three_leases(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hop = NextHop(replies={"busy@example.org": BUSY})
+    retry = {"relay": {"retry": {"schedule": [1]}}}
+    async with made(servers, tmp_path) as (_, settings), next_hop(tmp_path, hop) as url:
+        async with gateway(tmp_path, settings, url, "g2") as second:
+            async with gateway(tmp_path, settings, url, "g1", **retry) as first:
+                await owns(first, 2)
+                await owns(second, 2)
+                for number in range(4):
+                    await send(first, f"{number}", to=("busy@example.org",))
+                await hop.until(lambda: hop.asked >= 4)
+                # It ends without a word, as when it is killed.
+                monkeypatch.setattr(node_of(first).keeper, "release_all", trio.lowlevel.checkpoint)
+            hop.replies.clear()
+            with trio.fail_after(3 * settings.lease):
+                await hop.until(lambda: len(hop.seen) == 4)
+        assert set(hop.seen.values()) == {1}

@@ -271,3 +271,61 @@ def test_a_policy_that_blocks_is_found_in_the_stacks(tmp_path: Path) -> None:
         for _ in range(10):
             send(server)
         assert server.stop() == 0
+
+
+def test_too_few_descriptors_lower_the_connections(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "penstock", "serve", "--data", str(tmp_path), "--listen", "127.0.0.1:0"]
+    limited = ["sh", "-c", 'ulimit -n 300; exec "$@"', "sh", *command]
+    out, journal = tmp_path / "out", tmp_path / "journal"
+    with processes.started(limited, out, errors=journal) as process:
+        server = Server(process, 0, tmp_path, out, journal)
+        server.port = int(server.said(r"listening on 127\.0\.0\.1:(\d+)")[1])
+        told = wait_for_event(server, "limited")
+        assert (told["key"], told["wanted"], told["value"]) == ("admission.connections", 20_000, 150)
+        clients = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(151)]
+        assert [client.recv(3) for client in clients] == [b"220"] * 150 + [b"421"]
+        for client in clients:
+            client.close()
+
+
+def test_one_process_drains_resumes_and_ends(tmp_path: Path) -> None:
+    def ctl(*words: str) -> None:
+        command = [sys.executable, "-m", "penstock", "ctl", *words, "--data", str(tmp_path)]
+        subprocess.run(command, check=True, env=ENVIRONMENT, timeout=60)
+
+    with serving(tmp_path, "") as server:
+        assert workers_of(server) == {}
+        with smtplib.SMTP("127.0.0.1", server.port, timeout=60) as idle:
+            ctl("drain", "--delay", "0", "--stay", "--wait")
+            assert idle.docmd("NOOP")[0] == 421
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as refused:
+                assert refused.recv(3) == b"421"
+            idle.close()
+        ctl("resume")
+        send(server)
+        ctl("drain", "--delay", "0", "--wait")
+        assert server.process.wait(60) == 0
+        assert len(server.messages(1)) == 1
+
+
+def test_a_unix_socket_survives_new_workers(tmp_path: Path, manager: Manager) -> None:
+    path = tmp_path / "smtp.sock"
+    config = CONFIG + f'[[listener]]\naddress = "unix:{path}"\n[server]\nworkers = 2\n'
+
+    def greet() -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(str(path))
+            assert client.recv(3) == b"220"
+
+    with managed(manager, tmp_path, config) as server:
+        greet()
+        (tmp_path / "penstock.toml").write_text('domains = ["example.org"]\n' + config)
+        server.process.send_signal(signal.SIGHUP)
+        wait_for_event(server, "reloaded")
+        greet()
+        assert server.stop() == 0
+    assert path.exists()  # the store has it, so that clients wait
+    with managed(manager, tmp_path, config, 1) as server:
+        greet()
+        assert server.stop() == 0

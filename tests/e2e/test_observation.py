@@ -126,6 +126,7 @@ def test_status_and_ctl_find_a_server_by_its_data_directory(tmp_path: Path) -> N
         shown = penstock(server, "status").stdout
         assert re.search(r"penstock \S+: running, ready; process \d+, since ", shown)
         assert "listener in: 127.0.0.1:" in shown and "certificate until" in shown
+        assert re.search(r"accepted .* 1 total", penstock(server, "top", "--once").stdout)
         assert (server.folder / "run" / "control").stat().st_mode & 0o777 == 0o600
         assert penstock(server, "ctl", "reload").stdout == "reloaded\n"
         assert penstock(server, "ctl", "rotate").stdout == "rotated\n"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench.operations import make_pair
+from bench.operations import CONTEXT, make_pair
 
 from tests.e2e.running import ENVIRONMENT, serving
 from tests.e2e.test_reload import certificate_of, wait_for_event
@@ -112,7 +112,6 @@ def test_root_does_not_serve_other_machines_by_accident(folder: Path, command: s
     [
         ('user = "no-such-user"', "server.user: there is no user 'no-such-user'"),
         ('user = "nobody"\ngroup = "no-such-group"', "server.group: there is no group 'no-such-group'"),
-        ('group = "nogroup"', "server.group: requires server.user"),
     ],
 )
 def test_unknown_accounts_are_named(folder: Path, lines: str, message: str) -> None:
@@ -120,3 +119,16 @@ def test_unknown_accounts_are_named(folder: Path, lines: str, message: str) -> N
     code, said = start("serve", "--config", str(folder / "penstock.toml"))
     assert code == 2
     assert message in said
+    code, said = start("config", "check", str(folder / "penstock.toml"))
+    assert (code, message in said) == (1, True)
+
+
+def test_a_sink_serves_as_another_user(folder: Path) -> None:
+    arguments = ("--user", "nobody" if IS_ROOT else pwd.getpwuid(os.geteuid()).pw_name)
+    with serving(folder, "", "sink", *arguments) as server:
+        uid = str(NOBODY.pw_uid if IS_ROOT else os.geteuid())
+        assert set(status_of(server.process.pid)["Uid"].split()) == {uid}
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            client.starttls(context=CONTEXT)
+            assert client.sendmail("a@example.com", ["b@example.org"], b"Subject: x\r\n\r\nHello\r\n") == {}
+        assert server.stop() == 0

@@ -10,6 +10,7 @@ import smtplib
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ def test_a_killed_worker_is_started_again_and_nothing_is_lost(tmp_path: Path) ->
         after = workers_of(server)
         assert after[0] == before[0]
         assert after[1] != before[1]
+        assert server.stop() == 0
+
+
+def test_a_kill_repeats_only_what_was_being_delivered(tmp_path: Path) -> None:
+    toml = '[journal]\nformat = "json"\nevents = "all"\n[[listener]]\naddress = "127.0.0.1:0"\n'
+    with serving(tmp_path / "data", toml, "serve", "--workers", "2") as server:
+        for kills in (1, 2):
+            send(server, 20)
+            os.kill(workers_of(server)[1], signal.SIGKILL)  # at once: some deliveries are not recorded yet
+            deadline = time.monotonic() + 60
+            while len(events(server, "recovered")) < 2 + kills:
+                assert time.monotonic() < deadline, "the worker was not started again"
+                time.sleep(0.02)
+        wait_for_empty_spool(server)
+        interrupted = sum(event["interrupted"] for event in events(server, "recovered"))
+        files = [path.name for path in (server.folder / "maildir" / "new").iterdir()]
+        copies = Counter(match[1] for name in files if (match := re.search(r"I([0-9A-Z]{20})\.", name)))
+        assert sum(copies.values()) == len(files)
+        assert len(copies) == 40, "a message was lost"
+        assert set(copies) >= {event["id"] for event in events(server, "accepted")}
+        assert len(files) - 40 <= interrupted
         assert server.stop() == 0
 
 

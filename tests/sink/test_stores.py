@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -192,6 +193,27 @@ async def test_a_refused_message_is_in_no_file(tmp_path: Path) -> None:
     assert (reply.code, reply.status) == (452, "4.3.1")
     assert (tmp_path / "mbox").read_bytes() == b""
     assert (delivery.failures, delivery.last_failure) == (1, "[Errno 28] No space left on device")
+
+
+async def test_a_message_that_cannot_be_kept_affects_no_other(tmp_path: Path) -> None:
+    delivery = KeepingDelivery(None, [MaildirStore(tmp_path / "maildir"), MboxStore(tmp_path / "mbox")])
+    await delivery.start()
+    codes: dict[int, int] = {}
+
+    async def accept(number: int) -> None:
+        each = message(b"%d\r\n" % number)
+        if number == 3:
+            each = each._replace(body=Broken([b"x"]))
+        codes[number] = (await delivery.accept(each, TRANSACTION)).code
+
+    async with trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(accept, number)
+    await delivery.aclose()
+    assert codes == {number: 451 if number == 3 else 250 for number in range(10)}
+    assert len(list((tmp_path / "maildir" / "new").iterdir())) == 9
+    assert (tmp_path / "mbox").read_bytes().count(b"From ") == 9
+    assert delivery.failures == 1
 
 
 def test_a_template_that_ends_with_a_slash_is_a_folder(tmp_path: Path) -> None:

@@ -193,5 +193,5 @@ def test_reading_takes_steps_in_proportion_to_the_octets() -> None:
         reader.feed(b"250 ok\r\n250 ")
         while reader.next() is not None:
             pass
-        kept = max(kept, len(reader._buffer) - reader._start)
+        kept = max(kept, reader.waiting)
     assert kept <= len(b"250 250 ok\r\n250 ")

@@ -284,6 +284,12 @@ def octets(wire: Wire, data: bytes, chunks: Sequence[int], step: int) -> tuple[b
     return body, NAMES[wire.violation]
 
 
+@pytest.mark.parametrize("tail", [b"\n\r", b"x\r", b"\r\r"])
+def test_a_bdat_chunk_may_begin_and_end_next_to_a_cr(tail: bytes) -> None:
+    data = b"abcd\r" + tail
+    assert octets(Wire(reject=()), data, [5, len(tail)], 9) == (data, "")
+
+
 @given(mail_octets, st.integers(0, 100), st.integers(1, 9))
 def test_bdat_chunks_give_the_octets_as_they_are(data: bytes, cut: int, step: int) -> None:
     cut = min(cut, len(data))

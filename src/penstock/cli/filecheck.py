@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import resource
 import ssl
@@ -20,13 +21,17 @@ from penstock.config import ListenerSettings, Settings
 from penstock.delivery.custom import load_delivery
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings, client_context, server_context
+from penstock.operations.endpoint import read_token
 from penstock.policy.files import files_of
 from penstock.policy.hooks import load_hook
 from penstock.policy.recipients import FileRecipients
+from penstock.privileges import find_account
 
 _RENEW_BEFORE: Final = datetime.timedelta(days=14)
 _OTHER_DESCRIPTORS: Final = 200
 """Descriptors for files, the spool, DNS and the journal."""
+
+_LONGEST_SOCKET_PATH: Final = 107
 
 _KEY_BLOCK: Final = re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
 
@@ -41,6 +46,11 @@ def problems(settings: Settings, *, loads_code: bool = True) -> list[str]:
     Loads the policies and the delivery, unless not `loads_code`. Never prompts for a passphrase.
     """
     found = tls_problems(settings)
+    if settings.server.user:
+        try:
+            find_account(settings.server.user, settings.server.group)
+        except ValueError as exc:
+            found.append(str(exc))
     for key, use in _uses(settings, Path(settings.data_dir).absolute()):
         if not loads_code and key.endswith((".hook", ".kind")):
             continue
@@ -64,11 +74,29 @@ def _uses(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], 
     if settings.recipients.file:
         silent = Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, folder / settings.recipients.file, bool, silent)
+    if settings.metrics.token_file:
+        yield "metrics.token_file", partial(read_token, folder / settings.metrics.token_file)
+    if settings.control.socket:
+        yield "control.socket", partial(_check_socket_path, folder / settings.control.socket)
+    for number, trace in enumerate(settings.trace):
+        yield f"trace[{number}].file", partial(_check_folder, (folder / trace.file).parent, folder)
     yield from files_of(settings.policy, folder)
     if ":" in settings.delivery.kind:
         yield "delivery.kind", partial(load_delivery, settings.delivery.kind, settings.delivery.arguments)
     for number, hook in enumerate(settings.check):
         yield f"check[{number}].hook", partial(load_hook, hook.hook, hook.arguments)
+
+
+def _check_socket_path(path: Path) -> None:
+    """Raise ValueError for a path that is too long for a unix socket (unix(7))."""
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise ValueError(f"{path} is longer than {_LONGEST_SOCKET_PATH} octets, the most for a unix socket")
+
+
+def _check_folder(folder: Path, data_dir: Path) -> None:
+    """Raise OSError for a folder that does not exist. The server makes its state directory."""
+    if folder != data_dir and not folder.is_dir():
+        raise OSError(f"{folder}: no such directory")
 
 
 def _check_ca_file(file: Path) -> None:

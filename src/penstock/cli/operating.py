@@ -95,6 +95,7 @@ class Operations(abc.ABC):
         self._changing = trio.Lock()
         self._reload_wanted = trio.Event()
         self._has_other_services = trio.Event()
+        self._is_started = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._draining: trio.CancelScope | None = None
         self._drained = trio.Event()
@@ -162,7 +163,8 @@ class Operations(abc.ABC):
         )
 
     async def reload(self) -> ReloadState:
-        """Read the configuration and its files again."""
+        """Read the configuration and its files again; during the start, wait for its end."""
+        await self._is_started.wait()
         async with self._changing:
             self.manager.reloading()
             try:
@@ -180,6 +182,9 @@ class Operations(abc.ABC):
         except RollError as exc:
             self.journal.reload_failed(str(exc))
             return self.note_reload("failed", str(exc))
+        except Exception as exc:  # noqa: BLE001 - a bug costs this reload, not the server
+            self.journal.error(0, "reload", exc)
+            return self.note_reload("failed", f"{type(exc).__name__}: {exc}")
         if (settings.control, settings.metrics) != (self.settings.control, self.settings.metrics):
             self._has_other_services.set()
         self.settings, self.certificates = settings, certificates
@@ -227,9 +232,11 @@ class Operations(abc.ABC):
     # ---- draining
 
     def drain(self, *, delay: float = 5.0, timeout: float = 600.0, stay: bool = False) -> None:
-        """Begin to drain; asked again while draining, nothing changes."""
-        if self.phase != "running" or self._nursery is None:
+        """Begin to drain; asked again while draining, nothing changes. Raise ControlError during start and stop."""
+        if self.is_draining:
             return
+        if self.phase != "running" or self._nursery is None:
+            raise ControlError(f"the server is {self.phase}")
         self.phase = "draining"
         self._drained, self._resumed = trio.Event(), trio.Event()
         self._draining = trio.CancelScope()
@@ -237,13 +244,12 @@ class Operations(abc.ABC):
 
     async def _drain(self, scope: trio.CancelScope, delay: float, timeout: float, stay: bool) -> None:  # noqa: ASYNC109
         with scope:
+            await trio.sleep(delay)
+            await self._set_draining(True)
+            states = await self._worker_states()
+            self.journal.draining(sum(each.sessions for each in states))
+            self.flush()
             with trio.move_on_after(timeout):
-                await trio.sleep(delay)
-                await self._set_draining(True)
-                with suppress(ControlError):
-                    states = await self._worker_states()
-                    self.journal.draining(sum(each.sessions for each in states))
-                    self.flush()
                 while not await self._is_empty():  # noqa: ASYNC110 - the spool is looked at from outside
                     await trio.sleep(_DRAIN_LOOK)
             self.phase = "drained"
@@ -318,6 +324,7 @@ class Operations(abc.ABC):
         """All workers are ready."""
         if self.phase == "starting":
             self.phase = "running"
+        self._is_started.set()
         self.manager.tell("READY=1", f"MAINPID={os.getpid()}")
         if self.manager.watchdog and self._nursery is not None:
             self._nursery.start_soon(self._feed_watchdog)
@@ -374,9 +381,15 @@ class Operations(abc.ABC):
         while True:
             interval = self.settings.server.reload_check
             await trio.sleep(again or interval or 1.0)
-            if interval:
-                async with self._changing:
+            if not interval:
+                continue
+            async with self._changing:
+                try:
                     again = await self._look(interval)
+                except Exception as exc:  # noqa: BLE001 - a disk that fails now may work later
+                    again = 0.0
+                    self.journal.error(0, "reload_check", exc)
+                    self.flush()
 
     async def _look(self, interval: float) -> float:
         """Use certificates and policies that have changed. Return the seconds until the next look, 0 for as usual."""

@@ -8,21 +8,20 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import click
 import trio
 from rich.console import Console, Group
 from rich.table import Table
 
-from penstock.app import Server
 from penstock.cli import reports
 from penstock.delivery.base import Delivery
 from penstock.metrics._session import Metrics
 from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
 from penstock.sink.messageids import MessageIdTracker
 from penstock.sink.report import MessageIdCounts, Report, Sample, json_schema
-from penstock.sink.statistics import Expectation, FaultBook, FaultControl, RecipientMarks, Statistics
+from penstock.sink.statistics import Expectation, FaultBook, FaultControl, RecipientMarks, Statistics, Traffic
 from penstock.sink.stores import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -122,6 +121,18 @@ class ReceivingOptions(NamedTuple):
     counts: bool = True
 
 
+class Counted(Protocol):
+    """What is counted: a server, or all workers of a sink."""
+
+    @property
+    def worker(self) -> Traffic:
+        """The worker, or what stands for all."""
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses it listens on."""
+
+
 class Receiving:
     """Statistics and kept messages of one run of a sink. Made before the worker, which counts into it."""
 
@@ -177,8 +188,8 @@ class Receiving:
         """The delivery that keeps messages; None if they are discarded."""
         return self._keeping
 
-    def begin(self, parts: Server, faults: FaultBook | None = None) -> None:
-        """Start counting for a worker, and print the URL of the web page."""
+    def begin(self, parts: Counted, faults: FaultBook | None = None) -> None:
+        """Start counting, and print the URL of the web page."""
         if self.metrics is None:
             return
         options = self._options
@@ -219,27 +230,43 @@ class Receiving:
                 )
                 nursery.start_soon(_web().serve_web, app, self._sockets)
 
+    def take_sample(self) -> Sample:
+        """Take the sample of a second."""
+        assert self._statistics is not None
+        return self._statistics.take_sample()
+
     async def _count(self) -> None:
         assert self._statistics is not None
-        shows, rewrites = self._options.counters or sys.stderr.isatty(), sys.stderr.isatty()
+        metrics = self._statistics.metrics
         due = trio.current_time()
         while True:
             due += 1
             await trio.sleep_until(due)
-            sample = self._statistics.take_sample()
-            if shows:
-                with suppress(OSError, ValueError):  # standard error has no reader any more
-                    columns = os.get_terminal_size(sys.stderr.fileno()).columns if rewrites else 0
-                    line = counters(self._statistics, sample, columns - 1 if columns else None)
-                    text = f"\r\x1b[2K{line}" if rewrites else f"{line}\n"
-                    # In a thread: a full pipe without a reader must not block the sessions.
-                    await trio.to_thread.run_sync(_print, text, abandon_on_cancel=True)
+            await self.show(self.take_sample(), metrics.accepted + metrics.unheard)
 
-    def end(self) -> Report | None:
-        """Print the tables and return the report; None if nothing was counted."""
+    async def show(self, sample: Sample, messages: int) -> None:
+        """Print the counters of a second, if they are wanted; `messages` is the number of all messages so far."""
+        rewrites = sys.stderr.isatty()
+        if not (self._options.counters or rewrites):
+            return
+        with suppress(OSError, ValueError):  # standard error has no reader any more
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns if rewrites else 0
+            line = counter_line(messages, sample, columns - 1 if columns else None)
+            text = f"\r\x1b[2K{line}" if rewrites else f"{line}\n"
+            # In a thread: a full pipe without a reader must not block the sessions.
+            await trio.to_thread.run_sync(_print, text, abandon_on_cancel=True)
+
+    def end(self, samples: Sequence[Sample] | None = None) -> Report | None:
+        """Print the tables and return the report; None if nothing was counted.
+
+        `samples` are those of several processes; without them the rest of the last second is taken.
+        """
         if self._statistics is None:
             return None
-        self._statistics.take_sample()
+        if samples is None:
+            self._statistics.take_sample()
+        else:
+            self._statistics.samples.extend(samples)
         report = self._statistics.report()
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[2K")
@@ -278,11 +305,15 @@ def as_expected(report: Report) -> bool:
 
 def counters(statistics: Statistics, sample: Sample, width: int | None = None) -> str:
     """Return one line about the last second and the totals: the most important fields that fit into the width."""
-    received = statistics.metrics.accepted + statistics.metrics.unheard
+    return counter_line(statistics.metrics.accepted + statistics.metrics.unheard, sample, width)
+
+
+def counter_line(messages: int, sample: Sample, width: int | None = None) -> str:
+    """Return the same from a sample and the number of all messages."""
     fields = [
         (0, f"{sample.at:4.0f} s"),
         (0, f"{sample.messages:5,}/s"),
-        (1, f"{received:7,} messages"),
+        (1, f"{messages:7,} messages"),
         (5, f"{sample.sessions:4,} sessions"),
         (3, f"p50 {_or_none(sample.p50):>8}"),
         (2, f"p99 {_or_none(sample.p99):>8}"),

@@ -117,8 +117,6 @@ def account_of(settings: Settings) -> Account | None:
         if account.uid != os.geteuid():
             raise click.UsageError(f"server.user: only root can become {wanted.user!r}; start as root or as that user")
         return None
-    if wanted.group:
-        raise click.UsageError("server.group: requires server.user")
     if is_root() and not wanted.allow_root:
         for number, listener in enumerate(settings.listener):
             if not ListenAddress.parse(listener.address).is_loopback:
@@ -231,7 +229,10 @@ class SingleOperations(Operations):
             self._server.worker.resume()
 
     async def _is_empty(self) -> bool:
-        return await self._server.is_drained()
+        try:
+            return await self._server.is_drained()
+        except (OSError, sqlite3.Error, SpoolError):
+            return False  # it cannot be read now
 
     async def _worker_states(self) -> list[WorkerState]:
         state = await self._server.state()
@@ -242,7 +243,10 @@ class SingleOperations(Operations):
 
     async def hop(self, hop: str, action: HopAction) -> int:
         """Suspend, resume or retry a next hop."""
-        return await self._server.hop(hop, action)
+        try:
+            return await self._server.hop(hop, action)
+        except (OSError, sqlite3.Error, SpoolError) as exc:
+            raise ControlError(str(exc)) from exc
 
 
 def run(
@@ -283,6 +287,7 @@ def run(
             overrides = dataclasses.replace(overrides, counters=counters)
         server = assemble(fitted, journal, writer, overrides=overrides)
         if account is not None:
+            prepare_data_dir(fitted, account)
             become(account)
     except (OSError, ValueError) as exc:
         raise click.ClickException(wrong_file(fitted) or str(exc)) from exc

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import click
 import msgspec
+import trio
 
 from penstock.app import Overrides, Server
 from penstock.cli import reports
@@ -16,6 +19,7 @@ from penstock.cli.faulting import FaultInjection, fault_options
 from penstock.cli.once import OnceCommand
 from penstock.cli.receiving import Receiving, ReceivingOptions, as_expected, duplicates_of, receipt_options
 from penstock.cli.running import listen_on, run
+from penstock.cli.sinkworkers import Frame, Progress, SinkWorkers, Sockets, WorkerLine
 from penstock.cli.smtpsink import smtp_sink_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
 from penstock.delivery.discard import DiscardDelivery
@@ -23,9 +27,13 @@ from penstock.journal import JournalSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.server.limits import LimitSettings
 from penstock.server.listener import WireSettings
-from penstock.sink.report import Report, encode
+from penstock.sink.merging import Merging, Second, WorkerReport
+from penstock.sink.report import Report, Sample, encode
 
 _replace = msgspec.structs.replace
+
+_MAX_UNSHOWN: Final = 10
+"""Seconds whose counters wait to be printed."""
 
 _LISTENER = ListenerSettings(
     max_size=0,
@@ -74,6 +82,13 @@ _LISTENER = ListenerSettings(
 )
 @click.option("--user", metavar="NAME", help="Run as this user after the sockets are bound and the keys are read.")
 @click.option("--allow-root", is_flag=True, help="Allow root on addresses that other machines can reach.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    metavar="N",
+    help="Run N processes on the same addresses, with one report of all of them [default: 1].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the final counters as JSON.")
 @fault_options
 @receipt_options
@@ -85,6 +100,7 @@ def sink(
     messages: int | None,
     sessions: int | None,
     is_open: bool,
+    workers: int,
     as_json: bool,
     user: str | None,
     allow_root: bool,
@@ -101,13 +117,16 @@ def sink(
     it accepts bare line ends, NULs and long lines; only CR LF . CR LF ends the data. SIGINT and SIGTERM stop it
     gracefully.
     """
+    if workers > 1:
+        _check_workers(options)
     faults = FaultInjection.of(options)
     letters = faults.letters
     if letters.given.get("h") == "":
         click.echo(context.get_help())
         return
+    if workers > 1 and letters.stores:
+        raise click.UsageError("--workers cannot be combined with -d or -D")
     receiving = Receiving(ReceivingOptions(**options), letters.stores)
-    messages, sessions = messages or letters.messages, sessions or letters.sessions
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = _with_tls(_base(config_file, folder), tls, certificate, key)
         settings = _as_user(settings, user, allow_root)
@@ -115,6 +134,64 @@ def sink(
         if ca_file is not None:
             _copy(Path(folder) / "tls" / "ca.pem", ca_file)
         settings = listen_on(settings, (*addresses, *letters.listen()))
+        made = _Sink(settings, faults, receiving, messages or letters.messages, sessions or letters.sessions, is_open)
+        found = made.run() if workers == 1 else made.run_workers(workers)
+        if found is None:
+            return
+        counts, report = found
+        file = options["report_file"]
+        click.echo(_report(counts | _troubles(report), as_json=as_json), err=file == reports.STDOUT)
+        if report is not None:
+            if file is not None:
+                reports.write(file, encode(report))
+            if not as_expected(report):
+                raise click.ClickException("messages are missing or duplicated")
+
+
+def _check_workers(options: Mapping[str, Any]) -> None:
+    """Raise click.UsageError for options that need one process."""
+    given = [
+        name
+        for name, is_given in {
+            "--faults": options["plan_file"] is not None,
+            "--fault-log": options["fault_log"] is not None,
+            "--keep": bool(options["keep"]),
+            "--web": options["web"] is not None,
+        }.items()
+        if is_given
+    ]
+    if given:
+        raise click.UsageError(f"{' and '.join(given)} cannot be combined with --workers: run a single process")
+
+
+class _AllWorkers(NamedTuple):
+    """What is counted by several processes."""
+
+    worker: Merging
+    addresses: list[str]
+
+
+class _Sink:
+    """A run of a sink, in one process or several."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        faults: FaultInjection,
+        receiving: Receiving,
+        messages: int | None,
+        sessions: int | None,
+        is_open: bool,
+    ) -> None:
+        self._settings = settings
+        self._faults = faults
+        self._receiving = receiving
+        self._messages, self._sessions = messages, sessions
+        self._is_open = is_open
+
+    def run(self) -> tuple[dict[str, int], Report | None] | None:
+        """Run in this process. Return the counts and the report; None if the sink did not start."""
+        faults, receiving = self._faults, self._receiving
         counted: list[Server] = []
 
         def announce(parts: Server) -> None:
@@ -123,35 +200,109 @@ def sink(
             receiving.begin(parts, faults.desk)
             click.echo(f"penstock: sink on {', '.join(parts.addresses)}", err=True)
 
-        def is_done(parts: Server) -> bool:
-            if sessions is not None and parts.worker.sessions >= sessions and not parts.worker.open_connections:
-                return True
-            return messages is not None and _counts(parts, receiving)["messages"] >= messages
-
         run(
-            settings,
+            self._settings,
             announce,
-            done=is_done,
-            allow_open=is_open,
-            overrides=Overrides(
-                delivery=receiving.delivery,
-                authenticator=faults.authenticator,
-                metrics=receiving.metrics,
-                components=(faults.component,),
-            ),
+            done=lambda parts: self._is_done(self._progress(parts)),
+            allow_open=self._is_open,
+            overrides=self._overrides(),
             beside=lambda _: receiving.run(faults.desk),
         )
-        for parts in counted:
-            faults.end()
-            report, file = receiving.end(), options["report_file"]
-            click.echo(
-                _report(_counts(parts, receiving) | _troubles(report), as_json=as_json), err=file == reports.STDOUT
-            )
-            if report is not None:
-                if file is not None:
-                    reports.write(file, encode(report))
-                if not as_expected(report):
-                    raise click.ClickException("messages are missing or duplicated")
+        if not counted:
+            return None
+        faults.end()
+        report = receiving.end()
+        return _counts(counted[0], receiving), report
+
+    def run_workers(self, workers: int) -> tuple[dict[str, int], Report | None]:
+        """Run in several processes. Return the sum of the counts, and one report."""
+        receiving = self._receiving
+        merging = Merging(workers, receiving.metrics)
+        shown, to_show = trio.open_memory_channel[tuple[Sample, int]](_MAX_UNSHOWN)
+
+        def announce() -> None:
+            receiving.begin(_AllWorkers(merging, processes.addresses), merging)
+            click.echo(f"penstock: sink on {', '.join(processes.addresses)}; {workers} workers", err=True)
+
+        def take(worker: int, what: Second | WorkerReport) -> None:
+            if isinstance(what, WorkerReport):
+                merging.add_report(worker, what)
+                return
+            for sample in merging.add_second(worker, what):
+                with suppress(trio.WouldBlock):  # nobody reads the counters
+                    shown.send_nowait((sample, merging.messages))
+
+        async def show() -> None:
+            async for sample, count in to_show:
+                await receiving.show(sample, count)
+
+        processes = SinkWorkers(self._settings, workers, self._work, allow_open=self._is_open)
+        processes.run(announce, take, self._is_done, beside=show)
+        return dict(merging.counts), receiving.end(merging.samples)
+
+    def _work(self, sockets: Sockets, line: WorkerLine) -> WorkerReport:
+        """Be one of several processes. Return what it has counted."""
+        faults, receiving = self._faults, self._receiving
+        counted: list[Server] = []
+
+        def announce(parts: Server) -> None:
+            counted.append(parts)
+            faults.begin(parts)
+            receiving.begin(parts, faults.desk)
+
+        async def beside(parts: Server) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(line.follow, parts, self._progress)
+                if receiving.metrics is not None:
+                    nursery.start_soon(_tell_seconds, receiving, line)
+
+        run(
+            self._settings,
+            announce,
+            allow_open=self._is_open,
+            overrides=self._overrides(sockets),
+            beside=beside,
+        )
+        (parts,) = counted
+        counts, fault_counts = _counts(parts, receiving), list(faults.desk.counted())
+        if receiving.metrics is None:
+            return WorkerReport(counts, faults=fault_counts)
+        return WorkerReport(counts, receiving.metrics.state(), fault_counts, _second(receiving))
+
+    def _overrides(self, sockets: Sockets | None = None) -> Overrides:
+        return Overrides(
+            delivery=self._receiving.delivery,
+            authenticator=self._faults.authenticator,
+            metrics=self._receiving.metrics,
+            components=(self._faults.component,),
+            sockets=sockets,
+        )
+
+    def _progress(self, parts: Server) -> Progress:
+        messages = 0 if self._messages is None else _counts(parts, self._receiving)["messages"]
+        return Progress(messages, parts.worker.sessions, parts.worker.open_connections)
+
+    def _is_done(self, progress: Progress) -> bool:
+        if self._sessions is not None and progress.sessions >= self._sessions and not progress.open:
+            return True
+        return self._messages is not None and progress.messages >= self._messages
+
+
+async def _tell_seconds(receiving: Receiving, line: WorkerLine) -> None:
+    """Report each second to the parent, until cancelled."""
+    due = trio.current_time()
+    while True:
+        due += 1
+        await trio.sleep_until(due)
+        await line.tell(Frame(second=_second(receiving)))
+
+
+def _second(receiving: Receiving) -> Second:
+    """Take a sample, with the histograms that its percentiles are from."""
+    metrics = receiving.metrics
+    assert metrics is not None
+    messages, replies = metrics.recent_messages.to_dict(), metrics.recent_replies.to_dict()
+    return Second(receiving.take_sample(), messages, replies)
 
 
 def _base(config_file: Path | None, folder: str) -> Settings:

@@ -90,13 +90,13 @@ def status(config_file: Path | None, data_dir: str | None, as_json: bool) -> Non
     console = Console(highlight=False)
     for line in _head(state, series):
         console.print(line)
-    console.print(_workers(state, series))
+    console.print(worker_table(state, series))
     listeners = {each.name: each for worker in state.workers for each in worker.listeners}
     for name, listener in listeners.items():
         ends = listener.certificate_not_after
         certificate = f"; certificate until {_date(ends)}" if ends else ""
         console.print(f"listener {name}: {listener.address}{certificate}")
-    for line in _hops(state, series):
+    for line in hop_lines(state, series):
         console.print(line)
 
 
@@ -146,7 +146,8 @@ def _head(state: ServerState, series: Series) -> list[str]:
     return lines
 
 
-def _workers(state: ServerState, series: Series) -> Table:
+def worker_table(state: ServerState, series: Series) -> Table:
+    """Return a table of the workers."""
     table = Table(box=None, pad_edge=False)
     for name in ("worker", "process", "since", "sessions", "accepted", "per second", "memory", "restarts"):
         table.add_column(name, justify="left" if name in ("since", "worker") else "right", no_wrap=True)
@@ -167,7 +168,7 @@ def _workers(state: ServerState, series: Series) -> Table:
     return table
 
 
-def _hops(state: ServerState, series: Series) -> list[str]:
+def hop_lines(state: ServerState, series: Series) -> list[str]:
     """Return a line for each next hop that is backing off, and for each that is suspended."""
     down = [name for name, is_up in series.labelled("relay_hop_up").items() if not is_up]
     suspended = sorted({name for worker in state.workers for name in worker.suspended})

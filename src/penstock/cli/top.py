@@ -1,4 +1,4 @@
-"""`penstock top`: live statistics of a running sink in the terminal."""
+"""`penstock top`: live statistics of a running sink or server in the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.client
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -17,14 +18,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from penstock.cli.controlclient import server_options, socket_path
 from penstock.cli.once import OnceCommand
 from penstock.cli.receiving import latency_table, milliseconds, octets, plain_table, reply_table
+from penstock.cli.servertop import show
+from penstock.cli.terminal import bars
 from penstock.sink.report import FaultCount, Report, Sample
 
+_SINK: Final = "http://127.0.0.1:8025"
 _TIMEOUT: Final = 5.0
 _MOST_OCTETS: Final = 8 << 20
 """Octets of a response; that of a sink has less than a tenth of it."""
-_BARS: Final = " ▁▂▃▄▅▆▇█"
 _WIDTH: Final = 60
 """Most seconds that a line of bars shows."""
 _LEAST_BARS: Final = 10
@@ -103,14 +107,6 @@ class Seconds:
             response = api.live(0)
         self.samples.extend(response.samples)
         self._last, self.response = response.last, response
-
-
-def bars(values: Sequence[float], width: int = _WIDTH) -> str:
-    """Return a line of bars, scaled to the greatest value; the newest is at the right."""
-    values = values[-width:]
-    most = max(values, default=0)
-    shown = "".join(_BARS[-(-int(value * 800 / most) // 100) if most else 0] for value in values)
-    return shown.rjust(width)
 
 
 class Display:
@@ -240,7 +236,7 @@ def _failures(report: Report, most: int | None = None) -> Table:
 
 
 @click.command(cls=OnceCommand)
-@click.argument("url", default="http://127.0.0.1:8025")
+@click.argument("url", required=False)
 @click.option(
     "--token",
     envvar="PENSTOCK_WEB_TOKEN",
@@ -248,8 +244,21 @@ def _failures(report: Report, most: int | None = None) -> Table:
     help="Password of the sink's web page [PENSTOCK_WEB_TOKEN].",
 )
 @click.option("--once", is_flag=True, help="Print once and exit.")
-def top(url: str, token: str | None, once: bool) -> None:
-    """Show live statistics of a sink that runs with --web, once a second. Ctrl-C quits; the sink keeps running."""
+@server_options
+def top(url: str | None, token: str | None, once: bool, config_file: Path | None, data_dir: str | None) -> None:
+    """Show live statistics of a server or a sink, once a second. Ctrl-C quits; the server keeps running.
+
+    A server (`penstock serve`) is found by --config and --data, a sink by the URL of its web page (`--web`). Without
+    any of them: the server of ./penstock-data if there is one, otherwise http://127.0.0.1:8025.
+    """
+    if url is not None and (config_file is not None or data_dir is not None):
+        raise click.UsageError("a URL is that of a sink; --config and --data are for a server")
+    if url is None:
+        path = socket_path(config_file, data_dir)
+        if config_file is not None or data_dir is not None or path.is_socket():
+            show(path, once=once)
+            return
+    url = _SINK if url is None else url
     try:
         api = Api.parse(url, token)
     except ValueError as exc:

@@ -177,22 +177,22 @@ class JetStream:
                 batch: list[Stored] = []
                 is_over = False
                 while not is_over and len(batch) < _BATCH:
-                    message = None
+                    messages: Sequence[Message] = ()
                     with trio.move_on_after(_TIMEOUT):
-                        message = await subscription.receive()
-                    if message is None or client.connections != connections or subscription.dropped:
+                        messages = await subscription.receive_all()
+                    if not messages or client.connections != connections or subscription.dropped:
                         raise DisconnectedError("the scan was interrupted")
-                    if message.status:
+                    for message in messages:
+                        if message.reply:
+                            batch.append(_scanned(message))
+                            is_over = message.reply.endswith(".0")  # nothing is pending: what there is, is here
+                            continue
+                        is_over = True
                         if message.status == _UNAVAILABLE and tries < _TRIES:  # the server has it not running yet
                             tries += 1
                             await trio.sleep(_PAUSE)
                         elif message.status not in (_NOT_FOUND, 408):
                             raise NatsError(f"the scan was ended: {message.headers!r}")
-                        is_over = True
-                    else:
-                        batch.append(_scanned(message))
-                        if message.reply.endswith(".0"):  # nothing is pending: what there is, is here
-                            is_over = True
                 if batch:
                     tries = 0
                 yield batch

@@ -9,6 +9,7 @@
     bucket NAME-node            NODE: the nodes that live
     bucket NAME-shared          what nodes share beside mail
     NAME.op.NODE                requests of operators to a node (core NATS)
+    NAME.new.P                  a node that does not relay the partition has put a message into it (core NATS)
 
 A subject has one message at most. A message is published with the condition that its subject has none
 (Nats-Expected-Last-Subject-Sequence: 0), so that publishing it again, after whatever was lost, changes nothing; a state
@@ -133,6 +134,10 @@ class Layout:
         """Return the subject of the marker of a node."""
         return f"{self.name}.o.{stream}.{node}"
 
+    def announcement(self, partition: int | str) -> str:
+        """Return the subject on which the owner of a partition hears of new mail in it; "*" for all."""
+        return f"{self.name}.new.{partition}"
+
     def operations(self, node: str) -> str:
         """Return the subject of requests to a node."""
         return f"{self.name}.op.{node}"
@@ -251,10 +256,10 @@ def message_headers(message: Message, *, crc: int, pieces: int) -> tuple[bytes, 
 
 def read_message(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
     """Return a message that was found in the stream; None for a marker in its place. Raise LayoutError."""
+    if b"\r\nP-Done:" in headers:
+        return None
     fields = parse_headers(headers)
     try:
-        if "P-Done" in fields:
-            return None
         if fields["P-V"] != str(VERSION):
             raise LayoutError(f"{subject} has version {fields['P-V']}, expected {VERSION}")
         _, partition, message_id = subject.rsplit(".", 2)

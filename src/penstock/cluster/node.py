@@ -61,6 +61,10 @@ class Node:
         self.keeper.report = self._report
         self.forwarder = Forwarder(spool, self, journal)
         self._admin = AdminService(self._client, layout.operations(name), data_dir / index, journal, self._drain)
+        self.count: Callable[[str, int], None] = _ignore
+        """Gets the names of counters, and how much is added to them."""
+        self.measure: Callable[[str, float], None] = _ignore
+        """Gets the names of gauges, and their values."""
         self._complaint = ""
         self._is_lost = False
 
@@ -120,6 +124,22 @@ class Node:
             nursery.start_soon(self.keeper.run)
             nursery.start_soon(self.forwarder.run)
             nursery.start_soon(self._admin.run)
+            nursery.start_soon(self._keep_counting)
+
+    async def _keep_counting(self) -> None:
+        """Report what has been counted, once a second."""
+        forwarded = damaged = 0
+        while True:
+            self.measure("cluster_partitions", len(self.queue.owned))
+            now = self.forwarder.forwarded, self.queue.damaged
+            for name, added in (
+                ("cluster_forwarded_total", now[0] - forwarded),
+                ("cluster_damaged_total", now[1] - damaged),
+            ):
+                if added:
+                    self.count(name, added)
+            forwarded, damaged = now
+            await trio.sleep(1)
 
     def _drain(self, is_draining: bool) -> None:
         self.keeper.is_draining = is_draining
@@ -145,3 +165,7 @@ class Node:
         if str(exc) != self._complaint:
             self._complaint = str(exc)
             self._journal.error(0, "leases", exc)
+
+
+def _ignore(_name: str, _value: float) -> None:
+    """Without metrics."""

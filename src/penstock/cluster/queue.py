@@ -21,6 +21,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -69,6 +70,9 @@ _GROUP: Final = 100_000
 _SLICE: Final = 1000
 """Messages added to the index in one transaction."""
 _LEAVING_POLL: Final = 0.1
+_SHORTEST_INTERVAL: Final = 0.1
+_LONGEST_INTERVAL: Final = 15.0
+"""Seconds between two looks at what others have accepted."""
 _CONFLICTS: Final = 5
 """Times that a state is written again that others have changed."""
 _LOADING, _ACTIVE = 1, 2
@@ -116,6 +120,8 @@ class ReplicatedQueue(Spool):
         self._interval = interval
         self._owned: dict[int, int] = {}
         """The partitions that this node relays, and whether they are loaded."""
+        self._active: list[int] | None = None
+        """Those that are loaded; None if that has changed."""
         self._seen: dict[int, int] = {}
         """The sequence of the last marker by stream: what comes before it is in the index."""
         self._pending: dict[str, bool] = {}
@@ -137,7 +143,9 @@ class ReplicatedQueue(Spool):
     @property
     def owned(self) -> list[int]:
         """The partitions that are relayed here."""
-        return [partition for partition, state in self._owned.items() if state == _ACTIVE]
+        if self._active is None:
+            self._active = [partition for partition, state in self._owned.items() if state == _ACTIVE]
+        return self._active
 
     # ---- opening
 
@@ -151,17 +159,31 @@ class ReplicatedQueue(Spool):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_measuring)
             nursery.start_soon(self._keep_dropping, nursery)
+            nursery.start_soon(self._keep_listening)
+            interval = self._interval
             while True:
-                with trio.move_on_after(self._interval):
+                with trio.move_on_after(interval):
                     await self._wake.wait()
                 self._wake = trio.Event()
                 try:
                     await self._load()
-                    await self._follow()
+                    # What this node has accepted itself is read in vain: without announcements, ever less often.
+                    found = await self._follow()
+                    interval = self._interval if found else min(2 * interval, _LONGEST_INTERVAL)
                 except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
                     self._complain(exc)
                 else:
                     self._complaint = ""
+                await trio.sleep(_SHORTEST_INTERVAL)
+
+    async def _keep_listening(self) -> None:
+        """Look when others have put something into our partitions."""
+        subject = self._layout.announcement("*")
+        async with self._jetstream.client.subscribed(subject, limit=100) as announcements:
+            async for message in announcements:
+                partition = message.subject.rpartition(".")[2]
+                if partition.isdecimal() and int(partition) in self._owned:
+                    self._wake.set()
 
     def _complain(self, exc: Exception) -> None:
         """Journal an error, once for as long as it lasts."""
@@ -190,6 +212,7 @@ class ReplicatedQueue(Spool):
     def gain(self, partition: int) -> None:
         """Relay a partition from now on."""
         self._owned[partition] = _LOADING
+        self._active = None
         self._wake.set()
 
     def lose(self, partition: int) -> None:
@@ -202,6 +225,7 @@ class ReplicatedQueue(Spool):
 
     def _give_up(self, partition: int, *, is_leaving: bool) -> None:
         self._owned.pop(partition, None)
+        self._active = None
         self._dropping[partition] = is_leaving
         self._drop_now.set()
 
@@ -256,8 +280,37 @@ class ReplicatedQueue(Spool):
         """
         if len(queues) > 1:
             message, queues = without_duplicates(message, queues)
-        written = await self._write(partition, message, self._patience)
-        return await self._written(partition, message, queues, written, is_taken=is_taken)
+        pending = self._pending
+        pending[message.id] = False
+        try:
+            place, text, _ = await self._writer.write(message, partition, patience=self._patience)
+        finally:
+            was_found = pending.pop(message.id, False)
+        if place is None or was_found:
+            return []
+        if self._owned.get(partition) != _ACTIVE:
+            self._announce(partition)
+            return []
+        if place.is_uncertain or place.pieces:
+            return await self._written(partition, message, queues, Written(place, text))
+        return self._add_accepted(place, text, message, queues, is_taken=is_taken)
+
+    def _announce(self, partition: int) -> None:
+        """Tell the node that relays a partition of new mail. If it does not hear, it looks for itself sometimes."""
+        with suppress(NatsError):
+            self._jetstream.client.publish(self._layout.announcement(partition))
+
+    def _add_accepted(
+        self, place: Place, text: bytes, message: Message, queues: Sequence[str], *, is_taken: bool
+    ) -> list[Entry]:
+        """Write a message that was acknowledged just now into the index; return its entries if it is taken."""
+        number = self._store.new_number()
+        put = Put(number, self._indexed(message, place), None if place.pieces else b"", queues, is_taken)
+        self._committer.put_later(put, partial(self._after_put, place.partition))
+        if is_taken:
+            return self._entries(Put(number, message, text[len(message.prefix) :], queues, is_taken))
+        self.became_due(queues)
+        return []
 
     async def _write(self, partition: int, message: Message, patience: float) -> Written:
         """Write a message into the stream. What was found there meanwhile has no place: it is in the index."""
@@ -268,25 +321,19 @@ class ReplicatedQueue(Spool):
             was_found = self._pending.pop(message.id, False)
         return written._replace(place=None) if was_found else written
 
-    async def _written(
-        self, partition: int, message: Message, queues: Sequence[str], written: Written, *, is_taken: bool = False
-    ) -> list[Entry]:
+    async def _written(self, partition: int, message: Message, queues: Sequence[str], written: Written) -> list[Entry]:
         """Write a message that is in the stream into the index, if its partition is relayed here."""
         place, text = written.place, written.text
-        if place is None or self._owned.get(partition) != _ACTIVE:
+        if place is None:
+            return []
+        if self._owned.get(partition) != _ACTIVE:
+            self._announce(partition)
             return []
         if place.is_uncertain:
             await self._add([self._loaded(message, queues, place)])
             self.became_due(queues)
             return []
-        is_taken = is_taken and not place.pieces
-        number = self._store.new_number()
-        put = Put(number, self._indexed(message, place), None if place.pieces else b"", queues, is_taken)
-        self._committer.put_later(put, lambda result: self._after_put(partition, result))
-        if is_taken:
-            return self._entries(Put(number, message, text[len(message.prefix) :], queues, is_taken))
-        self.became_due(queues)
-        return []
+        return self._add_accepted(place, text, message, queues, is_taken=False)
 
     async def forward(self, message: Message, partition: int, *, patience: float) -> None:
         """Put a message that was accepted before, unless it is in the stream already. Raise what `put` does."""
@@ -313,7 +360,7 @@ class ReplicatedQueue(Spool):
 
     def _indexed(self, message: Message, place: Place) -> Message:
         """Return a message as it is in the index."""
-        return message._replace(prefix=pack(place), body=CountedBody(message.body.size))
+        return Message(message.id, message.envelope, pack(place), CountedBody(message.body.size), message.received_at)
 
     def _loaded(
         self,
@@ -403,6 +450,7 @@ class ReplicatedQueue(Spool):
         for partition in partitions:
             if self._owned.get(partition) == _LOADING:
                 self._owned[partition] = _ACTIVE
+        self._active = None
         # What came before in partitions that were active already is not read here.
         self._seen.setdefault(stream, until)
         self._seen[stream] = min(self._seen[stream], until)
@@ -443,8 +491,9 @@ class ReplicatedQueue(Spool):
         requests = [_deletion(name, sequence) for sequence in strays]
         await self._jetstream.client.request_many(requests, timeout=_TIMEOUT)
 
-    async def _follow(self) -> None:
-        """Add what has come into our partitions since the last look, and is not in the index."""
+    async def _follow(self) -> int:
+        """Add what has come into our partitions since the last look, and is not in the index. Return how much."""
+        added = 0
         for stream in range(self._layout.streams):
             mine = [partition for partition in self.owned if partition % self._layout.streams == stream]
             if not mine:
@@ -457,10 +506,11 @@ class ReplicatedQueue(Spool):
                 message = read_message(stored.subject, stored.sequence, stored.headers)
                 if message is not None:
                     messages.append(message)
-            await self._add_found(stream, messages)
+            added += await self._add_found(stream, messages)
             self._seen[stream] = until
+        return added
 
-    async def _add_found(self, stream: int, messages: Sequence[StoredMessage]) -> None:
+    async def _add_found(self, stream: int, messages: Sequence[StoredMessage]) -> int:
         places = [message.place for message in messages]
         unknown = await self._committer.do(lambda _: self._index.unknown(places)) if places else set()
         loaded: list[Loaded] = []
@@ -477,6 +527,7 @@ class ReplicatedQueue(Spool):
                 queues.update(each.put.queues)
         await self._add(loaded)
         self.became_due(sorted(queues))
+        return len(loaded)
 
     # ---- out
 
@@ -490,7 +541,11 @@ class ReplicatedQueue(Spool):
         same_route: Callable[[str], bool] | None = None,
     ) -> list[Entry]:
         """Take what a queue has due, with its bodies. See `Spool.take`."""
-        return await self._with_texts(await super().take(queue, now, limit, octets, until, same_route))
+        taken = await super().take(queue, now, limit, octets, until, same_route)
+        complete = await self._with_texts(taken)
+        if len(complete) < len(taken):  # the relay must not believe that nothing else is due
+            self.became_due([queue])
+        return complete
 
     async def take_rows(self, rows: Sequence[int]) -> list[Entry]:
         """Take recipients that wait or are held. See `Spool.take_rows`."""
@@ -510,14 +565,14 @@ class ReplicatedQueue(Spool):
                     continue
                 try:
                     found = await self._text(entry, place, text)
-                except NatsError as exc:
-                    self._journal.error(0, "cluster", exc)
-                    later.append(entry)
                 except DamagedError as exc:
                     self.damaged += 1
                     self._journal.error(0, "cluster", exc)
                     rows = [row.number for row in entry.rows]
                     await self._do(partial(self._index.hold, rows, str(exc)))
+                except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
+                    self._complain(exc)
+                    later.append(entry)
                 else:
                     if found is None:
                         lost += [row.number for row in entry.rows]

@@ -14,7 +14,8 @@ from penstock.cluster.durability import read_monitor
 from penstock.cluster.jetstream import ApiError, JetStream
 from penstock.cluster.layout import Layout
 from penstock.cluster.settings import ClusterTlsSettings, JetStreamSettings
-from penstock.net.nats import Credentials, NatsClient, NatsError, Nkey, ServerAddress
+from penstock.net.nats import Credentials, NatsClient, NatsError, ServerAddress
+from penstock.net.natswire import read_nkey
 from penstock.net.tls import client_context
 
 _CREATING: Final = 20.0
@@ -35,7 +36,7 @@ def make_layout(settings: JetStreamSettings) -> Layout:
 def make_client(settings: JetStreamSettings, data_dir: Path) -> NatsClient:
     """Return a client for these settings. Reads files. Raise OSError or ValueError."""
     password = _first_line(data_dir / settings.password_file) if settings.password_file else ""
-    nkey = Nkey(_first_line(data_dir / settings.nkey_file)) if settings.nkey_file else None
+    nkey = read_nkey(data_dir / settings.nkey_file) if settings.nkey_file else None
     servers = [ServerAddress.parse(url) for url in settings.servers]
     return NatsClient(
         servers,

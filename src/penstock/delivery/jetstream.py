@@ -109,10 +109,8 @@ class JetStreamDelivery(Delivery):
         self._spool = spool
         self._clock = clock
         self._breaker = Breaker(_FAILURES, _PAUSE, _PAUSE)
-        self.replicated = 0
-        """Messages that the cluster has taken."""
-        self.spooled = 0
-        """Messages that the local spool has taken in its place."""
+        self.on_accept: Callable[[str], None] = _ignore
+        """Gets "replicated" or "spooled" for each message that is answered with 250."""
 
     def check_capacity(self, octets: int) -> Reply | None:
         """Refuse a MAIL if neither the stream nor the spool has space for its message (RFC 1870 6.1)."""
@@ -150,7 +148,7 @@ class JetStreamDelivery(Delivery):
             return replies.TRY_LATER.because(cause)
         reply = await self._spool.accept_for(partition, message, transaction)
         if reply.accepts:
-            self.spooled += 1
+            self.on_accept("spooled")
         return reply
 
     async def _replicate(self, partition: int, message: Message) -> Reply:
@@ -163,7 +161,11 @@ class JetStreamDelivery(Delivery):
             if is_taken:
                 self._relay.release(message.size)
         self._breaker.succeeded()
-        self.replicated += 1
+        self.on_accept("replicated")
         if entries:
             self._relay.offer(entries)
         return Reply(250, "2.0.0", f"Ok: replicated as {message.id}")
+
+
+def _ignore(_: str) -> None:
+    """Without metrics."""

@@ -143,6 +143,13 @@ class Timeline:
             self._last = interval
 
 
+class Replies(dict[tuple[str, int], int]):
+    """Counts by phase and code. A Counter would cost as much as everything else that a reply costs."""
+
+    def __missing__(self, _: tuple[str, int]) -> int:
+        return 0
+
+
 @dataclass(slots=True)
 class Counts:
     """What was counted so far."""
@@ -151,7 +158,8 @@ class Counts:
     begun: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
     phases: dict[str, Histogram] = field(default_factory=lambda: {phase: Histogram() for phase in PHASES})
-    replies: Counter[tuple[str, int]] = field(default_factory=Counter)
+    replies: Replies = field(default_factory=Replies)
+    """Replies by phase and code."""
     errors: Counter[str] = field(default_factory=Counter)
     """Connections that ended with an error, by kind."""
     examples: dict[str, list[str]] = field(default_factory=dict)

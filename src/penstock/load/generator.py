@@ -23,8 +23,10 @@ import trio
 from penstock.load.counts import Counts, Interval
 from penstock.load.pace import Pace
 from penstock.load.plan import Plan, Target
+from penstock.load.pool import Job
 from penstock.load.resolve import resolved
-from penstock.load.session import Job, Session
+from penstock.load.runner import run_session
+from penstock.load.session import Session
 from penstock.load.texts import text_of
 from penstock.net._poller import Poller
 from penstock.net.stream import watch_sockets
@@ -166,6 +168,14 @@ class Generator:
         self._idle.append(session)
         return True
 
+    def continue_now(self, session: Session) -> bool:
+        """Note that a connection has ended, if the next is due now. Otherwise note nothing, and return False."""
+        if not session.concluded or self._thinks or not self._has_work():
+            return False
+        self._failures = 0
+        self._promise(session)
+        return True
+
     async def next_connection(self, session: Session) -> bool:
         """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
         self._open -= 1
@@ -304,7 +314,7 @@ class Generator:
                 self._promised -= len(self._sessions) - number
                 self._finish_if_idle()
                 return
-            self._nursery.start_soon(session.run)
+            self._nursery.start_soon(run_session, session)
             if pause:
                 with trio.move_on_after(pause):
                     await self._stopped.wait()

@@ -1,29 +1,35 @@
-"""One session of a run: a task that makes connections to a target, one after the other, and sends messages.
+# cython: wraparound=True
+"""One session of a run: what it sends to a target on one connection after the other, and what it counts. No waiting.
 
-The protocol is `ClientSession` (penstock.smtp.client_session). While a connection is open the task is parked, and the
-poller calls `_on_reply` with each reply (penstock.net.client): it counts the reply and returns what is sent next. The
-task wakes for the TLS handshake and at the end of the connection.
+The protocol is `ClientSession` (penstock.smtp.client_session). While a connection is open, the task of the session
+(penstock.load.runner) is parked, and the poller calls `on_reply` with each reply (penstock.net.turns): it counts the
+reply and returns what is sent next. Where a run makes a new connection for each message, in clear text, the next one is
+begun here as well, if it is made at once: waking the task for it would cost as much as the message.
+
+This file is compiled as it stands (session.pxd has the C types).
 """
 
 from __future__ import annotations
 
-import errno
-import socket
-import ssl
-from time import perf_counter_ns
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final
 
+import cython  # type: ignore[import-untyped]  # it has no types, and is not needed at run time
 import trio
 
 from penstock import sequence
-from penstock.load.counts import Counts
-from penstock.load.plan import Plan, Target
-from penstock.load.texts import Text
-from penstock.net._poller import Poller
-from penstock.net.client import ClientConnection, HandshakeError
-from penstock.net.connect import connect
-from penstock.smtp.client import CannotSendError, Credentials, ProtocolError, ServerReply
-from penstock.smtp.client_session import ClientSession, ClientTransaction, ClosingError, OpeningError, Step
+from penstock.smtp.client import CannotSendError, Credentials, ServerReply
+from penstock.smtp.client_session import ClientSession, ClientTransaction, Step
+
+if TYPE_CHECKING:
+    from penstock.load.counts import Counts
+    from penstock.load.plan import Plan, Target
+    from penstock.load.pool import Job, SessionPool
+    from penstock.load.texts import Text
+    from penstock.metrics._histogram import Histogram
+    from penstock.net.client import ClientConnection
+
+if not cython.compiled:  # compiled, these are the C functions of session.pxd
+    from penstock.net._poller import now, open_connection
 
 _PHASES: Final = {
     Step.GREETING: "greeting",
@@ -41,253 +47,248 @@ _PHASES: Final = {
     Step.QUIT: "quit",
 }
 """The phase (penstock.load.counts) that the reply to each step ends."""
-
-
-class Job(NamedTuple):
-    """A message to send."""
-
-    number: int
-    text: Text
-    intended: int
-    """When it was to start, in nanoseconds of the clock; 0 in a closed loop."""
-
-
-class SessionPool(Protocol):
-    """What the sessions of a run share."""
-
-    plan: Plan
-    counts: Counts
-    poller: Poller
-    tls: ssl.SSLContext | None
-    tls_sessions: dict[Target, ssl.SSLSession | None]
-    """The last TLS session with each target, to be resumed."""
-
-    def next_job(self, session: Session) -> Job | None:
-        """Return the next message; None if there is none now."""
-
-    def wait_for_job(self, session: Session) -> bool:
-        """Have `begin` called when there is a message. Return False if there will be none."""
-
-    async def next_connection(self, session: Session) -> bool:
-        """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
+# Global names, as in penstock.smtp.client_session.
+_TEXT: Final = Step.TEXT
+_READY: Final = Step.READY
+_CLOSED: Final = Step.CLOSED
+_HANDSHAKE: Final = Step.HANDSHAKE
 
 
 class Session:
     """Connections to a target, one at a time."""
 
     def __init__(self, pool: SessionPool, target: Target, source: str) -> None:
+        plan = pool.plan
+        self.pool = pool
         self.target = target
+        self.source = source
+        """The IP address to connect from; "" for any."""
         self.asked_at = 0
         """When the last commands were sent, in nanoseconds of the clock."""
         self.is_promised = False
         """A message is kept for it."""
         self.concluded = 0
         """Messages of this connection that were answered."""
-        self._pool = pool
-        self._source = source
-        self._session: ClientSession
-        self._connection: ClientConnection | None = None
+        self.is_done = False
+        """The server has replied to QUIT."""
+        self.timed_out = ""
+        """Why the connection was given up."""
+        self.opened: tuple[int, int] | None = None
+        """The descriptor of the next connection and the code of connect(2), where it has to be waited for."""
+        self.connection: ClientConnection | None = None
+        self._begun_at = 0
         self._left = 0
-        """Messages that this connection may still send; negative without a limit."""
         self._job: Job | None = None
         self._job_begun = 0
-        """When its MAIL was sent, or was to be, in nanoseconds of the clock."""
-        self._is_done = False
-        """The server has replied to QUIT."""
-        self._timed_out = ""
+        self._text: Text | None = None
+        self._text_sent = b""
+        self._plan = plan
+        self._pipelining = plan.pipelining
+        self._chunking = plan.chunking
+        self._has_header = plan.header
+        place = target.place
+        self._address = str(place[0]) if place else ""
+        self._can_replace = plan.tls == "none" and place is not None and not any(place[2:]) and not source
+        self._port = target.port
+        self._sender = plan.sender
+        self._tag = sequence.mark(plan.run, 0)[:-1]
+        self._recipients = [recipient.encode() for recipient in plan.to]
+        self._recipient_count = plan.recipients
+        self._counts: Counts | None = None
+        self._histograms: dict[Step, Histogram] = {}
 
     @property
     def is_waiting(self) -> bool:
         """A reply or the handshake is awaited."""
-        return self._connection is not None and self._session.step is not Step.READY
+        return self.connection is not None and self.protocol.step is not _READY
 
     def time_out(self, seconds: float) -> None:
         """End the connection: nothing has come for this time."""
-        assert self._connection is not None
-        self._timed_out = f"no reply within {seconds:g} s"
-        self._connection.close_nowait()
+        assert self.connection is not None
+        self.timed_out = f"no reply within {seconds:g} s"
+        self.connection.close_nowait()
 
-    async def run(self) -> None:
-        """Make connections as long as there is work. Whatever fails is counted."""
-        while True:
-            await self._run_connection()
-            if not await self._pool.next_connection(self):
-                return
+    # ---- the life of a connection
 
-    async def _run_connection(self) -> None:
-        self._pool.counts.connections += 1
+    def start(self) -> None:
+        """Note that a connection is begun."""
+        self.pool.counts.connections += 1
         self.concluded = 0
-        self._left = self._pool.plan.per_connection or -1
-        self._is_done = False
-        self._timed_out = ""
-        begun_at = self.asked_at = perf_counter_ns()
-        kind, text = "", ""
-        try:
-            await self._converse()
-            if self._is_done:
-                self._pool.counts.phases["session"].record(perf_counter_ns() - begun_at)
-            else:
-                kind, text = "closed", "the server closed the connection"
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it costs this connection alone
-            kind, text = _kind_of(exc), str(exc.__cause__ or exc)
-            if self._timed_out:
-                kind, text = "timeout", self._timed_out
-            elif self._connection is None and kind == "timeout":
-                kind = "connect timeout"
-        finally:
-            self._close()
-        if kind:
-            self._pool.counts.error(kind, f"{self.target}: {text}")
+        self._left = self._plan.per_connection or -1
+        self.timed_out = ""
+        self._begun_at = self.asked_at = now()
 
-    async def _converse(self) -> None:
-        """Be a client, from the connection to the reply to QUIT."""
-        pool, plan, target = self._pool, self._pool.plan, self.target
-        if target.path:
-            stream = await connect(socket.AF_UNIX, target.path, pool.poller)
-        else:
-            assert target.place is not None
-            stream = await connect(target.family, target.place, pool.poller, source=self._source, timeout=plan.timeout)
-        self._session = session = ClientSession(
+    def begin_connection(self) -> ClientSession:
+        """Note that the connection is made. Return the session on it."""
+        plan = self._plan
+        self.is_done = False
+        self.protocol = session = ClientSession(
             plan.hello,
             lmtp=plan.lmtp,
             starttls="required" if plan.tls == "starttls" else "never",
             credentials=Credentials(plan.user, plan.password) if plan.user else None,
             is_private=True,
         )
-        self._connection = connection = ClientConnection(stream, session)
-        now = perf_counter_ns()
-        pool.counts.phases["connect"].record(now - self.asked_at)
-        self.asked_at = now
-        if plan.tls == "implicit":
-            await self._start_tls(connection)
-        while await connection.run(self._on_reply) and not self._is_done:
-            if session.step is Step.HANDSHAKE:
-                await self._start_tls(connection)
+        self.note_phase("connect")
+        return session
 
-    async def _start_tls(self, connection: ClientConnection) -> None:
-        pool = self._pool
-        assert pool.tls is not None
-        resumed = pool.tls_sessions.get(self.target) if pool.plan.resumption else None
-        await connection.start_tls(pool.tls, self.target.host or "localhost", is_private=True, resumed=resumed)
-        now = perf_counter_ns()
-        pool.counts.phases["tls"].record(now - self.asked_at)
-        self.asked_at = now
-
-    def _close(self) -> None:
-        """Close the connection. A message that was not answered is lost."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            if self._pool.plan.resumption and connection.tls_session is not None:
-                self._pool.tls_sessions[self.target] = connection.tls_session
-            connection.close_nowait()
-        if self._job is not None:
+    def use(self, connection: ClientConnection | None) -> None:
+        """Send through this connection from now on; None for none, which loses a message that was not answered."""
+        self.connection = connection
+        if connection is None and self._job is not None:
             self._job = None
-            self._pool.counts.lost += 1
+            self.pool.counts.lost += 1
+
+    def note_phase(self, phase: str) -> None:
+        """Note that a phase without a command has ended: the connection is made, or TLS negotiated."""
+        at = now()
+        self.pool.counts.phases[phase].record(at - self.asked_at)
+        self.asked_at = at
+
+    def finish(self) -> None:
+        """Note that the connection has ended after its QUIT."""
+        self.pool.counts.phases["session"].record(now() - self._begun_at)
+
+    def _replace(self) -> bool:
+        """Begin the next connection if it is due now. Return whether it is made, and in use."""
+        pool = self.pool
+        if not self._can_replace or not pool.continue_now(self):
+            return False
+        self.finish()
+        self.start()
+        fd, code = open_connection(self._address, self._port)
+        if code:
+            self.opened = fd, code
+            return False
+        connection = self.connection
+        assert connection is not None
+        connection.replace(fd, self.begin_connection())
+        return True
 
     # ---- turns
 
-    def _on_reply(self, reply: ServerReply) -> bytes | None:
+    def on_reply(self, reply: ServerReply) -> bytes | None:
         """Count a reply, and return what is sent next. None wakes the task."""
-        now = perf_counter_ns()
-        session = self._session
+        at = now()
+        session = self.protocol
         transaction = session.transaction
-        self._count(session.step, reply, now)
+        self._count(session.step, reply, at)
         output = session.handle(reply)
         if transaction is not None:
-            if transaction.step is Step.TEXT:
-                output = self._text(transaction)
+            if transaction.step is _TEXT:
+                output = self._text_of(transaction)
             elif transaction.has_result:
                 if self._job is not None:
-                    self._conclude(is_accepted=transaction.is_accepted)
+                    self._conclude(transaction.is_accepted)
                 if session.transaction is None:
                     output = self._next()
-        elif session.step is Step.READY:
-            _check_capabilities(self._pool.plan, session)
+        elif session.step is _READY:
+            _check_capabilities(self._plan, session)
             output = self._next()
-        elif session.step is Step.CLOSED:
-            self._is_done = True
+        elif session.step is _CLOSED:
+            if self._replace():
+                return b""
+            self.is_done = True
             return None
-        if output or session.step is Step.HANDSHAKE:
-            self.asked_at = now
+        if output or session.needs_handshake:
+            self.asked_at = at
         return output
 
-    def _count(self, step: Step, reply: ServerReply, now: int) -> None:
-        phase = _PHASES.get(step)
-        if phase is None:
+    def _use(self, counts: Counts) -> None:
+        """Count here from now on: the warm-up has counts of its own."""
+        self._counts = counts
+        self._histograms = {step: counts.phases[phase] for step, phase in _PHASES.items()}
+        self._replies = counts.replies
+        self._messages = counts.phases["message"]
+
+    def _count(self, step: Step, reply: ServerReply, at: int) -> None:
+        counts, code = self.pool.counts, reply.code
+        if counts is not self._counts:
+            self._use(counts)
+        histogram = self._histograms.get(step)
+        if histogram is None:
             return  # a reply to no command
-        counts, code = self._pool.counts, reply.code
-        counts.phases[phase].record(now - self.asked_at)
-        counts.replies[phase, code] += 1
+        histogram.record(at - self.asked_at)
+        phases = _PHASES
+        phase = phases[step]
+        key = (phase, code)
+        self._replies[key] = self._replies.get(key, 0) + 1
         if code >= 400:
             counts.remember(f"{phase} {code}", reply.text)
             if code == 421 and self._job is not None:  # RFC 5321 3.8: the server leaves; this message was answered
-                self._conclude(is_accepted=False)
+                self._conclude(False)
 
     def _next(self) -> bytes:
         """Return the commands of the next message, or QUIT; nothing while a message is waited for."""
         if self._left:
-            job = self._pool.next_job(self)
+            job = self.pool.next_job(self)
             if job is not None:
                 return self._begin(job)
-            if self._pool.wait_for_job(self):
+            if self.pool.wait_for_job(self):
                 return b""
-        return self._session.quit()
+        return self.protocol.quit()
 
     def begin(self) -> None:
         """Go on after a wait for a message."""
-        assert self._connection is not None
+        assert self.connection is not None
         output = self._next()
-        self.asked_at = perf_counter_ns()
+        self.asked_at = now()
         try:
-            self._connection.send_nowait(output)
-        except (trio.BrokenResourceError, ssl.SSLError):
-            self._connection.interrupt()  # the task finds out how it was lost
+            self.connection.send_nowait(output)
+        except (trio.BrokenResourceError, OSError):  # ssl.SSLError among them
+            self.connection.interrupt()  # the task finds out how it was lost
 
     def _begin(self, job: Job) -> bytes:
         """Begin a message. Return its commands."""
-        plan, counts = self._pool.plan, self._pool.counts
+        counts = self.pool.counts
         self._left -= 1
         self._job = job
-        self._job_begun = perf_counter_ns()
+        self._job_begun = now()
         if job.intended:
             counts.phases["late_start"].record(self._job_begun - job.intended)
             self._job_begun = job.intended
         counts.attempted += 1
-        sender = plan.sender or f"{sequence.mark(plan.run, job.number)}@load.invalid"
-        return self._session.begin(
-            ClientTransaction(
-                b"MAIL FROM:<%s>\r\n" % sender.encode(),
-                self._rcpts(job),
-                pipelining=plan.pipelining,
-                chunking=plan.chunking,
-                lmtp=plan.lmtp,
-            )
+        sender = self._sender or f"{self._tag}{job.number}@load.invalid"
+        transaction = ClientTransaction(
+            f"MAIL FROM:<{sender}>\r\n".encode(),
+            self._rcpts(job),
+            pipelining=self._pipelining,
+            chunking=self._chunking,
+            lmtp=self._plan.lmtp,
         )
+        return self.protocol.begin(transaction)
 
     def _rcpts(self, job: Job) -> list[bytes]:
-        plan = self._pool.plan
-        recipient = plan.to[(job.number - 1) % len(plan.to)]
-        if plan.recipients == 1:
-            return [b"RCPT TO:<%s>\r\n" % recipient.encode()]
-        local, _, domain = recipient.rpartition("@")
-        return [b"RCPT TO:<%s@%s>\r\n" % (f"{local}{n}".encode(), domain.encode()) for n in range(plan.recipients)]
+        recipient = self._recipients[(job.number - 1) % len(self._recipients)]
+        if self._recipient_count == 1:
+            return [b"RCPT TO:<" + recipient + b">\r\n"]
+        local, _, domain = recipient.rpartition(b"@")
+        return [b"RCPT TO:<%b%d@%b>\r\n" % (local, n, domain) for n in range(self._recipient_count)]
 
-    def _text(self, transaction: ClientTransaction) -> bytes:
+    def _text_of(self, transaction: ClientTransaction) -> bytes:
         """Return the text as it is sent, with its end."""
-        job, plan = self._job, self._pool.plan
+        job = self._job
         assert job is not None
         transaction.end_text()
-        sent = job.text.sent(sequence.mark(plan.run, job.number) if plan.header else None)
-        return b"BDAT %d LAST\r\n%s" % (len(sent), sent) if plan.chunking else sent
+        if self._has_header:
+            sent = job.text.sent(f"{self._tag}{job.number}")
+        elif job.text is self._text:
+            sent = self._text_sent
+        else:
+            sent = job.text.sent(None)
+            self._text, self._text_sent = job.text, sent
+        return b"BDAT %d LAST\r\n%b" % (len(sent), sent) if self._chunking else sent
 
-    def _conclude(self, *, is_accepted: bool) -> None:
+    def _conclude(self, is_accepted: bool) -> None:
         """Count the outcome of the message."""
         job, self._job = self._job, None
         assert job is not None
         self.concluded += 1
-        counts = self._pool.counts
-        took = perf_counter_ns() - self._job_begun
-        counts.phases["message"].record(took)
+        counts = self.pool.counts
+        if counts is not self._counts:
+            self._use(counts)
+        took = now() - self._job_begun
+        self._messages.record(took)
         counts.current.record(took)
         if is_accepted:
             counts.accepted += 1
@@ -302,27 +303,3 @@ def _check_capabilities(plan: Plan, session: ClientSession) -> None:
         raise CannotSendError("5.5.1", "PIPELINING is not offered")
     if plan.chunking and not session.capabilities.chunking:
         raise CannotSendError("5.5.1", "CHUNKING is not offered")
-
-
-def _kind_of(exc: BaseException) -> str:
-    """Return the kind of an error, as it is counted."""
-    if isinstance(exc, ClosingError) or (isinstance(exc, OpeningError) and exc.reply is not None):
-        return "refused"
-    if isinstance(exc, OpeningError | CannotSendError):
-        return "not offered"
-    if isinstance(exc, HandshakeError) and isinstance(exc.__cause__, trio.BrokenResourceError):
-        exc = exc.__cause__
-    cause = exc.__cause__ if isinstance(exc, trio.BrokenResourceError) and exc.__cause__ is not None else exc
-    if isinstance(cause, ssl.SSLError | HandshakeError):
-        return "tls"
-    if isinstance(cause, ProtocolError):
-        return "protocol"
-    if isinstance(cause, ConnectionRefusedError):
-        return "connect refused"
-    if isinstance(cause, TimeoutError):
-        return "timeout"
-    if isinstance(cause, ConnectionResetError | BrokenPipeError):
-        return "reset"
-    if isinstance(cause, OSError):
-        return errno.errorcode.get(cause.errno or 0, "os").lower()
-    return type(cause).__name__

@@ -32,6 +32,7 @@ cdef class Histogram:
     cdef uint64_t counts[2112]
 
     cpdef reset(self)
+    cpdef record(self, int64_t ns)
 
     cdef inline void add(self, int64_t ns, uint64_t n) noexcept nogil:
         """Count n durations, given in nanoseconds."""

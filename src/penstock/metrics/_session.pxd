@@ -89,3 +89,4 @@ cdef class Sequence:
 
     cdef bint reserve(self, uint64_t number, uint64_t room) noexcept
     cdef int take(self, uint64_t number) except -1
+    cdef int add(self, dict state) except -1

@@ -4,7 +4,7 @@ The session and the poller call a totals in C (see _session.pxd): `SessionCore.s
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from penstock.metrics._histogram import Histogram
 from penstock.transaction import Transaction
@@ -17,6 +17,8 @@ last), `tls` (a handshake), `think` (the client's own time), `banner`, `unasked`
 """
 GARBLED: Final[tuple[str, ...]]
 """How a reply may go out wrong: a dress of a fault plan, or `none`, the end of the connection in its place."""
+TOTALS: Final[tuple[str, ...]]
+"""The plain counts of `Metrics`, by their names."""
 OTHER: Final = "others"
 """What causes of further kinds are counted as."""
 
@@ -50,6 +52,8 @@ class Sequence:
     def examples(self) -> list[int]:
         """The first hundred numbers that came again."""
     def __contains__(self, number: int) -> bool: ...
+    def state(self) -> dict[str, Any]:
+        """Return everything, the bitmap as octets."""
     def missing(self, first: int, last: int, most: int) -> tuple[int, list[int]]:
         """Return how many numbers from `first` to `last` have not come, and the first `most` of them."""
 
@@ -70,6 +74,10 @@ class SequenceTracker:
     @property
     def octets(self) -> int:
         """What the bitmaps take."""
+    def state(self) -> dict[str, Any]:
+        """Return everything, for `add` in another process."""
+    def add(self, state: dict[str, Any]) -> None:
+        """Add what another process has tracked: a tag that both have is a duplicate."""
     def note(self, run: str, number: int) -> bool:
         """Take a mark. Return False when there is no room to tell it apart."""
     def mark(self, text: str) -> bool:
@@ -156,6 +164,14 @@ class Metrics:
         """Count a connection that was refused before it had a session."""
     def latency(self, phase: str) -> Histogram:
         """Return the latencies of a phase. Raise ValueError when there is no such phase."""
+    def state(self) -> dict[str, Any]:
+        """Return everything that was counted, for `add` in another process: values that msgspec can encode."""
+    def add(self, state: dict[str, Any]) -> None:
+        """Add what another process has counted.
+
+        Exact, but for `peak_sessions`: the peaks are added, whether or not they were at the same time.
+        """
+
     def counted(self) -> list[tuple[str, int, str | None, str | None, int]]:
         """Return phase, code (0 for what has none), enhanced status, garbling and count of every kind of reply."""
 

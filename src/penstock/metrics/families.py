@@ -61,6 +61,11 @@ FAMILIES: Final[dict[str, Family]] = {
     "spool_commit_seconds": Family("histogram", "Time of a transaction of the spool, with its fsync", "s"),
     "spool_batch": Family("histogram", "Requests of a transaction of the spool", "n"),
     "spool_waiting": _gauge("Messages that wait to be written to the spool"),
+    # the replicated queue
+    "cluster_accepted_total": _counter("Messages for the replicated queue, by where they were stored before the 250"),
+    "cluster_forwarded_total": _counter("Messages moved from the local spool into the replicated queue"),
+    "cluster_damaged_total": _counter("Messages of the replicated queue whose checksum was wrong"),
+    "cluster_partitions": _gauge("Partitions of the replicated queue that are relayed here"),
     # relay
     "relay_attempts_total": _counter("Attempts to deliver to a recipient, by outcome"),
     "relay_attempts_by_destination_total": _counter("Attempts by domain of the recipient and outcome"),

@@ -5,7 +5,9 @@ from libc.stdint cimport int64_t
 from penstock.metrics._session cimport Metrics
 
 
-cdef int64_t now() noexcept nogil
+cpdef int64_t now() noexcept nogil
+cpdef bytes recv(int fd, Py_ssize_t octets)
+cpdef tuple open_connection(str address, int port)
 
 
 cdef class Protocol:
@@ -39,6 +41,7 @@ cdef class Poller:
 
     cdef int control(self, int what, int fd, unsigned int events) except -1
     cpdef Watch watch(self, int fd)
+    cdef int add(self, Watch watch) except -1
     cpdef int forget(self, Watch watch) except -1
     cdef int poll_once(self) except -1
     cdef int accept_some(self, int fd) except -1
@@ -57,3 +60,4 @@ cdef class Socket:
     cpdef Py_ssize_t send_nowait(self, data, Py_ssize_t start=*) except -1
     cpdef Py_ssize_t send_and_close_nowait(self, bytes data) except -1
     cpdef int close_nowait(self) except -1
+    cpdef int replace(self, int fd) except -1

@@ -133,6 +133,12 @@ class Socket:
 
         A lost connection counts as sent: there is no reader.
         """
+    def replace(self, fd: int) -> None:
+        """Close the socket and go on with another, non-blocking one. Raise OSError when that cannot be watched.
+
+        A task that waits for the turns of the first waits for those of the second. Needs a poller.
+        """
+
     def interrupt(self) -> None:
         """Wake the task that waits for the end of the turns; otherwise do nothing."""
     def close_nowait(self) -> None:
@@ -155,6 +161,15 @@ class Timer:
 
 def accept(fd: int, /) -> tuple[int, str, int] | None:
     """Accept a connection: descriptor (non-blocking), IP address ("" for a unix socket) and port; None for none."""
+
+def open_connection(address: str, port: int) -> tuple[int, int]:
+    """Begin a TCP connection to an IP address. Return the descriptor (non-blocking), and 0 if the connection is made.
+
+    Otherwise the second value is the error code of connect(2), EINPROGRESS if it is being made. Raise OSError.
+    """
+
+def now() -> int:
+    """Return the clock of `time.perf_counter_ns`."""
 
 def send(fd: int, data: Buffer, start: int = 0) -> int:
     """Send data from `start` on. Return the octets that were taken, -1 when the socket is full. Raise OSError."""

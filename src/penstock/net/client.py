@@ -12,26 +12,14 @@ the stream, which costs more and behaves the same.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
 from typing import Final
 
 import trio
 
-from penstock.net import _poller
-from penstock.net._poller import TaskProtocol
 from penstock.net.stream import SocketStream
 from penstock.net.tls import TlsTurns
-from penstock.smtp.client import ServerReply
+from penstock.net.turns import ClientTurns, OnReply
 from penstock.smtp.client_session import ClientSession
-
-_RECEIVE_OCTETS: Final = 4096
-"""Octets received at a time: replies are short, and this is what the poller takes for a receive that may leave some."""
-
-OnReply = Callable[[ServerReply], bytes | None]
-"""Takes a reply, hands it to `ClientSession.handle`, and returns what is to be sent; None wakes the task.
-
-What is to be sent as well is then given to `ClientConnection.queue`.
-"""
 
 
 class HandshakeError(Exception):
@@ -48,25 +36,18 @@ class ClientConnection:
 
     def __init__(self, stream: SocketStream, session: ClientSession) -> None:
         """Take over a stream."""
-        self.session = session
+        self._turns = turns = ClientTurns(session)
         self._stream = stream
         self._ssl: trio.SSLStream[trio.abc.Stream] | None = None
-        self._turns: TlsTurns | None = None
-        """None in clear text, or if the parts of the stream cannot be borrowed."""
-        self._on_reply: OnReply = session.handle
-        self._received = b""
-        self._unsent = b""
-        """What `flush` sends: encrypted, unless `SSLStream.send_all` does that."""
-        self._costly: ServerReply | None = None
-        """A reply that is handled in a thread."""
-        self._has_pending = False
-        """Something may have been received that was not handled: after the handshake, or when the task is woken."""
-        self._is_interrupted = False
-        self._in_turn = False
-        self._has_ended = False
-        """The server has ended TLS."""
         self._waiting: trio.CancelScope | None = None
         """Interrupts the task where the stream cannot."""
+        self.queue: Final = turns.queue
+        """Has something sent by the next `send`, `flush` or `run`."""
+
+    @property
+    def session(self) -> ClientSession:
+        """The session of the connection."""
+        return self._turns.session
 
     @property
     def tls_session(self) -> ssl.SSLSession | None:
@@ -92,16 +73,11 @@ class ClientConnection:
             raise HandshakeError(f"the TLS handshake failed: {reason_of(exc)}") from exc
         borrowed = TlsTurns.of(self._ssl)
         if borrowed is not None:
-            self._turns, self._unsent = borrowed
-        self._has_pending = True  # the greeting may have come with the end of the handshake
+            self._turns.tls, self._turns.unsent = borrowed
+        self._turns.has_pending = True  # the greeting may have come with the end of the handshake
         self.queue(self.session.tls_started(is_private=is_private))
 
     # ---- sending
-
-    def queue(self, data: bytes) -> None:
-        """Have something sent by the next `send`, `flush` or `run`."""
-        if data:
-            self._unsent += data if self._turns is None else self._turns.encrypt(data)
 
     async def send(self, data: bytes) -> None:
         """Send what is queued, then this."""
@@ -110,23 +86,31 @@ class ClientConnection:
 
     async def flush(self) -> None:
         """Send what is queued."""
-        unsent, self._unsent = self._unsent, b""
+        turns = self._turns
+        unsent, turns.unsent = turns.unsent, b""
         if not unsent:
             return
-        if self._ssl is not None and self._turns is None:
+        if self._is_awaited:
+            assert self._ssl is not None
             await self._ssl.send_all(unsent)
         else:
             await self._stream.send_now(unsent)
 
+    @property
+    def _is_awaited(self) -> bool:
+        """Octets go through the methods of the TLS stream: its parts cannot be borrowed."""
+        return self._ssl is not None and self._turns.tls is None
+
     def send_nowait(self, data: bytes) -> None:
         """Send at once what the socket takes; the task, which is parked in `run`, is woken to send the rest."""
-        if self._ssl is not None and self._turns is None:
-            self._unsent += data
+        turns = self._turns
+        if self._is_awaited:
+            turns.unsent += data
         else:
-            octets = data if self._turns is None else self._turns.encrypt(data)
+            octets = data if turns.tls is None else turns.tls.encrypt(data)
             sent = self._stream.send_nowait(octets)
-            self._unsent += octets[sent:]
-        if self._unsent:
+            turns.unsent += octets[sent:]
+        if turns.unsent:
             self.interrupt()
 
     # ---- turns
@@ -137,44 +121,47 @@ class ClientConnection:
         Sends first what is queued. Returns as well when the session waits for the handshake. Return False at the end
         of the stream.
         """
-        self._on_reply = on_reply
+        turns = self._turns
+        turns.on_reply = on_reply
         await self.flush()
-        if self._has_pending:
-            self._has_pending = False
-            self._received = b""
-            output = self._take_turn(0)
+        if turns.has_pending:
+            turns.has_pending = False
+            output = turns.data_received(0)
             if output is None:
                 return await self._after_turns(-1)
-            self._unsent += output
+            turns.unsent += output
             await self.flush()
-        if self._is_interrupted:
+        if turns.is_interrupted:
             await trio.lowlevel.checkpoint()
             return await self._after_turns(-1)
-        if self._ssl is not None and self._turns is None:
-            return await self._after_turns(await self._run_on_stream(self._ssl))
-        return await self._after_turns(await self._attend())
+        if self._is_awaited:
+            return await self._after_turns(await self._run_on_stream())
+        return await self._after_turns(await self._run_in_poller())
 
     async def _after_turns(self, received: int) -> bool:
-        self._is_interrupted = False
-        reply, self._costly = self._costly, None
+        turns = self._turns
+        turns.is_interrupted = False
+        reply, turns.costly = turns.costly, None
         if reply is None:
-            return received != 0 and not self._has_ended
-        output = await trio.to_thread.run_sync(self._on_reply, reply)
-        self._has_pending = True
+            return received != 0 and not turns.has_ended
+        output = await trio.to_thread.run_sync(turns.on_reply, reply)
+        turns.has_pending = True
         if output is not None:
             self.queue(output)
-            return await self.run(self._on_reply)
+            return await self.run(turns.on_reply)
         return True
 
-    async def _attend(self) -> int:
+    async def _run_in_poller(self) -> int:
         if self._stream.has_poller:
-            return await self._stream.run_protocol(TaskProtocol(self, self._take_turn))
+            return await self._stream.run_protocol(self._turns)
         with trio.CancelScope() as self._waiting:
-            return await self._stream.run_protocol(TaskProtocol(self, self._take_turn))
+            return await self._stream.run_protocol(self._turns)
         return -1
 
-    async def _run_on_stream(self, stream: trio.SSLStream[trio.abc.Stream]) -> int:
+    async def _run_on_stream(self) -> int:
         """Take turns with the public methods of a TLS stream. Return 0 at its end, -1 otherwise."""
+        turns, stream = self._turns, self._ssl
+        assert stream is not None
         while True:
             data: bytes | None = None
             with trio.CancelScope() as self._waiting:
@@ -183,82 +170,31 @@ class ClientConnection:
                 return -1
             if not data:
                 return 0
-            output = self._handle(data)
+            output = turns.handle(data)
             if output is None:
                 return -1
             if output:
                 await stream.send_all(output)
-            if self._is_interrupted:
+            if turns.is_interrupted:
                 return -1
-
-    def recv(self, fd: int, octets: int = _RECEIVE_OCTETS, /) -> int:
-        """Receive for the next turn; see `Wire.recv`."""
-        if self._turns is not None:
-            received = self._turns.recv(fd)
-        else:
-            data = _poller.recv(fd, octets)
-            self._received = data or b""
-            received = -1 if data is None else len(data)
-        if received < 0 and self._is_interrupted:
-            return 1  # a turn without octets, which ends the turns
-        return received
-
-    def _take_turn(self, _: int) -> bytes | None:
-        """Handle what was received. Return what is to be sent, encrypted; None wakes the task."""
-        turns = self._turns
-        self._in_turn = True
-        try:
-            if turns is None:
-                return self._handle(self._received)
-            pieces: list[bytes] = []
-            is_open = turns.decrypt_into(pieces.append)
-            output = self._handle(b"".join(pieces))
-            if not is_open:
-                self._has_ended = True
-                return None
-            return None if output is None else turns.encrypt(output)
-        finally:
-            self._in_turn = False
-
-    def _handle(self, data: bytes) -> bytes | None:
-        """Hand the replies in some octets to the session. Return what is to be sent; None wakes the task."""
-        session = self.session
-        reply = session.single_reply(data)
-        if reply is not None and reply.code != 334:
-            more = self._on_reply(reply)
-            if more is None or session.needs_handshake:
-                return None
-            if self._is_interrupted:
-                self.queue(more)
-                return None
-            return more
-        session.receive_data(data)
-        output = b""
-        while (reply := session.next_reply()) is not None:
-            if reply.code == 334 and session.is_costly:
-                self._costly = reply
-                more = None
-            else:
-                more = self._on_reply(reply)
-            if more is None or session.needs_handshake:
-                self.queue(output)
-                self._has_pending = True
-                return None
-            output += more
-        if self._is_interrupted:
-            self.queue(output)
-            return None
-        return output
 
     def interrupt(self) -> None:
         """Make `run` return, now or the next time it would wait. Not while an answer of a turn is being sent."""
-        self._is_interrupted = True
-        if self._in_turn:
+        self._turns.is_interrupted = True
+        if self._turns.is_in_turn:
             return  # the turn sees to it: a task that was woken now would lose what the turn returns
         if self._waiting is not None:
             self._waiting.cancel()
         else:
             self._stream.interrupt()
+
+    def replace(self, fd: int, session: ClientSession) -> None:
+        """Go on with a new connection, in clear text, and a new session on it: the task in `run` sleeps on.
+
+        For `on_reply`, in place of waking the task to make the connection. Needs a poller. Raise OSError.
+        """
+        self._stream.replace(fd)
+        self._turns.session = session
 
     # ---- the end
 

@@ -44,6 +44,21 @@ async def connect(
         code = sock.connect_ex(address)
         if code == errno.EINPROGRESS:
             code = sock.connect_ex(address)
+    except BaseException:
+        sock.close()
+        raise
+    return await finish_connect(sock, code, poller, timeout=timeout)
+
+
+async def finish_connect(
+    sock: socket.socket,
+    code: int,
+    poller: Poller | None = None,
+    *,
+    timeout: float = math.inf,  # noqa: ASYNC109 - as connect
+) -> SocketStream:
+    """Wait until a connection is made that was begun; `code` is what connect(2) said. Raise OSError."""
+    try:
         if code in _UNDER_WAY:
             with trio.move_on_after(timeout):
                 await trio.lowlevel.wait_writable(sock)

@@ -23,8 +23,10 @@ import itertools
 import os
 import random
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -125,28 +127,43 @@ class _Waiting:
 
 
 class Subscription:
-    """Messages of a subject. Iterate over it, or call `receive`."""
+    """Messages of a subject, for one task. Iterate over it, or call `receive` or `receive_all`."""
 
     def __init__(self, subject: str, sid: bytes, limit: int) -> None:
         self.subject = subject
         self.sid = sid
         self.dropped = 0
         """Messages that came while `limit` were waiting already."""
-        self._send, self._receive = trio.open_memory_channel[Message](limit)
+        self._limit = limit
+        self._waiting: deque[Message] = deque()
+        self._has_some = trio.Event()
 
     def deliver(self, message: Message) -> None:
         """Take a message from the connection."""
-        try:
-            self._send.send_nowait(message)
-        except trio.WouldBlock:
+        if len(self._waiting) >= self._limit:
             self.dropped += 1
+            return
+        self._waiting.append(message)
+        if not self._has_some.is_set():
+            self._has_some.set()
 
     async def receive(self) -> Message:
         """Return the next message."""
-        return await self._receive.receive()
+        while not self._waiting:
+            self._has_some = trio.Event()
+            await self._has_some.wait()
+        return self._waiting.popleft()
 
-    def __aiter__(self) -> AsyncIterator[Message]:
-        return self._receive.__aiter__()
+    async def receive_all(self) -> Sequence[Message]:
+        """Return all messages that wait, at least one. A wake-up for each would cost more than the message."""
+        found = deque([await self.receive()])
+        found += self._waiting
+        self._waiting.clear()
+        return found
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        while True:
+            yield await self.receive()
 
 
 class _Connection:
@@ -189,15 +206,15 @@ class _Connection:
         if not self._has_output.is_set():
             self._has_output.set()
 
-    def send_request(self, request: Request, done: Done, deadline: float) -> bytes:
+    def send_request(self, subject: str, data: bytes, headers: bytes, done: Done, deadline: float) -> bytes:
         """Send a request; `done` gets the answer or the error. Return its number. Raise OverloadedError."""
-        octets = len(request.data) + len(request.headers)
+        octets = len(data) + len(headers)
         client = self._client
         if len(self.waiting) >= client.most_waiting or (self.octets and self.octets + octets > client.most_octets):
             raise OverloadedError(f"{len(self.waiting)} requests of {self.octets} octets are waiting")
         self.check_capacity()
         number = b"%d" % next(self._numbers)
-        self.send(make_publish(request.subject, f"{self._inbox}{number.decode()}", request.headers, request.data))
+        self.send(make_publish(subject, f"{self._inbox}{number.decode()}", headers, data))
         self.waiting[number] = _Waiting(done, deadline, octets)
         self.octets += octets
         return number
@@ -511,12 +528,8 @@ class NatsClient:
         """Send a request and return the answer. Raise NatsError (see the rules above)."""
         await trio.lowlevel.checkpoint_if_cancelled()
         connection = self._connection()
-        task = trio.lowlevel.current_task()
-
-        def done(result: outcome.Outcome[Message]) -> None:
-            trio.lowlevel.reschedule(task, result)
-
-        number = connection.send_request(Request(subject, data, headers), done, trio.current_time() + timeout)
+        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
+        number = connection.send_request(subject, data, headers, done, trio.current_time() + timeout)
 
         def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
             connection.forget(number)
@@ -549,7 +562,7 @@ class NatsClient:
             if connection is None:
                 break
             try:
-                numbers.append(connection.send_request(request, done_at(place), deadline))
+                numbers.append(connection.send_request(*request, done_at(place), deadline))
                 left += 1
             except OverloadedError as exc:
                 answers[place] = exc

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -216,6 +217,11 @@ class Nkey:
     def sign(self, nonce: str) -> str:
         """Return the signature of a nonce, as CONNECT has it."""
         return base64.urlsafe_b64encode(self._key.sign(nonce.encode())).decode().rstrip("=")
+
+
+def read_nkey(path: Path) -> Nkey:
+    """Return the key whose seed is the first line of a file. Raise OSError or NkeyError."""
+    return Nkey(path.read_text(encoding="utf-8").partition("\n")[0].strip())
 
 
 def _checksum(data: bytes) -> bytes:

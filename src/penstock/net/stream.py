@@ -231,6 +231,10 @@ class SocketStream(trio.abc.HalfCloseableStream):
         """End the wait of a task in `run_protocol`, with -1; do nothing where none sleeps there. Needs a poller."""
         self._socket.interrupt()
 
+    def replace(self, fd: int) -> None:
+        """Close the socket and go on with another one, while a task is in `run_protocol`. Needs a poller."""
+        self._socket.replace(fd)
+
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive up to `max_bytes` (65,536 by default); b"" is the end of the stream."""
         if max_bytes is not None and max_bytes < 1:

@@ -49,6 +49,7 @@ class _Guard:
         self._breaker.probe()
         cause = ""
         answer: object = None
+        began = trio.current_time()
         # The `try` is outside of the scope: exceptions that a nursery of the hook raises while the deadline cancels it
         # leave the scope as a group, after the scope has removed its Cancelled from it.
         try:
@@ -69,6 +70,9 @@ class _Guard:
                 self._breaker.abandon()
                 raise
             cause = _cause_of(exc)
+        if self._journal.counters is not None:
+            seconds = trio.current_time() - began
+            self._journal.counters.observe("policy_seconds", seconds, check=self._settings.hook, milestone=hook_point)
         if cause:
             self.fail(hook_point, cause)
             return _FAILED

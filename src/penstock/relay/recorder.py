@@ -1,8 +1,8 @@
 """Records how attempts ended, in batches, with the reports that follow from it.
 
-The relay reports the end of an attempt and continues; it does not wait for the disk. What has been reported meanwhile
-becomes one transaction of the spool, which joins those of the clients. A report enters the spool in the transaction
-that removes the recipients it is about: after a crash there are both or neither.
+The relay reports the end of an attempt and continues; it does not wait for the disk. What is reported within a few
+milliseconds becomes one transaction of the spool, which joins those of the clients. A report enters the spool in the
+transaction that removes the recipients it is about: after a crash there are both or neither.
 
 A message from the null sender that fails is a report that cannot be delivered, or spam that looks like one. It is
 journaled and dropped (RFC 5321 4.5.5, 6.1): to keep it would fill the disk with mail that is never read.
@@ -24,6 +24,11 @@ from penstock.spool.entry import AttemptRecord, Entry, Row
 from penstock.spool.entry import Outcome as End
 from penstock.spool.queue import DurableQueue
 
+_GATHER: Final = 0.02
+"""Seconds for which results are gathered: a transaction for each message of a slow client costs as much as the message.
+No message waits for it; a server that is killed meanwhile delivers again what was not written."""
+_MANY: Final = 256
+"""Recipients whose results are written at once."""
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 30.0
 """Seconds before a spool that could not be written is tried again."""
@@ -76,6 +81,7 @@ class AttemptRecorder:
         self._reports: dict[tuple[int, Action], _Report] = {}
         """By message and action: one report for all recipients of a message whose attempts end together."""
         self._has_something = trio.Event()
+        self._has_many = trio.Event()
         self._writing = 0
         """Recipients in the current transaction."""
 
@@ -114,8 +120,14 @@ class AttemptRecorder:
             entry.body.close()
         else:
             self._conclude(entry, results, is_final, is_stopping, "backing off: " if is_backing_off else "")
+        self._note()
+
+    def _note(self) -> None:
+        """Let results be written soon."""
         if not self._has_something.is_set():
             self._has_something.set()
+        if len(self._records) >= _MANY and not self._has_many.is_set():
+            self._has_many.set()
 
     def _count(self, entry: Entry, results: Sequence[Result], is_stopping: bool) -> None:
         assert self.on_result is not None
@@ -128,13 +140,13 @@ class AttemptRecorder:
         """Record that there was no attempt after all: the recipients are due again at a time."""
         self._records += [AttemptRecord(row.number, row.queue, End.RETURNED, "", when) for row in entry.rows]
         entry.body.close()
-        self._has_something.set()
+        self._note()
 
     def defer(self, entry: Entry, when: float) -> None:
         """Have all recipients tried again at a time, whatever else was recorded of them."""
         reply = "internal error"
         self._records += [AttemptRecord(row.number, row.queue, End.DEFERRED, reply, when) for row in entry.rows]
-        self._has_something.set()
+        self._note()
 
     def _conclude(
         self,
@@ -216,6 +228,8 @@ class AttemptRecorder:
         task_status.started()
         while True:
             await self._has_something.wait()
+            with trio.move_on_after(_GATHER):
+                await self._has_many.wait()
             await self._write()
 
     async def flush(self) -> None:
@@ -225,7 +239,7 @@ class AttemptRecorder:
 
     async def _write(self, *, tries: int = 0) -> None:
         """Write what was recorded so far in one transaction. Repeat that while it fails, `tries` times if set."""
-        self._has_something = trio.Event()
+        self._has_something, self._has_many = trio.Event(), trio.Event()
         records, self._records = self._records, []
         reports, self._reports = list(self._reports.values()), {}
         if not records:

@@ -14,7 +14,6 @@ of more than 128 MiB does not fit into memory: its first MiB is kept there, and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ import trio
 
 from penstock import reply as replies
 from penstock.delivery.base import Delivery
+from penstock.files import is_disk_full
 from penstock.message import Message
 from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
@@ -46,7 +46,6 @@ _CUT_AT: Final = 1 << 20
 """Octets that are kept of a message that does not fit into memory."""
 _MAX_HEADER: Final = 65_536
 """Octets of a header that are searched."""
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _TOO_LONG: Final = Reply(552, "5.3.4", "The message is too long to be kept")
 _STORES: Final[dict[str, Callable[[Path], Store]]] = {
     "maildir": MaildirStore,
@@ -327,24 +326,31 @@ class KeepingDelivery(Delivery):
         self._has_finished.set()
 
     async def _write(self, batch: Sequence[_Waiting]) -> None:
-        """Write messages to all files, or to none, and answer them."""
-        failure: Reply | None = None
+        """Write messages, each to all files or to none, and answer them. One that cannot be written fails alone."""
+        failure = await self._write_together(batch)
+        if failure is not None and len(batch) > 1:
+            for each in batch:
+                await self._write([each])
+            return
+        self.failures += failure is not None
+        for each in batch:
+            each.reply = failure or self._kept(each.kept)
+            each.written.set()
+
+    async def _write_together(self, batch: Sequence[_Waiting]) -> Reply | None:
+        """Write messages to all files, or to none. Return why that failed."""
         messages = [each.message for each in batch]
         undos: list[Undo] = []
         try:
             for store in self._stores:
                 undos.append(await trio.to_thread.run_sync(store.write, messages))  # noqa: PERF401 - one may raise
         except Exception as exc:  # noqa: BLE001 - whatever it is, these messages were not kept
-            is_full = isinstance(exc, OSError) and exc.errno in _FULL
-            failure = (replies.DISK_FULL if is_full else replies.TRY_LATER).because(str(exc))
-            self.failures += len(batch)
             self.last_failure = str(exc)
             for undo in reversed(undos):
                 with contextlib.suppress(OSError):  # a message without a 250 may stay: its sender tries again
                     await trio.to_thread.run_sync(undo)
-        for each in batch:
-            each.reply = failure or self._kept(each.kept)
-            each.written.set()
+            return (replies.DISK_FULL if is_disk_full(exc) else replies.TRY_LATER).because(str(exc))
+        return None
 
     async def aclose(self) -> None:
         """Write what is waiting, and close the files."""

@@ -55,7 +55,7 @@ class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     total: Annotated[int, Meta(description="Connections, including refused ones")]
     open: Annotated[int, Meta(description="Connections that are open now")]
-    peak: Annotated[int, Meta(description="Maximum number of simultaneous connections")]
+    peak: Annotated[int, Meta(description="Maximum number of simultaneous connections; of each worker, added up")]
     tls: Annotated[int, Meta(description="Completed TLS handshakes")]
     tls_failed: Annotated[int, Meta(description="Failed TLS handshakes")]
     ends: Annotated[dict[str, int], Meta(description="Connections by cause of their end; after 64 causes, `others`")]

@@ -12,7 +12,6 @@ import base64
 import itertools
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from typing import BinaryIO, Final, Protocol, cast
 
 import msgspec
 
+from penstock.delivery.maildirfiles import Copy, MaildirFiles, make_maildir
 from penstock.message import Message, Recipient
 
 _FROM: Final = re.compile(rb"^(>*From )", re.MULTILINE)
@@ -60,29 +60,25 @@ class MaildirStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._numbers = itertools.count()
-        self._host = socket.gethostname().replace("/", r"\057").replace(":", r"\072")
+        self._files = MaildirFiles(is_synced=False)
 
     def open(self) -> None:
         """Create the folders."""
-        for name in ("tmp", "new", "cur"):
-            (self._path / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_maildir(self._path, is_synced=False)
 
     def write(self, messages: Sequence[Message]) -> Undo:
         """Write a file for each."""
-        return _each(messages, self._write)
-
-    def _write(self, message: Message) -> Undo:
-        name = f"{int(message.received_at)}.P{os.getpid()}Q{next(self._numbers)}I{message.id}.{self._host}"
-        unfinished, finished = self._path / "tmp" / name, self._path / "new" / name
-        try:
-            with _open_private(unfinished, "xb") as file:
-                _write_all(file, message.body.chunks())
-            unfinished.rename(finished)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        return partial(finished.unlink, missing_ok=True)  # a mail reader may have moved it
+        copies = (Copy(self._path, b""),)
+        written = self._files.write([(message, copies) for message in messages])
+        undos: list[Undo] = [
+            partial((self._path / "new" / name).unlink, missing_ok=True) for name in written if isinstance(name, str)
+        ]
+        undo = partial(_undo_all, undos)  # a mail reader may have moved some of them
+        failure = next((each for each in written if isinstance(each, Exception)), None)
+        if failure is not None:
+            undo()
+            raise failure
+        return undo
 
     def close(self) -> None:
         """Do nothing."""
@@ -263,18 +259,19 @@ def _rcpt_of(recipient: Recipient) -> str:
 def _each(messages: Sequence[Message], write: Callable[[Message], Undo]) -> Undo:
     """Write one message after the other. Return what removes all of them, the last one first."""
     undos: list[Undo] = []
-
-    def undo() -> None:
-        while undos:
-            undos.pop()()
-
     try:
         for message in messages:
             undos.append(write(message))  # noqa: PERF401 - one may raise
     except OSError:
-        undo()
+        _undo_all(undos)
         raise
-    return undo
+    return partial(_undo_all, undos)
+
+
+def _undo_all(undos: list[Undo]) -> None:
+    """Call all of them, the last one first."""
+    while undos:
+        undos.pop()()
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:

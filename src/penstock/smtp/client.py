@@ -1,3 +1,4 @@
+# cython: wraparound=True
 r"""What a client sends to a server, and what the replies mean (RFC 5321, 2920, 3030, 4954, 6531). No I/O.
 
 `ClientSession` (penstock.smtp.client_session) puts these parts into order.
@@ -7,6 +8,8 @@ r"""What a client sends to a server, and what the replies mean (RFC 5321, 2920, 
 >>> capabilities = Capabilities.of(reader.next())
 >>> capabilities.size
 1000
+
+This file is compiled as it stands (client.pxd has the C types).
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ MAX_LINES: Final = 500
 """Lines in a reply, and blank lines before the greeting."""
 _MAX_CACHED: Final = 2048
 """Octets of a reply of several lines that is not parsed again if another connection has got the same."""
+_MAX_SINGLE: Final = 200
+"""Octets of a reply of one line that is kept, to be found instead of parsed when it is received again."""
+_MAX_KEPT: Final = 512
+"""Replies that are kept."""
 _MAX_SHOWN: Final = 100
 """Characters of a malformed line that an error shows."""
 _MAX_TEXT: Final = 1000
@@ -98,6 +105,10 @@ class ServerReply(NamedTuple):
         return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
+_SINGLE: Final[dict[bytes, ServerReply]] = {}
+"""Replies of one line by their octets."""
+
+
 class ReplyReader:
     """Splits the octets received from a server into replies (RFC 5321 4.2).
 
@@ -106,35 +117,48 @@ class ReplyReader:
     as Postfix does. Blank lines before the greeting are skipped.
     """
 
-    __slots__ = ("_buffer", "_has_greeting", "_lines", "_start")
-
     def __init__(self) -> None:
         self._buffer = b""
         self._start = 0
-        """Where the next line begins in the buffer."""
         self._lines: list[str] = []
         self._has_greeting = False
 
     def feed(self, data: bytes | bytearray) -> None:
         """Add received octets."""
-        self._buffer = self._buffer[self._start :] + data if self._start < len(self._buffer) else bytes(data)
+        octets = bytes(data)
+        self._buffer = self._buffer[self._start :] + octets if self._start < len(self._buffer) else octets
         self._start = 0
 
     def single(self, data: bytes) -> ServerReply | None:
         """Return the reply if the octets are exactly one reply of one line, and nothing is left over from before.
 
-        Most replies are received like this, and cost a fifth of what `feed` and `next` do, which are for all others.
+        Most replies are received like this, and most have been received before.
         """
-        code = _CODES.get(data[:4])
-        if code is None or data.find(b"\n") != len(data) - 1 or len(data) > MAX_LINE or self._buffer or self._lines:
+        if self._buffer or self._lines:
             return None
+        kept = _SINGLE
+        reply = kept.get(data)
+        if reply is None:
+            size = len(data)
+            code = _CODES.get(data[:4])
+            if code is None or data.find(b"\n") != size - 1 or size > MAX_LINE:
+                return None
+            reply = ServerReply(code, (data[4:].translate(None, b"\r\n").decode("utf-8", "replace"),))
+            if size <= _MAX_SINGLE:
+                if len(kept) >= _MAX_KEPT:
+                    kept.clear()
+                kept[data] = reply
         self._has_greeting = True
-        text = data[4:].translate(None, b"\r\n").decode("utf-8", "replace")
-        return tuple.__new__(ServerReply, (code, (text,)))  # without the Python frame of a NamedTuple's __new__
+        return reply
+
+    @property
+    def waiting(self) -> int:
+        """Octets of an incomplete line."""
+        return len(self._buffer) - self._start
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is left over, not even part of a reply."""
+        """Whether nothing is left over, not even part of a reply."""
         return self._start == len(self._buffer) and not self._lines
 
     def next(self) -> ServerReply | None:

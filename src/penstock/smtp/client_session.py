@@ -1,3 +1,4 @@
+# cython: wraparound=True
 """The client's role of SMTP and LMTP on one connection, beside the server's (penstock.smtp.server). No I/O.
 
     GREETING -> EHLO [-> HELO] [-> STARTTLS -> HANDSHAKE -> EHLO] [-> AUTH] -> READY <-> transactions -> QUIT -> CLOSED
@@ -22,11 +23,14 @@ Rules
    sent and until the reply is read, the server may or may not have taken the message (RFC 1047): `is_in_doubt`.
 3. A transaction that leaves the server with half a transaction sends RSET itself. The next one may be pipelined after
    it, or after the end of a text (RFC 2920 3.1): `ClientSession.begin`.
+
+This file is compiled as it stands (client_session.pxd has the C types): what a reply costs decides what the generator
+and the relay cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final, Literal
@@ -71,6 +75,26 @@ class Step(StrEnum):  # a StrEnum is hashed faster than an Enum
     """The server has replied to QUIT."""
 
 
+# Global names: before Python 3.12 the lookup of an enum member costs as much as handling the reply.
+_GREETING: Final = Step.GREETING
+_EHLO: Final = Step.EHLO
+_HELO: Final = Step.HELO
+_LHLO: Final = Step.LHLO
+_STARTTLS: Final = Step.STARTTLS
+_HANDSHAKE: Final = Step.HANDSHAKE
+_AUTH: Final = Step.AUTH
+_READY: Final = Step.READY
+_MAIL: Final = Step.MAIL
+_RCPT: Final = Step.RCPT
+_DATA: Final = Step.DATA
+_TEXT: Final = Step.TEXT
+_FINAL: Final = Step.FINAL
+_RSET: Final = Step.RSET
+_DONE: Final = Step.DONE
+_QUIT: Final = Step.QUIT
+_CLOSED: Final = Step.CLOSED
+
+_NOTHING_OFFERED: Final = Capabilities()
 _EXPECTED: Final = {Step.DATA: (3, 3), Step.AUTH: (2, 3)}
 """The first digits of replies that are no refusal, where 2xx is not the only one (RFC 5321 4.3.2)."""
 _ANY_2XX: Final = (2, 2)
@@ -139,7 +163,7 @@ class ClientSession:
         `is_private`: the password may be shown on this connection even without TLS (a unix socket). `chunking`: use
         BDAT if offered. `max_recipients`: of a transaction, if the server accepts as many.
         """
-        self.capabilities = Capabilities()
+        self.capabilities = _NOTHING_OFFERED
         self.transaction: ClientTransaction | None = None
         """The transaction whose replies come next."""
         self.is_encrypted = False
@@ -155,21 +179,27 @@ class ClientSession:
         """Recipients of a transaction."""
         self.needs_handshake = False
         """The driver has to negotiate TLS, and then to call `tls_started`."""
-        self._reader = reader = ReplyReader()
-        self.single_reply: Final = reader.single
-        """Returns the reply if some octets are exactly one: instead of `receive_data` and `next_reply`."""
-        self.receive_data: Final = reader.feed
-        """Adds received octets, decrypted."""
-        self.next_reply: Final = reader.next
-        """Returns the next reply, for `handle`; None until it is complete. Raises ProtocolError."""
+        self._reader = ReplyReader()
         self._following: ClientTransaction | None = None
         """The transaction that was begun while the replies to another one are awaited."""
-        self._step = Step.GREETING
+        self._step = _GREETING
         self._exchange: AuthExchange | None = None
         self._opening = self._open()
         next(self._opening)
 
     # ---- input
+
+    def single_reply(self, data: bytes) -> ServerReply | None:
+        """Return the reply if some octets are exactly one: in place of `receive_data` and `next_reply`."""
+        return self._reader.single(data)
+
+    def receive_data(self, data: bytes | bytearray) -> None:
+        """Add received octets, decrypted."""
+        self._reader.feed(data)
+
+    def next_reply(self) -> ServerReply | None:
+        """Return the next reply, for `handle`; None until it is complete. Raise ProtocolError."""
+        return self._reader.next()
 
     @property
     def step(self) -> Step:
@@ -181,7 +211,7 @@ class ClientSession:
     def is_costly(self) -> bool:
         """Handling a 334 now may take up to half a second of computing (SCRAM): do it in a thread."""
         exchange = self._exchange
-        return self._step is Step.AUTH and exchange is not None and exchange.mechanism not in CLEAR_TEXT
+        return self._step is _AUTH and exchange is not None and exchange.mechanism not in CLEAR_TEXT
 
     def handle(self, reply: ServerReply) -> bytes:
         """Take the reply to the earliest command without one. Return what is to be sent, perhaps nothing."""
@@ -190,13 +220,13 @@ class ClientSession:
         transaction = self.transaction
         if transaction is not None:
             output = transaction.handle(reply)
-            if transaction.step is Step.DONE:
+            if transaction.step is _DONE:
                 self.transaction, self._following = self._following, None
             return output
-        if self._step is Step.QUIT:
-            self._step = Step.CLOSED
+        if self._step is _QUIT:
+            self._step = _CLOSED
             return b""
-        if self._step in (Step.READY, Step.HANDSHAKE, Step.CLOSED):
+        if self._step in (_READY, _HANDSHAKE, _CLOSED):
             raise ProtocolError(f"a reply to no command: {reply.text}")
         check_reply(self._step, reply)
         return self._advance(reply)
@@ -211,7 +241,7 @@ class ClientSession:
         self.is_encrypted = True
         self.needs_handshake = False
         self._is_private = self._is_private or is_private
-        if self._step is Step.GREETING:
+        if self._step is _GREETING:
             return b""
         self._opening = self._open_encrypted()
         output, self._step = next(self._opening)
@@ -221,19 +251,19 @@ class ClientSession:
         try:
             output, self._step = self._opening.send(reply)
         except StopIteration:
-            if self._step is not Step.HANDSHAKE:
-                self._step = Step.READY
+            if self._step is not _HANDSHAKE:
+                self._step = _READY
             return b""
         return output
 
     def _open(self) -> Opening:
-        reply = yield b"", Step.GREETING
+        reply = yield b"", _GREETING
         if reply.code != 220:
             raise OpeningError(reply.text, reply.status, reply)
         yield from self._hello()
         if not self.is_encrypted and self._starttls != "never":
             if self.capabilities.starttls:
-                reply = yield b"STARTTLS\r\n", Step.STARTTLS
+                reply = yield b"STARTTLS\r\n", _STARTTLS
                 if reply.code == 220:
                     self._expect_handshake()
                     return
@@ -252,11 +282,11 @@ class ClientSession:
         """Raise ProtocolError if clear text follows the 220: an attacker may have inserted it (RFC 3207 6)."""
         if not self._reader.is_empty:
             raise ProtocolError("the server sent something between STARTTLS and TLS")
-        self._step = Step.HANDSHAKE
+        self._step = _HANDSHAKE
         self.needs_handshake = True
 
     def _hello(self) -> Opening:
-        step = Step.LHLO if self._lmtp else Step.EHLO
+        step = _LHLO if self._lmtp else _EHLO
         reply = yield step.encode() + b" " + self._hostname + b"\r\n", step
         if reply.code == 250:
             found = Capabilities.of(reply)
@@ -264,8 +294,8 @@ class ClientSession:
             self.max_recipients = min(self.max_recipients, found.max_recipients)
             return
         if reply.code in _EHLO_UNKNOWN and not self._lmtp:
-            reply = yield b"HELO " + self._hostname + b"\r\n", Step.HELO
-            self.capabilities = Capabilities()
+            reply = yield b"HELO " + self._hostname + b"\r\n", _HELO
+            self.capabilities = _NOTHING_OFFERED
             self.max_recipients = min(self.max_recipients, self.capabilities.max_recipients)
         if reply.code != 250:
             raise OpeningError(reply.text, reply.status, reply)
@@ -278,9 +308,9 @@ class ClientSession:
         except CannotSendError as exc:
             raise OpeningError(f"AUTH: {exc}", exc.status) from exc
         self._exchange = exchange
-        reply = yield exchange.start(), Step.AUTH
+        reply = yield exchange.start(), _AUTH
         while reply.code == 334:
-            reply = yield exchange.respond(reply), Step.AUTH
+            reply = yield exchange.respond(reply), _AUTH
         if reply.code != 235:
             raise OpeningError(f"AUTH was refused: {reply.text}", reply.status, reply)
         exchange.finish()
@@ -292,8 +322,8 @@ class ClientSession:
         """A transaction can begin now: none is under way, or a pipelined one waits for its last replies only."""
         transaction = self.transaction
         if transaction is None:
-            return self._step is Step.READY
-        return self._following is None and transaction.pipelining and transaction.step in (Step.FINAL, Step.RSET)
+            return self._step is _READY
+        return self._following is None and transaction.pipelining and transaction.step in (_FINAL, _RSET)
 
     def begin(self, transaction: ClientTransaction) -> bytes:
         """Begin a transaction; see `can_begin`. Return what is to be sent."""
@@ -306,18 +336,12 @@ class ClientSession:
 
     def quit(self) -> bytes:
         """End the session. Return what is to be sent."""
-        self._step = Step.QUIT
+        self._step = _QUIT
         return b"QUIT\r\n"
 
 
 class ClientTransaction:
     """One mail transaction: what is sent, and what each reply means for which recipient."""
-
-    __slots__ = (
-        "_has_size", "_octets_left", "_pieces", "_position", "_rcpts", "_stuffer", "accepted", "chunking",
-        "chunking_refused", "is_broken", "is_in_doubt", "is_question", "lmtp", "mail", "mail_reply", "outcomes",
-        "pipelining", "step", "too_many",
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -341,7 +365,7 @@ class ClientTransaction:
         self.chunking = chunking
         self.lmtp = lmtp
         self.is_question = is_question
-        self.step = Step.MAIL
+        self.step = _MAIL
         self.mail_reply: ServerReply | None = None
         self.outcomes: list[ServerReply | None] = [None] * len(rcpts)
         """For each recipient the reply that decided it; None as long as there is none."""
@@ -367,7 +391,7 @@ class ClientTransaction:
     @property
     def has_result(self) -> bool:
         """Every recipient has its outcome, or none is possible any more."""
-        return self.step is Step.DONE or self.step is Step.RSET
+        return self.step is _DONE or self.step is _RSET
 
     @property
     def is_accepted(self) -> bool:
@@ -424,39 +448,51 @@ class ClientTransaction:
     def end_text(self) -> None:
         """Note that the end of the text is about to be sent: from here on the message may have been taken."""
         self.is_in_doubt = True
-        if self.step is Step.TEXT:
-            self.step = Step.FINAL
+        if self.step is _TEXT:
+            self.step = _FINAL
 
     # ---- replies
 
     def handle(self, reply: ServerReply) -> bytes:
         """Take the reply to the earliest command without one. Return what is to be sent. Raise ProtocolError."""
-        code = reply.code
-        if code < 400 and code // 100 != (3 if self.step is Step.DATA else 2):
-            check_reply(self.step, reply)
-        return _HANDLERS[self.step](self, reply)
+        code, step = reply.code, self.step
+        if code < 400 and code // 100 != (3 if step is _DATA else 2):
+            check_reply(step, reply)
+        if step is _MAIL:
+            return self._on_mail(reply, code)
+        if step is _RCPT:
+            return self._on_rcpt(reply, code)
+        if step is _DATA:
+            return self._on_data(reply, code)
+        if step is _FINAL:
+            return self._on_final(reply, code)
+        if step is _TEXT:
+            return self._on_text(reply, code)
+        assert step is _RSET
+        self.step = _DONE
+        return b""
 
-    def _on_mail(self, reply: ServerReply) -> bytes:
+    def _on_mail(self, reply: ServerReply, code: int) -> bytes:
         self.mail_reply = reply
-        self.step = Step.RCPT
-        if reply.code < 300:
+        self.step = _RCPT
+        if code < 300:
             return b"" if self.pipelining else self._rcpts[0]
         self.outcomes = [reply] * len(self.outcomes)
         if not self.pipelining:
-            self.step = Step.DONE
+            self.step = _DONE
         return b""
 
-    def _on_rcpt(self, reply: ServerReply) -> bytes:
+    def _on_rcpt(self, reply: ServerReply, code: int) -> bytes:
         position = self._position
         self._position += 1
         assert self.mail_reply is not None
         if self.mail_reply.code >= 300:
             pass  # MAIL was refused: the replies to the commands pipelined after it mean nothing
-        elif reply.code < 300:
+        elif code < 300:
             self.accepted.append(position)
             if self.is_question:
                 self.outcomes[position] = reply
-        elif self.accepted and reply.code in (452, 552) and reply.enhanced_status in _TOO_MANY:
+        elif self.accepted and code in (452, 552) and reply.enhanced_status in _TOO_MANY:
             self.too_many.append(position)
         else:
             self.outcomes[position] = reply
@@ -466,42 +502,42 @@ class ClientTransaction:
         if self.is_question:
             return self._finish()
         if self.pipelining and not self.chunking:
-            self.step = Step.DATA
+            self.step = _DATA
             return b""
         if not self.accepted:
             return self._finish()
-        self.step = Step.TEXT if self.chunking else Step.DATA
+        self.step = _TEXT if self.chunking else _DATA
         return b"" if self.chunking else b"DATA\r\n"
 
-    def _on_data(self, reply: ServerReply) -> bytes:
-        if reply.code < 400:
+    def _on_data(self, reply: ServerReply, code: int) -> bytes:
+        if code < 400:
             if self.accepted:
-                self.step = Step.TEXT
+                self.step = _TEXT
                 return b""
-            self.step = Step.FINAL
+            self.step = _FINAL
             return b".\r\n"  # RFC 2920 3.1: a server that wants a text for no recipient gets an empty one
         self._decide(reply)
         return self._finish()
 
-    def _on_text(self, reply: ServerReply) -> bytes:
+    def _on_text(self, reply: ServerReply, code: int) -> bytes:
         """Take a reply while the text is being sent: to a piece of it, or a refusal before its end."""
-        if self._pieces and reply.code < 300:
+        if self._pieces and code < 300:
             self._pieces -= 1
             return b""
-        if reply.code < 300:
-            raise ProtocolError(f"{reply.code} before the end of the text: {reply.text}")
-        self._refuse_text(reply)
+        if code < 300:
+            raise ProtocolError(f"{code} before the end of the text: {reply.text}")
+        self._refuse_text(reply, code)
         self.is_broken = True
-        self.step = Step.DONE
+        self.step = _DONE
         return b""
 
-    def _on_final(self, reply: ServerReply) -> bytes:
+    def _on_final(self, reply: ServerReply, code: int) -> bytes:
         if self._pieces:
-            return self._on_text(reply)
+            return self._on_text(reply, code)
         if not self.accepted:
             return self._finish()
-        if self.chunking and reply.code in _BDAT_UNKNOWN:
-            return self._on_text(reply)  # the octets of the text may have been read as commands
+        if self.chunking and code in _BDAT_UNKNOWN:
+            return self._on_text(reply, code)  # the octets of the text may have been read as commands
         if not self.lmtp:
             self._decide(reply)
         else:
@@ -510,16 +546,12 @@ class ClientTransaction:
             if self._position < len(self.accepted):
                 return b""
         self.is_in_doubt = False
-        self.step = Step.DONE
+        self.step = _DONE
         return b""
 
-    def _on_rset(self, _: ServerReply) -> bytes:
-        self.step = Step.DONE
-        return b""
-
-    def _refuse_text(self, reply: ServerReply) -> None:
+    def _refuse_text(self, reply: ServerReply, code: int) -> None:
         self.is_in_doubt = False
-        if self.chunking and reply.code in _BDAT_UNKNOWN:
+        if self.chunking and code in _BDAT_UNKNOWN:
             self.chunking_refused = True
         else:
             self._decide(reply)
@@ -532,17 +564,7 @@ class ClientTransaction:
         """End without a text. Return the RSET that a transaction begun on the server needs."""
         assert self.mail_reply is not None
         if self.mail_reply.code >= 300:
-            self.step = Step.DONE
+            self.step = _DONE
             return b""
-        self.step = Step.RSET
+        self.step = _RSET
         return b"RSET\r\n"
-
-
-_HANDLERS: Final[dict[Step, Callable[[ClientTransaction, ServerReply], bytes]]] = {
-    Step.MAIL: ClientTransaction._on_mail,  # noqa: SLF001 - the table of this class
-    Step.RCPT: ClientTransaction._on_rcpt,  # noqa: SLF001
-    Step.DATA: ClientTransaction._on_data,  # noqa: SLF001
-    Step.TEXT: ClientTransaction._on_text,  # noqa: SLF001
-    Step.FINAL: ClientTransaction._on_final,  # noqa: SLF001
-    Step.RSET: ClientTransaction._on_rset,  # noqa: SLF001
-}

@@ -24,6 +24,7 @@ from penstock.config import Settings, from_table
 from penstock.server.connection import Connection
 from penstock.server.dialog import DialogObserver
 from penstock.server.worker import BoundListener
+from penstock.sink.accept_all import ACCEPT_ALL_MECHANISMS, AcceptAllAuthenticator
 from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.injector import fault_injection
 from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
@@ -70,6 +71,15 @@ def _settings_of(
     )
 
 
+def _with_any_auth(settings: Settings) -> Settings:
+    """Return the settings with the mechanisms of `AcceptAllAuthenticator`, which are no values of a configuration."""
+    replace = msgspec.structs.replace
+    (listener,) = settings.listener
+    assert listener.auth is not None
+    auth = replace(listener.auth, mechanisms=ACCEPT_ALL_MECHANISMS)
+    return replace(settings, listener=(replace(listener, auth=auth),))
+
+
 def _place_of(bound: BoundListener) -> tuple[str, int]:
     """Return the address and port of a bound listener, or the path of a unix socket and 0."""
     address, port = bound.local_address
@@ -113,6 +123,7 @@ class SmtpServer:
         require_tls: bool = False,
         users: Mapping[str, str] | None = None,
         require_auth: bool = False,
+        accept_any_auth: bool = False,
         lmtp: bool = False,
         max_size: int = 26_214_400,
         domains: Sequence[str] | None = None,
@@ -131,7 +142,8 @@ class SmtpServer:
 
         `tls`: "starttls" offers it after EHLO, "implicit" starts with it; `require_tls` refuses mail before STARTTLS.
         `users`: passwords by name; with them AUTH is offered (SCRAM-SHA-256, PLAIN, LOGIN; without TLS as well if
-        `tls` is "none"), and `require_auth` refuses mail without it.
+        `tls` is "none"), and `require_auth` refuses mail without it. `accept_any_auth`: in place of users, accept every
+        name and password (PLAIN, LOGIN, CRAM-MD5, XOAUTH2, OAUTHBEARER), with and without TLS.
         `lmtp`: LMTP: LHLO, and a reply for each recipient.
         `max_size`: octets of a message (SIZE); 0 is no limit.
         `domains`: accepted without AUTH; None accepts all.
@@ -149,8 +161,10 @@ class SmtpServer:
         `authority`: issuer of the server's certificate; by default one per process.
         """
         self._users = dict(users or {})
-        if require_auth and not users:
-            raise ValueError("require_auth=True needs users={name: password}")
+        if require_auth and not (users or accept_any_auth):
+            raise ValueError("require_auth=True needs users={name: password} or accept_any_auth=True")
+        if accept_any_auth and users:
+            raise ValueError("accept_any_auth=True and users={...} are mutually exclusive")
         if require_tls and tls == "none":
             raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
         if not all(type(text) is str and text for pair in self._users.items() for text in pair):
@@ -168,9 +182,12 @@ class SmtpServer:
             # As the sink: senders of tests have bare line ends (`message.as_bytes()`), and servers accept them.
             "wire": {"bare_lf": "accept", "bare_cr": "accept", "nul": "accept", "long_line": "accept"},
         }
-        if users:
-            table["auth"] = {"required": require_auth, "without_tls": tls == "none"}
+        self._accepts_any_auth = accept_any_auth
+        if users or accept_any_auth:
+            table["auth"] = {"required": require_auth, "without_tls": tls == "none" or accept_any_auth}
         self._settings = _settings_of(_joined(table, listener or {}), hostname, domains, max_octets)
+        if accept_any_auth:
+            self._settings = _with_any_auth(self._settings)
         self.dialog = Dialog()
         """The SMTP dialog, its last thousand lines, without passwords: `dialog.lines()`."""
         self.inbox = Inbox(max_messages=max_messages, max_octets=max_octets, context=self._end_of_dialog)
@@ -359,7 +376,7 @@ class SmtpServer:
                 lambda _lines: None,
                 overrides=Overrides(
                     delivery=InboxDelivery(self.inbox),
-                    authenticator=Users(self._users),
+                    authenticator=AcceptAllAuthenticator() if self._accepts_any_auth else Users(self._users),
                     policies=self._policies,
                     components=(self._note_dialog, fault_injection(self._engine, certificates)),
                     ended=self._thread.note_end,

@@ -257,14 +257,26 @@ def _from_base64(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Decode base64 (RFC 2045 6.8): other characters are ignored, padding ends a sequence, and another may follow."""
     rest = b""
     for piece in pieces:
-        *ended, rest = (rest + piece.translate(None, _NOT_BASE64)).split(b"=")
+        octets = rest + piece
+        # Whole lines of whole quartets, as all mailers write them, are decoded as they are: in half the time.
+        cut = octets.rfind(b"\n") + 1
+        if cut and b"=" not in octets:
+            try:
+                decoded = binascii.a2b_base64(octets[:cut])
+            except binascii.Error:
+                pass
+            else:
+                yield decoded
+                rest = octets[cut:]
+                continue
+        *ended, rest = octets.translate(None, _NOT_BASE64).split(b"=")
         for sequence in ended:
             if sequence:
                 yield _quartets(sequence)
         whole = len(rest) & ~3
         yield binascii.a2b_base64(rest[:whole])
         rest = rest[whole:]
-    yield _quartets(rest)
+    yield _quartets(rest.translate(None, _NOT_BASE64))
 
 
 def _base64_size(pieces: Iterator[bytes]) -> int:

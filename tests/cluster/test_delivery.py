@@ -1,0 +1,88 @@
+"""The delivery into the cluster keeps the contract of all deliveries; its writes are idempotent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench.nats_servers import NatsServers
+
+from penstock.cluster.layout import Layout, read_message, read_state, state_headers
+from penstock.cluster.layout import RecipientState as State
+from penstock.cluster.writer import Writer
+from penstock.delivery.base import ChecksCapacity
+from tests.cluster.nodes import NextHop, gateway, made, next_hop, node_of, owns
+from tests.contracts.delivery import check_delivery, make_message
+
+
+async def test_it_keeps_the_contract(servers: NatsServers, tmp_path: Path) -> None:
+    async with (
+        made(servers, tmp_path) as (_, settings),
+        next_hop(tmp_path, NextHop()) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 4)
+        assert isinstance(server.delivery, ChecksCapacity)
+        await check_delivery(server.delivery)
+
+
+@pytest.mark.parametrize("count", [1, 3000])
+async def test_a_message_is_read_as_it_was_written(servers: NatsServers, tmp_path: Path, count: int) -> None:
+    """With one recipient its envelope is in the headers, with many it is in the payload."""
+    message = make_message(b"text\r\n", recipients=tuple(f"{n}@example.org" for n in range(count)))
+    async with made(servers, tmp_path) as (jetstream, settings), next_hop(tmp_path, hop := NextHop()) as url:
+        layout = Layout(settings.name, streams=1, partitions=4)
+        written = await Writer(jetstream, layout).write(message, 2, patience=10)
+        assert written.place is not None
+        stored = await jetstream.get(layout.stream(0), written.place.sequence)
+        assert stored is not None
+        found = read_message(stored.subject, stored.sequence, stored.headers)
+        assert found is not None
+        assert found.envelope in (message.envelope, None)
+        assert (found.id, found.size, found.place) == (
+            message.id,
+            6,
+            written.place._replace(is_uncertain=True),
+        )
+        async with gateway(tmp_path, settings, url, "g1"):
+            await hop.until(lambda: len(hop.seen) == count)
+
+
+async def test_a_message_is_in_the_stream_once_however_often_it_is_written(
+    servers: NatsServers, tmp_path: Path
+) -> None:
+    message = make_message(b"text\r\n")
+    large = make_message(b"x" * 1_500_000)
+    async with made(servers, tmp_path) as (jetstream, settings):
+        layout = Layout(settings.name, streams=1, partitions=4)
+        writer = Writer(jetstream, layout)
+        for each in (message, large):
+            first = await writer.write(each, 0, patience=10)
+            second = await writer.write(each, 0, patience=10)
+            assert first.place is not None
+            assert second.place == first.place._replace(is_uncertain=True)
+        assert len(await jetstream.subjects(layout.stream(0), layout.message(0, "*"))) == 2
+        assert len(await jetstream.subjects(layout.stream(0), layout.piece(0, large.id, "*"))) == 3
+        assert first.place is not None
+        # What was relayed meanwhile is not put there again.
+        assert second.place is not None
+        await jetstream.delete(layout.stream(0), second.place.sequence)
+        assert (await writer.write(large, 0, patience=10)).place is None
+
+
+async def test_more_streams_have_their_partitions(servers: NatsServers, tmp_path: Path) -> None:
+    async with (
+        made(servers, tmp_path, streams=2) as (_, settings),
+        next_hop(tmp_path, hop := NextHop()) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 4)
+        queue = node_of(server).queue
+        assert {queue.choose() for _ in range(8)} == {0, 1, 2, 3}
+        await check_delivery(server.delivery)
+        await hop.until(lambda: hop.begun == 3)
+
+
+def test_states_are_read_as_they_were_written() -> None:
+    states = [State(0, 0, 12.5, 3, True, '450 "busy" ä'), State(7, 2, 0.0, 0, False, "")]
+    assert read_state(state_headers(states, 5)) == states
