@@ -35,6 +35,7 @@ _LENGTH: Final = struct.Struct("!I")
 _NEGOTIATION: Final = struct.Struct("!III")
 
 
+_BLANKS: Final = (b" ", b"\t")
 _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: |\Z)")
 
 
@@ -90,20 +91,23 @@ def connect(name: str, address: str, port: int) -> bytes:
 
 def headers(octets: bytes, steps: int) -> Iterator[bytes]:
     """Yield a packet for each field of a header that ends in CRLF. Lines are separated by LF, as sendmail has them."""
-    leading = steps & LEADING_SPACE
+    keeps_blank = bool(steps & LEADING_SPACE)
+    pack = _LENGTH.pack
     for field in Header(octets).fields:
-        if not field.name:
+        name = octets[field.start : field.colon]
+        if not name:  # a line without a colon
             continue
-        start, colon, stop = field.start, field.colon, field.stop
-        value = octets[colon + 1 : stop].rstrip(b"\r\n")
-        if not leading and value[:1] in (b" ", b"\t"):
-            value = value[1:]
+        start = field.colon + 1
+        if not keeps_blank and octets[start : start + 1] in _BLANKS:
+            start += 1
+        value = octets[start : field.stop].rstrip(b"\r\n")
         if b"\r" in value:
             value = value.replace(b"\r\n", b"\n")
         if b"\0" in value:
             value = value.replace(b"\0", b"")
-        data = b"L%b\0%b\0" % (octets[start:colon].rstrip(b" \t"), value)
-        yield _LENGTH.pack(len(data)) + data
+        if name[-1:] in _BLANKS:
+            name = name.rstrip(b" \t")
+        yield b"%bL%b\0%b\0" % (pack(len(name) + len(value) + 3), name, value)
 
 
 # ---- from the filter
