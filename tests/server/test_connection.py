@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from penstock import reply as replies
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message
 from penstock.net._poller import Poller
@@ -395,3 +396,24 @@ async def test_every_pipelined_command_is_answered_before_quit_or_the_end(tmp_pa
             poller.close()
             answered = sum(line.startswith((b"250 2.1.5", b"452 4.5.3")) for line in got.split(b"\r\n"))
             assert answered == count, tail
+
+
+async def test_a_client_can_be_dismissed_after_a_wait_was_cut_short(tmp_path: Path) -> None:
+    poller = Poller()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    connection = Connection(SocketStream.of(theirs, poller), PEER, listener_of({}, Recorder(), tmp_path), FakeWorker())
+    with trio.move_on_after(0):
+        await connection._wait(trio.sleep_forever)  # as the wait before a late greeting
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        await trio.testing.wait_all_tasks_blocked()
+        connection.expire(replies.IDLE_TIMEOUT)
+        await trio.testing.wait_all_tasks_blocked()
+        got = ours.recv(4096)
+        ours.close()
+        while poller.poll():
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    poller.close()
+    assert got.endswith(replies.IDLE_TIMEOUT.encoded)

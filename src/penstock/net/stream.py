@@ -38,6 +38,8 @@ _SHORT = 4096
 """A receive of fewer octets has emptied the socket: there always was room for as many."""
 _TURNS = 16
 """Receives in a row that a socket gets without waiting, before the other sessions have their turn."""
+YIELD = -2
+"""See `SocketStream.run_turns`."""
 
 
 async def watch_sockets(poller: Poller) -> None:
@@ -164,7 +166,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
         The task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, and -1 when a turn
         without octets has ended the turns, the socket has not taken all of the output (`take_unsent`), or the wait was
-        interrupted. Raise BrokenResourceError when the connection is lost, and whatever a turn raises.
+        interrupted. YIELD asks the caller to let other tasks run and to call again. Raise BrokenResourceError when the
+        connection is lost, and whatever a turn raises.
         """
         watch = self._watch
         assert watch is not None
@@ -174,7 +177,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         while watch.is_readable:
             if self._turns >= _TURNS:
                 self._turns = 0
-                await checkpoint()
+                return YIELD
             received = self._fill_nowait(protocol)
             if received < 0:
                 continue
@@ -221,6 +224,9 @@ class SocketStream(trio.abc.HalfCloseableStream):
                 output = protocol.data_received(received) if received else None
             else:
                 received = await self.run_turns(protocol)
+                if received == YIELD:
+                    await checkpoint()
+                    continue
                 output = self.take_unsent()
             if output is None:
                 return received

@@ -37,7 +37,7 @@ from penstock.auth.login import Login
 from penstock.message import CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
-from penstock.net.stream import AheadStream, SocketStream
+from penstock.net.stream import YIELD, AheadStream, SocketStream
 from penstock.net.tls import TlsTurns, tls_info
 from penstock.reply import Reply
 from penstock.server._pump import Pump
@@ -258,6 +258,9 @@ class Connection:
                 return None
             else:
                 received = await self._socket.run_turns(pump)
+                if received == YIELD:  # a dismissal meanwhile is found by the next check
+                    await trio.lowlevel.checkpoint()
+                    continue
                 event = pump.take_event()
                 if event is not None:
                     return event
@@ -286,12 +289,11 @@ class Connection:
         The turns of the pump need no cancel scope: `expire` interrupts them.
         """
         if self.final_reply is None:
-            with trio.CancelScope() as scope:
-                self._scope = scope
-                result = await wait(*arguments)
+            try:
+                with trio.CancelScope() as self._scope:
+                    return await wait(*arguments)
+            finally:  # also when the caller cancels the wait: from then on `expire` interrupts the pump again
                 self._scope = None
-                return result
-            self._scope = None
         raise _Dismissed
 
     async def _open(self) -> bool:
