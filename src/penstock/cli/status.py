@@ -149,7 +149,7 @@ def _head(state: ServerState, series: Series) -> list[str]:
 def worker_table(state: ServerState, series: Series) -> Table:
     """Return a table of the workers."""
     table = Table(box=None, pad_edge=False)
-    for name in ("worker", "process", "since", "sessions", "accepted", "per second", "memory", "restarts"):
+    for name in ("worker", "process", "since", "sessions", "accepted", "/s", "memory", "restarts"):
         table.add_column(name, justify="left" if name in ("since", "worker") else "right", no_wrap=True)
     for worker in state.workers:
         accepted = series.of_worker(worker.pid, "messages_accepted_total")
@@ -158,7 +158,7 @@ def worker_table(state: ServerState, series: Series) -> Table:
         table.add_row(
             f"{worker.index}{'' if worker.is_ready else ' (not ready)'}",
             str(worker.pid),
-            _date(worker.since) if worker.since else "-",
+            time.strftime("%m-%d %H:%M", time.localtime(worker.since)) if worker.since else "-",
             f"{series.of_worker(worker.pid, 'sessions'):,}",
             f"{accepted:,}",
             f"{accepted / age:,.1f}" if age > 1 else "-",
