@@ -39,9 +39,9 @@ class Work:
 
 
 WORKS = [
-    Work("connections kept", ("--reuse",), ("-d",), 20_000, 0.7),
-    Work("a new connection each", (), (), 10_000, 0.7),
-    Work("pipelined", ("--reuse", "--pipeline"), ("-d",), 20_000),
+    Work("connections kept", ("--reuse",), ("-d",), 20_000, 1.0),
+    Work("a new connection each", (), (), 10_000, 1.0),
+    Work("pipelined", ("--reuse", "--pipeline"), ("-d",), 20_000, 1.0),
     Work("STARTTLS, connections kept", ("--reuse", "--tls", "starttls"), ("-d",), 20_000),
 ]
 

@@ -19,6 +19,7 @@ PROGRAMS = {
     "e2e/test_swaks.py": ["swaks"],
     "e2e/test_postfix.py": ["postfix", "smtp-source"],
     "e2e/test_page.py": ["chromium", "chromedriver"],
+    "e2e/test_nginx.py": ["nginx"],
     "e2e/test_gateway.py": ["smtp-source", "smtp-sink"],
     "e2e/test_sink_faults.py": ["postfix", "swaks"],
     "e2e/test_haraka.py": [],
