@@ -28,17 +28,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int | None = 0o600) -> None:
     """Replace a file by one with this content: readers and a crash see the old file or the new one, never a part.
 
-    Returns once the content and its folder entry are on stable storage. Raise OSError; then the old file is unchanged
-    and nothing is left behind.
+    The mode is that of any new file if `mode` is None. Returns once the content and its folder entry are on stable
+    storage. Raise OSError; then the old file is unchanged and nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o666 if mode is None else mode)
     try:
         with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
-            os.fchmod(file.fileno(), mode)  # whatever the umask, and the file left by a crash
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)  # whatever the umask, and the file left by a crash
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]

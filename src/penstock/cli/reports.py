@@ -9,6 +9,8 @@ from typing import Final
 
 import click
 
+from penstock.files import write_atomically
+
 STDOUT: Final = Path("-")
 
 
@@ -28,17 +30,6 @@ def write(file: Path, data: bytes) -> None:
         elif file.exists() and not file.is_file():  # a pipe or a terminal
             file.write_bytes(data)
         else:
-            _write_whole(file.resolve(), data)
+            write_atomically(file.resolve(), data, mode=None)
     except OSError as exc:
         raise click.ClickException(f"{file}: {exc.strerror}") from exc
-
-
-def _write_whole(file: Path, data: bytes) -> None:
-    """Write a new file and move it into place."""
-    new = file.with_name(f".{file.name}.new")
-    try:
-        new.write_bytes(data)
-        new.replace(file)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise

@@ -24,6 +24,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from penstock.files import write_atomically
 from penstock.net import _poller
 from penstock.transaction import TlsInfo
 
@@ -273,8 +274,8 @@ def generated_certificate(folder: Path, names: Sequence[str]) -> GeneratedCertif
                 not_after=datetime.datetime.now(datetime.UTC) + _VALID_FOR,
                 key_type=trustme.KeyType.ECDSA,
             )
-            _write(made.ca_file, ca.cert_pem.bytes(), 0o644)
-            _write(made.certificate, leaf.private_key_and_cert_chain_pem.bytes(), 0o600)
+            write_atomically(made.ca_file, ca.cert_pem.bytes(), mode=0o644)
+            write_atomically(made.certificate, leaf.private_key_and_cert_chain_pem.bytes())
     return made
 
 
@@ -295,14 +296,3 @@ def _is_good(made: GeneratedCertificate, names: Sequence[str]) -> bool:
     covered = {str(item.value) for item in alternatives}
     now = datetime.datetime.now(datetime.UTC)
     return covered >= set(names) and leaf.not_valid_after_utc - now > _RENEW_BEFORE
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

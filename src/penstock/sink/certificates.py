@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import ssl
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Final
 
 import trustme
 
+from penstock.files import write_atomically
 from penstock.sink.plan import TlsFault
 
 SPOILED_CONTEXTS: Final[frozenset[TlsFault | None]] = frozenset({"wrong-name", "expired", "alert", "tls-1.2"})
@@ -37,10 +37,8 @@ class Certificates:
         """Write `server.pem` and `ca.pem`. Raise OSError."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         leaf = self._issue(*self._names)
-        (folder / "ca.pem").write_bytes(self._authority.cert_pem.bytes())
-        descriptor = os.open(folder / "server.pem", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(leaf.private_key_and_cert_chain_pem.bytes())
+        write_atomically(folder / "ca.pem", self._authority.cert_pem.bytes(), mode=0o644)
+        write_atomically(folder / "server.pem", leaf.private_key_and_cert_chain_pem.bytes())
 
     def context(self, what: TlsFault | None) -> ssl.SSLContext:
         """Return the server context for a fault, None for none. Made on first use."""
