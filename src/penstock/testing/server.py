@@ -71,6 +71,16 @@ def _settings_of(
     )
 
 
+def _check_auth(users: Mapping[str, str], *, require_auth: bool, accept_any_auth: bool) -> None:
+    """Raise ValueError for arguments that do not fit together."""
+    if require_auth and not (users or accept_any_auth):
+        raise ValueError("require_auth=True needs users={name: password} or accept_any_auth=True")
+    if accept_any_auth and users:
+        raise ValueError("accept_any_auth=True and users={...} are mutually exclusive")
+    if not all(type(text) is str and text for pair in users.items() for text in pair):
+        raise ValueError("users are names and their passwords: {'alice': 'secret'}")
+
+
 def _with_any_auth(settings: Settings) -> Settings:
     """Return the settings with the mechanisms of `AcceptAllAuthenticator`, which are no values of a configuration."""
     replace = msgspec.structs.replace
@@ -161,14 +171,9 @@ class SmtpServer:
         `authority`: issuer of the server's certificate; by default one per process.
         """
         self._users = dict(users or {})
-        if require_auth and not (users or accept_any_auth):
-            raise ValueError("require_auth=True needs users={name: password} or accept_any_auth=True")
-        if accept_any_auth and users:
-            raise ValueError("accept_any_auth=True and users={...} are mutually exclusive")
+        _check_auth(self._users, require_auth=require_auth, accept_any_auth=accept_any_auth)
         if require_tls and tls == "none":
             raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
-        if not all(type(text) is str and text for pair in self._users.items() for text in pair):
-            raise ValueError("users are names and their passwords: {'alice': 'secret'}")
         if not 0 <= grace <= _MAX_GRACE:
             raise ValueError(f"grace is 0 to {_MAX_GRACE:g} seconds, not {grace!r}")
         self._authority = authority
