@@ -10,7 +10,8 @@ number and a checksum; a sender notes which were answered with 250. Each round i
     gateway, gateways   the gateways themselves, while they relay
 
 and how: `kill` (SIGKILL, started again later), `stop` (SIGSTOP, continued later), `cut` (a proxy between gateways and
-servers cuts all connections at a random octet, or lets nothing through for a while).
+servers cuts all connections at a random octet, or lets nothing through for a while), `wipe` (SIGKILL, and the server
+comes back with an empty disk; of one server only).
 
 At the end the queue is emptied. Every message with a 250 must have arrived, none may be damaged, and what came more
 than once must have been under way at a failure. Exit code 1 otherwise.
@@ -23,6 +24,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -332,10 +334,12 @@ class Bench:
         return 0
 
     async def _fail_servers(self, chosen: list[int], how: str, seconds: float, rng: random.Random) -> None:
-        if how == "kill":
+        if how in ("kill", "wipe"):
             for number in chosen:
                 await trio.to_thread.run_sync(self.servers.kill, number)
             await trio.sleep(seconds)
+            if how == "wipe":
+                shutil.rmtree(self.servers.folder / f"n{chosen[0] + 1}" / "js")
             for number in chosen:
                 self.servers.start(number)
         elif how == "stop":
@@ -483,7 +487,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=14, help="number of failures")
     parser.add_argument("--kinds", default=",".join(KINDS), help="failures, in turn")
-    parser.add_argument("--how", default="kill", help="kill, stop, cut, in turn")
+    parser.add_argument("--how", default="kill", help="kill, stop, cut, wipe, in turn")
     parser.add_argument("--rate", type=float, default=300, help="messages per second")
     parser.add_argument("--size", type=int, default=4000, help="octets of a message")
     parser.add_argument("--seed", type=int, default=1)
@@ -492,7 +496,7 @@ def main() -> None:
     kinds, hows = options.kinds.split(","), options.how.split(",")
     # A gateway has no proxy before it: where connections are cut, the others fail.
     rounds = [
-        (kind if how != "cut" or kind in SERVER_KINDS else "connected", how)
+        ("follower" if how == "wipe" else kind if how != "cut" or kind in SERVER_KINDS else "connected", how)
         for kind, how in ((kinds[n % len(kinds)], hows[n // len(kinds) % len(hows)]) for n in range(options.rounds))
     ]
     folder = Path(tempfile.mkdtemp(prefix="penstock-cluster-"))

@@ -21,6 +21,10 @@ from penstock.net.tls import client_context
 _CREATING: Final = 20.0
 """Seconds to wait for a stream to be made, and for a leader."""
 _LEAST_REPLICAS: Final = 3
+_LAG: Final = 1000
+"""Operations that a replica may be behind under load..."""
+_SILENCE: Final = 5 * 10**9
+"""...and nanoseconds since it was heard of."""
 _COMPARED: Final = ("subjects", "num_replicas", "max_msgs_per_subject", "discard", "max_age", "storage", "compression")
 
 
@@ -199,8 +203,9 @@ async def _stream_problems(jetstream: JetStream, wanted: dict[str, Any]) -> list
         if config.get(key) != wanted[key]
     ]
     for replica in cluster.get("replicas") or []:
-        if replica.get("offline") or not replica.get("current"):
-            lag = replica.get("lag", 0)
+        lag = replica.get("lag", 0)
+        is_silent = replica.get("active", 0) > _SILENCE
+        if replica.get("offline") or (not replica.get("current") and (is_silent or lag > _LAG)):
             found.append(f"stream {name}: {replica['name']} is not up to date ({lag} operations behind)")
     if wanted["num_replicas"] > 1 and len(cluster.get("replicas") or []) + 1 < wanted["num_replicas"]:
         found.append(f"stream {name}: has fewer than {wanted['num_replicas']} replicas")
