@@ -249,14 +249,22 @@ cpdef bytes without_signature(bytes value):
 
 
 cdef inline Py_ssize_t end_of_words(const unsigned char *p, Py_ssize_t i, Py_ssize_t n) noexcept:
-    """Return where octets end that stay as they are: words with one space between each two."""
-    cdef unsigned long long eight
+    """Return where octets end that stay as they are: words with one space between each two.
+
+    Eight octets are looked at together. They stay when none is a control and no two spaces follow each other; a space
+    at their end is looked at again together with what follows it.
+    """
+    cdef unsigned long long eight, spaces
     while i < n:
         while i + 8 <= n:
             memcpy(&eight, p + i, 8)
-            if (eight - 0x2121212121212121ULL) & ~eight & 0x8080808080808080ULL:
-                break           # one of the eight octets is below 0x21
-            i += 8
+            if (eight - 0x2020202020202020ULL) & ~eight & 0x8080808080808080ULL:
+                break           # a control
+            spaces = eight ^ 0x2020202020202020ULL
+            spaces = ~(((spaces & 0x7F7F7F7F7F7F7F7FULL) + 0x7F7F7F7F7F7F7F7FULL) | spaces | 0x7F7F7F7F7F7F7F7FULL)
+            if spaces & (spaces << 8):
+                break
+            i += 8 if p[i + 7] != 32 else 7
         while i < n and p[i] > 32:
             i += 1
         if i == n or p[i] == 13 or p[i] == 9:

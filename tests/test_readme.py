@@ -60,6 +60,14 @@ def test_the_configuration_is_valid() -> None:
     assert [listener.address for listener in settings.listener] == [":25", ":465"]
 
 
+def test_the_parts_of_configurations_are_valid() -> None:
+    settings = parse("\n".join(example(name) for name in ("filter.toml", "server.toml", "cluster.toml")))
+    assert settings.policy is not None
+    assert settings.policy.mode == "enforce"
+    assert settings.delivery.kind == "jetstream"
+    assert settings.server.user == "penstock"
+
+
 def test_the_fault_plan_is_valid() -> None:
     (rule,) = parse_plan(example("plan.toml")).rule
     assert rule.name == "busy"

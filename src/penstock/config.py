@@ -132,7 +132,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 30.0
     workers: Annotated[
         int,
-        Meta(ge=1, le=256, description="Worker processes; each has its own part of the spool and its own limits"),
+        Meta(ge=1, le=256, description="Worker processes; each has its own part of the spool"),
     ] = 1
     user: Annotated[
         str,

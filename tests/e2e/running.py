@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,12 @@ class Server:
 
 @contextmanager
 def serving(
-    folder: Path, toml: str = "", command: str = "serve", *arguments: str, has_address: bool = False
+    folder: Path,
+    toml: str = "",
+    command: str = "serve",
+    *arguments: str,
+    has_address: bool = False,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> Iterator[Server]:
     """Run `penstock serve`, or another command, until the end of the block.
 
@@ -76,7 +81,7 @@ def serving(
     elif not has_address:
         command_line += ["--listen", "127.0.0.1:0"]
     out, journal = folder / "out", folder / "journal"
-    with processes.started([*command_line, *arguments], out, errors=journal) as process:
+    with processes.started([*command_line, *arguments], out, errors=journal, environment=environment) as process:
         found = _wait_for(process, r"(?:listening|sink) on (?:127\.0\.0\.1:(\d+)|unix:)", out, journal)
         yield Server(process, int(found[1] or 0), folder, out, journal)
 

@@ -797,6 +797,21 @@ async def test_a_clock_set_forward_returns_nothing(tmp_path: Path) -> None:
         assert report_in(pool.to("example.com")[0])[0]["Action"] == "failed"
 
 
+async def test_a_message_tried_right_after_a_jump_is_not_returned(tmp_path: Path) -> None:
+    """An attempt may end before the clock is looked at the next time."""
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.scheduler.check_clock()
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        relay.set_by += 6 * 24 * HOUR
+        relay.advance(6 * 24 * HOUR)
+        await relay.until(lambda: len(pool.sent) == 2)
+        await relay.quiet()
+        assert pool.to("example.com") == []
+        assert [event["seconds"] for event in relay.events("clock-jumped")] == [6 * 24 * HOUR]
+
+
 async def test_a_clock_set_back_delays_nothing(tmp_path: Path) -> None:
     pool = FakePool(lambda _: BUSY)
     async with relaying(tmp_path, pool) as relay:

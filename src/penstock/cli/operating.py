@@ -199,6 +199,9 @@ class Operations(abc.ABC):
         """Read and check the configuration and its files. Policies are not loaded: a supervisor may be root."""
         settings = self._load()
         check(settings, allow_open=self._allow_open)
+        for name in ("metrics", "control"):
+            if getattr(settings, name) != getattr(self.settings, name):
+                raise ConfigError(f"{name}: can be changed only by a restart")
         certificates = Certificates(settings, self._account)
         with acting_as(self._account):
             wrong = problems(_without_tls(settings), loads_code=False)

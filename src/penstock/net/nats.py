@@ -34,7 +34,7 @@ import msgspec
 import outcome
 import trio
 
-from penstock.net.natswire import Info, Message, Nkey, Parser, ProtocolError, decode_info, make_publish
+from penstock.net.natswire import Info, Message, Nkey, Parser, ProtocolError, decode_info, publish_parts
 
 __all__ = ["Message", "NatsClient", "NatsError", "Nkey"]
 
@@ -175,7 +175,7 @@ class _Connection:
         self.left = trio.Event()
         """Set when the client should use another connection: it is lost, or the server leaves."""
         self.reason = "the connection was lost"
-        self.waiting: dict[bytes, _Waiting] = {}
+        self.waiting: dict[int, _Waiting] = {}
         self.octets = 0
         """Octets of the requests that wait for an answer."""
         self._client = client
@@ -199,27 +199,28 @@ class _Connection:
         if self._unsent > self._client.most_octets:
             raise OverloadedError(f"{self.address} does not take what is sent")
 
-    def send(self, data: bytes) -> None:
-        """Have octets sent at the end of this turn of the loop."""
-        self._unsent += len(data)
-        self._out.append(data)
+    def send(self, *parts: bytes, size: int = 0) -> None:
+        """Have octets sent at the end of this turn of the loop. `size` is about how many."""
+        self._unsent += size
+        self._out += parts
         if not self._has_output.is_set():
             self._has_output.set()
 
-    def send_request(self, subject: str, data: bytes, headers: bytes, done: Done, deadline: float) -> bytes:
+    def send_request(self, subject: str, data: bytes, headers: bytes, done: Done, deadline: float) -> int:
         """Send a request; `done` gets the answer or the error. Return its number. Raise OverloadedError."""
         octets = len(data) + len(headers)
         client = self._client
         if len(self.waiting) >= client.most_waiting or (self.octets and self.octets + octets > client.most_octets):
             raise OverloadedError(f"{len(self.waiting)} requests of {self.octets} octets are waiting")
-        self.check_capacity()
-        number = b"%d" % next(self._numbers)
-        self.send(make_publish(subject, f"{self._inbox}{number.decode()}", headers, data))
+        if self._unsent > client.most_octets:
+            self.check_capacity()
+        number = next(self._numbers)
+        self.send(*publish_parts(subject, f"{self._inbox}{number}", headers, data), size=octets)
         self.waiting[number] = _Waiting(done, deadline, octets)
         self.octets += octets
         return number
 
-    def forget(self, number: bytes) -> _Waiting | None:
+    def forget(self, number: int) -> _Waiting | None:
         """Wait for an answer no more."""
         found = self.waiting.pop(number, None)
         if found is not None:
@@ -240,9 +241,10 @@ class _Connection:
         if sid != _INBOX_SID:
             self._client.deliver(sid, Message(subject.decode(), reply.decode(), headers, data))
             return
-        waiting = self.forget(subject[self._inbox_length :])
+        number = subject[self._inbox_length :]
+        waiting = self.forget(int(number)) if number.isdigit() else None
         if waiting is None:
-            return  # it was given up
+            return  # it was given up, or another client has made it up
         message = Message("", "", headers, data)
         if headers and not data and message.status == _NO_RESPONDERS:
             waiting.done(outcome.Error(NoRespondersError("no one answers; JetStream may have no leader now")))
@@ -306,9 +308,9 @@ class _Connection:
             await self._has_output.wait()
             self._has_output = trio.Event()
             out, self._out = self._out, []
-            data = b"".join(out)
-            await self._stream.send_all(data)
-            self._unsent -= len(data)
+            unsent = self._unsent
+            await self._stream.send_all(b"".join(out))
+            self._unsent -= unsent
 
     async def _read(self, scope: trio.CancelScope) -> None:
         while True:
@@ -526,7 +528,6 @@ class NatsClient:
 
     async def request(self, subject: str, data: bytes = b"", headers: bytes = b"", *, timeout: float) -> Message:  # noqa: ASYNC109 - a scope costs more than the request
         """Send a request and return the answer. Raise NatsError (see the rules above)."""
-        await trio.lowlevel.checkpoint_if_cancelled()
         connection = self._connection()
         done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
         number = connection.send_request(subject, data, headers, done, trio.current_time() + timeout)
@@ -544,7 +545,7 @@ class NatsClient:
         answers: list[Message | NatsError] = [DisconnectedError(self._last_error)] * len(requests)
         left = 0
         over = trio.Event()
-        numbers: list[bytes] = []
+        numbers: list[int] = []
         deadline = trio.current_time() + timeout
         connection = self._current
 
@@ -579,7 +580,7 @@ class NatsClient:
         """Send a message without waiting for anything. Raise DisconnectedError or OverloadedError."""
         connection = self._connection()
         connection.check_capacity()
-        connection.send(make_publish(subject, reply, headers, data))
+        connection.send(*publish_parts(subject, reply, headers, data), size=len(headers) + len(data))
 
     async def flush(self, *, timeout: float) -> None:  # noqa: ASYNC109 - as in `request`
         """Return once the server has handled what was sent. Raise DisconnectedError or RequestTimeoutError."""

@@ -178,12 +178,12 @@ def decode_info(data: bytes) -> Info:
         raise ProtocolError(f"malformed INFO: {exc}") from exc
 
 
-def make_publish(subject: str, reply: str, headers: bytes, data: bytes) -> bytes:
-    """Return a PUB, or an HPUB with headers."""
+def publish_parts(subject: str, reply: str, headers: bytes, data: bytes) -> tuple[bytes, ...]:
+    """Return the parts of a PUB, or of an HPUB with headers."""
     if headers:
         size = len(headers)
-        return b"".join([f"HPUB {subject} {reply} {size} {size + len(data)}\r\n".encode(), headers, data, b"\r\n"])
-    return b"".join([f"PUB {subject} {reply} {len(data)}\r\n".encode(), data, b"\r\n"])
+        return f"HPUB {subject} {reply} {size} {size + len(data)}\r\n".encode(), headers, data, b"\r\n"
+    return f"PUB {subject} {reply} {len(data)}\r\n".encode(), data, b"\r\n"
 
 
 # ---- nkeys: Ed25519 keys in base32 with a prefix and a checksum

@@ -47,7 +47,7 @@ class AuthPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HopLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits for a next hop, and what happens after its failures. They apply to each worker."""
+    """Limits for a next hop, and what happens after its failures. See admission.shared."""
 
     connections: Annotated[int, msgspec.Meta(ge=1, le=10_000, description="Concurrent connections to a hop")] = 20
     messages: Annotated[

@@ -77,6 +77,8 @@ class AttemptRecorder:
         """Gets the earliest time at which something that was written is due again."""
         self.on_result: Callable[[str, int, int, float], None] | None = None
         """Gets the results of attempts, for statistics: queue, 0 delivered, 1 deferred, 2 failed, recipients, age."""
+        self.before_expiry: Callable[[], None] = _nothing
+        """Called before a message expires or its sender is notified of a delay: may call `Backoff.put_off`."""
         self._records: list[AttemptRecord] = []
         self._reports: dict[tuple[int, Action], _Report] = {}
         """By message and action: one report for all recipients of a message whose attempts end together."""
@@ -195,6 +197,8 @@ class AttemptRecorder:
         backoff, queued_at = self.backoff, entry.received_at
         reply = note + result.text
         if result.kind is Outcome.DEFERRED:
+            if backoff.is_expired(queued_at, now) or (not row.delay_told and backoff.is_late(queued_at, now)):
+                self.before_expiry()  # a clock that was set a moment ago returns no mail
             if not backoff.is_expired(queued_at, now):
                 told = row.delay_told or backoff.is_late(queued_at, now)
                 next_try = backoff.next_try(entry.number, row.attempts, queued_at, now, delay_told=told)
@@ -324,6 +328,10 @@ class AttemptRecorder:
             return None
         self._journal.reported(message.id, entry.id, report.action, entry.envelope.sender)
         return message, queues
+
+
+def _nothing() -> None:
+    """Without a scheduler."""
 
 
 def _ignore(_: float) -> None:

@@ -148,6 +148,8 @@ class Scheduler:
         self._local = local
         self._clock = clock
         self._clock_guard = ClockGuard(clock, steady_clock)
+        self._set_back = 0.0
+        """Seconds, negative, that the clock was set back and mail was not rescheduled for yet."""
         self._random = random_source or random.Random()  # noqa: S311 - it spreads load, it hides nothing
         self._queues: dict[str, DomainQueue] = {}
         self._route_queues: dict[Hashable, RouteQueue] = {}
@@ -247,6 +249,7 @@ class Scheduler:
         """Relay until cancelled. The spool is open, the pool and the recorder run."""
         self.spool.became_due = self.became_due
         self.recorder.on_put_off = self._expect
+        self.recorder.before_expiry = self.notice_clock
         await self._reschedule()  # the clock may have been set while the server did not run
         async with trio.open_nursery() as self._nursery:
             self.is_running = True
@@ -613,19 +616,23 @@ class Scheduler:
                 return False
         return any(hop in (each.host.lower(), each.name.lower()) for each in route.hops())
 
-    async def check_clock(self) -> None:
-        """Notice when the clock was set: nothing expires too early, and nothing waits for days."""
+    def notice_clock(self) -> None:
+        """Notice when the clock was set forward: nothing expires too early. Called before anything does."""
         jump = self._clock_guard.jump()
-        if not jump:
-            return
-        now = self._clock()
         if jump > 0:
-            self.recorder.backoff.put_off(now + PUT_OFF)
+            self.recorder.backoff.put_off(self._clock() + PUT_OFF)
             self.journal.clock_jumped(jump, 0)
-        else:
+            self._look.set()
+        self._set_back += min(jump, 0.0)
+
+    async def check_clock(self) -> None:
+        """Notice when the clock was set forward, or back: nothing waits for days."""
+        self.notice_clock()
+        back, self._set_back = self._set_back, 0.0
+        if back:
             self.recorder.backoff.put_off(-math.inf)
-            self.journal.clock_jumped(jump, await self._reschedule())
-        self._look.set()
+            self.journal.clock_jumped(back, await self._reschedule())
+            self._look.set()
 
     async def _reschedule(self) -> int:
         """Let what is due later than any schedule allows follow its schedule again. Return the recipients."""

@@ -304,8 +304,7 @@ class Connection:
         refusal = None if self._is_admitted else self.worker.admit(self.peer)
         if refusal is None:
             self._is_admitted = True
-            if listener.journal.logs_connections:
-                listener.journal.connected(self.number, self.peer, listener.name)
+            listener.journal.connected(self.number, self.peer, listener.name)
             if listener.is_implicit_tls:
                 await self.start_tls()
             if pipeline.connect:
@@ -552,10 +551,9 @@ class Connection:
             self.listener.pipeline.close(self.transaction)
         if self._is_admitted:
             self.worker.release(self.peer)
-            if journal.logs_connections:
-                seconds = trio.current_time() - self._started
-                messages = self.messages + pump.messages
-                journal.disconnected(self.number, self.peer, messages, session.errors, pump.octets, seconds, cause)
+            seconds = trio.current_time() - self._started
+            messages = self.messages + pump.messages
+            journal.disconnected(self.number, self.peer, messages, session.errors, pump.octets, seconds, cause)
         if self._socket is not None:
             self._socket.close_nowait()
         if self.faults is not None:

@@ -27,37 +27,50 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What a client may do on a connection of a listener."""
 
     recipients: Annotated[
-        int, msgspec.Meta(ge=100, description="Recipients of a message; at least 100 (RFC 5321 4.5.3.1.8)")
+        int, msgspec.Meta(ge=100, description="Maximum recipients of a message; at least 100 (RFC 5321 4.5.3.1.8)")
     ] = 1000
-    messages: Annotated[int, msgspec.Meta(ge=0, description="Messages of a connection (RFC 9422); 0 is no limit")] = 0
-    errors: Annotated[int, msgspec.Meta(ge=1, description="Commands answered with 5yz before 421 4.7.0")] = 20
+    messages: Annotated[
+        int, msgspec.Meta(ge=0, description="Maximum messages of a connection (RFC 9422); 0: no limit")
+    ] = 0
+    errors: Annotated[
+        int, msgspec.Meta(ge=1, description="Commands answered with 5xx after which the client receives 421 4.7.0")
+    ] = 20
     unknown_recipients: Annotated[
-        int, msgspec.Meta(ge=1, description="Recipients refused with 5yz before 421 4.7.0")
+        int, msgspec.Meta(ge=1, description="Recipients refused with 5xx after which the client receives 421 4.7.0")
     ] = 50
     auth_failures: Annotated[
-        int, msgspec.Meta(ge=1, description="Wrong passwords on a connection before 421 4.7.0")
+        int,
+        msgspec.Meta(
+            ge=1, description="Failed authentications on a connection after which the client receives 421 4.7.0"
+        ),
     ] = 3
     command_timeout: Annotated[
-        float, msgspec.Meta(gt=0, le=86_400, description="Seconds between two commands (RFC 5321 4.5.3.2.7)")
+        float,
+        msgspec.Meta(gt=0, le=86_400, description="Idle timeout: seconds to wait for a command (RFC 5321 4.5.3.2.7)"),
     ] = 300.0
     data_timeout: Annotated[
         float,
-        msgspec.Meta(gt=0, le=86_400, description="Seconds without an octet of a text (RFC 5321 4.5.3.2.5)"),
+        msgspec.Meta(
+            gt=0, le=86_400, description="Data timeout: seconds without an octet of a message (RFC 5321 4.5.3.2.5)"
+        ),
     ] = 180.0
     data_rate: Annotated[
         float,
         msgspec.Meta(
-            ge=0, description="Octets per second that a text must come at, measured after data_timeout; 0 is no limit"
+            ge=0,
+            description="Minimum average octets per second of a message, checked after data_timeout; 0: no limit",
         ),
     ] = 100.0
     junk_commands: Annotated[
         int,
         msgspec.Meta(
             ge=1,
-            description="NOOP, RSET, VRFY, EXPN, HELP and EHLO commands without mail; those beyond count as errors",
+            description="NOOP, RSET, VRFY, EXPN, HELP and EHLO between messages; further ones count as errors",
         ),
     ] = 100
-    session_timeout: Annotated[float, msgspec.Meta(gt=0, le=604_800, description="Seconds of a connection")] = 3600.0
+    session_timeout: Annotated[
+        float, msgspec.Meta(gt=0, le=604_800, description="Maximum duration of a connection in seconds")
+    ] = 3600.0
 
     @property
     def shortest_timeout(self) -> float:
@@ -66,7 +79,7 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who may come in. A network is an IPv4 address or an IPv6 /64."""
+    """Limits of connections. A network is an IPv4 address or an IPv6 /64."""
 
     shared: Annotated[
         bool,
@@ -75,16 +88,22 @@ class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             "each of them"
         ),
     ] = True
-    connections: Annotated[int, msgspec.Meta(ge=1, description="Connections")] = 20_000
-    per_network: Annotated[int, msgspec.Meta(ge=1, description="Connections of a network")] = 200
+    connections: Annotated[int, msgspec.Meta(ge=1, description="Maximum open connections")] = 20_000
+    per_network: Annotated[int, msgspec.Meta(ge=1, description="Maximum open connections of a network")] = 200
     per_network_per_minute: Annotated[
-        int, msgspec.Meta(ge=1, description="New connections of a network in a minute")
+        int, msgspec.Meta(ge=1, description="Maximum new connections of a network per minute")
     ] = 3_000
     auth_failures: Annotated[
-        int, msgspec.Meta(ge=1, description="Wrong passwords of a network in auth_window before 454 4.7.0")
+        int,
+        msgspec.Meta(
+            ge=1,
+            description="Failed authentications of a network within auth_window before 454 4.7.0",
+        ),
     ] = 30
-    auth_window: Annotated[float, msgspec.Meta(gt=0, le=86_400, description="Seconds")] = 600.0
-    exempt: Annotated[tuple[str, ...], msgspec.Meta(description="Networks that only the total counts for")] = (
+    auth_window: Annotated[float, msgspec.Meta(gt=0, le=86_400, description="Period of auth_failures in seconds")] = (
+        600.0
+    )
+    exempt: Annotated[tuple[str, ...], msgspec.Meta(description="Networks to which only `connections` applies")] = (
         "127.0.0.0/8",
         "::1/128",
     )
