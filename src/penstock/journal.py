@@ -244,7 +244,7 @@ class Journal:
             self._note("tolerated", session, peer, message_id, ",".join(sorted(set(kinds))))
 
     def monitored(self, session: int, peer: Peer, check: str, hook_point: str, reply: Reply) -> None:
-        """A check in monitor mode would have refused something with this reply."""
+        """A check in monitor mode would have refused something with this reply, or done what a 2xx reply says."""
         if self.logs_mail:
             self._note("monitored", session, peer, check, hook_point, reply)
 

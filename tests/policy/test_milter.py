@@ -280,6 +280,20 @@ async def test_nothing_is_changed_in_monitor_mode() -> None:
     assert b'"monitored"' in journal.drain()
 
 
+async def test_what_would_be_done_is_journaled_in_monitor_mode() -> None:
+    for changes, text in (
+        (answer(b"h", b"X\0y\0") + answer(b"c"), b"would be changed"),
+        (answer(b"d"), b"would be quarantined"),
+    ):
+        milter = FakeMilter(0, {b"E": changes})
+        async with milter.serving():
+            asking, journal = judge_with(check_for(milter, "monitor"), "monitor")
+            transaction = make_transaction()
+            await asking.on_message(transaction, make_message(transaction))
+            assert text in journal.drain()
+            assert transaction.quarantine == ""
+
+
 # ---- hostile filters
 
 STEPS = [b"O", b"C", b"H", b"M", b"R", b"T", b"L", b"N", b"B", b"E"]

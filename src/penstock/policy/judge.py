@@ -62,6 +62,10 @@ MAKERS: Final[tuple[Maker, ...]] = (
 )
 """What makes the checks of the settings, in the order in which they are asked."""
 
+_WOULD_CHANGE: Final = Reply(250, "2.0.0", "The message would be changed")
+_WOULD_QUARANTINE: Final = Reply(250, "2.0.0", "The message would be quarantined")
+"""What checks in monitor mode propose besides refusals, for the journal."""
+
 _Asked = tuple[Check, Callable[..., Any]]
 
 
@@ -146,6 +150,10 @@ class Judge:
                 self.counts[check.name, check.mode, "edit"] += 1
                 if check.mode == "enforce":
                     message = answer.message
+                else:
+                    self._journal.monitored(
+                        transaction.number, transaction.peer, check.name, "on_message", _WOULD_CHANGE
+                    )
                 answer = answer.verdict
             reply = self._weigh(check, "on_message", transaction, evidence, answer)
             if reply is not None:
@@ -253,6 +261,8 @@ class Judge:
         is_monitored = check.mode != "enforce"
         if isinstance(answer, Mark):
             self.counts[check.name, check.mode, "mark"] += 1
+            if is_monitored and answer.quarantine:
+                self._journal.monitored(transaction.number, transaction.peer, check.name, hook_point, _WOULD_QUARANTINE)
             if hook_point in BEFORE_MAIL:
                 evidence.keep_mark(check.name, answer, is_monitored=is_monitored)
             else:
