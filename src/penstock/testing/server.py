@@ -126,6 +126,8 @@ class SmtpServer:
     Messages are in `inbox` before their client gets the 250. The server can be started and stopped once.
     """
 
+    _failure: BaseException | None
+
     def __init__(
         self,
         *,
@@ -205,8 +207,7 @@ class SmtpServer:
         self._process = os.getpid()
         self._remove_folder: Callable[[], object]
         self._place: tuple[str, int] | None = None
-        self._is_running = False
-        self._failure: BaseException | None = None
+        self._is_running, self._failure = False, None
 
     # ---- address
 
