@@ -362,9 +362,9 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
             f'policy.quarantine: "{policy.quarantine}" needs a spool, which delivery.kind = '
             f'"{settings.delivery.kind}" does not have'
         )
-    if policy.quarantine == "hold" and settings.delivery.kind not in ("spool", "passthrough"):
+    if policy.quarantine != "tag" and settings.delivery.kind not in ("spool", "passthrough"):
         kind = settings.delivery.kind
-        raise ConfigError(f'policy.quarantine: "hold" cannot be combined with delivery.kind = "{kind}"')
+        raise ConfigError(f'policy.quarantine: "{policy.quarantine}" cannot be combined with delivery.kind = "{kind}"')
     _, _, route = policy.quarantine.partition("route:")
     if route and not any(each.name == route and each.next_hop != "mx" for each in settings.route):
         raise ConfigError(

@@ -3,7 +3,7 @@
 Served by the supervisor, so that it answers while a worker hangs. Every client has bounds, because the address may be
 reachable from other machines:
 
-    connections      64; further ones are closed at once
+    connections      64; then the oldest that has sent no request is closed, or else the new one
     a request        16 KiB, within 10 s
     an answer        10 s
 """
@@ -58,6 +58,8 @@ class Endpoint:
         self._token_file = token_file
         self._protected = protected
         self._connections = 0
+        self._reading: dict[trio.SocketStream, trio.CancelScope] = {}
+        """Connections that have sent no request so far, the oldest first."""
 
     async def run(
         self, sockets: Sequence[socket.socket], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -71,24 +73,28 @@ class Endpoint:
     async def _serve(self, stream: trio.SocketStream) -> None:
         """Be the task of one connection: one request, one answer."""
         if self._connections >= MAX_CONNECTIONS:
-            await trio.aclose_forcefully(stream)
-            return
+            if not self._reading:
+                await trio.aclose_forcefully(stream)
+                return
+            self._reading.pop(next(iter(self._reading))).cancel()
         self._connections += 1
         try:
             async with stream:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError):
                     await self._answer_one(stream)
         finally:
+            self._reading.pop(stream, None)
             self._connections -= 1
 
     async def _answer_one(self, stream: trio.SocketStream) -> None:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEAD)
         request: h11.Request | None = None
-        with trio.move_on_after(_TIMEOUT):
+        with trio.move_on_after(_TIMEOUT) as self._reading[stream]:
             try:
                 request = await _read_request(stream, http)
             except h11.RemoteProtocolError:
                 await _send(stream, http, Answer(400, "not an HTTP/1.1 request\n"), is_head=False)
+        self._reading.pop(stream, None)
         if request is None:
             return
         answer = await self._answer_to(request)
