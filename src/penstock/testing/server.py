@@ -71,14 +71,22 @@ def _settings_of(
     )
 
 
-def _check_auth(users: Mapping[str, str], *, require_auth: bool, accept_any_auth: bool) -> None:
-    """Raise ValueError for arguments that do not fit together."""
+def _check_users(users: Mapping[str, str], *, require_auth: bool, accept_any_auth: bool) -> None:
+    """Raise ValueError for options about users that do not fit together."""
     if require_auth and not (users or accept_any_auth):
         raise ValueError("require_auth=True needs users={name: password} or accept_any_auth=True")
     if accept_any_auth and users:
         raise ValueError("accept_any_auth=True and users={...} are mutually exclusive")
     if not all(type(text) is str and text for pair in users.items() for text in pair):
         raise ValueError("users are names and their passwords: {'alice': 'secret'}")
+
+
+def _check_rest(grace: float, *, needs_tls: bool) -> None:
+    """Raise ValueError for the other options that cannot be used."""
+    if needs_tls:
+        raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
+    if not 0 <= grace <= _MAX_GRACE:
+        raise ValueError(f"grace is 0 to {_MAX_GRACE:g} seconds, not {grace!r}")
 
 
 def _with_any_auth(settings: Settings) -> Settings:
@@ -126,8 +134,6 @@ class SmtpServer:
     Messages are in `inbox` before their client gets the 250. The server can be started and stopped once.
     """
 
-    _failure: BaseException | None
-
     def __init__(
         self,
         *,
@@ -173,11 +179,8 @@ class SmtpServer:
         `authority`: issuer of the server's certificate; by default one per process.
         """
         self._users = dict(users or {})
-        _check_auth(self._users, require_auth=require_auth, accept_any_auth=accept_any_auth)
-        if require_tls and tls == "none":
-            raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
-        if not 0 <= grace <= _MAX_GRACE:
-            raise ValueError(f"grace is 0 to {_MAX_GRACE:g} seconds, not {grace!r}")
+        _check_users(self._users, require_auth=require_auth, accept_any_auth=accept_any_auth)
+        _check_rest(grace, needs_tls=require_tls and tls == "none")
         self._authority = authority
         self._policies = tuple(policies)
         table: dict[str, Any] = {
@@ -192,9 +195,8 @@ class SmtpServer:
         self._accepts_any_auth = accept_any_auth
         if users or accept_any_auth:
             table["auth"] = {"required": require_auth, "without_tls": tls == "none" or accept_any_auth}
-        self._settings = _settings_of(_joined(table, listener or {}), hostname, domains, max_octets)
-        if accept_any_auth:
-            self._settings = _with_any_auth(self._settings)
+        settings = _settings_of(_joined(table, listener or {}), hostname, domains, max_octets)
+        self._settings = _with_any_auth(settings) if accept_any_auth else settings
         self.dialog = Dialog()
         """The SMTP dialog, its last thousand lines, without passwords: `dialog.lines()`."""
         self.inbox = Inbox(max_messages=max_messages, max_octets=max_octets, context=self._end_of_dialog)
@@ -207,7 +209,8 @@ class SmtpServer:
         self._process = os.getpid()
         self._remove_folder: Callable[[], object]
         self._place: tuple[str, int] | None = None
-        self._is_running, self._failure = False, None
+        self._is_running = False
+        self._failure: BaseException | None = None
 
     # ---- address
 
