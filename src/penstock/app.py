@@ -584,7 +584,9 @@ def make_pipeline(settings: Settings, shared: Shared, overrides: Overrides, pass
         policies += collect_policies(settings.check, overrides.policies)
     except SystemExit as exc:  # of the code of a policy: no reason for a running server to end
         raise HookError(f"check: a policy has ended the program with code {exc.code} when it was loaded") from exc
-    return Pipeline(policies, shared.journal, shared.judge, Thresholds.of(settings.policy))
+    can_hold = settings.delivery.kind not in ("maildir", "discard", "jetstream")
+    thresholds = Thresholds.of(settings.policy, can_hold=can_hold or overrides.delivery is not None)
+    return Pipeline(policies, shared.journal, shared.judge, thresholds)
 
 
 def bind_listeners(settings: Settings, shared: Shared, overrides: Overrides) -> tuple[list[BoundListener], Path | None]:

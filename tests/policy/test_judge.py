@@ -234,3 +234,13 @@ def test_public_listeners_with_domains_are_judged_by_default(
     ours = None if domains is None else Domains(domains)
     assert is_judged(listener, ours, judges_all=False) is expected
     assert is_judged(listener, ours, judges_all=True)
+
+
+async def test_mail_waits_where_the_delivery_cannot_hold_it() -> None:
+    hooks = [(Hook(Mark(quarantine="hold")), HookSettings(hook="test:Hook"))]
+    thresholds = Thresholds.of(None, can_hold=False)
+    refusal, _ = await Pipeline(hooks, Journal(JournalSettings()), None, thresholds).on_message(
+        transaction_of(), MESSAGE
+    )
+    assert refusal is not None
+    assert (refusal.code, refusal.status) == (451, "4.3.0")

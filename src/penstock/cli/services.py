@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
+from typing import Final
 
+import click
 import trio
 
 from penstock.config import Settings
 from penstock.control import Control
 from penstock.metrics.exposition import CONTENT_TYPE
+from penstock.metrics.settings import ControlSettings
 from penstock.net.listen import ListenAddress, bind
 from penstock.operations.controlsocket import ControlSocket, bind_control
 from penstock.operations.endpoint import Answer, Endpoint, read_token
 from penstock.operations.observation import Observation
 from penstock.privileges import Account, acting_as
+
+_LONGEST_PATH: Final = 107
+"""Octets of the path of a unix socket (unix(7))."""
 
 
 async def run_services(
@@ -52,9 +59,12 @@ def _bind(settings: Settings, account: Account | None) -> tuple[Path | None, lis
         sockets = bind(ListenAddress.parse(settings.metrics.address))
     control_socket: socket.socket | None = None
     try:
-        if settings.control.socket:
+        path = folder / settings.control.socket
+        if settings.control == ControlSettings() and len(os.fsencode(path)) > _LONGEST_PATH:
+            click.echo(f"penstock: without a control socket, as the path {path} is too long", err=True)
+        elif settings.control.socket:
             with acting_as(account):
-                control_socket = bind_control(folder / settings.control.socket)
+                control_socket = bind_control(path)
     except OSError:
         for sock in sockets:
             sock.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Final, Literal, NamedTuple
 
+from penstock import reply as replies
 from penstock.policy.base import Mark
 from penstock.policy.evidence import Evidence
 from penstock.policy.settings import PolicySettings
@@ -31,14 +32,16 @@ class Thresholds(NamedTuple):
     """What quarantine means: "tag", "hold" or "route:NAME"."""
     monitors_hooks: bool = False
     """Scores of policies in Python decide nothing; those of built-in checks have modes of their own."""
+    can_hold: bool = True
+    """The delivery can hold a message, or send it to the route of a name."""
 
     @classmethod
-    def of(cls, settings: PolicySettings | None) -> Thresholds:
+    def of(cls, settings: PolicySettings | None, *, can_hold: bool = True) -> Thresholds:
         """Return those of the settings. Without a [policy] table, scores of policies in Python count in full."""
         if settings is None:
-            return cls()
+            return cls(can_hold=can_hold)
         monitors_hooks = settings.mode == "monitor"
-        return cls(settings.reject_above, settings.quarantine_above, settings.quarantine, monitors_hooks)
+        return cls(settings.reject_above, settings.quarantine_above, settings.quarantine, monitors_hooks, can_hold)
 
     def add_up(self, score: float) -> Sum:
         """Return what follows from a score."""
@@ -90,6 +93,8 @@ def settle(transaction: Transaction, thresholds: Thresholds) -> Reply | None:
         return Reply(550, "5.7.1", text, cause=causes)
     if results.quarantine == "yes" or (not results.quarantine and found.action == "quarantine"):
         results.quarantine = thresholds.how
+    if results.quarantine not in ("", "tag") and not thresholds.can_hold:
+        return replies.TRY_LATER.because(f"the delivery cannot quarantine messages: {results.quarantine}")
     if results.quarantine == "tag":
         transaction.add_field("X-Spam-Flag", "YES")
         transaction.add_field("X-Spam-Score", f"{found.score:g}")
