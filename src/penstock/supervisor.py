@@ -46,6 +46,8 @@ _PREPARE: Final = 120.0
 """Seconds that a worker of a roll has to be prepared."""
 _BEGIN: Final = 600.0
 """Seconds that it has to be ready from then on: the opening of a large spool after a crash takes a while."""
+_END: Final = 7260.0
+"""Seconds that a worker has to end: twice the longest `server.grace`, and a minute."""
 _LAST_WORDS: Final = 1.0
 """Seconds between SIGABRT and SIGKILL."""
 
@@ -274,6 +276,9 @@ class Supervisor:
         place.changed.set()
         if old is not None:
             old.send_signal(signal.SIGTERM)
+            with trio.move_on_after(_END):
+                await old.ended.wait()
+            old.send_signal(signal.SIGKILL)  # one that waits for a disk that hangs would hold up all later reloads
             await old.ended.wait()
         with trio.move_on_after(_BEGIN):
             await _first(successor.ready, successor.ended, self._stop_wanted)

@@ -158,7 +158,8 @@ class LeaseKeeper:
             now = trio.current_time()
             for partition in [partition for partition, each in self._held.items() if each.until <= now]:
                 self._lose(partition)
-            await trio.sleep(min([each.until for each in self._held.values()], default=now + self._lease) - now)
+            # What is gained meanwhile may end before what is held now: look from time to time.
+            await trio.sleep(min([self._lease / 10, *(each.until - now for each in self._held.values())]))
 
     def _lose(self, partition: int) -> None:
         del self._held[partition]
