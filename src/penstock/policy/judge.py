@@ -181,22 +181,28 @@ class Judge:
 
     def refused(self, transaction: Transaction, hook_point: str) -> None:
         """Tell the checks that count that something was refused which they may have let pass."""
-        for _, method in self._refused:
-            method(transaction, hook_point)
+        self._tell(self._refused, "on_refused", transaction, hook_point)
 
     def answered(self, transaction: Transaction, message: Message, reply: Reply) -> None:
         """Tell the checks that count what the delivery has said to a message that they let pass."""
         if not reply.accepts:
             self.refused(transaction, "on_message")
             return
-        for _, method in self._accepted:
-            method(transaction, message)
+        self._tell(self._accepted, "on_accepted", transaction, message)
 
     def close(self, transaction: Transaction, evidence: Evidence) -> None:
         """Tell the checks that a connection has ended, and stop what they do for it."""
         evidence.close()
-        for _, method in self._disconnect:
-            method(transaction)
+        self._tell(self._disconnect, "on_disconnect", transaction)
+
+    def _tell(self, told: tuple[_Asked, ...], hook_point: str, *arguments: object) -> None:
+        """Tell checks what has happened. It has happened: a check that raises changes nothing."""
+        for check, method in told:
+            try:
+                method(*arguments)
+            except Exception as exc:  # noqa: BLE001 - a bug of a check
+                self.counts[check.name, check.mode, "failure"] += 1
+                self._journal.hook_failed(check.name, hook_point, f"{type(exc).__name__}: {exc}")
 
     # ---- one check
 
