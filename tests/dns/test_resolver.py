@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.dns import Answer, Kind, Resolver, ResolverSettings
+from penstock.dns import Answer, Budget, Kind, Resolver, ResolverSettings
 from penstock.dns.server import FAILURES
 from penstock.dns.settings import system_servers
 from tests.dns.lying import Clock, Lying, Reply, resolving, running, serving, truncated, zone_of
@@ -318,6 +319,60 @@ async def test_a_dead_server_is_left_out_until_it_answers_a_probe() -> None:
             await until(lambda: not server.is_open)
             resolver._cache.clear()
             assert (await resolver.query("x.example", "A")).records == (ONE,)
+
+
+async def test_what_fails_on_this_machine_does_not_count_against_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    lying = Lying(zone_of("x.example A 192.0.2.1"))
+    async with resolving(lying) as resolver:
+        assert (await resolver.query("x.example", "A")).records == (ONE,)
+        server = resolver._servers[0]
+        server._idle.pop().socket.close()
+        monkeypatch.setattr("penstock.dns.server._MAX_SOCKETS", 0)
+        for number in range(2 * FAILURES):
+            assert "too many questions" in (await resolver.query(f"{number}.example", "A")).cause
+        monkeypatch.undo()
+
+        def full(*_: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("penstock.dns.server._UdpSocket", full)
+            for number in range(2 * FAILURES):
+                assert "Too many open files" in (await resolver.query(f"{number}.example", "TXT")).cause
+        assert not server.is_open
+        assert not (await resolver.query("y.example", "A")).is_failure
+
+
+async def test_the_silence_of_one_name_does_not_open_the_breaker() -> None:
+    lying, clock = Lying(zone_of("x.example A 192.0.2.1", failures={"a.example": "silence"})), Clock()
+    async with resolving(lying, clock=clock, **OPEN) as resolver:
+        for _ in range(FAILURES):
+            assert (await resolver.query("a.example", "A")).is_failure
+            clock.now += 2
+        assert not resolver._servers[0].is_open
+
+
+async def test_short_of_time_a_lost_answer_is_asked_for_again(autojump_clock: trio.testing.MockClock) -> None:
+    lying = Lying(zone_of("a.example A 192.0.2.1", failures={"a.example": "silence"}))
+    async with resolving(lying) as resolver:
+        assert (await resolver.query("a.example", "A", 5.0)).is_failure
+        assert resolver.statistics.questions == 3
+
+
+async def test_questions_of_checks_leave_some_for_the_relay() -> None:
+    lying = Lying(udp=lambda _: [])
+    async with resolving(lying) as resolver, trio.open_nursery() as nursery:
+        budget = Budget(resolver, seconds=60, questions=5000)
+        for number in range(1024):
+            nursery.start_soon(budget.query, f"{number}.silent.example", "A")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(resolver._pending) == 768
+        with trio.move_on_after(0):
+            await resolver.query_all([("listed.example", "A")])
+        assert len(resolver._pending) == 768
+        lying.udp = None
+        assert (await resolver.query("relay.example", "MX")).status == "missing"
+        nursery.cancel_scope.cancel()
 
 
 async def test_questions_under_way_are_bounded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.utils
 
 import authres  # type: ignore[import-untyped]
+import idna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,3 +148,28 @@ def test_the_fields_of_a_header_cover_it(parts: list[bytes]) -> None:
 def test_reading_a_name_of_one_letter_changes_no_shared_octets() -> None:
     assert [field.name for field in Header(b"T: x\r\nTo: y\r\n").fields] == [b"t", b"to"]
     assert bytes([0x54])[0] == 0x54
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ",".join(f"a@\u00e9{number}.example" for number in range(18_000)),
+        ",".join(f"a@\u00e9{number}.example" for number in range(500)),
+        ",".join(["a@\u00e9.example"] * 1000),
+        "a@\u00e9.example (" + "x" * 100_000 + ")",
+        "\u00e9" * 5000 + ".example",
+    ],
+    ids=["a long field", "many domains", "many authors", "a long comment", "a long domain"],
+)
+def test_an_endless_list_of_authors_is_not_read_to_its_end(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    original = idna.encode
+
+    def encode(domain: str, **options: bool) -> bytes:
+        encoded.append(domain)
+        return original(domain, **options)
+
+    monkeypatch.setattr(idna, "encode", encode)
+    found = author_domains(Header(f"From: joe@b\u00fccher.example, {value}\r\nFrom: {value}\r\n".encode()))
+    assert len(found) > 1
+    assert len(encoded) <= 52

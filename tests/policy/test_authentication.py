@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import trio
@@ -10,20 +11,25 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.dns import Resolver
+from penstock.dns import Answer, Resolver
 from penstock.journal import Journal, JournalSettings
 from penstock.mailauth import DecisionSettings
+from penstock.message import NULL_PATH, MailParameters
 from penstock.policy.authentication import Authentication
 from penstock.policy.check import Parts
+from penstock.policy.pipeline import Pipeline
 from penstock.transaction import Peer, Transaction
+from tests.dns.lying import Lying, resolving
 from tests.mailauth.test_dkim import BODY, HEAD, NOW, sign
+from tests.policy.judging import HEADER, PREFIX, TEXT, judge_with, make_message, make_transaction, octets_of
 
+FORGED = b"Authentication-Results: mx.example.org; dmarc=pass\r\n"
 CLIENT = Transaction(Peer("192.0.2.1", 25))
 
 
-def authentication() -> Authentication:
-    parts = Parts("mx.example.org", Resolver(), Journal(JournalSettings()), Path(), lambda _: True)
-    return Authentication(DecisionSettings(), parts, clock=lambda: NOW)
+def authentication(settings: DecisionSettings | None = None, resolver: Resolver | None = None) -> Authentication:
+    parts = Parts("mx.example.org", resolver or Resolver(), Journal(JournalSettings()), Path(), lambda _: True)
+    return Authentication(settings or DecisionSettings(), parts, clock=lambda: NOW)
 
 
 @settings(max_examples=50, deadline=None)
@@ -89,15 +95,101 @@ def test_headers_of_all_messages_together_are_bounded(monkeypatch: pytest.Monkey
     assert third.finish().header.octets
 
 
-async def test_questions_are_asked_ahead_when_the_body_takes_time() -> None:
+def test_long_headers_do_not_take_the_check_from_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.policy.authentication._MAX_HELD", 1_000_000)
+    check = authentication()
+    for _ in range(20):
+        check.on_data(CLIENT).feed(b"X: " + b"x" * 100_000)  # never ends
+    assert check.held <= 500_000, "what was given up is given back"
+    watcher = check.on_data(CLIENT)
+    watcher.feed(sign() + b"\r\n" + BODY)
+    assert watcher.finish().authors == ("example.com",)
+
+
+@pytest.mark.parametrize("mode", ["monitor", "enforce"])
+async def test_a_failure_of_the_check_refuses_only_where_it_enforces(
+    mode: Literal["monitor", "enforce"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.policy.authentication._MAX_HELD", 10)
+    check = authentication(DecisionSettings(dmarc=mode))
+    judge = judge_with(check)[0]
+    transaction = make_transaction()
+    header = FORGED + HEADER
+    watcher = judge.begin(transaction)
+    assert watcher is not None
+    watcher.feed(header)
+    reply, message = await judge.on_message(transaction, make_message(transaction, header + b"\r\n" + TEXT))
+    assert judge.counts["authentication", "enforce", "failure"] == 1
+    if mode == "enforce":
+        assert reply is not None
+        assert reply.code == 451
+    else:
+        assert reply is None
+        assert octets_of(message) == PREFIX + HEADER + b"\r\n" + TEXT, "a forged field is left out nevertheless"
+
+
+@pytest.mark.parametrize("client", [{"address": "127.0.0.1"}, {"identity": "alice"}, {"address": ""}])
+async def test_forged_results_of_clients_that_are_not_judged_are_left_out(client: dict[str, str]) -> None:
+    judge = judge_with(authentication())[0]
+    foreign = b"Authentication-Results: mx.example.net; spf=fail\r\n"
+    transaction = make_transaction(**client)
+    message = make_message(transaction, foreign + FORGED + HEADER + b"\r\n" + TEXT, piece=50)
+    reply, message = await judge.on_message(transaction, message)
+    assert reply is None
+    assert octets_of(message) == PREFIX + foreign + HEADER + b"\r\n" + TEXT
+    pipeline = Pipeline((), Journal(JournalSettings()), judge).unjudged
+    assert pipeline.message, "that of listeners that are not judged"
+    again = make_message(transaction, FORGED + HEADER + b"\r\n" + TEXT)
+    assert octets_of((await pipeline.on_message(transaction, again))[1]) == PREFIX + HEADER + b"\r\n" + TEXT
+
+
+@pytest.mark.parametrize("address", ["198.51.100.1", "127.0.0.1"])
+async def test_a_header_too_long_to_be_read_is_refused_in_every_mode(address: str) -> None:
+    async with resolving(Lying()) as resolver:
+        judge = judge_with(authentication(resolver=resolver))[0]
+        transaction = make_transaction(address=address)
+        header = (b"X-Filler: " + b"x" * 9000 + b"\r\n") * 200 + FORGED
+        watcher = judge.begin(transaction)
+        if watcher is not None:
+            for at in range(0, len(header), 65_536):
+                watcher.feed(header[at : at + 65_536])
+        reply, _ = await judge.on_message(transaction, make_message(transaction, header + b"\r\n" + TEXT))
+    assert reply is not None
+    assert (reply.code, reply.status) == (550, "5.6.0")
+
+
+async def test_mail_waits_five_seconds_for_a_silent_dns_in_monitor_mode(autojump_clock: trio.testing.MockClock) -> None:
+    class Silent(Resolver):
+        async def query(self, name: str, kind: str, seconds: float = 0, **_: int) -> Answer:
+            await trio.sleep(seconds)
+            return Answer("failed", name=name)
+
+    check = authentication(resolver=Silent())
+    began = trio.current_time()
+    transaction = make_transaction()
+    await check.on_mail(transaction, transaction.sender or NULL_PATH, MailParameters())
+    assert trio.current_time() - began == pytest.approx(5)
+    judge = judge_with(check)[0]
+    watcher = judge.begin(transaction)
+    assert watcher is not None
+    watcher.feed(sign() + b"\r\n" + BODY)
+    assert (await judge.on_message(transaction, make_message(transaction)))[0] is None
+    assert trio.current_time() - began == pytest.approx(10)
+
+
+async def test_questions_are_asked_ahead_until_the_message_is_given_up() -> None:
     asked: list[tuple[str, str]] = []
+    ended: list[str] = []
 
     class Asked(Resolver):
-        async def query(self, name: str, kind: str, seconds: float = 0) -> None:  # type: ignore[override]
+        async def query(self, name: str, kind: str, seconds: float = 0, **_: int) -> None:  # type: ignore[override]
             asked.append((name, kind))
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.append(name)
 
-    parts = Parts("mx.example.org", Asked(), Journal(JournalSettings()), Path(), lambda _: True)
-    check = Authentication(DecisionSettings(), parts, clock=lambda: NOW)
+    check = authentication(resolver=Asked())
     async with trio.open_nursery() as nursery:
         await nursery.start(check.run)
         watcher = check.on_data(CLIENT)
@@ -106,5 +198,9 @@ async def test_questions_are_asked_ahead_when_the_body_takes_time() -> None:
         assert asked == [], "a message in one piece asks at its end"
         watcher.feed(b"the second piece\r\n")
         await trio.testing.wait_all_tasks_blocked()
+        assert (watcher.budget is not None, ended) == (True, [])
+        watcher.close()  # the message was given up
+        await trio.testing.wait_all_tasks_blocked()
+        assert sorted(ended) == ["_dmarc.example.com", "s1._domainkey.example.com"]
         nursery.cancel_scope.cancel()
     assert sorted(asked) == [("_dmarc.example.com", "TXT"), ("s1._domainkey.example.com", "TXT")]

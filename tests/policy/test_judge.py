@@ -15,6 +15,7 @@ from penstock.journal import Journal, JournalSettings
 from penstock.message import NULL_PATH, CountedBody, Envelope, Message, MessageId
 from penstock.policy.base import ACCEPT, Mark
 from penstock.policy.check import Check, Edited
+from penstock.policy.evidence import Pending, run_guarded
 from penstock.policy.hooks import HookSettings
 from penstock.policy.judge import Judge
 from penstock.policy.pipeline import Pipeline
@@ -145,6 +146,39 @@ async def test_a_check_that_fails_defers_or_is_left_out(
     verdict, _ = await judge(pipeline)
     assert (None if verdict is None else verdict.code) == (None if is_left_out else 451)
     assert '"event":"hook-failed","hook":"says"' in journal.drain().decode()
+
+
+async def test_a_check_that_cannot_be_told_changes_nothing() -> None:
+    class Broken(Says):
+        def on_refused(self, transaction: Transaction, hook_point: str) -> None:
+            raise RuntimeError("broken")
+
+        def on_accepted(self, transaction: Transaction, message: Message) -> None:
+            raise RuntimeError("broken")
+
+        def on_disconnect(self, transaction: Transaction) -> None:
+            raise RuntimeError("broken")
+
+    pipeline, journal = pipeline_of(Broken(None), works := Says(None))
+    judge_, transaction = pipeline.judge, transaction_of()
+    assert judge_ is not None
+    judge_.answered(transaction, MESSAGE, Reply(250, "2.0.0", "OK"))
+    judge_.refused(transaction, "on_rcpt")
+    pipeline.close(transaction)
+    assert works.heard == ["accepted", "refused on_rcpt"]
+    assert journal.drain().count(b"broken") == 3
+
+
+async def test_a_background_task_that_raises_ends_no_other() -> None:
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    journal = Journal(JournalSettings())
+    pending: Pending[int] = Pending()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_guarded, journal, "says", pending.run, fail)
+        assert await pending.get() is None
+    assert b"broken" in journal.drain()
 
 
 @pytest.mark.parametrize(

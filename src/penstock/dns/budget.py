@@ -6,7 +6,7 @@ from typing import Final
 
 import trio
 
-from penstock.dns.resolver import Answer, Kind, Resolver
+from penstock.dns.resolver import MAX_QUESTIONS_OF_CHECKS, Answer, Kind, Resolver
 
 MAX_QUESTIONS: Final = 40
 
@@ -24,6 +24,10 @@ class Budget:
         self._deadline = trio.current_time() + seconds
         self._questions = questions
 
+    def restart(self, seconds: float) -> None:
+        """Begin another step: the `seconds` start now. The number of questions is left as it is."""
+        self._deadline = trio.current_time() + seconds
+
     async def query(self, name: str, kind: Kind) -> Answer:
         """Return the answer to a question. It never raises."""
         answer = self._resolver.cached(name, kind)
@@ -35,4 +39,4 @@ class Budget:
         if seconds <= 0:
             return Answer("failed", name=name, cause="the DNS took too long")
         self._questions -= 1
-        return await self._resolver.query(name, kind, seconds)
+        return await self._resolver.query(name, kind, seconds, most=MAX_QUESTIONS_OF_CHECKS)

@@ -33,8 +33,12 @@ KINDS: Final[dict[Kind, int]] = {
 Status = Literal["found", "empty", "missing", "failed"]
 _MAX_QUESTIONS: Final = 1024
 """Questions under way; more are answered FAILED at once."""
+MAX_QUESTIONS_OF_CHECKS: Final = _MAX_QUESTIONS * 3 // 4
+"""Questions under way at which those that clients cause are answered FAILED: the rest is for the relay."""
 _ROUNDS: Final = 3
 """How often each server is asked the same."""
+_LEAST_PATIENCE: Final = 1.0
+"""Seconds to wait for one answer at least, if `timeout` is not shorter."""
 _SWEEP: Final = 0.05
 """Seconds between two looks at the queries under way: they may wait so much longer."""
 _FAILURE_TTL: Final = 1.0
@@ -155,8 +159,10 @@ class Resolver:
         """Return an answer that is known without asking."""
         return self._cached((name.lower().rstrip("."), kind))
 
-    async def query(self, name: str, kind: Kind, seconds: float = math.inf) -> Answer:
+    async def query(self, name: str, kind: Kind, seconds: float = math.inf, *, most: int = _MAX_QUESTIONS) -> Answer:
         """Return the answer to a question, after at most `lifetime` or `seconds`. A cached one is no checkpoint.
+
+        While `most` questions are under way, it fails at once.
 
         Tasks that want the same answer share one question, and the time of the task that has asked first. What is not a
         name of the DNS is "missing". Raise RuntimeError when the resolver does not run.
@@ -174,7 +180,7 @@ class Resolver:
             await pending.done.wait()
             if pending.answer is not None:
                 return pending.answer  # just asked for, however short its life is
-        if len(self._pending) >= _MAX_QUESTIONS:
+        if len(self._pending) >= most:
             self.statistics.failures += 1
             return Answer("failed", name=key[0], cause="too many DNS questions at once")
         pending = self._pending[key] = _Pending()
@@ -185,7 +191,7 @@ class Resolver:
         return pending.answer
 
     async def query_all(self, questions: Sequence[tuple[str, Kind]], seconds: float = math.inf) -> list[Answer]:
-        """Return the answers to several questions, which are asked at once by one task. As `query` otherwise."""
+        """Return the answers to several questions of a check, asked at once by one task. As `query` otherwise."""
         deadline = trio.current_time() + min(self._settings.lifetime, seconds)
         server = next(self._rounds(), None)
         begun: dict[tuple[str, Kind], tuple[_Pending, Question]] = {}
@@ -194,16 +200,17 @@ class Resolver:
         try:
             for key in keys:
                 is_known = self._cached(key) is not None or key in self._pending
-                if is_known or server is None or len(self._pending) >= _MAX_QUESTIONS:
+                if is_known or server is None or len(self._pending) >= MAX_QUESTIONS_OF_CHECKS:
                     continue
                 with suppress(ValueError):
-                    until = min(trio.current_time() + self._settings.timeout, deadline)
+                    until = min(trio.current_time() + self._patience(deadline), deadline)
                     question = server.begin(key[0], KINDS[key[1]], until)
                     pending = self._pending[key] = _Pending()
                     begun[key] = pending, question
             for key in keys:
                 if key not in begun:
-                    answers.append(await self.query(*key, deadline - trio.current_time()))
+                    seconds = deadline - trio.current_time()
+                    answers.append(await self.query(*key, seconds, most=MAX_QUESTIONS_OF_CHECKS))
                     continue
                 pending, question = begun[key]
                 pending.answer = await self._resolve(key, deadline, question)
@@ -291,6 +298,7 @@ class Resolver:
             raise RuntimeError("the resolver is not running")
         cause = "no DNS server answers"
         useless: list[Server] = []
+        patience = self._patience(deadline)
         for server in self._rounds():
             now = trio.current_time()
             if now >= deadline:
@@ -298,18 +306,18 @@ class Resolver:
             if server in useless:
                 continue
             self.statistics.questions += 1
-            was_open = server.is_open
             try:
                 if begun is not None and begun.server is not server:  # its breaker has opened meanwhile
                     begun.server.abandon(begun)
                     begun = None
                 if begun is None:
-                    begun = server.begin(name, KINDS[kind], min(now + self._settings.timeout, deadline))
+                    begun = server.begin(name, KINDS[kind], min(now + patience, deadline))
                 question, begun = begun, None
                 response = await server.finish(question)
             except NoResponseError as exc:
                 cause = str(exc)
-                if server.is_open and not was_open:
+                if server.needs_probe:
+                    server.needs_probe = False
                     nursery.start_soon(server.probe, self._probe_interval, self._settings.timeout)
                 continue
             if response.rcode in (codec.NOERROR, codec.NXDOMAIN) and response.recursive:
@@ -317,6 +325,10 @@ class Resolver:
             useless.append(server)  # only silence is worth a second question
             cause = f"{server.text}: {_describe(response)}"
         raise NoResponseError(cause)
+
+    def _patience(self, deadline: float) -> float:
+        """Return how long to wait for one answer: less where time is short, to ask again for a lost one."""
+        return min(self._settings.timeout, max(_LEAST_PATIENCE, (deadline - trio.current_time()) / _ROUNDS))
 
     def _begin(self) -> None:
         self._has_begun.set()

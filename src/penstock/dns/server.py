@@ -9,14 +9,15 @@ Rules
    whose query was not answered is closed, and with it goes whatever still comes.
 3. Anything else that arrives is ignored, and the query goes on waiting: an attacker must not be able to end it.
 4. A truncated or unreadable response is asked for again by TCP (RFC 7766 5).
-5. A server that has not answered FAILURES queries in a row is left out until it answers a probe. No query waits for
-   that: the probe is a task of its own.
+5. A server that has not answered FAILURES queries in a row, about several names, is left out until it answers a probe.
+   No query waits for that: the probe is a task of its own. What fails on this machine says nothing about the server.
 6. A query has no timer: a cancel scope costs as much as the query. `expire` ends those whose time is over; the resolver
    calls it from time to time while queries are under way.
 """
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -28,8 +29,10 @@ from trio.lowlevel import notify_closing, wait_readable
 
 from penstock.dns import _codec as codec
 
-FAILURES: Final = 20
-"""Queries without an answer, one after the other, that open the breaker."""
+FAILURES: Final = 5
+"""Queries without an answer, one after the other and not all about one name, that open the breaker."""
+_OUR_ERRORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""What fails on this machine, whatever the server does."""
 _LEAST_SOCKETS: Final = 4
 """Sockets that queries are spread over at least."""
 _MAX_IDLE: Final = 64
@@ -137,8 +140,12 @@ class Server:
         self.trust_ad = trust_ad or ipaddress.ip_address(address).is_loopback
         self.is_open = False
         """The breaker is open: the server is left out."""
+        self.needs_probe = False
+        """The breaker has just opened: the caller starts `probe`, and resets this."""
         self._began = began
         self._failures = 0
+        self._failed_name: str | None = None
+        """The name that the queries without an answer were about; None if they were about several."""
         self._knows_edns = True
         self._random = _Random()
         self._idle: list[_UdpSocket] = []
@@ -190,15 +197,25 @@ class Server:
             pass
         except OSError as exc:
             cause = exc.strerror or str(exc)
+            if exc.errno in _OUR_ERRORS:
+                raise NoResponseError(f"{self.text}: {cause}") from exc
         except codec.MalformedMessageError as exc:
             cause = f"unreadable answer: {exc}"
         else:
             self._failures = 0
             return response
-        self._failures += 1
-        if self._failures == FAILURES:
-            self.is_open = True
+        self._note_failure(question.name)
         raise NoResponseError(f"{self.text}: {cause}")
+
+    def _note_failure(self, name: str) -> None:
+        """Count a query without an answer. The silence of the servers of one name does not open the breaker."""
+        self._failures += 1
+        if self._failures == 1:
+            self._failed_name = name
+        elif self._failed_name != name:
+            self._failed_name = None
+        if self._failures >= FAILURES and self._failed_name is None and not self.is_open:
+            self.is_open = self.needs_probe = True
 
     def abandon(self, question: Question) -> None:
         """Forget a question that was begun; nothing once it was finished."""
@@ -301,7 +318,7 @@ class Server:
         idle, number = self._idle, self._random.next()
         if not idle or len(idle) + len(self._busy) < _LEAST_SOCKETS:
             if len(self._busy) >= _MAX_SOCKETS:
-                raise OSError("too many questions at once")
+                raise OSError(errno.EMFILE, "too many questions at once")
             return _UdpSocket(self._family, self._address, 128 + (number & 127))  # type: ignore[arg-type]
         place = number % len(idle)
         used, idle[place] = idle[place], idle[-1]

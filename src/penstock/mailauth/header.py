@@ -15,34 +15,51 @@ _SIMPLE: Final = re.compile(
     r"""(?:(?:"[^"\\]*"|[^"(),:;<>\\])*<([^"(),:;<>\\\s]+)>|[ \t\r\n]*([^"(),:;<>\\\s]+))[ \t\r\n]*"""
 )
 """One mailbox, as nearly all From fields have it."""
+_MAX_AUTHORS: Final = 50
+"""Mailboxes of From that are read. To look at more would let a message of one client hold up all others."""
+_MAX_DOMAINS: Final = 5
+_MAX_FROM: Final = 1 << 14
+"""Octets of all From fields that are read."""
 
 
 def author_domains(header: Header) -> tuple[str, ...]:
     """Return the domains of all authors in all From fields, as lower-case A-labels, each once.
 
     A mailbox without a domain, or with one that is none, is "": it belongs to no domain that could vouch for it.
+    More than 50 authors, 5 domains or 16 KiB are not read to their end: they are several domains in any case.
     """
     found: dict[str, None] = {}
+    authors, octets = 0, 0
     for field in header.by_name.get(b"from", ()):
-        for mailbox in mailboxes(header.value(field).decode("utf-8", "surrogateescape")):
+        octets += field.stop - field.start
+        text = b"" if octets > _MAX_FROM else header.value(field)
+        for mailbox in mailboxes(text.decode("utf-8", "surrogateescape"), _MAX_AUTHORS + 1):
+            authors += 1
+            if authors > _MAX_AUTHORS or len(found) == _MAX_DOMAINS:
+                break
             found[canonical_domain(mailbox.rpartition("@")[2] if "@" in mailbox else "")] = None
+        if authors > _MAX_AUTHORS or len(found) == _MAX_DOMAINS or octets > _MAX_FROM:
+            return tuple(found) if len(found) > 1 else (*found, "", "")  # several, whatever else the field says
     return tuple(found)
 
 
 def canonical_domain(domain: str) -> str:
     """Return a domain as lower-case A-labels without a final dot; "" for what is none."""
     domain = domain.strip(" \t\r\n").rstrip(".").lower()
+    if len(domain) > 253:  # as A-labels it is longer still
+        return ""
     if not domain.isascii():
         try:
             return idna.encode(domain, uts46=True).decode()
         except (idna.IDNAError, UnicodeError):
             return ""
-    return domain if 0 < len(domain) <= 253 else ""
+    return domain
 
 
-def mailboxes(value: str) -> list[str]:  # noqa: C901, PLR0912 - one branch for each character with a meaning
+def mailboxes(value: str, most: int = 1 << 30) -> list[str]:  # noqa: C901, PLR0912 - one branch for each character with a meaning
     """Return the addr-specs of a list of mailboxes and groups (RFC 5322 3.4), without comments and blanks.
 
+    At most `most` of them are read.
     What does not follow the grammar is read as mail readers do: the address is what stands in the last <>, else all.
     """
     simple = _SIMPLE.fullmatch(value)
@@ -77,6 +94,8 @@ def mailboxes(value: str) -> list[str]:  # noqa: C901, PLR0912 - one branch for 
         elif char in ",;":
             _close(found, plain, closed)
             plain, closed = [], None
+            if len(found) >= most:
+                return found
         elif char == ":":
             plain = []  # the name of a group
         elif char not in " \t\r\n":

@@ -45,8 +45,8 @@ class MessageCheck:
 
     @property
     def hints(self) -> list[tuple[str, Kind]]:
-        """Questions that `finish` will ask; asking them while the body arrives saves the wait."""
-        found: list[tuple[str, Kind]] = [(name, "TXT") for name in self._questions]
+        """Questions that `finish` will ask, 6 at most; asking them while the body arrives saves the wait."""
+        found: list[tuple[str, Kind]] = [(name, "TXT") for name in self._dkim.questions]
         if self.authors and self.authors[0] and self._settings.dmarc != "off":
             found.append((f"_dmarc.{self.authors[0]}", "TXT"))
         return found

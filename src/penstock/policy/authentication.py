@@ -12,15 +12,18 @@ from typing import Final
 
 import trio
 
-from penstock.dns import Budget, Resolver
+from penstock.dns import Budget, Kind, Resolver
 from penstock.journal import Journal
 from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, spf
 from penstock.mailauth.decision import decide
+from penstock.mailauth.header import Field, Header
+from penstock.mailauth.results import NAME, forged_fields
 from penstock.message import MailParameters, Message, Path
 from penstock.policy.aggregate import Reporter
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Edited, Finding, MessageFinding, Parts
-from penstock.policy.evidence import Evidence, evidence_of
+from penstock.policy.evidence import Evidence, evidence_of, run_guarded
+from penstock.policy.milter import split_body
 from penstock.policy.overlay import Edit, EditedBody
 from penstock.policy.settings import DmarcSettings, PolicySettings
 from penstock.reply import Reply
@@ -29,10 +32,16 @@ from penstock.transaction import Transaction
 
 _SECONDS: Final = 20.0
 """Time for all questions at MAIL, and again for those at the end of the message (RFC 7208 4.6.4)."""
+_MONITOR_SECONDS: Final = 5.0
+"""The same where nothing is refused: mail must not wait long for what changes nothing."""
 _MAX_HEADER: Final = 1 << 18
 """Octets of a header that are read; a longer one hides what it says, and is refused."""
+TOO_LONG: Final = Reply(550, "5.6.0", "The header is too long to be read", cause="header too long")
 _MAX_HELD: Final = 64 << 20
-"""Octets of the headers of all messages that are arriving; beyond them the check has failed, and messages wait."""
+"""Octets of the headers of all messages that are arriving; beyond them the check of a message has failed."""
+_SHARE: Final = 1 << 15
+"""Octets of the header of one message that are kept in any case while less than `_MAX_HELD` is; more of them are kept
+until half of it is."""
 
 
 def decision_settings(policy: PolicySettings) -> DecisionSettings:
@@ -71,14 +80,17 @@ def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
 class _MessageWatcher:
     """Reads a message while it arrives (penstock.policy.evidence.Watcher)."""
 
-    __slots__ = ("_authentication", "_check", "_error", "_has_hinted", "_held", "_start", "is_too_long")
+    __slots__ = ("_authentication", "_check", "_error", "_held", "_scope", "_start", "budget", "is_too_long")
 
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
         self._start = b""
         self._check: MessageCheck | None = None
         self._error: Exception | None = None
-        self._has_hinted = False
+        self._scope: trio.CancelScope | None = None
+        """That of the questions asked ahead, once they are asked."""
+        self.budget: Budget | None = None
+        """That of the message, once something was asked."""
         self._held = 0
         """Octets of a header that are counted in `Authentication.held`."""
         self.is_too_long = False
@@ -91,14 +103,15 @@ class _MessageWatcher:
         try:
             self._feed(chunk)
         except Exception as exc:  # noqa: BLE001 - the connection goes on; `finish` raises it
+            self.close()
             self._error = exc
 
     def _feed(self, chunk: bytes) -> None:
         check = self._check
         if check is not None:
-            if not self._has_hinted:  # the body comes in several pieces: time to ask meanwhile
-                self._has_hinted = True
-                self._authentication.ask_ahead(check)
+            if self._scope is None:  # the body comes in several pieces: time to ask meanwhile
+                self._scope = trio.CancelScope()
+                self.budget = self._authentication.ask_ahead(check, self._scope)
             check.feed(chunk)
             return
         before = len(self._start)
@@ -121,15 +134,20 @@ class _MessageWatcher:
         self._check.feed(memoryview(start)[body:])
 
     def _hold(self, octets: int) -> None:
-        """Count the octets of the header that are kept. Raise MemoryError if all messages together keep too many."""
+        """Count the octets of the header that are kept. Raise MemoryError if all messages together keep too many.
+
+        Clients that keep long headers unfinished must not take the check away from ordinary messages.
+        """
         authentication = self._authentication
         authentication.held += octets - self._held
         self._held = octets
-        if authentication.held > _MAX_HELD:
+        if authentication.held > (_MAX_HELD // 2 if octets > _SHARE else _MAX_HELD):
             raise MemoryError("the headers of all messages that are arriving are too large")
 
     def close(self) -> None:
-        """Give the header back."""
+        """Give the header back, and stop what is asked for the message."""
+        if self._scope is not None:
+            self._scope.cancel()
         self._authentication.held -= self._held
         self._held = 0
         self._start = b""
@@ -149,10 +167,14 @@ class Authentication(Check):
 
     name = "authentication"
     mode = "enforce"
-    deadline = 2 * _SECONDS
 
     def __init__(self, settings: DecisionSettings, parts: Parts, clock: Callable[[], float] = time.time) -> None:
         self._settings = settings
+        is_enforced = "enforce" in (settings.spf, settings.dkim, settings.dmarc)
+        if not is_enforced:
+            self.failure = None  # it refuses nothing, and neither does its failure
+        self._seconds = _SECONDS if is_enforced else _MONITOR_SECONDS
+        self.deadline = 2 * self._seconds
         self._hostname = parts.hostname
         self._resolver: Resolver = parts.resolver
         self._journal: Journal = parts.journal
@@ -168,7 +190,7 @@ class Authentication(Check):
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             if self.reporter is not None:
-                nursery.start_soon(self.reporter.run)
+                nursery.start_soon(run_guarded, self._journal, self.name, self.reporter.run)
             task_status.started()
             await trio.sleep_forever()
 
@@ -177,7 +199,7 @@ class Authentication(Check):
         if self._settings.spf == "off":
             return None
         found = await spf.check(
-            Budget(self._resolver, seconds=_SECONDS).query,
+            Budget(self._resolver, seconds=self._seconds).query,
             address=transaction.peer.address,
             sender=f"{sender.local}@{sender.domain}" if sender.domain else "",
             helo=transaction.hello,
@@ -200,13 +222,17 @@ class Authentication(Check):
         """Begin the checks of a message whose header is complete."""
         return MessageCheck(header, self._settings, now=int(self._clock()))
 
-    def ask_ahead(self, check: MessageCheck) -> None:
-        """Ask for keys and policies, so that the answers are there at the end of the message."""
-        if self._nursery is None:
-            return
-        for name, kind in check.hints:
-            if self._resolver.cached(name, kind) is None:
-                self._nursery.start_soon(self._resolver.query, name, kind)
+    def ask_ahead(self, check: MessageCheck, scope: trio.CancelScope) -> Budget | None:
+        """Ask for keys and policies, so that the answers are there at the end of the message.
+
+        Return the budget of the message, if something is asked. Cancelling the scope ends the questions.
+        """
+        hints = [hint for hint in check.hints if self._resolver.cached(*hint) is None]
+        if not hints or self._nursery is None:
+            return None
+        budget = Budget(self._resolver, seconds=self._seconds)
+        self._nursery.start_soon(run_guarded, self._journal, self.name, _ask_all, budget, hints, scope)
+        return budget
 
     async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
         """Finish the checks, decide, add our header field and leave out those that claim our name."""
@@ -218,6 +244,15 @@ class Authentication(Check):
         finally:
             evidence.watch(None)
 
+    async def remove_forged(self, message: Message) -> Message | Reply:
+        """Leave out the fields that claim our name, of a message that is not checked (RFC 8601 5)."""
+        octets, end = await split_body(message)
+        if end == len(octets) and end < message.body.size:
+            return TOO_LONG
+        if NAME not in octets.lower():
+            return message
+        return _without(message, forged_fields(Header(octets), self._hostname))
+
     async def _judge(
         self, transaction: Transaction, evidence: Evidence, watcher: _MessageWatcher, message: Message
     ) -> MessageFinding:
@@ -225,8 +260,10 @@ class Authentication(Check):
         results = transaction.results
         iprev = await _iprev_of(evidence)
         sender = message.envelope.sender
+        budget = watcher.budget or Budget(self._resolver, seconds=self._seconds)
+        budget.restart(self._seconds)
         judgement = await check.finish(
-            Budget(self._resolver, seconds=_SECONDS).query,
+            budget.query,
             authserv_id=self._hostname,
             spf=results.spf,
             mail_from=sender.text,
@@ -242,22 +279,15 @@ class Authentication(Check):
         self, transaction: Transaction, evidence: Evidence, message: Message, judgement: Judgement, *, is_too_long: bool
     ) -> MessageFinding:
         enforced, monitored = judgement.decisions
-        if is_too_long:
-            refusal = Decision("reject", "from", 550, "5.6.0", "The header is too long to be read", "header too long")
-            if self._settings.dmarc == "enforce":
-                enforced = refusal
-            else:
-                monitored = refusal
+        if is_too_long:  # in every mode: fields that claim our name could not be left out
+            enforced = Decision("reject", "from", 550, "5.6.0", TOO_LONG.text, TOO_LONG.cause)
         self._note_monitored(transaction, "on_message", monitored)
         if self.reporter is not None and enforced.action != "defer":  # a deferred message comes again
             sender = message.envelope.sender.domain
             self.reporter.count(transaction.peer.address, sender, transaction.results, enforced)
         evidence.header_field = judgement.header_field
         message = message._replace(prefix=judgement.header_field + message.prefix)
-        if judgement.forged:
-            edits = [Edit(field.start, field.stop) for field in judgement.forged]
-            message = message._replace(body=EditedBody(message.body, edits))
-        return Edited(message, _finding(enforced))
+        return Edited(_without(message, judgement.forged), _finding(enforced))
 
     def _note_monitored(self, transaction: Transaction, hook_point: str, decision: Decision) -> None:
         """Journal what a part in monitor mode would have decided."""
@@ -267,6 +297,21 @@ class Authentication(Check):
         if decision.action != "quarantine":
             reply = Reply(decision.code, decision.status, decision.text, cause=decision.cause)
         self._journal.monitored(transaction.number, transaction.peer, decision.check, hook_point, reply)
+
+
+async def _ask_all(budget: Budget, questions: Sequence[tuple[str, Kind]], scope: trio.CancelScope) -> None:
+    """Ask questions at once, so that their answers are cached."""
+    with scope:
+        async with trio.open_nursery() as nursery:
+            for name, kind in questions:
+                nursery.start_soon(budget.query, name, kind)
+
+
+def _without(message: Message, fields: Sequence[Field]) -> Message:
+    """Return a message without fields of its header."""
+    if not fields:
+        return message
+    return message._replace(body=EditedBody(message.body, [Edit(field.start, field.stop) for field in fields]))
 
 
 def _finding(decision: Decision) -> Finding:

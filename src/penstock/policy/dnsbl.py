@@ -22,12 +22,12 @@ from typing import Final, NamedTuple
 import trio
 
 from penstock.breaker import Breaker
-from penstock.dns import Answer, Resolver
+from penstock.dns import Answer, Budget, Resolver
 from penstock.journal import Journal
 from penstock.message import Recipient
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Finding, FindingOrAwaitable, Parts
-from penstock.policy.evidence import Pending, evidence_of
+from penstock.policy.evidence import Pending, evidence_of, run_guarded
 from penstock.policy.settings import DnsblSettings, PolicySettings
 from penstock.reply import Reply
 from penstock.results import DnsblResult, Listing
@@ -185,9 +185,9 @@ class Dnsbl(Check):
             with trio.move_on_after(_FIRST_TEST):
                 async with trio.open_nursery() as first:
                     for each in self._lists:
-                        first.start_soon(self._test, each)
+                        first.start_soon(run_guarded, self._journal, self.name, self._test, each)
             for each in self._lists:
-                nursery.start_soon(self._keep_testing, each)
+                nursery.start_soon(run_guarded, self._journal, self.name, self._keep_testing, each)
             task_status.started()
             await trio.sleep_forever()
 
@@ -205,7 +205,7 @@ class Dnsbl(Check):
             if not each.is_usable:
                 await trio.sleep(_RETRY[min(failures, len(_RETRY) - 1)])
                 failures += 1
-            await self._test(each)
+            await run_guarded(self._journal, self.name, self._test, each)
 
     async def _test(self, each: _List) -> None:
         """Test a list. Without an answer, it stays what it was."""
@@ -235,7 +235,7 @@ class Dnsbl(Check):
         if len(answers) == len(asked):
             pending.set(self._result(asked, answers))
         else:
-            self._nursery.start_soon(pending.run, self._find, asked, name)
+            self._nursery.start_soon(run_guarded, self._journal, self.name, pending.run, self._find, asked, name)
         return self._judge_connection(transaction, pending) if self._at_connect else None
 
     async def _find(self, asked: Sequence[_List], name: str) -> DnsblResult:
@@ -320,7 +320,8 @@ class Dnsbl(Check):
         """Return what a list says about a client, as printable ASCII."""
         answer: Answer | None = None
         with trio.move_on_after(_SECONDS):
-            answer = await self._resolver.query(f"{reversed_name(address)}.{zone}", "TXT")
+            budget = Budget(self._resolver, seconds=_SECONDS)
+            answer = await budget.query(f"{reversed_name(address)}.{zone}", "TXT")
         if answer is None or not answer.records:
             return ""
         text = answer.records[0].decode("latin-1")[:_MAX_TEXT]

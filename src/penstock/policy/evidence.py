@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
 
+from penstock.journal import Journal
 from penstock.policy.base import Mark
 from penstock.transaction import Transaction
 
@@ -22,6 +23,14 @@ class Watcher(Protocol):
 
     def close(self) -> None:
         """Give back what the message has taken; further calls do nothing."""
+
+
+async def run_guarded(journal: Journal, check: str, run: Callable[..., Awaitable[object]], *arguments: object) -> None:
+    """Be a background task of a check: an exception is journaled, and ends neither other tasks nor the server."""
+    try:
+        await run(*arguments)
+    except Exception as exc:  # noqa: BLE001 - a bug of a check, or the operating system
+        journal.hook_failed(check, "background", f"{type(exc).__name__}: {exc}")
 
 
 class Pending(Generic[T]):

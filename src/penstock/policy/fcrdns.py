@@ -15,7 +15,7 @@ from penstock.dns import Answer, Budget, Kind, Resolver
 from penstock.message import Recipient
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Finding, FindingOrAwaitable, Mode, Parts
-from penstock.policy.evidence import Pending, evidence_of
+from penstock.policy.evidence import Pending, evidence_of, run_guarded
 from penstock.policy.settings import FcrdnsSettings, PolicySettings
 from penstock.results import IprevResult
 from penstock.transaction import Transaction
@@ -41,6 +41,7 @@ class Fcrdns(Check):
         self.mode = mode
         self._score = settings.score
         self._resolver = parts.resolver
+        self._journal = parts.journal
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -59,7 +60,7 @@ class Fcrdns(Check):
         if known is not None:
             pending.set(known)
         else:
-            self._nursery.start_soon(pending.run, self._find, address)
+            self._nursery.start_soon(run_guarded, self._journal, self.name, pending.run, self._find, address)
 
     async def _find(self, address: str) -> IprevResult:
         return await find_iprev(Budget(self._resolver, seconds=_SECONDS), address)

@@ -7,6 +7,7 @@ Rules
 2. Only an answer can condemn. A check that raises or misses its deadline has failed: the client gets 451, or the check
    is left out, as it declares (`Check.failure`). A failure never refuses for ever.
 3. Clients in trusted networks, on unix sockets, and authenticated ones are not judged, except by checks that say so.
+   Their messages lose forged Authentication-Results as well (RFC 8601 5).
 4. Checks are asked in the order of MAKERS, cheap ones first; the first refusal that counts ends the asking.
 5. A hook point without checks is an empty tuple, and costs nothing. A check that answers without waiting costs a call:
    there is no task, no deadline and no checkpoint.
@@ -89,6 +90,9 @@ class Judge:
         self.rcpt: tuple[_Asked, ...] = found["on_rcpt"]
         self.message: tuple[_Asked, ...] = found["on_message"]
         self._data = found["on_data"]
+        self._authentication = next((each for each in checks if isinstance(each, authentication.Authentication)), None)
+        self.removes_forged = self._authentication is not None
+        """Messages lose the Authentication-Results fields that claim our name."""
         self._pregreet = next((each for each in checks if isinstance(each, pregreet.Pregreet)), None)
         self._refused = found["on_refused"]
         self._accepted = found["on_accepted"]
@@ -142,6 +146,10 @@ class Judge:
         """Judge a whole message. Return the verdict, and the message as the checks have changed it."""
         kept: Reply | None = None
         evidence = evidence_of(transaction)
+        if self._authentication is not None and not self._applies(self._authentication, transaction, evidence):
+            refusal, message = await self.remove_forged(message)
+            if refusal is not None:
+                return refusal, message
         for check, method in self.message:
             if not self._applies(check, transaction, evidence):
                 continue
@@ -155,12 +163,22 @@ class Judge:
                         transaction.number, transaction.peer, check.name, "on_message", _WOULD_CHANGE
                     )
                 answer = answer.verdict
+            elif answer is None and check is self._authentication:  # it has failed, and is left out
+                answer, message = await self.remove_forged(message)
             reply = self._weigh(check, "on_message", transaction, evidence, answer)
             if reply is not None:
                 if not reply.accepts:
                     return reply, message
                 kept = reply
         return kept, message
+
+    async def remove_forged(self, message: Message) -> tuple[Reply | None, Message]:
+        """Return a message that is not checked, without the fields that claim our name. It may be refused."""
+        check = self._authentication
+        if check is None:
+            return None, message
+        found = await self._guarded(check, check.remove_forged, "on_message", message)
+        return (None, found) if isinstance(found, Message) else (found, message)
 
     def conclude(self, transaction: Transaction, message: Message, verdict: Reply | None) -> None:
         """Journal what was found for a message, if anything was."""
@@ -181,22 +199,28 @@ class Judge:
 
     def refused(self, transaction: Transaction, hook_point: str) -> None:
         """Tell the checks that count that something was refused which they may have let pass."""
-        for _, method in self._refused:
-            method(transaction, hook_point)
+        self._tell(self._refused, "on_refused", transaction, hook_point)
 
     def answered(self, transaction: Transaction, message: Message, reply: Reply) -> None:
         """Tell the checks that count what the delivery has said to a message that they let pass."""
         if not reply.accepts:
             self.refused(transaction, "on_message")
             return
-        for _, method in self._accepted:
-            method(transaction, message)
+        self._tell(self._accepted, "on_accepted", transaction, message)
 
     def close(self, transaction: Transaction, evidence: Evidence) -> None:
         """Tell the checks that a connection has ended, and stop what they do for it."""
         evidence.close()
-        for _, method in self._disconnect:
-            method(transaction)
+        self._tell(self._disconnect, "on_disconnect", transaction)
+
+    def _tell(self, told: tuple[_Asked, ...], hook_point: str, *arguments: object) -> None:
+        """Tell checks what has happened. It has happened: a check that raises changes nothing."""
+        for check, method in told:
+            try:
+                method(*arguments)
+            except Exception as exc:  # noqa: BLE001 - a bug of a check
+                self.counts[check.name, check.mode, "failure"] += 1
+                self._journal.hook_failed(check.name, hook_point, f"{type(exc).__name__}: {exc}")
 
     # ---- one check
 

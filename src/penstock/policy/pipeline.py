@@ -114,12 +114,14 @@ class Pipeline:
         journal: Journal,
         judge: Judge | None = None,
         thresholds: Thresholds = DEFAULT_THRESHOLDS,
+        remover: Judge | None = None,
     ) -> None:
-        """`judge` has the built-in checks."""
+        """`judge` has the built-in checks. Without one, `remover` leaves forged Authentication-Results out."""
         guards = [_Guard(policy, settings, journal) for policy, settings in policies]
         self.judge = judge
-        self.unjudged = self if judge is None else Pipeline(policies, journal, None, thresholds)
+        self.unjudged = self if judge is None else Pipeline(policies, journal, None, thresholds, judge)
         """The same policies without the built-in checks."""
+        self._remover = remover if remover is not None and remover.removes_forged else None
         self._thresholds = thresholds
 
         def watching(hook_point: str) -> tuple[_Asked, ...]:
@@ -139,7 +141,8 @@ class Pipeline:
         self.helo: tuple[object, ...] = self._helo if judge is None else judge.helo + self._helo
         self.mail: tuple[object, ...] = self._mail if judge is None else judge.mail + self._mail
         self.rcpt: tuple[object, ...] = self._rcpt if judge is None else judge.rcpt + self._rcpt
-        self.message: tuple[object, ...] = self._message if judge is None else (judge, *self._message)
+        own: tuple[object, ...] = tuple(each for each in (judge, self._remover) if each is not None)
+        self.message: tuple[object, ...] = own + self._message
 
     async def on_connect(self, transaction: Transaction) -> Reply | None:
         """Judge a client by its address. None is a yes."""
@@ -183,6 +186,8 @@ class Pipeline:
         judge = self.judge
         if judge is not None:
             verdict, message = await judge.on_message(transaction, message)
+        elif self._remover is not None:
+            verdict, message = await self._remover.remove_forged(message)
         if self._message and (verdict is None or verdict.accepts):
             asked = message
             if transaction.added_fields:

@@ -549,8 +549,6 @@ class Connection:
         session, pump, journal = self.session, self.pump, self.listener.journal
         if self.metrics is not None:
             self.metrics.ended("QUIT" if session.has_quit else cause, pump.octets)
-        if self.transaction.evidence is not None:
-            self.listener.pipeline.close(self.transaction)
         if self._is_admitted:
             self.worker.release(self.peer)
             seconds = trio.current_time() - self._started
@@ -563,6 +561,8 @@ class Connection:
             self.faults = None
         pump.close()
         self.worker.ended(self)
+        if self.transaction.evidence is not None:  # last: whatever a check does, the connection was counted out
+            self.listener.pipeline.close(self.transaction)
 
     # ---- TLS
 

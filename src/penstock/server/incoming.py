@@ -117,6 +117,8 @@ class IncomingMessage:
         if self.flow is not None:
             self.flow.abort()
             self.flow = None
+        if self._watcher is not None:
+            self._watcher.close()
         if self._body is not None:
             self._body.close()
         else:
