@@ -32,6 +32,8 @@ class DecisionSettings:
     )
     """What follows from a fail of DMARC, by what the domain asks for."""
     temperror: Literal["defer", "accept"] = "defer"
+    trusted_sealers: frozenset[str] = frozenset()
+    """Domains, in lower case, whose ARC seals the header calls trusted. They decide nothing."""
 
 
 class Decision(NamedTuple):

@@ -105,5 +105,12 @@ class MessageCheck:
             domain = (("header.from", findings.dmarc.domain),) if findings.dmarc.domain else ()
             found.append(results.MethodResult("dmarc", findings.dmarc.result, domain))
         if self._arc is not None:
-            found.append(results.MethodResult("arc", arc.result))
+            found.append(results.MethodResult("arc", arc.result, self._trust_in(arc)))
         return found
+
+    def _trust_in(self, arc: ArcResult) -> tuple[tuple[str, str], ...]:
+        """Return whether all who have sealed a chain are trusted, where it is known who is (RFC 8617 7.2)."""
+        trusted = self._settings.trusted_sealers
+        if not trusted or arc.result != "pass":
+            return ()
+        return (("policy.sealers", "trusted" if trusted.issuperset(arc.sealers) else "untrusted"),)

@@ -55,6 +55,7 @@ def decision_settings(policy: PolicySettings) -> DecisionSettings:
         require_aligned=policy.dkim is not None and policy.dkim.require_aligned,
         on_fail={"reject": on_fail.reject, "quarantine": on_fail.quarantine, "none": on_fail.none},
         temperror=dmarc.temperror,
+        trusted_sealers=frozenset(each.lower().rstrip(".") for each in dmarc.trusted_sealers),
     )
 
 

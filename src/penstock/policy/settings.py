@@ -56,7 +56,11 @@ class DmarcSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     contact: Annotated[str, Meta(description="Sender of the reports, and where their readers can ask")] = ""
     trusted_sealers: Annotated[
         tuple[str, ...],
-        Meta(max_length=1000, description="Domains whose ARC seals are reported in the header (RFC 8617)"),
+        Meta(
+            max_length=1000,
+            description="Domains (d=) whose ARC seals are trusted (RFC 8617): the header says arc=pass "
+            "policy.sealers=trusted if all seals of a message are theirs, else untrusted. They decide nothing",
+        ),
     ] = ()
 
 
