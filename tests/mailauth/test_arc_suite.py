@@ -53,7 +53,8 @@ def test_the_chain_is_judged_right(document: dict[str, Any], case: dict[str, Any
     [((), "arc=pass"), (("Example.org.",), "arc=pass policy.sealers=trusted"), (("example.net",), "=untrusted")],
 )
 async def test_the_header_says_whether_the_sealers_are_trusted(trusted: tuple[str, ...], expected: str) -> None:
-    document, case = next(each.values for each in CASES if each.id == "cv_pass_i1_1")
+    document = next(each for each in DOCUMENTS if "cv_pass_i1_1" in each["tests"])
+    case = document["tests"]["cv_pass_i1_1"]
     head, _, body = case["message"].replace("\n", "\r\n").encode().partition(b"\r\n\r\n")
     keys = {str(name).lower(): text for name, text in document["txt-records"].items()}
 
