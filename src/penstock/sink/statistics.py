@@ -7,7 +7,6 @@ millisecond at any rate; web page, terminal and report use its samples.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import re
 import time
 from collections import Counter, deque
@@ -17,6 +16,7 @@ from typing import Final, NamedTuple, Protocol
 
 import trio
 
+from penstock import __version__
 from penstock.metrics._session import PHASES, Metrics
 from penstock.metrics._session import Sequence as Run
 from penstock.sequence import Mark, parse_counter
@@ -122,7 +122,7 @@ class RecipientMarks:
 
 @functools.cache
 def _made_by() -> str:
-    return f"penstock {importlib.metadata.version('penstock')}"
+    return f"penstock {__version__}"
 
 
 class Expectation(NamedTuple):

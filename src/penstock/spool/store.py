@@ -52,6 +52,9 @@ LOCK: Final = "lock"
 PLACES: Final = 20
 """Bits of the number of a recipient that are its place in the message: at most a million recipients."""
 _VERSION: Final = 3
+# Read here, and not at their first use: a worker that has become another user may be unable to read them.
+_SCHEMA: Final = resources.files("penstock.spool").joinpath("schema.sql").read_text()
+_OPERATOR: Final = resources.files("penstock.spool").joinpath("operator.sql").read_text()
 _RENAMES: Final = """
 ALTER TABLE lane RENAME TO queue;
 ALTER TABLE recipient RENAME COLUMN lane TO queue;
@@ -139,16 +142,12 @@ def prepare(database: sqlite3.Connection, path: Path) -> None:
         database.execute(f"PRAGMA page_size = {_PAGE}")
         database.execute("PRAGMA journal_mode = WAL")
     if version in (0, 2):
-        tables = _script("schema.sql") if version == 0 else _RENAMES
-        database.executescript(f"BEGIN IMMEDIATE;\n{tables}\n{_script('operator.sql')}\nCOMMIT;")
+        tables = _SCHEMA if version == 0 else _RENAMES
+        database.executescript(f"BEGIN IMMEDIATE;\n{tables}\n{_OPERATOR}\nCOMMIT;")
     check_version(database, path)
     database.execute("PRAGMA journal_mode = WAL")
     # SQLite converts it to pages of the size that it knows, which is 4 KiB until it has read the database.
     database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-
-
-def _script(name: str) -> str:
-    return resources.files("penstock.spool").joinpath(name).read_text()
 
 
 def check_version(database: sqlite3.Connection, path: Path) -> None:
