@@ -12,8 +12,8 @@ The supervisor makes one segment (a memfd) and each worker inherits it. It has a
 
 Rules
 -----
-1. A page is written by its worker alone, and read by all. So nothing is locked, no count is lost, and what a worker that
-   was killed had open is known: the supervisor takes it out with `release`, and nothing leaks.
+1. A page is written by its worker alone, and read by all. So nothing is locked, no count is lost, and what a worker
+   that was killed had open is known: the supervisor takes it out with `release`, and nothing leaks.
 2. Readers sum over the pages. Between a look and the count that follows it, other workers may count as well: a limit
    may be exceeded by as many as there are workers less one. It is exact for events one after another.
 3. Words are read and written whole, in no particular order. A slot whose key changes while it is read counts wrongly
@@ -31,7 +31,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 cimport cython
 
-from penstock.metrics._session cimport P_BANNER, P_MESSAGE, P_UNASKED, Metrics, SessionMetrics
+from penstock.metrics._session cimport P_BANNER, P_MESSAGE, Metrics, SessionMetrics
 
 from penstock.metrics._session import PHASES as _PHASES
 
@@ -90,7 +90,7 @@ cdef struct SegmentMemory:
     uint64_t rates[MOST_RATES][2]       # a key and a time
 
 FIRST_OCTAVE = {"s": 13, "o": 8, "n": 1}
-"""By kind of a histogram: below this power of two (nanoseconds, octets, a number) all values are in the first bucket."""
+"""By kind of a histogram: values below this power of two (nanoseconds, octets, a number) are in the first bucket."""
 
 
 def segment_octets(int pages):
@@ -332,8 +332,8 @@ cdef class SharedTable:
     cdef Slot *find(self, PageMemory *page, uint64_t key) noexcept:
         """Return the slot of a key in a page, NULL without one."""
         cdef uint64_t at = key % SLOTS
-        cdef int i
-        for i in range(PROBES):
+        cdef int _
+        for _ in range(PROBES):
             if page.slots[at].key == key:
                 return &page.slots[at]
             if page.slots[at].key == 0:
@@ -346,8 +346,8 @@ cdef class SharedTable:
         cdef uint64_t at = key % SLOTS
         cdef Slot *slot
         cdef Slot *best = NULL
-        cdef int i
-        for i in range(PROBES):
+        cdef int _
+        for _ in range(PROBES):
             slot = &self.own.slots[at]
             if slot.key == key:
                 return slot
@@ -507,8 +507,8 @@ cdef class SharedTable:
     cdef uint64_t *bucket(self, str key) except? NULL:
         """Return the time of a bucket: when it would be full again. NULL if there are too many."""
         cdef uint64_t code = self.segment.hash(b'r', key), seen, at = code % MOST_RATES
-        cdef int i
-        for i in range(PROBES):
+        cdef int _
+        for _ in range(PROBES):
             seen = acquire64(&self.segment.memory.rates[at][0])
             if seen == 0 and swap64(&self.segment.memory.rates[at][0], &seen, code):
                 return &self.segment.memory.rates[at][1]
@@ -539,7 +539,6 @@ cdef class SessionTotals(Metrics):
 
     def __init__(self, Page page not None, code_cell, verb_cell):
         """`code_cell(code)` and `verb_cell(verb, class)` return the cells of replies_total and commands_total."""
-        cdef int i
         self.page = page
         self.accept_seconds = page.register("s", "accept_seconds")
         self.size_octets = page.register("o", "message_size_octets")
