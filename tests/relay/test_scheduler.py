@@ -925,7 +925,7 @@ async def test_mail_to_what_is_suspended_waits(tmp_path: Path, name: str) -> Non
     async with relaying(tmp_path) as relay:
         assert await ask(relay, tmp_path, lambda admin: admin.suspend(name)) is True
         await relay.accept(*(message_of("bob@example.org") for _ in range(20)))
-        await relay.until(lambda: relay.scheduler.held == 0)
+        await relay.quiet_but_due()
         assert relay.pool.sent == []
         assert {attempts for _, _, attempts, _ in await relay.waiting()} == {0}
         assert await ask(relay, tmp_path, lambda admin: admin.resume(name)) is True

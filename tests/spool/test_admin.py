@@ -319,6 +319,7 @@ async def test_what_was_taken_before_an_instruction_is_obeyed_is_not_changed(tmp
         rows = [row, row + 1]  # both were at rest when the instruction was read
         with sqlite3.connect(tmp_path / "spool.db") as database:
             database.executemany("INSERT INTO instruction VALUES (?, ?, NULL)", [(number, action) for number in rows])
+        database.close()
         await spool.obey(action, [], rows)
 
         def look(store: Any) -> list[Any]:
