@@ -89,7 +89,7 @@ class Journal:
         self._dropped = 0
         self.counters: EventCounters | None = None
         """Counts some events for /metrics, whether they are written or not."""
-        self.logs_connections = settings.events == "all"
+        self._logs_connections = settings.events == "all"
         self.logs_mail = settings.events in ("all", "mail")
         """Mail events are written. Callers may skip the preparation of events that are not."""
         self._logs_errors = settings.events != "none"
@@ -98,22 +98,22 @@ class Journal:
 
     def listening(self, address: str, listener: str) -> None:
         """A listener accepts connections."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("listening", 0, None, address, listener)
 
     def limited(self, key: str, wanted: int, value: int, cause: str) -> None:
         """A setting is lower than configured."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("limited", 0, None, key, wanted, value, cause)
 
     def stopping(self, sessions: int) -> None:
         """The server stops accepting connections; `sessions` are open."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("stopping", 0, None, sessions)
 
     def stopped(self) -> None:
         """The last session has ended."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("stopped", 0, None)
 
     def error(self, session: int, where: str, exc: BaseException) -> None:
@@ -181,7 +181,7 @@ class Journal:
 
     def connected(self, session: int, peer: Peer, listener: str) -> None:
         """A connection was accepted."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("connected", session, peer, listener)
 
     def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
@@ -193,7 +193,7 @@ class Journal:
         """A TLS handshake was completed."""
         if self.counters is not None:
             self.counters.count("tls_handshakes_total", version=info.version, result="ok")
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("tls", session, peer, info.version, info.cipher)
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
@@ -214,7 +214,7 @@ class Journal:
         self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
     ) -> None:
         """A session has ended; `cause` is the reason: "QUIT", a timeout, or a connection error."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
 
     # ---- mail
@@ -272,7 +272,7 @@ class Journal:
 
     def recovered(self, messages: int, interrupted: int, swept: int) -> None:
         """The spool was opened: waiting messages, attempts that were interrupted, orphaned files that were removed."""
-        if self.logs_connections:
+        if self._logs_connections:
             self._note("recovered", 0, None, messages, interrupted, swept)
 
     def attempted(self, message_id: str, to: Recipients, hop: str, attempts: int) -> None:

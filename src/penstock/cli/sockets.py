@@ -32,7 +32,7 @@ class ListeningSockets:
         """Addresses of sockets that were passed and belong to no listener."""
 
     def prepare(self, settings: Settings, workers: int) -> Callable[[], None]:
-        """Bind what is missing for so many workers; return what undoes that.
+        """Bind what is missing for `workers` workers; return what undoes that.
 
         Raise OSError, which names the key; then nothing has changed.
         """

@@ -12,7 +12,7 @@ _KEY_OCTETS: Final = 16
 
 
 def pages_for(workers: int) -> int:
-    """Return the pages for so many workers: while they are replaced one by one, the old and the new ones live."""
+    """Return the pages for a number of workers: while they are replaced one by one, the old and the new ones live."""
     return 2 * workers + 2
 
 
