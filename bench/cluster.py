@@ -1,4 +1,4 @@
-"""`python -m bench.cluster`: no mail that the replicated queue has accepted is lost, whatever fails.
+"""`python -m bench.cluster`: no mail that the replicated queue has accepted is lost, in any failure.
 
 Three nats-servers, two gateways that share a queue, senders, and a next hop that notes what arrives. Each message has a
 number and a checksum; a sender notes which were answered with 250. Each round is a failure, at a random moment:
@@ -14,7 +14,11 @@ servers cuts all connections at a random octet, or lets nothing through for a wh
 comes back with an empty disk; of one server only).
 
 At the end the queue is emptied. Every message with a 250 must have arrived, none may be damaged, and what came more
-than once must have been under way at a failure. Exit code 1 otherwise.
+than once must have been under way at a failure: it was in the stream when the failure began, or when everything was
+relayed again, or it arrived in between. Exit code 1 otherwise.
+
+    python -m bench.cluster --rounds 30 --messages 100000 --how kill,stop,cut,wipe     # the long form
+    python -m bench.cluster --rounds 1 --kinds all --how stop --down 60                # an outage of a minute
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import trio
@@ -44,11 +48,15 @@ from tests.ports import free_port
 from bench.nats_servers import NatsServers
 from bench.processes import ENVIRONMENT
 from penstock.app import Overrides, open_server
+from penstock.cluster.jetstream import JetStream
+from penstock.cluster.layout import Layout
 from penstock.cluster.settings import JetStreamSettings
-from penstock.cluster.setup import connected, make_streams
+from penstock.cluster.setup import connected, make_layout, make_streams
+from penstock.cluster.status import owners
 from penstock.config import from_table, to_toml
 from penstock.delivery.base import Delivery
 from penstock.message import Message
+from penstock.net.nats import NatsError
 from penstock.reply import Reply
 from penstock.transaction import Transaction
 
@@ -57,12 +65,20 @@ GATEWAY_KINDS: Final = ("gateway", "gateways")
 KINDS: Final = (*SERVER_KINDS, *GATEWAY_KINDS)
 _PATIENCE: Final = 120.0
 """Seconds to empty the queue at the end."""
-_BEFORE: Final = 1.5
-"""Seconds before a failure in which a delivery may not have been written yet."""
-_AFTER: Final = 12.0
-"""Seconds after its end until everything is written again: elections, leases."""
+_RECOVERY: Final = 120.0
+"""Seconds after which a cluster that has not recovered from a failure is given up."""
 _NUMBER: Final = re.compile(rb"X-Number: (\d+) ([0-9a-f]{64})\r\n")
 _LEASE: Final = 3.0
+
+
+class Failure(NamedTuple):
+    """A failure, from the look at the stream before it to the one after it."""
+
+    begin: float
+    end: float
+    name: str
+    under_way: frozenset[str]
+    """The messages in the stream at the begin or at the end."""
 
 
 @dataclass
@@ -72,12 +88,13 @@ class Account:
     sent: int = 0
     accepted: dict[int, str] = field(default_factory=dict)
     """The first word of the replies: replicated or spooled."""
+    ids: dict[int, str] = field(default_factory=dict)
+    """The ids in the replies."""
     refused: Counter[str] = field(default_factory=Counter)
     broken: int = 0
     arrived: dict[int, list[float]] = field(default_factory=dict)
     damaged: int = 0
-    failures: list[tuple[float, float, str]] = field(default_factory=list)
-    """When a failure began and ended, and which it was."""
+    failures: list[Failure] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     """Seconds from the dot to the reply."""
 
@@ -93,8 +110,9 @@ class Account:
 
     def is_explained(self, number: int) -> bool:
         """Return whether each repeated delivery followed one that was under way at a failure."""
+        name = self.ids.get(number, "")  # a sender may have been cut off before its 250
         return all(
-            any(begin - _BEFORE <= moment <= end + _AFTER for begin, end, _ in self.failures)
+            any(each.begin <= moment <= each.end or name in each.under_way for each in self.failures)
             for moment in self.arrived[number][:-1]
         )
 
@@ -175,7 +193,7 @@ class Proxy:
 
 
 class Gateway:
-    """A `penstock serve` of its own."""
+    """A `penstock serve` process."""
 
     def __init__(self, name: str, folder: Path, table: dict[str, Any]) -> None:
         self.name = name
@@ -266,6 +284,7 @@ async def _send_one(account: Account, stream: trio.SocketStream, size: int) -> N
         account.waits.append(trio.current_time() - begun)
         if reply.startswith(b"250"):
             account.accepted[number] = reply.split()[3].decode()
+            account.ids[number] = reply.split()[-1].decode()
         else:
             account.refused[reply[:9].decode()] += 1
     finally:
@@ -295,15 +314,30 @@ async def _reply(stream: trio.SocketStream) -> bytes:
 class Bench:
     """Servers, proxies, gateways and what happens to them."""
 
-    def __init__(self, servers: NatsServers, gateways: list[Gateway], proxies: list[Proxy], stream: str) -> None:
+    def __init__(
+        self, servers: NatsServers, gateways: list[Gateway], proxies: list[Proxy], jetstream: JetStream, layout: Layout
+    ) -> None:
         self.servers = servers
+        self._jetstream = jetstream
+        self._layout = layout
         self.gateways = gateways
         self.proxies = proxies
-        self.stream = stream
+        self.stream = layout.stream(0)
+
+    async def _look(self) -> frozenset[str]:
+        """Return the ids of the messages in the stream, once it answers and each partition has a node that lives."""
+        layout = self._layout
+        with trio.fail_after(_RECOVERY):
+            while True:
+                with suppress(NatsError):
+                    if not (await owners(self._jetstream, layout)).free:
+                        subjects = await self._jetstream.subjects(self.stream, f"{layout.name}.m.>")
+                        return frozenset(subject.rpartition(".")[2] for subject in subjects)
+                await trio.sleep(0.1)
 
     async def fail(self, kind: str, how: str, account: Account, seconds: float, rng: random.Random) -> None:
         """Let something fail for some seconds."""
-        begin = time.time()
+        begin, before = time.time(), await self._look()
         if kind in GATEWAY_KINDS:
             await self._fail_gateways(
                 self.gateways if kind == "gateways" else [rng.choice(self.gateways)], how, seconds
@@ -312,7 +346,8 @@ class Bench:
             chosen = await trio.to_thread.run_sync(self._choose, kind, rng)
             seconds = 10.0 if kind == "two" and how != "cut" else seconds
             await self._fail_servers(chosen, how, seconds, rng)
-        account.failures.append((begin, time.time(), f"{kind} {how}"))
+        after = await self._look()
+        account.failures.append(Failure(begin, time.time(), f"{kind} {how}", before | after))
 
     def _choose(self, kind: str, rng: random.Random) -> list[int]:
         leader = max(0, self.servers.leader(self.stream))
@@ -410,13 +445,13 @@ async def set_up(folder: Path, account: Account, *, has_proxies: bool) -> AsyncI
             "relay": {"retry": {"schedule": [1]}},
         }
         settings = msgspec.convert({**table["jetstream"], "servers": servers.urls}, JetStreamSettings)  # type: ignore[dict-item]
-        async with connected(settings, folder) as jetstream:
-            await make_streams(jetstream, settings)
+        jetstream = await stack.enter_async_context(connected(settings, folder))
+        await make_streams(jetstream, settings)
         gateways = [Gateway(name, folder, table) for name in ("g1", "g2")]
         try:
             for gateway in gateways:
                 await gateway.start()
-            yield Bench(servers, gateways, proxies, f"{settings.name}-MAIL-0")
+            yield Bench(servers, gateways, proxies, jetstream, make_layout(settings))
         finally:
             with trio.CancelScope(shield=True):
                 for gateway in gateways:
@@ -435,9 +470,13 @@ async def run(
     down: float = 2.0,
     seed: int = 1,
     settle: float = 2 * _LEASE,
+    messages: int = 0,
     told: Callable[[str], None] = lambda _: None,
 ) -> Account:
-    """Run rounds of failures under load; return the account once the queue is empty, or after two minutes."""
+    """Run rounds of failures under load, and until `messages` were accepted.
+
+    Return the account once the queue is empty, or after two minutes.
+    """
     account = Account()
     rng = random.Random(seed)
     async with set_up(folder, account, has_proxies=any(how == "cut" for _, how in rounds)) as bench:
@@ -454,6 +493,8 @@ async def run(
                     f"round {number:3}: {kind} {how}: {len(account.accepted) - before} accepted in "
                     f"{time.monotonic() - begun:.1f} s"
                 )
+            while len(account.accepted) < messages:  # noqa: ASYNC110 - there is no event
+                await trio.sleep(0.1)
             stop.set()
         with trio.move_on_after(_PATIENCE):
             while account.missing:  # noqa: ASYNC110 - there is no event
@@ -473,6 +514,8 @@ def report(account: Account) -> tuple[str, bool]:
         f"{'refused':24}{account.refused.total():>9}  {dict(account.refused) or ''}",
         f"{'without a reply':24}{account.broken:>9}",
         f"{'arrived':24}{len(account.arrived):>9}",
+        f"{'dot to reply, p50':24}{waits[len(waits) // 2] * 1000:>9.1f} ms",
+        f"{'dot to reply, p99':24}{waits[len(waits) * 99 // 100] * 1000:>9.1f} ms",
         f"{'longest wait for a reply':24}{waits[-1]:>9.1f} s",
         f"{'lost':24}{len(account.missing):>9}  {account.missing[:10] or ''}",
         f"{'damaged':24}{account.damaged:>9}",
@@ -489,6 +532,8 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS), help="failures, in turn")
     parser.add_argument("--how", default="kill", help="kill, stop, cut, wipe, in turn")
     parser.add_argument("--rate", type=float, default=300, help="messages per second")
+    parser.add_argument("--messages", type=int, default=0, help="go on until this number of messages was accepted")
+    parser.add_argument("--down", type=float, default=2.0, help="seconds of a failure")
     parser.add_argument("--size", type=int, default=4000, help="octets of a message")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="keep the files")
@@ -504,7 +549,18 @@ def main() -> None:
     def told(line: str) -> None:
         print(line, flush=True)
 
-    account = trio.run(lambda: run(rounds, folder, rate=options.rate, size=options.size, seed=options.seed, told=told))
+    account = trio.run(
+        lambda: run(
+            rounds,
+            folder,
+            rate=options.rate,
+            size=options.size,
+            seed=options.seed,
+            messages=options.messages,
+            down=options.down,
+            told=told,
+        )
+    )
     text, is_good = report(account)
     print(text)
     if options.keep or not is_good:

@@ -2,6 +2,7 @@
 
     accept      messages per second and CPU of the gateway, spool and jetstream in turn (smtp-source, kept sessions);
                 the next hop does not exist
+    latency     from the end of a message to its 250, at 2,000 new messages per second (penstock load, kept sessions)
     publish     CPU of the client for each message of 4 KB, a hundred in flight
     rebuild     the index of a node that takes over everything
     syncs       fsyncs of each server with one message in flight (strace): at least one per message on a majority
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,7 +33,8 @@ from tests.e2e.running import Server, serving
 
 from bench.nats_servers import NatsServers
 from bench.processes import ENVIRONMENT
-from penstock.cluster.layout import Layout, message_headers
+from penstock.cluster.layout import Layout, encode_envelope, message_headers
+from penstock.cluster.settings import JetStreamSettings
 from penstock.cluster.writer import Writer
 from penstock.net.nats import Request
 
@@ -61,21 +65,41 @@ def send(server: Server, messages: int) -> tuple[float, float]:
     return messages / seconds, (cpu_of(server.process.pid) - before) / messages * 1e6
 
 
+def configuration(settings: JetStreamSettings) -> str:
+    """Return the configuration of a gateway of the cluster, without its node."""
+    return _SERVER + (
+        f'[delivery]\nkind = "jetstream"\n[jetstream]\nservers = {list(settings.servers)}\n'
+        f'name = "{settings.name}"\n'
+        f"monitors = {list(settings.monitors)}\nmax_octets = {settings.max_octets}\n"
+    ).replace("'", '"')
+
+
+async def latency(servers: NatsServers, folder: Path, rate: int = 2000, seconds: int = 10) -> None:
+    """Print the time from the end of a message to its 250."""
+    report = folder / "latency.json"
+    async with made(servers, folder, partitions=64, lease=10.0, max_octets=2 << 30) as (_, settings):
+        with serving(folder / "latency", configuration(settings) + 'node = "latency"\n') as server:
+            await trio.sleep(2)
+            command = [sys.executable, "-m", "penstock", "load", server.address, "--sessions", "200", "--reuse"]
+            command += ["--rate", str(rate), "--duration", f"{seconds}s", "--report", str(report)]
+            await trio.run_process(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=False)
+    found = json.loads(report.read_text())
+    dot = found["phases"]["dot"]
+    p50, p99 = dot["p50"] * 1e3, dot["p99"] * 1e3
+    print(f"{'latency':12}{found['rate']:>9,.0f}/s of {rate:,}/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms (bound: 40 ms)")
+
+
 async def accept(servers: NatsServers, folder: Path, messages: int, rounds: int) -> None:
     """Print rate and CPU of both deliveries, and the medians of their ratios."""
     rates, costs = [], []
     async with made(servers, folder, partitions=64, lease=10.0, max_octets=2 << 30) as (_, settings):
-        table = _SERVER + (
-            f'[delivery]\nkind = "jetstream"\n[jetstream]\nservers = {list(settings.servers)}\n'
-            f'name = "{settings.name}"\n'
-            f"monitors = {list(settings.monitors)}\nmax_octets = {settings.max_octets}\n"
-        ).replace("'", '"')
+        table = configuration(settings)
         for number in range(rounds):
             found = {}
             for kind, text in (("spool", _SERVER), ("jetstream", f'{table}node = "n{number}"\n')):
                 with serving(folder / f"{kind}{number}", text) as server:
                     if kind == "jetstream":
-                        await trio.sleep(2)  # it takes over what the one before has left
+                        await trio.sleep(2)  # it takes over the partitions of the previous node
                     rate, cost = await trio.to_thread.run_sync(send, server, messages)
                 found[kind] = rate, cost
                 print(f"{kind:12}{rate:>9,.0f}/s {cost:>6.0f} us", flush=True)
@@ -108,7 +132,7 @@ async def rebuild(servers: NatsServers, folder: Path, messages: int) -> None:
     async with made(servers, folder, partitions=64, lease=10.0, max_octets=6 << 30) as (jetstream, settings):
         layout = Layout(settings.name, streams=1, partitions=64)
         pattern = make_message(b"x" * 100)
-        headers, _ = message_headers(pattern, crc=1, pieces=0)
+        headers = message_headers(pattern, *encode_envelope(pattern.envelope), crc=1, pieces=0)
         for start in range(0, messages, 2000):
             requests = []
             for number in range(start, min(messages, start + 2000)):
@@ -156,9 +180,9 @@ async def syncs(servers: NatsServers, folder: Path, messages: int = 300) -> None
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the selected measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="*", default=["accept", "publish", "rebuild", "syncs"])
+    parser.add_argument("what", nargs="*", default=["accept", "latency", "publish", "rebuild", "syncs"])
     parser.add_argument("--messages", type=int, default=20_000, help="messages of a round, or of the index")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -167,6 +191,8 @@ def main() -> None:
         for what in options.what:
             if what == "accept":
                 await accept(servers, folder, options.messages, options.rounds)
+            elif what == "latency":
+                await latency(servers, folder)
             elif what == "publish":
                 await publish(servers, folder)
             elif what == "rebuild":

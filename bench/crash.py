@@ -194,7 +194,7 @@ class Setup:
     """When deliveries were interrupted, in seconds since the epoch."""
 
     def note_in_flight(self) -> None:
-        """Remember what the spool of a gateway that does not run says is being delivered."""
+        """Store the deliveries in progress according to the spool of a stopped gateway."""
         for line in json.loads(self.gateway.spool("list", "--state", "attempting", "--limit", "0", "--json")):
             found = re.match(r"n(\d+)@", line["sender"])
             assert found is not None, line
@@ -334,7 +334,7 @@ def _arrived(setup: Setup) -> tuple[Arrivals, list[str]]:
 
 
 def check_account(setup: Setup) -> list[str]:
-    """Compare what was accepted with what has arrived; print it, and return the violations."""
+    """Compare accepted with received messages; print the result, and return the violations."""
     account = setup.account
     account.in_flight |= _in_flight(setup.gateway.journal, setup.moments)
     counts, damaged = _arrived(setup)

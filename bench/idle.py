@@ -50,7 +50,7 @@ def idle_connections(server: Running, count: int) -> Iterator[list[socket.socket
 
 
 def _read_reply(sock: socket.socket) -> bytes:
-    """Return a whole reply, or what came of it before the connection was closed."""
+    """Return a complete reply, or its part before the connection was closed."""
     data = b""
     while True:
         piece = sock.recv(4096)

@@ -73,7 +73,7 @@ class Peer:
 
     name: str
     command: Callable[[int, Path], Sequence[str]]
-    """Returns the command line for a port and a folder of its own."""
+    """Returns the command line for a port and a working folder."""
     program: str
     """The program that must be installed."""
     prepare: Callable[[], bool] | None = None
@@ -106,7 +106,7 @@ class Running:
 
 @contextmanager
 def running(peer: Peer) -> Iterator[Running]:
-    """Run a server on a free port, in a folder of its own, until the end of the block. Raise RuntimeError."""
+    """Run a server on a free port, in a new folder, until the end of the block. Raise RuntimeError."""
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -182,7 +182,7 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
 
 
 def verdict(is_kept: bool) -> str:
-    """Return what a table prints behind a bound."""
+    """Return the text after a bound in a table."""
     return "kept" if is_kept else "MISSED"
 
 

@@ -59,7 +59,7 @@ class NatsServers:
         more: str = "",
         advertise: bool = False,
     ) -> None:
-        """With `advertise`, clients are told other ports (`advertised`), of proxies."""
+        """With `advertise`, servers announce other ports to clients (`advertised`), of proxies."""
         self.folder = folder
         self.count = count
         self._values = {"sync": sync, "store": store, "max_payload": max_payload, "more": more}
@@ -134,12 +134,12 @@ class NatsServers:
         os.kill(self.processes[number].pid, how)
 
     def get(self, number: int, path: str) -> Any:
-        """Return what the monitoring port of a server says."""
+        """Return the response of the monitoring port of a server."""
         with urllib.request.urlopen(f"{self.monitors[number]}{path}", timeout=2) as answer:
             return json.load(answer)
 
     def leader(self, stream: str) -> int:
-        """Return the number of the leader of a stream; -1 if there is none now."""
+        """Return the number of the leader of a stream; -1 without a leader."""
         for number in list(self.processes):
             with contextlib.suppress(OSError, ValueError):
                 for account in self.get(number, "/jsz?streams=1&accounts=1").get("account_details", []):
@@ -149,7 +149,7 @@ class NatsServers:
                             return int(name[1:]) - 1
         return -1
 
-    def wait_until_ready(self, patience: float = 60.0) -> None:
+    def wait_until_ready(self, patience: float = 180.0) -> None:
         """Wait until the servers have elected a leader and accept clients."""
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:

@@ -6,7 +6,7 @@ answered with 250 must be in the Maildir once; nothing may be refused, and no ha
 is missed.
 
     reload        SIGHUP, with another limit each time: changed in place
-    roll          SIGHUP with another domain each time: workers are replaced, so open sessions hear 421
+    roll          SIGHUP with another memory limit each time: workers are replaced, so open sessions hear 421
     certificate   certificate and key are replaced by renames; SCRAM-SHA-256-PLUS before and after
     drain         `penstock ctl drain --wait`; /readyz answers 503 at once
     limit         the 11th connection of a network, before and after a worker is killed
@@ -37,7 +37,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,10 @@ def make_pair(folder: Path, name: str = "mx.example.org") -> bytes:
 
 
 _CONFIG = """hostname = "mx.example.org"
-domains = [{domains}]
+domains = ["example.org"]
 data_dir = "data"
+[body]
+memory_total = {memory}
 [server]
 workers = {workers}
 watchdog = {watchdog}
@@ -102,7 +103,7 @@ _DEFAULTS = {
     "watchdog": 30.0,
     "reload_check": 0.0,
     "max_size": 10_000_000,
-    "domains": '"example.org"',
+    "memory": 50_000_000,
     "metrics": "",
     "per_network": 1000,
 }
@@ -297,7 +298,7 @@ def rolls(folder: Path, count: int) -> str:
     with Senders(lambda: server.port) as account:
         for number in range(1, count + 1):
             before = server.workers()
-            server.configure(domains=f'"example.org", "n{number}.example.net"')
+            server.configure(memory=50_000_000 + number)
             server.signal(signal.SIGHUP)
             wait_until(lambda number=number: server.count("reloaded") >= number, "no roll")  # type: ignore[misc]
             if set(before) & set(server.workers()):
@@ -439,11 +440,16 @@ def hang(folder: Path) -> str:
     return f"killed, started again, and 40 of 40 clients greeted {seconds:.1f} s after SIGSTOP"
 
 
-_PASS_ON = """
-import os, sys
+PASS_ON = """
+import fcntl, os, sys
+passed = [int(each) for each in sys.argv[1].split(",") if each]
+safe = [fcntl.fcntl(each, fcntl.F_DUPFD, 100) for each in passed]
+for place, descriptor in enumerate(safe):
+    os.dup2(descriptor, 3 + place, inheritable=True)
 os.environ["LISTEN_PID"] = str(os.getpid())
-os.execv(sys.executable, [sys.executable, "-m", "penstock", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "penstock", *sys.argv[2:]])
 """
+"""What a service manager does between fork and exec: puts descriptors at 3, 4 and so on, where ours may be in use."""
 
 
 class Store:
@@ -478,31 +484,6 @@ class Store:
             os.close(each)
 
 
-@contextmanager
-def passed(sockets: list[int]) -> Iterator[tuple[int, ...]]:
-    """Have descriptors at 3, 4 and so on, for a child."""
-    saved = {3 + place: _saved(3 + place) for place in range(len(sockets))}
-    try:
-        for place, each in enumerate(sockets):
-            os.dup2(each, 3 + place, inheritable=True)
-        yield tuple(saved)
-    finally:
-        for number, old in saved.items():
-            if old is None:
-                os.close(number)
-            else:
-                os.dup2(old, number, inheritable=False)
-                os.close(old)
-
-
-def _saved(number: int) -> int | None:
-    try:
-        copy: int = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 200)
-    except OSError:
-        return None
-    return copy
-
-
 def restarts(folder: Path, count: int) -> str:
     """Restart the server under load, with its sockets in the store of a service manager."""
     server = Server(folder)
@@ -516,8 +497,8 @@ def restarts(folder: Path, count: int) -> str:
         for _ in range(count):
             codes.append(server.stop())
             environment |= {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "smtp:smtp"}
-            with passed(store.sockets) as descriptors:
-                server.start([sys.executable, "-c", _PASS_ON], env=environment, pass_fds=descriptors)
+            descriptors = ",".join(map(str, store.sockets))
+            server.start([sys.executable, "-c", PASS_ON, descriptors], env=environment, pass_fds=store.sockets)
             if server.port != port:
                 raise MissedError("another port")
     codes.append(server.stop())

@@ -1,6 +1,6 @@
 """CPU time of the server per message, beside other servers.
 
-The servers of a case take turns, round by round, so that all of them meet the same machine; a ratio compares rounds
+The servers of a case take turns, round by round, so that all have the same conditions; a ratio compares rounds
 next to each other. smtp-source of Postfix is the client in plain text, bench/tls_client.py over TLS.
 
     python -m bench.peers [--rounds 5] [--cases kept,new,...] [--scale 1.0] [--without haraka,...]

@@ -1,4 +1,4 @@
-"""Start programs, and stop whatever was started: at the end, after an error, at Ctrl-C and at SIGTERM.
+"""Start programs, and stop all of them: at the end, after an error, at Ctrl-C and at SIGTERM.
 
 SIGTERM and SIGHUP would end Python without running any `finally`; while a program runs, they raise SystemExit instead,
 and no signal can come between the start of a program and the block that stops it. Children that a program leaves

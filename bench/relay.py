@@ -1,6 +1,6 @@
 """`python -m bench.relay`: CPU of the sending side for each message, on kept connections to smtp-sink.
 
-Round by round beside Postfix's smtp-source, which sends the same message again and again and does nothing else: the
+Round by round beside Postfix's smtp-source, which only sends the same message repeatedly: the
 least that a sender can cost. `deliver` is a task that waits for each message, `deliver_later` is none.
 
     python -m bench.relay [--rounds 5] [--messages 10000] [--size 4096] [--connections 20]
@@ -51,7 +51,7 @@ def cpu_of(who: int) -> Cpu:
 
 
 async def send(pool: Pool, hop: Hop, text: Text, messages: int, connections: int, *, later: bool) -> Round:
-    """Send so many messages."""
+    """Send a number of messages."""
     size = len(PREFIX) + text.size
     left = messages
     over = trio.Event()

@@ -5,7 +5,7 @@ the server is still committing the message, when it has just finished, or togeth
 measured first, for each server and transport. Some clients pipeline, some wait for each reply; some messages fit into
 memory, some do not; some commands arrive in two segments.
 
-Each server runs as a process of its own and is reached over TCP, in plain text, by STARTTLS and by implicit TLS:
+Each server is a separate process and is reached over TCP, in plain text, by STARTTLS and by implicit TLS:
 
     spool, maildir, passthrough    `penstock serve` with this delivery
     sink                           `penstock sink --keep mbox:FILE`
@@ -238,7 +238,7 @@ def learn_replies(target: Target, transport: str) -> dict[str, str]:
     learned |= {connection.ask(_COMMANDS[name]): name for name in ("RSET", "QUIT")}
     connection.close()
     if accepted is None or not accepted.startswith("250") or accepted in learned or len(learned) != len(_COMMANDS):
-        raise RuntimeError(f"replies that cannot be told apart: {accepted!r}, {learned}")
+        raise RuntimeError(f"replies that cannot be distinguished: {accepted!r}, {learned}")
     return learned
 
 

@@ -28,7 +28,7 @@ from penstock.smtp import _wire
 
 @dataclass
 class Report:
-    """What a run has done, and what it has left behind."""
+    """Counts of a run, and its leaks."""
 
     connections: int = 0
     delivered: int = 0

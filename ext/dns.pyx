@@ -1,4 +1,4 @@
-"""DNS messages (RFC 1035 4, RFC 6891): queries are written, responses are read.
+"""DNS messages (RFC 1035 4, RFC 6891), the UDP sockets they are exchanged by, and the cache of answers.
 
 A response comes from anywhere, so that every octet is checked before it is read:
 
@@ -8,14 +8,29 @@ A response comes from anywhere, so that every octet is checked before it is read
 
 Only records that answer the question are returned: those that belong to the name asked for, or to the name at the end
 of its aliases (RFC 1034 4.3.2). What a server adds about other names is never believed.
+
+The sockets and the cache are here because a question to the DNS should cost little more than its system calls and the
+wait: in Python, all that surrounds them costs as much again.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport EAGAIN, EINTR, EMFILE, errno
 from libc.string cimport memcmp, memcpy
+
+from collections import OrderedDict as _OrderedDict
+from os import urandom as _urandom
+
+from trio.lowlevel import notify_closing as _notify_closing
 
 
 cdef extern from "Python.h":
     object PyUnicode_DecodeASCII(const char *text, Py_ssize_t size, const char *errors)
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
+
+cdef extern from "sys/socket.h" nogil:
+    ssize_t c_send "send"(int fd, const void *buffer, size_t size, int flags)
+    ssize_t c_recv "recv"(int fd, void *buffer, size_t size, int flags)
 
 cdef enum:
     HEADER = 12
@@ -24,6 +39,11 @@ cdef enum:
     ALIASES = 8
     RECORDS = 1000
     PAYLOAD = 1232          # what passes every path without fragments (RFC 9715 3.2)
+    QUERY = 12 + 255 + 1 + 4 + 11
+    DATAGRAM = 4096         # octets of a response that are received
+    LEAST_SOCKETS = 4       # sockets that queries are spread over at least
+    MAX_IDLE = 64           # sockets that are kept
+    RANDOM_OCTETS = 2048    # asked of the operating system at a time
     A = 1
     NS = 2
     CNAME = 5
@@ -63,12 +83,17 @@ cdef inline unsigned char lower(unsigned char c) noexcept:
     return c + 32 if c'A' <= c <= c'Z' else c
 
 
-def encode_query(int ident, str name, int kind, bint edns=True):
+def encode_query(int ident, str name not None, int kind, bint edns=True):
     """Return a recursive query of class IN that asks for the AD bit (RFC 6840 5.7)."""
-    cdef bytes text = name.encode()
-    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(text)
-    cdef Py_ssize_t n = PyBytes_GET_SIZE(text), i, start = 0, o = HEADER
-    cdef unsigned char[HEADER + MAX_NAME + 1 + 4 + 11] out
+    cdef unsigned char[QUERY] out
+    cdef Py_ssize_t size = write_query(out, ident, name, kind, edns)
+    return PyBytes_FromStringAndSize(<const char *>out, size)
+
+
+cdef Py_ssize_t write_query(unsigned char *out, int ident, str name, int kind, bint edns) except -1:
+    """Write a query to `out`, which has space for QUERY octets; return how many it has."""
+    cdef Py_ssize_t n = 0, i, start = 0, o = HEADER
+    cdef const unsigned char *p = <const unsigned char *>PyUnicode_AsUTF8AndSize(name, &n)
     if n and p[n - 1] == c'.':
         n -= 1
     if n > MAX_NAME - 2:
@@ -95,7 +120,7 @@ def encode_query(int ident, str name, int kind, bint edns=True):
         out[o + 3], out[o + 4] = PAYLOAD >> 8, PAYLOAD & 255
         out[o + 5], out[o + 6], out[o + 7], out[o + 8], out[o + 9], out[o + 10] = 0, 0, 0, 0, 0, 0
         o += 11
-    return PyBytes_FromStringAndSize(<const char *>out, o)
+    return o
 
 
 cdef Py_ssize_t question_end(const unsigned char *p, Py_ssize_t n) except -1:
@@ -115,16 +140,22 @@ cdef Py_ssize_t question_end(const unsigned char *p, Py_ssize_t n) except -1:
 def is_response_to(bytes wire, bytes query):
     """Say whether a message is a response to a query: its id, its QR bit and its question, in letters of any case.
 
-    A failure without a question section is a response as well: servers that cannot read a query say so like this.
+    A failure without a question section is a response as well: the reply to a query that a server cannot parse.
     """
-    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(wire)
-    cdef const unsigned char *q = <const unsigned char *>PyBytes_AS_STRING(query)
-    cdef Py_ssize_t n = PyBytes_GET_SIZE(wire), i, end
+    return matches(
+        <const unsigned char *>PyBytes_AS_STRING(wire), PyBytes_GET_SIZE(wire),
+        <const unsigned char *>PyBytes_AS_STRING(query), PyBytes_GET_SIZE(query),
+    )
+
+
+cdef bint matches(const unsigned char *p, Py_ssize_t n, const unsigned char *q, Py_ssize_t m) except -1:
+    """Say whether a message is a response to a query."""
+    cdef Py_ssize_t i, end
     if n < HEADER or p[0] != q[0] or p[1] != q[1] or p[2] & 0xF8 != 0x80:   # QR, and opcode QUERY
         return False
     if p[4] == 0 and p[5] == 0:
         return p[3] & 15 != NOERROR and p[3] & 15 != NXDOMAIN
-    end = question_end(q, PyBytes_GET_SIZE(query))
+    end = question_end(q, m)
     if p[4] != 0 or p[5] != 1 or n < end:
         return False
     for i in range(HEADER, end - 4):
@@ -134,7 +165,7 @@ def is_response_to(bytes wire, bytes query):
 
 
 cdef str read_name(const unsigned char *p, Py_ssize_t n, Py_ssize_t *at):
-    """Return a name in lower case without its final dot, "" for the root, and move behind it.
+    """Return a name in lower case without its final dot, "" for the root, and move after it.
 
     An octet that would be mistaken for another name is written as in a zone file, \\DDD (RFC 1035 5.1).
     """
@@ -241,16 +272,20 @@ def decode_response(bytes wire, bytes query):
     Records: A and AAAA as 4 and 16 octets, TXT as joined octets, PTR, NS and CNAME as names, MX as (preference,
     name), TLSA as (usage, selector, matching type, data), others as octets. Raise MalformedMessageError.
     """
-    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(wire)
-    cdef Py_ssize_t n = PyBytes_GET_SIZE(wire), at, start, size
+    if not is_response_to(wire, query):
+        raise MalformedMessageError("not the response to the question")
+    return decode(<const unsigned char *>PyBytes_AS_STRING(wire), PyBytes_GET_SIZE(wire))
+
+
+cdef tuple decode(const unsigned char *p, Py_ssize_t n):
+    """Return what `decode_response` does, of a response that belongs to the question."""
+    cdef Py_ssize_t at, start, size
     cdef unsigned int answers, authorities, total, number, rcode, ttl
     cdef int kind, asked
     cdef list found = []
     cdef str owner, name
     cdef object negative = None
     cdef bint has_ns = False
-    if not is_response_to(wire, query):
-        raise MalformedMessageError("not the response to the question")
     rcode = p[3] & 15
     if p[5] == 0 or p[2] & 2:
         return rcode, bool(p[2] & 2), False, True, "", (), None
@@ -290,13 +325,15 @@ def decode_response(bytes wire, bytes query):
                 negative = soa_ttl(p, n, start, at, ttl)
             elif kind == NS:
                 has_ns = True
-    return follow(wire, rcode, name, asked, found, negative, has_ns and not p[2] & 4 and not p[3] & 0x80)
+    return follow(p, n, rcode, name, asked, found, negative, has_ns and not p[2] & 4 and not p[3] & 0x80)
 
 
-cdef tuple follow(bytes wire, unsigned int rcode, str name, int asked, list found, object negative, bint referred):
+cdef tuple follow(
+    const unsigned char *p, Py_ssize_t n, unsigned int rcode, str name, int asked, list found, object negative,
+    bint referred
+):
     """Return the result of `decode_response`, from the records of the answer section."""
-    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(wire)
-    cdef Py_ssize_t n = PyBytes_GET_SIZE(wire), start, size
+    cdef Py_ssize_t start, size
     cdef unsigned int ttl, least = 0x7FFFFFFF
     cdef int kind, _step
     cdef str owner, alias
@@ -320,3 +357,308 @@ cdef tuple follow(bytes wire, unsigned int rcode, str name, int asked, list foun
             return rcode, False, authentic, not (referred and negative is None), name, (), negative
         name = alias
     raise MalformedMessageError("the aliases do not come to an end")
+
+
+cdef class _Entry:
+    """A cached answer."""
+
+    cdef object answer
+    cdef double expires, stale_until
+
+
+cdef class Cache:
+    """Answers by name and kind; the one that was used the longest time ago is the first to go."""
+
+    cdef object entries
+    cdef public Py_ssize_t hits
+    cdef type answer
+    cdef object clock
+    cdef Py_ssize_t most
+    cdef double least, longest, negative, stale
+
+    def __init__(self, type answer not None, clock not None, *, Py_ssize_t most, double least, double longest,
+                 double negative, double stale):
+        self.entries = _OrderedDict()
+        self.answer = answer
+        self.clock = clock
+        self.most = most
+        self.least = least
+        self.longest = longest
+        self.negative = negative
+        self.stale = stale
+
+    @staticmethod
+    def key(str name not None, str kind not None):
+        """Return what a question is found under."""
+        return key_of(name, kind)
+
+    cpdef object find(self, tuple key):
+        """Return the answer to a question, None without one that is valid."""
+        cdef object found = self.entries.get(key)
+        if found is None or (<_Entry>found).expires <= <double>self.clock():
+            return None
+        self.entries.move_to_end(key)
+        self.hits += 1
+        return (<_Entry>found).answer
+
+    def get(self, str name not None, str kind not None):
+        """Return the answer to a question, None without one that is valid."""
+        return self.find(key_of(name, kind))
+
+    cpdef object keep(self, tuple key, answer, double seconds, double stale):
+        """Keep an answer for some seconds, and as a stale one for some more."""
+        cdef _Entry entry = _Entry.__new__(_Entry)
+        cdef double now = self.clock()
+        entry.answer = answer
+        entry.expires = now + seconds
+        entry.stale_until = entry.expires + stale
+        self.entries[key] = entry
+        self.entries.move_to_end(key)
+        while len(self.entries) > self.most:
+            self.entries.popitem(False)
+
+    cpdef object keep_response(self, tuple key, tuple response, bint is_trusted, double longest):
+        """Return the answer in a response, and keep it; None if the response names an alias to ask for."""
+        cdef bint authentic = response[2] and is_trusted
+        cdef unsigned int rcode = response[0]
+        cdef str name = response[4]
+        cdef tuple records = response[5]
+        cdef object ttl = response[6], answer
+        # With an SOA, the name at the end of the aliases has no such records.
+        if not records and rcode != NXDOMAIN and ttl is None and name != <str>key[0]:
+            return None
+        longest = min(longest, self.longest)
+        if not records:
+            longest = min(longest, self.negative)
+        status = "found" if records else "missing" if rcode == NXDOMAIN else "empty"
+        # As `Answer(status, records, name, authentic)`, without a call of Python.
+        answer = tuple.__new__(self.answer, (status, records, name, authentic, False, ""))
+        self.keep(key, answer, min(max(0.0 if ttl is None else <double>ttl, self.least), longest), self.stale)
+        return answer
+
+    def stale_answer(self, tuple key, double seconds):
+        """Return an expired answer that may serve while no server answers, and serve it for some seconds; or None."""
+        cdef object found = self.entries.get(key)
+        cdef _Entry entry
+        cdef double now = self.clock()
+        if found is None:
+            return None
+        entry = <_Entry>found
+        if now >= entry.stale_until:
+            return None
+        # What was validated once stays so: a relay that forgot it would do without DANE while the DNS is down.
+        entry.answer = entry.answer._replace(is_stale=True)
+        entry.expires = min(now + seconds, entry.stale_until)
+        return entry.answer
+
+    def clear(self):
+        """Forget all answers."""
+        self.entries.clear()
+
+
+cdef tuple key_of(str name, str kind):
+    name = name.lower()
+    if name and name[len(name) - 1] == ".":
+        name = name.rstrip(".")
+    return name, kind
+
+
+cdef class _Connected:
+    """A connected UDP socket."""
+
+    cdef object socket
+    cdef int fd
+    cdef int left
+    """Queries until it is replaced."""
+
+
+cdef class UdpPool:
+    """The connected UDP sockets to one server: each is used by one query at a time, and again by others, at random."""
+
+    cdef public object open_socket
+    """Called without arguments for a new socket, non-blocking and connected."""
+    cdef public int most
+    """Queries under way."""
+    cdef readonly set busy
+    cdef object began
+    cdef list idle
+    cdef bint is_closed
+    cdef bytes octets
+    cdef Py_ssize_t at
+
+    def __init__(self, open_socket not None, int most, began not None):
+        self.open_socket = open_socket
+        self.most = most
+        self.began = began
+        self.busy = set()
+        self.idle = []
+        self.octets = b""
+
+    cdef int random(self) except -1:
+        """Return a random number of 16 bits from the operating system, which is asked for many at a time."""
+        cdef const unsigned char *p
+        if self.at == PyBytes_GET_SIZE(self.octets):
+            self.octets, self.at = _urandom(RANDOM_OCTETS), 0
+        p = <const unsigned char *>PyBytes_AS_STRING(self.octets) + self.at
+        self.at += 2
+        return get16(p)
+
+    def number(self):
+        """Return a random number for the id of a query."""
+        return self.random()
+
+    cdef _Connected take(self):
+        """Return a socket that no query uses."""
+        cdef _Connected found
+        cdef Py_ssize_t count = len(self.idle), place
+        cdef int number = self.random()
+        if self.is_closed:
+            raise OSError("the resolver was closed")
+        if count == 0 or count + len(self.busy) < LEAST_SOCKETS:
+            if len(self.busy) >= self.most:
+                raise OSError(EMFILE, "too many questions at once")
+            found = _Connected.__new__(_Connected)
+            found.socket = self.open_socket()
+            found.fd = found.socket.fileno()
+            found.left = 128 + (number & 127)
+            return found
+        place = number % count
+        found = <_Connected>self.idle[place]
+        self.idle[place] = self.idle[count - 1]
+        self.idle.pop()
+        found.left -= 1
+        return found
+
+    def send(self, str name not None, int kind, bint edns, double deadline):
+        """Send a query; return what waits for the response."""
+        cdef unsigned char[QUERY] query
+        cdef Py_ssize_t size = write_query(query, self.random(), name, kind, edns)
+        cdef UdpQuery used = UdpQuery.__new__(UdpQuery)
+        used.pool = self
+        used.connected = self.take()
+        used.fd = used.connected.fd
+        memcpy(used.query, query, size)
+        used.size = size
+        used.deadline = deadline
+        if not self.busy:
+            self.began()
+        self.busy.add(used)
+        # A full send buffer is like a lost datagram: the next server is asked.
+        if c_send(used.fd, query, size, 0) < 0:
+            try:
+                PyErr_SetFromErrno(OSError)
+            finally:
+                used.abandon()
+        return used
+
+    def expire(self, double now):
+        """Wake the tasks whose queries are over."""
+        cdef UdpQuery each
+        for each in tuple(self.busy):
+            if each.deadline <= now:
+                each.expire()
+
+    def close(self):
+        """Close the sockets, and wake all tasks that wait for a response."""
+        cdef UdpQuery each
+        cdef _Connected kept
+        self.is_closed = True
+        for each in tuple(self.busy):
+            each.expire()
+        for kept in self.idle:
+            kept.socket.close()
+        self.idle.clear()
+
+
+cdef class UdpQuery:
+    """A query that was sent, and the socket on which its response is waited for: until then, or until it is given up.
+
+    Afterwards the socket belongs to another query, and nothing that is called here has an effect on it.
+    """
+
+    cdef readonly int fd
+    cdef readonly double deadline
+    """When the query ends, in the clock of trio."""
+    cdef readonly bint is_expired
+    cdef object held
+    """A response, or an OSError, that `receive` returns or raises next."""
+    cdef UdpPool pool
+    cdef _Connected connected
+    cdef Py_ssize_t size
+    cdef unsigned char[QUERY] query
+
+    cdef _Connected detach(self):
+        """Give the socket away; None if that was done before."""
+        cdef _Connected connected = self.connected
+        self.connected = None
+        self.fd = -1
+        self.pool.busy.discard(self)
+        return connected
+
+    @property
+    def is_due(self):
+        """What `receive` returns need not be waited for."""
+        return self.held is not None or self.is_expired
+
+    def answer(self, Cache cache not None, tuple key not None, bint is_trusted):
+        """Return the answer in the response, kept in the cache; None if `receive` has to find out more."""
+        cdef tuple found
+        cdef object answer
+        try:
+            found = self.receive()
+        except OSError as exc:
+            self.held = exc
+            return None
+        if found is None:
+            return None
+        if not found[1] and found[3] and (found[0] == NOERROR or found[0] == NXDOMAIN):
+            answer = cache.keep_response(key, found, is_trusted, cache.longest)
+            if answer is not None:
+                return answer
+        self.held = found
+        return None
+
+    cpdef tuple receive(self):
+        """Return the response, as `decode_response` does; None while there is none."""
+        cdef object held = self.held
+        if held is not None:
+            self.held = None
+            if isinstance(held, OSError):
+                raise held
+            return <tuple>held
+        return self.receive_datagram()
+
+    cdef tuple receive_datagram(self):
+        """Return the response in a datagram that has arrived; None without one."""
+        cdef unsigned char[DATAGRAM] wire
+        cdef ssize_t n = c_recv(self.fd, wire, DATAGRAM, 0)
+        cdef UdpPool pool = self.pool
+        cdef _Connected connected
+        if n < 0:
+            if errno == EAGAIN or errno == EINTR:  # a datagram with a wrong checksum
+                return None
+            PyErr_SetFromErrno(OSError)
+        if not matches(wire, n, self.query, self.size):
+            return None
+        connected = self.detach()
+        if connected.left > 0 and len(pool.idle) < MAX_IDLE and not pool.is_closed:
+            pool.idle.append(connected)
+        else:
+            connected.socket.close()
+        try:
+            return decode(wire, n)
+        except MalformedMessageError:
+            return wire[3] & 15, True, False, True, "", (), None
+
+    cpdef object abandon(self):
+        """Give the query up, and close the socket; nothing once the response was received."""
+        cdef _Connected connected = self.detach()
+        if connected is not None:
+            connected.socket.close()
+
+    cdef int expire(self) except -1:
+        """Wake the task that waits: its time is over."""
+        if not self.is_expired:
+            self.is_expired = True
+            _notify_closing(self.fd)
+        return 0

@@ -11,11 +11,14 @@ Steps
    reports a failed write once to every descriptor opened before it.
 3. Only then are files renamed into the second folder (`new`), and each of these folders is synced once.
 
+Steps 1 and 2 are done for some files at a time, whose descriptors are then closed: a batch needs at most MOST_OPEN
+descriptors, and one for each file system. If the process has fewer left, it does with what there is.
+
 The files of a group are created all or none. One group's failure does not affect the others.
 """
 
-from libc.errno cimport EINTR, EIO, errno
-from libc.stdio cimport FILE, fclose, fgets, fopen, sscanf
+from libc.errno cimport EINTR, EIO, EMFILE, ENAMETOOLONG, ENFILE, errno
+from libc.stdio cimport FILE, fclose, fgets, fopen, snprintf, sscanf
 from libc.stdlib cimport calloc, free
 
 import os as _os
@@ -39,7 +42,7 @@ cdef extern from *:
     #endif
     """
     const int SYNC_FILE_RANGE_WRITE
-    const int O_RDONLY, O_DIRECTORY, O_CLOEXEC, O_WRONLY, O_CREAT, O_EXCL, IOV_MAX
+    const int O_RDONLY, O_DIRECTORY, O_CLOEXEC, O_WRONLY, O_CREAT, O_EXCL, IOV_MAX, AT_FDCWD
     ctypedef long off_t
     cdef struct iovec:
         void *iov_base
@@ -47,10 +50,9 @@ cdef extern from *:
     cdef struct stat_t "stat":
         unsigned long st_dev
     int open(const char *path, int flags, ...) nogil
-    int openat(int folder, const char *path, int flags, ...) nogil
     int close(int fd) nogil
     int renameat(int folder, const char *name, int new_folder, const char *new_name) nogil
-    int unlinkat(int folder, const char *name, int flags) nogil
+    int unlink(const char *path) nogil
     int fsync(int fd) nogil
     int fdatasync(int fd) nogil
     int syncfs(int fd) nogil
@@ -64,6 +66,12 @@ cdef enum:
     # Files, or folders, from which on one syncfs is used instead of a sync of each.
     MOST_DIRTY_KIB = 65536
     # KiB that wait to be written by all programs, up to which syncfs is used: it would wait for all of them.
+    MOST_OPEN = 256
+    # Files whose descriptors are open at the same time.
+    MOST_DEVICES = 8
+    # File systems that syncfs is used for; folders of more are synced one by one.
+    PATH_OCTETS = 4096
+    # PATH_MAX of Linux, with the NUL.
 
 
 def _version(text):
@@ -73,12 +81,15 @@ def _version(text):
 cdef bint syncfs_reports_errors = _sys.platform == "linux" and _version(_os.uname().release) >= (5, 8)
 
 
+cdef struct Device:
+    unsigned long number
+    int fd
+    # Of a folder on it, opened before anything is written: a descriptor learns of failed writes only from then on.
+
+
 cdef struct Folder:
     const char *unfinished_path
     const char *finished_path
-    int unfinished
-    int finished
-    unsigned long device
     int error
     bint is_changed
 
@@ -102,15 +113,20 @@ cdef struct Batch:
     int *errors
     # By group: the error number of the first failure, 0 without one.
     int group_count
+    Device[MOST_DEVICES] devices
+    int device_count
+    bint has_more_devices
+    # Than there are places.
 
 
 def publish(list folders, list files, int groups, bint is_synced):
     """Create files in folders. Return a list with an error number for each group of files, 0 if it was created.
 
     `folders` has pairs of paths: where files are written, and where they are renamed to. `files` has tuples: the number
-    of the pair, the number of the group, the name, and the content as a list of bytes, or the descriptor of the
-    unfinished file if that has been written already; it is closed. With `is_synced`, what is created is on stable
-    storage. Releases the interpreter lock. If no file of a group could be renamed, none of its files is left behind.
+    of the pair, the number of the group, the name, and the content as a list of bytes; or, if the unfinished file has
+    been written already, its descriptor, which is closed, or -1 if it has been synced and closed. With `is_synced`,
+    what is created is on stable storage. Releases the interpreter lock. If no file of a group could be renamed, none of
+    its files is left behind.
     """
     cdef Batch batch
     cdef Py_ssize_t most = 0
@@ -118,6 +134,7 @@ def publish(list folders, list files, int groups, bint is_synced):
     for _, _, _, content in files:
         most += len(content) if type(content) is list else 0
     batch.folder_count, batch.file_count, batch.group_count = len(folders), len(files), groups
+    batch.device_count = batch.has_more_devices = 0
     batch.folders = <Folder *> calloc(max(1, len(folders)), sizeof(Folder))
     batch.files = <File *> calloc(max(1, len(files)), sizeof(File))
     batch.pieces = <iovec *> calloc(max(1, most), sizeof(iovec))
@@ -147,7 +164,6 @@ cdef int fill(Batch *batch, list folders, list files, list keep) except -1:
         keep.append((unfinished, finished))
         batch.folders[number].unfinished_path = <bytes> unfinished
         batch.folders[number].finished_path = <bytes> finished
-        batch.folders[number].unfinished = batch.folders[number].finished = -1
     for number in range(batch.file_count):
         folder, group, name, content = files[number]
         if not 0 <= folder < batch.folder_count or not 0 <= group < batch.group_count:
@@ -171,23 +187,16 @@ cdef int fill(Batch *batch, list folders, list files, list keep) except -1:
 cdef void create(Batch *batch, bint is_synced) noexcept nogil:
     cdef int number
     for number in range(batch.folder_count):
-        open_folder(&batch.folders[number])
-    for number in range(batch.file_count):
-        write_file(batch, &batch.files[number])
-    if is_synced:
-        sync_files(batch)
-    for number in range(batch.file_count):
-        if batch.files[number].fd >= 0:
-            close(batch.files[number].fd)
+        check_folder(batch, &batch.folders[number])
+    number = 0
+    while number < batch.file_count:
+        number = write_files(batch, number, is_synced)
     for number in range(batch.file_count):
         finish(batch, &batch.files[number])
     if is_synced:
         sync_folders(batch)
-    for number in range(batch.folder_count):
-        if batch.folders[number].unfinished >= 0:
-            close(batch.folders[number].unfinished)
-        if batch.folders[number].finished >= 0:
-            close(batch.folders[number].finished)
+    for number in range(batch.device_count):
+        close(batch.devices[number].fd)
 
 
 cdef void fail(Batch *batch, int group, int error) noexcept nogil:
@@ -195,29 +204,66 @@ cdef void fail(Batch *batch, int group, int error) noexcept nogil:
         batch.errors[group] = error if error else EIO
 
 
-cdef void open_folder(Folder *folder) noexcept nogil:
-    # Opened before anything is written: a descriptor learns of failed writes only from then on.
+cdef void check_folder(Batch *batch, Folder *folder) noexcept nogil:
+    """Find out whether files can be renamed into a folder that can be synced, and remember its device."""
     cdef stat_t found
-    folder.unfinished = open(folder.unfinished_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-    if folder.unfinished >= 0:
-        folder.finished = open(folder.finished_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-    if folder.finished < 0 or fstat(folder.finished, &found) != 0:
+    cdef int number
+    cdef int fd = open(folder.finished_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if fd < 0 or fstat(fd, &found) != 0:
         folder.error = errno
-    else:
-        folder.device = found.st_dev
+        if fd >= 0:
+            close(fd)
+        return
+    for number in range(batch.device_count):
+        if batch.devices[number].number == found.st_dev:
+            close(fd)
+            return
+    if batch.device_count == MOST_DEVICES:
+        batch.has_more_devices = True
+        close(fd)
+        return
+    batch.devices[batch.device_count].number = found.st_dev
+    batch.devices[batch.device_count].fd = fd
+    batch.device_count += 1
 
 
-cdef void write_file(Batch *batch, File *file) noexcept nogil:
-    """Write a file into its first folder, unless it is there already."""
+cdef int write_files(Batch *batch, int start, bint is_synced) noexcept nogil:
+    """Write and sync files from a place on, as many as may be open together. Return the place of the next one."""
+    cdef int end = start, opened = 0, error, number
+    while end < batch.file_count and opened < MOST_OPEN:
+        error = write_file(batch, &batch.files[end])
+        if (error == EMFILE or error == ENFILE) and opened:
+            break  # it is tried again, with the descriptors of those before it
+        if error:
+            fail(batch, batch.files[end].group, error)
+        opened += batch.files[end].fd >= 0
+        end += 1
+    if is_synced:
+        sync_files(batch, start, end)
+    for number in range(start, end):
+        if batch.files[number].fd >= 0:
+            close(batch.files[number].fd)
+    return end
+
+
+cdef int write_file(Batch *batch, File *file) noexcept nogil:
+    """Write a file into its first folder, unless it is there already. Return an error number, 0 without an error."""
+    cdef char[PATH_OCTETS] path
     cdef Folder *folder = &batch.folders[file.folder]
     if folder.error:
-        fail(batch, file.group, folder.error)
+        return folder.error
     if file.is_there or batch.errors[file.group]:
-        return
-    file.fd = openat(folder.unfinished, file.name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0o600)
+        return 0
+    if not join(path, folder.unfinished_path, file.name):
+        return ENAMETOOLONG
+    file.fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0o600)
     file.is_there = file.fd >= 0
-    if file.fd < 0 or write_pieces(file) != 0:
-        fail(batch, file.group, errno)
+    return 0 if file.fd >= 0 and write_pieces(file) == 0 else errno
+
+
+cdef bint join(char *path, const char *folder, const char *name) noexcept nogil:
+    """Write the path of a file. Return False if it is too long."""
+    return <size_t> snprintf(path, PATH_OCTETS, "%s/%s", folder, name) < PATH_OCTETS
 
 
 cdef int write_pieces(File *file) noexcept nogil:
@@ -239,68 +285,90 @@ cdef int write_pieces(File *file) noexcept nogil:
     return 0
 
 
-cdef void sync_files(Batch *batch) noexcept nogil:
+cdef void sync_files(Batch *batch, int start, int end) noexcept nogil:
     cdef int number, count = 0
     cdef File *file
-    for number in range(batch.file_count):
-        count += batch.errors[batch.files[number].group] == 0
-    if count >= MANY and sync_devices(batch, False):
+    for number in range(start, end):
+        count += is_unsynced(batch, &batch.files[number])
+    if count >= MANY and sync_devices(batch):
+        for number in range(start, end):
+            file = &batch.files[number]
+            # A failed write of one that was written before the batch is not reported to the descriptor of the device.
+            if file.pieces == NULL and is_unsynced(batch, file) and fdatasync(file.fd) != 0:
+                fail(batch, file.group, errno)
         return
     if count > 1:  # in a pass of its own: while files are being created, it costs four times as much
-        for number in range(batch.file_count):
-            if batch.errors[batch.files[number].group] == 0:
+        for number in range(start, end):
+            if is_unsynced(batch, &batch.files[number]):
                 sync_file_range(batch.files[number].fd, 0, 0, SYNC_FILE_RANGE_WRITE)
-    for number in range(batch.file_count):
+    for number in range(start, end):
         file = &batch.files[number]
-        if batch.errors[file.group] == 0 and fdatasync(file.fd) != 0:
+        if is_unsynced(batch, file) and fdatasync(file.fd) != 0:
             fail(batch, file.group, errno)
+
+
+cdef bint is_unsynced(Batch *batch, File *file) noexcept nogil:
+    return file.fd >= 0 and batch.errors[file.group] == 0
 
 
 cdef void finish(Batch *batch, File *file) noexcept nogil:
     """Rename a file into place, or remove it if one of its group has failed."""
+    cdef char[PATH_OCTETS] path
+    cdef char[PATH_OCTETS] new_path
     cdef Folder *folder = &batch.folders[file.folder]
-    if not file.is_there or folder.error:
+    if not file.is_there or not join(path, folder.unfinished_path, file.name):
         return
     if batch.errors[file.group] == 0:
-        if renameat(folder.unfinished, file.name, folder.finished, file.name) == 0:
-            folder.is_changed = True
-            return
-        fail(batch, file.group, errno)
-    unlinkat(folder.unfinished, file.name, 0)
+        if join(new_path, folder.finished_path, file.name):
+            if renameat(AT_FDCWD, path, AT_FDCWD, new_path) == 0:
+                folder.is_changed = True
+                return
+            fail(batch, file.group, errno)
+        else:
+            fail(batch, file.group, ENAMETOOLONG)
+    unlink(path)
 
 
 cdef void sync_folders(Batch *batch) noexcept nogil:
     cdef int number, count = 0
     for number in range(batch.folder_count):
         count += batch.folders[number].is_changed
-    if count >= MANY and sync_devices(batch, True):
+    if count >= MANY and sync_devices(batch):
         return
     for number in range(batch.folder_count):
-        if batch.folders[number].is_changed and fsync(batch.folders[number].finished) != 0:
-            batch.folders[number].error = errno
+        if batch.folders[number].is_changed:
+            sync_folder(batch, &batch.folders[number])
     for number in range(batch.file_count):
         if batch.folders[batch.files[number].folder].error:
             fail(batch, batch.files[number].group, batch.folders[batch.files[number].folder].error)
 
 
-cdef bint sync_devices(Batch *batch, bint only_changed) noexcept nogil:
+cdef void sync_folder(Batch *batch, Folder *folder) noexcept nogil:
+    # Opened only now: a journal that could not be written fails for every descriptor, not only for earlier ones.
+    cdef int fd = open(folder.finished_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if fd >= 0:
+        if fsync(fd) != 0:
+            folder.error = errno
+        close(fd)
+        return
+    folder.error = errno
+    if (errno == EMFILE or errno == ENFILE) and sync_all_devices(batch):
+        folder.error = 0  # others have taken the descriptor that was free when the files were written
+
+
+cdef bint sync_devices(Batch *batch) noexcept nogil:
+    """Sync the file systems of the folders, if that is quick. Return whether everything is on stable storage."""
+    return dirty_kib() <= MOST_DIRTY_KIB and sync_all_devices(batch)
+
+
+cdef bint sync_all_devices(Batch *batch) noexcept nogil:
     """Sync the file systems of the folders, each once. Return whether everything is on stable storage."""
-    cdef int number, other
-    cdef Folder *folder
-    if not syncfs_reports_errors or dirty_kib() > MOST_DIRTY_KIB:
+    cdef int number
+    if not syncfs_reports_errors or batch.has_more_devices:
         return False
-    for number in range(batch.folder_count):
-        folder = &batch.folders[number]
-        if folder.error or (only_changed and not folder.is_changed):
-            continue
-        for other in range(number):
-            if batch.folders[other].device == folder.device and not batch.folders[other].error and (
-                not only_changed or batch.folders[other].is_changed
-            ):
-                break
-        else:
-            if syncfs(folder.finished) != 0:
-                return False
+    for number in range(batch.device_count):
+        if syncfs(batch.devices[number].fd) != 0:
+            return False
     return True
 
 

@@ -12,7 +12,7 @@ from cpython.tuple cimport PyTuple_SET_ITEM
 from penstock import reply as replies
 from penstock.message import NO_PARAMETERS, MailParameters, Path, Recipient
 from penstock.reply import Reply
-from penstock.smtp.events import Mail, Rcpt
+from penstock.smtp.events import Mail
 
 
 cdef extern from "Python.h":
@@ -30,7 +30,6 @@ cdef object too_big = replies.TOO_BIG
 cdef object path_type = Path
 cdef object recipient_type = Recipient
 cdef object mail_type = Mail
-cdef object rcpt_type = Rcpt
 cdef object no_parameters = NO_PARAMETERS
 
 BAD_SENDER = Reply(501, "5.1.7", "Bad sender address syntax")
@@ -157,11 +156,6 @@ cpdef object plain_mail(bytes argument, bint esmtp, bint eightbitmime, unsigned 
     if size is not None and size > max_size > 0:
         return too_big  # RFC 1870 6.1
     return of_type(mail_type, (path, MailParameters(size, "7BIT" if body_type is None else body_type), ()))
-
-
-def plain_rcpt(bytes argument not None):
-    cdef object recipient = plain_recipient(argument)
-    return None if recipient is None else of_type(rcpt_type, (recipient, ()))
 
 
 cpdef object plain_recipient(bytes argument):

@@ -1,12 +1,13 @@
 """The most frequent lines of the journal, formatted as JSON directly from their values.
 
-Each function returns the line that `penstock.journal` would format from the same values, or None if one of them is not
-plain: a text that is not printable ASCII, contains a quote or a backslash, or is too long. The slower code in
-penstock.journal then escapes and cuts it.
+`line` returns what `penstock.journal` would format from the same values, or None if it is another event or one of the
+values is not plain: a text that is not printable ASCII, contains a quote or a backslash, or is too long. The slower
+code in penstock.journal then escapes and cuts it.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.string cimport memcpy
+from libc.time cimport gmtime_r, strftime, time_t, tm
 
 
 cdef extern from "Python.h":
@@ -16,6 +17,8 @@ cdef enum:
     LINE_OCTETS = 8192
     MAX_TEXT = 256
     MAX_RECIPIENTS = 10
+    SECOND_OCTETS = 20
+    # Of 2026-11-29T12:00:00. without the milliseconds.
 
 
 cdef struct Line:
@@ -85,111 +88,124 @@ cdef void put_seconds(Line *line, double seconds) noexcept:
     put_number(line, milliseconds % 1000, 3)
 
 
-cdef int start(Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size) except -1:
+cdef char[32] second_text
+cdef long long second_known = -1
+
+
+cdef void put_time(Line *line, double when) noexcept:
+    """Write a time with milliseconds. Each second is formatted once."""
+    global second_known
+    cdef long long milliseconds = <long long> (when * 1000)
+    cdef time_t second = milliseconds // 1000
+    cdef tm parts
+    if second < 0:
+        line.is_plain = False
+        return
+    if second != second_known:
+        if strftime(second_text, 32, b"%Y-%m-%dT%H:%M:%S.", gmtime_r(&second, &parts)) != SECOND_OCTETS:
+            line.is_plain = False
+            return
+        second_known = second
+    put(line, second_text, SECOND_OCTETS)
+    put_number(line, milliseconds % 1000, 3)
+    put(line, b"Z", 1)
+
+
+def line(double when, str event not None, long long session, peer, tuple values not None):
+    cdef char buffer[LINE_OCTETS]
+    cdef Line line
     line.at = buffer
     line.end = buffer + LINE_OCTETS
     line.is_plain = True
-    put(line, b'{"time":"', 9)
-    put_text(line, stamp)
-    put(line, b'","event":"', 11)
-    put(line, event, size)
-    return 0
-
-
-cdef int begin(
-    Line *line, char *buffer, str stamp, const char *event, Py_ssize_t size, long long session, str address
-) except -1:
-    start(line, buffer, stamp, event, size)
-    put(line, b'","session":', 12)
-    put_number(line, session)
-    put(line, b',"peer":"', 9)
-    put_text(line, address)
-    return 0
-
-
-cdef object finished(Line *line, char *buffer):
-    put(line, b"}\n", 2)
+    put(&line, b'{"time":"', 9)
+    put_time(&line, when)
+    put(&line, b'","event":"', 11)
+    put_text(&line, event)
+    if peer is not None:
+        if peer[4]:  # a proxy
+            return None
+        put(&line, b'","session":', 12)
+        put_number(&line, session)
+        put(&line, b',"peer":"', 9)
+        put_text(&line, peer[0] or "unix")
+    if event == "accepted":
+        put_accepted(&line, values)
+    elif event == "delivered":
+        put_delivered(&line, values)
+    elif event == "disconnected":
+        put_disconnected(&line, values)
+    elif event == "connected":
+        put_connected(&line, values)
+    else:
+        return None
+    put(&line, b"}\n", 2)
     return PyBytes_FromStringAndSize(buffer, line.at - buffer) if line.is_plain else None
 
 
-def connected(str stamp not None, long long session, str address not None, str listener not None):
-    cdef char buffer[LINE_OCTETS]
-    cdef Line line
-    if not listener:
-        return None
-    begin(&line, buffer, stamp, b"connected", 9, session, address)
-    put(&line, b'","listener":"', 14)
-    put_text(&line, listener)
-    put(&line, b'"', 1)
-    return finished(&line, buffer)
-
-
-def disconnected(
-    str stamp not None, long long session, str address not None, long long messages, long long errors,
-    long long octets, double seconds, str cause not None
-):
-    cdef char buffer[LINE_OCTETS]
-    cdef Line line
-    begin(&line, buffer, stamp, b"disconnected", 12, session, address)
-    put(&line, b'","messages":', 13)
-    put_number(&line, messages)
-    put(&line, b',"errors":', 10)
-    put_number(&line, errors)
-    put(&line, b',"octets":', 10)
-    put_number(&line, octets)
-    put_seconds(&line, seconds)
-    put(&line, b',"cause":"', 10)
-    put_text(&line, cause)
-    put(&line, b'"', 1)
-    return finished(&line, buffer)
-
-
-def accepted(
-    str stamp not None, long long session, str address not None, str message_id not None, sender, recipients,
-    long long octets, reply
-):
-    cdef char buffer[LINE_OCTETS]
-    cdef Line line
+cdef int put_accepted(Line *line, tuple values) except -1:
+    message_id, sender, recipients, octets, reply = values
     if reply.cause or sender is None or not sender[0]:
-        return None
-    begin(&line, buffer, stamp, b"accepted", 8, session, address)
-    put(&line, b'","id":"', 8)
-    put_text(&line, message_id)
-    put(&line, b'","from":"', 10)
-    put_text(&line, sender[0])
-    put_recipients(&line, recipients)
-    put(&line, b',"size":', 8)
-    put_number(&line, octets)
-    put(&line, b',"reply":"', 10)
-    put_number(&line, reply.code)
+        line.is_plain = False
+        return 0
+    put(line, b'","id":"', 8)
+    put_text(line, message_id)
+    put(line, b'","from":"', 10)
+    put_text(line, sender[0])
+    put_recipients(line, recipients)
+    put(line, b',"size":', 8)
+    put_number(line, octets)
+    put(line, b',"reply":"', 10)
+    put_number(line, reply.code)
     if reply.status is not None:
-        put(&line, b" ", 1)
-        put_text(&line, reply.status)
-    put(&line, b" ", 1)
-    put_text(&line, reply.text)
-    put(&line, b'"', 1)
-    return finished(&line, buffer)
+        put(line, b" ", 1)
+        put_text(line, reply.status)
+    put(line, b" ", 1)
+    put_text(line, reply.text)
+    put(line, b'"', 1)
+    return 0
 
 
-def delivered(
-    str stamp not None, str message_id not None, recipients, str hop not None, str said not None, long long attempts,
-    double seconds
-):
-    cdef char buffer[LINE_OCTETS]
-    cdef Line line
-    if not said:
-        return None
-    start(&line, buffer, stamp, b"delivered", 9)
-    put(&line, b'","id":"', 8)
-    put_text(&line, message_id)
-    put_recipients(&line, recipients)
+cdef int put_delivered(Line *line, tuple values) except -1:
+    message_id, recipients, hop, reply, attempts, seconds = values
+    if not reply:
+        line.is_plain = False
+        return 0
+    put(line, b'","id":"', 8)
+    put_text(line, message_id)
+    put_recipients(line, recipients)
     if hop:  # none for a Maildir
-        put(&line, b',"hop":"', 8)
-        put_text(&line, hop)
-        put(&line, b'"', 1)
-    put(&line, b',"said":"', 9)
-    put_text(&line, said)
-    put(&line, b'","attempts":', 13)
-    put_number(&line, attempts)
-    put_seconds(&line, seconds)
-    return finished(&line, buffer)
+        put(line, b',"hop":"', 8)
+        put_text(line, hop)
+        put(line, b'"', 1)
+    put(line, b',"reply":"', 10)
+    put_text(line, reply)
+    put(line, b'","attempts":', 13)
+    put_number(line, attempts)
+    put_seconds(line, seconds)
+    return 0
+
+
+cdef int put_disconnected(Line *line, tuple values) except -1:
+    messages, errors, octets, seconds, cause = values
+    put(line, b'","messages":', 13)
+    put_number(line, messages)
+    put(line, b',"errors":', 10)
+    put_number(line, errors)
+    put(line, b',"octets":', 10)
+    put_number(line, octets)
+    put_seconds(line, seconds)
+    put(line, b',"cause":"', 10)
+    put_text(line, cause)
+    put(line, b'"', 1)
+    return 0
+
+
+cdef int put_connected(Line *line, tuple values) except -1:
+    (listener,) = values
+    if not listener:
+        line.is_plain = False
+        return 0
+    put(line, b'","listener":"', 14)
+    put_text(line, listener)
+    put(line, b'"', 1)
+    return 0

@@ -8,8 +8,15 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.unicode cimport PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.string cimport memchr, memcpy
 
+
+cdef extern from "canon.h":
+    size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written) noexcept
+
 cdef enum:
     BLOCK = 8192
+    LINE = 78               # of a field that we write (RFC 5322 2.1.1)
+    MAX_VALUE = 320         # characters of a value in Authentication-Results
+    LEAST_ROOM = 1024       # for what `canon_relax` writes at a time
 
 
 cdef inline bint is_blank(unsigned char c) noexcept:
@@ -17,7 +24,7 @@ cdef inline bint is_blank(unsigned char c) noexcept:
 
 
 cdef class Field:
-    """Where a field stands in the header."""
+    """Position of a field in the header."""
 
     cdef readonly bytes name
     cdef readonly Py_ssize_t start, colon, stop
@@ -35,7 +42,7 @@ cdef class Header:
     cdef dict _relaxed
 
     def __init__(self, bytes octets):
-        """`octets` are the lines of the header, without the empty line behind them."""
+        """`octets` are the lines of the header, without the empty line after them."""
         cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(octets)
         cdef Py_ssize_t n = PyBytes_GET_SIZE(octets), i = 0, start
         cdef const unsigned char *found
@@ -133,8 +140,114 @@ cdef class Header:
         return self.octets[field.start:field.colon + 1] + value
 
 
+def milter_packets(Header header not None, bint keeps_blank):
+    """Return SMFIC_HEADER of the milter protocol for each field: its name and its value, each ended by NUL.
+
+    Lines of a value are separated by LF, as sendmail has them; `keeps_blank`: it keeps the blank after the colon.
+    """
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(header.octets)
+    cdef unsigned char *out
+    cdef Py_ssize_t at, end, stop, o
+    cdef Field field
+    cdef bytes made
+    cdef list packets = []
+    for each in header.fields:
+        field = <Field>each
+        if field.colon == field.start:
+            continue            # a line without a colon
+        made = PyBytes_FromStringAndSize(NULL, field.stop - field.start + 7)
+        out = <unsigned char *>PyBytes_AS_STRING(made)
+        end = field.colon
+        while end > field.start and (p[end - 1] == 32 or p[end - 1] == 9):
+            end -= 1
+        out[4] = c'L'
+        memcpy(out + 5, p + field.start, end - field.start)
+        o = 5 + end - field.start
+        out[o] = 0
+        o += 1
+        at, stop = field.colon + 1, field.stop
+        while stop > at and (p[stop - 1] == 13 or p[stop - 1] == 10):
+            stop -= 1
+        if not keeps_blank and at < stop and (p[at] == 32 or p[at] == 9):
+            at += 1
+        while at < stop:
+            if p[at] != 0 and not (p[at] == 13 and at + 1 < stop and p[at + 1] == 10):
+                out[o] = p[at]
+                o += 1
+            at += 1
+        out[o] = 0
+        o += 1
+        out[0], out[1], out[2], out[3] = (
+            ((o - 4) >> 24) & 255, ((o - 4) >> 16) & 255, ((o - 4) >> 8) & 255, (o - 4) & 255
+        )
+        packets.append(made[:o])
+    return packets
+
+
+cdef inline void put32(unsigned char *out, Py_ssize_t value) noexcept:
+    out[0], out[1], out[2], out[3] = (value >> 24) & 255, (value >> 16) & 255, (value >> 8) & 255, value & 255
+
+
+def milter_packet(bytes code not None, *parts):
+    """Return a packet of the milter protocol: its length, its code of one octet, and its data."""
+    cdef Py_ssize_t size = 0, at = 5
+    cdef bytes part, made
+    cdef unsigned char *out
+    for each in parts:
+        part = <bytes?>each
+        size += PyBytes_GET_SIZE(part)
+    made = PyBytes_FromStringAndSize(NULL, 5 + size)
+    out = <unsigned char *>PyBytes_AS_STRING(made)
+    put32(out, size + 1)
+    out[4] = <unsigned char>PyBytes_AS_STRING(code)[0]
+    for each in parts:
+        part = <bytes>each
+        memcpy(out + at, PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
+        at += PyBytes_GET_SIZE(part)
+    return made
+
+
+cpdef bytes milter_text(str value):
+    """Return a string as the milter protocol has it, ended by NUL; those in it are left out."""
+    if "\0" in value:
+        value = value.replace("\0", "")
+    return value.encode("utf-8", "surrogateescape") + b"\0"
+
+
+def milter_macros(bytes code not None, values):
+    """Return SMFIC_MACRO for the command that follows; macros without a value are left out, b"" for none."""
+    cdef list parts = []
+    cdef str name, value
+    for name, value in values:
+        if value:
+            parts.append(milter_text(name))
+            parts.append(milter_text(value))
+    if not parts:
+        return b""
+    return milter_packet(b"D", code, b"".join(parts))
+
+
+def milter_split(bytes octets not None, type packet not None, Py_ssize_t most):
+    """Return the packets at the beginning of octets, how many octets they have, and the length of one that is invalid.
+
+    Each packet is made as a `packet`, a tuple of its code and its data. The invalid length is -1 if there is none.
+    """
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(octets)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(octets), at = 0, length
+    cdef list found = []
+    while at + 4 <= n:
+        length = (<Py_ssize_t>p[at] << 24) | (p[at + 1] << 16) | (p[at + 2] << 8) | p[at + 3]
+        if not 0 < length <= most:
+            return found, at, length
+        if at + 4 + length > n:
+            break
+        found.append(tuple.__new__(packet, (octets[at + 4:at + 5], octets[at + 5:at + 4 + length])))
+        at += 4 + length
+    return found, at, -1
+
+
 cdef bytes lower_name(const unsigned char *p, Py_ssize_t n):
-    """Return a field name in lower case, without the blanks behind it."""
+    """Return a field name in lower case, without the blanks after it."""
     cdef bytes name
     cdef unsigned char *out
     cdef Py_ssize_t k
@@ -196,6 +309,76 @@ def squeeze(str text not None):
         if char == 32 or char == 9 or char == 13 or char == 10:
             return text.replace(" ", "").replace("\t", "").replace("\r", "").replace("\n", "")
     return text
+
+
+cdef inline bint is_token_char(Py_UCS4 c) noexcept:
+    """Say whether a character may stand in a token (RFC 2045 5.1)."""
+    return 33 <= c <= 126 and not (
+        c == c'(' or c == c')' or c == c'<' or c == c'>' or c == c'@' or c == c',' or c == c';' or c == c':'
+        or c == 92 or c == c'"' or c == c'/' or c == c'[' or c == c']' or c == c'?' or c == c'='
+    )
+
+
+cdef bint is_value(str text) noexcept:
+    """Say whether a text needs no quotes: a token, perhaps with a domain behind it (RFC 8601 2.2)."""
+    cdef Py_UCS4 c
+    cdef Py_ssize_t n = len(text), before = 0, after = -1
+    if not 0 < n <= MAX_VALUE:
+        return False
+    for c in text:
+        if after >= 0:
+            after += 1
+            if not (is_letter(<unsigned char>c) if c < 128 else False) and not 48 <= c <= 57 and (
+                c != c'.' and c != c'-' and c != c'_'
+            ):
+                return False
+        elif c == c'@' and before:
+            after = 0
+        elif is_token_char(c):
+            before += 1
+        else:
+            return False
+    return after != 0
+
+
+def quote(str text not None):
+    """Return a value as a token or a quoted string (RFC 8601 2.2)."""
+    if is_value(text):
+        return text
+    text = "".join([char if " " <= char <= "~" else "?" for char in text[:MAX_VALUE]])
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+cdef Py_ssize_t put_word(list pieces, Py_ssize_t column, str word):
+    """Add a word to a field, on a line of its own if this one is full; return the column after it."""
+    if column + 1 + len(word) >= LINE:
+        pieces.append("\r\n\t")
+        column = 0
+    else:
+        pieces.append(" ")
+    pieces.append(word)
+    return column + 1 + len(word)
+
+
+def authentication_results(str authserv_id not None, results):
+    """Return the field with its CRLF, folded; "none" if there are no results (RFC 8601 2.2)."""
+    cdef list pieces = ["Authentication-Results: ", authserv_id]
+    cdef Py_ssize_t column = 24 + len(authserv_id)
+    cdef bint is_empty = True
+    cdef str method, result, name, value
+    cdef tuple properties
+    for method, result, properties in results:
+        is_empty = False
+        pieces.append(";")
+        column = put_word(pieces, column + 1, method + "=" + result)
+        for name, value in properties:
+            if value:
+                column = put_word(pieces, column, name + "=" + <str>quote(value))
+    if is_empty:
+        pieces.append(";")
+        put_word(pieces, column + 1, "none")
+    pieces.append("\r\n")
+    return "".join(pieces).encode("ascii")
 
 
 cpdef bytes relaxed_field(bytes name, bytes value):
@@ -331,6 +514,7 @@ cdef class BodyCanonicalizer:
         cdef Py_ssize_t n = data.shape[0], i = 0, start
         cdef const unsigned char *p
         cdef const unsigned char *found
+        cdef size_t written = 0
         if n == 0:
             return
         p = &data[0]
@@ -355,6 +539,14 @@ cdef class BodyCanonicalizer:
                 i += 1
                 continue
             else:
+                if self.line_ends or self.blank or self.is_empty:
+                    self.put_pending()
+                if BLOCK - self.size < LEAST_ROOM:
+                    self.flush()
+                i += canon_relax(p + i, n - i, self.out + self.size, BLOCK - self.size, &written)
+                self.size += written
+                if i > start:
+                    continue
                 i = end_of_words(p, i + 1, n)
             if self.line_ends or self.blank or self.is_empty:
                 self.put_pending()

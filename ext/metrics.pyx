@@ -7,22 +7,23 @@ session has a `SessionMetrics`, which notes what is being answered and adds to t
 Counts are in a hash table of C integers, latencies in histograms, sequence tags in bitmaps. Readers look at the totals
 once a second.
 
-A phase's clock starts when the server has got the octets that end the command, and stops when the reply is given to
-the kernel. On the poller both are moments of a round: it begins when the kernel has said which sockets are readable,
-and ends when all that the turns had to say is sent. So two clock reads do for all sockets of a round, and what one
-socket had to wait for the others counts, as it does for its client. A session that has a task reads the clock itself.
+A latency starts when the server has received the octets that end the command, and stops when the reply is passed to the
+kernel. With the poller, both are times of a round: it begins when the kernel has reported the readable sockets, and
+ends when the output of all turns is sent. So two clock reads suffice for all sockets of a round, and the time that a
+socket waits for the others is included, as its client observes it. A session in a task reads the clock itself.
 
 Rules
 -----
-1. Counts are exact; nothing is sampled. The table has room for 1,024 kinds of reply; those of further kinds are counted
-   as one number.
-2. What was pipelined came at once: each reply's clock starts with the receive that brought its command, so it includes
-   the wait for the commands before it.
+1. Counts are exact; nothing is sampled. The table has 1,024 kinds of reply; other kinds are counted together.
+2. The latency of a pipelined command starts when its octets were received, so it includes the wait for the commands
+   before it.
 3. `think` is the client's own time: from a reply (or a greeting, or the end of a handshake) to the next octets.
 4. A tag is a bit in a bitmap of its run: 125 KB for a million. All bitmaps together have at most 64 MiB, and there are
-   at most 64 runs; tags beyond that are counted, but not as distinct.
-5. A reply is counted as the client gets it. Where a fault sends something else in its place, the session is held: it
-   notes what becomes of the message, and what is sent is reported with `says`.
+   at most 64 runs; tags beyond that are counted, but not as distinct. One of several processes has a second bitmap of
+   the tags that it has not sent to its parent yet.
+5. A reply is counted as the client receives it. If a fault replaces it, counting is suspended with `suspend`, and the
+   replies that are sent are reported with `count_replies`.
+6. Several processes count their open sessions, and the peak of them, in memory that they share.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -45,6 +46,13 @@ cdef extern from *:
     """
     int64_t clock_now() noexcept nogil
     int lowest_bit "__builtin_ctz"(uint32_t bits) noexcept nogil
+    int bits_in "__builtin_popcountll"(uint64_t bits) noexcept nogil
+
+cdef extern from "shared.h":
+    uint64_t load64(const uint64_t *at) noexcept nogil
+    void store64(uint64_t *at, uint64_t value) noexcept nogil
+    int swap64(uint64_t *at, uint64_t *seen, uint64_t value) noexcept nogil
+    uint64_t add64(uint64_t *at, int64_t value) noexcept nogil
 
 cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object text)
@@ -67,18 +75,28 @@ cdef enum:
     MOST_RUN = 16           # characters of a run in a mark, see penstock.sequence
     MOST_DIGITS = 12
     FIRST_BITS = 8192       # octets of a bitmap to begin with
+    PAGE = 4096             # octets of a piece of a bitmap that is sent
+    OPEN = 0                # of the numbers that processes share
+    PEAK = 1
 
 TOTALS = (
-    "sessions", "peak_sessions", "received", "sent", "replies", "accepted", "unheard", "refused", "recipients",
-    "text_octets", "tls_failed", "further",
+    "sessions", "open_sessions", "peak_sessions", "received", "sent", "replies", "accepted", "unheard", "refused",
+    "recipients", "text_octets", "tls_failed", "further",
 )
 
 cdef uint64_t MOST_OCTETS = 64 << 20
 OTHER = "others"
 
 
+cdef void raise_to(uint64_t *at, uint64_t value) noexcept nogil:
+    """Store a value where several processes note the highest one."""
+    cdef uint64_t seen = load64(at)
+    while seen < value and not swap64(at, &seen, value):
+        pass
+
+
 cdef int note_cause(dict causes, str cause, int64_t times=1) except -1:
-    """Count a cause; those of further kinds together."""
+    """Count a cause; causes beyond the limit are counted together."""
     cdef object n = causes.get(cause)
     if n is None and len(causes) >= MOST_CAUSES:
         cause = OTHER
@@ -126,17 +144,27 @@ cdef class Metrics:
 
     def __cinit__(self):
         self.flushed = []
+        self.counters = &self.own[0]
         self.clear()
 
-    def __init__(self, *, source=None, bint reads_marks=True):
+    def __init__(self, *, source=None, bint reads_marks=True, uint64_t[::1] shared=None, sequences=None):
         self.source = source
         self.reads_marks = reads_marks
+        if shared is not None:
+            if shared.shape[0] != 2:
+                raise ValueError("shared must be two numbers")
+            self.shared = shared
+            self.counters = &shared[0]
+            self.tracker.has_news = True
+        if sequences is not None:
+            self.tracker = self.sequences = sequences
 
     cdef int clear(self) except -1:
         self.latencies = tuple([Histogram() for _ in range(PHASE_COUNT)])
         self.recent_messages = Histogram()
         self.recent_replies = Histogram()
         self.tracker = SequenceTracker()
+        self.tracker.has_news = self.counters != &self.own[0]
         self.sequences = self.tracker
         self.ends = {}
         self.lost = {}
@@ -147,8 +175,13 @@ cdef class Metrics:
         self.sessions = self.received = self.sent = self.replies = 0
         self.accepted = self.unheard = self.refused = 0
         self.recipients = self.text_octets = self.tls_failed = 0
-        self.peak_sessions = self.open_sessions
+        store64(&self.counters[PEAK], 0)
+        raise_to(&self.counters[PEAK], load64(&self.counters[OPEN]))
         return 0
+
+    @property
+    def peak_sessions(self):
+        return load64(&self.counters[PEAK])
 
     def reset(self):
         self.clear()
@@ -165,11 +198,10 @@ cdef class Metrics:
         session.in_turn = True
         self.sessions += 1
         self.open_sessions += 1
-        if self.open_sessions > self.peak_sessions:
-            self.peak_sessions = self.open_sessions
+        raise_to(&self.counters[PEAK], add64(&self.counters[OPEN], 1))
         return session
 
-    def turned_away(self, bytes encoded not None):
+    def count_refused_connection(self, bytes encoded not None):
         self.sessions += 1
         self.replies += 1
         self.sent += len(encoded)
@@ -202,7 +234,6 @@ cdef class Metrics:
             "totals": {name: getattr(self, name) for name in TOTALS},
             "ends": self.ends,
             "lost": self.lost,
-            "sequences": self.tracker.state(),
         }
 
     def add(self, dict state not None):
@@ -219,7 +250,8 @@ cdef class Metrics:
             else:
                 self.counts[at] += count
         self.sessions += totals["sessions"]
-        self.peak_sessions += totals["peak_sessions"]
+        self.open_sessions += totals["open_sessions"]
+        raise_to(&self.counters[PEAK], totals["peak_sessions"])
         self.received += totals["received"]
         self.sent += totals["sent"]
         self.replies += totals["replies"]
@@ -233,7 +265,6 @@ cdef class Metrics:
         for causes, theirs in ((self.ends, state["ends"]), (self.lost, state["lost"])):
             for cause, n in theirs.items():
                 note_cause(causes, cause, n)
-        self.tracker.add(state["sequences"])
 
     # ---- the poller's side
 
@@ -264,7 +295,7 @@ cdef class Metrics:
             self.counts[at] += 1
 
     cdef Py_ssize_t cell(self, uint64_t key) noexcept:
-        """Return where a kind of reply is counted; -1 when there is no room for it."""
+        """Return the cell of a kind of reply; -1 if the table is full."""
         cdef uint64_t at = (key * <uint64_t> 0x9E3779B97F4A7C15) >> 53    # the top 11 bits: CELLS of them
         while self.keys[at] != key:
             if self.keys[at] == 0:
@@ -280,12 +311,12 @@ cdef class Metrics:
 @cython.no_gc
 @cython.freelist(256)
 cdef class SessionMetrics:
-    """The clocks of one session. Holds a totals, which never holds it for longer than a round."""
+    """The latencies of one session. Refers to its totals, which refer to it for one round only."""
 
     # ---- the session's side
 
     cdef void begin_turn(self) noexcept:
-        """Octets have come, or something that was waited for: what is answered now is answered from here on."""
+        """Start the latencies of a turn: octets were received, or an awaited result is there."""
         cdef Metrics totals = self.totals
         self.in_turn = True
         self.began = totals.round_began if totals.in_round else clock_now()
@@ -297,10 +328,10 @@ cdef class SessionMetrics:
             self.text_began = self.began
 
     cdef void replied(self, bytes encoded) noexcept:
-        """A reply was made to what `phase` says."""
-        if (self.phase == P_MESSAGE or self.is_doomed) and PyBytes_AS_STRING(encoded)[0] >= c'4':
+        """Count a reply to the command of `phase`."""
+        if (self.phase == P_MESSAGE or self.expects_refusal) and PyBytes_AS_STRING(encoded)[0] >= c'4':
             self.totals.refused += 1
-            self.is_doomed = False
+            self.expects_refusal = False
         if self.is_held:
             return
         self.totals.count(self.phase, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded))
@@ -309,7 +340,7 @@ cdef class SessionMetrics:
         self.owing[self.phase] += 1
 
     cdef int end_turn(self, Py_ssize_t octets) except -1:
-        """All that was said is about to be sent."""
+        """The output of the turn is about to be sent."""
         self.in_turn = False
         if not self.owed:
             return 0
@@ -322,7 +353,7 @@ cdef class SessionMetrics:
         return 0
 
     cdef void settle(self, int64_t now) noexcept:
-        """What was said is sent."""
+        """The output was sent."""
         cdef Metrics totals = self.totals
         cdef uint32_t owed = self.owed
         cdef int64_t ns = now - self.began
@@ -342,7 +373,7 @@ cdef class SessionMetrics:
         self.awaits_text = True
 
     cdef void text_ends(self, int phase) noexcept:
-        """The last octet of a text has come. What it is answered with is a reply of this phase."""
+        """The last octet of a text was received; its reply belongs to this phase."""
         if self.awaits_text:    # it came with the command
             self.awaits_text = False
             self.text_began = self.began
@@ -351,11 +382,11 @@ cdef class SessionMetrics:
         self.phase = phase
 
     cdef int message(self, object transaction, uint64_t octets) except -1:
-        """A message was taken."""
+        """Count an accepted message."""
         cdef Metrics totals = self.totals
         cdef object found
         if self.is_held:
-            self.has_taken = True   # `says` knows whether the client can have heard of it
+            self.has_taken = True   # `count_replies` decides whether its reply is readable
         else:
             totals.accepted += 1
         totals.recipients += len(<list> transaction.recipients)
@@ -374,10 +405,10 @@ cdef class SessionMetrics:
 
     # ---- the side of faults
 
-    def hold(self):
+    def suspend(self):
         self.is_held = True
 
-    def says(self, list replies not None):
+    def count_replies(self, list replies not None):
         cdef Metrics totals = self.totals
         cdef int phase
         cdef bytes each
@@ -401,15 +432,15 @@ cdef class SessionMetrics:
             else:
                 totals.unheard += 1
 
-    def sends(self, Py_ssize_t octets):
+    def before_sending(self, Py_ssize_t octets):
         self.end_turn(octets)
 
-    def takes_back(self, bytes encoded not None):
+    def uncount(self, bytes encoded not None):
         cdef Metrics totals = self.totals
         cdef Py_ssize_t at = totals.cell(key_of(
             self.phase, <const unsigned char *> PyBytes_AS_STRING(encoded), PyBytes_GET_SIZE(encoded)
         ))
-        if at >= 0 and totals.counts[at]:    # otherwise the counters were started over meanwhile
+        if at >= 0 and totals.counts[at]:    # otherwise the counters were reset since
             totals.counts[at] -= 1
             totals.replies -= 1
         if self.owing[self.phase]:
@@ -417,19 +448,14 @@ cdef class SessionMetrics:
             if self.owing[self.phase] == 0:
                 self.owed &= ~(<uint32_t> 1 << self.phase)
             if self.owed:
-                totals.sent -= len(encoded)  # `end_turn` will be told of these octets with the others
-
-    def takes_unheard(self, object transaction, uint64_t octets):
-        self.is_held = True
-        self.message(transaction, octets)
-        self.says([])
+                totals.sent -= len(encoded)  # `end_turn` counts these octets with the others
 
     # ---- the connection's side
 
-    def tls_begins(self):
+    def begin_tls(self):
         self.tls_began = clock_now()
 
-    def tls_begun(self):
+    def end_tls(self):
         cdef int64_t now = clock_now()
         (<Histogram> (<tuple> self.totals.latencies)[P_TLS]).add(now - self.tls_began, 1)
         self.tls_began = 0
@@ -438,19 +464,19 @@ cdef class SessionMetrics:
         else:
             self.said = now
 
-    def pauses_text(self):
+    def pause_text(self):
         if self.said:
-            # Behind a 354: the client may send, and is not read.
+            # After a 354: the client may send, and nothing is read.
             self.said = 0
             self.awaits_text = False
             self.text_began = clock_now()
         else:
             self.in_turn = True     # octets are there, whose clock runs on
 
-    def dooms(self):
-        self.is_doomed = True
+    def expect_refusal(self):
+        self.expects_refusal = True
 
-    def loses(self, str cause not None):
+    def lose_message(self, str cause not None):
         self.awaits_text = False
         note_cause(self.totals.lost, cause)
 
@@ -460,10 +486,11 @@ cdef class SessionMetrics:
             return
         self.has_ended = True
         totals.open_sessions -= 1
+        add64(&totals.counters[OPEN], -1)
         totals.received += received
         if self.has_taken:
-            self.says([])   # the connection broke before anything could be said
-        if self.is_doomed:
+            self.count_replies([])   # the connection was lost before a reply
+        if self.expects_refusal:
             note_cause(totals.lost, cause)
         if self.tls_began:
             totals.tls_failed += 1
@@ -473,7 +500,7 @@ cdef class SessionMetrics:
 # ---- sequences
 
 cdef class Sequence:
-    """The marks of one run that have arrived."""
+    """The sequence numbers of one run."""
 
     def __cinit__(self, str run not None):
         self.run = run
@@ -481,9 +508,10 @@ cdef class Sequence:
 
     def __dealloc__(self):
         free(self.bits)
+        free(self.fresh)
 
     cdef bint reserve(self, uint64_t number, uint64_t room) noexcept:
-        """Make room for a number in a bitmap that may grow by `room` octets. Return False where that is too little."""
+        """Extend the bitmap for a number, by at most `room` octets. Return False if that is too little."""
         cdef size_t needed = number // 8 + 1, size
         cdef unsigned char *bits
         if needed <= self.size:
@@ -493,6 +521,12 @@ cdef class Sequence:
             size = needed
             if size - self.size > room:
                 return False
+        if self.has_news:
+            bits = <unsigned char *> realloc(self.fresh, size)
+            if bits == NULL:
+                return False
+            memset(bits + self.size, 0, size - self.size)
+            self.fresh = bits
         bits = <unsigned char *> realloc(self.bits, size)
         if bits == NULL:
             return False
@@ -510,6 +544,8 @@ cdef class Sequence:
                 self.examples.append(number)
             return 0
         self.bits[number // 8] |= bit
+        if self.has_news:
+            self.fresh[number // 8] |= bit
         self.distinct += 1
         if self.distinct == 1:
             self.lowest = self.highest = number
@@ -521,72 +557,95 @@ cdef class Sequence:
                 self.lowest = number
         return 0
 
-    def state(self):
-        return {
+    cdef dict news(self):
+        """Return what was noted since the last time."""
+        cdef size_t at, size
+        cdef list pages = []
+        for at in range(0, self.size, PAGE):
+            size = min(<size_t> PAGE, self.size - at)
+            if self.fresh[at] or memcmp(self.fresh + at, self.fresh + at + 1, size - 1):
+                pages.append((at, PyBytes_FromStringAndSize(<char *> self.fresh + at, size)))
+                memset(self.fresh + at, 0, size)
+        found = {
             "run": self.run,
-            "bits": PyBytes_FromStringAndSize(<char *> self.bits, self.size),
-            "received": self.received,
-            "distinct": self.distinct,
-            "duplicates": self.duplicates,
-            "out_of_order": self.out_of_order,
+            "pages": pages,
+            "received": self.received - self.told_received,
+            "out_of_order": self.out_of_order - self.told_out_of_order,
             "highest": self.highest,
             "lowest": self.lowest,
-            "examples": self.examples,
+            "examples": self.examples[self.told_examples:],
         }
+        self.told_received, self.told_out_of_order = self.received, self.out_of_order
+        self.told_examples = len(self.examples)
+        return found
 
-    cdef int add(self, dict state) except -1:
-        """Add the tags that another process has counted; `reserve` has made room. Those that both have are duplicates.
-        """
-        cdef const unsigned char[:] bits = state["bits"]
-        cdef size_t i
+    cdef int add(self, dict news) except -1:
+        """Add the news of another process; `reserve` has extended the bitmap. Tags that both have are duplicates."""
+        cdef const unsigned char[:] page
+        cdef size_t at, i
         cdef int bit
         cdef unsigned char both
-        cdef uint64_t shared = 0
-        self.examples += state["examples"][:MOST_EXAMPLES - len(self.examples)]
-        for i in range(<size_t> bits.shape[0]):
-            both = self.bits[i] & bits[i]
-            self.bits[i] |= bits[i]
-            for bit in range(8 if both else 0):
-                if both >> bit & 1:
-                    shared += 1
-                    if len(self.examples) < MOST_EXAMPLES:
-                        self.examples.append(i * 8 + bit)
-        self.lowest = min(self.lowest, <uint64_t> state["lowest"]) if self.distinct else state["lowest"]
-        self.highest = max(self.highest, <uint64_t> state["highest"])
-        self.received += state["received"]
-        self.distinct += state["distinct"] - shared
-        self.duplicates += state["duplicates"] + shared
-        self.out_of_order += state["out_of_order"]
+        self.examples += news["examples"][:MOST_EXAMPLES - len(self.examples)]
+        self.lowest = min(self.lowest, <uint64_t> news["lowest"]) if self.distinct else news["lowest"]
+        self.highest = max(self.highest, <uint64_t> news["highest"])
+        for at, page in news["pages"]:
+            for i in range(<size_t> page.shape[0]):
+                both = self.bits[at + i] & page[i]
+                self.distinct += bits_in(page[i] & ~both)
+                self.bits[at + i] |= page[i]
+                for bit in range(8 if both else 0):
+                    if both >> bit & 1 and len(self.examples) < MOST_EXAMPLES:
+                        self.examples.append((at + i) * 8 + bit)
+        self.received += news["received"]
+        self.duplicates = self.received - self.distinct
+        self.out_of_order += news["out_of_order"]
         return 0
 
     def __contains__(self, uint64_t number):
         return number // 8 < self.size and self.bits[number // 8] >> number % 8 & 1
 
+    cdef uint64_t count(self, uint64_t first, uint64_t last) noexcept:
+        """Return how many numbers from `first` to `last` were received."""
+        cdef uint64_t number = first, found = 0
+        if first <= self.lowest and self.highest <= last:
+            return self.distinct
+        last = min(last, self.highest)
+        while number <= last:
+            if number % 64 == 0 and number + 63 <= last and number // 8 + 8 <= self.size:
+                found += bits_in((<uint64_t *> self.bits)[number // 64])
+                number += 64
+            else:
+                found += self.bits[number // 8] >> number % 8 & 1
+                number += 1
+        return found
+
     def missing(self, uint64_t first, uint64_t last, Py_ssize_t most):
         cdef list examples = []
-        cdef uint64_t number = first, count = 0
-        while number <= last:
-            if number % 8 == 0 and number + 7 <= last and number // 8 < self.size and self.bits[number // 8] == 0xFF:
-                number += 8
+        cdef uint64_t number = first, count
+        if last < first:
+            return 0, examples
+        count = last - first + 1 - self.count(first, last)
+        most = min(most, count)
+        while len(examples) < most:
+            if number % 64 == 0 and number // 8 + 8 <= self.size and (
+                (<uint64_t *> self.bits)[number // 64] == <uint64_t> 0xFFFFFFFFFFFFFFFF
+            ):
+                number += 64
                 continue
-            if number // 8 >= self.size and len(examples) >= most:
-                return count + last - number + 1, examples
             if number // 8 >= self.size or not self.bits[number // 8] >> number % 8 & 1:
-                count += 1
-                if len(examples) < most:
-                    examples.append(number)
+                examples.append(number)
             number += 1
         return count, examples
 
 
 cdef class SequenceTracker:
-    """The runs that have arrived."""
+    """The runs that were received."""
 
     def __cinit__(self):
         self.runs = {}
 
     cdef bint note_mark(self, str text) except -1:
-        """Take the mark at the end of a text, see `penstock.sequence.parse`. Return False where there is none."""
+        """Track the tag at the end of a text, see `penstock.sequence.parse`. Return False without one."""
         cdef const unsigned char *p
         cdef Py_ssize_t size, at, begin
         cdef uint64_t number = 0, power = 1
@@ -622,14 +681,14 @@ cdef class SequenceTracker:
         return self.note(text[begin:size], number)
 
     cpdef bint note(self, str run, uint64_t number) except -1:
-        """Take a mark. Return False when there is no room to tell it apart."""
+        """Track a tag. Return False if it is beyond the limits."""
         cdef Sequence found = self.runs.get(run)
         cdef size_t before
         if found is None:
             if len(self.runs) >= MOST_RUNS:
                 self.further += 1
                 return False
-            found = Sequence(run)
+            found = self.new(run)
         before = found.size
         if not found.reserve(number, MOST_OCTETS - self.octets):
             self.further += 1
@@ -640,26 +699,35 @@ cdef class SequenceTracker:
         found.take(number)
         return True
 
-    def state(self):
-        return {
-            "unmarked": self.unmarked,
-            "further": self.further,
-            "runs": [(<Sequence> each).state() for each in self.runs.values()],
-        }
+    cdef Sequence new(self, str run):
+        cdef Sequence made = Sequence(run)
+        made.has_news = self.has_news
+        return made
 
-    def add(self, dict state not None):
+    def news(self):
+        cdef Sequence each
+        found = {
+            "unmarked": self.unmarked - self.told_unmarked,
+            "further": self.further - self.told_further,
+            "runs": [each.news() for each in self.runs.values() if each.received > each.told_received],
+        }
+        self.told_unmarked, self.told_further = self.unmarked, self.further
+        return found
+
+    def add(self, dict news not None):
         cdef Sequence found
         cdef size_t before
-        cdef Py_ssize_t size
-        self.unmarked += state["unmarked"]
-        self.further += state["further"]
-        for run in state["runs"]:
+        cdef uint64_t size
+        self.unmarked += news["unmarked"]
+        self.further += news["further"]
+        for run in news["runs"]:
             found = self.runs.get(run["run"])
             if found is None:
-                found = Sequence(run["run"])
-            before, size = found.size, len(run["bits"])
+                found = self.new(run["run"])
+            before = found.size
+            size = max([at + len(page) for at, page in run["pages"]], default=0)
             if len(self.runs) - (run["run"] in self.runs) >= MOST_RUNS or (
-                size and not found.reserve(<uint64_t> size * 8 - 1, MOST_OCTETS - self.octets)
+                size and not found.reserve(size * 8 - 1, MOST_OCTETS - self.octets)
             ):
                 self.further += run["received"]
                 continue

@@ -1,17 +1,17 @@
-"""One edge-triggered epoll set for all plaintext sockets of a worker, and the few calls they need.
+"""One edge-triggered epoll set for all plaintext sockets of a worker, and the system calls they need.
 
 Theory
 ------
 trio's own waiting arms a socket anew for each wait: an epoll_ctl, a table of waiters, a cancel scope's worth of
 bookkeeping. A mail session waits four times per message, so here a socket is registered once, edge-triggered, and
-its readiness is remembered in its `Watch`; room to send is only asked for by sockets that had to wait once. Tasks park
+its readiness is stored in its `Watch`; writability is only requested for sockets that had to wait once. Tasks park
 with `trio.lowlevel.wait_task_rescheduled`; one task of the worker calls `Poller.poll`, which asks the kernel once for
 many sockets and wakes the tasks that wait for them.
 
 Waking a task costs more than most commands of a session do. So a task may leave a `Protocol` with its Watch before it
-parks: plain functions that are called when octets have come, receive them, and return what is to be sent. The task
-sleeps on until `data_received` returns None: something has to be awaited, or the conversation is over. What the turns
-of one `poll` have to send is sent at its end, back to back, so that a client process that serves many connections is
+parks: plain functions that are called when octets are there, receive them, and return the output. The task
+sleeps until `data_received` returns None: something has to be awaited, or the session is over. The output of the turns
+of one `poll` is sent at its end, back to back, so that a client process that serves many connections is
 woken once for all of them.
 
 Listening sockets are in the set, too: a connection that a client opens is greeted with all others that are answered
@@ -25,8 +25,8 @@ Rules
 3. A turn that raises wakes its task with the exception. A task that was cancelled has no protocol any more.
 4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, after the others, and so
    does a protocol that has left input unread (`wants_turn`).
-5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps given out again, wakes a
-   task in vain, which receives nothing and waits again.
+5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps reused, wakes a task
+   without need, which receives nothing and waits again.
 """
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -166,7 +166,7 @@ HAS_EPOLL = bool(POLL_HAS_EPOLL)
 SHORTAGES = frozenset({EMFILE, ENFILE, ENOBUFS, ENOMEM})
 
 cdef enum:
-    MOST_TIME = 1_000_000   # nanoseconds of a poll that wakes no task, before trio has its turn
+    MOST_TIME = 1_000_000   # nanoseconds of a poll before the tasks it has woken have their turn
     MOST_ACCEPTED = 64  # connections of a listener in a poll: more wait in the kernel while these have their turn
     SHORT = 4096    # a receive of fewer octets has emptied the socket: a wire always has room for as many
 
@@ -188,31 +188,8 @@ cdef class Protocol:
         return 0
 
 
-cdef class TaskProtocol(Protocol):
-    """The turns of a task that sleeps meanwhile: `receiver` receives, `turn` answers."""
-
-    cdef object receiver
-    cdef object turn
-
-    def __init__(self, receiver not None, turn not None):
-        self.receiver = receiver
-        self.turn = turn
-
-    cdef Py_ssize_t receive(self, int fd) except -2:
-        return self.receiver.recv(fd)
-
-    cdef object take_turn(self, Py_ssize_t received):
-        return self.turn(received)
-
-    def recv(self, int fd):
-        return self.receiver.recv(fd)
-
-    def data_received(self, Py_ssize_t received):
-        return self.turn(received)
-
-
 cdef class Watch:
-    """The readiness of one socket, and who waits for it."""
+    """The readiness of one socket, and the tasks that wait for it."""
 
     def __init__(self, int fd):
         self.fd = fd
@@ -259,7 +236,7 @@ cdef class Poller:
 
     def look_for_room(self, Watch watch):
         if not watch.looks_for_room:
-            # Told at once when there is room already: changing what is asked for looks anew (epoll_ctl(2)).
+            # Reported at once if it is writable already: EPOLL_CTL_MOD checks the readiness again (epoll_ctl(2)).
             self.control(EPOLL_CTL_MOD, watch.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | <uint32_t> EPOLLET)
             watch.looks_for_room = True
 
@@ -281,7 +258,6 @@ cdef class Poller:
     def poll(self):
         cdef int64_t end = now() + MOST_TIME
         cdef int found
-        self.woken = False
         while True:
             if self.metrics is not None:
                 self.metrics.begin_round()
@@ -290,11 +266,11 @@ cdef class Poller:
             finally:
                 if self.metrics is not None:
                     self.metrics.end_round()
-            if found == 0 or self.woken or now() >= end:
+            if found == 0 or now() >= end:
                 return found
 
     cdef int poll_once(self) except -1:
-        """Ask the kernel once, and see to what has become ready."""
+        """Ask the kernel once, and handle the sockets that have become ready."""
         cdef epoll_event events[POLL_BATCH]
         cdef int found = epoll_wait(self.fd, events, POLL_BATCH, 0)
         cdef int i
@@ -319,7 +295,7 @@ cdef class Poller:
             elif watch.is_readable:
                 self.take_turn(watch, outputs)
         if outputs:
-            # A turn below may end the turns of one of these; what they have said goes first.
+            # A turn below may end the turns of one of these; their output is sent first.
             self.send_all(outputs)
             outputs.clear()
         for i in range(found):
@@ -341,14 +317,12 @@ cdef class Poller:
                 elif watch.reader is not None:
                     known = watch.reader
                     watch.reader = None
-                    self.woken = True
                     reschedule(known)
             if what & <uint32_t> (EPOLLOUT | EPOLLERR | EPOLLHUP):
                 watch.is_writable = True
                 if watch.writer is not None:
                     known = watch.writer
                     watch.writer = None
-                    self.woken = True
                     reschedule(known)
         self.outputs = None
         if outputs:
@@ -377,13 +351,12 @@ cdef class Poller:
         return 0
 
     cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1:
-        """End a wait for input: with what it has come to, or with what a receive or a turn has thrown."""
+        """End a wait for input with its result, or with the exception of a receive or a turn."""
         cdef object task = watch.reader
         cdef Protocol protocol = watch.protocol
         watch.reader = None
         watch.protocol = None
         if task is not None:
-            self.woken = True
             reschedule(task, Value(received) if failure is None else Error(failure))
         else:
             protocol.end(received, failure)
@@ -411,7 +384,7 @@ cdef class Poller:
         return 0
 
     cdef int go_on(self, Watch watch, Py_ssize_t received, Py_ssize_t outcome, list outputs) except -1:
-        """Let a turn answer. When it has to be awaited instead, `outcome` is what its wait has come to."""
+        """Take a turn. If it wakes the task, `outcome` is the result of the wait."""
         cdef object answer
         try:
             answer = watch.protocol.take_turn(received)
@@ -429,7 +402,7 @@ cdef class Poller:
         return 0
 
     cdef int send_all(self, list outputs) except -1:
-        """Send what the turns had to say. A task whose socket does not take all of it is woken to see to the rest."""
+        """Send the output of the turns. A task whose output does not fit into the socket is woken to send the rest."""
         cdef Py_ssize_t i, size
         cdef ssize_t sent
         cdef Watch watch
@@ -443,7 +416,7 @@ cdef class Poller:
             sent = c_send(watch.fd, <char *> answer, size, MSG_NOSIGNAL)
             if sent == size:
                 continue
-            # Full, or broken: sending the rest will tell which.
+            # Full, or broken: sending the rest shows which.
             watch.is_writable = sent < 0 and errno != EAGAIN
             watch.unsent = answer[max(sent, 0):]
             self.wake_reader(watch, -1, None)
@@ -531,7 +504,7 @@ cdef class Socket:
 
 
 cdef class Timer:
-    """A timer of the kernel behind a descriptor (timerfd_create(2)): trio's own clock has steps of a millisecond."""
+    """A timer of the kernel as a descriptor (timerfd_create(2)): the clock of trio has steps of a millisecond."""
 
     cdef readonly int fd
 
@@ -620,7 +593,7 @@ cpdef tuple open_connection(str address, int port):
         PyErr_SetFromErrno(OSError)
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes))
     if c_connect(fd, to, size) < 0:
-        # Over loopback the connection is made by now, and connect(2) says so when it is asked again.
+        # Over loopback the connection is established by now, and a second connect(2) reports it.
         if errno == EINPROGRESS and c_connect(fd, to, size) == 0:
             return fd, 0
         code = errno

@@ -1,18 +1,17 @@
 """The pump of a server connection: the turns that need no decision.
 
 A connection is one task (penstock.server.connection). While nothing has to be decided or waited for, the task is parked
-and the poller calls its pump when octets have come: the pump receives into the wire, lets the session read it, and
-returns the replies. It goes on without the task as long as
+and the poller calls its pump when octets are received: the pump reads into the wire, lets the session parse it, and
+returns the replies. It continues without the task as long as
 
 - the session can answer on its own, because nothing is registered for that hook point (`auto_accept`), or
 - a synchronous handler is registered for the event (a recipient in one of our domains, a chunk that fits into memory),
-  and returns True; that of a message which is only counted is here, because a sink does nothing else.
+  and returns True; the one that only counts a message is in this file, because a sink does nothing else.
 
-Otherwise the task is woken, and finds the event with `take_event`. There is no third case.
+Otherwise the task is woken, and gets the event with `take_event`. There is no third case.
 
-A turn is bounded: after TURN_COMMANDS commands, OUTPUT_LIMIT octets of output or TURN_TIME it ends, and the other
-connections have theirs before it goes on. Output that the socket does not take wakes the task, which sends it; nothing
-is read meanwhile.
+A turn is bounded: it ends after OUTPUT_LIMIT octets of output or TURN_TIME, and continues after the turns of the other
+connections. Output that does not fit into the socket wakes the task, which sends it; until then, nothing is read.
 """
 
 from libc.stdint cimport int64_t
@@ -107,12 +106,12 @@ cdef class Pump(Protocol):
         return True
 
     cpdef bytes take_output(self):
-        """Return what has to be sent now: replies, and what TLS has to say."""
+        """Return the octets to send now: replies, encrypted if there is TLS."""
         cdef bytes output = self.session.take_output()
         return output if self.tls is None else self.tls.encrypt(output)
 
     def feed(self, data not None):
-        """Take in octets that were received and decrypted elsewhere."""
+        """Add octets that were received and decrypted elsewhere."""
         self.octets += len(data)
         self.wire.feed(data)
 
@@ -122,12 +121,12 @@ cdef class Pump(Protocol):
             self.has_ended = True
 
     def take_event(self):
-        """Return the event that a turn could not handle, and forget it; None without one."""
+        """Return the event that the last turn left to the task, once; None without one."""
         event, self.event = self.event, None
         return event
 
     def close(self):
-        """Give the buffer of the wire back and let the connection go: they hold each other."""
+        """Release the buffer of the wire, and the connection, which refers to this pump."""
         self.wire.drop()
         self.handlers = {}
         self.owner = None
@@ -142,7 +141,7 @@ cdef class Pump(Protocol):
         if received > 0:
             self.octets += received
             if self.tls is not None and not self.tls.decrypt_into(self.wire.feed):
-                self.has_ended = True   # after what has come so far
+                self.has_ended = True   # after the octets received so far
         event = self.advance()
         if event is need_data:
             return None if self.has_ended else self.take_output()

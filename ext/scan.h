@@ -3,9 +3,9 @@
  * Mail is dull: almost every 64 octets hold nothing but text and proper CRLFs. `scan_text` therefore skips dull blocks
  * of 64 octets with vector compares and looks at single octets only in a block that may hold something of interest:
  *
- *   - a dot at the start of a line, that is behind CR LF (RFC 5321 4.5.2: stuffing, or the end of the data),
- *   - a LF without a CR before it, a CR without a LF behind it (RFC 5321 2.3.8: neither may stand alone),
- *   - a NUL (RFC 5322 4: obsolete, and a C string ends there in somebody's next hop),
+ *   - a dot at the start of a line, that is after CR LF (RFC 5321 4.5.2: stuffing, or the end of the data),
+ *   - a LF without a CR before it, a CR without a LF after it (RFC 5321 2.3.8: neither may occur alone),
+ *   - a NUL (RFC 5322 4: obsolete, and software in C may end the text there),
  *   - the first octet by which a line is longer than the limit (RFC 5321 4.5.3.1.6).
  *
  * The octet loop alone decides what is of interest; the vectors only say "nothing here for sure". That is what makes
@@ -14,7 +14,7 @@
  * Rules:
  *   - the octet before p[0] is not a CR (a CR at the end of the input is left to the next call), and a dot at p[0]
  *     is not looked at: the caller knows whether p[0] starts a line and has handled it;
- *   - `column` is the number of octets of the line that stand before p[0], and comes back for the octet at `at`.
+ *   - `column` is the number of octets of the line before p[0]; on return, before the octet at `at`.
  */
 #ifndef PENSTOCK_SCAN_H
 #define PENSTOCK_SCAN_H
@@ -82,7 +82,7 @@ static inline int scan_is_dull(const unsigned char *p, size_t i, size_t n, size_
     }
     const uint64_t lf = scan_mask64(q, '\n');
     const uint64_t cr = scan_mask64(q, '\r');
-    const uint64_t expected = cr << 1 | after_cr; /* where a LF must stand, and may stand */
+    const uint64_t expected = cr << 1 | after_cr; /* where a LF is required, and allowed */
     const uint64_t dots = (lf & expected) << 1;
     if (expected ^ lf) /* a bare LF, or a bare CR */
         return 0;
@@ -105,7 +105,7 @@ static inline int scan_is_dull(const unsigned char *p, size_t i, size_t n, size_
 #define SCAN_HAS_VECTORS 0
 #endif
 
-/* Find the first octet of interest. `report` has the SCAN_BIT of each kind that the caller wants to hear of. */
+/* Find the first octet of interest. `report` has the SCAN_BIT of each kind to report. */
 static inline scan_result scan_text(const unsigned char *p, size_t n, size_t column, size_t limit, unsigned report,
                                     int vectors)
 {

@@ -12,6 +12,7 @@ static inline int swap64(uint64_t *at, uint64_t *seen, uint64_t value)
 {
     return __atomic_compare_exchange_n(at, seen, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
+static inline uint64_t add64(uint64_t *at, int64_t value) { return __atomic_add_fetch(at, value, __ATOMIC_RELAXED); }
 static inline int64_t shared_clock(void)
 {
     struct timespec at;
@@ -27,7 +28,7 @@ static inline int half_octave(uint64_t value)
 #define ROUND \
     v0 += v1; v1 = ROTATE(v1, 13); v1 ^= v0; v0 = ROTATE(v0, 32); v2 += v3; v3 = ROTATE(v3, 16); v3 ^= v2; \
     v0 += v3; v3 = ROTATE(v3, 21); v3 ^= v0; v2 += v1; v1 = ROTATE(v1, 17); v1 ^= v2; v2 = ROTATE(v2, 32);
-static uint64_t siphash13(uint64_t k0, uint64_t k1, unsigned char kind, const unsigned char *in, size_t size)
+static inline uint64_t siphash13(uint64_t k0, uint64_t k1, unsigned char kind, const unsigned char *in, size_t size)
 {
     uint64_t v0 = 0x736f6d6570736575ULL ^ k0, v1 = 0x646f72616e646f6dULL ^ k1;
     uint64_t v2 = 0x6c7967656e657261ULL ^ k0, v3 = 0x7465646279746573ULL ^ k1;

@@ -6,7 +6,7 @@ The supervisor makes one segment (a memfd) and each worker inherits it. It has a
 
 - cells: counters, gauges and histograms, 64-bit words. A page describes itself: `register` writes the name of a series
   beside its cell, so that a reader needs neither the settings nor the version of the writer;
-- a mailbox: one text from the worker to the supervisor at a time, for what has no fixed set of names;
+- a mailbox: one text at a time from the worker to the supervisor, for data without a fixed set of names;
 - a table of keys (networks, user names, next hops): how many connections each has open, and how many events it has
   had lately.
 
@@ -204,7 +204,7 @@ cdef class Page:
         at = self.memory.head[W_SERIES]
         if at + size > MOST_CELLS - BUCKET_COUNT - 1 or len(text) >= NAME_OCTETS:
             self.overflow += 1
-            return MOST_CELLS - BUCKET_COUNT - 1     # counted, and read by nobody
+            return MOST_CELLS - BUCKET_COUNT - 1     # counted, but never read
         memset(&self.memory.cells[at], 0, size * sizeof(uint64_t))
         memset(self.memory.names[at], 0, size * NAME_OCTETS)
         memcpy(self.memory.names[at], PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
@@ -213,7 +213,7 @@ cdef class Page:
         return at
 
     def start(self, uint64_t pid):
-        """Begin anew: no series, nothing in the mailbox. `pid` is the process that writes the page."""
+        """Reset: no series, nothing in the mailbox. `pid` is the process that writes the page."""
         self.known = {}
         publish64(&self.memory.head[W_SERIES], 0)
         store64(&self.memory.head[W_PID], pid)
@@ -381,14 +381,18 @@ cdef class SharedTable:
             slot.recent += n
         slot.ends = <uint64_t> (now + 2 * seconds) + 1
 
+    cdef bint counts(self, int page) noexcept:
+        """Return whether a page has counts: what an ended worker has counted lately comes back with the next one."""
+        return self.segment.active[page] or load64(&self.segment.first[page].head[W_PID]) != 0
+
     cdef void sums(self, uint64_t key, uint32_t window, double part, uint64_t *opened, double *recent) noexcept:
-        """Sum up what all workers have of a key."""
+        """Return the sum of all workers for a key."""
         cdef Slot *slot
         cdef int i
         opened[0] = 0
         recent[0] = 0
         for i in range(self.segment.count):
-            if self.segment.active[i] or i == self.index:
+            if self.counts(i) or i == self.index:
                 slot = self.find(&self.segment.first[i], key)
                 if slot != NULL:
                     opened[0] += slot.open
@@ -435,7 +439,7 @@ cdef class SharedTable:
         return opened
 
     def open_more(self, int kind, str key not None, int n, double now):
-        """Count so many things of a key in, or out if negative."""
+        """Add to the count of a key; subtract if negative."""
         cdef Slot *slot = self.claim(self.segment.hash(kind, key), now)
         if slot != NULL and <int64_t> slot.open + n >= 0:
             slot.open += n
@@ -452,7 +456,7 @@ cdef class SharedTable:
         return max(0.0, recent)
 
     def happen(self, int kind, str key not None, int n, double seconds, double now):
-        """Count so many events of a key, or take them back if negative."""
+        """Add events to a key; remove them if negative."""
         cdef Slot *slot = self.claim(self.segment.hash(kind, key), now)
         if slot != NULL:
             self.happened(slot, <uint32_t> (now / seconds), seconds, now, n)
@@ -469,7 +473,7 @@ cdef class SharedTable:
         self.happened(own, window, seconds, now, 0)
         own.recent = own.before = 0
         for i in range(self.segment.count):
-            if i != self.index and self.segment.active[i]:
+            if i != self.index and self.counts(i):
                 slot = self.find(&self.segment.first[i], code)
                 if slot != NULL and slot.window == window:
                     own.recent -= slot.recent
@@ -598,7 +602,7 @@ cdef class ListenerTotals:
         self.page.bump(self.sessions, 1)
         return session
 
-    def turned_away(self, bytes encoded not None):
+    def count_refused_connection(self, bytes encoded not None):
         """Count a connection that was refused before it had a session."""
         self.totals.note_reply(P_BANNER, encoded)
         self.page.bump(<unsigned int> self.end_cell("turned away"), 1)
@@ -662,19 +666,19 @@ cdef class CountedSession(SessionMetrics):
         page.note(self.counts.size_octets, 8, octets, 1)
         return 0
 
-    def tls_begins(self):
+    def begin_tls(self):
         self.tls_began = 1
 
-    def tls_begun(self):
+    def end_tls(self):
         self.tls_began = 0
 
-    def dooms(self):
+    def expect_refusal(self):
         pass
 
-    def loses(self, str cause not None):
+    def lose_message(self, str cause not None):
         pass
 
-    def pauses_text(self):
+    def pause_text(self):
         pass
 
     def ended(self, str cause not None, uint64_t received):

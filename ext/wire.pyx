@@ -446,9 +446,11 @@ cdef class Wire:
 
     cdef bint put(self, size_t *out, const unsigned char *octets, size_t n) except -1:
         """Write octets of the un-stuffed text: in place, or into the grown buffer if there is one."""
-        cdef unsigned char *target = self.grown if self.grown != NULL else self.block
-        if target + out[0] != octets:
-            memmove(target + out[0], octets, n)
+        cdef unsigned char *target = self.block + out[0]
+        if self.grown != NULL:
+            target = self.grown + (out[0] - self.grown_from)
+        if target != octets:
+            memmove(target, octets, n)
         out[0] += n
         return True
 
@@ -491,10 +493,12 @@ cdef class Wire:
 
     cdef bint grow(self, size_t out, size_t rest) except -1:
         """Make the grown buffer. Worst case: every octet is a bare LF and becomes two, every 64th is folded."""
-        cdef unsigned char *grown = <unsigned char *> malloc(out + rest * 2 + (rest // (MIN_TEXT_LINE - 1) + 2) * 3)
+        # Only what belongs to this chunk: a client may send thousands of small ones in one block.
+        cdef size_t before = out - self.grown_from
+        cdef unsigned char *grown = <unsigned char *> malloc(before + rest * 2 + (rest // (MIN_TEXT_LINE - 1) + 2) * 3)
         if grown == NULL:
             raise MemoryError
-        memcpy(grown, self.block, out)
+        memcpy(grown, self.block + self.grown_from, before)
         self.grown = grown
         return True
 
@@ -503,15 +507,17 @@ cdef class Wire:
         source[0] += n
         self.octets += m
         if keep:
-            memcpy(self.grown + out[0], octets, m)
+            memcpy(self.grown + (out[0] - self.grown_from), octets, m)
             out[0] += m
 
     cdef bint finish_chunk(self, size_t start, size_t out) except -1:
         """Make the chunk of [start, out). Return False if it is empty or dropped."""
-        cdef unsigned char *source = self.grown if self.grown != NULL else self.block
+        cdef unsigned char *source = self.block + start
         cdef bint some = out > start and not self.dropping
+        if self.grown != NULL:
+            source = self.grown  # from the start of the chunk
         if some:
-            self.chunk = PyBytes_FromStringAndSize(<char *> source + start, out - start)
+            self.chunk = PyBytes_FromStringAndSize(<char *> source, out - start)
         if self.grown != NULL:
             free(self.grown)
             self.grown = NULL
@@ -526,6 +532,7 @@ cdef class Wire:
         cdef int kind = SCAN_MORE
         cdef bint news = False
         cdef bint after_dot
+        self.grown_from = start
         while source < stop and not self.ended and not self.watching_tail:
             p = self.block + source
             after_dot = False
@@ -596,6 +603,7 @@ cdef class Wire:
         cdef size_t stop = self.end
         cdef int kind = SCAN_MORE
         cdef bint news = False
+        self.grown_from = start
         if stop - source > self.remaining:
             stop = source + self.remaining
         if source < stop:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import trio
 
-from penstock.app import Secrets, Shared, make_listener, own_domain
+from penstock.assembly.listeners import Secrets, Shared, make_listener, own_domain
 from penstock.auth.throttle import AuthThrottle
 from penstock.config import ListenerSettings
 from penstock.delivery.base import Delivery
@@ -84,12 +84,6 @@ class FakeWorker:
         self.admission = Admission(AdmissionSettings())
         self.is_stopping = False
 
-    def admit(self, peer: Peer) -> Reply | None:
-        return self.admission.admit(peer.network)
-
-    def release(self, peer: Peer) -> None:
-        self.admission.release(peer.network)
-
     def ended(self, connection: Connection) -> None:
         self.connections.discard(connection)
 
@@ -123,10 +117,11 @@ def listener_of(
         budget=MemoryBudget(memory),
         ids=MessageIds(),
         own_domain="" if domains is None else own_domain(Domains(domains), "mx.example.org"),
+        authenticator=Alice() if wanted.auth else None,
         refuses_routing=True,
     )
     secrets = Secrets(tls if wanted.tls.mode != "none" else None, ChannelBinding("tls-server-end-point", b"x"))
-    return make_listener(wanted, shared, secrets, Alice() if wanted.auth else None)
+    return make_listener(wanted, shared, secrets)
 
 
 class Replies:

@@ -50,11 +50,11 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
         ("[[listener]]\n[[listener]]", "listener[1].address: '127.0.0.1:2525' is used by listener[0]"),
         (
             "domains = []\n[[listener]]\naddress = ':2525'\n[[listener]]",
-            "listener[1].address: '127.0.0.1:2525' is bound by listener[0] already, ':2525'",
+            "listener[1].address: '127.0.0.1:2525' is already bound by listener[0], ':2525'",
         ),
         (
             "domains = []\n[[listener]]\naddress = '[::1]:25'\n[[listener]]\naddress = '[::]:25'",
-            "listener[1].address: '[::]:25' is bound by listener[0] already, '[::1]:25'",
+            "listener[1].address: '[::]:25' is already bound by listener[0], '[::1]:25'",
         ),
         (
             "[[listener]]\nname = 'a'\n[[listener]]\naddress = '[::1]:25'\nname = 'a'",
@@ -98,6 +98,22 @@ from penstock.config import ConfigError, Settings, describe, load, parse, to_tom
             "[[listener]]\ntls.ciphers = 'ROT13'",
             "listener[0].tls.ciphers: OpenSSL knows no cipher 'ROT13'",
         ),
+        ("[spool]\npath = 'spool-1'", "spool.path: 'spool-1' must not end in a hyphen and digits"),
+        ("[relay.tls]\ndane = true", "relay.tls.dane: the resolver must validate DNSSEC"),
+        (
+            "[relay.tls]\ndane = true\n[resolver]\nservers = ['192.0.2.53']",
+            "relay.tls.dane: the resolver must validate",
+        ),
+        ("[relay.tls]\nreports = 'daily'", 'relay.tls.contact: reports = "daily" needs an address'),
+        (
+            "[relay.tls]\nreports = 'daily'\ncontact = 'tls@out.example'",
+            "relay.tls.contact: recipients ignore reports without a DKIM signature (RFC 8460 3); add a [[policy.sign]]",
+        ),
+        (
+            "[relay.tls]\nreports = 'daily'\ncontact = 'tls@example'\n"
+            "[[policy.sign]]\ndomain = 'out.example'\nselector = 's'\nkey = 'k'",
+            "relay.tls.contact: recipients ignore reports",
+        ),
         ("[relay]\npool.source = 'eth0'", "relay.pool.source: 'eth0' does not appear to be an IPv4 or IPv6 address"),
         ("[delivery]\nmaildir.path = '{user}/mail'", "delivery.maildir.path: only {local} and {domain} are replaced"),
         ("[delivery]\nmaildir.path = 'mail/{local'", "delivery.maildir.path: only {local} and {domain} are replaced"),
@@ -121,6 +137,35 @@ def test_a_mistake_is_reported_with_its_key(toml: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("listener", "hop"),
+    [
+        ("127.0.0.1:2525", "smtp://127.0.0.1:2525"),
+        ("127.0.0.1:2525", "smtp://localhost:2525"),
+        ("127.0.0.1:2525", "lmtp://[::ffff:127.0.0.1]:2525"),
+        ("127.0.0.1:2525", "smtp://0.0.0.0:2525"),
+        ("localhost:2525", "smtp://[::1]:2525"),
+        (":2525", "smtp://127.0.0.9:2525"),
+        ("[::]:25", "smtp://[::1]"),
+        ("192.0.2.1:465", "smtps://192.0.2.1"),
+        ("mx.example.org:25", "smtp://mx.example.org"),
+        ("unix:/run/lmtp", "lmtp+unix:///run/lmtp"),
+    ],
+)
+def test_a_next_hop_that_is_a_listener_is_refused(listener: str, hop: str) -> None:
+    toml = f"domains = ['a.example']\n[[listener]]\naddress = '{listener}'\n[[route]]\n"
+    for route in (f"next_hop = '{hop}'", f"next_hops = [{{ url = 'smtp://192.0.2.9' }}, {{ url = '{hop}' }}]"):
+        with pytest.raises(ConfigError, match=r"is listener\[0\] of this server: mail would loop back"):
+            parse(toml + route)
+
+
+def test_next_hops_beside_a_listener_are_allowed() -> None:
+    for hop in ("smtp://127.0.0.1:25", "smtp://127.0.0.2:2525", "smtp://localhost:10025", "lmtp+unix:///run/other"):
+        parse(f"[[listener]]\naddress = '127.0.0.1:2525'\n[[route]]\nnext_hop = '{hop}'")
+    for listener, hop in (("[::]:2525", "smtp://127.0.0.1:2525"), ("0.0.0.0:2525", "smtp://[::1]:2525")):
+        parse(f"domains = ['a.example']\n[[listener]]\naddress = '{listener}'\n[[route]]\nnext_hop = '{hop}'")
+
+
+@pytest.mark.parametrize(
     "toml",
     [
         "",
@@ -130,6 +175,10 @@ def test_a_mistake_is_reported_with_its_key(toml: str, expected: str) -> None:
         "[[listener]]\naddress = '[::1]:25'\ntls.mode = 'none'\nauth.mechanisms = ['SCRAM-SHA-256']",
         "[[listener]]\ntls.ciphers = 'ECDHE+AESGCM'",
         "[delivery]\nmaildir.path = '{domain}/{local}/Maildir'",
+        "[relay.tls]\ndane = true\n[resolver]\nservers = ['127.0.0.1:5353', '[::1]:53']",
+        "[relay.tls]\ndane = true\n[resolver]\nservers = ['192.0.2.53']\ntrust_ad = true",
+        "[relay.tls]\nreports = 'daily'\ncontact = 'tls@Mx.Out.example'\n"
+        "[[policy.sign]]\ndomain = 'OUT.example'\nselector = 's'\nkey = 'k'",
         "[relay]\npool.source = '::1'",
         "[[route]]\nnext_hop = 'smtps://a'",
         "[[listener]]\naddress = '127.0.0.1:0'\n[[listener]]\naddress = '127.0.0.1:0'\nname = 'second'",

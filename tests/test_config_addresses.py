@@ -38,6 +38,6 @@ def test_the_modes_of_addresses_are_named_in_the_error() -> None:
         ('group = "no such group"', r"listener\[0\]\.group: there is no group 'no such group'"),
     ],
 )
-def test_what_is_wrong_with_a_socket_is_told_by_its_key(line: str, expected: str) -> None:
+def test_an_error_about_a_socket_names_its_key(line: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         parse(f"[[listener]]\n{line}")

@@ -50,6 +50,21 @@ EVENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("first", [1, 255 * 10**12])
+def test_a_part_of_the_sessions_is_logged_as_a_whole(part: float, first: int) -> None:
+    journal = Journal(JournalSettings(format="json", sessions=part))
+    for session in range(first, first + 1000):
+        journal.connected(session, PEER, "main")
+        journal.accepted(session, PEER, MessageId("ABC"), path("a"), [Recipient(path("b"))], 10, OK)
+        journal.disconnected(session, PEER, 1, 0, 100, 0.5, "QUIT")
+    events = [json.loads(line) for line in journal.drain().splitlines()]
+    sessions = {kind: [each["session"] for each in events if each["event"] == kind] for kind in EVENTS}
+    assert sessions["connected"] == sessions["disconnected"]
+    assert len(sessions["connected"]) == pytest.approx(1000 * part, abs=3)
+    assert len(sessions["accepted"]) == 1000
+
+
 @given(st.text(max_size=300))
 def test_client_text_cannot_break_a_line_or_move_the_cursor(text: str) -> None:
     for form in ("human", "json"):
@@ -132,9 +147,9 @@ def test_every_relay_event_has_a_line() -> None:
     assert lines == [
         "recovered     messages=5 interrupted=2 swept=1",
         f"attempted     id=A {bob} attempts=2",
-        f'delivered     id=A {bob} said="250 Ok" attempts=2 seconds=61.5',
-        f'deferred      id=A {bob} said="450 Busy" attempts=2 wait=300',
-        f'bounced       id=A {bob} said="550 No" attempts=2 report=sent',
+        f'delivered     id=A {bob} reply="250 Ok" attempts=2 seconds=61.5',
+        f'deferred      id=A {bob} reply="450 Busy" attempts=2 wait=300',
+        f'bounced       id=A {bob} reply="550 No" attempts=2 report=sent',
         "reported      id=B about=A action=failed sender=a@example.com",
     ]
 

@@ -106,7 +106,7 @@ def test_a_sequence_has_nothing_before_its_first_number() -> None:
 )
 def test_replies_are_counted_by_code_and_status(encoded: bytes, code: int, status: str | None) -> None:
     totals = Metrics()
-    totals.turned_away(encoded)
+    totals.count_refused_connection(encoded)
     assert totals.counted() == [("banner", code, status, None, 1)]
 
 
@@ -114,7 +114,7 @@ def test_further_kinds_of_replies_are_counted_together() -> None:
     totals = Metrics()
     for subject in range(2):
         for detail in range(1000):
-            totals.turned_away(b"451 4.%d.%d x\r\n" % (subject, detail))
+            totals.count_refused_connection(b"451 4.%d.%d x\r\n" % (subject, detail))
     assert len(totals.counted()) == 1024
     assert totals.further == 2000 - 1024
 
@@ -122,7 +122,7 @@ def test_further_kinds_of_replies_are_counted_together() -> None:
 def test_a_reset_clears_all_but_the_open_sessions() -> None:
     totals = Metrics()
     session = totals.new_session()
-    totals.turned_away(b"421 4.3.2 Too many\r\n")
+    totals.count_refused_connection(b"421 4.3.2 Too many\r\n")
     totals.reset()
     assert (totals.sessions, totals.open_sessions, totals.replies, totals.counted(), totals.ends) == (0, 1, 0, [], {})
     session.ended("QUIT", 5)

@@ -233,6 +233,32 @@ def test_a_failing_test_shows_what_was_received_and_said(tests: pytest.Pytester)
     result.stdout.no_fnmatch_line("*not shown*")
 
 
+def test_a_failed_assertion_is_shown_at_the_line_of_the_test(tests: pytest.Pytester) -> None:
+    tests.makepyfile("""
+        def test_sent(smtp_server):
+            smtp_server.assert_sent(subject="Welcome")
+
+        def test_latest(smtp_server):
+            smtp_server.latest()
+
+        def test_wait(smtp_server):
+            smtp_server.inbox.wait_for(subject="Welcome", timeout=0)
+
+        async def _wait(server):
+            await server.inbox.wait_async(timeout=0)
+
+        def test_wait_async(smtp_server):
+            import trio
+            trio.run(_wait, smtp_server)
+    """)
+    result = run(tests)
+    result.assert_outcomes(failed=4)
+    result.stdout.no_fnmatch_line("*inbox.py:*")
+    result.stdout.fnmatch_lines(
+        [">*smtp_server.assert_sent*", "E *expected at least 1 message with subject 'Welcome'*"]
+    )
+
+
 def test_a_failure_of_the_server_is_an_error_of_the_test(tests: pytest.Pytester) -> None:
     tests.makepyfile("""
         import smtplib

@@ -95,7 +95,7 @@ async def test_a_killed_worker_is_started_again(lived: float) -> None:
     assert supervisor.restarts(0) == 1
 
 
-async def test_a_worker_that_can_not_start_ends_the_supervisor() -> None:
+async def test_a_worker_that_cannot_start_ends_the_supervisor() -> None:
     supervisor = Supervisor(program("sys.exit(2)"), (0, 1))
     with pytest.raises(ExceptionGroup) as caught:
         await supervisor.run()
@@ -205,6 +205,16 @@ threading.Thread(target=live, daemon=True).start()
         await again.wait()
         supervisor.stop()
     assert [(each.index, each.code, each.reason) for each in ended] == [(1, -signal.SIGKILL, "watchdog")]
+
+
+async def test_a_worker_that_does_not_stop_is_killed() -> None:
+    supervisor = Supervisor(program(PATIENT), (0, 1), patience=0.5)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(supervisor.run)
+        stuck = supervisor.workers[1]
+        os.kill(stuck.pid, signal.SIGSTOP)
+        supervisor.stop()
+    assert stuck.code == -signal.SIGKILL
 
 
 async def test_a_channel_ends_at_a_line_that_is_no_json_or_too_long() -> None:

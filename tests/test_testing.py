@@ -780,6 +780,22 @@ def test_a_failed_assertion_shows_what_was_sent() -> None:
             server.latest(subject="order")
 
 
+def test_a_failed_assertion_shows_the_last_of_many_messages() -> None:
+    with SmtpServer() as server:
+        for number in range(1, 13):
+            send(server, f"Subject: order {number}\r\n\r\n")
+        with pytest.raises(AssertionError) as failed:
+            server.assert_sent(subject="order", count=11)
+    lines = str(failed.value).splitlines()
+    assert lines[0] == (
+        "expected 11 messages with subject 'order', found 12; 12 messages in the inbox, the last 10 of them"
+    )
+    assert lines[1].startswith("[2] ")
+    assert any(line.startswith("[11] ") for line in lines)
+    assert "order 2" not in str(failed.value)
+    assert "order 12" in str(failed.value)
+
+
 def test_reset_forgets_mail_faults_and_the_dialog() -> None:
     with SmtpServer(faults={"rule": [{"phase": "rcpt", "greylist": {"wait": 60}}]}) as server:
         server.faults("")
@@ -818,6 +834,15 @@ def test_bare_line_ends_are_accepted_unless_refused(ending: bytes) -> None:
         ('<a href="https://a.example/">A</a>', "https://a.example/ https://b.example/",
          ["https://a.example/", "https://b.example/"]),
         ("<a href='http://unclosed.example/", "", []),
+        ("<img alt='<a href=\"http://a.example\">'><a b= c href = http://b.example href=http://c.example>", "",
+         ["http://b.example"]),
+        ("<!-- <a href=http://a.example> --><!--><a href=http://b.example></a href=http://c.example>", "",
+         ["http://b.example"]),
+        ("<script>'<a href=http://a.example>'</script><title><a href=http://b.example></TITLE><a href=http://c.example>",
+         "", ["http://c.example"]),
+        ("<!x <a href=http://a.example><a/href=http://b.example/><abbr href=http://c.example>1 < 2", "",
+         ["http://b.example/"]),
+        ("", "(http://a.example/(b)). [http://c.example]))", ["http://a.example/(b)", "http://c.example"]),
         ("", "no links: http:// https:/x ftp://a.example", []),
     ],
 )  # fmt: skip

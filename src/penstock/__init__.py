@@ -3,11 +3,11 @@
 The way of a message through the packages, which is the order to read them in:
 
 The command line (`cli`) reads a TOML file into frozen settings (`config`, with the rules of the file format in
-`schema`). `app` is the only place where concrete parts are assembled, started and stopped; `loading` finds the policies
-and deliveries that the configuration names by "module:name". `supervisor` runs workers, each a process of its own,
-which may be another user with fewer `privileges`; `control` is what operators can do with them, and `operations` how
-they do it: /metrics and the control socket. `testing` runs the same server inside a test, and `pytest_plugin` turns it
-into fixtures.
+`schema`). `assembly` makes the parts that they ask for, and `app` is the only place where these are put together,
+started and stopped; `loading` finds the policies and deliveries that the configuration names by "module:name".
+`supervisor` runs workers, each a process of its own, which may be another user with fewer `privileges`; `control` is
+what operators can do with them, and `operations` how they do it: /metrics and the control socket. `testing` runs the
+same server inside a test, and `pytest_plugin` turns it into fixtures.
 
 A client connects to a socket of `net`: the poller, streams, TLS, listeners, the PROXY protocol, DNS look-ups and
 outgoing connections. Its session is one task of `server`: read server/connection.py first, it follows a connection from
@@ -22,13 +22,16 @@ transaction; `penstock judge` shows them. `state` has the rate limits and the gr
 A complete message goes to a `delivery`, and the client gets its 250 after that has committed it: to a Maildir, to the
 `spool`, a durable queue, to the same queue replicated over several machines (`cluster`), or straight to the next hop.
 From the queue, `relay` sends it on to the next hop, tries again later, and reports to the sender when it gives up.
-Everything that happens to mail is an event of the `journal`, which compiled code (`_journal`) encodes.
+Everything that happens to mail is an event of the `journal`, which compiled code (`_journal`) encodes. What was found
+about the mail and the TLS of a domain in a day is sent to its owner in `reports`.
 
 `sink` is the target of load tests: it accepts everything, injects faults on request and keeps statistics. `load`
-generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found.
+generates the load. Both number messages by the tags of `sequence`, so that missing and duplicate ones are found, and
+both run several processes with `forked`.
 
 At the bottom: `addresses` (the canonical form of domains and IP addresses), `breaker` (a circuit breaker),
-`tokenbucket` and `window` (rates), `files` and `_files` (full disks, atomic writes, batches of files).
+`tokenbucket` (rates), `files` and `_files` (full disks, atomic writes, locks, many files at once), `batches` (a thread
+for what came since it last looked).
 
 A package imports only from packages below it; tests/test_layers.py has the order. Whatever programs that use Penstock
 need can be imported from `penstock` itself.

@@ -1,7 +1,7 @@
 """Canonical forms of domains, IP addresses and networks.
 
-A name that can be written in several ways is brought into one form where it enters (a command, the configuration, a
-file, a socket, a PROXY header). Everything behind that point compares plain strings.
+A name that can be written in several ways is converted to one form where it is read (a command, the configuration, a
+file, a socket, a PROXY header). All other code compares plain strings.
 
 - A domain is a lower-case A-label form without a trailing dot (RFC 5890 2.3.2.1): `xn--bcher-kva.example`.
 - An address literal is in lower case, and its IPv6 address compressed (RFC 5952): `[ipv6:2001:db8::1]`.
@@ -93,6 +93,14 @@ def canonical_domain(text: str) -> str:
     if domain is None:
         raise ValueError(f"{text!r} is not a domain")
     return domain
+
+
+def comparable_domain(text: str) -> str:
+    """Return the canonical form of what may be a domain or an address literal; of anything else, its lower case."""
+    try:
+        return canonical_domain(text)
+    except ValueError:
+        return literal_of(text) or text.lower()
 
 
 def literal_of(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A circuit breaker: whatever fails again and again is not tried for a while. Times are given by the caller."""
+"""A circuit breaker: after repeated failures there are no attempts for a while. The caller passes the time."""
 
 from __future__ import annotations
 

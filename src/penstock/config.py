@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -31,10 +32,11 @@ from penstock.net.tls import TlsSettings
 from penstock.policy.dnsbl import parse_pattern
 from penstock.policy.hooks import HookSettings
 from penstock.policy.recipients import RecipientSettings
-from penstock.policy.settings import PolicySettings, is_quarantine, is_zone
+from penstock.policy.settings import PolicySettings, is_zone
 from penstock.policy.units import problems
-from penstock.relay.route import RouteSettings, check_routes
+from penstock.relay.route import RouteSettings, check_routes, is_own_hop, parse_hop
 from penstock.relay.scheduler import RelaySettings
+from penstock.results import parse_quarantine
 from penstock.schema import SchemaError
 from penstock.server.body import BodySettings
 from penstock.server.limits import AdmissionSettings, LimitSettings
@@ -52,7 +54,7 @@ class ConfigError(ValueError):
 
 
 class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An address to listen on, and what its clients are offered."""
+    """An address to listen on, and the settings of its clients."""
 
     address: Annotated[
         str, Meta(description="127.0.0.1:2525, [::1]:2525, :25 (all addresses) or unix:/run/penstock/lmtp")
@@ -82,12 +84,12 @@ class ListenerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bool,
         Meta(
             description="Accept user%other.example@domain, other.example!user@domain and the like from clients that "
-            "may not relay. A next hop that obeys them becomes an open relay"
+            "may not relay. A next hop that follows such routes becomes an open relay"
         ),
     ] = False
     mode: Annotated[str, Meta(description="Permissions of a unix socket, in octal")] = "0660"
     group: Annotated[
-        str, Meta(description="Group of a unix socket: a name or a number; that of the process if empty")
+        str, Meta(description="Group of a unix socket: a name or a number; the group of the process if empty")
     ] = ""
     tls: TlsSettings = TlsSettings()
     auth: Annotated[AuthSettings | None, Meta(description="AUTH is offered only with this table")] = None
@@ -105,12 +107,11 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kind: Annotated[
         str,
         Meta(
-            description="spool: written to stable storage before the 250, then delivered as the routes say; jetstream: "
-            "on stable storage of a majority of the servers of [jetstream] before the 250, or in the spool if they do "
-            "not answer; "
-            "passthrough: sent to the next hop before the 250, or spooled if that is slow or down; maildir: written to "
-            "the Maildir before the 250; discard: dropped; package.module:Class or path/to/file.py:Class: a delivery "
-            "in Python"
+            description="spool: written to stable storage before the 250, then delivered according to the routes; "
+            "jetstream: on stable storage of a majority of the servers of [jetstream] before the 250, or "
+            "in the spool if they do not answer; passthrough: sent to the next hop before the 250, or "
+            "spooled if that is slow or down; maildir: written to the Maildir before the 250; discard: "
+            "dropped; package.module:Class or path/to/file.py:Class: a delivery in Python"
         ),
     ] = "spool"
     arguments: Annotated[dict[str, Any], Meta(description="Keyword arguments of a delivery in Python")] = {}  # noqa: RUF012
@@ -128,7 +129,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     grace: Annotated[
         float,
-        Meta(ge=0, le=3600, description="Seconds that messages in progress have to arrive during a shutdown"),
+        Meta(ge=0, le=3600, description="Seconds that messages in progress have to be completed during a shutdown"),
     ] = 30.0
     workers: Annotated[
         int,
@@ -138,7 +139,7 @@ class ServerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str,
         Meta(
             description="User that workers run as, a name or a number; a supervisor binds the sockets and reads the "
-            "keys as root. Empty: that of the process"
+            "keys as root. Empty: the user of the process"
         ),
     ] = ""
     group: Annotated[str, Meta(description="Group that workers run as; the primary group of the user if empty")] = ""
@@ -215,6 +216,16 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             return canonical_domain(self.hostname)
         found = socket.getfqdn()
         return found if "." in found else socket.gethostname()
+
+
+IN_PLACE: Final = frozenset({"check", "control", "domains", "metrics", "recipients", "route"})
+"""Keys and tables that a running process can change (penstock.app.Server.reload)."""
+PARTLY_IN_PLACE: Final = {
+    "admission": frozenset({"auth_failures", "connections", "per_network", "per_network_per_minute"}),
+    "relay": frozenset({"local_writers", "memory_messages", "memory_octets", "reports", "retry"}),
+    "server": frozenset({"grace", "reload_check", "watchdog"}),
+}
+"""Tables of which it can change some keys."""
 
 
 # ---- reading
@@ -294,7 +305,7 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     _check_networks("admission.exempt", settings.admission.exempt)
     if settings.policy is not None:
         _check_policy(settings.policy, settings)
-    _check_metrics(settings.metrics)
+    _check_metrics(settings.metrics, settings.listener)
     _check_traces(settings.trace)
     path = settings.delivery.maildir.path
     if re.search(r"[{}]", re.sub(r"\{(local|domain)\}", "", path)):
@@ -304,12 +315,20 @@ def check(settings: Settings, *, allow_open: bool = False) -> None:
     if settings.recipients.verify and not settings.delivery.has_relay:
         raise ConfigError(f'recipients.verify: delivery.kind = "{settings.delivery.kind}" has no next hop to ask')
     _check_server(settings.server)
+    _check_spool(settings.spool)
     _check_unique(settings.listener)
     for number, listener in enumerate(settings.listener):
         try:
             _check_listener(listener, settings, allow_open=allow_open)
         except ConfigError as exc:
             raise ConfigError(f"listener[{number}].{exc}") from exc
+
+
+def _check_spool(spool: SpoolSettings) -> None:
+    """Refuse a name that the part of another worker could have (penstock.spool.spool.shard_of)."""
+    name, _, number = spool.path.rpartition("-")
+    if name and number.isdecimal():
+        raise ConfigError(f"spool.path: {spool.path!r} must not end in a hyphen and digits: so do the parts of workers")
 
 
 def _check_server(server: ServerSettings) -> None:
@@ -331,12 +350,31 @@ def _check_delivery(delivery: DeliverySettings) -> None:
         raise ConfigError(f'delivery.arguments: delivery.kind = "{delivery.kind}" takes no arguments')
 
 
+def _check_own_hops(settings: Settings) -> None:
+    """Refuse a next hop that is a listener of this server: mail would come back until it has too many hops.
+
+    Hops with a name are compared when their addresses are known (penstock.relay.route).
+    """
+    for number, route in enumerate(settings.route):
+        urls = [each.url for each in route.next_hops]
+        if route.next_hop not in ("", "mx", "maildir"):
+            urls.append(route.next_hop)
+        for hop in map(parse_hop, urls):
+            for place, listener in enumerate(settings.listener):
+                if is_own_hop(hop, [listener.address]):
+                    raise ConfigError(
+                        f"route[{number}]: the next hop {hop.name} is listener[{place}] of this server: mail would "
+                        "loop back to it"
+                    )
+
+
 def _check_outbound(settings: Settings) -> None:
     """Check routes, the relay and the resolver."""
     try:
         check_routes(settings.route)
     except ValueError as exc:
         raise ConfigError(str(exc)) from exc
+    _check_own_hops(settings)
     source = settings.relay.pool.source
     try:
         if source:
@@ -348,14 +386,50 @@ def _check_outbound(settings: Settings) -> None:
             parse_server(server)
         except ValueError as exc:
             raise ConfigError(f"resolver.servers[{number}]: {exc}") from exc
+    _check_relay_tls(settings)
     if settings.resolver.ttl_least > settings.resolver.ttl_most:
         raise ConfigError(f"resolver.ttl_least: greater than resolver.ttl_most = {settings.resolver.ttl_most:g}")
+
+
+def _check_relay_tls(settings: Settings) -> None:
+    """Check what DANE and TLS reports need."""
+    tls = settings.relay.tls
+    servers = [parse_server(each)[0] for each in settings.resolver.servers]
+    is_local = bool(servers) and all(ipaddress.ip_address(each).is_loopback for each in servers)
+    if tls.dane and not (settings.resolver.trust_ad or is_local):
+        raise ConfigError(
+            "relay.tls.dane: the resolver must validate DNSSEC, and its answers must be trusted: set resolver.servers "
+            "to a validating resolver on this machine, or resolver.trust_ad = true"
+        )
+    if tls.reports == "daily" and not _is_contact(tls.contact):
+        raise ConfigError('relay.tls.contact: reports = "daily" needs an address such as postmaster@example.org')
+    if tls.reports == "daily" and not _is_signed(tls.contact, settings.policy):
+        raise ConfigError(
+            f"relay.tls.contact: recipients ignore reports without a DKIM signature (RFC 8460 3); add a "
+            f"[[policy.sign]] table for {tls.contact.rpartition('@')[2]}"
+        )
+
+
+def _is_signed(contact: str, policy: PolicySettings | None) -> bool:
+    """Return whether there is a DKIM key for the domain of a contact, or for one above it."""
+    domain = (domain_of(contact.rpartition("@")[2], utf8=False) or "").lower()
+    for each in () if policy is None else policy.sign:
+        with suppress(ValueError):  # reported with the keys
+            above = canonical_domain(each.domain)
+            if domain == above or domain.endswith(f".{above}"):
+                return True
+    return False
+
+
+def _is_contact(contact: str) -> bool:
+    return "@" in contact and domain_of(contact.rpartition("@")[2], utf8=False) is not None
 
 
 def _check_policy(policy: PolicySettings, settings: Settings) -> None:
     """Check the [policy] tables."""
     _check_networks("policy.trusted", policy.trusted)
-    if not is_quarantine(policy.quarantine):
+    quarantine = parse_quarantine(policy.quarantine)
+    if quarantine is None:
         raise ConfigError(f'policy.quarantine: expected "tag", "hold" or "route:NAME", not {policy.quarantine!r}')
     if policy.quarantine != "tag" and not settings.delivery.has_relay:
         raise ConfigError(
@@ -365,7 +439,7 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
     if policy.quarantine != "tag" and settings.delivery.kind not in ("spool", "passthrough"):
         kind = settings.delivery.kind
         raise ConfigError(f'policy.quarantine: "{policy.quarantine}" cannot be combined with delivery.kind = "{kind}"')
-    _, _, route = policy.quarantine.partition("route:")
+    route = quarantine.route
     if route and not any(each.name == route and each.next_hop != "mx" for each in settings.route):
         raise ConfigError(
             f'policy.quarantine: "{policy.quarantine}" needs a [[route]] with name = "{route}" and a next_hop that is '
@@ -387,13 +461,13 @@ def _check_policy(policy: PolicySettings, settings: Settings) -> None:
 
 def _check_reports(contact: str, delivery: DeliverySettings) -> None:
     """Check that aggregate reports can be sent, and name a contact."""
-    if "@" not in contact or domain_of(contact.rpartition("@")[2], utf8=False) is None:
+    if not _is_contact(contact):
         raise ConfigError('policy.dmarc.contact: reports = "daily" needs an address such as postmaster@example.org')
     if not delivery.has_relay:
         raise ConfigError(f'policy.dmarc.reports: delivery.kind = "{delivery.kind}" sends no mail')
 
 
-def _check_metrics(metrics: MetricsSettings) -> None:
+def _check_metrics(metrics: MetricsSettings, listeners: tuple[ListenerSettings, ...]) -> None:
     """Check the address of /metrics: what others can reach names the domains that mail is exchanged with."""
     if not metrics.address:
         return
@@ -403,6 +477,9 @@ def _check_metrics(metrics: MetricsSettings) -> None:
         raise ConfigError(f"metrics.address: {exc}") from exc
     if not address.is_loopback and not metrics.token_file:
         raise ConfigError(f"metrics.address: other machines can reach {address}; set metrics.token_file")
+    for number, listener in enumerate(listeners):
+        if listener.address == metrics.address and address.port:
+            raise ConfigError(f"metrics.address: {metrics.address!r} is used by listener[{number}]")
 
 
 def _check_traces(traces: tuple[TraceSettings, ...]) -> None:
@@ -449,7 +526,7 @@ def _check_overlap(number: int, listeners: tuple[ListenerSettings, ...]) -> None
         families = {":" in each.host for each in (own, other) if each.host}
         if everywhere and ("" in everywhere or len(families) == 1):
             raise ConfigError(
-                f"listener[{number}].address: {listeners[number].address!r} is bound by listener[{place}] already, "
+                f"listener[{number}].address: {listeners[number].address!r} is already bound by listener[{place}], "
                 f"{listeners[place].address!r}"
             )
 
@@ -555,4 +632,11 @@ def _without_none(value: Any) -> Any:
 
 def describe() -> str:
     """Return all keys with descriptions and defaults as TOML; tables that are absent by default are commented out."""
-    return schema.describe(Settings)
+    parts = [f"{table}.{key}" for table, keys in PARTLY_IN_PLACE.items() for key in sorted(keys)]
+    keys = ", ".join([*sorted(IN_PLACE), *parts, "relay.pool.connections"])
+    text = (
+        f"A reload (SIGHUP, penstock ctl reload) applies changes of these keys in place: listener (except address, "
+        f"mode and group, and the number of listeners), {keys}. Open sessions keep what they began with. All other "
+        "changes replace the worker processes one after the other; a server of one process needs a restart for them."
+    )
+    return "\n".join([*schema.comment(text), "#", schema.describe(Settings)])

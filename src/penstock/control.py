@@ -28,7 +28,7 @@ _MOST_WAITING: Final = 64
 """Lines that may wait for the other side to read."""
 _READ: Final = 65_536
 _TIMEOUT: Final = 10.0
-"""Seconds that the other side has for an answer, unless the caller says otherwise."""
+"""Default seconds to wait for an answer of the other side."""
 
 Phase = Literal["starting", "running", "draining", "drained", "stopping"]
 HopAction = Literal["suspend", "resume", "retry"]
@@ -139,8 +139,8 @@ class Control(Protocol):
         with `stay`, it goes on refusing mail until `resume`.
         """
 
-    async def wait_drained(self) -> None:
-        """Return when draining is over, whether by an empty spool or the timeout. Raise ControlError on `resume`."""
+    async def wait_drained(self) -> bool:
+        """Return, when draining is over, whether nothing was left. Raise ControlError on `resume`."""
 
     async def resume(self) -> None:
         """Accept mail again."""
@@ -203,7 +203,7 @@ class Channel:
                 while (line := await self._next_line()) is not None:
                     try:
                         self._take(decoder.decode(line), nursery)
-                    except msgspec.MsgspecError:
+                    except (msgspec.MsgspecError, RecursionError):  # nested too deeply
                         break
                 nursery.cancel_scope.cancel()
         finally:

@@ -19,7 +19,7 @@ from penstock.reply import Reply
 from penstock.transaction import Peer, TlsInfo
 
 _MAX_WAITING: Final = 65_536
-"""Maximum number of events that wait for `drain`; further ones are counted and dropped."""
+"""Maximum number of events that wait for `drain`; more are dropped and counted."""
 _BATCH: Final = 256
 """Events that are formatted at once."""
 _MAX_TEXT: Final = 256
@@ -28,6 +28,11 @@ _MAX_RECIPIENTS: Final = 10
 
 Fields = dict[str, Any]
 Recipients = Sequence[Recipient]
+
+
+_MASK: Final = 0xFFFF_FFFF
+_GOLDEN: Final = 2_654_435_769
+"""2 ** 32 by the golden ratio. Its multiples modulo 2 ** 32 are spread evenly, so that sessions are chosen evenly."""
 
 
 class JournalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +53,15 @@ class JournalSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Literal["all", "mail", "errors", "none"],
         msgspec.Meta(description="all; mail: without connections; errors: only failures of this server; none"),
     ] = "all"
+    sessions: Annotated[
+        float,
+        msgspec.Meta(
+            ge=0,
+            le=1,
+            description="Part of the sessions whose connected, tls and disconnected lines are written; 0.01: every "
+            "hundredth. Lines about their mail are always written",
+        ),
+    ] = 1.0
 
 
 def escape(text: str) -> str:
@@ -65,10 +79,13 @@ def escape(text: str) -> str:
 
 
 class EventCounters(Protocol):
-    """Counts events that few places know of but the journal; see penstock.metrics.counters."""
+    """Counts some events of the journal for /metrics; see penstock.metrics.counters."""
 
     def count(self, name: str, n: int = 1, /, **labels: str) -> None:
         """Add to a counter."""
+
+    def counting(self, name: str, /, **labels: str) -> Callable[[], None]:
+        """Return what adds 1 to a counter."""
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
         """Add to a histogram."""
@@ -89,31 +106,36 @@ class Journal:
         self._dropped = 0
         self.counters: EventCounters | None = None
         """Counts some events for /metrics, whether they are written or not."""
-        self._logs_connections = settings.events == "all"
+        self.logs_connections = settings.events == "all"
         self.logs_mail = settings.events in ("all", "mail")
         """Mail events are written. Callers may skip the preparation of events that are not."""
         self._logs_errors = settings.events != "none"
+        self._part = int(settings.sessions * (_MASK + 1))
+
+    def _shows(self, session: int) -> bool:
+        """Return whether the connection of a session is logged: the same answer at its start and its end."""
+        return self.logs_connections and (self._part > _MASK or session * _GOLDEN & _MASK < self._part)
 
     # ---- the server
 
     def listening(self, address: str, listener: str) -> None:
         """A listener accepts connections."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("listening", 0, None, address, listener)
 
     def limited(self, key: str, wanted: int, value: int, cause: str) -> None:
         """A setting is lower than configured."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("limited", 0, None, key, wanted, value, cause)
 
     def stopping(self, sessions: int) -> None:
         """The server stops accepting connections; `sessions` are open."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("stopping", 0, None, sessions)
 
     def stopped(self) -> None:
         """The last session has ended."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("stopped", 0, None)
 
     def error(self, session: int, where: str, exc: BaseException) -> None:
@@ -132,7 +154,7 @@ class Journal:
             self._note("reload-refused", 0, None, cause)
 
     def reload_failed(self, cause: str) -> None:
-        """A file that has changed, or a new worker, cannot be used; what was in use before remains."""
+        """A changed file or a new worker cannot be used; the previous one remains in use."""
         if self._logs_errors:
             self._note("reload-failed", 0, None, cause)
 
@@ -151,7 +173,7 @@ class Journal:
         self._note("state", 0, None, state)
 
     def shortage(self, cause: str, failures: int) -> None:
-        """Clients could not be accepted, for lack of descriptors or memory, so often since the last such line."""
+        """Clients could not be accepted for lack of descriptors or memory, `failures` times since the last line."""
         if self._logs_errors:
             self._note("shortage", 0, None, cause, failures)
 
@@ -163,7 +185,7 @@ class Journal:
             self._note("hook-failed", 0, None, hook, hook_point, cause)
 
     def state_failed(self, cause: str) -> None:
-        """Greylisting and rates are left out, begin anew, or cannot be saved."""
+        """Greylisting and rates are not available, were reset, or cannot be saved."""
         if self._logs_errors:
             self._note("state-failed", 0, None, cause)
 
@@ -181,7 +203,7 @@ class Journal:
 
     def connected(self, session: int, peer: Peer, listener: str) -> None:
         """A connection was accepted."""
-        if self._logs_connections:
+        if self._shows(session):
             self._note("connected", session, peer, listener)
 
     def rejected_connection(self, session: int, peer: Peer, listener: str, reply: Reply) -> None:
@@ -193,7 +215,7 @@ class Journal:
         """A TLS handshake was completed."""
         if self.counters is not None:
             self.counters.count("tls_handshakes_total", version=info.version, result="ok")
-        if self._logs_connections:
+        if self._shows(session):
             self._note("tls", session, peer, info.version, info.cipher)
 
     def authenticated(self, session: int, peer: Peer, name: str, mechanism: str) -> None:
@@ -214,7 +236,7 @@ class Journal:
         self, session: int, peer: Peer, messages: int, errors: int, octets: int, seconds: float, cause: str
     ) -> None:
         """A session has ended; `cause` is the reason: "QUIT", a timeout, or a connection error."""
-        if self._logs_connections:
+        if self._shows(session):
             self._note("disconnected", session, peer, messages, errors, octets, round(seconds, 3), cause)
 
     # ---- mail
@@ -244,7 +266,7 @@ class Journal:
             self._note("tolerated", session, peer, message_id, ",".join(sorted(set(kinds))))
 
     def monitored(self, session: int, peer: Peer, check: str, hook_point: str, reply: Reply) -> None:
-        """A check in monitor mode would have refused something with this reply, or done what a 2xx reply says."""
+        """A check in monitor mode would have refused something with this reply; a 2xx reply describes its action."""
         if self.logs_mail:
             self._note("monitored", session, peer, check, hook_point, reply)
 
@@ -272,7 +294,7 @@ class Journal:
 
     def recovered(self, messages: int, interrupted: int, swept: int) -> None:
         """The spool was opened: waiting messages, attempts that were interrupted, orphaned files that were removed."""
-        if self._logs_connections:
+        if self.logs_connections:
             self._note("recovered", 0, None, messages, interrupted, swept)
 
     def attempted(self, message_id: str, to: Recipients, hop: str, attempts: int) -> None:
@@ -280,20 +302,20 @@ class Journal:
         if self.logs_mail:
             self._note("attempted", 0, None, message_id, to, hop, attempts)
 
-    def delivered(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, seconds: float) -> None:
+    def delivered(self, message_id: str, to: Recipients, hop: str, reply: str, attempts: int, seconds: float) -> None:
         """A message was delivered to recipients, `seconds` after its arrival."""
         if self.logs_mail:
-            self._note("delivered", 0, None, message_id, to, hop, said, attempts, round(seconds, 3))
+            self._note("delivered", 0, None, message_id, to, hop, reply, attempts, round(seconds, 3))
 
-    def deferred(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, wait: float) -> None:
+    def deferred(self, message_id: str, to: Recipients, hop: str, reply: str, attempts: int, wait: float) -> None:
         """A delivery has failed temporarily; it is retried after `wait` seconds."""
         if self.logs_mail:
-            self._note("deferred", 0, None, message_id, to, hop, said, attempts, round(wait))
+            self._note("deferred", 0, None, message_id, to, hop, reply, attempts, round(wait))
 
-    def bounced(self, message_id: str, to: Recipients, hop: str, said: str, attempts: int, report: str) -> None:
+    def bounced(self, message_id: str, to: Recipients, hop: str, reply: str, attempts: int, report: str) -> None:
         """A delivery has failed permanently; `report` says whether the sender is notified."""
         if self.logs_mail:
-            self._note("bounced", 0, None, message_id, to, hop, said, attempts, report)
+            self._note("bounced", 0, None, message_id, to, hop, reply, attempts, report)
 
     def reported(self, report_id: str, message_id: str, action: str, sender: Path) -> None:
         """A delivery report was sent to the sender of a message, as a new message."""
@@ -309,6 +331,11 @@ class Journal:
         if self.logs_mail:
             self._note("operated", 0, None, action, message_id, recipients)
 
+    def suspended(self, name: str, *, is_over: bool = False) -> None:
+        """An operator suspended a domain or a next hop, or resumed it."""
+        if self.logs_mail:
+            self._note("route-resumed" if is_over else "route-suspended", 0, None, name)
+
     def clock_jumped(self, seconds: float, rescheduled: int) -> None:
         """The clock of the machine was set forward, or back if negative; recipients were given other due times."""
         if self.counters is not None:
@@ -317,6 +344,11 @@ class Journal:
             self._note("clock-jumped", 0, None, round(seconds), rescheduled)
 
     # ---- next hops
+
+    def sts_failed(self, domain: str, cause: str) -> None:
+        """A domain has an MTA-STS policy that cannot be fetched or read. A cached one is still used."""
+        if self.logs_mail:
+            self._note("sts-failed", 0, None, domain, cause)
 
     def hop_down(self, hop: str, cause: str, seconds: float) -> None:
         """A next hop has failed repeatedly and is not tried for `seconds` seconds."""
@@ -346,8 +378,11 @@ class Journal:
 
     def _format(self) -> None:
         """Format the waiting events, a batch at a time while their values are in the cache."""
-        line = _human_line if self._human else _json_line
-        self._lines.append(b"".join([line(*record) for record in self._waiting]))
+        if self._human:
+            lines = [_human_line(*record) for record in self._waiting]
+        else:
+            lines = [_journal.line(*record) or _json_line(*record) for record in self._waiting]
+        self._lines.append(b"".join(lines))
         self._made += len(self._waiting)
         self._waiting.clear()
 
@@ -409,14 +444,17 @@ _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "lost": ("from", "cause"),
     "recovered": ("messages", "interrupted", "swept"),
     "attempted": ("id", "to", "hop", "attempts"),
-    "delivered": ("id", "to", "hop", "said", "attempts", "seconds"),
-    "deferred": ("id", "to", "hop", "said", "attempts", "wait"),
-    "bounced": ("id", "to", "hop", "said", "attempts", "report"),
+    "delivered": ("id", "to", "hop", "reply", "attempts", "seconds"),
+    "deferred": ("id", "to", "hop", "reply", "attempts", "wait"),
+    "bounced": ("id", "to", "hop", "reply", "attempts", "report"),
     "reported": ("id", "about", "action", "sender"),
     "hop-down": ("hop", "cause", "seconds"),
     "hop-up": ("hop",),
+    "sts-failed": ("domain", "cause"),
     "cluster": ("server", "cause"),
     "operated": ("action", "id", "recipients"),
+    "route-suspended": ("name",),
+    "route-resumed": ("name",),
     "clock-jumped": ("seconds", "rescheduled"),
 }
 
@@ -461,14 +499,6 @@ def _reply_text(reply: Reply) -> str:
     return escape(f"{reply.code} {reply.status} {reply.text}" if reply.status else f"{reply.code} {reply.text}")
 
 
-_COMPILED: Final[dict[str, Callable[..., bytes | None]]] = {
-    "accepted": _journal.accepted,
-    "connected": _journal.connected,
-    "disconnected": _journal.disconnected,
-}
-"""The most frequent lines of sessions."""
-_COMPILED_WITHOUT_PEER: Final[dict[str, Callable[..., bytes | None]]] = {"delivered": _journal.delivered}
-"""Frequent lines without a session."""
 _MILLISECONDS: Final = tuple(f"{i:03d}" for i in range(1000))
 _encoder: Final = msgspec.json.Encoder()
 _seconds: list[dict[int, str]] = [{}, {}]
@@ -487,17 +517,10 @@ def _stamp(when: float, human: int) -> str:
 
 
 def _json_line(when: float, event: str, session: int, peer: Peer | None, values: tuple[Any, ...]) -> bytes:
-    stamp = _stamp(when, 0) + "Z"
-    line = None
-    if peer is None:
-        compiled = _COMPILED_WITHOUT_PEER.get(event)
-        line = None if compiled is None else compiled(stamp, *values)
-    elif not peer.proxy:
-        compiled = _COMPILED.get(event)
-        line = None if compiled is None else compiled(stamp, session, peer.address or "unix", *values)
-    if line is not None:
-        return line
-    return _encoder.encode({"time": stamp, "event": event, **_fields(event, session, peer, values)}) + b"\n"
+    return (
+        _encoder.encode({"time": f"{_stamp(when, 0)}Z", "event": event, **_fields(event, session, peer, values)})
+        + b"\n"
+    )
 
 
 _IN_BRACKETS: Final = str.maketrans({" ": r"\x20", "<": r"\x3c", ">": r"\x3e"})

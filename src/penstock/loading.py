@@ -48,8 +48,14 @@ def _load_module(reference: str, place: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """Execute a file as a module. Dataclasses and pickle look modules up by name, so it needs a unique one."""
-    name = f"penstock_hook_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    """Execute a file as a module. Dataclasses and pickle look modules up by name, so it needs a unique one.
+
+    The file may import modules beside it, like a script: beside the file that a link leads to.
+    """
+    real = path.resolve()
+    name = f"penstock_hook_{path.stem}_{zlib.crc32(str(real).encode()):08x}"
+    if str(real.parent) not in sys.path:
+        sys.path.append(str(real.parent))  # at the end: it replaces no installed module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -59,6 +59,15 @@ class Path(NamedTuple):
     "" for the null path, and for a mailbox without a domain.
     """
 
+    @property
+    def ascii_text(self) -> str:
+        """The mailbox with its domain in A-labels if that makes it ASCII (RFC 5890 2.3.2.1); otherwise `text`."""
+        text = self.text
+        if text.isascii() or not self.domain:
+            return text
+        changed = f"{text.rpartition('@')[0]}@{self.domain}"
+        return changed if changed.isascii() else text
+
     def __str__(self) -> str:
         return self.text
 
@@ -71,6 +80,7 @@ class Recipient(NamedTuple):
     """An accepted forward-path with its DSN parameters (RFC 3461 4.1, 4.2)."""
 
     path: Path
+    """The forward-path (RFC 5321 4.1.1.3)."""
     notify: frozenset[str] | None = None
     """NOTIFY: {"NEVER"} or a subset of {"SUCCESS", "FAILURE", "DELAY"}; None if it was not given."""
     orcpt: str | None = None
@@ -84,7 +94,9 @@ class Envelope(NamedTuple):
     """The arguments of MAIL and RCPT for one message."""
 
     sender: Path
+    """The reverse-path (RFC 5321 4.1.1.2); `NULL_PATH` for bounces."""
     recipients: tuple[Recipient, ...]
+    """The accepted recipients, in the order of their RCPT; at least one."""
     body_type: str = "7BIT"
     """BODY= of MAIL: "7BIT", "8BITMIME" (RFC 6152) or "BINARYMIME" (RFC 3030)."""
     smtputf8: bool = False
@@ -102,15 +114,22 @@ class Envelope(NamedTuple):
 
 
 class MailParameters(NamedTuple):
-    """The checked ESMTP parameters of MAIL; fields as in `Envelope`."""
+    """The checked ESMTP parameters of MAIL (RFC 5321 4.1.2)."""
 
     size: int | None = None
+    """SIZE= in octets (RFC 1870); None without it."""
     body_type: str = "7BIT"
+    """BODY=: "7BIT", "8BITMIME" (RFC 6152) or "BINARYMIME" (RFC 3030)."""
     smtputf8: bool = False
+    """SMTPUTF8 (RFC 6531)."""
     ret: str | None = None
+    """RET=: "FULL" or "HDRS" (RFC 3461 4.3); None without it."""
     envid: str | None = None
+    """ENVID=, xtext-encoded (RFC 3461 4.4); None without it."""
     auth: str | None = None
+    """AUTH=, decoded (RFC 4954 5): the identity of the submitter, "" for `<>`; None without it."""
     requiretls: bool = False
+    """REQUIRETLS (RFC 8689)."""
 
 
 NO_PARAMETERS = MailParameters()
@@ -136,7 +155,7 @@ class Body(Protocol):
 
 @runtime_checkable
 class Linkable(Protocol):
-    """The add-on of a body in an unnamed temporary file: it can be linked to a name instead of being copied."""
+    """Optional interface of a body in an unnamed temporary file: it can be linked to a name instead of copied."""
 
     def link(self, path: os.PathLike[str]) -> bool:
         """Link the file to a name and write it to stable storage, so that it outlives this body.
@@ -148,7 +167,7 @@ class Linkable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CountedBody:
-    """A body that was counted and not kept: it has no chunks."""
+    """A body that was counted and discarded: it has no chunks."""
 
     size: int
 
@@ -164,10 +183,13 @@ class Message(NamedTuple):
     """An envelope and a body, as passed to a delivery."""
 
     id: MessageId
+    """The unique id that the 250 and the journal show: 20 letters and digits."""
     envelope: Envelope
+    """The sender and the recipients."""
     prefix: bytes
     """Header fields that this server puts before the body (`Received:` and those of policies), lines end with CRLF."""
     body: Body
+    """The text as the client sent it; valid until `Delivery.accept` returns."""
     received_at: float
     """Seconds since the epoch."""
 

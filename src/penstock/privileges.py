@@ -52,7 +52,7 @@ def is_root() -> bool:
 def acting_as(account: Account | None) -> Iterator[None]:
     """Access files as another account in this thread only (setfsuid(2)); None changes nothing.
 
-    Root must not follow the links of a directory that belongs to somebody else: they could lead anywhere.
+    Root must not follow the links of a directory that belongs to another user: they could lead anywhere.
     """
     libc = ctypes.CDLL(None)
     if account is None or not is_root() or not hasattr(libc, "setfsuid"):

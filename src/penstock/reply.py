@@ -58,9 +58,11 @@ class Reply:
     __slots__ = ("cause", "closes", "code", "encoded", "status", "text")
 
     code: Final[int]
+    """Reply code, 200 to 599 (RFC 5321 4.2)."""
     status: Final[str | None]
     """Enhanced status code; None for 220, 334, 354 and replies to HELO and EHLO, which have none."""
     text: Final[str]
+    """The text for the client, without code and status; lines are separated by a newline."""
     closes: Final[bool]
     """The server closes the connection after this reply."""
     cause: Final[str]
@@ -143,6 +145,8 @@ TLS_UNAVAILABLE = Reply(454, "4.7.0", "TLS not available due to a temporary reas
 LINE_TOO_LONG = Reply(500, "5.5.2", "Line too long")
 AUTH_LINE_TOO_LONG = Reply(500, "5.5.6", "Authentication exchange line is too long")
 UNKNOWN_COMMAND = Reply(500, "5.5.1", "Command unrecognized")
+NOT_LMTP = Reply(500, "5.5.1", "Command unrecognized: this is SMTP, send EHLO")
+NOT_ESMTP = Reply(500, "5.5.1", "Command unrecognized: this is LMTP, send LHLO")
 NOT_SMTP = Reply(500, "5.5.1", "This is a mail server, not a web server", closes=True)
 BAD_LINE_END = Reply(500, "5.5.2", "Command lines end with <CR><LF> and contain no other <CR> or <LF>")
 NUL_IN_COMMAND = Reply(500, "5.5.2", "Commands must not contain NUL")
@@ -150,16 +154,15 @@ BAD_ARGUMENT = Reply(501, "5.5.4", "Syntax error in parameters or arguments")
 NO_ARGUMENT_ALLOWED = Reply(501, "5.5.4", "This command takes no argument")
 BAD_BASE64 = Reply(501, "5.5.2", "Cannot decode base64")
 AUTH_CANCELLED = Reply(501, "5.0.0", "Authentication cancelled")
-INPUT_BEHIND_STARTTLS = Reply(501, "5.5.1", "STARTTLS must be the last command in a group", closes=True)
+INPUT_AFTER_STARTTLS = Reply(501, "5.5.1", "STARTTLS must be the last command in a group", closes=True)
 NOT_IMPLEMENTED = Reply(502, "5.5.1", "Command not implemented")
 # 5xx: sequence
 HELLO_FIRST = Reply(503, "5.5.1", "Send EHLO or HELO first")
-LHLO_FIRST = Reply(503, "5.5.1", "Send LHLO first")
 EHLO_FIRST = Reply(503, "5.5.1", "Send EHLO first")
+LHLO_FIRST = Reply(503, "5.5.1", "Send LHLO first")
 MAIL_FIRST = Reply(503, "5.5.1", "Send MAIL first")
 RCPT_FIRST = Reply(503, "5.5.1", "Send RCPT first")
 NESTED_MAIL = Reply(503, "5.5.1", "A transaction is already open; send RSET to abort it")
-NO_VALID_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
 RCPT_AFTER_BDAT = Reply(503, "5.5.1", "Recipients must be sent before BDAT")
 DATA_AFTER_BDAT = Reply(503, "5.5.1", "DATA cannot be mixed with BDAT")
 BDAT_ENDED = Reply(503, "5.5.1", "This message was refused; send RSET or MAIL")

@@ -1,4 +1,4 @@
-"""What checks have found out about a mail transaction, for later checks and for the delivery."""
+"""Results of checks of a mail transaction, for later checks and for the delivery."""
 
 from __future__ import annotations
 
@@ -11,28 +11,45 @@ if TYPE_CHECKING:
     from penstock.mailauth.spf import SpfResult
 
 
+class Quarantine(NamedTuple):
+    """What happens to a message in quarantine that is neither held nor routed: it is delivered with header fields."""
+
+    is_held: bool = False
+    """It stays in the spool until it is released."""
+    route: str = ""
+    """The name of the route whose next hop gets it."""
+
+
+def parse_quarantine(text: str) -> Quarantine | None:
+    """Read "tag", "hold" or "route:NAME"; None for any other text."""
+    if text in ("tag", "hold"):
+        return Quarantine(is_held=text == "hold")
+    _, prefix, route = text.partition("route:")
+    return Quarantine(route=route) if prefix and route and text.startswith(prefix) else None
+
+
 class IprevResult(NamedTuple):
-    """Whether a name of the client's address leads back to it (RFC 8601 2.7.3)."""
+    """Whether a name of the client's address resolves to that address (RFC 8601 2.7.3)."""
 
     result: Literal["pass", "fail", "temperror", "permerror"]
     name: str = ""
-    """The name that leads back; "" without one."""
+    """The name that resolves to the address; "" without one."""
     cause: str = ""
 
 
 class Listing(NamedTuple):
-    """A list of addresses in the DNS that has the client."""
+    """A DNS list that contains the client's address."""
 
     zone: str
     answers: tuple[str, ...]
     """The addresses that the list has returned."""
     score: float
     text: str = ""
-    """What the list says about it; printable ASCII."""
+    """The reason that the list publishes (TXT record); printable ASCII."""
 
 
 class DnsblResult(NamedTuple):
-    """The lists that have the client."""
+    """The lists that contain the client."""
 
     listings: tuple[Listing, ...] = ()
 
@@ -43,9 +60,9 @@ class DnsblResult(NamedTuple):
 
 
 class Results(dict[str, Any]):
-    """The findings of the built-in checks as attributes; policies keep what they like under names of their own.
+    """Results of the built-in checks as attributes; policies may store values under keys of their own.
 
-    None means that a check was not made: it is off, or the client is trusted or authenticated.
+    None: the check was not made, because it is off, or the client is trusted or authenticated.
 
     >>> transaction.results.spf.result
     'pass'

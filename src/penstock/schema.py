@@ -24,6 +24,10 @@ _WIDTH: Final = 118
 _MAX_SHOWN: Final = 40
 """Characters of a wrong value that an error message repeats."""
 
+_KEYS: Final = re.compile(r"[,=\[\]{}\n]")
+"""What ends a dotted key, or a string that looks like one."""
+_MAX_PARTS: Final = 1000
+"""Parts of a dotted key."""
 _TOML_TYPES: Final = {
     "array": "an array",
     "bool": "true or false",
@@ -45,9 +49,12 @@ class SchemaError(ValueError):
 
 def parse_table(text: str) -> dict[str, object]:
     """Read TOML. Raise SchemaError."""
+    # The time that tomllib takes for a key grows with the square of its parts.
+    if max(piece.count(".") for piece in _KEYS.split(text)) > _MAX_PARTS:
+        raise SchemaError(f"invalid TOML: a key has more than {_MAX_PARTS} parts")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise SchemaError(f"invalid TOML: {exc}") from exc
 
 
@@ -122,7 +129,7 @@ class _Mistake:
         return f"expected {expected}{rest}, not {_shown(value)}"
 
     def _example(self, value: object, types: list[str]) -> str:
-        """Return the right form of a wrong value: the number that "5d" or "25M" stands for, the default, an array."""
+        """Return the right form of a wrong value: the number for "5d" or "25M", the default, an array."""
         if types[0] == "array":
             return f"; write [{_shown(value)}]" if isinstance(value, str) else ""
         field = _field_at(self._key, self._root)
@@ -137,7 +144,7 @@ class _Mistake:
 
 
 def _number_of(value: object, *, is_time: bool) -> int | None:
-    """Return the seconds or octets that a text with a unit stands for; None if it has no such form."""
+    """Return the seconds or octets of a text with a unit; None if it has another form."""
     found = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
     factor = None if found is None else (_UNITS if is_time else _PREFIXES).get(found[2].lower())
     return None if found is None or factor is None else round(float(found[1]) * factor)
@@ -242,11 +249,11 @@ def _describe(struct: type[Struct], place: str) -> Iterator[str]:
             meta = _meta_of(field.type)
             yield ""
             if meta is not None and meta.description:
-                yield from _comment(meta.description)
+                yield from comment(meta.description)
             yield from (line if is_there or not line or line.startswith("#") else f"#{line}" for line in lines)
 
 
-def _comment(text: str) -> list[str]:
+def comment(text: str) -> list[str]:
     """Return a text as comment lines."""
     return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
 
@@ -254,7 +261,7 @@ def _comment(text: str) -> list[str]:
 def _describe_key(field: msgspec.structs.FieldInfo) -> Iterator[str]:
     meta, default = _meta_of(field.type), _default_of(field)
     yield ""
-    yield from _comment(f"{meta.description if meta else ''} {_bounds(meta)}")
+    yield from comment(f"{meta.description if meta else ''} {_bounds(meta)}")
     yield f"{field.encode_name} = {_toml_value(default)}" if default is not None else f"#{field.encode_name} ="
 
 

@@ -46,8 +46,6 @@ _PREPARE: Final = 120.0
 """Seconds that a worker of a roll has to be prepared."""
 _BEGIN: Final = 600.0
 """Seconds that it has to be ready from then on: the opening of a large spool after a crash takes a while."""
-_END: Final = 7260.0
-"""Seconds that a worker has to end: twice the longest `server.grace`, and a minute."""
 _LAST_WORDS: Final = 1.0
 """Seconds between SIGABRT and SIGKILL."""
 
@@ -84,6 +82,8 @@ class WorkerProcess:
         """Unix time of its start."""
         self.process: trio.Process | None = None
         self.channel: Channel | None = None
+        self.connected = trio.Event()
+        """There is a channel, or there will be none."""
         self.prepared = trio.Event()
         self.may_begin = trio.Event()
         self.ready = trio.Event()
@@ -124,11 +124,15 @@ class WorkerProcess:
 
     async def ask(self, verb: str, *, seconds: float = 10.0, **arguments: Any) -> Any:
         """Ask it something (penstock.control.Channel.ask). Raise ControlError."""
+        with trio.move_on_after(seconds):
+            await self.connected.wait()
         if self.channel is None or self.ended.is_set():
             raise ControlError(f"worker {self.index} is not running")
         try:
             return await self.channel.ask(verb, seconds=seconds, **arguments)
         except ControlError as exc:
+            with trio.move_on_after(_LAST_WORDS):  # if it has closed the channel, it is about to end
+                await self.ended.wait()
             raise ControlError(f"worker {self.index}: {exc}") from None
 
 
@@ -156,6 +160,7 @@ class Supervisor:
         indexes: Sequence[int],
         *,
         watchdog: float = 0.0,
+        patience: float = 120.0,
         restarted: Callable[[WorkerProcess], None] | None = None,
         notice: Callable[[int, str, dict[str, Any]], None] | None = None,
         clock: Callable[[], float] = trio.current_time,
@@ -163,9 +168,10 @@ class Supervisor:
         """Keep a worker for each index. `restarted` is called with each that ended unasked.
 
         `notice` is called with the index, verb and arguments of what workers report themselves. With a `watchdog` of 0
-        seconds, hanging workers are not noticed.
+        seconds, hanging workers are not noticed. Workers have `patience` seconds to end; then they are killed.
         """
         self.watchdog = watchdog
+        self.patience = patience
         self._places = {index: _Place(index, launch) for index in indexes}
         self._restarted = restarted
         self._notice = notice
@@ -182,6 +188,11 @@ class Supervisor:
         """The processes that have a place, by their index. Between two of them, a place has none."""
         places = sorted(self._places.values(), key=lambda place: place.index)
         return [place.worker for place in places if place.worker is not None and not place.worker.ended.is_set()]
+
+    @property
+    def living(self) -> list[WorkerProcess]:
+        """All processes that have not ended, also those that are to take a place."""
+        return list(self._living)
 
     @property
     def processes(self) -> dict[int, int]:
@@ -210,6 +221,7 @@ class Supervisor:
                 await self._all_ready.wait()
                 task_status.started()
                 await self._stop_wanted.wait()
+                watching.start_soon(self._end_late)
             watching.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -218,6 +230,12 @@ class Supervisor:
         self._all_ready.set()  # nobody is waited for any more
         for worker in self._living:
             worker.send_signal(signal.SIGTERM)
+
+    async def _end_late(self) -> None:
+        """Kill the workers that do not stop: stopped by a debugger, or waiting for a disk that hangs."""
+        await trio.sleep(self.patience)
+        for worker in self._living:
+            worker.send_signal(signal.SIGKILL)
 
     # ---- replacing
 
@@ -276,9 +294,9 @@ class Supervisor:
         place.changed.set()
         if old is not None:
             old.send_signal(signal.SIGTERM)
-            with trio.move_on_after(_END):
+            with trio.move_on_after(self.patience):
                 await old.ended.wait()
-            old.send_signal(signal.SIGKILL)  # one that waits for a disk that hangs would hold up all later reloads
+            old.send_signal(signal.SIGKILL)  # one that waits for a disk that hangs would block all later reloads
             await old.ended.wait()
         with trio.move_on_after(_BEGIN):
             await _first(successor.ready, successor.ended, self._stop_wanted)
@@ -361,6 +379,7 @@ class Supervisor:
             if self._stop_wanted.is_set():
                 process.send_signal(signal.SIGTERM)
             worker.channel = Channel(line, notice=lambda *said: self._take(worker, *said), longest=LONGEST_ANSWER)
+            worker.connected.set()
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._let_begin, worker)
@@ -378,6 +397,7 @@ class Supervisor:
             if note_end is not None:
                 note_end()
             worker.ended.set()
+            worker.connected.set()
 
     async def _let_begin(self, worker: WorkerProcess) -> None:
         """Tell a process when it may begin."""

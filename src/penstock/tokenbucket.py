@@ -1,4 +1,4 @@
-"""A token bucket: a rate with a burst. Times are given by the caller."""
+"""A token bucket: a rate with a burst. The caller passes the time."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class TokenBucket:
         return True
 
     def is_full(self, now: float) -> bool:
-        """Return whether it is as if it had never been used."""
+        """Return whether it is full, as if it had never been used."""
         return self._fill(now) >= self._burst

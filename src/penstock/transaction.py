@@ -1,6 +1,6 @@
-"""What is known so far of one connection and of the mail transaction open on it.
+"""The facts about a connection and its open mail transaction.
 
-The session writes here as replies move its state; checks, hooks and the trace header read it.
+The session updates them with its state; checks, hooks and the Received field read them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ class Peer(NamedTuple):
     """The two ends of a connection. An address of "" is a unix socket."""
 
     address: str
-    """IP address of the client: from the PROXY header of a trusted proxy, otherwise the socket's own."""
+    """IP address of the client, in canonical form: from the PROXY header of a trusted proxy, or of the socket."""
     port: int
+    """TCP port of the client; 0 for a unix socket."""
     local_address: str = ""
+    """IP address the client connected to, in canonical form; with a PROXY header, the one in it."""
     local_port: int = 0
+    """TCP port the client connected to; 0 for a unix socket."""
     proxy: str = ""
-    """IP address of the proxy between us, "" without one."""
+    """IP address of the proxy that sent a PROXY header; "" without one."""
 
     @property
     def literal(self) -> str:
-        """The address literal of RFC 5321 4.1.3: "[192.0.2.1]" or "[IPv6:2001:db8::1]"; "[unix]" without one."""
+        """The client's address literal (RFC 5321 4.1.3): "[192.0.2.1]", "[IPv6:2001:db8::1]"; "[unix]" without one."""
         return literal_of_address(self.address)
 
     @property
@@ -41,12 +44,12 @@ class Peer(NamedTuple):
 
     @property
     def network(self) -> str:
-        """What limits per client count by: the IPv4 address, the IPv6 /64, "" for a unix socket."""
+        """The network that limits per client apply to: the IPv4 address or IPv6 /64; "" for a unix socket."""
         return network_of(self.address)
 
 
 class TlsInfo(NamedTuple):
-    """What the handshake agreed on."""
+    """The parameters of a TLS session."""
 
     version: str
     """"TLSv1.3"."""
@@ -55,13 +58,14 @@ class TlsInfo(NamedTuple):
     bits: int
     """Secret bits of the cipher."""
     sni: str | None = None
-    """The server name the client asked for."""
+    """The server name that the client requested (SNI, RFC 6066 3); None without one."""
 
 
 class Transaction:
-    """The facts about a connection, and those about its open mail transaction, which `reset` forgets.
+    """The facts about a connection, and those about its open mail transaction, which `reset` clears.
 
-    Compiled as it stands (transaction.pxd has the C types), because each command of a session writes here.
+    It is valid during a hook or `Delivery.accept`; its attributes change with the commands that follow. Compiled
+    (transaction.pxd has the C types), because each command of a session writes here.
     """
 
     def __init__(
@@ -76,38 +80,42 @@ class Transaction:
         identity: str | None = None,
     ) -> None:
         self.peer = peer
+        """The addresses of the connection."""
         self.listener = listener
         """The name of the listener."""
         self.hello = hello
-        """The name the client gave with HELO, EHLO or LHLO; "" before it."""
+        """The client's name from HELO, EHLO or LHLO (RFC 5321 4.1.1.1), not verified; "" before it."""
         self.is_esmtp = is_esmtp
+        """The client has sent EHLO or LHLO, not HELO."""
         self.is_lmtp = is_lmtp
+        """The listener uses LMTP (RFC 2033)."""
         self.tls = tls
-        """What TLS has negotiated; None without TLS."""
+        """The parameters of TLS; None without TLS."""
         self.identity = identity
         """The authenticated user; None without authentication."""
         self.sender: Path | None = None
         """The reverse-path; None while no transaction is open."""
         self.parameters: MailParameters = NO_PARAMETERS
+        """The parameters of MAIL in the open transaction."""
         self.recipients: list[Recipient] = []
-        """Accepted so far, in the order of their RCPT."""
+        """The accepted recipients, in the order of their RCPT."""
         self.number = 0
-        """What the journal calls the connection."""
+        """The number of the session in the journal."""
         self.evidence: object = None
-        """What the built-in checks keep about the connection (penstock.policy.judge); None before they need it."""
+        """Data of the built-in checks about the connection (penstock.policy.judge); None before they need it."""
         self._results: Results | None = None
         self._fields: list[bytes] | None = None
 
     @property
     def results(self) -> Results:
-        """What checks have found out about this transaction: for later checks and the delivery."""
+        """Results of checks of this transaction, for later checks and the delivery."""
         if self._results is None:  # as in most transactions
             self._results = Results()
         return self._results
 
     @property
     def has_results(self) -> bool:
-        """A check has looked at this transaction, or a policy has kept something."""
+        """`results` has been used: by a check, or by a policy."""
         return self._results is not None
 
     @property
@@ -137,7 +145,7 @@ class Transaction:
         self._fields.append(field)
 
     def reset(self) -> None:
-        """Forget the open transaction."""
+        """Clear the open transaction: sender, parameters, recipients, results and added fields."""
         self.forget()
 
     def forget(self) -> None:

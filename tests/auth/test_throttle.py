@@ -33,7 +33,7 @@ def test_failures_of_a_network_are_counted_whatever_the_names() -> None:
     assert fail(throttle, "192.0.2.1", "a")
 
 
-def test_failures_of_a_name_are_counted_whatever_the_networks_and_the_case() -> None:
+def test_failures_of_a_name_count_for_all_networks_and_any_case() -> None:
     throttle = throttle_of(3)
     names = ["alice", "ALICE", "Alice", "aLICE"]
     assert [fail(throttle, f"192.0.2.{number}", name) for number, name in enumerate(names)] == [True] * 3 + [False]

@@ -83,7 +83,7 @@ def test_users_are_added_listed_and_removed(file: UsersFile) -> None:
     assert file.names() == ["alice"]
 
 
-def test_removing_nobody_changes_nothing_and_makes_no_file(tmp_path: Path) -> None:
+def test_removing_an_unknown_user_creates_no_file(tmp_path: Path) -> None:
     file = UsersFile(tmp_path / "nowhere" / "users", QUICK)
     assert not file.remove("alice")
     assert not (tmp_path / "nowhere").exists()
@@ -113,7 +113,7 @@ def test_only_the_owner_may_read_the_file(file: UsersFile) -> None:
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
 
 
-def test_no_password_stands_in_the_file(file: UsersFile) -> None:
+def test_the_file_contains_no_password(file: UsersFile) -> None:
     file.add("alice", "correct horse battery")
     text = file.path.read_text()
     assert "$argon2id$" in text
@@ -172,7 +172,8 @@ def test_the_owner_of_the_file_stays_its_owner(file: UsersFile, monkeypatch: pyt
     file.add("alice", "secret")
     owner, group = file.path.stat().st_uid, file.path.stat().st_gid
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    fstat = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda it: os.stat_result([*fstat(it)[:4], owner + 1, *fstat(it)[5:]]))
     monkeypatch.setattr(os, "fchown", lambda descriptor, uid, gid: given.append((uid, gid)))
     file.add("bob", "builder")
     assert given == [(owner, group)]
@@ -218,7 +219,7 @@ def test_a_name_that_saslprep_forbids() -> None:
 
 
 @pytest.mark.parametrize("password", ["", "a\0b", "a" * 1025, "é" * 513, "\udcff", "a\x07b"])
-def test_a_password_of_no_use(file: UsersFile, password: str) -> None:
+def test_an_invalid_password_is_refused(file: UsersFile, password: str) -> None:
     with pytest.raises(ValueError, match="password"):
         file.add("alice", password)
 
@@ -289,7 +290,7 @@ def test_a_file_without_end_is_not_read_to_its_end(file: UsersFile, monkeypatch:
 # ---- authenticating
 
 
-async def test_the_right_password_is_right_and_the_others_are_not(file: UsersFile) -> None:
+async def test_only_the_right_password_is_accepted(file: UsersFile) -> None:
     file.add("alice", "secret")
     authenticator: Authenticator = UsersAuthenticator(file)
     assert await authenticator.verify("alice", "secret")
@@ -334,7 +335,7 @@ def test_scram_proves_a_user_of_the_file(file: UsersFile) -> None:
     assert scram(authenticator, "jürgen", "größe") == Success("jürgen", "")
 
 
-def test_scram_refuses_a_wrong_password_and_an_unknown_user_in_the_same_words(file: UsersFile) -> None:
+def test_scram_refuses_unknown_users_like_wrong_passwords(file: UsersFile) -> None:
     file.add("alice", "secret")
     authenticator = UsersAuthenticator(file)
     wrong = scram(authenticator, "alice", "wrong")
@@ -488,7 +489,7 @@ async def test_a_file_that_could_not_be_read_once_is_tried_again(
     assert authenticator.last_error is None
 
 
-async def test_the_journal_hears_once_of_each_change_of_what_is_wrong(file: UsersFile) -> None:
+async def test_each_new_error_of_the_file_is_journaled_once(file: UsersFile) -> None:
     file.add("alice", "secret")
     good = file.path.read_text()
     journal = Journal(JournalSettings(format="json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import signal
@@ -9,10 +10,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import pytest
+import trio
+from click.testing import CliRunner
+from rich.console import Console
+from rich.text import Text
 
+from penstock.cli import load as module
+from penstock.cli.main import main
 from penstock.testing import SmtpServer
 from tests.e2e.running import Server, serving
 
@@ -24,6 +33,11 @@ def sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def load(*arguments: str, code: int = 0) -> str:
+    """Run the command; in this process if it sends nothing."""
+    if code == 2 or "--compare" in arguments:
+        result = CliRunner().invoke(main, ["load", *arguments])
+        assert result.exit_code == code, result.output
+        return result.output
     done = subprocess.run(
         [sys.executable, "-m", "penstock", "load", *arguments], capture_output=True, text=True, check=False, timeout=120
     )
@@ -65,17 +79,54 @@ def test_two_reports_are_compared(sink: Server, tmp_path: Path) -> None:
     assert "is not a report" in load("--compare", str(tmp_path / "a.json"), str(tmp_path / "c.json"), code=2)
 
 
-def test_usage_errors_name_the_option_and_the_right_form() -> None:
-    assert "HOST:PORT" in load(code=2)
-    assert "a target looks like" in load("127.0.0.1:x", code=2)
-    assert "a..b has no address" in load("a..b:25", code=2)
-    assert "--size is" in load("127.0.0.1:1", "--size", "much", code=2)
-    assert "--to 'a@b\\r\\nRSET': not allowed in a command" in load("127.0.0.1:1", "--to", "a@b\r\nRSET", code=2)
-    assert "--run: a run must be" in load("127.0.0.1:1", "--run", "A b", code=2)
-    assert "--source: 'abc'" in load("127.0.0.1:1", "--source", "abc", code=2)
-    assert "before the @" in load("127.0.0.1:1", "--to", "postmaster", "--recipients", "2", code=2)
-    assert "--size is given 2 times" in load("127.0.0.1:1", "--size", "1", "--size", "2", code=2)
-    assert ".html or .json" in load("127.0.0.1:1", "--report", "x.txt", code=2)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "missing target: penstock load HOST:PORT"),
+        ("127.0.0.1:x", "a target looks like"),
+        ("a..b:25", "a..b has no address"),
+        ("T --size much", "--size is"),
+        ("T --size 1 --size 2", "--size is given 2 times"),
+        ("T --folder . --size 5", "--folder and --size are mutually exclusive"),
+        ("T --reuse --per-connection 5", "--reuse and --per-connection are mutually exclusive"),
+        ("T --to a\r\nRSET", "--to 'a\\r\\nRSET': not allowed in a command"),
+        ("T --to postmaster --recipients 2", "before the @"),
+        ("T --run A", "--run: a run must be"),
+        ("T --source abc", "--source: 'abc'"),
+        ("T --auth x", "--auth must be USER:PASSWORD"),
+        ("T --ca-file . ", "--ca-file needs --tls"),
+        ("T --no-resumption", "--no-resumption needs --tls"),
+        ("T --rate nan", "--rate must be more than 0"),
+        ("T --rate inf", "--rate"),
+        ("T --duration 0", "--duration must be more than 0"),
+        ("T --duration 5x", "a duration looks like 250us, 50ms, 10s, 5m or 2h"),
+        ("T --warm-up 5s --duration 2s", "--warm-up must be shorter than"),
+        ("T --rate 5 --think 1s", "--think is for a closed loop"),
+        ("T --stages 10s", "stages look like 10s:100,60s:1000,10s:0"),
+        ("T --stages 10s:-5", "stages look like"),
+        ("T --stages 10s:5,", "stages look like"),
+        ("T --stages :5", "a duration looks like"),
+        ("T --stages 10s:0", "these stages start no message"),
+        ("T --stages 10s:9999999", "the highest rate is 1,000,000/s"),
+        ("T --stages 10s:5 --rate 5", "--stages replaces --rate, --ramp and --duration"),
+        ("T --stages 10s:5 --duration 5s", "--stages replaces"),
+        ("T --stages 10s:5 --ramp 5s", "--stages replaces"),
+        ("T --threshold dot.p99<50", "a duration looks like"),
+        ("T --threshold error_rate<5", "an error rate is at most 100%"),
+        ("T --find-rate dot<5ms", "dot needs one of its statistics: dot.p50"),
+        ("T --find-rate dot.p99<5ms --stages 1s:5", "--find-rate runs trials of --duration at a constant rate"),
+        ("T --find-rate dot.p99<5ms --messages 5", "--find-rate runs trials"),
+        ("T --workers 2 --sessions 1", "--workers 2 needs as many --sessions and --messages"),
+        ("T --workers 2 --messages 1", "--workers 2 needs as many"),
+        ("T --workers 0", "--workers"),
+        ("T --report x.txt", "the name must end with .html or .json"),
+        ("T --report /nowhere/x.json", "/nowhere/x.json cannot be written"),
+        ("T --fail-on-regression 10%", "needs --compare"),
+    ],
+)
+def test_usage_errors_name_the_option_and_the_right_form(words: str, said: str) -> None:
+    arguments = ["127.0.0.1:1" if word == "T" else word for word in words.split(" ") if word]
+    assert said in " ".join(load(*arguments, code=2).split())
 
 
 def test_a_dead_target_is_an_error(tmp_path: Path) -> None:
@@ -129,14 +180,15 @@ def test_a_greeting_with_the_end_of_the_handshake_is_read() -> None:
         assert "200 accepted" in load(f"127.0.0.1:{server.port}", *words)
 
 
-def test_a_second_signal_ends_the_run_with_a_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_ends_the_run_with_a_report(tmp_path: Path, first: signal.Signals) -> None:
     report = tmp_path / "a.json"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         command = [sys.executable, "-m", "penstock", "load", address, "--sessions", "1", "--report", str(report)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             client, _ = listener.accept()  # gets no greeting
-            process.send_signal(signal.SIGINT)
+            process.send_signal(first)
             process.send_signal(signal.SIGTERM)  # a second one of the same kind could merge with the first
             process.wait(60)
             assert process.stdout is not None
@@ -219,8 +271,10 @@ def test_a_comparison_refuses_what_belongs_to_a_run(tmp_path: Path) -> None:
     assert "remove 127.0.0.1:25" in load(*pair, "127.0.0.1:25", code=2)
     assert "remove --messages" in load(*pair, "--messages", "5", code=2)
     assert "remove --threshold" in load(*pair, "--threshold", "rate>1", code=2)
-    assert "needs --compare" in load("127.0.0.1:1", "--fail-on-regression", "10%", code=2)
-    assert "a percentage looks like 10%" in load(*pair, "--fail-on-regression", "10", code=2)
+    assert "remove --workers" in load(*pair, "--workers", "2", code=2)
+    for wrong in ("10", "-1%", "%", "x%", ""):
+        assert f"a percentage looks like 10%, not {wrong!r}" in load(*pair, "--fail-on-regression", wrong, code=2)
+    assert "cannot be written" in load(*pair, "--report", str(tmp_path / "none" / "c.html"), code=2)
 
 
 def test_stages_and_a_warm_up_shape_the_run(sink: Server, tmp_path: Path) -> None:
@@ -242,12 +296,13 @@ def test_several_workers_send_every_number_once(tmp_path: Path) -> None:
             (["--messages", "50"], 50),
             (["--duration", "0.3"], 10_000),
             (["--rate", "100", "--duration", "0.5"], 50),
+            (["--rate", "5", "--duration", "0.2"], 1),
         ):
             server.inbox.clear()
             load(address, *options, "--workers", "3", "--sessions", "7", "--run", "r", "--report", str(report))
             numbers = sorted(int(message.sender.removeprefix("seq-r-").partition("@")[0]) for message in server.inbox)
             assert numbers == list(range(1, len(numbers) + 1))
-            assert len(numbers) <= most
+            assert 1 <= len(numbers) <= most
             found = json.loads(report.read_bytes())
             assert found["accepted"] == found["phases"]["message"]["count"] == len(numbers)
             assert sum(count for _, count in found["phases"]["dot"]["histogram"]["buckets"]) == len(numbers)
@@ -276,7 +331,9 @@ def test_the_search_finds_a_rate_below_that_of_the_server(tmp_path: Path) -> Non
         options = ["--find-rate", "dot.p99<2s", "--duration", "0.5", "--sessions", "1", "--reuse", "--rate", "20"]
         out = load(f"127.0.0.1:{server.port}", *options, "--report", str(report))
     found = json.loads(report.read_bytes())
-    assert 20 <= found["sustainable_rate"] <= 200, "one session with a delay of 10 ms sends at most 100 per second"
+    tags = [each.sender for each in server.inbox]
+    assert 20 <= found["sustainable_rate"] <= 140, "one session with a delay of 10 ms sends at most 100 per second"
+    assert len(tags) == len(set(tags)), "each trial is a run of its own"
     assert not all(each["passed"] for each in found["search"])
     assert "highest sustainable rate" in out
 
@@ -284,3 +341,54 @@ def test_the_search_finds_a_rate_below_that_of_the_server(tmp_path: Path) -> Non
 def test_a_condition_that_no_rate_meets_is_a_failure(sink: Server) -> None:
     options = ["--find-rate", "dot.p99<1us", "--duration", "0.1", "--rate", "2"]
     assert "not sustained" in load(sink.address, *options, code=1)
+
+
+class ClosedTerminal(StringIO):
+    """A terminal that was closed while the progress was shown."""
+
+    is_closed = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.is_closed:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+async def test_a_closed_terminal_does_not_end_the_run(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    monkeypatch.setattr(module, "_progress", lambda _: Text("progress"))
+    terminal = ClosedTerminal()
+    console = Console(file=terminal, force_terminal=is_terminal)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(module._show, cast("module.Runner", None), console, True)
+        await trio.sleep(0.05)
+        terminal.is_closed = True
+        await trio.sleep(3)
+        nursery.cancel_scope.cancel()
+    assert ("progress" in terminal.getvalue()) is is_terminal
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_violated_threshold_can_stop_the_run(sink: Server, tmp_path: Path, workers: str) -> None:
+    file, page = tmp_path / "a.json", tmp_path / "a.html"
+    options = ("--duration", "600", "--sessions", "2", "--workers", workers, "--abort-on-threshold")
+    thresholds = ("--threshold", "session.p99<1us", "--threshold", "dot.p50<1us", "--threshold", "rate>0")
+    out = load(
+        sink.address, *options, *thresholds, "--think", "0.1s", "--reuse", "--report", str(file), "--report", str(page),
+        code=1,
+    )  # fmt: skip
+    found = json.loads(file.read_bytes())
+    assert (found["aborted_by"], found["interrupted"]) == ("dot.p50<1us", True)
+    assert "stopped: dot.p50<1us was violated" in out
+    assert "stopped: dot.p50&lt;1us was violated" in page.read_text()
+    assert found["seconds"] < 300
+
+
+@pytest.mark.parametrize("options", [(), ("--threshold", "rate>1", "--find-rate", "dot.p99<1s")])
+def test_nothing_can_stop_a_run_without_thresholds(options: tuple[str, ...]) -> None:
+    assert "--abort-on-threshold needs --threshold" in load("127.0.0.1:25", "--abort-on-threshold", *options, code=2)

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import smtplib
+import stat
 import subprocess
 import sys
 import threading
@@ -20,10 +21,12 @@ import pytest
 import trustme
 from click.testing import CliRunner
 
+from penstock.app import assemble
 from penstock.cli import journaling
 from penstock.cli.journaling import JournalWriter
 from penstock.cli.main import main
 from penstock.journal import Journal, JournalSettings
+from tests.cli.outfits import settings_of
 
 
 def tell(missing: int) -> bytes:
@@ -202,3 +205,16 @@ def test_an_unusable_file_is_reported_with_its_key(tmp_path: Path, toml: str, ex
     result = CliRunner().invoke(main, ["serve", "--config", str(file), "--data", str(tmp_path)])
     assert result.exit_code == 1
     assert re.search(expected, result.output)
+
+
+async def test_another_user_can_pass_through_new_parents_of_the_data(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        server = assemble(settings_of(tmp_path / "new" / "a" / "data"), Journal(JournalSettings()), lambda _: None)
+    finally:
+        os.umask(before)
+    server.listeners[0].socket.close()
+    found = [
+        stat.S_IMODE((tmp_path / each).stat().st_mode) for each in ("new", "new/a", "new/a/data", "new/a/data/tmp")
+    ]
+    assert found == [0o755, 0o755, 0o750, 0o750]

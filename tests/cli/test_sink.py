@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import mailbox
 import smtplib
 import ssl
 from base64 import b64encode
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import trustme
 from click.testing import CliRunner
@@ -136,6 +140,22 @@ def test_the_fault_log_has_every_fault(tmp_path: Path) -> None:
     assert 5 < len(one) < 25
     assert logs[0][0]["rule"] == "half"
     assert logs[0][0]["action"] == "reply 450 4.2.1"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_full_disk_below_the_fault_log_costs_no_report(tmp_path: Path, workers: str) -> None:
+    report = tmp_path / "report.json"
+    options = ("--fault-log", "/dev/full", "--report", str(report), "--workers", workers)
+    with serving(tmp_path / "data", "", "sink", *options) as server:
+        with (
+            smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client,
+            pytest.raises(smtplib.SMTPRecipientsRefused),
+        ):
+            client.sendmail("a@example.com", "450-4.2.2@example.org", "Hello")
+        assert server.stop() == 1
+    assert [each["count"] for each in json.loads(report.read_bytes())["faults"]] == [1]
+    assert "refusals=1 lost=0 duplicates=0 faults=1" in server.out.read_text()
+    assert "Error: --fault-log: No space left on device" in server.journal.read_text()
 
 
 def test_an_unwritable_fault_log_is_reported(tmp_path: Path) -> None:
@@ -342,8 +362,86 @@ def test_two_workers_stop_after_the_messages_of_both(tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
 
 
-@pytest.mark.parametrize("option", [("--keep", "last:10"), ("--web", "127.0.0.1:0"), ("--faults", "plan.toml")])
-def test_options_that_need_one_process_are_refused_with_workers(option: tuple[str, str]) -> None:
-    result = CliRunner().invoke(main, ["sink", "--workers", "2", *option])
+def test_two_workers_keep_mail_and_inject_faults(tmp_path: Path) -> None:
+    plan, log, mbox, lines = (tmp_path / name for name in ("plan.toml", "log.jsonl", "mbox", "kept.jsonl"))
+    plan.write_text("""[[rule]]\nphase = "dot"\nmatch = { sender = ["bad*"] }\nreply = "451 4.3.0 Later"\n""")
+    report = tmp_path / "report.json"
+    options = ("--workers", "2", "--faults", str(plan), "--fault-log", str(log), "--report", str(report))
+    stores = ("--keep", f"mbox:{mbox}", "--keep", f"jsonl:{lines}", "--keep", f"maildir:{tmp_path / 'kept'}")
+    with serving(tmp_path / "data", "", "sink", *options, *stores) as server:
+        for number in range(40):
+            sender = f"{'bad' if number % 4 == 0 else 'good'}{number}@example.com"
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client, suppress(smtplib.SMTPDataError):
+                client.sendmail(sender, "b@example.org", f"Subject: {number}\r\n\r\nHello")
+        assert server.stop() == 0
+    kept = {f"good{number}@example.com" for number in range(40) if number % 4}
+    assert {json.loads(line)["sender"] for line in lines.read_bytes().splitlines()} == kept
+    with closing(mailbox.mbox(mbox)) as found:
+        assert len(found) == len(list((tmp_path / "kept" / "new").iterdir())) == len(kept) == 30
+    assert len([json.loads(line) for line in log.read_bytes().splitlines()]) == 10
+    assert [each["count"] for each in json.loads(report.read_bytes())["faults"]] == [10]
+
+
+@pytest.mark.parametrize("condition", ["match.first = 1", "match.attempts = 1", "mailbox = { messages = 1 }"])
+def test_rules_that_count_are_refused_with_workers(tmp_path: Path, condition: str) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(f'[[rule]]\nphase = "rcpt"\nreply = "450"\n{condition}\n')
+    result = CliRunner().invoke(main, ["sink", "--workers", "2", "--faults", str(plan)])
     assert result.exit_code == 2
-    assert f"{option[0]} cannot be combined with --workers" in result.output
+    assert f"rule[0].{condition.partition(' ')[0]} cannot be combined with --workers" in result.output
+
+
+def test_two_workers_have_one_page(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--workers", "2", "--web", "127.0.0.1:0", "--keep", "last:30", "--report", str(report))
+    plan = '[[rule]]\nname = "full"\nphase = "rcpt"\nreply = "452 4.2.2 Full"\n'
+    with serving(tmp_path / "data", "", "sink", *options) as server:
+        url = server.said(r"live page at (http://\S+/)")[1]
+        with httpx.Client(base_url=url, timeout=20) as api:
+
+            def send(count: int) -> None:
+                for number in range(count):
+                    with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+                        client.sendmail("a@x.example", "b@example.org", f"Message-ID: <{number % 20}@x>\r\n\r\nHello")
+
+            def wait(is_so: Callable[[dict[str, Any]], bool]) -> None:
+                with api.stream("GET", "/api/events") as events:
+                    found = (json.loads(line[5:]) for line in events.iter_lines() if line.startswith("data:"))
+                    assert any(map(is_so, found))
+
+            send(40)
+            wait(lambda live: live["report"]["messages"]["accepted"] == 40)
+            live = api.get("/api/live").json()
+            assert (live["kept"], live["report"]["sessions"]["total"]) == (30, 40)
+            assert live["report"]["sequences"]["message_ids"]["duplicates"] == 20
+            found = api.get("/api/messages?q=hello&limit=100").json()["messages"]
+            assert len(found) == 30
+            assert api.delete(f"/api/messages/{found[0]['id']}").json() == {"deleted": 1}
+            counting = plan.replace('reply = "452 4.2.2 Full"', "match.first = 1\nreply = '450'")
+            assert "each process counts separately" in api.put("/api/plan", content=counting).json()["error"]
+            failing = api.post("/api/fail-next", json={"phase": "rcpt", "reply": "450"})
+            assert (failing.status_code, "each process counts separately" in failing.text) == (400, True)
+            assert api.post("/api/receipts/reset").json() == {"generation": 1}
+            assert api.put("/api/plan", content=plan).json() == {"plan": "in force"}
+            assert api.get("/api/plan").text == plan
+            for _ in range(10):
+                with pytest.raises(smtplib.SMTPRecipientsRefused):
+                    send(1)
+            wait(lambda live: [(each["rule"], each["count"]) for each in live["faults"]] == [("full", 10)])
+        assert server.stop() == 0
+    counts = json.loads(report.read_bytes())
+    assert (counts["messages"]["accepted"], counts["sessions"]["total"]) == (0, 10)
+    assert [each["count"] for each in counts["faults"]] == [10]
+
+
+def test_two_workers_find_duplicates_by_message_id(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--workers", "2", "--keep", f"mbox:{tmp_path / 'mbox'}", "--report", str(report))
+    with serving(tmp_path / "data", "", "sink", *options) as server:
+        for number in range(20):
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
+                client.sendmail("a@x.example", "b@example.org", f"Message-ID: <{number % 5}@x>\r\n\r\nHello")
+        assert server.stop() == 0
+    found = json.loads(report.read_bytes())["sequences"]["message_ids"]
+    assert (found["distinct"], found["duplicates"], found["missing_id"]) == (5, 15, 0)
+    assert "duplicates=15" in server.out.read_text()

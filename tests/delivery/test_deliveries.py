@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +18,7 @@ import trio
 from penstock.delivery import maildirfiles
 from penstock.delivery.discard import DiscardDelivery
 from penstock.delivery.maildir import MaildirDelivery, MaildirSettings
+from penstock.delivery.maildirfiles import MaildirFiles, make_maildir
 from penstock.message import Message
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
@@ -44,7 +46,7 @@ async def test_a_discarded_message_is_counted() -> None:
     assert (delivery.messages, delivery.recipients, delivery.octets) == (1, 2, 5)
 
 
-async def test_a_message_stands_in_new_byte_for_byte(tmp_path: Path) -> None:
+async def test_a_message_is_in_new_byte_for_byte(tmp_path: Path) -> None:
     body = b"Subject: x\r\n\r\n.\r\n\0\xff\nFrom here\r\n"
     await maildir(tmp_path).accept(make_message(body, recipients=("b@example.org", "c@example.org")), TRANSACTION)
     (path,) = files(tmp_path)
@@ -173,20 +175,53 @@ async def test_what_was_begun_is_finished_before_the_delivery_is_closed(tmp_path
         delivery.deliver_later(in_memory(b"late"), ended.append)
 
 
+@contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """Leave this process a number of unused descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 async def test_more_files_than_descriptors_are_written_in_turn(tmp_path: Path) -> None:
     delivery = maildir(tmp_path)
     await delivery.start()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
     ended: list[Any] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
-    try:
+    with few_descriptors(12):
         for number in range(40):
             delivery.deliver_later(in_memory(b"%d" % number), ended.append)
         await delivery.aclose()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert [result.unwrap().code for result in ended] == [250] * 40
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+async def test_own_maildirs_need_few_descriptors(tmp_path: Path, is_large: bool) -> None:
+    message = in_memory(b"body", recipients=tuple(f"u{number}@x" for number in range(400)))
+    if is_large:  # its body is read from the disk
+        message = message._replace(body=make_message(b"body").body)
+    copies = maildir(tmp_path, "{local}")._copies(message)
+    for copy in copies:
+        make_maildir(copy.folder, is_synced=False)
+    with few_descriptors(12):
+        first, second = MaildirFiles(is_synced=False).write([(message, copies), (in_memory(b"other"), copies)])
+    assert isinstance(first, str)
+    assert isinstance(second, str)
+    assert len(files(tmp_path)) == 800
+
+
+def test_one_bad_folder_keeps_back_the_copies_of_all(tmp_path: Path) -> None:
+    message = in_memory(b"body", recipients=tuple(f"u{number}@x" for number in range(200)))
+    copies = maildir(tmp_path, "{local}")._copies(message)
+    for copy in copies:
+        make_maildir(copy.folder, is_synced=False)
+    shutil.rmtree(copies[-1].folder / "new")
+    (copies[-1].folder / "new").touch()
+    (result,) = MaildirFiles(is_synced=False).write([(message, copies)])
+    assert isinstance(result, OSError)
+    assert files(tmp_path) == [copies[-1].folder / "new"]
 
 
 class Unreadable:
@@ -202,7 +237,7 @@ class Unreadable:
         pass
 
 
-async def test_a_body_that_can_not_be_read_leaves_nothing(tmp_path: Path) -> None:
+async def test_an_unreadable_body_leaves_no_file(tmp_path: Path) -> None:
     delivery = maildir(tmp_path)
     whole = make_message()
     message = Message(whole.id, whole.envelope, whole.prefix, Unreadable(), 0.0)

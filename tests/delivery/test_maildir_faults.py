@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from errno import EIO, ENOSPC
+from errno import EIO, EMFILE, ENOSPC
 
 import pytest
 
@@ -20,6 +20,10 @@ CASES = {
     "rename": Case(("renameat", EIO, 1, 1)),
     "all writes": Case(("writev", ENOSPC, 0, 99), folders=2),
     "folder": Case(("fsync", EIO, 0, 0)),
+    "no descriptor": Case(("open a folder", EMFILE, 1, 1), messages=1),
+    "many folders": Case(None, messages=2, folders=300),
+    "late write of many": Case(("writev", ENOSPC, 280, 280), messages=1, folders=300),
+    "late sync of many": Case(("fdatasync", EIO, 280, 280), messages=1, folders=300, without_syncfs=True),
 }
 
 
@@ -47,8 +51,18 @@ def test_a_single_message_that_cannot_be_synced_leaves_nothing(ended: dict[str, 
     assert ended["sync of a single one"] == Ended([EIO], 0, 0)
 
 
+def test_a_late_failure_keeps_back_the_copies_of_all_recipients(ended: dict[str, Ended]) -> None:
+    assert ended["many folders"] == Ended([0, 0], 600, 0)
+    assert ended["late write of many"] == Ended([ENOSPC], 0, 0)
+    assert ended["late sync of many"] == Ended([EIO], 0, 0)
+
+
 def test_a_full_disk_refuses_all_and_leaves_nothing(ended: dict[str, Ended]) -> None:
     assert ended["all writes"] == Ended([ENOSPC] * 6, 0, 0)
+
+
+def test_a_folder_is_synced_also_when_descriptors_have_run_out(ended: dict[str, Ended]) -> None:
+    assert ended["no descriptor"] == Ended([0], 1, 0)
 
 
 def test_a_folder_that_cannot_be_synced_is_no_success(ended: dict[str, Ended]) -> None:

@@ -11,7 +11,7 @@ from penstock.delivery.base import Delivery
 from penstock.delivery.passthrough import PassthroughDelivery, PassthroughSettings
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message
-from penstock.relay.ahead import Onward
+from penstock.relay.ahead import Callahead
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
 from penstock.transaction import Transaction
@@ -50,7 +50,7 @@ class Spooled(Delivery):
         (["250 2.1.5 ok"] * 3, []),  # "passed on as", says the 250
     ],
 )
-async def test_recipients_that_the_hop_took_are_delivered_when_the_others_are_spooled(
+async def test_accepted_recipients_are_delivered_and_the_rest_spooled(
     nursery: trio.Nursery, answers: list[str], delivered: list[str]
 ) -> None:
     journal = Journal(JournalSettings(format="json"))
@@ -59,14 +59,14 @@ async def test_recipients_that_the_hop_took_are_delivered_when_the_others_are_sp
     hop, spooled = FakeHop(RCPT=answers, TEXT="250 2.0.0 queued as 4711"), Spooled()
     message = make_message(recipients=("a@x.org", "b@x.org", "c@x.org"))
     async with serving(hop):
-        delivery = PassthroughDelivery(Onward(pool, Map(hop.hop())), spooled, PassthroughSettings())
+        delivery = PassthroughDelivery(Callahead(pool, Map(hop.hop())), spooled, PassthroughSettings())
         flow = delivery.open(message)
         assert flow is not None
         await flow.feed(b"Subject: x\r\n")
         assert (await flow.finish(message, TRANSACTION)).accepts
         await pool.aclose()
     lines = [json.loads(line) for line in journal.drain().splitlines()]
-    told = [(line["id"], line["to"], line["hop"], line["said"]) for line in lines if line["event"] == "delivered"]
+    told = [(line["id"], line["to"], line["hop"], line["reply"]) for line in lines if line["event"] == "delivered"]
     hop_name = f"127.0.0.1:{hop.port}"
     assert told == [(message.id, [to], hop_name, "250 2.0.0 queued as 4711") for to in delivered]
     taken = delivered or (["a@x.org", "b@x.org", "c@x.org"] if answers[0].startswith("250") else [])

@@ -141,7 +141,7 @@ def test_inodes_have_a_reserve_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert DiskSpace(tmp_path, reserve_octets=0, reserve_inodes=100).has_capacity(0) is has
 
 
-def test_a_file_system_that_can_not_be_looked_at_has_room_until_it_can(tmp_path: Path) -> None:
+def test_an_unreadable_file_system_is_assumed_to_have_space(tmp_path: Path) -> None:
     space = DiskSpace(tmp_path, reserve_octets=0, reserve_inodes=0)
     before = space.octets
     space._folder = tmp_path / "gone"

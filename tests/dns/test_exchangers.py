@@ -13,7 +13,8 @@ import trio
 
 from penstock.dns import MailExchangers, ResolveError, Resolver, ResolverSettings, parse_server
 from penstock.dns.exchangers import is_local_address
-from tests.dns.lying import Clock, running, zone_of
+from tests.dns.lying import Clock, Lying, running, zone_of
+from tests.dns.lying import resolving as resolving_by
 from tests.net.nameserver import Zone, nameserver
 
 
@@ -76,7 +77,7 @@ async def test_a_domain_without_mx_is_its_own_host() -> None:
 
 @pytest.mark.parametrize("follows", [True, False], ids=["followed for us", "followed by us"])
 @pytest.mark.parametrize("record", ["MX 10 mx.example.net.", "A 192.0.2.9"])
-async def test_an_alias_stands_for_its_target(record: str, *, follows: bool) -> None:
+async def test_an_alias_is_replaced_by_its_target(record: str, *, follows: bool) -> None:
     zone = zone_of("example.org CNAME example.net.", f"example.net {record}", "mx.example.net A 192.0.2.9")
     zone.follows = follows
     async with resolving(zone) as resolver:
@@ -311,3 +312,33 @@ def test_addresses_of_interfaces_are_recognized() -> None:
     assert is_local_address("127.0.0.1")
     assert not is_local_address("203.0.113.77")
     assert not is_local_address("2001:db8::1")
+
+
+async def test_tlsa_names_are_those_that_dnssec_has_proved() -> None:
+    lines = [
+        "example.org MX 10 mx.example.org.",
+        "mx.example.org CNAME real.example.org.",
+        "real.example.org A 192.0.2.1",
+        "real.example.org AAAA 2001:db8::1",
+        "example.net MX 10 mx.example.net.",
+        "mx.example.net A 192.0.2.2",
+    ]
+    lying = Lying(zone_of(*lines))
+    unsigned: set[str] = set()
+
+    def answer(wire: bytes) -> list[bytes]:
+        octets = bytearray(lying.zone.answer(wire) or b"")
+        if lying.zone.asked[-1][0] not in unsigned and lying.zone.asked[-1][1] not in unsigned:
+            octets[3] |= 0x20
+        return [bytes(octets)]
+
+    lying.udp = answer
+    async with resolving_by(lying) as resolver:
+        exchangers = MailExchangers(resolver)
+        assert await exchangers.tlsa_names("example.org", "mx.example.org") == ("real.example.org", "mx.example.org")
+        assert await exchangers.tlsa_names("example.net", "mx.example.net") == ("mx.example.net",)
+        assert await exchangers.tlsa_names("[192.0.2.1]", "192.0.2.1") == ()
+        for name in ("example.org", "mx.example.org", "MX", "AAAA"):
+            resolver._cache.clear()
+            unsigned = {name}
+            assert await exchangers.tlsa_names("example.org", "mx.example.org") == (), name

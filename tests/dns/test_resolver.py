@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.dns import Answer, Budget, Kind, Resolver, ResolverSettings
-from penstock.dns.server import FAILURES
+from penstock.dns import _codec as codec
+from penstock.dns.server import FAILURES, open_socket
 from penstock.dns.settings import system_servers
 from tests.dns.lying import Clock, Lying, Reply, resolving, running, serving, truncated, zone_of
 
@@ -128,7 +130,7 @@ async def test_a_failure_is_shared_and_remembered_for_a_second() -> None:
 
 
 @pytest.mark.parametrize("fault", ["SERVFAIL", "REFUSED", "NOTIMP", "silence", "garbage"])
-async def test_another_server_is_asked_when_one_is_of_no_use(fault: str) -> None:
+async def test_another_server_is_asked_after_a_failure(fault: str) -> None:
     bad = Lying(zone_of(failures={"a.example": fault}))
     good = Lying(zone_of("a.example A 192.0.2.1"))
     async with resolving(bad, good, timeout=0.05) as resolver:
@@ -245,6 +247,38 @@ async def test_a_server_without_edns_is_asked_without() -> None:
     assert edns == [0, -1, -1]
 
 
+async def test_an_alias_without_dnssec_leads_to_nothing_authentic() -> None:
+    lying = Lying(zone_of("a.example CNAME b.example.", "b.example A 192.0.2.1", follows=False))
+
+    def answer(wire: bytes) -> list[bytes]:
+        octets = bytearray(lying.zone.answer(wire) or b"")
+        octets[3] |= 0x20 * (lying.zone.asked[-1][0] == "b.example")
+        return [bytes(octets)]
+
+    lying.udp = answer
+    async with resolving(lying) as resolver:
+        found = await resolver.query("a.example", "A")
+        assert (found.records, found.authentic) == ((ONE,), False)
+        assert (await resolver.query("b.example", "A")).authentic
+
+
+async def test_a_stale_answer_stays_authentic() -> None:
+    lying, clock = Lying(zone_of("a.example A 192.0.2.1")), Clock()
+
+    def answer(wire: bytes) -> list[bytes]:
+        octets = bytearray(lying.zone.answer(wire) or b"")
+        octets[3] |= 0x20
+        return [bytes(octets)]
+
+    lying.udp = answer
+    async with resolving(lying, clock=clock) as resolver:
+        await resolver.query("a.example", "A")
+        clock.now += 400
+        lying.zone.failures["a.example"] = "SERVFAIL"
+        found = await resolver.query("a.example", "A")
+        assert (found.is_stale, found.authentic) == (True, True)
+
+
 async def test_the_ad_bit_counts_where_it_is_trusted() -> None:
     def authentic(wire: bytes) -> list[bytes]:
         message = dns.message.make_response(dns.message.from_wire(wire))
@@ -326,17 +360,16 @@ async def test_what_fails_on_this_machine_does_not_count_against_the_server(monk
     async with resolving(lying) as resolver:
         assert (await resolver.query("x.example", "A")).records == (ONE,)
         server = resolver._servers[0]
-        server._idle.pop().socket.close()
-        monkeypatch.setattr("penstock.dns.server._MAX_SOCKETS", 0)
+        server._sockets.most = 0
         for number in range(2 * FAILURES):
             assert "too many questions" in (await resolver.query(f"{number}.example", "A")).cause
-        monkeypatch.undo()
+        server._sockets.most = 1024
 
         def full(*_: object) -> None:
             raise OSError(errno.EMFILE, "Too many open files")
 
         with monkeypatch.context() as patch:
-            patch.setattr("penstock.dns.server._UdpSocket", full)
+            patch.setattr("penstock.dns.server.open_socket", full)
             for number in range(2 * FAILURES):
                 assert "Too many open files" in (await resolver.query(f"{number}.example", "TXT")).cause
         assert not server.is_open
@@ -411,7 +444,7 @@ DAMAGES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(DAMAGES)
 def test_a_hostile_server_cannot_break_the_resolver(damages: list[tuple[list[tuple[int, int]], int]]) -> None:
     lying = Lying(zone_of("a.example A 192.0.2.1", "a.example MX 10 b.example.", 'a.example TXT "text"'))
@@ -446,3 +479,24 @@ def test_the_servers_of_resolv_conf_are_read(tmp_path: Path) -> None:
         "# nameserver 192.0.2.9\nsearch example\nnameserver 192.0.2.1\nnameserver nonsense\nnameserver ::1 \n"
     )
     assert system_servers(path) == [("192.0.2.1", 53), ("::1", 53)]
+
+
+def test_a_query_that_is_given_up_late_takes_no_socket_from_another() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        pool = codec.UdpPool(lambda: open_socket(socket.AF_INET, server.getsockname()), 100, lambda: None)
+
+        def ask(count: int) -> list[codec.UdpQuery]:
+            queries = [pool.send(f"{number}.example", 1, True, 0.0) for number in range(count)]
+            for _ in queries:
+                query, client = server.recvfrom(4096)
+                server.sendto(truncated(query), client)
+            return queries
+
+        first = ask(8)
+        assert all(each.receive() for each in first)
+        second = ask(8)  # on the same sockets
+        for each in first:
+            each.abandon()
+        assert all(each.receive() for each in second)
+        pool.close()

@@ -174,7 +174,7 @@ def test_lmtp_over_a_unix_socket_is_a_next_hop(tmp_path: Path) -> None:
         assert b"with LMTP id" in received or b"with LMTPS id" in received
 
 
-def test_a_smart_host_is_verified_and_hears_who_we_are(tmp_path: Path) -> None:
+def test_a_smart_host_is_verified_and_gets_our_credentials(tmp_path: Path) -> None:
     folder = tmp_path / "last"
     folder.mkdir()
     add_user(folder, "relay", "secret")
@@ -246,7 +246,7 @@ limits = {{ breaker_failures = 1000 }}
         assert "refused" in reports[1]["Diagnostic-Code"].lower()
 
 
-def test_mail_that_waits_survives_a_restart_and_goes_out_when_the_hop_is_back(tmp_path: Path) -> None:
+def test_queued_mail_survives_a_restart_and_is_delivered_later(tmp_path: Path) -> None:
     with last_hop(tmp_path) as last:
         port = last.port
         assert last.stop() == 0
@@ -264,7 +264,7 @@ def test_mail_that_waits_survives_a_restart_and_goes_out_when_the_hop_is_back(tm
             eventually(lambda: "bob" not in waiting(server), server)
 
 
-def test_a_dead_hop_with_many_messages_holds_up_nobody_else(tmp_path: Path) -> None:
+def test_a_dead_hop_with_many_messages_delays_no_other_mail(tmp_path: Path) -> None:
     with last_hop(tmp_path) as last:
         dead = free_port()
         more = f"""
@@ -285,7 +285,7 @@ next_hop = "smtp://127.0.0.1:{dead}"
 # ---- while the client waits
 
 
-def test_a_message_is_passed_on_while_it_comes_and_the_client_hears_the_hop(tmp_path: Path) -> None:
+def test_a_message_is_passed_on_with_the_reply_of_the_hop(tmp_path: Path) -> None:
     with last_hop(tmp_path) as last, gateway(tmp_path, f'[delivery]\nkind = "passthrough"\n{route_to(last)}') as server:
         bodies = hard_bodies()
         with smtplib.SMTP("127.0.0.1", server.port, timeout=60) as client:
@@ -300,7 +300,7 @@ def test_a_message_is_passed_on_while_it_comes_and_the_client_hears_the_hop(tmp_
         assert sorted(digest(body_of(m)) for m in received) == sorted(map(digest, bodies.values()))
 
 
-def test_a_message_that_can_not_be_passed_on_is_spooled(tmp_path: Path) -> None:
+def test_a_message_that_cannot_be_passed_on_is_spooled(tmp_path: Path) -> None:
     port = free_port()
     more = f'[delivery]\nkind = "passthrough"\n{RETRIES}[[route]]\nnext_hop = "smtp://127.0.0.1:{port}"\n'
     with gateway(tmp_path, more + "[route.limits]\nbreaker_pause = 0.5\n") as server:
@@ -315,7 +315,7 @@ def test_a_message_that_can_not_be_passed_on_is_spooled(tmp_path: Path) -> None:
             assert len(last.messages(1)) == 1
 
 
-def test_a_recipient_that_the_next_hop_does_not_know_is_refused_at_rcpt(tmp_path: Path) -> None:
+def test_a_recipient_unknown_to_the_next_hop_is_refused_at_rcpt(tmp_path: Path) -> None:
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "known").write_text("bob@example.org\n")
     verify = '[recipients]\nverify = "next-hop"\n'

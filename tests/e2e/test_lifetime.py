@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from bench import processes
+from bench.operations import PASS_ON
 
 from tests.e2e.running import ENVIRONMENT, Server, serving
 from tests.e2e.test_reload import wait_for_event
@@ -146,18 +147,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     made.close()
 
 
-START = """
-import fcntl, os, sys
-passed = [int(each) for each in sys.argv[1].split(",") if each]
-safe = [fcntl.fcntl(each, fcntl.F_DUPFD, 100) for each in passed]
-for place, descriptor in enumerate(safe):
-    os.dup2(descriptor, 3 + place, inheritable=True)
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.execv(sys.executable, [sys.executable, "-m", "penstock", *sys.argv[2:]])
-"""
-"""What a service manager does between fork and exec."""
-
-
 @contextmanager
 def managed(manager: Manager, folder: Path, config: str, run: int = 0, **environment: str) -> Iterator[Server]:
     """Run a server under a service manager, with the sockets that it has stored; wait until it is ready."""
@@ -167,7 +156,7 @@ def managed(manager: Manager, folder: Path, config: str, run: int = 0, **environ
     if descriptors:
         environment |= {"LISTEN_FDS": str(len(descriptors)), "LISTEN_FDNAMES": ":".join(names)}
     out, journal = folder / f"out{run}", folder / f"journal{run}"
-    command = [sys.executable, "-c", START, ",".join(map(str, descriptors)), "serve"]
+    command = [sys.executable, "-c", PASS_ON, ",".join(map(str, descriptors)), "serve"]
     with out.open("wb") as stdout, journal.open("wb") as stderr:
         process = subprocess.Popen(
             [*command, "--config", str(folder / "penstock.toml"), "--data", str(folder)],
@@ -185,7 +174,7 @@ def managed(manager: Manager, folder: Path, config: str, run: int = 0, **environ
 CONFIG = '[[listener]]\naddress = "127.0.0.1:0"\nname = "smtp"\n'
 
 
-def test_the_service_manager_is_told_of_every_change(tmp_path: Path, manager: Manager) -> None:
+def test_the_service_manager_is_notified_of_every_change(tmp_path: Path, manager: Manager) -> None:
     with managed(manager, tmp_path, CONFIG, WATCHDOG_USEC="400000") as server:
         began = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         manager.wait_for("WATCHDOG=1")
@@ -320,7 +309,7 @@ def test_a_unix_socket_survives_new_workers(tmp_path: Path, manager: Manager) ->
 
     with managed(manager, tmp_path, config) as server:
         greet()
-        (tmp_path / "penstock.toml").write_text('domains = ["example.org"]\n' + config)
+        (tmp_path / "penstock.toml").write_text(config + "[body]\nmemory_total = 50_000_000\n")
         server.process.send_signal(signal.SIGHUP)
         wait_for_event(server, "reloaded")
         greet()

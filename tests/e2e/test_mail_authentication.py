@@ -260,7 +260,7 @@ def test_without_dmarc_dkim_refuses_where_it_must_be_aligned(alone: Server) -> N
     assert "dmarc=" not in results_of(only_message(alone))
 
 
-def test_clients_behind_a_proxy_are_judged_by_their_own_address(alone: Server) -> None:
+def test_clients_of_a_proxy_are_judged_by_their_own_address(alone: Server) -> None:
     port = int(alone.said(r'"address":"127\.0\.0\.1:(\d+)","listener":"behind a proxy"')[1])
     replies = {}
     for address in ("127.0.0.1", "192.0.2.77"):
@@ -298,6 +298,8 @@ def test_trusted_clients_are_not_judged_by_default(dns: str, tmp_path: Path) -> 
     with serving(tmp_path / "server", settings) as server:
         assert send(server, Mail("strict.example", "strict.example")) == "250"
         assert b"Authentication-Results" not in only_message(server)
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            assert client.sendmail("a@strict.example", ["b@example.org"], b"no header\r\n") == {}
 
 
 @pytest.mark.parametrize("mode", ["monitor", "enforce"])

@@ -72,7 +72,7 @@ def test_many_large_messages_at_a_time_stay_within_the_budget(tmp_path: Path) ->
         assert added < 24 * 1024 * 1024, added
 
 
-def test_a_message_above_the_limit_is_not_buffered_and_the_session_goes_on(tmp_path: Path) -> None:
+def test_a_message_above_the_limit_is_not_buffered(tmp_path: Path) -> None:
     toml = TOML.replace("max_size = 0", "max_size = 1_000_000")
     with serving(tmp_path / "data", toml) as server:
         send(server, 500_000)

@@ -166,9 +166,11 @@ def test_a_next_hop_is_suspended_resumed_and_tried_again(tmp_path: Path) -> None
         assert "127.0.0.1: suspended" in penstock(server, "status").stdout
         assert penstock(server, "ctl", "hop", "127.0.0.1", "resume").stdout == "127.0.0.1: resumed\n"
         assert status(server)["spool"]["recipients"] == 1
+        drained = penstock(server, "ctl", "drain", "--delay", "0", "--timeout", "0", "--stay", "--wait").stdout
+        assert drained == "drained, but for mail that is left in the spool: the timeout is over\n"
 
 
-def test_clients_hear_421_when_descriptors_run_out(tmp_path: Path) -> None:
+def test_clients_receive_421_when_descriptors_run_out(tmp_path: Path) -> None:
     toml = WORKERS.replace("workers = 2", "workers = 1")
     with serving(tmp_path, toml) as server, ExitStack() as stack:
         open_now = len(os.listdir(f"/proc/{server.process.pid}/fd"))

@@ -386,6 +386,18 @@ def test_every_part_can_be_viewed_or_saved(tmp_path: Path) -> None:
         assert "Kick, off" in page.text("#panel")
 
 
+def test_many_texts_are_shown_some_at_a_time(tmp_path: Path) -> None:
+    texts = [b"Content-Type: text/html\r\n\r\n<p>text %d</p>" % number for number in range(50)]
+    with sink(tmp_path) as server, browser(*_DESKTOP) as driver:
+        send_raw(server, mixed(*texts))
+        page = Page(driver, server, "#/mail")
+        page.click("#list a")
+        page.wait(lambda: page.count("#panel iframe") == 20 and page.text("#panel .more") == "Show more: 30 parts")
+        page.click("#panel .more")
+        page.click("#panel .more")
+        page.wait(lambda: page.count("#panel iframe") == 50 and not page.count("#panel .more"))
+
+
 def test_mail_is_read_with_the_keyboard(tmp_path: Path) -> None:
     with sink(tmp_path) as server, browser(*_DESKTOP) as driver:
         for number in (1, 2, 3):

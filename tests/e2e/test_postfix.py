@@ -158,7 +158,7 @@ def test_mail_relayed_by_postfix_over_bdat_arrives_byte_for_byte(tmp_path: Path)
         assert digest(body_of(received)) == digest(body)
 
 
-def test_mail_passes_from_postfix_through_the_gateway_to_postfix_byte_for_byte(tmp_path: Path) -> None:
+def test_mail_from_postfix_to_postfix_is_unchanged(tmp_path: Path) -> None:
     last_toml = '[delivery]\nkind = "maildir"\n[[listener]]\naddress = "127.0.0.1:0"\n'
     with serving(tmp_path / "last", last_toml) as last, postfix(last, tls=False) as inner:
         toml = f'[[listener]]\naddress = "127.0.0.1:0"\n[[route]]\nnext_hop = "smtp://127.0.0.1:{inner}"\n'
@@ -198,7 +198,7 @@ TRICKS = [
 ]  # fmt: skip
 
 
-def test_postfix_behind_a_gateway_relays_no_sender_specified_route(tmp_path: Path) -> None:
+def test_postfix_after_a_gateway_relays_no_sender_specified_route(tmp_path: Path) -> None:
     """Postfix trusts its gateway and obeys % and ! (swap_bangpath, allow_percent_hack): what passes is relayed."""
     obeys = (
         "allow_percent_hack = yes\nswap_bangpath = yes\nallow_untrusted_routing = yes\nresolve_dequoted_address = yes\n"

@@ -123,8 +123,9 @@ def test_unknown_accounts_are_named(folder: Path, lines: str, message: str) -> N
     assert (code, message in said) == (1, True)
 
 
-def test_a_sink_serves_as_another_user(folder: Path) -> None:
-    arguments = ("--user", "nobody" if IS_ROOT else pwd.getpwuid(os.geteuid()).pw_name)
+@pytest.mark.parametrize("option", ["--user", "-u"])
+def test_a_sink_serves_as_another_user(folder: Path, option: str) -> None:
+    arguments = (option, "nobody" if IS_ROOT else pwd.getpwuid(os.geteuid()).pw_name)
     with serving(folder, "", "sink", *arguments) as server:
         uid = str(NOBODY.pw_uid if IS_ROOT else os.geteuid())
         assert set(status_of(server.process.pid)["Uid"].split()) == {uid}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import smtplib
+import socket
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ import pytest
 import trustme
 from bench.operations import make_pair, status_of
 
-from tests.e2e.running import Server, serving
+from tests.e2e.running import ENVIRONMENT, Server, serving
 from tests.e2e.test_workers import events, workers_of
 from tests.ports import free_port
 
@@ -73,6 +76,7 @@ def rewrite(server: Server, **changes: str) -> None:
     server.process.send_signal(signal.SIGHUP)
 
 
+MESSAGE = b"Subject: x\r\n\r\nHello\r\n"
 WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
 
 
@@ -183,6 +187,56 @@ def test_policy_files_are_read_again_when_they_change(tmp_path: Path, workers: s
         assert said() == "5.7.1 third: second text"
 
 
+MEMORY = "[body]\nmemory_total = 50_000_000"
+"""A change that needs new processes."""
+
+
+@WORKERS
+def test_domains_routes_and_limits_change_in_place(tmp_path: Path, workers: str) -> None:
+    down = f"smtp://127.0.0.1:{free_port()}"
+    route = f'[[route]]\nnext_hop = "{down}"\n'
+    waits = "[relay.retry]\nschedule = [3600]\n"
+    with (
+        reloadable(tmp_path, workers=workers, more=route + waits) as server,
+        smtplib.SMTP("127.0.0.1", server.port) as old,
+    ):
+        old.ehlo()
+        pids = workers_of(server)
+        assert old.sendmail("a@example.com", ["b@example.org", "c@example.net"], MESSAGE) == {}
+        server.said('"deferred"')
+        limit = "[admission]\nconnections = 4\n"
+        rewrite(server, workers=workers, top='domains = ["example.org"]', more=limit + waits)
+        wait_for_event(server, "reloaded")
+        for _ in range(4):
+            with smtplib.SMTP("127.0.0.1", server.port) as new:
+                new.ehlo()
+                new.mail("a@example.com")
+                assert new.rcpt("b@example.net")[0] == 550
+                assert new.rcpt("<postmaster>")[0] == 250
+        assert old.sendmail("a@example.com", ["d@example.net"], MESSAGE) == {}  # as the session began
+        assert len(server.messages(1)) == 1, "new mail has the new route"
+        deadline = time.monotonic() + 60
+        ctl(server, "hop", "example.org", "retry")
+        ctl(server, "hop", "example.net", "retry")
+        everyone = ["b@example.org", "c@example.net", "d@example.net"]
+        while (to := sorted(to for each in events(server, "delivered") for to in each["to"])) != everyone:
+            assert time.monotonic() < deadline, f"mail that waits has the new route, too: {to}"
+            time.sleep(0.02)
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(smtplib.SMTP("127.0.0.1", server.port))
+            with pytest.raises(smtplib.SMTPConnectError) as refused:
+                smtplib.SMTP("127.0.0.1", server.port)
+            assert refused.value.smtp_code == 421
+        assert workers_of(server) == pids
+
+
+def ctl(server: Server, *words: str) -> None:
+    command = [server.python, "-m", "penstock", "ctl", *words, "--config", str(server.folder / "penstock.toml")]
+    place = ["--data", str(server.folder)]
+    subprocess.run([*command, *place], check=True, capture_output=True, env=ENVIRONMENT, timeout=60)
+
+
 def test_other_changes_replace_the_workers(tmp_path: Path) -> None:
     with reloadable(tmp_path, workers="2") as server:
         before = workers_of(server)
@@ -207,15 +261,27 @@ def test_other_changes_replace_the_workers(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_does_not_start_stops_the_roll(tmp_path: Path) -> None:
-    with reloadable(tmp_path, workers="2") as server:
+    with reloadable(tmp_path, workers="2", more=MEMORY) as server:
         before = workers_of(server)
         (tmp_path / "policies.py").write_text("import os\nos._exit(3)\n")
-        rewrite(server, workers="2", top='domains = ["example.org"]', more='[[check]]\nhook = "policies.py:X"')
+        rewrite(server, workers="2", more='[[check]]\nhook = "policies.py:X"')
         cause = wait_for_event(server, "reload-failed")["cause"]
         assert "the new worker 0 ended with code 3 before it was ready" in cause
         assert workers_of(server) == before
         with smtplib.SMTP("127.0.0.1", server.port) as client:
             assert client.sendmail("a@example.com", ["b@example.net"], b"Subject: x\r\n\r\nHello\r\n") == {}
+
+
+def wait_for_metrics(port: int) -> None:
+    """Wait until the server is ready there."""
+    deadline = time.monotonic() + 60
+    status = 0
+    while not status:
+        with contextlib.suppress(ConnectionRefusedError):
+            status = status_of(f"127.0.0.1:{port}")
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert status == 200
 
 
 def test_the_address_of_the_metrics_can_change(tmp_path: Path) -> None:
@@ -226,20 +292,43 @@ def test_the_address_of_the_metrics_can_change(tmp_path: Path) -> None:
         pids = workers_of(server)
         rewrite(server, more=more[1])
         wait_for_event(server, "reloaded")
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                assert status_of(f"127.0.0.1:{ports[1]}") == 200
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        wait_for_metrics(ports[1])
         with pytest.raises(ConnectionRefusedError):
             status_of(f"127.0.0.1:{ports[0]}")
         assert workers_of(server) == pids
 
 
+def test_an_address_in_use_leaves_the_old_address_of_the_metrics(tmp_path: Path) -> None:
+    port = free_port()
+    with reloadable(tmp_path, more=f'[metrics]\naddress = "127.0.0.1:{port}"') as server, socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        rewrite(server, more=f'[metrics]\naddress = "127.0.0.1:{other.getsockname()[1]}"')
+        assert wait_for_event(server, "error")["where"] == "control, metrics"
+        wait_for_metrics(port)
+        ctl(server, "rotate")  # the control socket is there, too
+
+
+def test_a_certificate_behind_a_link_to_a_folder_is_noticed(tmp_path: Path) -> None:
+    """As certbot and Kubernetes replace certificates."""
+    new = [tmp_path / name for name in ("first", "second")]
+    for folder in new:
+        folder.mkdir()
+    make_pair(new[0])
+    after = make_pair(new[1])
+    (tmp_path / "live").symlink_to("first")
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).symlink_to(f"live/{name}")
+    with reloadable(tmp_path, reload_check="0.2") as server:
+        assert certificate_of(server) != after
+        (tmp_path / "new").symlink_to("second")
+        (tmp_path / "new").replace(tmp_path / "live")
+        wait_for_event(server, "reloaded")
+        assert certificate_of(server) == after
+        assert events(server, "reload-failed") == []
+
+
 def test_a_single_process_says_what_needs_a_restart(tmp_path: Path) -> None:
     with reloadable(tmp_path) as server:
-        rewrite(server, top='domains = ["example.org"]')
-        assert wait_for_event(server, "reload-refused")["cause"].startswith("domains: ")
+        rewrite(server, more=MEMORY)
+        assert wait_for_event(server, "reload-refused")["cause"].startswith("body: ")

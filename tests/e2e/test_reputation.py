@@ -114,9 +114,9 @@ def test_others_are_accepted_and_their_name_is_reported(
     assert f"smtp.remote-ip={address};".encode() in message.replace(b"\n\t", b" ")
 
 
-def test_a_client_that_speaks_before_the_greeting_is_refused(client_of: MakeClient) -> None:
+def test_data_before_the_greeting_is_refused(client_of: MakeClient) -> None:
     client = client_of("192.0.2.50", "EHLO hasty.example\r\n")
-    assert client.reply() == "554 5.5.1 Protocol error: the client has spoken before the greeting"
+    assert client.reply() == "554 5.5.1 Protocol error: data received before the greeting"
     assert client.reply() == ""
 
 
@@ -126,7 +126,7 @@ def test_a_client_that_has_waited_once_does_not_wait_again(client_of: MakeClient
     assert [hasty.reply()[:4] for _ in range(2)] == ["220 ", "250 "]
 
 
-def test_an_error_of_a_list_is_journaled_and_condemns_nobody(server: Server, client_of: MakeClient) -> None:
+def test_an_error_of_a_list_is_journaled_and_refuses_no_client(server: Server, client_of: MakeClient) -> None:
     client = client_of("192.0.2.7")
     client.reply()
     assert client.say(*DIALOG)[-1].startswith("250 ")

@@ -16,8 +16,8 @@ from tests.tagged import marked, send_marked
 
 IMPATIENT = """
 queue_run_delay = 1s
-minimal_backoff_time = 1s
-maximal_backoff_time = 1s
+minimal_backoff_time = 3s
+maximal_backoff_time = 3s
 transport_retry_time = 1s
 """
 HARD_TIMES = """

@@ -106,15 +106,15 @@ def lenient_hop(*, has_chunking: bool) -> Iterator[LenientHop]:
 
 def dialog(port: int, *pieces: bytes) -> list[bytes]:
     """Send pieces, each after the reply to the one before, then QUIT; return all replies."""
-    replies = []
+    replies: list[bytes] = []
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client, client.makefile("rb") as file:
         for piece in (b"", *pieces, b"QUIT\r\n"):
             try:
                 client.sendall(piece)
+                while (line := file.readline()) and line[3:4] == b"-":
+                    pass
             except OSError:  # the server has closed: the two sides disagree about the end of the text
-                break
-            while (line := file.readline()) and line[3:4] == b"-":
-                pass
+                return replies
             replies.append(line)
         replies += file.readlines()
     return replies

@@ -146,7 +146,7 @@ def test_workers_end_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def test_a_second_server_is_told_that_the_address_is_in_use(tmp_path: Path) -> None:
+def test_a_second_server_reports_that_the_address_is_in_use(tmp_path: Path) -> None:
     with serving(tmp_path / "data", "", "serve", "--workers", "2") as server:
         command = [sys.executable, "-m", "penstock", "serve", "--workers", "2", "--listen", server.address]
         command += ["--data", str(tmp_path / "other")]
@@ -155,7 +155,7 @@ def test_a_second_server_is_told_that_the_address_is_in_use(tmp_path: Path) -> N
         assert "Address already in use" in found.stderr
 
 
-def test_a_worker_that_can_not_start_ends_the_server(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_ends_the_server(tmp_path: Path) -> None:
     (tmp_path / "spool-1").write_text("in the way")
     command = [sys.executable, "-m", "penstock", "serve", "--workers", "2", "--listen", "127.0.0.1:0"]
     command += ["--data", str(tmp_path)]

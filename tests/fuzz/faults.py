@@ -32,7 +32,7 @@ from trio.testing import MockClock
 from penstock.journal import Journal, JournalSettings
 from penstock.metrics._session import PHASES, Metrics
 from penstock.sink.plan import PHASES as PLANNED
-from penstock.sink.plan import Dress, PlanError, parse_plan
+from penstock.sink.plan import Corruption, PlanError, parse_plan
 from tests.helpers import Recorder
 from tests.sink.playing import talking
 
@@ -45,7 +45,7 @@ LINES = [
 ]  # fmt: skip
 TRANSACTION = [LINES[0], LINES[3], LINES[6], "DATA", "Subject: x\r\n\r\ntext", "."]
 REPLIES = ["450 4.2.1 Busy", "550", "421 4.3.2 Later", "250 2.0.0 Fine", "354 Go on", "220 Hello", "552 5.3.4 Too big"]
-DRESSES = get_args(Dress)
+CORRUPTIONS = get_args(Corruption)
 _ID = re.compile(rb"kept as [0-9A-Z]+")
 CONDITIONS = [
     "probability = 0.5", "every = 2", "attempts = 1", "first = 1", "after = 1", 'sender = ["seq-*"]',
@@ -61,7 +61,7 @@ def rule_of(rng: random.Random, number: int) -> str:
         lines.append(f"at = {rng.choice([0, 1, 5, 200])}")
     for chance, does in (
         (0.4, f'reply = "{rng.choice(REPLIES)}"'),
-        (0.25, f'dress = "{rng.choice(DRESSES)}"'),
+        (0.25, f'dress = "{rng.choice(CORRUPTIONS)}"'),
         (0.25, f'end = "{rng.choice(["drop", "half-close", "stall", "reset"])}"'),
         (0.4, f"delay.seconds = {rng.choice([0.5, 3])}"),
         (0.1, "read_rate = 1000"),

@@ -131,10 +131,7 @@ class Driver:
             assert event.size == len(self._body)
             play.messages.append((recipients, self._body))
             self._body = b""
-            if session.extensions.is_lmtp:
-                session.reply_each([replies.OK] * recipients)
-            else:
-                session.reply(replies.OK)
+            session.reply(replies.OK)
         elif isinstance(event, StartTls):
             self._body = b""
             session.reply(replies.GO_AHEAD_TLS)

@@ -12,7 +12,9 @@ from penstock.load.counts import Counts
 from penstock.load.page import comparison_page, page
 from penstock.load.plot import latency_axis, percentile_axis
 
-ABOUT = {"targets": ["[::1]:25"], "machine": "a <machine>", "command": "penstock load"}
+ABOUT = {
+    "targets": ["[::1]:25"], "machine": "a <machine>", "command": "penstock load", "workers": 1, "interrupted": False
+}  # fmt: skip
 
 
 def report(seconds: int, rest: float, latency: float = 0.002) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def report(seconds: int, rest: float, latency: float = 0.002) -> dict[str, Any]:
             counts.phases[phase].record_n(int(latency * 1e9), int(100 * length))
         counts.current.record_n(int(latency * 1e9), int(100 * length))
         counts.replies["dot", 250] = counts.accepted
-        counts.replies["rcpt", 450] += 1
+        counts.replies["rcpt", 450] = counts.replies.get(("rcpt", 450), 0) + 1
         counts.refused += 1
         counts.ended = counts.begun + sum(lengths[: number + 1])
         counts._second_begun = counts.ended - length
@@ -99,3 +101,11 @@ def test_a_comparison_lays_one_run_over_the_other() -> None:
 
 def test_texts_are_escaped() -> None:
     assert "a &lt;machine&gt;" in page(report(1, 0))
+
+
+def test_what_limits_the_meaning_of_the_figures_is_told() -> None:
+    html = page({**report(2, 0.5), "late": 7, "interrupted": True, "aborted_by": "rate>1", "warm_up": {"seconds": 3.0}})
+    assert "3 failed: 3 refused, 0 without a reply, 0 dropped, 0 not started" in html
+    for note in ("stopped: rate&gt;1 was violated", "7 messages waited for a free session", "warm-up of 3 s"):
+        assert note in html
+    assert "<p></p>" not in page({**report(2, 0.5), "refused": 0})

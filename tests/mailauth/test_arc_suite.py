@@ -52,7 +52,7 @@ def test_the_chain_is_judged_right(document: dict[str, Any], case: dict[str, Any
     ("trusted", "expected"),
     [((), "arc=pass"), (("Example.org.",), "arc=pass policy.sealers=trusted"), (("example.net",), "=untrusted")],
 )
-async def test_the_header_says_whether_the_sealers_are_trusted(trusted: tuple[str, ...], expected: str) -> None:
+async def test_the_header_shows_whether_the_sealers_are_trusted(trusted: tuple[str, ...], expected: str) -> None:
     document = next(each for each in DOCUMENTS if "cv_pass_i1_1" in each["tests"])
     case = document["tests"]["cv_pass_i1_1"]
     head, _, body = case["message"].replace("\n", "\r\n").encode().partition(b"\r\n\r\n")

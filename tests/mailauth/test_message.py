@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from penstock.mailauth import DecisionSettings, Judgement, MessageCheck, MethodResult, spf
+from penstock.mailauth.lookup import Answer, Kind
 from tests.mailauth.test_dkim import BODY, HEAD, NOW, RSA, record, sign
 from tests.mailauth.zone import Table, run
 
@@ -53,7 +54,7 @@ def field(judgement: Judgement) -> str:
     return judgement.header_field.decode().replace("\r\n\t", " ").strip()
 
 
-def test_genuine_mail_passes_and_says_so() -> None:
+def test_genuine_mail_passes() -> None:
     judgement = judge(zone(), sign())
     assert judgement.decisions.enforced.action == "accept"
     assert field(judgement) == (
@@ -79,7 +80,7 @@ def test_forged_mail_is_refused_or_only_counted() -> None:
     assert judgement.decisions.monitored == decision
 
 
-def test_the_null_sender_is_told_by_its_helo() -> None:
+def test_the_null_sender_is_reported_with_its_helo() -> None:
     table = zone().add("client.example", "TXT", b"v=spf1 -all")
     assert "spf=fail smtp.helo=client.example;" in field(judge(table, sender=""))
 
@@ -186,3 +187,36 @@ def test_forged_results_are_named_and_hints_are_what_is_asked() -> None:
         ("s1._domainkey.example.com", "TXT"),
         ("_dmarc.example.com", "TXT"),
     ]
+
+
+def test_hints_for_a_subdomain_leave_no_question_to_wait_for() -> None:
+    # example.com asks for DMARC, and nobody else does: the walk goes up to the top-level domain.
+    head = HEAD.replace(b"@example.com", b"@news.example.com")
+    table = zone()
+    asked: list[tuple[str, Kind]] = []
+
+    async def main() -> Judgement:
+        check = MessageCheck(head, ENFORCE, now=NOW)
+        check.feed(BODY)
+        hints = check.hints
+
+        async def query(name: str, kind: Kind) -> Answer:
+            if (name, kind) not in hints:
+                asked.append((name, kind))
+            return await table.query(name, kind)
+
+        return await check.finish(query, authserv_id="mx", spf=None, mail_from="", helo="client.example")
+
+    judgement = run(main())
+    assert "dmarc=fail header.from=news.example.com" in field(judgement)
+    assert asked == []
+
+
+def test_the_hints_of_any_header_are_bounded() -> None:
+    labels = b".".join(b"a%d" % number for number in range(40))
+    seals = b"".join(
+        b"DKIM-Signature: v=1; a=rsa-sha256; d=d%d.example; s=s; h=from; bh=YQ==; b=YQ==\r\n" % number
+        for number in range(60)
+    )
+    hints = MessageCheck(seals + b"From: joe@" + labels + b".example\r\n", ENFORCE, now=NOW).hints
+    assert len(hints) == 5 + 8

@@ -27,6 +27,17 @@ def test_the_number_of_names_is_bounded_and_the_sum_exact() -> None:
     assert len(busiest._activity) <= 1000
 
 
+def test_fewer_names_leave_the_busiest_and_the_sum() -> None:
+    busiest = Busiest(3, 1, Clock())
+    for name, count in (("a.example", 1), ("b.example", 5), ("c.example", 3)):
+        busiest.add(name, [count])
+    busiest.use(1)
+    assert busiest.sums() == {"b.example": [5], "other": [4]}
+    busiest.use(2)
+    busiest.add("a.example", [7])
+    assert busiest.sums() == {"b.example": [5], "a.example": [7], "other": [4]}
+
+
 def test_a_busy_destination_replaces_one_that_is_not_any_more() -> None:
     clock = Clock()
     busiest = Busiest(1, 1, clock)

@@ -123,7 +123,7 @@ def test_events_leave_the_window_gradually() -> None:
     assert two.count(FAILURES, "alice", 600, 1200.0) == 0
 
 
-def test_a_success_forgets_what_all_workers_have_counted() -> None:
+def test_a_success_resets_the_counts_of_all_workers() -> None:
     _, one, two = two_tables()
     for now in (500.0, 700.0):
         for _ in range(3):
@@ -135,7 +135,7 @@ def test_a_success_forgets_what_all_workers_have_counted() -> None:
     assert two.count(FAILURES, "alice", 600, 711.0) == 1
 
 
-def test_a_failure_that_is_taken_back_leaves_the_window_it_was_counted_in() -> None:
+def test_an_undone_failure_leaves_the_window_it_was_counted_in() -> None:
     _, one, _ = two_tables()
     one.happen(FAILURES, "alice", 1, 600, 599.0)
     one.happen(FAILURES, "alice", -1, 600, 601.0)

@@ -45,6 +45,28 @@ def test_what_is_no_address(text: str) -> None:
         ListenAddress.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("listener", "ipv4", "ipv6"),
+    [
+        (":25", True, True),
+        ("0.0.0.0:25", True, False),
+        ("[::]:25", False, True),
+        ("127.0.0.1:25", True, False),
+        ("[::1]:25", False, True),
+        ("localhost:25", True, True),
+    ],
+)
+def test_a_listener_is_reached_by_its_versions_of_ip(listener: str, ipv4: bool, ipv6: bool) -> None:
+    address = ListenAddress.parse(listener)
+
+    def reaches(host: str) -> bool:
+        return address.is_reached_by(host, 25, lambda _: False)
+
+    assert [reaches("127.0.0.1"), reaches("0.0.0.0"), reaches("::ffff:127.0.0.1")] == [ipv4] * 3
+    assert [reaches("::1"), reaches("::")] == [ipv6] * 2
+    assert reaches("localhost") is (ipv4 or listener == "[::]:25")
+
+
 @pytest.mark.parametrize("text", ["[[::1:25", "[[::1]]:25", "[::1:25", "::1]:25"])
 def test_brackets_that_do_not_match_are_not_helped_on(text: str) -> None:
     with pytest.raises(ValueError, match="a listen address looks like"):

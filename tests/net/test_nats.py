@@ -16,11 +16,13 @@ import trio.testing
 import trustme
 from bench.nats_servers import NatsServers
 
+import penstock.net.nats
 from penstock.net.nats import (
     Credentials,
     DisconnectedError,
     Message,
     NatsClient,
+    NatsError,
     NoRespondersError,
     OverloadedError,
     Request,
@@ -33,7 +35,7 @@ from penstock.net.natswire import (
     NkeyError,
     Parser,
     ProtocolError,
-    make_headers,
+    Requests,
     parse_headers,
 )
 
@@ -119,7 +121,16 @@ def test_operations_are_read_however_they_are_cut(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"MSG a 1\r\n", b"MSG a 1 -3\r\n", b"HMSG a 1 5 3\r\n", b"MSG a 1 x\r\n", b"WHAT\r\n", b"INFO {\r\n"]
+    "line",
+    [
+        b"MSG a 1\r\n",
+        b"MSG a 1 -3\r\n",
+        b"HMSG a 1 5 3\r\n",
+        b"MSG a 1 x\r\n",
+        b"MSG a 1 99999999999999999999\r\n",
+        b"WHAT\r\n",
+        b"INFO {\r\n",
+    ],
 )
 def test_what_is_not_nats_is_refused(line: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -133,10 +144,20 @@ def test_a_line_without_an_end_is_refused() -> None:
             parser.feed(b"x" * 100_000)
 
 
-def test_headers_are_one_line_each() -> None:
-    assert parse_headers(make_headers({"A": "1", "B": "x: y"})) == {"A": "1", "B": "x: y"}
-    with pytest.raises(ValueError, match="one line"):
-        make_headers({"A": "1\r\nB: 2"})
+def test_answers_that_nobody_waits_for_change_nothing() -> None:
+    requests = Requests("_INBOX.a.", most_waiting=10, most_octets=1000)
+    answers: list[Message | NatsError] = []
+    assert requests.add("x", b"", b"", answers.append, 1.0) == 1
+    parser = Parser(Heard(), requests)
+    for number in (b"0", b"2", b"-1", b"x", b"", b"9" * 5000):
+        parser.feed(b"MSG _INBOX.a.%b 1 2\r\nno\r\n" % number)
+    assert not answers
+    parser.feed(b"MSG _INBOX.a.1 1 3\r\nyes\r\n" * 2)
+    assert [each.data for each in answers if isinstance(each, Message)] == [b"yes"]
+
+
+def test_headers_are_parsed_by_name() -> None:
+    assert parse_headers(b"NATS/1.0\r\nA: 1\r\nB: x: y\r\n\r\n") == {"A": "1", "B": "x: y"}
 
 
 def test_an_nkey_is_read_as_other_implementations_write_it() -> None:
@@ -155,12 +176,21 @@ def test_a_wrong_url_is_refused(url: str) -> None:
 # ---- one connection
 
 
+async def test_a_subject_need_not_be_utf8(servers: NatsServers) -> None:
+    async with connected(NatsClient(addresses(servers.urls[0]))) as client, client.subscribed("odd.*") as got:
+        await client.flush(timeout=10)
+        async with await trio.open_tcp_stream("127.0.0.1", servers.client[0]) as other:
+            await other.send_all(b"CONNECT {}\r\nPUB odd.\xff 2\r\nhi\r\nPING\r\n")
+            with trio.fail_after(30):
+                assert (await got.receive()).data == b"hi"
+
+
 async def test_a_request_is_answered(servers: NatsServers) -> None:
     async with connected(NatsClient(addresses(*servers.urls))) as client, trio.open_nursery() as nursery:
         started = trio.Event()
         nursery.start_soon(echo, client, "echo", started)
         await started.wait()
-        headers = make_headers({"A": "1"})
+        headers = b"NATS/1.0\r\nA: 1\r\n\r\n"
         answer = await client.request("echo", b"hello\r\n", headers, timeout=10)
         assert (answer.data, answer.fields) == (b"hello\r\n", {"A": "1"})
         answers = await client.request_many([Request("echo", b"%d" % n) for n in range(100)], timeout=10)
@@ -226,7 +256,7 @@ async def test_the_official_client_understands_this_one(servers: NatsServers) ->
             async def answer() -> None:
                 message = await got.receive()
                 assert (message.data, message.fields) == (b"ready", {"Kind": "witness"})
-                client.publish("from.penstock", body, make_headers({"Envelope": '["ä@example.org"]'}))
+                client.publish("from.penstock", body, 'NATS/1.0\r\nEnvelope: ["ä@example.org"]\r\n\r\n'.encode())
 
             nursery.start_soon(answer)
             heard, fields = await trio.to_thread.run_sync(asyncio.run, witness())
@@ -351,4 +381,36 @@ async def test_a_server_that_is_not_nats_is_given_up() -> None:
         nursery.start_soon(trio.serve_listeners, smtp, listeners)
         port = listeners[0].socket.getsockname()[1]
         assert "expected INFO" in await try_to_connect(NatsClient([ServerAddress("127.0.0.1", port)]))
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_drops_its_clients_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penstock.net.nats, "_FIRST_PAUSE", 3600.0)
+    monkeypatch.setattr(penstock.net.nats, "_LONGEST_PAUSE", 3600.0)
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    address = ServerAddress("127.0.0.1", listeners[0].socket.getsockname()[1])
+    dropped = trio.Event()
+
+    async def drop(stream: trio.SocketStream) -> None:
+        await stream.send_all(b'INFO {"max_payload":1048576,"headers":true}\r\n')
+        received = b""
+        while b"PING\r\n" not in received:
+            received += await stream.receive_some()
+        await stream.send_all(b"PONG\r\n")
+        await stream.aclose()
+
+    def note(_address: str, reason: str) -> None:
+        if reason:
+            dropped.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, drop, listeners)
+        client = NatsClient([address])
+        client.on_change = note
+        await nursery.start(client.run)
+        await dropped.wait()
+        for _ in range(20):  # a reconnection would come before these
+            async with await trio.open_tcp_stream(address.host, address.port) as other:
+                assert (await other.receive_some()).startswith(b"INFO")
+        assert client.connections == 1
         nursery.cancel_scope.cancel()

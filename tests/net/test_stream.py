@@ -12,12 +12,22 @@ import trio
 import trio.testing
 import trustme
 
-from penstock.net._poller import Poller, TaskProtocol
+from penstock.net._poller import Poller, Protocol
 from penstock.net.stream import AheadStream, SocketStream, watch_sockets
 from penstock.smtp import _wire
 from penstock.smtp._wire import Wire
 
 Pair = tuple[SocketStream, SocketStream]
+
+
+class Turns(Protocol):
+    """Turns whose octets go into a wire."""
+
+    def __init__(self, wire: Wire, turn: Callable[[int], bytes | None]) -> None:
+        self.recv = wire.recv
+        self.data_received = turn
+
+
 Maker = Callable[[], Awaitable[Pair]]
 
 
@@ -70,7 +80,7 @@ async def test_the_stream_is_lawful_on_a_tcp_socket(make_tcp_pair: Maker) -> Non
     await trio.testing.check_half_closeable_stream(make_tcp_pair, None)
 
 
-async def test_tls_stands_on_the_stream(make_tcp_pair: Maker) -> None:
+async def test_tls_works_over_the_stream(make_tcp_pair: Maker) -> None:
     authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost", key_type=trustme.KeyType.ECDSA).configure_cert(server_context)
@@ -114,7 +124,7 @@ async def test_fill_waits_and_can_be_cancelled_without_losing_input(make_pair: M
         assert await right.fill(wire) == 6
 
 
-async def test_a_second_receiver_is_told_off(make_pair: Maker) -> None:
+async def test_a_second_receiver_is_an_error(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, right, trio.open_nursery() as nursery:
         nursery.start_soon(right.fill, Wire())
@@ -163,7 +173,7 @@ async def test_what_was_read_ahead_comes_first(make_pair: Maker) -> None:
         assert await left.receive_some() == b"ghi"
 
 
-async def test_a_firehose_lets_others_have_their_turn(make_pair: Maker) -> None:
+async def test_a_fast_sender_does_not_starve_other_tasks(make_pair: Maker) -> None:
     left, right = await make_pair()
     wire = Wire()
     turns = 0
@@ -234,7 +244,7 @@ async def test_a_turn_answers_until_it_has_to_wake_the_task(make_pair: Maker) ->
         results: list[int] = []
 
         async def run() -> None:
-            results.append(await right.run_protocol(TaskProtocol(wire, turn)))
+            results.append(await right.run_protocol(Turns(wire, turn)))
 
         nursery.start_soon(run)
         for number in (b"1", b"2"):
@@ -249,7 +259,7 @@ async def test_the_end_of_the_stream_ends_the_turns(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, right:
         await left.send_eof()
-        assert await right.run_protocol(TaskProtocol(Wire(), lambda _: b"")) == 0
+        assert await right.run_protocol(Turns(Wire(), lambda _: b"")) == 0
 
 
 async def test_a_turn_that_raises_raises_in_its_task(make_pair: Maker) -> None:
@@ -260,7 +270,7 @@ async def test_a_turn_that_raises_raises_in_its_task(make_pair: Maker) -> None:
     async with left, right:
         await left.send_all(b"x")
         with pytest.raises(LookupError):
-            await right.run_protocol(TaskProtocol(Wire(), turn))
+            await right.run_protocol(Turns(Wire(), turn))
 
 
 async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair: Maker) -> None:
@@ -273,7 +283,7 @@ async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair
         return answer
 
     async with left, right, trio.open_nursery() as nursery:
-        nursery.start_soon(right.run_protocol, TaskProtocol(wire, turn))
+        nursery.start_soon(right.run_protocol, Turns(wire, turn))
         for _ in range(2):
             await left.send_all(b"x")
             got = b""
@@ -297,7 +307,7 @@ async def test_a_sleeper_has_poller_whatever_came_before(make_pair: Maker, octet
     results: list[int] = []
 
     async def run() -> None:
-        results.append(await right.run_protocol(TaskProtocol(wire, turn)))
+        results.append(await right.run_protocol(Turns(wire, turn)))
 
     async with left, right, trio.open_nursery() as nursery:
         nursery.start_soon(run)

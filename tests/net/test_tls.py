@@ -46,7 +46,7 @@ def test_a_certificate_that_ends_soon_is_renewed(tmp_path: Path, days: int, rene
     assert (made.certificate.read_bytes() != old) is renewed
 
 
-def test_a_broken_file_is_made_anew(tmp_path: Path) -> None:
+def test_a_broken_file_is_replaced(tmp_path: Path) -> None:
     made = generated_certificate(tmp_path / "tls", ["localhost"])
     made.certificate.write_text("nonsense")
     generated_certificate(tmp_path / "tls", ["localhost"])

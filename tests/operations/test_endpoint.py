@@ -230,7 +230,7 @@ async def test_what_is_not_http_is_refused(tmp_path: Path) -> None:
         assert (await server.get("/livez"))[0] == 200
 
 
-def test_an_address_that_others_can_reach_needs_a_token(tmp_path: Path) -> None:
+def test_a_public_address_needs_a_token(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"metrics.address: other machines can reach :9525; set metrics.token_file"):
         parse('[metrics]\naddress = ":9525"')
     with pytest.raises(ConfigError, match=r"metrics.address: a listen address looks like"):

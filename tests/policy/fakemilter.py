@@ -19,7 +19,7 @@ def answer(code: bytes, *parts: bytes) -> bytes:
 
 
 class FakeMilter:
-    """Answers each command with the packets that `answers` has for it, otherwise with CONTINUE."""
+    """Answers each command with the packets that `answers` has for it or its code, otherwise with CONTINUE."""
 
     def __init__(self, steps: int = 0, answers: Mapping[bytes, bytes] | None = None, *, keeps: bool = True) -> None:
         """`steps` are those that it asks for; `keeps`: it goes on after QUIT_NC."""
@@ -91,7 +91,7 @@ class FakeMilter:
             self.probes += self.commands()[-3:] == b"OCK"
             return self.keeps
         elif code not in b"DAQ" and not self._is_silent(code):
-            await stream.send_all(self.answers.get(code, answer(CONTINUE)))
+            await stream.send_all(self.answers.get(command, self.answers.get(code, answer(CONTINUE))))
         return code != b"Q"
 
     def _is_silent(self, code: bytes) -> bool:

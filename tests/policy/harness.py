@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import trio
 
+from penstock.dns import Resolver
 from penstock.journal import Journal, JournalSettings
 from penstock.message import MailParameters, Recipient
 from penstock.message import Path as MailPath
@@ -26,9 +27,10 @@ Maker = Callable[[PolicySettings, Parts], Sequence[Check]]
 class Judged:
     """A running judge with some checks."""
 
-    def __init__(self, judge: Judge, journal: Journal) -> None:
+    def __init__(self, judge: Judge, journal: Journal, resolver: Resolver) -> None:
         self.judge = judge
         self.journal = journal
+        self.resolver = resolver
 
     def events(self) -> str:
         """Return the lines of the journal since the last call."""
@@ -65,5 +67,5 @@ async def judging(make: Maker, lying: Lying, policy: dict[str, Any], **resolver:
         parts = Parts("mx.example.org", dns, journal, Path(), lambda domain: domain == "example.org")
         judge = Judge(settings, make(settings, parts), journal)
         await nursery.start(judge.run)
-        yield Judged(judge, journal)
+        yield Judged(judge, journal, dns)
         nursery.cancel_scope.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import msgspec
 
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Envelope, Message, MessageId, Path, Recipient
+from penstock.metrics.counters import Counters
+from penstock.metrics.segment import private_segment
 from penstock.policy.check import Check, Parts
 from penstock.policy.judge import Judge
 from penstock.policy.settings import PolicySettings
@@ -86,6 +89,21 @@ def octets_of(message: Message) -> bytes:
     octets = message.prefix + b"".join(message.body.chunks())
     assert len(octets) == message.size
     return octets
+
+
+def count_in(journal: Journal) -> Counters:
+    """Have what a judge does counted, as a worker does."""
+    segment = private_segment()
+    page = segment.page(segment.claim())
+    page.start(os.getpid())
+    journal.counters = Counters(page)
+    return journal.counters
+
+
+def counted(counters: Counters, family: str) -> dict[str, int]:
+    """Return the series of a family that are not 0: {'{check="spf"}': 2}."""
+    found = {name.removeprefix(family): value for _, name, value in counters.page.series() if name.startswith(family)}
+    return {name: value for name, value in found.items() if isinstance(value, int) and value}
 
 
 def judge_with(check: Check, mode: str = "enforce") -> tuple[Judge, Journal]:

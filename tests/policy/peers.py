@@ -81,7 +81,7 @@ def rspamd(folder: Path) -> Iterator[tuple[int, int]]:
     command = ["rspamd", "-f", "-i", "-c", str(folder / "rspamd.conf")]
     command += [f"--var={name}={folder}" for name in ("DBDIR", "RUNDIR", "LOGDIR")]
     if os.getuid() == 0:
-        _give_to(folder, pwd.getpwnam("nobody"))
+        give_to_nobody(folder)
         command += ["-u", "nobody", "-g", "nogroup"]
     milter, http = free_port(), free_port()
     (folder / "tld").write_text("com\norg\nexample\n")
@@ -131,6 +131,11 @@ def postgrey(folder: Path) -> Iterator[int]:
     with processes.started(command, folder / "out"):
         wait_for(port)
         yield port
+
+
+def give_to_nobody(folder: Path) -> None:
+    """Let a program that gives up root for nobody use a folder."""
+    _give_to(folder, pwd.getpwnam("nobody"))
 
 
 def _give_to(folder: Path, user: pwd.struct_passwd) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import email
 import email.policy
 import gzip
+import itertools
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from parsedmarc import parse_report_email
 
 from penstock.journal import Journal, JournalSettings
 from penstock.mailauth import Decision
@@ -46,8 +50,8 @@ async def reporting(folder: Path, *lines: str, **more: Any) -> AsyncIterator[tup
 
     async with resolving(Lying(zone_of(*lines))) as resolver:
         made = Reporter(
-            send,
             resolver,
+            send,
             Journal(JournalSettings()),
             hostname="mx.example.org",
             contact="postmaster@example.org",
@@ -55,6 +59,12 @@ async def reporting(folder: Path, *lines: str, **more: Any) -> AsyncIterator[tup
             **more,
         )
         yield made, sent
+
+
+async def end_day(reporter: Reporter) -> int:
+    """Send the reports on what was counted so far."""
+    reporter.close(int(reporter._clock()))
+    return await reporter.send_reports()
 
 
 def xml_of(message: Message) -> ET.Element:
@@ -78,8 +88,8 @@ async def test_messages_with_the_same_results_are_one_row(tmp_path: Path) -> Non
             reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
         failed = results("fail", dkim="fail", spf_domain="other.example")
         reporter.count("192.0.2.2", "other.example", failed, REJECT)
-        assert await reporter.send_reports() == 1
-        assert await reporter.send_reports() == 0, "the rows are sent once"
+        assert await end_day(reporter) == 1
+        assert await end_day(reporter) == 0, "the rows are sent once"
     (message,) = sent
     assert str(message.envelope.recipients[0]) == "rua@example.com"
     assert message.envelope.sender.text == "postmaster@example.org"
@@ -97,11 +107,95 @@ async def test_messages_with_the_same_results_are_one_row(tmp_path: Path) -> Non
     assert text(second, "auth_results/dkim/selector") == "s1"
 
 
+async def test_parsedmarc_reads_a_report(tmp_path: Path) -> None:
+    async with reporting(tmp_path) as (reporter, sent):
+        reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
+        failed = results("fail", dkim="fail", spf_domain="other.example")
+        reporter.count("192.0.2.2", "other.example", failed, REJECT)
+        await end_day(reporter)
+    parsed = parse_report_email(b"".join(sent[0].body.chunks()), offline=True)
+    assert parsed["report_type"] == "aggregate"
+    report: dict[str, Any] = dict(parsed["report"])
+    assert report["report_metadata"]["org_name"] == "example.org", "of mx.example.org"
+    policy = report["policy_published"]
+    assert (policy["domain"], policy["p"], policy["sp"]) == ("example.com", "reject", "quarantine")
+    found = [
+        (each["source"]["ip_address"], each["policy_evaluated"]["disposition"], each["alignment"]["dmarc"])
+        for each in report["records"]
+    ]
+    assert found == [("192.0.2.1", "pass", True), ("192.0.2.2", "reject", False)]
+    assert [each["auth_results"]["spf"][0]["domain"] for each in report["records"]] == ["example.com", "other.example"]
+
+
+async def test_a_report_that_cannot_be_queued_is_kept(tmp_path: Path) -> None:
+    async with reporting(tmp_path) as (reporter, sent):
+
+        async def refuse(message: Message) -> None:
+            raise OSError("the disk is full")
+
+        reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
+        reporter._send = refuse
+        assert await end_day(reporter) == 0
+        await reporter._save()
+    async with reporting(tmp_path, clock=lambda: time.time() + 86_400) as (reporter, sent):  # it survives a restart
+        await reporter._load()
+        reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
+        assert await end_day(reporter) == 2
+    first, second = map(xml_of, sent)
+    assert [text(each, "record/row/count") for each in (first, second)] == ["1", "1"]
+    ended, begun = text(first, "report_metadata/date_range/end"), text(second, "report_metadata/date_range/begin")
+    assert ended == begun, "the periods do not overlap"
+
+
+async def test_a_report_that_fails_holds_up_no_other(tmp_path: Path) -> None:
+    async with reporting(tmp_path) as (reporter, sent):
+        queue = reporter._send
+
+        async def refuse(message: Message) -> None:
+            if message.envelope.recipients[0].path.domain == "example.com":
+                raise OSError("the disk is full")
+            await queue(message)
+
+        reporter._send = refuse
+        for domain in ("example.com", "example.net"):
+            found = results()
+            assert found.dmarc is not None
+            record = parse(f"v=DMARC1; p=reject; rua=mailto:rua@{domain}".encode())
+            found.dmarc = found.dmarc._replace(policy_domain=domain, record=record)
+            reporter.count("192.0.2.1", domain, found, ACCEPT)
+        assert await end_day(reporter) == 1
+        assert await end_day(reporter) == 0, "each is sent once"
+    assert [str(message.envelope.recipients[0]) for message in sent] == ["rua@example.net"]
+
+
+async def test_a_failed_report_is_tried_again_an_hour_later(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    tries: list[float] = []
+
+    def clock() -> float:
+        return 86_000 + trio.current_time()
+
+    async with reporting(tmp_path, clock=clock) as (reporter, _), trio.open_nursery() as nursery:
+
+        async def refuse(message: Message) -> None:
+            tries.append(clock())
+            if len(tries) == 3:
+                nursery.cancel_scope.cancel()
+            raise OSError("the disk is full")
+
+        reporter._send = refuse
+        reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
+        await reporter.run()
+    assert tries[0] >= 86_400
+    assert all(after - before >= 3600 for before, after in itertools.pairwise(tries)), tries
+
+
 async def test_another_domain_gets_reports_only_if_it_agrees(tmp_path: Path) -> None:
     agrees = 'example.com._report._dmarc.reports.example TXT "v=DMARC1;"'
     async with reporting(tmp_path, agrees) as (reporter, sent):
         reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
-        assert await reporter.send_reports() == 2
+        assert await end_day(reporter) == 2
     assert [str(message.envelope.recipients[0]) for message in sent] == ["rua@example.com", "all@reports.example"]
 
 
@@ -111,8 +205,8 @@ async def test_rows_survive_a_restart(tmp_path: Path) -> None:
         await reporter._save()
     async with reporting(tmp_path) as (reporter, sent):
         reporter.count("192.0.2.1", "example.com", results(), ACCEPT)
-        reporter._load()
-        await reporter.send_reports()
+        await reporter._load()
+        await end_day(reporter)
     assert text(xml_of(sent[0]).findall("d:record", NS)[0], "row/count") == "2"
 
 
@@ -146,5 +240,5 @@ async def test_what_clients_have_written_cannot_break_the_xml(tmp_path: Path) ->
         found = results()
         found.dkim = (DkimResult("permerror", "<&>\x00\x1b", "]]>"),)
         reporter.count("192.0.2.1", "example.com", found, ACCEPT)
-        await reporter.send_reports()
+        await end_day(reporter)
     assert text(xml_of(sent[0]), "record/auth_results/dkim/domain") == "<&>??"

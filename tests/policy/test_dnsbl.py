@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio.testing
 
-from penstock.policy.dnsbl import is_error, make_checks, parse_pattern, reversed_name
+from penstock.breaker import Breaker
+from penstock.journal import Journal, JournalSettings
+from penstock.policy.dnsbl import _Lookup, is_error, make_checks, parse_pattern, reversed_name
+from penstock.policy.evidence import Evidence, Lookup, Pending
 from penstock.results import Listing
 from tests.dns.lying import Clock, Lying, zone_of
 from tests.policy.harness import judging
@@ -117,7 +121,7 @@ async def test_lists_of_good_senders_outweigh_others() -> None:
         )
 
 
-async def test_a_list_in_monitor_mode_refuses_nobody() -> None:
+async def test_a_list_in_monitor_mode_refuses_no_client() -> None:
     async with judging(make_checks, listed("127.0.0.2"), lists(mode="monitor")) as judged:
         transaction, _ = await judged.connect()
         assert await judged.rcpt(transaction) is None
@@ -179,3 +183,39 @@ async def test_a_list_without_an_answer_is_left_out() -> None:
         transaction, _ = await judged.connect()
         assert await judged.rcpt(transaction) is None
         assert transaction.results.scores == {}
+
+
+class Noted(Lookup[str]):
+    """A lookup that notes when it is finished."""
+
+    def __init__(self, name: str, evidence: Evidence, finished: list[str], *, asks_more: bool) -> None:
+        super().__init__(evidence.begin(name))
+        self.name, self.asks_more = name, asks_more  # type: ignore[misc]
+        self._finished = finished
+
+    async def finish(self, *, are_due: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        self._finished.append(self.name)
+
+
+async def test_the_name_servers_of_the_client_delay_no_list() -> None:
+    evidence, journal = Evidence(), Journal(JournalSettings())
+    finished: list[str] = []
+    async with trio.open_nursery() as nursery:
+        evidence.look_up(Noted("fcrdns", evidence, finished, asks_more=True), nursery, journal)
+        evidence.look_up(Noted("dnsbl", evidence, finished, asks_more=False), nursery, journal)
+    assert finished == ["dnsbl", "fcrdns"]
+
+
+def test_a_list_is_asked_again_after_a_client_has_left_before_the_answer() -> None:
+    breaker = Breaker(1, 1.0, 1.0)
+    breaker.failed(0.0)
+    asked = SimpleNamespace(breaker=breaker)
+    check = SimpleNamespace(
+        ask=lambda lists, _: [each.breaker.probe() for each in lists] and SimpleNamespace(abandon=list)
+    )
+    lookup = _Lookup(check, [asked], "1.2.0.192", Pending())  # type: ignore[arg-type, list-item]
+    lookup.begin()
+    assert breaker.blocks(2.0), "while it is asked"
+    lookup.close()
+    assert not breaker.blocks(2.0)

@@ -11,8 +11,9 @@ import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from penstock.message import Recipient
+from penstock.message import NO_PARAMETERS, Recipient
 from penstock.policy.delegate import make_checks as make_delegates
+from penstock.policy.evidence import evidence_of
 from penstock.policy.milter import MilterCheck
 from penstock.policy.rspamd import RspamdCheck
 from penstock.policy.settings import MilterSettings, PolicySettings, RspamdSettings
@@ -85,6 +86,17 @@ async def test_opendkim_signs_what_is_delivered(tmp_path: Path) -> None:
             octets = octets_of(message)
             assert octets.count(b"DKIM-Signature:") == 1
             assert dkim.verify(octets, dnsfunc=lambda *_, **__: record)
+        judging, _ = judge_with(check)  # opendkim replies to MAIL and RCPT: the same, as the envelope arrives
+        transaction = make_transaction()
+        for _ in range(2):
+            assert await judging.on_mail(transaction, path_of("alice@example.com"), NO_PARAMETERS) is None
+            assert await judging.on_rcpt(transaction, Recipient(path_of("bob@example.org"))) is None
+            reply, message = await judging.on_message(transaction, make_message(transaction))
+            assert reply is None
+            assert dkim.verify(octets_of(message), dnsfunc=lambda *_, **__: record)
+        assert check._pool._lent == 1, "all on one connection"
+        judging.close(transaction, evidence_of(transaction))
+        assert check._pool._lent == 0
 
 
 async def test_clamav_milter_quarantines_viruses(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tests.policy import test_delegate, test_rspamd
 from tests.policy.fakemilter import FakeMilter
 
 
-async def test_filters_that_answer_have_no_problem_and_others_are_named() -> None:
+async def test_only_filters_that_do_not_answer_are_reported() -> None:
     milter, server, rspamd = FakeMilter(), test_delegate.Server(), test_rspamd.Server(test_rspamd.answer("pong"))
     async with milter.serving(), server.serving():
         old = FakeMilter(0x800000)

@@ -67,7 +67,7 @@ async def test_an_authenticated_domain_is_known_from_every_network() -> None:
     assert await greylist.code(with_spf("fail")) == 451
 
 
-async def test_the_reply_says_how_long_to_wait() -> None:
+async def test_the_reply_has_the_time_to_wait() -> None:
     greylist = Greylist(delay="5m")
     recipient = Recipient(path_of("bob@example.org"))
     assert await greylist.code() == 451

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.loading import HookError
+from penstock.loading import HookError, load_object
 from penstock.policy.hooks import load_hook
 
 GOOD = """
@@ -86,6 +86,21 @@ class Policy:
 def test_a_file_may_use_what_looks_its_module_up(tmp_path: Path) -> None:
     policy = load_hook(f"{write(tmp_path, DATACLASS)}:Policy")
     assert vars(sys.modules[type(policy).__module__])["Policy"] is type(policy)
+
+
+def test_a_file_may_import_modules_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "words_of_the_hook.py").write_text("TEXT = 'beside'\n")
+    (tmp_path / "hook.py").write_text("from words_of_the_hook import TEXT\nclass Policy:\n    text = TEXT\n")
+    assert vars(type(load_object(f"{tmp_path}/hook.py:Policy")))["text"] == "beside"
+
+
+def test_a_link_to_a_file_of_any_name_is_a_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "0abc-hook").write_text("class Policy:\n    file = __file__\n")
+    (tmp_path / "hook.py").symlink_to("store/0abc-hook")
+    assert vars(type(load_object(f"{tmp_path}/hook.py:Policy")))["file"] == f"{tmp_path}/hook.py"
 
 
 def test_files_of_one_name_are_two_modules(tmp_path: Path) -> None:

@@ -8,22 +8,26 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 
-from penstock.app import is_judged
-from penstock.config import ListenerSettings
+from penstock.app import rolling_changes
+from penstock.assembly.listeners import is_judged
+from penstock.config import ListenerSettings, Settings
 from penstock.journal import Journal, JournalSettings
 from penstock.message import NULL_PATH, CountedBody, Envelope, Message, MessageId
 from penstock.policy.base import ACCEPT, Mark
-from penstock.policy.check import Check, Edited
-from penstock.policy.evidence import Pending, run_guarded
+from penstock.policy.check import Check, Edited, Proposal
+from penstock.policy.evidence import Evidence, Lookup, Pending
 from penstock.policy.hooks import HookSettings
 from penstock.policy.judge import Judge
 from penstock.policy.pipeline import Pipeline
 from penstock.policy.scores import Thresholds
 from penstock.policy.settings import PolicySettings
 from penstock.reply import Reply
+from penstock.results import IprevResult
 from penstock.server.domains import Domains
 from penstock.transaction import Peer, Transaction
+from tests.policy.judging import count_in, counted
 
 NO = Reply(550, "5.7.1", "No")
 MESSAGE = Message(MessageId("x"), Envelope(NULL_PATH, ()), b"Received: here\r\n", CountedBody(5), 0.0)
@@ -170,15 +174,38 @@ async def test_a_check_that_cannot_be_told_changes_nothing() -> None:
 
 
 async def test_a_background_task_that_raises_ends_no_other() -> None:
-    async def fail() -> None:
-        raise ValueError("broken")
+    class Fails(Lookup[int]):
+        name = "says"
 
-    journal = Journal(JournalSettings())
-    pending: Pending[int] = Pending()
+        async def finish(self, *, are_due: bool) -> None:
+            raise ValueError("broken")
+
+    class Works(Fails):
+        async def finish(self, *, are_due: bool) -> None:
+            self.pending.set(int(are_due))
+
+    journal, evidence = Journal(JournalSettings()), Evidence()
+    pending: list[Pending[int]] = [Pending(), Pending()]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_guarded, journal, "says", pending.run, fail)
+        evidence.look_up(Fails(pending[0]), nursery, journal)
+        evidence.look_up(Works(pending[1]), nursery, journal)
+        assert [await each.get() for each in pending] == [None, 1]
+    assert journal.drain().count(b"broken") == 1
+
+
+async def test_the_lookups_of_a_client_end_with_its_connection() -> None:
+    class Hangs(Lookup[int]):
+        name = "hangs"
+
+        async def finish(self, *, are_due: bool) -> None:
+            await trio.sleep_forever()
+
+    evidence, pending = Evidence(), Pending[int]()
+    async with trio.open_nursery() as nursery:
+        evidence.look_up(Hangs(pending), nursery, Journal(JournalSettings()))
+        await trio.testing.wait_all_tasks_blocked()
+        evidence.close()
         assert await pending.get() is None
-    assert b"broken" in journal.drain()
 
 
 @pytest.mark.parametrize(
@@ -240,6 +267,38 @@ async def test_in_monitor_mode_scores_of_policies_decide_nothing() -> None:
     assert message.prefix == b"X-Score: 99\r\n" + MESSAGE.prefix
 
 
+async def test_a_check_that_answers_421_closes_the_connection() -> None:
+    pipeline, _ = pipeline_of(Says(Reply(421, "4.7.0", "Come back later")))
+    verdict = await pipeline.on_connect(transaction_of())
+    assert verdict is not None
+    assert verdict.closes
+
+
+async def test_parts_of_a_check_have_modes_of_their_own() -> None:
+    parts = [Proposal("dmarc", "monitor", NO), Proposal("spf", "enforce", Reply(451, "4.7.24", "Later"))]
+    pipeline, journal = pipeline_of(OnlyMessages(parts))
+    counters = count_in(journal)
+    verdict, _ = await judge(pipeline)
+    assert verdict is not None
+    assert verdict.code == 451
+    assert '"event":"monitored"' in journal.drain().decode()
+    assert counted(counters, "policy_would_total") == {'{check="dmarc",verdict="reject"}': 1}
+    assert counted(counters, "policy_verdicts_total") == {'{check="spf",verdict="defer"}': 1}
+
+
+async def test_results_of_messages_are_counted_with_the_mode() -> None:
+    pipeline, journal = pipeline_of(OnlyMessages(None), fcrdns={"mode": "monitor"})
+    counters = count_in(journal)
+    for found in (IprevResult("pass"), IprevResult("fail"), IprevResult("fail")):
+        transaction = transaction_of()
+        transaction.results.iprev = found
+        await judge(pipeline, transaction)
+    assert counted(counters, "policy_results_total") == {
+        '{check="fcrdns",result="pass",mode="monitor"}': 1,
+        '{check="fcrdns",result="fail",mode="monitor"}': 2,
+    }
+
+
 async def test_checks_that_count_hear_what_became_of_a_message() -> None:
     check = OnlyMessages(None)
     pipeline, _ = pipeline_of(check, hooks=[Hook(NO)])
@@ -268,6 +327,17 @@ def test_public_listeners_with_domains_are_judged_by_default(
     ours = None if domains is None else Domains(domains)
     assert is_judged(listener, ours, judges_all=False) is expected
     assert is_judged(listener, ours, judges_all=True)
+
+
+@pytest.mark.parametrize(("others", "expected"), [(0, ["policy"]), (1, [])])
+def test_a_listener_that_becomes_public_is_judged_after_a_reload(others: int, expected: list[str]) -> None:
+    """Without checks so far, workers are started anew; otherwise the new listener gets those that there are."""
+
+    def settings(*, is_required: bool) -> Settings:
+        listeners = [{"address": ":587", "auth": {"required": is_required}}, *[{"address": ":25"}] * others]
+        return msgspec.convert({"domains": ["example.org"], "listener": listeners}, Settings)
+
+    assert rolling_changes(settings(is_required=True), settings(is_required=False)) == expected
 
 
 async def test_mail_waits_where_the_delivery_cannot_hold_it() -> None:

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import re
+import socket
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 import pytest
 import trio
 
-from penstock.message import Message
+from penstock.message import NO_PARAMETERS, Message, Recipient
+from penstock.policy import filters
+from penstock.policy.evidence import evidence_of
 from penstock.policy.milter import MilterCheck
 from penstock.policy.settings import MilterSettings
 from penstock.reply import CHECK_FAILED, Reply
 from penstock.transaction import Transaction
 from tests.policy.fakemilter import FakeMilter, answer
-from tests.policy.judging import HEADER, PREFIX, TEXT, judge, judge_with, make_message, make_transaction, octets_of
+from tests.policy.judging import (
+    HEADER,
+    PREFIX,
+    TEXT,
+    count_in,
+    counted,
+    judge,
+    judge_with,
+    make_message,
+    make_transaction,
+    octets_of,
+    path_of,
+)
 
 NO_REPLIES = 0xFF080
 """All NR steps, as rspamd asks for them."""
@@ -47,6 +64,196 @@ async def changed(
     reply, message = await asked(milter, transaction, make_message(transaction, body, prefix=prefix))
     assert reply is None
     return message
+
+
+class Client:
+    """A client whose messages a filter is asked about as their envelopes arrive."""
+
+    def __init__(self, check: MilterCheck) -> None:
+        self.check = check
+        self.judge, self.journal = judge_with(check, check.mode)
+        self.transaction = make_transaction()
+        self.transaction.recipients = []
+
+    async def mail(self, sender: str = "alice@example.com") -> Reply | None:
+        self.transaction.recipients = []
+        self.transaction.sender = path_of(sender)
+        return await self.judge.on_mail(self.transaction, path_of(sender), NO_PARAMETERS)
+
+    async def rcpt(self, *addresses: str) -> list[int]:
+        """Name recipients; return the codes of the replies."""
+        codes = []
+        for address in addresses:
+            refusal = await self.judge.on_rcpt(self.transaction, Recipient(path_of(address)))
+            codes.append(250 if refusal is None else refusal.code)
+            if refusal is None:
+                self.transaction.recipients.append(Recipient(path_of(address)))
+        return codes
+
+    async def message(self) -> Reply | None:
+        return (await self.judge.on_message(self.transaction, make_message(self.transaction)))[0]
+
+
+@asynccontextmanager
+async def connected(milter: FakeMilter, mode: str = "enforce") -> AsyncIterator[Client]:
+    """Serve, and wait until the check knows what the filter replies to."""
+    async with milter.serving(), trio.open_nursery() as nursery:
+        client = Client(check_for(milter, mode))
+        await nursery.start(client.check.run)
+        while not milter.probes:
+            await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        milter.seen.clear()
+        yield client
+        client.judge.close(client.transaction, evidence_of(client.transaction))
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_filter_refuses_one_recipient_of_two() -> None:
+    milter = FakeMilter(answers={b"R<bob@example.org>\0": answer(b"y", b"550 5.1.1 no bob\0")}, keeps=False)
+    async with connected(milter) as client:
+        for _ in range(2):
+            assert await client.mail() is None
+            assert await client.rcpt("bob@example.org", "carol@example.org") == [550, 250]
+            assert await client.message() is None
+    commands = re.sub(rb"[LB]+", b"-", milter.commands())
+    assert commands == b"OCHMRRT-N-E" + b"MRRT-N-E", "one connection, and nothing is sent twice"
+
+
+@pytest.mark.parametrize("step", [b"C", b"H", b"M"])
+async def test_a_filter_refuses_a_client_or_a_sender_at_mail(step: bytes) -> None:
+    async with connected(FakeMilter(answers={step: answer(b"r")}, keeps=False)) as client:
+        for _ in range(2):
+            refusal = await client.mail()
+            assert refusal is not None
+            assert (refusal.code, refusal.status) == (550, "5.7.1")
+
+
+async def test_an_envelope_that_was_given_up_is_aborted() -> None:
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as client:
+        await client.mail()
+        await client.rcpt("bob@example.org")
+        await client.mail("carol@example.com")
+        await client.rcpt("bob@example.org")
+        assert await client.message() is None
+    assert milter.commands().startswith(b"OCHMRAMRT")
+
+
+@pytest.mark.parametrize("code", [b"a", b"d"])
+async def test_what_a_filter_accepts_or_discards_at_rcpt_is_told_no_more(code: bytes) -> None:
+    milter = FakeMilter(answers={b"R": answer(code)}, keeps=False)
+    async with connected(milter) as client:
+        await client.mail()
+        assert await client.rcpt("bob@example.org", "carol@example.org") == [250, 250]
+        assert await client.message() is None
+        assert client.transaction.quarantine == ("hold" if code == b"d" else "")
+    assert milter.commands() == b"OCHMRA"
+
+
+async def test_other_recipients_than_those_told_are_told_again() -> None:
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as client:
+        await client.mail()
+        await client.rcpt("bob@example.org", "carol@example.org")
+        del client.transaction.recipients[0]  # another check has refused it
+        assert await client.message() is None
+    recipients = [each for each in milter.seen if each[:1] == b"R"]
+    assert recipients == [b"R<bob@example.org>\0", b"R<carol@example.org>\0", b"R<carol@example.org>\0"]
+
+
+@pytest.mark.parametrize("breaks", ["close", "cut", "nonsense", "hang"])
+@pytest.mark.parametrize("step", [b"M", b"R", b"T"])
+async def test_a_step_that_fails_decides_nothing(
+    step: bytes, breaks: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as client:
+        milter.break_at, milter.breaks = step, breaks
+        assert await client.mail() is None
+        assert await client.rcpt("bob@example.org") == [250]
+        if step != b"T":
+            milter.break_at = b""
+            assert await client.message() is None, "it is asked about all of it at the end"
+        else:
+            refusal = await client.message()
+            assert refusal is not None
+            assert refusal.code == 451
+
+
+async def test_a_filter_that_hangs_at_the_text_is_not_asked_again(autojump_clock: trio.testing.MockClock) -> None:
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as client:
+        await client.mail()
+        await client.rcpt("bob@example.org")
+        milter.break_at, milter.breaks = b"T", "hang"
+        asked, start = milter.connections, trio.current_time()
+        refusal = await client.message()
+        assert refusal is not None
+        assert refusal.code == 451
+        assert trio.current_time() - start <= client.check._deadline + 0.1
+        assert milter.connections == asked
+
+
+@pytest.mark.parametrize("step", [b"M", b"R"])
+async def test_steps_that_hang_again_and_again_cost_no_time(
+    step: bytes, autojump_clock: trio.testing.MockClock
+) -> None:
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as client:
+        milter.break_at, milter.breaks = step, "hang"
+        for _ in range(5):
+            assert await client.mail() is None
+            assert await client.rcpt("bob@example.org") == [250]
+        start = trio.current_time()
+        for _ in range(20):
+            assert await client.mail() is None
+            assert await client.rcpt("bob@example.org") == [250]
+        assert trio.current_time() == start
+        milter.break_at = b""
+        await trio.sleep(31)
+        assert await client.mail() is None
+        assert await client.rcpt("bob@example.org") == [250]
+        assert await client.message() is None
+
+
+async def test_connections_of_clients_that_come_together_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(filters, "_MOST_LENT", 3)
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as first:
+        others = [Client(first.check) for _ in range(10)]
+        before = milter.connections
+        async with trio.open_nursery() as nursery:
+            for each in others:
+                nursery.start_soon(each.mail)
+        assert milter.connections - before == 3
+        for each in others:
+            each.judge.close(each.transaction, evidence_of(each.transaction))
+        await first.mail()
+        assert milter.connections - before == 4, "those that were given back can be lent again"
+
+
+async def test_a_connection_that_cannot_be_opened_is_not_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "_MOST_LENT", 1)
+    milter = FakeMilter(keeps=False)
+    async with connected(milter) as client:
+        milter.break_at, milter.breaks = b"C", "close"
+        assert await client.mail() is None
+        milter.break_at = b""
+        milter.seen.clear()
+        assert await client.mail() is None
+        assert milter.commands() == b"OCHM"
+
+
+async def test_in_monitor_mode_a_filter_is_asked_at_the_end() -> None:
+    milter = FakeMilter(answers={b"R": answer(b"r")}, keeps=False)
+    async with connected(milter, "monitor") as client:
+        await client.mail()
+        assert await client.rcpt("bob@example.org") == [250]
+        assert milter.seen == []
+        assert await client.message() is None
 
 
 # ---- what a filter sees
@@ -271,12 +478,13 @@ async def test_nothing_is_changed_in_monitor_mode() -> None:
         check = check_for(milter, "monitor")
         transaction = make_transaction()
         asking, journal = judge_with(check, "monitor")
+        counters = count_in(journal)
         reply, message = await asking.on_message(transaction, make_message(transaction))
     assert reply is None
     assert transaction.quarantine == ""
     assert octets_of(message) == PREFIX + HEADER + b"\r\n" + TEXT
     assert len(message.envelope.recipients) == 1
-    assert asking.counts[check.name, "monitor", "refuse"] == 1
+    assert counted(counters, "policy_would_total") == {f'{{check="{check.name}",verdict="reject"}}': 1}
     assert b'"monitored"' in journal.drain()
 
 
@@ -338,6 +546,40 @@ async def test_a_filter_that_breaks_at_any_step_defers_mail(
 )
 async def test_packets_that_make_no_sense_defer_mail(packets: bytes) -> None:
     reply, message = await asked(FakeMilter(0, {b"E": packets}))
+    assert reply == CHECK_FAILED
+    assert octets_of(message) == PREFIX + HEADER + b"\r\n" + TEXT
+
+
+class Flood(FakeMilter):
+    """A filter that sends one packet again and again, faster than it can be read, from a thread of its own."""
+
+    def __init__(self, packet: bytes) -> None:
+        super().__init__(NO_REPLIES)
+        self.packet = packet
+
+    async def _answer(self, stream: trio.SocketStream, code: bytes, command: bytes) -> bool:
+        if code != b"E":
+            return await super()._answer(stream, code, command)
+        await trio.to_thread.run_sync(self._send, stream.socket.detach())
+        return False
+
+    def _send(self, fd: int) -> None:
+        with socket.socket(fileno=fd) as sock, suppress(OSError):  # until the other side closes
+            sock.setblocking(True)
+            while True:
+                sock.sendall(self.packet * 10_000)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [answer(b"p"), answer(b"q", b"x\0"), answer(b"e", b"<a@b.example>\0"), answer(b"-", b"<a@b.example>\0"),
+     answer(b"b"), indexed(b"m", 1, b"X-Unknown", b"")],
+    ids=lambda packet: repr(packet[4:5]),
+)  # fmt: skip
+async def test_a_filter_that_sends_without_end_misses_its_deadline(packet: bytes) -> None:
+    milter = Flood(packet)
+    async with milter.serving():
+        reply, message = await judge(check_for(milter, deadline=0.3))
     assert reply == CHECK_FAILED
     assert octets_of(message) == PREFIX + HEADER + b"\r\n" + TEXT
 

@@ -62,7 +62,7 @@ async def ask(pipeline: Pipeline) -> Reply | None:
     return await pipeline.on_connect(Transaction(PEER, "main"))
 
 
-def test_a_milestone_that_nobody_watches_is_empty() -> None:
+def test_a_hook_point_without_policies_is_empty() -> None:
     pipeline, _ = make(Says(None))
     assert len(pipeline.connect) == 1
     assert pipeline.helo == pipeline.auth == pipeline.mail == pipeline.rcpt == pipeline.message == ()
@@ -82,7 +82,7 @@ async def test_accept_ends_the_asking_with_a_yes() -> None:
     assert second.asked == 0
 
 
-async def test_an_accepting_reply_is_kept_unless_somebody_refuses() -> None:
+async def test_an_accepting_reply_is_kept_unless_a_policy_refuses() -> None:
     assert await ask(make(Says(WELCOME), Says(None))[0]) == WELCOME
     assert await ask(make(Says(WELCOME), Says(NO))[0]) == NO
 

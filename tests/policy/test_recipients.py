@@ -82,7 +82,7 @@ def journal() -> Journal:
         ("anybody@elsewhere.com", True),  # not ours to know
     ],
 )
-async def test_whoever_is_in_the_file_is_known(file: Path, address: str, is_known: bool) -> None:
+async def test_recipients_in_the_file_are_known(file: Path, address: str, is_known: bool) -> None:
     policy = FileRecipients(file, ours, journal())
     assert await ask(policy, address) == (None if is_known else UNKNOWN)
 
@@ -196,9 +196,7 @@ async def test_there_are_only_so_many_answers(autojump_clock: trio.testing.MockC
 
 
 @pytest.mark.parametrize("kind", ["4yz", "throws", "slow"])
-async def test_when_nobody_can_say_it_is_not_now_and_nothing_is_kept(
-    autojump_clock: trio.testing.MockClock, kind: str
-) -> None:
+async def test_an_unavailable_answer_is_451_and_not_cached(autojump_clock: trio.testing.MockClock, kind: str) -> None:
     def fail(_: str) -> Reply | None:
         if kind == "4yz":
             return Reply(451, "4.3.0", "later", cause="mx: 451 4.3.0 later")
@@ -240,7 +238,7 @@ async def test_a_question_is_asked_once_for_all_that_wait(autojump_clock: trio.t
     assert len(hops.asked) == 1
 
 
-async def test_one_who_leaves_while_asking_leaves_the_others_without_an_answer_and_not_waiting(
+async def test_a_cancelled_question_ends_the_wait_of_others(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     hops = Hops()

@@ -103,10 +103,19 @@ async def test_its_action_decides_if_it_may(action: str, code: int, quarantine: 
         assert transaction.results.score == 0
 
 
+JSON = '{"action": "reject", "score": 20.0, "messages": {"smtp_message": "Why"}}'
+
+
 @pytest.mark.parametrize(
     "octets",
     [
         b"",
+        answer(JSON[:30]),
+        answer(JSON, "Connection: close")[:-30],
+        answer(JSON[:-1] + "\xff"),
+        answer("[" * 100_000),
+        answer('{"score": 20.0}'),
+        answer("{}{}"),
         b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n\r\n{}",
         answer("{}", "Connection: close"),
@@ -126,6 +135,13 @@ async def test_a_server_that_hangs_costs_the_deadline(autojump_clock: trio.testi
     start = trio.current_time()
     assert await asked(Server(b"", hangs=True), deadline=3) == CHECK_FAILED
     assert trio.current_time() - start == 3
+
+
+async def test_half_an_answer_costs_the_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    for missing in (1, 30, len(answer(JSON)) - 10):
+        start = trio.current_time()
+        assert await asked(Server(answer(JSON)[:-missing]), deadline=3) == CHECK_FAILED
+        assert trio.current_time() - start == 3
 
 
 @pytest.mark.parametrize("field", ["Connection: keep-alive", "Connection: close"])

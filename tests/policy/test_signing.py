@@ -52,7 +52,7 @@ async def signed(check: SigningCheck, transaction: Transaction, message: Message
 def results(octets: bytes) -> list[tuple[str, str, str]]:
     header, _, body = octets.partition(b"\r\n\r\n")
     verifier = DkimVerifier(Header(header + b"\r\n"), now=2_000_000_000, author="example.com")
-    verifier.feed(body)
+    verifier.hashes.feed(body)
     verifier.hashes.finish()
     answers = {name: Answer("found", (record(name.partition(".")[0]),)) for name in verifier.questions}
     return [(each.result, each.domain, each.selector) for each in verifier.finish(answers)]

@@ -215,10 +215,12 @@ def envelope(*recipients: str, sender: str = "a@example.com", **fields: Any) -> 
     return Envelope(path(sender) if sender else NULL_PATH, to, **fields)
 
 
-async def send(pool: Pool, hop: Hop, *recipients: str, body: Text | None = None, **fields: Any) -> Delivered:
-    """Send a message."""
+async def send(
+    pool: Pool, hop: Hop, *recipients: str, body: Text | None = None, prefix: bytes = PREFIX, **fields: Any
+) -> Delivered:
+    """Send a message. Messages with the same prefix are the same."""
     body = body or Text(TEXT)
-    return await pool.deliver(hop, envelope(*recipients, **fields), PREFIX, body, len(PREFIX) + body.size)
+    return await pool.deliver(hop, envelope(*recipients, **fields), prefix, body, len(prefix) + body.size)
 
 
 def told(results: Delivered) -> str:

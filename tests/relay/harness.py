@@ -19,7 +19,7 @@ from penstock.journal import Journal, JournalSettings
 from penstock.message import Body, Envelope, Message, MessageIds, Recipient
 from penstock.message import Path as MailPath
 from penstock.relay.backoff import Backoff, RetrySettings
-from penstock.relay.bounce import Reporter, ReportSettings, TextBody
+from penstock.relay.bounce import Reporter, ReportSettings
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done
 from penstock.relay.operators import Operators
@@ -28,6 +28,7 @@ from penstock.relay.recorder import AttemptRecorder
 from penstock.relay.route import Routes, RouteSettings
 from penstock.relay.scheduler import RelaySettings, Scheduler
 from penstock.reply import Reply
+from penstock.reports import TextBody
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.spool import Spool, SpoolSettings
 from tests.helpers import TRANSACTION
@@ -77,6 +78,8 @@ class FakePool:
     answer: Callable[[Sent], Answer] = lambda _: DELIVERED
     down: dict[str, float] = field(default_factory=dict)
     """Hosts that are left alone, until when in trio's time."""
+    backing_off: list[tuple[Hop, float, str]] = field(default_factory=list)
+    """What `hops_down` says."""
     most: int = 1000
     sent: list[Sent] = field(default_factory=list)
     open: dict[str, int] = field(default_factory=dict)
@@ -85,6 +88,9 @@ class FakePool:
 
     def room(self, hop: Hop) -> int:
         return 0 if self.down_until(hop) else self.most - self.open.get(hop.host, 0)
+
+    def hops_down(self) -> list[tuple[Hop, float, str]]:
+        return self.backing_off
 
     def down_until(self, hop: Hop) -> float:
         return self.down.get(hop.host, 0.0)

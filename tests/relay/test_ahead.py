@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from penstock.message import Recipient
-from penstock.relay.ahead import Onward, as_reply
+from penstock.relay.ahead import Callahead, as_reply
 from penstock.relay.hop import Hop, HopLimits, Outcome, Result
 from penstock.relay.pool import Pool
 from penstock.relay.route import LOCAL, Choice, Route
@@ -54,6 +54,8 @@ def bob(text: str = "bob@example.org") -> Recipient:
         ({"RCPT": "452 4.2.2 over quota"}, 452),
         ({"RCPT": "554 5.7.1 your address is blocked"}, 451),
         ({"RCPT": "550 5.7.1 blocked"}, 451),
+        ({"RCPT": "553 5.1.8 the domain of the sender does not exist"}, 451),
+        ({"RCPT": "501 5.1.7 bad sender"}, 451),
         ({"RCPT": "554 rejected"}, 451),
     ],
 )
@@ -63,12 +65,12 @@ async def test_only_a_refusal_of_the_recipient_is_one(
 ) -> None:
     hop = FakeHop(offer, **answers)
     async with serving(hop):
-        onward = Onward(pool, Map(hop.hop()))
-        said = await onward.ask(bob())
+        callahead = Callahead(pool, Map(hop.hop()))
+        said = await callahead.ask(bob())
         assert (said and said.code) == code
         if code is None or "RCPT" in answers:
             hop.answers = {}
-            assert await onward.ask(bob()) is None
+            assert await callahead.ask(bob()) is None
             assert hop.connections == (2 if answers.get("RCPT") == CLOSE else 1)
     assert "DATA" not in hop.verbs()
     assert "MAIL FROM:<>" in hop.heard or "CONNECT" in answers
@@ -77,29 +79,50 @@ async def test_only_a_refusal_of_the_recipient_is_one(
 async def test_the_words_of_the_hop_are_the_cause(pool: Pool) -> None:
     hop = FakeHop(RCPT="550 5.1.1 who?")
     async with serving(hop):
-        said = await Onward(pool, Map(hop.hop())).ask(bob())
+        said = await Callahead(pool, Map(hop.hop())).ask(bob())
     assert said is not None
     assert (said.text, said.cause) == ("who?", f"127.0.0.1:{hop.port}: 550 5.1.1 who?")
 
 
-async def test_the_next_one_is_asked_when_a_hop_is_down_and_nobody_for_local_mail(pool: Pool) -> None:
+async def test_the_next_hop_is_asked_when_one_is_down(pool: Pool) -> None:
     down, up = FakeHop(CONNECT=["421 no!close"] * 3), FakeHop(RCPT="550 5.1.1 who?")
     async with serving(down, up):
-        onward = Onward(pool, Map(down.hop(), up.hop()))
-        said = await onward.ask(bob())
+        callahead = Callahead(pool, Map(down.hop(), up.hop()))
+        said = await callahead.ask(bob())
         assert said is not None
         assert said.code == 550
-        assert await onward.ask(bob("bob@local.org")) is None
+        assert await callahead.ask(bob("bob@local.org")) is None
     assert down.connections == 1
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"MAIL": "452 4.3.1 no space"},
+        {"RCPT": "450 4.2.0 greylisted"},
+        {"RCPT": "554 5.7.1 your address is blocked"},
+        {"RCPT": CLOSE},
+        {"RCPT": "421 4.3.2 going down!close"},
+    ],
+)
+async def test_the_next_hop_is_asked_when_one_does_not_know(pool: Pool, answers: dict[str, str]) -> None:
+    first, second = FakeHop(**answers), FakeHop(RCPT="550 5.1.1 who?")
+    async with serving(first, second):
+        callahead = Callahead(pool, Map(first.hop(), second.hop()))
+        said = await callahead.ask(bob())
+        assert said is not None
+        assert (said.code, said.text) == (550, "who?")
+        assert await callahead.ask(bob()) is None
+    assert first.connections
 
 
 async def test_questions_take_no_connection_from_the_mail(pool: Pool) -> None:
     hop = FakeHop(RCPT=[STALL] * 2)
     async with serving(hop), trio.open_nursery() as nursery:
         there = hop.hop(limits=HopLimits(connections=3))
-        onward = Onward(pool, Map(there), connections=2)
+        callahead = Callahead(pool, Map(there), connections=2)
         for _ in range(5):
-            nursery.start_soon(onward.ask, bob())
+            nursery.start_soon(callahead.ask, bob())
         await trio.testing.wait_all_tasks_blocked()
         assert pool.room(there) == 6
         nursery.cancel_scope.cancel()
@@ -152,10 +175,13 @@ async def test_a_message_is_passed_on_as_it_comes(pool: Pool, body_type: str) ->
     hop = FakeHop(CHUNKING, RCPT=["250 ok", "550 5.1.1 who?"])
     heard = Heard()
     async with serving(hop):
-        onward = Onward(pool, Map(hop.hop()))
+        callahead = Callahead(pool, Map(hop.hop()))
         to = envelope("a@x.org", "b@y.org", body_type=body_type)
-        assert onward.begin(to, 0, coming(PREFIX, TEXT[:5], TEXT[5:]), heard) is not None
+        counted: list[tuple[str, int, int]] = []
+        callahead.on_result = lambda domain, place, count, _: counted.append((domain, place, count))
+        assert callahead.begin(to, 0, coming(PREFIX, TEXT[:5], TEXT[5:]), heard) is not None
         await heard.event.wait()
+    assert counted == [("x.org", 0, 1), ("y.org", 2, 1)]
     assert [reply.code for reply in heard.replies or ()] == [250, 550]
     if body_type == "7BIT":
         assert hop.texts == [STUFFED]
@@ -168,7 +194,7 @@ async def test_a_message_that_does_not_come_to_its_end_is_not_delivered(pool: Po
         hop = FakeHop(CHUNKING)
         heard = Heard()
         async with serving(hop):
-            begun = Onward(pool, Map(hop.hop())).begin(
+            begun = Callahead(pool, Map(hop.hop())).begin(
                 envelope(body_type=body_type), 0, coming(PREFIX, TEXT, then=ConnectionAbortedError("gone")), heard
             )
             assert begun is not None
@@ -182,24 +208,24 @@ async def test_a_hop_that_is_down_had_nothing(pool: Pool) -> None:
     hop = FakeHop(CONNECT="421 no!close")
     heard = Heard()
     async with serving(hop):
-        assert Onward(pool, Map(hop.hop())).begin(envelope(), 0, coming(TEXT), heard) is not None
+        assert Callahead(pool, Map(hop.hop())).begin(envelope(), 0, coming(TEXT), heard) is not None
         await heard.event.wait()
     assert heard.replies is None
 
 
-async def test_what_can_not_be_passed_on_at_once_is_not_begun_with(pool: Pool) -> None:
+async def test_a_message_that_cannot_be_passed_on_now_is_not_started(pool: Pool) -> None:
     hop = FakeHop(CONNECT=["421 no!close"] * 3)
     async with serving(hop):
         there = hop.hop(limits=HopLimits(breaker_failures=1))
-        onward = Onward(pool, Map(there))
+        callahead = Callahead(pool, Map(there))
         heard = Heard()
         for recipients in (("a@local.org",), ("a@dns.org",), ("a@x.org", "b@local.org")):
-            assert onward.begin(envelope(*recipients), 0, coming(TEXT), heard) is None
+            assert callahead.begin(envelope(*recipients), 0, coming(TEXT), heard) is None
         to = Recipient(path("a@x.org"), frozenset({"SUCCESS"}))
-        assert onward.begin(envelope()._replace(recipients=(to,)), 0, coming(TEXT), heard) is None
-        assert onward.begin(envelope(), 0, coming(TEXT), heard) is not None
+        assert callahead.begin(envelope()._replace(recipients=(to,)), 0, coming(TEXT), heard) is None
+        assert callahead.begin(envelope(), 0, coming(TEXT), heard) is not None
         await heard.event.wait()
-        assert onward.begin(envelope(), 0, coming(TEXT), heard) is None  # it is left alone now
+        assert callahead.begin(envelope(), 0, coming(TEXT), heard) is None  # it is not used now
 
 
 @pytest.mark.parametrize("limits", [HopLimits(recipients=2), HopLimits()])
@@ -207,8 +233,8 @@ async def test_recipients_of_another_transaction_are_deferred(pool: Pool, limits
     hop = FakeHop(RCPT=["250 ok", "250 ok" if limits.recipients == 2 else "452 4.5.3 too many", "452 4.5.3 too many"])
     heard = Heard()
     async with serving(hop):
-        onward = Onward(pool, Map(hop.hop(limits=limits)))
-        assert onward.begin(envelope("a@x.org", "b@x.org", "c@x.org"), 0, coming(PREFIX, TEXT), heard) is not None
+        callahead = Callahead(pool, Map(hop.hop(limits=limits)))
+        assert callahead.begin(envelope("a@x.org", "b@x.org", "c@x.org"), 0, coming(PREFIX, TEXT), heard) is not None
         await heard.event.wait()
     assert hop.texts == [STUFFED]
     assert [reply.code for reply in heard.replies or ()] == [250, 250 if limits.recipients == 2 else 451, 451]
@@ -220,5 +246,5 @@ async def test_nothing_is_passed_on_to_what_an_operator_suspended(pool: Pool, na
     async with serving(hop):
         there = hop.hop()
         names = frozenset({there.host.lower() if name == "hop" else name})
-        onward = Onward(pool, Map(there), suspended=lambda: names)
-        assert onward.begin(envelope("a@x.org"), 0, coming(TEXT), Heard()) is None
+        callahead = Callahead(pool, Map(there), suspended=lambda: names)
+        assert callahead.begin(envelope("a@x.org"), 0, coming(TEXT), Heard()) is None

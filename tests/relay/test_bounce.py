@@ -13,8 +13,9 @@ from typing import Any, cast
 import pytest
 
 from penstock.message import NULL_PATH, Envelope, Message, MessageId, MessageIds, Path, Recipient
-from penstock.relay.bounce import Action, Reporter, ReportSettings, TextBody, wants
+from penstock.relay.bounce import Action, Reporter, ReportSettings, wants
 from penstock.relay.hop import Outcome, Result
+from penstock.reports import TextBody
 
 NOW = 1_700_000_000.0
 ALICE = Path("alice@example.com", "alice", "example.com")
@@ -212,7 +213,7 @@ def test_a_message_without_a_header_returns_what_was_added_here(body: bytes) -> 
     assert made.size < 80_000
 
 
-def test_a_boundary_stands_nowhere_in_what_is_returned() -> None:
+def test_a_boundary_does_not_occur_in_the_returned_message() -> None:
     class Always(MessageIds):
         def next(self) -> MessageId:
             return MessageId("SAME")

@@ -85,7 +85,7 @@ async def test_a_cut_within_a_transaction_defers_and_delivers_nothing_twice(
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, STALL, f"421 4.3.2 no{CLOSE}"])
-async def test_a_cut_behind_a_refusal_keeps_the_refusal(pool: Pool, cut: str) -> None:
+async def test_a_lost_connection_after_a_refusal_keeps_the_refusal(pool: Pool, cut: str) -> None:
     hop = FakeHop(RCPT=["550 5.1.1 no", "250 ok", cut])
     async with serving(hop), waiting_for(pool, "RCPT", cut) as quick:
         results = await send(quick, hop.hop(), "a@x.org", "b@x.org", "c@x.org")
@@ -93,7 +93,7 @@ async def test_a_cut_behind_a_refusal_keeps_the_refusal(pool: Pool, cut: str) ->
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, STALL])
-async def test_an_lmtp_server_that_goes_after_one_answer_leaves_the_others_in_doubt(pool: Pool, cut: str) -> None:
+async def test_an_lmtp_connection_lost_after_one_reply_leaves_doubt(pool: Pool, cut: str) -> None:
     hop = FakeHop(TEXT=["250 2.0.0 taken", f"{cut}"])
     hop.is_lmtp = True
     async with serving(hop), waiting_for(pool, "TEXT", cut) as quick:
@@ -121,7 +121,7 @@ async def test_a_hop_that_always_closes_at_mail_is_not_tried_for_ever(pool: Pool
 
 
 @pytest.mark.parametrize("cut", [CLOSE, RESET, f"421 4.3.2 no{CLOSE}"])
-async def test_a_message_behind_one_that_is_cut_goes_on_elsewhere(pool: Pool, cut: str) -> None:
+async def test_a_message_after_a_lost_one_continues_elsewhere(pool: Pool, cut: str) -> None:
     hop = FakeHop(TEXT=["250 2.0.0 taken", cut])
     got: list[str] = []
     async with serving(hop):
@@ -148,7 +148,7 @@ async def test_a_text_that_is_refused_before_its_end_is_refused(pool: Pool) -> N
     assert hop.texts == []
 
 
-async def test_a_pool_that_is_cancelled_tells_everybody(pool: Pool, nursery: trio.Nursery) -> None:
+async def test_a_cancelled_pool_answers_every_job(pool: Pool, nursery: trio.Nursery) -> None:
     hop = FakeHop(TEXT=[STALL], MAIL=["250 ok", STALL])
     own = Pool()
     outcomes: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -66,14 +67,14 @@ def test_a_probe_that_came_to_nothing_lets_another_one_try() -> None:
     assert not breaker.blocks(5.0)
 
 
-def test_a_failure_that_was_begun_before_the_others_makes_the_pause_no_longer() -> None:
+def test_a_failure_that_began_earlier_does_not_extend_the_pause() -> None:
     breaker = Breaker(1, 1.0, 60.0)
     assert breaker.failed(0.0)
     assert not breaker.failed(0.1)
     assert breaker.until == 1.0
 
 
-def test_a_breaker_lets_one_try_again_who_has_asked_since_the_last_failure() -> None:
+def test_a_request_after_the_last_failure_is_tried_at_once() -> None:
     breaker = Breaker(1, 100.0, 1000.0)
     breaker.failed(10.0)
     assert not breaker.try_again(9.0, 20.0)
@@ -104,7 +105,8 @@ def test_a_bucket_holds_a_second() -> None:
 async def test_a_hop_gets_no_more_connections_than_it_may_have(pool: Pool) -> None:
     hop = FakeHop(TEXT=[STALL] * 2)
     async with serving(hop):
-        there = hop.hop(limits=HopLimits(connections=2, queue=1))
+        # With more messages for a connection, the first one may take the second message behind the text that stalls.
+        there = hop.hop(limits=HopLimits(connections=2, queue=1, messages=1))
         assert pool.room(there) == 4
         for left in (2, 0):
             pool.deliver_later(there, envelope(), PREFIX, Text(TEXT), 1, lambda _: None)
@@ -117,7 +119,7 @@ async def test_a_hop_gets_no_more_connections_than_it_may_have(pool: Pool) -> No
         await pool.aclose(grace=0)
 
 
-async def test_a_slow_hop_holds_up_nobody_else(pool: Pool) -> None:
+async def test_a_slow_hop_delays_no_other(pool: Pool) -> None:
     slow, other = FakeHop(CONNECT=[STALL] * 5), FakeHop()
     async with serving(slow, other), trio.open_nursery() as nursery:
         for _ in range(5):
@@ -162,10 +164,37 @@ async def test_a_hop_that_takes_connections_and_no_mail_is_left_alone(pool: Pool
     hop = FakeHop(MAIL=[CLOSE] * 9)
     async with serving(hop):
         there = hop.hop(limits=HopLimits(breaker_failures=2))
-        for _ in range(2):
-            assert told(await send(swept, there)) == "deferred 4.4.2"
+        for number in range(2):
+            assert told(await send(swept, there, prefix=b"X: %d\r\n" % number)) == "deferred 4.4.2"
         with pytest.raises(NextHopUnavailable, match="not tried"):
             await send(swept, there)
+        ((down, since, reason),) = swept.hops_down()
+        assert abs(time.time() - since) < 60
+        assert (down, reason) == (there, "the hop closed the connection at MAIL")
+
+
+async def test_a_probe_with_the_message_that_failed_last_counts(swept: Pool) -> None:
+    hop = FakeHop(MAIL=[CLOSE] * 9)
+    async with serving(hop):
+        there = hop.hop(limits=HopLimits(breaker_failures=2, breaker_pause=0.1))
+        for number in range(2):
+            assert told(await send(swept, there, prefix=b"X: %d\r\n" % number)) == "deferred 4.4.2"
+        began = swept.down_until(there)
+        await until(lambda: swept.room(there))
+        assert told(await send(swept, there, prefix=b"X: 1\r\n")) == "deferred 4.4.2"
+        assert swept.down_until(there) >= began + 0.2, "the pause is twice as long"
+
+
+@pytest.mark.parametrize("step", ["MAIL", "RCPT", "DATA"])
+async def test_one_message_that_ends_connections_stops_no_other(swept: Pool, step: str) -> None:
+    hop = FakeHop()
+    hop.answers[step] = [CLOSE] * 9
+    async with serving(hop):
+        there = hop.hop(limits=HopLimits(breaker_failures=2))
+        for _ in range(9):
+            assert told(await send(swept, there)) == "deferred 4.4.2"
+        assert told(await send(swept, there, prefix=b"X: other\r\n")) == "delivered 250"
+    assert list(swept.hops_down()) == []
 
 
 async def test_a_hop_that_wants_fewer_connections_gets_fewer(pool: Pool) -> None:
@@ -250,7 +279,7 @@ async def test_a_message_waits_for_a_connection_only_so_long(pool: Pool, swept: 
         await swept.aclose(grace=0)
 
 
-async def test_a_pool_that_is_closed_takes_nothing_and_ends_what_it_has_begun(pool: Pool) -> None:
+async def test_a_closed_pool_accepts_nothing_and_finishes_its_jobs(pool: Pool) -> None:
     hop = FakeHop()
     async with serving(hop), trio.open_nursery() as nursery:
         nursery.start_soon(_deliver, pool, hop)

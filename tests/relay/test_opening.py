@@ -44,14 +44,14 @@ def starttls(authority: trustme.CA, name: str = "127.0.0.1", **answers: str | li
     return hop
 
 
-async def test_a_server_of_old_hears_helo(pool: Pool) -> None:
+async def test_a_server_without_ehlo_gets_helo(pool: Pool) -> None:
     hop = FakeHop(EHLO="502 what")
     async with serving(hop):
         assert told(await send(pool, hop.hop())) == "delivered 250"
     assert hop.heard[:2] == ["EHLO client.example.org", "HELO client.example.org"]
 
 
-async def test_an_lmtp_server_hears_lhlo_and_answers_for_each_recipient(pool: Pool) -> None:
+async def test_an_lmtp_server_gets_lhlo_and_replies_for_each_recipient(pool: Pool) -> None:
     hop = FakeHop(RCPT=["250 ok", "550 5.1.1 no"], TEXT=["250 2.0.0 taken", "452 4.2.2 full"])
     hop.is_lmtp = True
     async with serving(hop):
@@ -119,9 +119,7 @@ async def test_opportunistic_goes_on_in_the_clear_when_starttls_is_refused(pool:
     assert hop.connections == 1
 
 
-async def test_opportunistic_tries_again_in_the_clear_when_the_handshake_fails(
-    pool: Pool, authority: trustme.CA
-) -> None:
+async def test_opportunistic_repeats_in_clear_text_after_a_failure(pool: Pool, authority: trustme.CA) -> None:
     hop = starttls(authority, STARTTLS=[f"220 go on{CLOSE}"])
     async with serving(hop):
         assert told(await send(pool, hop.hop(tls=TlsPolicy()))) == "delivered 250"
@@ -144,7 +142,7 @@ def leaving_behind_the_handshake(authority: trustme.CA) -> FakeHop:
 
 
 @pytest.mark.parametrize("make", [wanting_a_certificate, leaving_behind_the_handshake])
-async def test_a_connection_that_is_lost_right_behind_the_handshake_is_one_that_failed(
+async def test_a_connection_lost_after_the_handshake_is_a_failure(
     pool: Pool, authority: trustme.CA, make: Callable[[trustme.CA], FakeHop]
 ) -> None:
     hop = make(authority)
@@ -205,7 +203,7 @@ async def test_what_is_said_between_starttls_and_tls_ends_the_conversation(pool:
             await send(pool, hop.hop(tls=TlsPolicy(mode="require")))
 
 
-async def test_a_smart_host_hears_who_we_are(pool: Pool, authority: trustme.CA) -> None:
+async def test_a_smart_host_gets_our_credentials(pool: Pool, authority: trustme.CA) -> None:
     hop = starttls(authority, AUTH="235 2.7.0 welcome")
     async with serving(hop):
         there = hop.hop(
@@ -238,7 +236,7 @@ async def test_a_smart_host_that_does_not_know_us_is_down(
     assert caught.value.status == status
 
 
-async def test_what_the_hop_can_not_take_is_not_sent(pool: Pool) -> None:
+async def test_a_message_that_the_hop_cannot_accept_is_not_sent(pool: Pool) -> None:
     hop = FakeHop(("PIPELINING", "SIZE 20", "REQUIRETLS"))
     async with serving(hop):
         big = await send(pool, hop.hop(), "a@x.org", "b@x.org")

@@ -106,6 +106,8 @@ def test_a_malformed_next_hop_is_refused(url: str) -> None:
         ("smtp://mx.example.org", "mx.example.org:25", "smtp", False),
         ("smtp://192.0.2.1:2525", "192.0.2.1:2525", "smtp", False),
         ("smtp://[2001:db8::1]:26", "2001:db8::1:26", "smtp", False),
+        ("smtp://Bücher.example", "xn--bcher-kva.example:25", "smtp", False),
+        ("smtp://mail_server.:25", "mail_server:25", "smtp", False),
         ("smtps://mx.example.org", "mx.example.org:465", "smtp", True),
         ("lmtp://mail.example.org", "mail.example.org:24", "lmtp", False),
         ("lmtp+unix:///run/lmtp", "unix:/run/lmtp", "lmtp", False),
@@ -138,6 +140,13 @@ async def test_the_longest_matching_domain_decides() -> None:
     }
     found = {domain: hosts(await routes.find_route(domain))[0] for domain in expected}
     assert found == expected
+
+
+def test_the_queue_of_reports_has_the_route_of_the_domain() -> None:
+    routes = routes_of({"domains": [".example.org"], "next_hop": "smtp://192.0.2.1"}, {"next_hop": "maildir"})
+    assert routes.static_route("clear:a.example.org") is routes.static_route("b.example.org")
+    assert routes.static_key("clear:a.example.org") == routes.static_key("a.example.org") == ("route", 0)
+    assert routes.static_route("clear:example.com") is LOCAL
 
 
 def test_without_routes_mail_is_delivered_locally() -> None:
@@ -241,6 +250,31 @@ async def test_a_static_name_becomes_a_hop_for_each_address() -> None:
     route = await routes.find_route("x")
     assert [hop.name for hop in route.only or ()] == ["two[192.0.2.1]:26", "two[2001:db8::1]:26", "192.0.2.7:25"]
     assert routes.static_route("x") is route
+
+
+async def test_a_name_that_is_this_server_gets_no_mail() -> None:
+    urls = [{"url": "smtp://better:26", "priority": 1}, {"url": "smtp://two:25", "priority": 2}]
+    routes = routes_of({"next_hops": [*urls, {"url": "smtp://worse:25", "priority": 3}]}, listeners=["192.0.2.1:25"])
+    assert [hop.host for hop in (await routes.find_route("x")).only or ()] == ["better"]
+    routes = routes_of({"next_hop": "smtp://two:25"}, listeners=["[2001:db8::1]:25"])
+    with pytest.raises(ResolveError, match="is this server itself") as error:
+        await routes.find_route("x")
+    assert (error.value.status, error.value.is_permanent) == ("4.4.6", False), "the DNS may say something else later"
+
+
+async def test_a_name_without_an_answer_is_waited_for_beside_our_own() -> None:
+    urls = [{"url": "smtp://unknown:25", "priority": 10}, {"url": "smtp://two:25", "priority": 20}]
+    async with resolving(Zone(failures={"unknown": "SERVFAIL"})) as resolver:
+        routes = routes_of({"next_hops": urls}, dns=resolver, listeners=["192.0.2.1:25"])
+        with pytest.raises(ResolveError, match="the next hop unknown could not be found") as error:
+            await routes.find_route("x")
+    assert (error.value.status, error.value.is_permanent) == ("4.4.3", False)
+
+
+async def test_hosts_of_the_same_priority_as_this_server_get_mail() -> None:
+    urls = [{"url": "smtp://backend:25"}, {"url": "smtp://two:25"}, {"url": "smtp://worse:25", "priority": 20}]
+    routes = routes_of({"next_hops": urls}, listeners=["192.0.2.1:25"])
+    assert [hop.host for hop in (await routes.find_route("x")).hops()] == ["backend"]
 
 
 async def test_a_name_is_looked_up_again_and_survives_a_failure() -> None:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 import trio
 
@@ -19,8 +20,10 @@ from penstock.dns.exchangers import Exchanger, ResolveError
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
 from penstock.relay.bounce import Reporter
-from penstock.relay.hop import NextHopUnavailable, Outcome, Result
+from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
+from penstock.relay.route import RouteSettings
+from penstock.relay.scheduler import RelaySettings
 from penstock.reply import Reply
 from penstock.spool.admin import Filter, QueueAdmin
 from tests.relay.fake import CLOSE, FakeHop, serving
@@ -233,6 +236,57 @@ async def test_a_hop_that_does_not_answer_delays_no_other(tmp_path: Path) -> Non
         await relay.accept(*(message_of(f"bob@d{n % 5}.org") for n in range(100)))
         await relay.until(lambda: sum(sent.hop.host == "fast" for sent in pool.sent) == 100)
         assert len(pool.to("slow.org")) == 4
+
+
+async def test_replaced_routes_apply_to_all_that_is_not_being_sent(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: None if sent.hop.host == "hop" else DELIVERED)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(*(message_of(f"u{n}@one.org", f"u{n}@two.org") for n in range(40)))
+        begun = list(pool.sent)
+        assert 0 < len(begun) < 40, "some wait in memory, for one route together"
+        routes = [{"domains": ["two.org"], "next_hop": "smtp://second"}, {"next_hop": "smtp://first"}]
+        table = relay.scheduler._routes
+        changed = msgspec.convert(routes, tuple[RouteSettings, ...])
+        assert table.use(changed, tmp_path, "mx.example.org")
+        assert not table.use(changed, tmp_path, "mx.example.org")
+        relay.scheduler.reroute()
+        for sent in begun:
+            pool.reply(sent, DELIVERED)
+        await relay.quiet()
+        later = [(sent.hop.host, to) for sent in pool.sent[len(begun) :] for to in sent.to]
+        assert {(host, to.partition("@")[2]) for host, to in later} == {("first", "one.org"), ("second", "two.org")}
+        everyone = [to for sent in pool.sent for to in sent.to]
+        assert sorted(everyone) == sorted(f"u{n}@{domain}" for n in range(40) for domain in ("one.org", "two.org"))
+        assert relay.events("attempted") == [], "what is given back counts no attempt"
+
+
+async def test_an_answer_of_replaced_routes_fails_no_mail(tmp_path: Path) -> None:
+    asked, answer = trio.Event(), trio.Event()
+
+    async def exchangers(_: str) -> list[Exchanger]:
+        asked.set()
+        await answer.wait()
+        raise ResolveError("5.1.2", "there is no such domain", is_permanent=True)
+
+    async with relaying(tmp_path, routes=[{"next_hop": "mx"}]) as relay:
+        table: Any = relay.scheduler._routes
+        table._resolver.exchangers = exchangers
+        await relay.accept(message_of("u@one.org"))
+        await asked.wait()
+        table.use(msgspec.convert([{"next_hop": "smtp://hop"}], tuple[RouteSettings, ...]), tmp_path, "mx.example.org")
+        relay.scheduler.reroute()
+        answer.set()
+        await relay.quiet()
+        assert [(sent.hop.host, sent.to) for sent in relay.pool.sent] == [("hop", ["u@one.org"])]
+        assert relay.events("bounced") == []
+
+
+async def test_the_number_of_messages_filed_at_a_time_changes_in_place(tmp_path: Path) -> None:
+    async with relaying(tmp_path, routes=[{"next_hop": "maildir"}]) as relay:
+        await relay.accept(message_of("u@one.org"))
+        await relay.quiet()
+        relay.scheduler.use_settings(msgspec.convert({"local_writers": 3}, RelaySettings))
+        assert [each.limit for each in relay.scheduler._route_queues.values()] == [3]
 
 
 async def test_old_mail_and_fresh_mail_take_turns(tmp_path: Path) -> None:
@@ -629,7 +683,7 @@ async def test_a_retry_of_all_mail_costs_a_dead_hop_one_connection(tmp_path: Pat
             retry(relay, tmp_path)
             await relay.quiet()
             assert hop.connections == tries
-            said = [event["said"] for event in relay.events("deferred")]
+            said = [event["reply"] for event in relay.events("deferred")]
             assert sorted(said) == ["421 4.3.2 no", *["backing off: 421 4.3.2 no"] * 19]
         await pool.aclose()
 
@@ -792,9 +846,41 @@ async def test_a_clock_set_forward_returns_nothing(tmp_path: Path) -> None:
         assert 0 < wait <= HOUR
         (event,) = relay.events("clock-jumped")
         assert (event["seconds"], event["rescheduled"]) == (6 * 24 * HOUR, 0)
-        relay.advance(HOUR)
+        relay.advance(HOUR)  # from here on notices are sent, but the message is an hour old
+        await relay.until(lambda: len(pool.sent) == 3)
+        await relay.quiet()
+        assert pool.to("example.com") == []
+        relay.advance(4 * HOUR)
         await relay.until(lambda: bool(pool.to("example.com")))
-        assert report_in(pool.to("example.com")[0])[0]["Action"] == "failed"
+        assert report_in(pool.to("example.com")[0])[0]["Action"] == "delayed"
+        relay.advance(6 * 24 * HOUR)
+        await relay.until(lambda: len(pool.to("example.com")) == 2)
+        assert report_in(pool.to("example.com")[1])[0]["Action"] == "failed"
+
+
+async def ages(relay: Relay) -> dict[str, float]:
+    """Return the hours since messages were received, by their senders."""
+    found = await relay.spool._committer.do(
+        lambda store: store._database.execute("SELECT sender, received_at FROM message").fetchall()
+    )
+    return {sender: (relay.now - received_at) / HOUR for sender, received_at in found}
+
+
+async def test_a_clock_that_is_wrong_for_a_while_changes_no_age(tmp_path: Path) -> None:
+    day = 24 * HOUR
+    for jump in (6 * day, -3 * day):
+        pool = FakePool(lambda _: BUSY)
+        async with relaying(tmp_path / str(jump), pool) as relay:
+            await relay.accept(message_of("bob@example.org", sender="before@example.com", at=relay.now))
+            await relay.quiet()
+            relay.advance(HOUR)
+            await relay.quiet()
+            await relay.set_clock(jump)
+            await relay.accept(message_of("bob@example.org", sender="while@example.com", at=relay.now))
+            await relay.quiet()
+            assert await ages(relay) == {"before@example.com": 1, "while@example.com": 0}
+            await relay.set_clock(-jump)
+            assert await ages(relay) == {"before@example.com": 1, "while@example.com": 0}
 
 
 async def test_a_message_tried_right_after_a_jump_is_not_returned(tmp_path: Path) -> None:
@@ -933,6 +1019,29 @@ async def test_mail_to_what_is_suspended_waits(tmp_path: Path, name: str) -> Non
         await relay.quiet()
 
 
+@pytest.mark.parametrize("name", ["example.org", "hop"])
+async def test_reports_to_a_suspended_domain_wait_as_well(tmp_path: Path, name: str) -> None:
+    pool = FakePool(lambda _: None, most=1)
+    async with relaying(tmp_path, pool) as relay:
+        for _ in range(2):
+            await relay.spool.put(message_of("tls@example.org"), ["clear:example.org"])
+        await relay.until(lambda: len(pool.sent) == 1)
+        await ask(relay, tmp_path, lambda admin: admin.suspend(name))
+        await relay.until(lambda: relay.scheduler.suspended == {name})
+        assert relay.scheduler._queues["clear:example.org"].is_suspended
+        pool.reply(pool.sent[0], DELIVERED)
+        await relay.quiet_but_due()
+        relay.scheduler.reroute()  # the queue is suspended before its route is known, unless the name is that of a hop
+        assert relay.scheduler._queues["clear:example.org"].is_suspended is (name == "example.org")
+        await relay.spool.put(message_of("tls@example.org"), ["clear:example.org"])
+        await relay.quiet_but_due()
+        assert len(pool.sent) == 1
+        pool.answer = lambda _: DELIVERED
+        await ask(relay, tmp_path, lambda admin: admin.resume(name))
+        await relay.until(lambda: len(pool.sent) == 3)
+        await relay.quiet()
+
+
 async def test_suspending_a_domain_reaches_a_message_that_waits_for_several(tmp_path: Path) -> None:
     pool = FakePool(lambda _: None, most=1)
     async with relaying(tmp_path, pool) as relay:
@@ -941,6 +1050,7 @@ async def test_suspending_a_domain_reaches_a_message_that_waits_for_several(tmp_
         await relay.until(lambda: len(pool.sent) == 1)
         await ask(relay, tmp_path, lambda admin: admin.suspend("b.org"))
         await relay.until(lambda: relay.scheduler.suspended == {"b.org"})
+        assert [event["name"] for event in relay.events("route-suspended")] == ["b.org"]
         pool.reply(pool.sent[0], DELIVERED)
         await relay.until(lambda: len(pool.sent) == 2)
         assert pool.sent[1].to == ["a@a.org"]
@@ -989,6 +1099,24 @@ async def test_operators_see_which_hops_are_down_and_why(tmp_path: Path) -> None
         pool.down.clear()
         await relay.operators.look()
         assert await ask(relay, tmp_path, lambda admin: admin.hops()) == []
+
+
+async def test_hops_shown_as_down_are_bounded_and_do_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(penstock.relay.scheduler, "_MAX_HOPS_SHOWN", 3)
+    hops = [Hop(host=f"mx{number}") for number in range(5)]
+    now = trio.current_time()
+    pool = FakePool(down={hop.host: now - 1000 for hop in hops}, backing_off=[(hop, START - 5, "no") for hop in hops])
+    async with relaying(tmp_path, pool, runs=False) as relay:
+        relay.scheduler._clock = lambda: relay.now + trio.current_time() - now
+        relay.scheduler.note_unavailable(hops[4], NextHopUnavailable("mx4", "no"))
+        shown = list(relay.scheduler.hops_down())
+        assert [hop.name for hop in shown] == ["mx4:25", "mx0:25", "mx1:25"]
+        assert {hop.until for hop in shown} == {START - 1000}, "the pause is over, and stays over"
+        assert {hop.since for hop in shown[1:]} == {START - 5}
+        relay.now += 10  # the wall clock is set
+        assert [hop.since for hop in relay.scheduler.hops_down()] == [hop.since for hop in shown]
 
 
 # ---- shutdown, and bugs

@@ -50,6 +50,32 @@ async def test_530_after_a_fallback_defers_and_tls_is_tried_again(
     assert hop.texts == [STUFFED]
 
 
+@pytest.mark.parametrize(
+    ("words", "outcome"),
+    [
+        ("554 5.7.0 Must issue a STARTTLS command first", "deferred"),
+        ("550 5.7.1 TLS is required", "deferred"),
+        ("523 5.7.10 Encryption Needed", "deferred"),
+        ("538 5.7.11 Not without encryption", "deferred"),
+        ("550 Use SSL/TLS", "deferred"),
+        ("550 5.7.1 TLSv1.2 or later required", "deferred"),
+        ("550 5.7.1 Unencrypted connections are refused: https://mx.example/policy", "deferred"),
+        ("550 5.7.1 Spam", "failed"),
+        ("550 5.1.1 Unknown", "failed"),
+        ("550 <kessler@example.com>: User unknown", "failed"),
+        ("550 <bob+tls@example.com>, ssl@example.com: User unknown", "failed"),
+        ("550 5.7.1 Spam, see https://ssl.example.com/?tls", "failed"),
+        ("550 5.1.1 bob: unknown in ssl directory", "failed"),
+    ],
+)
+async def test_any_wish_for_tls_after_a_fallback_defers(
+    pool: Pool, authority: trustme.CA, words: str, outcome: str
+) -> None:
+    hop = starttls(authority, STARTTLS=[f"220 go on{CLOSE}"], RCPT=[words])
+    async with serving(hop):
+        assert told(await send(pool, hop.hop(tls=TlsPolicy()))) == f"{outcome} {words[:3]}"
+
+
 async def pool_is_idle(pool: Pool) -> None:
     """Wait until all connections are closed."""
     with trio.fail_after(30):
@@ -81,7 +107,17 @@ async def test_tls_works_without_borrowing_the_parts_of_the_stream(
 
 @pytest.mark.parametrize(
     "reply",
-    ["250 ok\r", "250 2.0.0 ok\r\r\r", "451-first\r\n250 ok", "250-a\r\r\n250 b\r", "250\r", "255 ok"],
+    [
+        "250 ok\r",
+        "250 2.0.0 ok\r\r\r",
+        "451-first\r\n250 ok",
+        "250-a\r\r\n250 b\r",
+        "250\r",
+        "255 ok",
+        "\r\n250 ok",
+        "250-a\r\n\r\n\n250 b",
+        "250 ok\r\n",
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("offer", [ORDINARY, CHUNKING, ()], ids=["pipelining", "chunking", "plain"])
@@ -98,7 +134,7 @@ async def test_a_2xx_counts_whatever_comes_after_it(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("greeting", ["\r\n220 hop", "\r\n\r\n\n220-hop\r\n220 ready", "220 hop\r"], ids=repr)
-async def test_blank_lines_and_carriage_returns_before_a_greeting_are_skipped(pool: Pool, greeting: str) -> None:
+async def test_blank_lines_before_a_greeting_are_skipped(pool: Pool, greeting: str) -> None:
     hop = FakeHop(CONNECT=[greeting])
     async with serving(hop):
         assert told(await send(pool, hop.hop())) == "delivered 250"
@@ -118,6 +154,25 @@ async def test_a_utf8_header_is_not_sent_to_a_hop_without_smtputf8(pool: Pool, i
         assert told(await send(pool, hop.hop(), body=Text(TEXT, in_memory=in_memory), smtputf8=True)) == "delivered 250"
         assert told(await send(pool, hop.hop(), body=Text(UTF8, in_memory=in_memory))) == "delivered 250"
     assert hop.texts == [STUFFED, PREFIX + UTF8 + b".\r\n"]
+
+
+async def test_a_utf8_text_without_a_header_is_sent_to_any_hop(pool: Pool) -> None:
+    hop = FakeHop(("PIPELINING", "8BITMIME"))
+    prefix = PREFIX + b"\r\n"
+    async with serving(hop):
+        assert told(await send(pool, hop.hop(), prefix=prefix, body=Text(UTF8), smtputf8=True)) == "delivered 250"
+    assert hop.texts == [prefix + UTF8 + b".\r\n"]
+
+
+@pytest.mark.parametrize("before", [65_000, 70_000, 1 << 20])
+async def test_a_utf8_header_is_found_wherever_it_is(pool: Pool, before: int) -> None:
+    lines = b"X: 0123456789\r\n" * (before // 15)
+    hop = FakeHop(("PIPELINING",))
+    async with serving(hop):
+        refused = await send(pool, hop.hop(), body=Text(lines + UTF8), smtputf8=True)
+        assert told(refused) == "failed 5.6.7"
+        if before < 1 << 20:
+            assert told(await send(pool, hop.hop(), body=Text(lines + TEXT), smtputf8=True)) == "delivered 250"
 
 
 async def test_a_utf8_header_is_sent_as_it_is_if_the_settings_ask_for_it(nursery: trio.Nursery) -> None:
@@ -153,11 +208,12 @@ async def test_a_hop_without_a_connection_goes_before_many_that_wait(pool: Pool,
         await small.aclose(grace=0)
 
 
-async def test_hops_that_never_greet_do_not_keep_the_whole_pool(
-    pool: Pool, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["CONNECT", "EHLO"])
+async def test_hops_that_open_no_session_do_not_keep_the_whole_pool(
+    pool: Pool, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     monkeypatch.setattr(penstock.relay.pool, "_PATIENCE", 0.0)
-    silent = [FakeHop(CONNECT=[STALL] * 9) for _ in range(3)]
+    silent = [FakeHop(**{step: [STALL] * 9}) for _ in range(3)]
     live = FakeHop()
     small = Pool(PoolSettings(connections=3), journal=pool.journal)
     await nursery.start(small.run)
@@ -210,6 +266,25 @@ async def test_a_hop_that_offers_chunking_without_bdat_gets_data(pool: Pool, rep
     assert hop.verbs().count("BDAT") == 1
     assert hop.texts == [STUFFED] * 3
     assert hop.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("replies", "results"),
+    [
+        (["250 2.0.0 taken", "500 5.3.0 no"], "delivered 250, failed 500"),
+        (["250 2.0.0 taken", "502 no"], "delivered 250, failed 502"),
+        (["500 5.2.0 no", "250 2.0.0 taken"], "failed 500, delivered 250"),
+    ],
+)
+async def test_a_500_for_one_recipient_of_lmtp_sends_no_text_again(
+    pool: Pool, replies: list[str], results: str
+) -> None:
+    hop = FakeHop(CHUNKING, BDAT=replies)
+    hop.is_lmtp = True
+    async with serving(hop):
+        assert told(await send(pool, hop.hop(kind="lmtp"), "a@x.org", "b@x.org")) == results
+    assert (hop.verbs().count("BDAT"), hop.connections) == (1, 1)
+    assert "DATA" not in hop.verbs()
 
 
 async def test_552_too_many_recipients_without_a_status_is_temporary(pool: Pool) -> None:

@@ -13,7 +13,7 @@ from tests.relay.fake import CHUNKING, PREFIX, STALL, STUFFED, TEXT, FakeHop, Te
 @pytest.mark.parametrize(
     ("answers", "step"), [("250 ok", "RCPT"), ("250 ok\r\n250 ok", "DATA"), ("250 ok\r\n550 5.1.1 no", "DATA")]
 )
-async def test_what_is_no_answer_is_told_with_the_command_it_was_for(pool: Pool, answers: str, step: str) -> None:
+async def test_an_invalid_reply_is_reported_with_its_command(pool: Pool, answers: str, step: str) -> None:
     hop = FakeHop(MAIL=[f"{answers}\r\nrubbish\r\n250 ok{STALL}"])  # in one segment
     async with serving(hop):
         *_, result = await send(pool, hop.hop(), "b@example.org")
@@ -23,7 +23,7 @@ async def test_what_is_no_answer_is_told_with_the_command_it_was_for(pool: Pool,
         assert result.text == f"this is not a reply: rubbish, at {step}"
 
 
-async def test_a_server_that_wants_a_text_for_nobody_gets_a_lone_dot(pool: Pool) -> None:
+async def test_a_354_without_recipients_gets_a_lone_dot(pool: Pool) -> None:
     hop = FakeHop(RCPT="550 5.1.1 no")
     async with serving(hop):
         assert told(await send(pool, hop.hop())) == "failed 550"
@@ -47,7 +47,7 @@ async def test_a_server_that_wants_a_text_for_nobody_gets_a_lone_dot(pool: Pool)
         ("TEXT", "452 4.3.1 full", "deferred 452"),
     ],
 )
-async def test_behind_a_refusal_the_connection_is_used_again(
+async def test_after_a_refusal_the_connection_is_used_again(
     pool: Pool, offer: tuple[str, ...], step: str, answer: str, outcome: str
 ) -> None:
     hop = FakeHop(offer, **{step: answer})
@@ -70,7 +70,20 @@ async def test_recipients_beyond_what_the_hop_takes_follow_at_once(pool: Pool, o
     assert len(hop.texts) == 2
 
 
-async def test_recipients_are_split_by_what_the_hop_says_it_takes(pool: Pool) -> None:
+@pytest.mark.parametrize("code", ["450", "451", "452", "550", "552", "554"])
+async def test_a_status_of_too_many_recipients_splits_them(pool: Pool, code: str) -> None:
+    """RFC 3463 3.6, X.5.3, whatever the code."""
+    hop = FakeHop(CHUNKING, RCPT=["250 ok", f"{code} {code[0]}.5.3 too many", f"{code} {code[0]}.5.3 too many"])
+    async with serving(hop):
+        results = await send(pool, hop.hop(), *(f"{name}@x.org" for name in "abc"))
+    assert told(results) == ", ".join(["delivered 250"] * 3)
+    hop = FakeHop(RCPT=[f"{code} {code[0]}.5.3 too many"])
+    async with serving(hop):
+        (result,) = await send(pool, hop.hop())
+    assert result.kind.value == "deferred"
+
+
+async def test_recipients_are_split_by_the_limit_of_the_hop(pool: Pool) -> None:
     hop = FakeHop(("PIPELINING", "LIMITS RCPTMAX=2"))
     async with serving(hop):
         results = await send(pool, hop.hop(), *(f"{name}@x.org" for name in "abcde"))
@@ -78,7 +91,7 @@ async def test_recipients_are_split_by_what_the_hop_says_it_takes(pool: Pool) ->
     assert hop.verbs() == "EHLO MAIL RCPT RCPT DATA MAIL RCPT RCPT DATA MAIL RCPT DATA"
 
 
-async def test_without_a_word_of_limits_a_hundred_recipients_are_sent_at_a_time(pool: Pool) -> None:
+async def test_without_a_limit_100_recipients_are_sent_at_a_time(pool: Pool) -> None:
     hop = FakeHop()
     async with serving(hop):
         results = await send(pool, hop.hop(), *(f"u{number}@x.org" for number in range(250)))
@@ -128,7 +141,7 @@ async def test_an_empty_message_is_a_message(pool: Pool) -> None:
 @pytest.mark.parametrize("size", [3, 300])
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("offer", [("PIPELINING",), CHUNKING], ids=["data", "chunking"])
-async def test_a_body_that_is_not_what_it_was_said_to_be_is_not_delivered_in_part(
+async def test_a_body_of_another_size_is_not_delivered_in_part(
     pool: Pool, size: int, in_memory: bool, offer: tuple[str, ...]
 ) -> None:
     hop = FakeHop(offer)
@@ -142,7 +155,7 @@ async def test_a_body_that_is_not_what_it_was_said_to_be_is_not_delivered_in_par
             assert result.kind is Outcome.DELIVERED
 
 
-async def test_a_body_that_can_not_be_read_is_tried_again_later(pool: Pool) -> None:
+async def test_an_unreadable_body_is_tried_again_later(pool: Pool) -> None:
     class Broken(Text):
         def chunks(self):  # type: ignore[no-untyped-def]
             yield b"Subject: x\r\n"
@@ -172,7 +185,7 @@ async def test_an_answer_that_makes_no_sense_ends_the_conversation(pool: Pool, s
     assert hop.connections == 2
 
 
-async def test_an_answer_that_nobody_asked_for_ends_the_conversation(pool: Pool) -> None:
+async def test_an_unexpected_reply_ends_the_connection(pool: Pool) -> None:
     hop = FakeHop(TEXT=["250 2.0.0 taken\r\n250 and another one"])
     async with serving(hop):
         assert told(await send(pool, hop.hop())) == "delivered 250"
@@ -180,7 +193,7 @@ async def test_an_answer_that_nobody_asked_for_ends_the_conversation(pool: Pool)
     assert hop.connections == 2
 
 
-async def test_what_a_hop_says_is_printable(pool: Pool) -> None:
+async def test_replies_of_a_hop_are_made_printable(pool: Pool) -> None:
     hop = FakeHop(RCPT="550 5.1.1 \x1b[2Jno\u202e")
     async with serving(hop):
         (result,) = await send(pool, hop.hop())
@@ -195,7 +208,7 @@ async def test_an_endless_answer_is_no_answer(pool: Pool) -> None:
                 await send(pool, hop.hop())
 
 
-async def test_the_result_of_a_cancelled_delivery_is_nobodys(pool: Pool) -> None:
+async def test_the_result_of_a_cancelled_delivery_is_dropped(pool: Pool) -> None:
     heard: list[Delivered | NextHopUnavailable] = []
     hop = FakeHop()
     async with serving(hop):

@@ -81,7 +81,7 @@ async def test_a_discarded_body_gives_everything_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 452), (errno.EDQUOT, 452), (errno.EIO, 451)])
-async def test_a_disk_that_fails_is_told_at_the_end(
+async def test_a_failing_disk_is_reported_at_the_end(
     tmp_path: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budget = MemoryBudget(1000)
@@ -105,7 +105,7 @@ async def test_a_disk_that_fails_is_told_at_the_end(
     body.close()
 
 
-async def test_a_folder_that_is_gone_is_told_at_the_end(tmp_path: Path) -> None:
+async def test_a_missing_folder_is_reported_at_the_end(tmp_path: Path) -> None:
     target = collector(tmp_path / "gone")
     await fill(target, b"x" * 200)
     assert target.failure is not None
@@ -132,7 +132,7 @@ async def test_hops_are_the_received_fields_of_the_header(head: bytes, count: in
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 40])
-async def test_hops_are_counted_in_a_header_that_goes_to_the_file_piece_by_piece(pieces: int, tmp_path: Path) -> None:
+async def test_hops_are_counted_in_a_header_written_in_pieces(pieces: int, tmp_path: Path) -> None:
     target = BodyCollector(BodySettings(memory_per_message=0), MemoryBudget(0), tmp_path)
     head = b"Received: a\r\n" * 30 + b"Subject: x\r\n\r\nReceived: not a field\r\n"
     size = -(-len(head) // pieces)

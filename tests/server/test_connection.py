@@ -88,7 +88,7 @@ async def talking(
         await client_end.aclose()
 
 
-async def test_an_idle_client_hears_421_when_its_clock_runs_out(tmp_path: Path, autojump_clock: object) -> None:
+async def test_an_idle_client_receives_421_at_its_timeout(tmp_path: Path, autojump_clock: object) -> None:
     async with talking(tmp_path, {"limits": {"command_timeout": 300}}) as talk:
         await talk.ask("EHLO client")
         started = trio.current_time()

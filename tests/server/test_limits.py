@@ -22,7 +22,7 @@ class Clock:
         return self.now
 
 
-def test_the_total_counts_for_everybody() -> None:
+def test_the_total_applies_to_all_networks() -> None:
     admission = Admission(AdmissionSettings(connections=2), Clock())
     assert admission.admit("127.0.0.1") is None
     assert admission.admit("") is None
@@ -65,7 +65,7 @@ def test_exempt_networks_are_bound_by_the_total_alone() -> None:
     assert [admission.admit("127.0.0.1") for _ in range(2)] == [None, replies.TOO_MANY_FROM_HERE]
 
 
-def test_the_ipv6_loopback_is_exempt_and_mapped_addresses_are_not_one_network() -> None:
+def test_the_ipv6_loopback_is_exempt_and_not_its_network() -> None:
     admission = Admission(AdmissionSettings(per_network=1), Clock())
     assert [admission.admit(Peer("::1", 1).network) for _ in range(3)] == [None] * 3
     mapped = [Peer(f"::ffff:192.0.2.{number}", 1).network for number in (1, 2, 2)]

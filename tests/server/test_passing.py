@@ -13,7 +13,7 @@ import trio.testing
 
 from penstock.delivery.passthrough import PassthroughDelivery, PassthroughSettings
 from penstock.message import Message
-from penstock.relay.ahead import Onward
+from penstock.relay.ahead import Callahead
 from penstock.relay.hop import HopLimits
 from penstock.relay.pool import Pool
 from penstock.reply import Reply
@@ -69,8 +69,8 @@ async def passing(
     pool = Pool()
     async with serving(hop), trio.open_nursery() as nursery:
         await nursery.start(pool.run)
-        onward = Onward(pool, Map(hop.hop(limits=limits or HopLimits())))
-        delivery = PassthroughDelivery(onward, spooled, PassthroughSettings(**settings))
+        callahead = Callahead(pool, Map(hop.hop(limits=limits or HopLimits())))
+        delivery = PassthroughDelivery(callahead, spooled, PassthroughSettings(**settings))
         shared = listener_of(listener or {}, delivery, folder, policies=policies)
         client_end, server_end = trio.testing.memory_stream_pair()
         connection = Connection(server_end, PEER, shared, FakeWorker())
@@ -84,7 +84,7 @@ async def passing(
         assert shared.budget.used == 0
 
 
-async def test_the_client_hears_250_when_the_hop_has_said_it(tmp_path: Path) -> None:
+async def test_the_client_receives_the_250_of_the_hop(tmp_path: Path) -> None:
     hop = FakeHop(TEXT=["250 2.0.0 queued as 4711"] * 2)
     async with passing(tmp_path, hop) as client:
         for _ in range(2):
@@ -142,7 +142,7 @@ async def test_bdat_and_binary_octets_are_passed_on_as_they_are(tmp_path: Path) 
         ({"TEXT": "554 5.6.0 spam"}, "550 5.6.0 spam"),
     ],
 )
-async def test_a_refusal_of_the_hop_is_the_clients_to_hear(
+async def test_a_refusal_of_the_hop_is_passed_to_the_client(
     tmp_path: Path, answers: dict[str, str], refusal: str
 ) -> None:
     hop = FakeHop(**answers)
@@ -180,7 +180,7 @@ async def test_whatever_else_happens_the_message_is_spooled(
     assert hop.texts == []
 
 
-async def test_a_hop_that_does_not_answer_in_time_leaves_the_message_to_the_spool(tmp_path: Path) -> None:
+async def test_a_message_is_spooled_if_the_hop_does_not_answer_in_time(tmp_path: Path) -> None:
     hop = FakeHop(TEXT=[STALL])
     async with passing(tmp_path, hop, answer=0.1) as client:
         assert "Ok: kept as" in await client.send()

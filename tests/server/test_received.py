@@ -33,7 +33,7 @@ def make(**facts: object) -> Transaction:
     return transaction
 
 
-def test_it_says_from_by_with_id_for_and_when() -> None:
+def test_the_field_has_from_by_with_id_for_and_date() -> None:
     text = field_of(make(), Path("b@example.org", "b", "example.org"))
     assert text == (
         "from client.example ([192.0.2.1]) by mx.example.org (Penstock) with ESMTP id ABC for <b@example.org>; "
@@ -42,7 +42,7 @@ def test_it_says_from_by_with_id_for_and_when() -> None:
     assert parsedate_to_datetime(text.partition("; ")[2]).timestamp() == int(WHEN)
 
 
-def test_it_says_what_protects_the_connection() -> None:
+def test_the_field_has_the_parameters_of_tls() -> None:
     text = field_of(make(tls=TlsInfo("TLSv1.3", "TLS_AES_256_GCM_SHA384", 256), identity="alice"))
     assert "(using TLSv1.3 with cipher TLS_AES_256_GCM_SHA384 (256 bits))" in text
     assert "with ESMTPSA id" in text
@@ -106,6 +106,19 @@ def test_a_recipient_that_makes_a_line_too_long_is_not_named() -> None:
     assert "for <" not in field_of(make(), Path(f"{local}@example.org", local, "example.org"))
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("b@bücher.example", "b@xn--bcher-kva.example"),
+        ('"b@c"@bücher.example', '"b@c"@xn--bcher-kva.example'),
+        ("bü@bücher.example", "bü@bücher.example"),
+    ],
+)
+def test_the_field_is_ascii_if_the_local_part_is(text: str, shown: str) -> None:
+    raw = received_field(make(), MessageId("ABC"), "mx", WHEN, Path(text, "b", "xn--bcher-kva.example"))
+    assert f"for <{shown}>;" in raw.decode()
+
+
 # ---- the seam between the trace fields and the body
 
 EMPTY_LINE = Seam(0, b"\r\n")
@@ -143,6 +156,9 @@ NOTHING = Seam(0, b"")
         (b"From " + b"x" * MAX_START + b"\r\nSubject: x\r\n", EMPTY_LINE),
         (b"From: a@b\r\n", NOTHING),
         (b"From\t: a@b\r\n", NOTHING),
+        (b"From : a@b\r\n", NOTHING),
+        (b"From \t : a@b\r\n", NOTHING),
+        (b">From : a@b\r\n", NOTHING),
         (b"Fro: x", NOTHING),
         (b"x" * (MAX_START + 10) + b": y", EMPTY_LINE),
     ],

@@ -151,7 +151,7 @@ async def client(server: Running) -> AsyncIterator[Client]:
         yield talk
 
 
-async def test_the_client_hears_nothing_until_its_message_is_settled(tmp_path: Path) -> None:
+async def test_the_client_gets_no_reply_before_the_commit(tmp_path: Path) -> None:
     async with running(tmp_path) as server, client(server) as talk:
         await talk.say_message()
         await server.delivery.came()
@@ -169,7 +169,7 @@ async def test_the_client_hears_nothing_until_its_message_is_settled(tmp_path: P
     assert server.events("disconnected")[0]["messages"] == 1
 
 
-async def test_a_refusal_is_told_and_journaled(tmp_path: Path) -> None:
+async def test_a_refusal_is_sent_and_journaled(tmp_path: Path) -> None:
     async with running(tmp_path) as server, client(server) as talk:
         await talk.say_message()
         await server.delivery.came()
@@ -194,7 +194,7 @@ async def test_a_delivery_that_breaks_has_not_taken_the_message(tmp_path: Path) 
         assert await talk.replies(1) == ["250"]
 
 
-async def test_what_is_pipelined_behind_a_message_waits_for_its_reply(tmp_path: Path) -> None:
+async def test_commands_pipelined_after_a_message_wait_for_its_reply(tmp_path: Path) -> None:
     async with running(tmp_path) as server, client(server) as talk:
         await talk.send(f"{TO_DATA}one\r\n.\r\n{SECOND}two\r\n.\r\nNOOP\r\nQUIT\r\n")
         await server.delivery.came()
@@ -246,7 +246,7 @@ async def test_a_message_stays_accepted_when_its_client_hangs_up(tmp_path: Path,
     assert server.events("lost") == []
 
 
-async def test_stopping_waits_for_the_commit_and_says_so_before_it_says_421(tmp_path: Path) -> None:
+async def test_stopping_waits_for_the_commit_and_replies_before_the_421(tmp_path: Path) -> None:
     async with running(tmp_path) as server, client(server) as talk:
         await talk.say_message()
         await server.delivery.came()

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from penstock.app import Overrides, Server, assemble
 from penstock.config import Settings, parse
@@ -28,7 +29,8 @@ class Running:
 
     def __init__(self, parts: Server, lines: list[bytes]) -> None:
         self.worker = parts.worker
-        self.port: int = parts.listeners[0].socket.getsockname()[1]
+        self.listener = parts.listeners[0].socket
+        self.port: int = self.listener.getsockname()[1]
         self._lines = lines
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ async def test_a_session_from_greeting_to_bye(tmp_path: Path, kind: str) -> None
     assert server.events("disconnected")[0]["messages"] == 3
 
 
-async def test_a_client_that_drips_is_told_that_it_is_idle(tmp_path: Path) -> None:
+async def test_a_client_that_sends_single_octets_is_idle(tmp_path: Path) -> None:
     toml = f"{LISTENER}limits.command_timeout = 0.3\n"
     async with running(tmp_path, toml) as server, client(server) as talk:
         await talk.reply()
@@ -133,6 +135,17 @@ async def test_stopping_lets_a_message_arrive_and_sends_the_idle_away(tmp_path: 
             await trio.open_tcp_stream("127.0.0.1", server.port)
 
 
+async def test_a_stop_refuses_no_client_who_waits_to_be_accepted(tmp_path: Path) -> None:
+    for _ in range(12):  # the order of the poller's task and of this one is random
+        async with running(tmp_path) as server:
+            with server.listener.dup(), socket.socket() as waiting:  # the queue outlives the server
+                waiting.connect(("127.0.0.1", server.port))
+                await trio.lowlevel.checkpoint()
+                server.worker.stop()
+                await wait_all_tasks_blocked()
+            assert not server.events("rejected")
+
+
 async def test_aborting_ends_every_session_at_once(tmp_path: Path) -> None:
     async with running(tmp_path) as server, client(server) as busy, client(server) as idle:
         for talk in (busy, idle):
@@ -144,7 +157,7 @@ async def test_aborting_ends_every_session_at_once(tmp_path: Path) -> None:
                 pass
 
 
-async def test_a_client_that_is_one_too_many_hears_421_before_the_greeting(tmp_path: Path) -> None:
+async def test_a_client_above_the_limit_receives_421_as_greeting(tmp_path: Path) -> None:
     toml = f"admission.connections = 1\n{LISTENER}"
     async with running(tmp_path, toml) as server, client(server) as first:
         await first.reply()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import webencodings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,3 +54,12 @@ def test_a_cut_text_may_end_within_a_character() -> None:
 )
 def test_every_text_can_be_decoded_and_sent(data: bytes, label: str) -> None:
     decode(data, label).encode()
+
+
+def test_a_codec_that_cannot_be_imported_is_an_unknown_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(label: str) -> object:
+        raise LookupError(f"unknown encoding: {label}")
+
+    monkeypatch.setattr(webencodings, "lookup", lookup)
+    assert name_of("grüße".encode(), "koi8-r") == "utf-8"
+    assert name_of(b"gr\xfc\xdfe", "koi8-r") == "windows-1252"

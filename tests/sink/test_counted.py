@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from penstock.metrics._session import GARBLED, Metrics
-from penstock.sink.corrupt import readable
-from penstock.sink.plan import Dress
+from penstock.sink.corrupt import complete_replies
+from penstock.sink.plan import Corruption
 from penstock.sink.report import MessageCounts
 from tests.sink.playing import EHLO, MAIL, RCPT, Talk, talking
 from tests.sink.test_statistics import receipts
@@ -57,7 +57,7 @@ async def send(talk: Talk, hello: str = EHLO) -> None:
 
 
 def test_every_dress_has_a_kind_of_its_own_in_the_tally() -> None:
-    assert set(get_args(Dress)) | {"none"} == set(GARBLED)
+    assert set(get_args(Corruption)) | {"none"} == set(GARBLED)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_every_dress_has_a_kind_of_its_own_in_the_tally() -> None:
     ],
 )
 def test_what_can_be_read_is_a_whole_reply(said: bytes, can_be_read: list[bytes]) -> None:
-    assert readable(said) == can_be_read
+    assert complete_replies(said) == can_be_read
 
 
 @pytest.mark.parametrize(

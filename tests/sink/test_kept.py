@@ -16,7 +16,7 @@ from penstock.message import Envelope, Message, MessageId, Recipient
 from penstock.message import Path as MailPath
 from penstock.metrics._session import SequenceTracker
 from penstock.reply import Reply
-from penstock.sink.kept import HeaderMarks, KeepSettings, KeptMessage, Shelf, make_keeping
+from penstock.sink.kept import HeaderMarks, KeepSettings, KeptMessage, KeptMessages, make_keeping
 from penstock.sink.stores import MboxStore
 from tests.helpers import TRANSACTION
 
@@ -49,7 +49,7 @@ def kept(number: int, size: int = 10) -> KeptMessage:
 
 
 def test_a_shelf_forgets_the_oldest_beyond_its_count() -> None:
-    shelf = Shelf(3)
+    shelf = KeptMessages(3)
     for number in range(5):
         shelf.put(kept(number))
     assert [each.id for each in shelf.newest(10)] == ["M0004", "M0003", "M0002"]
@@ -59,7 +59,7 @@ def test_a_shelf_forgets_the_oldest_beyond_its_count() -> None:
 
 
 def test_a_shelf_forgets_the_oldest_beyond_its_octets() -> None:
-    shelf = Shelf(100, octets=40)
+    shelf = KeptMessages(100, octets=40)
     for number in range(10):
         shelf.put(kept(number))
     assert len(shelf) == 4
@@ -67,7 +67,7 @@ def test_a_shelf_forgets_the_oldest_beyond_its_octets() -> None:
 
 
 def test_a_message_that_fits_is_whole_however_large_it_is() -> None:
-    shelf = Shelf(100, octets=40)
+    shelf = KeptMessages(100, octets=40)
     shelf.put(kept(1))
     shelf.put(kept(2, size=40))
     (there,) = shelf.newest(9)
@@ -75,14 +75,14 @@ def test_a_message_that_fits_is_whole_however_large_it_is() -> None:
 
 
 def test_a_message_larger_than_all_room_is_cut_and_marked() -> None:
-    shelf = Shelf(100, octets=40)
+    shelf = KeptMessages(100, octets=40)
     shelf.put(kept(1, size=100))
     (there,) = shelf.newest(1)
     assert (len(there.raw), there.is_cut, there.size) == (40, True, 100)
 
 
 def test_changes_are_counted() -> None:
-    shelf = Shelf(10)
+    shelf = KeptMessages(10)
     counts = [shelf.changes]
     shelf.put(kept(1))
     counts.append(shelf.changes)
@@ -98,7 +98,7 @@ def test_changes_are_counted() -> None:
     assert counts == sorted(set(counts))
 
 
-def pages(shelf: Shelf, limit: int) -> list[list[str]]:
+def pages(shelf: KeptMessages, limit: int) -> list[list[str]]:
     """Read a shelf page by page, as a client does that names the last message it has."""
     found: list[list[str]] = []
     while page := shelf.newest(limit, found[-1][-1] if found else None):
@@ -108,7 +108,7 @@ def pages(shelf: Shelf, limit: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4])
 def test_pages_have_each_message_once_whatever_the_order_of_ids_is(limit: int) -> None:
-    shelf = Shelf(10)
+    shelf = KeptMessages(10)
     for number in (2, 5, 1, 6, 3, 4):
         shelf.put(kept(number))
     found = pages(shelf, limit)
@@ -117,7 +117,7 @@ def test_pages_have_each_message_once_whatever_the_order_of_ids_is(limit: int) -
 
 
 def test_what_is_before_a_deleted_message_is_what_it_was() -> None:
-    shelf = Shelf(3)
+    shelf = KeptMessages(3)
     for number in (3, 1, 2):
         shelf.put(kept(number))
     shelf.delete("M0001")
@@ -127,7 +127,7 @@ def test_what_is_before_a_deleted_message_is_what_it_was() -> None:
 
 
 def test_nothing_is_before_a_message_that_was_pushed_out_or_never_there() -> None:
-    shelf = Shelf(2)
+    shelf = KeptMessages(2)
     for number in (9, 2, 1):
         shelf.put(kept(number))
     for gone in ("M0009", "M9999", "", "\udc00"):
@@ -138,7 +138,7 @@ def test_nothing_is_before_a_message_that_was_pushed_out_or_never_there() -> Non
 
 
 def test_a_shelf_knows_no_more_deleted_messages_than_it_has_room_for() -> None:
-    shelf = Shelf(3)
+    shelf = KeptMessages(3)
     shelf.put(kept(0))
     for number in range(1, 6):
         shelf.put(kept(number))
@@ -147,7 +147,7 @@ def test_a_shelf_knows_no_more_deleted_messages_than_it_has_room_for() -> None:
 
 
 def test_a_shelf_forgets_what_it_is_told_to() -> None:
-    shelf = Shelf(3)
+    shelf = KeptMessages(3)
     shelf.put(kept(1))
     shelf.put(kept(2))
     assert shelf.delete("M0001")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.sink.messageids import MessageIdTracker, message_id_of
+from penstock.sink.messageids import MessageIdOutbox, MessageIdTracker, message_id_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,20 @@ def test_messages_without_a_sequence_tag_are_told_apart() -> None:
 
 
 def test_the_table_of_message_ids_is_bounded() -> None:
-    ids = MessageIdTracker(most=10)
+    ids = MessageIdTracker(max_ids=10)
     for number in [*range(15), 3, 12]:
         ids.note("a@x", b"Message-ID: <%d@x.example>\r\n" % number)
     assert (ids.distinct, ids.duplicates, ids.further) == (10, 1, 6)
+
+
+def test_message_ids_of_several_workers_are_counted_together() -> None:
+    ids, outbox = MessageIdTracker(), MessageIdOutbox(max_ids=3)
+    for number in (1, 2):
+        outbox.note("a@x", b"Message-ID: <%d@x.example>\r\n" % number)
+    outbox.note("a@x", b"")
+    outbox.note("a@x", b"Message-ID: <3@x.example>\r\n")
+    assert outbox.take() == (["<1@x.example>", "<2@x.example>", ""], 1)
+    assert outbox.take() == ([], 0)
+    for each in ("<1@x.example>", "<1@x.example>", "<2@x.example>", ""):
+        ids.add(each)
+    assert (ids.distinct, ids.duplicates, ids.missing_id) == (2, 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,11 +11,13 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
-from penstock.sink.kept import KeptMessage, Shelf
+from penstock.sink.kept import KeptMessage, KeptMessages
 from penstock.sink.web import mime, view
 from penstock.sink.web.mime import Work
-from penstock.sink.web.release import Hop
+from penstock.sink.web.release import Hop, _line_ends
 from penstock.testing import SmtpServer
 from tests.sink.mails import FORWARDED, INVITATION, NEWSLETTER, PNG, REPORT, encoded, mixed
 from tests.sink.test_web import api
@@ -23,8 +26,8 @@ PDF, IMAGE, HTML = 6, 5, 4
 """Numbers of parts of NEWSLETTER."""
 
 
-def of(*raws: bytes) -> Shelf:
-    made = Shelf(100)
+def of(*raws: bytes) -> KeptMessages:
+    made = KeptMessages(100)
     for number, raw in enumerate(raws):
         made.put(KeptMessage(f"M{number}", 1.5 + number, "a@example.com", ("b@example.org",), len(raw), raw))
     return made
@@ -75,7 +78,7 @@ async def test_a_list_refuses_what_it_does_not_understand(query: str) -> None:
 
 
 async def test_a_list_is_read_to_its_end_whatever_the_order_of_ids_is() -> None:
-    kept = Shelf(10)
+    kept = KeptMessages(10)
     for name in ("M2", "M5", "M1", "M4", "M3"):
         kept.put(KeptMessage(name, 1.5, "a@example.com", (), 0, b""))
     for query in ("", "&q=example"):
@@ -98,6 +101,12 @@ async def test_messages_are_deleted() -> None:
         assert (await client.delete("/api/messages/M1")).json() == {"deleted": 1}
         assert (await client.delete("/api/messages/M1")).status_code == 404
         assert (await client.delete("/api/messages")).json() == {"deleted": 2}
+
+
+async def test_a_missing_id_deletes_nothing() -> None:
+    async with keeping(b"", b"") as client:
+        assert (await client.delete("/api/messages/", follow_redirects=True)).status_code == 404
+        assert len((await client.get("/api/messages")).json()["messages"]) == 2
 
 
 async def test_a_query_deletes_only_what_it_finds() -> None:
@@ -269,7 +278,7 @@ async def test_what_is_shown_of_a_message_has_bounds() -> None:
 
 async def test_a_message_that_is_not_kept_whole_says_so_everywhere() -> None:
     raw = mixed(b"\r\nfirst", encoded(b"x" * 3000, b"Content-Type: application/zip\r\n"))
-    kept = Shelf(10, octets=len(raw) - 1000)
+    kept = KeptMessages(10, octets=len(raw) - 1000)
     kept.put(KeptMessage("M", 1, "", (), len(raw), raw))
     async with api(shelf=kept, hop=Hop("localhost", 1)) as client:
         shown = (await client.get("/api/messages/M")).json()
@@ -357,6 +366,21 @@ async def test_a_message_is_released_as_it_was_received() -> None:
         first, second = server.inbox
         assert (first.sender, [*first.recipients], first.raw) == ("a@example.com", wanted["recipients"], raw)
         assert second.sender == ""
+
+
+@pytest.mark.parametrize("ending", [b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r.\r\n", b"\r\n.\r"])
+async def test_a_released_message_has_no_bare_line_ends(ending: bytes) -> None:
+    """Hops exist that take these for the end of the data, and what follows for commands."""
+    async with releasing(b"Subject: x\r\n\r\nx" + ending + b"RSET\r\n") as (client, server):
+        answer = await client.post("/api/messages/M0/release", json={"recipients": ["x@example.org"]})
+        assert answer.status_code == 200
+        raw = server.inbox[0].raw
+    assert b"RSET" in raw and not re.search(rb"\r(?!\n)|(?<!\r)\n", raw)
+
+
+@given(st.lists(st.sampled_from([b"\r", b"\n", b"x"])).map(b"".join))
+def test_line_ends_are_those_of_single_steps(text: bytes) -> None:
+    assert _line_ends(text) == re.sub(rb"(?<!\r)\n", b"\r\n", re.sub(rb"\r(?!\n)", b" ", text))
 
 
 async def test_a_hop_that_refuses_is_reported() -> None:

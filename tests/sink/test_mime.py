@@ -187,3 +187,12 @@ def test_work_that_nobody_waits_for_ends() -> None:
     (part,) = parts(INVITATION)[:1]
     with pytest.raises(Abandoned):
         part.content(work)
+
+
+def test_a_text_that_is_not_base64_is_shown_as_it_is() -> None:
+    text = b"\r\nHello, this is plain text.\r\nAGVsbG8=\r\n"
+    (part,) = read(b"Content-Transfer-Encoding: base64\r\n\r\n" + text, Work()).parts
+    assert part.content(Work()) == text
+    assert part.size(Work()) == len(text)
+    (part,) = read(b"Content-Transfer-Encoding: base64\r\n\r\naGVs \r\nbG8=\r\n-- \r\n", Work()).parts
+    assert part.content(Work()) == b"hello"

@@ -76,7 +76,7 @@ def found(query: str) -> list[str]:
         ("size:>=1.5MB", ["news"]),
         ("before:2025-01-01", ["forward", "report", "invitation", "bad"]),
         ("after:2025-01-01 is:unread", ["mail"]),
-        ("from: to: -", ALL),
+        ("- -", ALL),
         ("nowhere", []),
     ],
 )
@@ -105,6 +105,9 @@ def test_a_day_begins_at_midnight_in_the_time_zone_of_the_sink() -> None:
         ("after:99999", "after:2026-11-29"),
         ("has:cheese", "has:attachment"),
         ("is:new", "is:read or is:unread"),
+        ("from: alice", "from:word"),
+        ('-subject:""', "subject:word"),
+        ("has:", "has:attachment"),
         ("x" * 201, "200 characters"),
     ],
 )

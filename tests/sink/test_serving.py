@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from penstock.metrics._session import Metrics
-from penstock.sink.kept import KeptMessage, Shelf
+from penstock.sink.kept import KeptMessage, KeptMessages
 from penstock.sink.web.app import make_app
 from penstock.sink.web.guard import Receive, Scope, Send
 from penstock.sink.web.serve import bind_web, serve_web
@@ -25,11 +25,13 @@ LARGE = 16 << 20
 
 
 @asynccontextmanager
-async def serving(*, limit: int = 10, shelf: Shelf | None = None) -> AsyncIterator[int]:
+async def serving(
+    *, limit: int = 10, shelf: KeptMessages | None = None, token: str | None = None
+) -> AsyncIterator[int]:
     """Serve the page of a sink, and return its port."""
     (sock,) = bind_web("127.0.0.1:0", None)
     port: int = sock.getsockname()[1]
-    app = make_app(receipts(Metrics())[0], shelf=shelf)
+    app = make_app(receipts(Metrics())[0], shelf=shelf, token=token)
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
@@ -143,8 +145,8 @@ async def test_a_body_that_drips_is_given_up(autojump_clock: object) -> None:
             nursery.cancel_scope.cancel()
 
 
-def large() -> Shelf:
-    shelf = Shelf(1)
+def large() -> KeptMessages:
+    shelf = KeptMessages(1)
     shelf.put(KeptMessage("M1", 1.5, "a@example.com", ("b@example.org",), LARGE, b"x" * LARGE))
     return shelf
 
@@ -186,6 +188,12 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
         last = HEALTH.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
         await caller.stream.send_all(HEALTH + HEALTH.replace(b"health", b"nowhere") + last)
         assert re.findall(rb"HTTP/1.1 (\d+)", await caller.rest()) == [b"200", b"404", b"200"]
+
+
+async def test_a_connection_outlives_a_request_that_is_refused_unread() -> None:
+    async with serving(token="secret") as port, calling(port) as caller:
+        request = HEALTH.replace(b"health", b"receipts")
+        assert [(await caller.answer(request))[0] for _ in range(3)] == [401] * 3
 
 
 async def test_a_head_has_no_body() -> None:

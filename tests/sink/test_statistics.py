@@ -53,15 +53,15 @@ def receipts(metrics: Metrics, expected: int | None = None) -> tuple[Statistics,
 def test_a_sample_is_the_difference_to_the_last_one() -> None:
     metrics = Metrics()
     made, clock, faults, traffic = receipts(metrics)
-    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.count_refused_connection(b"421 4.3.2 Too many\r\n")
     faults.count = 3
     traffic.octets_under_way = 50
     clock.now += 1
     first = made.take_sample()
     assert (first.at, first.seconds, first.connected, first.faults, first.received) == (1, 1, 1, 3, 50)
     assert first.codes == {"421": 1}
-    metrics.turned_away(b"421 4.3.2 Too many\r\n")
-    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.count_refused_connection(b"421 4.3.2 Too many\r\n")
+    metrics.count_refused_connection(b"421 4.3.2 Too many\r\n")
     clock.now += 2
     second = made.take_sample()
     assert (second.at, second.seconds, second.connected, second.faults, second.received) == (3, 2, 2, 0, 0)
@@ -99,7 +99,7 @@ def test_a_reset_restarts_octets_of_open_connections() -> None:
 
 def test_a_report_survives_encoding() -> None:
     metrics = Metrics()
-    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.count_refused_connection(b"421 4.3.2 Too many\r\n")
     made, clock, _, _ = receipts(metrics)
     clock.now += 1
     made.take_sample()

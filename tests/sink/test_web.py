@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
+from penstock.cli.faulting import FaultInjection, WorkersFaultControl
+from penstock.cli.smtpsink import SmtpSinkOptions
 from penstock.metrics._session import Metrics
 from penstock.sink.control import EXAMPLES, FaultAdmin
 from penstock.sink.faults import FaultEngine, FaultLog
-from penstock.sink.kept import KeptMessage, Shelf
+from penstock.sink.kept import KeptMessage, KeptMessages
 from penstock.sink.statistics import FaultControl
 from penstock.sink.web.app import make_app
 from penstock.sink.web.guard import MAX_BODY, WebOrigin
@@ -28,12 +32,18 @@ class Control:
         self.text = "seed = 1\n"
         self.failing: dict[str, int] = {}
 
+    fails_next = True
+
+    def check(self, text: str) -> list[str]:
+        if "rule" in text:
+            raise ValueError("rule: unknown key")
+        return []
+
     def plan(self) -> str:
         return self.text
 
     def replace(self, text: str) -> None:
-        if "rule" in text:
-            raise ValueError("rule: unknown key")
+        self.check(text)
         self.text = text
 
     def fail_next(self, phase: str, reply: str, count: int) -> None:
@@ -45,8 +55,8 @@ class Control:
         return self.failing
 
 
-def shelf() -> Shelf:
-    made = Shelf(10)
+def shelf() -> KeptMessages:
+    made = KeptMessages(10)
     for number in (1, 2, 3):
         made.put(KeptMessage(f"M{number}", 1.5, "a@example.com", ("b@example.org",), 4, b"text"))
     return made
@@ -56,7 +66,7 @@ def shelf() -> Shelf:
 async def api(
     *,
     token: str | None = None,
-    shelf: Shelf | None = None,
+    shelf: KeptMessages | None = None,
     faults: FaultControl | None = None,
     metrics: Metrics | None = None,
     origin: WebOrigin | None = None,
@@ -94,7 +104,7 @@ async def test_the_page_names_no_other_host() -> None:
 
 async def test_receipts_are_the_report() -> None:
     metrics = Metrics()
-    metrics.turned_away(b"421 4.3.2 Too many\r\n")
+    metrics.count_refused_connection(b"421 4.3.2 Too many\r\n")
     async with api(metrics=metrics) as client:
         report = (await client.get("/api/receipts")).json()
         assert report["schema"] == "penstock-receipts"
@@ -155,6 +165,44 @@ async def test_examples_of_plans_are_valid() -> None:
         assert [each["title"] for each in examples] == [each.title for each in EXAMPLES]
         for each in examples:
             assert (await client.put("/api/plan", content=each["text"])).status_code == 200
+
+
+def workers_control() -> WorkersFaultControl:
+    return WorkersFaultControl(FaultInjection(SmtpSinkOptions({})))
+
+
+async def test_workers_offer_only_what_they_can_do() -> None:
+    counting = '[[rule]]\nphase = "rcpt"\nreply = "450"\nmatch.first = 2\n'
+    async with api(faults=workers_control()) as client:
+        examples = (await client.get("/api/plan/examples")).json()
+        assert 0 < len(examples) < len(EXAMPLES)
+        for each in examples:
+            assert (await client.put("/api/plan", content=each["text"])).status_code == 200
+        checked = (await client.post("/api/plan/check", content=counting)).json()
+        refused = await client.put("/api/plan", content=counting)
+        assert checked["error"].startswith("rule[0].match.first cannot be combined")
+        assert refused.json()["error"] == f"the plan is invalid: {checked['error']}"
+        live = (await client.get("/api/live")).json()
+        assert (live["has_plan"], live["fails_next"]) == (True, False)
+
+
+async def test_workers_load_the_last_plan_whatever_its_length() -> None:
+    control = workers_control()
+    long = f'# {"ü" * 1000}\n[[rule]]\nphase = "rcpt"\nreply = "450"\n'
+    async with api(faults=control) as client:
+        for number, text in enumerate((long, "seed = 7\n"), 1):
+            assert (await client.put("/api/plan", content=text.encode())).status_code == 200
+            control.load(number)
+            assert (control.number, control.plan()) == (number, text)
+
+
+async def test_the_page_is_not_read_after_a_change_of_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    async with api() as client:
+        assert (await client.get("/page.js")).status_code == 200
 
 
 async def test_the_history_has_the_whole_run() -> None:
@@ -246,6 +294,7 @@ async def test_unknown_pages_and_methods_are_answered_in_json() -> None:
         refused = await client.delete("/api/health")
         assert refused.status_code == 405
         assert refused.json()["error"].startswith("DELETE is not allowed here; expected one of: ")
+        assert "expected one of: DELETE, GET, HEAD" in (await client.post("/api/messages")).json()["error"]
 
 
 # ---- access

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.smtp.client import CannotSendError, Credentials, ProtocolError, ReplyReader, ServerReply
@@ -129,9 +129,8 @@ LINES = st.lists(
 ).map(lambda lines: b"".join(line + b"\r\n" for line in lines))  # fmt: skip
 
 
-@settings(deadline=None)
 @given(LINES, st.booleans(), st.booleans(), st.booleans(), st.integers(1, 3), st.sampled_from([None, len(TEXT)]))
-def test_whatever_a_server_sends_no_text_precedes_an_accepted_recipient(
+def test_no_text_precedes_an_accepted_recipient(
     data: bytes, pipelining: bool, chunking: bool, lmtp: bool, recipients: int, size: int | None
 ) -> None:
     session = opened()
@@ -148,7 +147,6 @@ def test_whatever_a_server_sends_no_text_precedes_an_accepted_recipient(
         assert TEXT in sent
 
 
-@settings(deadline=None)
 @given(LINES)
 def test_an_opening_ends_in_ready_or_in_an_error(data: bytes) -> None:
     session = ClientSession("me", starttls="offered", credentials=Credentials("bob", "secret"), is_private=True)
@@ -159,7 +157,6 @@ def test_an_opening_ends_in_ready_or_in_an_error(data: bytes) -> None:
     assert session.step in (*list(Step)[:7], Step.READY)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([b"2", b"5", b"0", b" ", b"-", b"\r", b"\n", b"x", b"\r\n", b"250 ok\r\n"])), st.data())
 def test_replies_do_not_depend_on_how_the_octets_are_cut(pieces: list[bytes], data: st.DataObject) -> None:
     octets = b"".join(pieces)

@@ -93,7 +93,7 @@ def test_a_watched_recipient_becomes_an_event(recipient: bytes, is_asked: bool) 
 
 def test_a_watched_prefix_begins_in_ascii() -> None:
     session = session_of(AUTO_ACCEPT)
-    with pytest.raises(ValueError, match="begins in ASCII, not 'ü'"):
+    with pytest.raises(ValueError, match="begin with an ASCII character, not 'ü'"):
         session.watch(("ü",))
     session.watch(None)
     session.receive(b"EHLO c\r\nMAIL FROM:<a@b>\r\nRCPT TO:<drop@d>\r\n")

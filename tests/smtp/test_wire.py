@@ -105,7 +105,7 @@ def test_every_verb_is_known_in_any_case(verb: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "DELETE", "CONNECT", "OPTIONS", "PATCH", "TRACE"])
-def test_http_methods_are_told_from_unknown_verbs(method: str) -> None:
+def test_http_methods_are_distinguished_from_unknown_verbs(method: str) -> None:
     assert commands(Wire(), [f"{method} / HTTP/1.1\r\n".encode()])[0][1] == "HTTP"
 
 
@@ -127,7 +127,7 @@ def test_lines_of_an_exchange_are_left_as_they_are() -> None:
 
 
 @given(st.binary(max_size=300), st.integers(1, 20))
-def test_no_octets_make_the_command_reader_raise_or_depend_on_the_split(data: bytes, step: int) -> None:
+def test_commands_are_parsed_alike_for_any_split_of_the_input(data: bytes, step: int) -> None:
     pieces = [data[i : i + step] for i in range(0, len(data), step)]
     assert commands(Wire(line_limit=64), pieces) == commands(Wire(line_limit=64), [data])
 
@@ -329,7 +329,7 @@ def test_bdat_chunks_are_normalized_across_their_borders(data: bytes, cut: int, 
     assert wire.octets == len(expected)
 
 
-def test_a_line_behind_the_octets_is_a_command() -> None:
+def test_a_line_after_the_octets_is_a_command() -> None:
     wire = Wire()
     wire.feed(b"12345NOOP\r\n")
     wire.expect_octets(5)

@@ -178,6 +178,38 @@ async def test_a_domain_is_no_pattern(tmp_path: Path) -> None:
     assert found(tmp_path, domain="x.org") == []
 
 
+async def put_for(folder: Path, *recipients: str) -> None:
+    async with opened(folder) as spool:
+        await spool.put(make_message(b"x", recipients=recipients), ["queue"] * len(recipients))
+
+
+@pytest.mark.parametrize(
+    "name", ["bücher.example", "BÜCHER.example", "xn--bcher-kva.example", "XN--BCHER-KVA.example."]
+)
+async def test_a_domain_is_meant_in_all_spellings(tmp_path: Path, name: str) -> None:
+    addresses = ["a@bücher.example", "b@xn--bcher-kva.example", "c@Bücher.EXAMPLE"]
+    await put_for(tmp_path, *addresses, "d@other.example", "postmaster")
+    assert found(tmp_path, domain=name) == addresses
+    with QueueAdmin.opened(tmp_path) as admin:
+        assert admin.suspend(name)
+        assert admin.suspended() == ["xn--bcher-kva.example"]
+        assert admin.resume("bücher.example.")
+
+
+async def test_an_address_literal_is_meant_in_all_spellings(tmp_path: Path) -> None:
+    await put_for(tmp_path, "a@[IPv6:2001:db8:0::1]", "b@[192.0.2.1]")
+    assert found(tmp_path, domain="[ipv6:2001:DB8::1]") == ["a@[IPv6:2001:db8:0::1]"]
+
+
+async def test_json_has_no_character_that_controls_a_terminal(tmp_path: Path) -> None:
+    address = "a\x7f\x9b\u2028\u202e\U000e0001\\é@x.org"
+    await put_for(tmp_path / "spool", address)
+    printed = CliRunner().invoke(main, ["spool", "list", "--json", "--data", str(tmp_path)]).output
+    assert printed.strip().isprintable()
+    assert r"a\u007f\u009b\u2028\u202e\udb40\udc01" in printed
+    assert json.loads(printed)[0]["recipients"][0]["address"] == address
+
+
 async def test_check_finds_what_is_inconsistent(tmp_path: Path) -> None:
     await fill(tmp_path)
     async with opened(tmp_path, body_in_file=1) as spool:
@@ -320,7 +352,7 @@ async def test_what_was_taken_before_an_instruction_is_obeyed_is_not_changed(tmp
         with sqlite3.connect(tmp_path / "spool.db") as database:
             database.executemany("INSERT INTO instruction VALUES (?, ?, NULL)", [(number, action) for number in rows])
         database.close()
-        await spool.obey(action, [], rows)
+        await spool.carry_out(action, [], rows)
 
         def look(store: Any) -> list[Any]:
             execute = store._database.execute
@@ -382,6 +414,8 @@ async def test_the_command_line_refuses_mistakes(tmp_path: Path) -> None:
     assert "or --all" in run(tmp_path, "drop", "--yes", code=2)
     assert "30s, 10m" in run(tmp_path, "list", "--older", "soon", code=2)
     assert "no message" in run(tmp_path, "show", "NOSUCH", code=1)
+    for name in ("", " ", "a b", "a\nb"):
+        assert "expected a domain, a host or the name of a next hop" in run(tmp_path, "suspend", name, code=2)
     assert "no spool in" in run(tmp_path / "elsewhere", "stats", code=1)
     assert "Aborted" in run(tmp_path, "drop", "--all", code=1)
 

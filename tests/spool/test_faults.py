@@ -92,7 +92,7 @@ async def test_a_put_that_fails_at_any_step_is_written_or_refused(
 
 
 @pytest.mark.parametrize("is_after", [False, True])
-async def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path, faulty: type[Faulty], is_after: bool) -> None:
+async def test_a_record_is_written_completely_or_not(tmp_path: Path, faulty: type[Faulty], is_after: bool) -> None:
     step = 0
     async with opened(tmp_path) as spool:
         while True:

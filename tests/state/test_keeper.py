@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from penstock.state import Charge, Later, StateUnavailableError
+from penstock.state import Charge, Later, Learned, StateUnavailableError
 from penstock.state.keeper import Keeper
 from penstock.state.remote import RemoteState
 from penstock.state.tables import Tables
-from penstock.state.wire import Take, encode
+from penstock.state.wire import MOST_OCTETS, Answer, Take, encode
 from tests.state.clock import Clock
 from tests.state.test_tables import HOUR, TIMES, charge
 
@@ -50,6 +50,8 @@ async def test_workers_share_limits_and_greylisting(tmp_path: Path, patience: in
             assert await answer(first.greylist("a", TIMES)) == TIMES.delay
             clock.advance(60)
             assert await answer(second.greylist("a", TIMES)) == 0
+            first.learn([Learned(f"{n}", clock(), clock() + HOUR, has_passed=True) for n in range(500)])
+            assert await answer(first.greylist("499", TIMES)) == 0
     with Keeper(tmp_path / "state.db", pytest.fail, tables=Tables(clock)) as keeper:
         async with asking(keeper.connect()) as state:
             assert await answer(state.greylist("a", TIMES)) == 0
@@ -93,6 +95,20 @@ async def test_a_full_queue_is_left_out_and_blocks_nothing() -> None:
                 state.note([charge()])
             with pytest.raises(StateUnavailableError):
                 await answer(state.take([charge()]))
+
+
+async def test_a_keeper_behind_with_learned_entries_is_still_asked(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        async with asking(ours) as state:
+            for _ in range(20):  # more failures than the breaker allows
+                state.learn([Learned(f"{n}", 1, 1 << 62, has_passed=True) for n in range(20_000)])
+            theirs.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while theirs.recv(MOST_OCTETS):
+                    pass
+            theirs.send(encode(Answer(1, -1)))
+            assert await answer(state.take([charge()])) == -1
 
 
 @pytest.mark.parametrize("patience", [1, 0])

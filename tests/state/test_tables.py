@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.state import Charge, GreylistTimes
+from penstock.state import Charge, GreylistTimes, Learned
 from penstock.state.tables import Tables, steady_clock
 from tests.state.clock import SECOND, Clock
 
@@ -89,6 +89,32 @@ def test_greylisting_passes_after_the_delay() -> None:
     assert tables.greylist("a", TIMES) == 0
     clock.advance(36 * 86_400)
     assert tables.greylist("a", TIMES) == 60 * SECOND
+
+
+@given(order=st.permutations(range(3)))
+def test_what_others_have_noted_is_merged_in_any_order(order: list[int]) -> None:
+    clock = Clock()
+    now = clock()
+    entries = [
+        Learned("a", now - 30 * SECOND, now + HOUR, has_passed=False),
+        Learned("a", now - 10 * SECOND, now + 9 * HOUR, has_passed=True),
+        Learned("a", now - 60 * SECOND, now - SECOND, has_passed=True),  # it has expired
+    ]
+    tables = Tables(clock)
+    for number in order:
+        tables.learn([entries[number]])
+    assert tables.greylisted("a") == (now - 30 * SECOND, now + 9 * HOUR, True)
+    assert tables.greylist("a", TIMES) == 0
+
+
+def test_a_first_attempt_at_another_server_counts() -> None:
+    clock = Clock()
+    tables = Tables(clock, most=2)
+    tables.learn([Learned("a", clock() - 20 * SECOND, clock() + HOUR, has_passed=False)])
+    assert tables.greylist("a", TIMES) == 40 * SECOND
+    tables.learn([Learned(str(n), clock() + HOUR, clock() + 2 * HOUR, has_passed=False) for n in range(5)])
+    assert len(tables) == 2
+    assert tables.greylist("4", TIMES) == TIMES.delay  # however far their clock is ahead
 
 
 def test_an_attempt_that_is_not_repeated_is_forgotten() -> None:

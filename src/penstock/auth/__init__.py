@@ -1,1 +1,1 @@
-"""Authentication of clients: the authenticator seam, the users file, logins and their throttle."""
+"""Authentication of clients: the authenticator interface, the users file, SASL exchanges, and the throttle."""

@@ -1,4 +1,4 @@
-"""The authenticator seam: what verifies users, and the settings of authentication."""
+"""The authenticator interface, and the settings of authentication."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ class AuthSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     users: Annotated[
         str,
-        msgspec.Meta(min_length=1, description="The users file, written by `penstock user`; relative to data_dir"),
+        msgspec.Meta(
+            min_length=1,
+            description="The users file, written by `penstock user`; relative to data_dir. Servers with the same users "
+            "should also have the same file `secret` in data_dir: SCRAM invents salts for unknown names with it, and "
+            "names whose salts differ from server to server are known not to exist",
+        ),
     ] = "users"
     mechanisms: Annotated[
         tuple[Literal["SCRAM-SHA-256-PLUS", "SCRAM-SHA-256", "PLAIN", "LOGIN"], ...],
@@ -40,14 +45,14 @@ class Authenticator(Protocol):
     def scram_keys(self, name: str) -> ScramKeys:
         """Return the SCRAM keys of a user; for an unknown name, keys that no password fits, always the same ones.
 
-        Invented keys have the shape of real ones, because everybody can see the salt and the iterations (RFC 5802 5.1).
-        Called in the event loop, so it has to be quick. Whatever it raises, the client gets 454.
+        Invented keys have the shape of real ones, because clients can see the salt and the iterations (RFC 5802 5.1).
+        Called in the event loop, so it has to be quick. If it raises an exception, the client receives 454.
         """
 
 
 @runtime_checkable
 class StartsExchanges(Protocol):
-    """The add-on of an authenticator that has SASL exchanges of its own, such as one that accepts everybody."""
+    """Optional interface of an authenticator with its own SASL exchanges, such as one that accepts all users."""
 
     def start_exchange(self, mechanism: str) -> Exchange:
         """Return a new exchange for a mechanism of the listener."""
@@ -55,7 +60,7 @@ class StartsExchanges(Protocol):
 
 @runtime_checkable
 class CanonicalNames(Protocol):
-    """Add-on of an authenticator for which several spellings of a name are the same user."""
+    """Optional interface of an authenticator for which several spellings of a name are the same user."""
 
     def canonical_name(self, name: str) -> str:
-        """Return the one spelling of a user name that has been authenticated: the identity of the session."""
+        """Return the canonical spelling of an authenticated user name: the identity of the session."""

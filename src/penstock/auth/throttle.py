@@ -5,9 +5,10 @@ Rules
 1. An attempt counts as a failure *before* anything is verified, and is taken back when it succeeds. So attempts that
    run at the same time cannot pass the limit together.
 2. Attempts are counted by network and by user name. A success takes back its own attempt and forgets the failures of
-   its own name, and nothing else: an attacker with one valid account must not clear the failures of its network.
-3. Exempt networks and unix sockets are limited by name only: a webmail on the same machine speaks for all its users.
+   its own name, but nothing else: an attacker with one valid account must not clear the failures of its network.
+3. Exempt networks and unix sockets are limited by name only: a webmail on the same machine connects for all its users.
 4. Every exchange that does not succeed counts, also one with malformed messages or one that the client cancels.
+5. What other servers have counted is kept apart: a worker that is started again receives all of these counts again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _CACHE: Final = 65_536
 _NETWORK: Final = ord("f")
 _NAME: Final = ord("u")
 """What is counted in the table."""
+_LEARNED: Final = {_NETWORK: ord("F"), _NAME: ord("U")}
+"""The same at other servers."""
 
 
 class ThrottleSettings(Protocol):
@@ -55,12 +58,18 @@ class AuthThrottle:
         table: SharedTable | None = None,
     ) -> None:
         """`table` is that of all workers, by default one of its own; `clock` is the same one for all of them."""
+        self.on_change: Callable[[int, str, int, float], None] = _ignore
+        """Gets what is counted, its key, how many more failures it has (0: none any more), and the window."""
         self._limit = settings.auth_failures
         self._window = settings.auth_window
         self._clock = clock
         self._table = private_table() if table is None else table
         self._exempt = [parse_network(network) for network in settings.exempt]
         self._is_exempt = functools.lru_cache(maxsize=_CACHE)(self._find_exempt)
+
+    def use(self, settings: ThrottleSettings) -> None:
+        """Use another `auth_failures`; the rest must be the same."""
+        self._limit = settings.auth_failures
 
     def begin(self, network: str) -> Attempt | None:
         """Count an attempt from a network (`Peer.network`, "" for a unix socket) as a failure.
@@ -77,21 +86,44 @@ class AuthThrottle:
         address = parse_address(network.partition("/")[0])
         return any(address in exempt for exempt in self._exempt)
 
+    def learn(self, kind: int, key: str, more: int, *, is_first: bool = False) -> None:
+        """Count failures at other servers, or fewer of them if negative; 0 forgets those of a user name.
+
+        With `is_first` what was learned before is forgotten: a worker that ran before this one has learned it.
+        """
+        learned = _LEARNED.get(kind)
+        if learned is None:
+            return  # of another version
+        now = self._clock()
+        if is_first:
+            self._table.forget(learned, key, self._window, now)
+        if more:
+            self._table.happen(learned, key, more, self._window, now)
+        elif kind == _NAME:
+            self.forget(key, is_ours=False)
+
     def add(self, kind: int, key: str) -> bool:
         """Count a failure; return False, and count nothing, when there were too many."""
         now = self._clock()
-        if self._table.count(kind, key, self._window, now) >= self._limit:
+        table, window = self._table, self._window
+        if table.count(kind, key, window, now) + table.count(_LEARNED[kind], key, window, now) >= self._limit:
             return False
-        self._table.happen(kind, key, 1, self._window, now)
+        table.happen(kind, key, 1, window, now)
+        self.on_change(kind, key, 1, window)
         return True
 
     def take_back(self, kind: int, key: str) -> None:
         """Count one failure less."""
         self._table.happen(kind, key, -1, self._window, self._clock())
+        self.on_change(kind, key, -1, self._window)
 
-    def forget(self, name: str) -> None:
-        """Forget the failures of a user name."""
-        self._table.forget(_NAME, name, self._window, self._clock())
+    def forget(self, name: str, *, is_ours: bool = True) -> None:
+        """Forget the failures of a user name, after a success here or at another server."""
+        now = self._clock()
+        self._table.forget(_NAME, name, self._window, now)
+        self._table.forget(_LEARNED[_NAME], name, self._window, now)
+        if is_ours:
+            self.on_change(_NAME, name, 0, self._window)
 
 
 class Attempt:
@@ -130,3 +162,7 @@ class Attempt:
         if self._name is not None:
             self._throttle.take_back(_NAME, self._name)
         self._network, self._name = "", None
+
+
+def _ignore(_kind: int, _key: str, _more: int, _window: float) -> None:
+    """Without other servers."""

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -30,6 +28,7 @@ import argon2
 import scramp
 import trio
 
+from penstock.files import locked, write_atomically
 from penstock.journal import Journal
 from penstock.smtp.sasl import MAX_NAME, MAX_PASSWORD, ScramKeys
 
@@ -48,7 +47,7 @@ _AT_A_TIME: Final = 2
 _SECRET_OCTETS: Final = 32
 """Octets of the secret behind invented SCRAM keys."""
 _PROCESS_SECRET: Final = os.urandom(_SECRET_OCTETS)
-"""Used without a secret in a file: at least two listeners of a process invent the same keys for a name."""
+"""Used if there is no secret in a file: all listeners of a process invent the same keys for a name."""
 
 _B64: Final = r"[A-Za-z0-9+/]+"
 _ARGON2ID: Final = re.compile(rf"\$argon2id\$v=19\$m=[0-9]{{1,9}},t=[0-9]{{1,9}},p=[0-9]{{1,3}}\${_B64}\${_B64}")
@@ -211,7 +210,7 @@ class UsersFile:
         A malformed file is not changed.
         """
         target = self.path.resolve()  # a link stays a link
-        with _locked(target.parent) as folder:
+        with locked(target.parent):
             try:
                 text = self._read_text()
             except FileNotFoundError:
@@ -226,47 +225,9 @@ class UsersFile:
                 lines[at : at + 1] = [] if line is None else [line]
             elif line is not None:
                 lines.append(line)
-            _write_whole(target, "".join(f"{each}\n" for each in lines).encode(), folder)
+            # With its owner: after `penstock user add` by root the server must still read it.
+            write_atomically(target, "".join(f"{each}\n" for each in lines).encode(), keep_owner=True)
         return True
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Lock a folder against other writers, and yield its descriptor.
-
-    Waiting is short: the lock is held for one small write, and the kernel releases it when its process dies.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _write_whole(target: Path, data: bytes, folder: int) -> None:
-    """Replace a file atomically and durably, with mode 0600; when that fails, the file is unchanged."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # has mode 0600
-    new = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            _keep_owner(file.fileno(), target)
-            os.fsync(file.fileno())
-        new.replace(target)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    os.fsync(folder)  # makes the new name durable
-
-
-def _keep_owner(descriptor: int, target: Path) -> None:
-    """Give a file the owner of the one it replaces: after `penstock user add` by root the server must still read it."""
-    with contextlib.suppress(FileNotFoundError):
-        old = target.stat()
-        if old.st_uid != os.geteuid():
-            os.fchown(descriptor, old.st_uid, old.st_gid)
 
 
 def load_secret(path: Path) -> bytes:
@@ -274,18 +235,10 @@ def load_secret(path: Path) -> bytes:
 
     All processes that call this get the same secret. Blocks. Raise OSError, and ValueError for a file of another size.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # has mode 0600
-    new = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(_SECRET_OCTETS))
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            path.hardlink_to(new)  # fails when another process was first, and never shows half a file
-    finally:
-        new.unlink()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        with contextlib.suppress(FileExistsError):  # another process was first
+            write_atomically(path, os.urandom(_SECRET_OCTETS), replace=False)
     secret = path.read_bytes()
     if len(secret) != _SECRET_OCTETS:
         raise ValueError(f"{path}: expected {_SECRET_OCTETS} octets, found {len(secret)}; remove the file")

@@ -21,7 +21,7 @@ _SOON: Final = 0.5
 
 
 class Look(NamedTuple):
-    """What has become of the files since the last look."""
+    """Changes of the files since the last check."""
 
     is_changed: bool
     """`Certificates.pairs` has a new one."""
@@ -56,7 +56,7 @@ class Certificates:
             raise ValueError("\n".join(wrong))
         self._stamps = [self._stamp(each) for each in settings.listener]
         self._bad: dict[int, tuple[_Stamp, float, bool]] = {}
-        """Listeners whose files have changed and cannot be used: their stamp, since when, and whether it was told."""
+        """Listeners whose changed files cannot be used: their stamp, since when, and whether it was reported."""
         self.pairs = [self._read(each) for each in settings.listener]
 
     def look(self, patience: float) -> Look:
@@ -104,7 +104,7 @@ class Certificates:
         return KeyPair.read(*self._files(listener))
 
     def _files(self, listener: ListenerSettings) -> tuple[Path, Path | None]:
-        """Return the files of a listener with TLS; a certificate of our own is made anew before it expires."""
+        """Return the files of a listener with TLS; a generated certificate is renewed before it expires."""
         folder = Path(self._settings.data_dir).absolute()
         if listener.tls.certificate:
             return folder / listener.tls.certificate, folder / listener.tls.key if listener.tls.key else None

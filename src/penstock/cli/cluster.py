@@ -82,10 +82,7 @@ def cluster_admins(config_file: Path | None) -> Iterator[QueueAdmins]:
     def ask(act: Callable[[JetStream], Awaitable[T]]) -> T:
         return run(config_file, lambda jetstream, _: act(jetstream))
 
-    nodes = ask(lambda jetstream: admin.living_nodes(jetstream, layout))
-    if not nodes:
-        raise SpoolError("no node of the cluster runs")
-    yield QueueAdmins([(node, admin.RemoteAdmin(ask, layout, node)) for node in nodes])
+    yield admin.ClusterAdmins(ask, layout)
 
 
 @cluster.command()
@@ -95,7 +92,7 @@ def cluster_admins(config_file: Path | None) -> Iterator[QueueAdmins]:
 def drain(config_file: Path, node: str, undo: bool) -> None:
     """Have a node give all its partitions to the others, and wait until it has none.
 
-    It still accepts mail, which the others relay. A node that is started again is not draining.
+    It still accepts mail, which the others relay. It has none after a restart either, until --undo.
     """
     from penstock.cluster import admin, setup  # noqa: PLC0415 - needs the extra
 
@@ -121,15 +118,21 @@ def init(config_file: Path) -> None:
 @cluster.command()
 @_config
 def check(config_file: Path) -> None:
-    """Check servers and streams; exit code 1 and a line for each problem.
+    """Check servers, streams and leases; exit code 1 and a line for each problem.
 
     Servers must be 2.15.1 or newer and sync each message before they acknowledge it, streams must have 3 replicas that
-    are up to date.
+    are up to date. While nodes run, each partition must have one, and no local spool may hold mail for the cluster.
     """
     from penstock.cluster import setup  # noqa: PLC0415 - needs the extra
+    from penstock.cluster import status as shown  # noqa: PLC0415
 
-    found = run(config_file, setup.problems)
-    for line in found:
+    async def find(jetstream: JetStream, settings: JetStreamSettings) -> tuple[list[str], list[str]]:
+        wrong = await setup.problems(jetstream, settings)
+        nodes, more = await shown.lease_problems(jetstream, setup.make_layout(settings))
+        return nodes, wrong + more
+
+    nodes, found = run(config_file, find)
+    for line in (*nodes, *found):
         click.echo(line)
     if found:
         raise SystemExit(1)

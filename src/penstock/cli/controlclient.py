@@ -15,7 +15,7 @@ from penstock.metrics.settings import ControlSettings
 from penstock.schema import parse_table
 
 _TIMEOUT: Final = 15.0
-"""Seconds for an answer, unless the request says otherwise."""
+"""Default seconds to wait for an answer."""
 _MOST_OCTETS: Final = 64 << 20
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def ask(path: Path, verb: str, *, seconds: float | None = _TIMEOUT, **arguments:
         raise ServerError(f"{path}: {exc.strerror or exc}") from exc
     try:
         fields = msgspec.json.decode(answer, type=dict[str, Any])
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, RecursionError) as exc:
         raise ServerError("the server has ended") from exc
     if fields.get("error"):
         raise ServerError(fields["error"])

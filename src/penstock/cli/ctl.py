@@ -27,8 +27,8 @@ def _ask(config_file: Path | None, data_dir: str | None, verb: str, **arguments:
 def ctl() -> None:
     """Control a running server: reload, drain, resume, rotate, hop.
 
-    The server is found by --config and --data, as given to `penstock serve`. Exit code 1 if it does not run, or cannot
-    do what was asked for.
+    The server is found by --config and --data, as given to `penstock serve`. Exit code 1 if it does not run or
+    refuses the command.
     """
 
 
@@ -71,8 +71,9 @@ def drain(config_file: Path | None, data_dir: str | None, wait: bool, timeout: f
     """
     seconds = None if wait else 15.0
     arguments = {"wait": wait, "delay": delay, "most": timeout, "stay": stay}
-    _ask(config_file, data_dir, "drain", seconds=seconds, **arguments)
-    click.echo("drained" if wait else "draining")
+    is_empty = _ask(config_file, data_dir, "drain", seconds=seconds, **arguments)
+    left = "drained, but for mail that is left in the spool: the timeout is over"
+    click.echo("draining" if not wait else "drained" if is_empty else left)
 
 
 @ctl.command(cls=OnceCommand)
@@ -96,7 +97,7 @@ def rotate(config_file: Path | None, data_dir: str | None) -> None:
 @click.argument("action", type=click.Choice(("suspend", "resume", "retry")))
 @server_options
 def hop(config_file: Path | None, data_dir: str | None, hop: str, action: str) -> None:
-    """Suspend or resume a next hop, or retry what waits for it.
+    """Suspend or resume a next hop, or retry the mail that waits for it.
 
     HOP is the host of a next hop, or its full name as `penstock status` shows it.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,12 +22,14 @@ from penstock.sink.certificates import Certificates
 from penstock.sink.control import FaultAdmin, FaultFile, describe_faults
 from penstock.sink.faults import FaultEngine, FaultLog
 from penstock.sink.injector import fault_injection
-from penstock.sink.plan import NO_PLAN, PlanError, load_plan
+from penstock.sink.plan import NO_PLAN, PlanError, PlanSettings, load_plan, parse_plan
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _replace = msgspec.structs.replace
 
+_MAX_PLAN: Final = 1 << 20
+"""Octets of a plan that is given to several processes; a request to the page has fewer."""
 _ACCEPT_ALL: Final = _replace(AuthSettings(without_tls=True), mechanisms=ACCEPT_ALL_MECHANISMS)
 
 
@@ -99,7 +103,7 @@ class FaultInjection:
             raise click.ClickException(f"{fault_log}: {exc.strerror}") from exc
         self._engine = FaultEngine(receipts=self._log, has_magic=magic)
         self._certificates: Certificates | None = None
-        self.desk = FaultAdmin(self._engine, self._log, seed=seed)
+        self.control = FaultAdmin(self._engine, self._log, seed=seed)
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> FaultInjection:
@@ -124,7 +128,7 @@ class FaultInjection:
             plan = _replace(plan, seed=self._seed)
         self._engine.load(plan)
         if self._plan_file is not None and plan.rule == loaded.rule:
-            self.desk.note_text(self._plan_file.read_text(encoding="utf-8"))
+            self.control.note_text(self._plan_file.read_text(encoding="utf-8"))
         names = dict.fromkeys([settings.own_hostname, "localhost", "127.0.0.1", "::1"])
         self._certificates = Certificates(list(names))
         self._certificates.put(folder)
@@ -133,6 +137,13 @@ class FaultInjection:
         for note in self.letters.notes:
             click.echo(f"penstock: {note}", err=True)
         return settings
+
+    def check_workers(self) -> None:
+        """Raise click.UsageError for a plan whose rules cannot be applied by several processes."""
+        try:
+            _check_workers(self._engine.plan)
+        except PlanError as exc:
+            raise click.UsageError(str(exc)) from exc
 
     def _prepared(self, listener: ListenerSettings, certificate: str) -> ListenerSettings:
         if listener.tls.mode != "none" and not listener.tls.certificate:
@@ -157,10 +168,72 @@ class FaultInjection:
             if self.letters.backlog is not None:
                 bound.socket.listen(self.letters.backlog)
 
-    def end(self) -> None:
-        """Close the fault log. Raise ClickException if it is incomplete."""
+    def end(self) -> str:
+        """Close the fault log. Return why it is incomplete, or an empty text."""
         try:
             if isinstance(self._log, FaultFile):
                 self._log.close()
         except OSError as exc:
-            raise click.ClickException(f"--fault-log: {exc.strerror}") from exc
+            return f"--fault-log: {exc.strerror}"
+        return ""
+
+
+def _check_workers(plan: PlanSettings) -> None:
+    """Raise PlanError for a rule that counts or remembers."""
+    for number, rule in enumerate(plan.rule):
+        if condition := rule.counting_condition:
+            raise PlanError(
+                f"rule[{number}].{condition} cannot be combined with --workers: each process counts separately"
+            )
+
+
+class WorkersFaultControl:
+    """The fault plan of several processes (penstock.sink.statistics.FaultControl).
+
+    Made before the workers. A new plan is written to memory that all processes share, and `on_replaced` lets the
+    workers call `load`; a plan that they read while the next one is written is replaced by it at once.
+    """
+
+    def __init__(self, faults: FaultInjection) -> None:
+        self._control = faults.control
+        self._shared = mmap.mmap(-1, _MAX_PLAN)
+        self.on_replaced: Callable[[], None] = lambda: None
+        self.number = 0
+        """How often the plan was replaced."""
+
+    @property
+    def fails_next(self) -> bool:
+        """Always false."""
+        return False
+
+    def check(self, text: str) -> list[str]:
+        """Return the names of the rules of a plan. Raise PlanError."""
+        plan = parse_plan(text)
+        _check_workers(plan)
+        return plan.names()
+
+    def plan(self) -> str:
+        """Return the plan in force as TOML."""
+        return self._control.plan()
+
+    def replace(self, text: str) -> None:
+        """Put another plan in force. Raise PlanError."""
+        self.check(text)
+        data = text.encode()
+        self._control.replace(text)
+        self._shared[: len(data) + 1] = data + b"\0"  # which no TOML has
+        self.number += 1
+        self.on_replaced()
+
+    def load(self, _: int) -> None:
+        """Put the plan of the parent in force, in a worker."""
+        with suppress(ValueError):
+            self._control.replace(self._shared[: self._shared.find(b"\0")].decode())
+
+    def fail_next(self, phase: str, reply: str, count: int) -> None:  # noqa: ARG002 - the interface
+        """Raise ValueError."""
+        raise ValueError("the next commands cannot be counted with --workers: each process counts separately")
+
+    def pending(self) -> dict[str, int]:
+        """Return nothing."""
+        return {}

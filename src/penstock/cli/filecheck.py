@@ -20,6 +20,9 @@ from penstock.auth.users import UsersFile
 from penstock.config import ListenerSettings, Settings
 from penstock.delivery.custom import load_delivery
 from penstock.journal import Journal, JournalSettings
+from penstock.metrics.settings import ControlSettings
+from penstock.net.listen import ListenAddress
+from penstock.net.natswire import read_nkey
 from penstock.net.tls import TlsSettings, client_context, server_context
 from penstock.operations.endpoint import read_token
 from penstock.policy.files import files_of
@@ -40,10 +43,21 @@ class _FileError(ValueError):
     """A file cannot be used. The text begins with the key that names it."""
 
 
+def cause_of(exc: Exception, settings: Settings, *, reads_keys: bool = True) -> str:
+    """Return why a start has failed, with the key of the file that cannot be used, if it is one.
+
+    Most errors of the system and of libraries name neither. Without `reads_keys` the private keys of listeners are not
+    read: a worker process has them from the supervisor, and need not be allowed to.
+    """
+    found = tls_problems(settings) if reads_keys else []
+    found += _failures(_read_at_start(settings, Path(settings.data_dir).absolute()))
+    return found[0] if found else str(exc)
+
+
 def problems(settings: Settings, *, loads_code: bool = True) -> list[str]:
     """Return what would stop or break the service, each with its key: missing, unreadable or unusable files.
 
-    Loads the policies and the delivery, unless not `loads_code`. Never prompts for a passphrase.
+    Loads the policies and the delivery if `loads_code`. Never prompts for a passphrase.
     """
     found = tls_problems(settings)
     if settings.server.user:
@@ -51,46 +65,116 @@ def problems(settings: Settings, *, loads_code: bool = True) -> list[str]:
             find_account(settings.server.user, settings.server.group)
         except ValueError as exc:
             found.append(str(exc))
-    for key, use in _uses(settings, Path(settings.data_dir).absolute()):
-        if not loads_code and key.endswith((".hook", ".kind")):
-            continue
+    folder = Path(settings.data_dir).absolute()
+    found += _failures(_uses(settings, folder))
+    return found + _failures(_code(settings)) if loads_code else found
+
+
+def _failures(uses: Iterator[tuple[str, Callable[[], object]]]) -> list[str]:
+    """Return what cannot be used, and why, each with its key."""
+    found: list[str] = []
+    for key, use in uses:
         try:
             use()
-        except (OSError, ValueError) as exc:
+        except OSError as exc:
+            name = "" if exc.filename is None else f"{os.fsdecode(exc.filename)}: "
+            found.append(f"{key}: {name}{_reason(exc)}")
+        except ValueError as exc:
             found.append(f"{key}: {exc}")
+        except SystemExit as exc:
+            found.append(f"{key}: it has ended the program with code {exc.code} when it was loaded")
     return found
 
 
 def _uses(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the keys that name files or Python code, and a function that uses them as the server does."""
+    """Yield the keys that name files, and a function that uses them as the server does."""
+    yield from _places(settings, folder)
+    trusted = {"relay": settings.relay.tls.ca_file}
+    trusted |= {f"route[{number}]": route.tls.ca_file for number, route in enumerate(settings.route)}
+    for place in filter(trusted.get, trusted):
+        yield f"{place}.tls.ca_file", partial(_check_ca_file, folder / trusted[place])
+    if settings.metrics.token_file:
+        yield "metrics.token_file", partial(read_token, folder / settings.metrics.token_file)
+    yield from _read_at_start(settings, folder)
+
+
+def _read_at_start(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the keys of files without which the server does not start, but for those of TLS."""
     for number, route in enumerate(settings.route):
         if route.auth is not None:
             yield f"route[{number}].auth.password_file", (folder / route.auth.password_file).read_bytes
-        if route.tls.ca_file:
-            yield f"route[{number}].tls.ca_file", partial(_check_ca_file, folder / route.tls.ca_file)
     for number, listener in enumerate(settings.listener):
         if listener.auth is not None:
             yield f"listener[{number}].auth.users", UsersFile(folder / listener.auth.users).names
+    yield from _cluster_files(settings, folder)
     if settings.recipients.file:
         silent = Journal(JournalSettings(events="none"))
         yield "recipients.file", partial(FileRecipients, folder / settings.recipients.file, bool, silent)
-    if settings.metrics.token_file:
-        yield "metrics.token_file", partial(read_token, folder / settings.metrics.token_file)
-    if settings.control.socket:
-        yield "control.socket", partial(_check_socket_path, folder / settings.control.socket)
-    for number, trace in enumerate(settings.trace):
-        yield f"trace[{number}].file", partial(_check_folder, (folder / trace.file).parent, folder)
     yield from files_of(settings.policy, folder)
+
+
+def _code(settings: Settings) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the keys that name Python code, and a function that loads it."""
     if ":" in settings.delivery.kind:
         yield "delivery.kind", partial(load_delivery, settings.delivery.kind, settings.delivery.arguments)
     for number, hook in enumerate(settings.check):
         yield f"check[{number}].hook", partial(load_hook, hook.hook, hook.arguments)
 
 
+def _cluster_files(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    cluster = settings.jetstream
+    if settings.delivery.kind != "jetstream":
+        return
+    if cluster.password_file:
+        yield "jetstream.password_file", (folder / cluster.password_file).read_text
+    if cluster.nkey_file:
+        yield "jetstream.nkey_file", partial(read_nkey, folder / cluster.nkey_file)
+    if cluster.tls.ca_file:
+        yield "jetstream.tls.ca_file", partial(_check_ca_file, folder / cluster.tls.ca_file)
+    for key in ("certificate", "key"):
+        if getattr(cluster.tls, key):
+            yield f"jetstream.tls.{key}", (folder / getattr(cluster.tls, key)).read_bytes
+
+
+def _places(settings: Settings, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the keys that say where the server writes, and a function that checks that it can."""
+    yield "data_dir", partial(_check_own_folder, folder)
+    if settings.delivery.has_relay:
+        yield "spool.path", partial(_check_own_folder, folder / settings.spool.path)
+    if settings.journal.file:
+        yield "journal.file", partial(_check_log, folder / settings.journal.file, folder)
+    if settings.control.socket and settings.control != ControlSettings():
+        yield "control.socket", partial(_check_socket_path, folder / settings.control.socket)
+    for number, listener in enumerate(settings.listener):
+        if path := ListenAddress.parse(listener.address).path:
+            yield f"listener[{number}].address", partial(_check_socket, Path(path), folder)
+    for number, trace in enumerate(settings.trace):
+        yield f"trace[{number}].file", partial(_check_folder, (folder / trace.file).parent, folder)
+
+
 def _check_socket_path(path: Path) -> None:
     """Raise ValueError for a path that is too long for a unix socket (unix(7))."""
     if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
         raise ValueError(f"{path} is longer than {_LONGEST_SOCKET_PATH} octets, the most for a unix socket")
+
+
+def _check_socket(path: Path, data_dir: Path) -> None:
+    """Raise ValueError or OSError for a path at which no unix socket can be bound."""
+    _check_socket_path(path)
+    _check_folder(path.parent, data_dir)
+
+
+def _check_own_folder(folder: Path) -> None:
+    """Raise OSError for the place of a directory that the server makes, where something else is."""
+    if folder.exists() and not folder.is_dir():
+        raise OSError(f"{folder} is not a directory")
+
+
+def _check_log(file: Path, data_dir: Path) -> None:
+    """Raise OSError for a file that cannot be written."""
+    _check_folder(file.parent, data_dir)
+    if file.is_dir():
+        raise OSError(f"{file} is a directory")
 
 
 def _check_folder(folder: Path, data_dir: Path) -> None:
@@ -117,6 +201,11 @@ def warnings(settings: Settings, *, reads_files: bool = True) -> list[str]:
             f"admission.connections: {settings.admission.connections} connections need {needed} descriptors, and the "
             f"limit of this process is {limit}; raise it (ulimit -n, systemd LimitNOFILE=) or lower the key"
         )
+    if settings.control == ControlSettings():  # the server starts without it
+        try:
+            _check_socket_path(Path(settings.data_dir).absolute() / settings.control.socket)
+        except ValueError as exc:
+            found.append(f"control.socket: {exc}; penstock status, top and ctl cannot be used")
     if reads_files:
         for number, listener in enumerate(settings.listener):
             found += [f"listener[{number}].{text}" for text in _listener_warnings(listener, settings)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -19,14 +18,6 @@ _CLOSE_TIMEOUT: Final = 2.0
 """Seconds that the last lines have to be written."""
 _ATOMIC: Final = select.PIPE_BUF
 """Octets that POSIX writes to a pipe without interleaving them with those of another process."""
-
-
-def stderr() -> int:
-    """Return the descriptor of standard error; -1 if it is closed or not a file."""
-    try:
-        return sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # sys.stderr is None if it was closed before Python started
-        return -1
 
 
 class JournalWriter:

@@ -50,7 +50,7 @@ class _Found(NamedTuple):
 @click.option("--config", type=click.Path(path_type=Path), help="Configuration file, for [policy] and [resolver].")
 @click.option("--json", is_flag=True, help="Print JSON.")
 def judge(file: Path, client: str, helo: str, sender: str, config: Path | None, *, json: bool) -> None:
-    """Print what would be decided about a message, check by check: SPF, DKIM, DMARC, ARC, DNS lists, reverse DNS.
+    """Print the decision about a message and the result of each check: SPF, DKIM, DMARC, ARC, DNS lists, reverse DNS.
 
     Checks in monitor mode decide here as if they were enforced, and clients in policy.trusted are judged too.
 

@@ -10,9 +10,10 @@ import signal
 import string
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import click
 import msgspec
@@ -25,17 +26,18 @@ from rich.text import Text
 from penstock import __version__
 from penstock.cli import reports
 from penstock.cli.once import OnceCommand
+from penstock.cli.terminal import json_text
+from penstock.forked import WorkerError
 from penstock.load.compare import Change, compare, overall, regressions
-from penstock.load.counts import Counts
 from penstock.load.generator import Generator
 from penstock.load.page import comparison_page, page
 from penstock.load.plan import Plan, PlanError, Target
 from penstock.load.report import comparison_table, summary_table
-from penstock.load.schedule import Stage, parse_stages
+from penstock.load.schedule import MAX_RATE, Stage, parse_stages
 from penstock.load.search import Trial, find_rate, judge
 from penstock.load.thresholds import Threshold
 from penstock.load.units import parse_duration
-from penstock.load.workers import WorkerError, WorkerGroup
+from penstock.load.workers import WorkerGroup
 
 _LETTERS: Final = string.digits + string.ascii_lowercase
 _REFRESH: Final = 4.0
@@ -43,8 +45,12 @@ _REFRESH: Final = 4.0
 _SUFFIXES: Final = (".html", ".json")
 _OF_COMPARISON: Final = {"compare_files", "report_files", "as_json", "fail_on_regression"}
 _FIRST_RATE: Final = 100.0
+_RUN_OF_TRIALS: Final = 13
+"""Characters of --run at the beginning of the names of the trials, which have at most 16."""
 _TRIAL: Final = 5.0
 """Seconds of a trial of --find-rate."""
+Runner = Generator | WorkerGroup
+"""A run in this process or in several."""
 _RENAMED: Final = {"banner": "greeting", "ehlo": "hello"}
 """Phases of the reports of earlier versions."""
 
@@ -74,38 +80,6 @@ def _percentage(value: Any) -> float:
     return float(number) / 100
 
 
-class Runner(Protocol):
-    """A run in this process or in several."""
-
-    plan: Plan
-    counts: Counts
-    warm_up: Counts | None
-
-    @property
-    def open_sessions(self) -> int:
-        """Open connections."""
-
-    @property
-    def accepted(self) -> int:
-        """Accepted messages so far."""
-
-    @property
-    def failed(self) -> int:
-        """Failed messages so far."""
-
-    def stop(self) -> None:
-        """Start no more messages."""
-
-    def abort(self) -> None:
-        """End the run now."""
-
-    async def resolve(self) -> None:
-        """Resolve the targets."""
-
-    async def run(self) -> Counts:
-        """Send everything."""
-
-
 @click.command(cls=OnceCommand, context_settings={"max_content_width": 110})
 @click.argument("targets", nargs=-1, metavar="HOST:PORT...")
 @click.option(
@@ -122,7 +96,7 @@ class Runner(Protocol):
 )
 @click.option(
     "--rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(0, MAX_RATE, min_open=True),
     metavar="R",
     help="Open loop: start R messages per second regardless of replies.",
 )
@@ -155,15 +129,13 @@ class Runner(Protocol):
 )
 @click.option(
     "--size",
-    default="4096",
-    show_default=True,
     metavar="OCTETS",
-    help="Message size: 4096; 1000-50000; lognormal:MEDIAN:SIGMA; table:1000=70,50000=30.",
+    help="Message size: 4096; 1000-50000; lognormal:MEDIAN:SIGMA; table:1000=70,50000=30 [default: 4096].",
 )
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Send the *.eml files of this directory.",
+    help="Send the *.eml files of this directory, in place of messages of --size.",
 )
 @click.option("--recipients", type=click.IntRange(1, 100_000), default=1, metavar="N", help="Recipients per message.")
 @click.option(
@@ -209,6 +181,12 @@ class Runner(Protocol):
     help="Exit with 1 when violated: 'dot.p99<50ms', 'error_rate<0.1%', 'rate>=1000'. Repeatable.",
 )
 @click.option(
+    "--abort-on-threshold",
+    is_flag=True,
+    help="Stop the run once a --threshold is violated. Checked every second, after the warm-up, on what was measured "
+    "so far.",
+)
+@click.option(
     "--find-rate",
     metavar="CONDITION",
     help="Search for the highest rate that meets this condition, such as 'dot.p99<50ms', in trials of --duration "
@@ -249,6 +227,7 @@ def load(
     as_json: bool,
     verbose: bool,
     thresholds: tuple[str, ...],
+    abort_on_threshold: bool,
     find_rate: str | None,
     **options: Any,
 ) -> None:
@@ -278,18 +257,20 @@ def load(
         return
     if fail_on_regression is not None:
         raise click.UsageError("--fail-on-regression needs --compare A.json B.json")
+    if abort_on_threshold and (not thresholds or find_rate is not None):
+        raise click.UsageError("--abort-on-threshold needs --threshold, and cannot be combined with --find-rate")
     console = Console(stderr=True)
     try:
         conditions = [Threshold.parse(text) for text in thresholds]
         plan = _plan(targets, options, is_search=find_rate is not None)
         if find_rate is None:
-            report = _measure(plan, console, verbose)
+            report = _measure(plan, console, verbose, conditions if abort_on_threshold else ())
         else:
             report = _search(plan, Threshold.parse(find_rate), console)
     except (PlanError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
     except WorkerError as exc:
-        raise click.ClickException(str(exc)) from exc
+        raise (click.UsageError if exc.is_usage else click.ClickException)(str(exc)) from exc
     report["thresholds"] = [condition.check(report)._asdict() for condition in conditions]
     _publish(report, report_files, as_json=as_json)
     has_passed = all(each["passed"] for each in report["thresholds"]) and report.get("sustainable_rate") != 0
@@ -311,11 +292,13 @@ def _plan(targets: tuple[str, ...], options: dict[str, Any], *, is_search: bool)
     user, colon, password = auth.partition(":")
     if auth and not (user and colon):
         raise PlanError("--auth must be USER:PASSWORD")
-    reuse, per_connection = options.pop("reuse"), options.pop("per_connection")
     options["stages"] = options["stages"] or ()
-    for name in ("duration", "timeout"):
-        if options[name] == 0:
+    for name in ("duration", "timeout", "rate"):
+        if options[name] is not None and not options[name] > 0:  # NaN is not
             raise PlanError(f"--{name} must be more than 0")
+    for one, other in (("reuse", "per_connection"), ("folder", "size")):
+        if options[one] and options[other] is not None:
+            raise PlanError(f"--{one} and --{other.replace('_', '-')} are mutually exclusive")
     if is_search:
         if options["stages"] or options["messages"] is not None:
             raise PlanError("--find-rate runs trials of --duration at a constant rate, without --stages or --messages")
@@ -323,6 +306,8 @@ def _plan(targets: tuple[str, ...], options: dict[str, Any], *, is_search: bool)
         options["rate"] = options["rate"] or _FIRST_RATE
     elif options["messages"] is None and options["duration"] is None and not options["stages"]:
         options["messages"] = 1000
+    options["size"] = "4096" if options["size"] is None else options["size"]
+    reuse, per_connection = options.pop("reuse"), options.pop("per_connection")
     run = options.pop("run") or "".join(random.SystemRandom().choices(_LETTERS, k=6))
     return Plan(
         targets=[Target.parse(target) for target in targets],
@@ -340,18 +325,16 @@ def _plan(targets: tuple[str, ...], options: dict[str, Any], *, is_search: bool)
 # ---- runs
 
 
-def _measure(plan: Plan, console: Console, verbose: bool) -> dict[str, Any]:
-    """Run a plan and return its report. Raise PlanError, WorkerError, OSError."""
-    if plan.workers == 1:
-        generator = Generator(plan)
-        is_interrupted = trio.run(_run, generator, console, verbose)
-        return _report(generator, is_interrupted)
-    group = WorkerGroup(plan)
-    try:
-        is_interrupted = trio.run(_run, group, console, verbose)
-    finally:
-        group.close()
-    return _report(group, is_interrupted)
+def _measure(plan: Plan, console: Console, verbose: bool, conditions: Sequence[Threshold] = ()) -> dict[str, Any]:
+    """Run a plan and return its report; stop once a condition is violated. Raise PlanError, WorkerError, OSError."""
+    with ExitStack() as stack:
+        runner: Runner
+        if plan.workers == 1:
+            runner = Generator(plan)
+        else:
+            runner = stack.enter_context(closing(WorkerGroup(plan, is_judged=bool(conditions))))
+        stopped_by = trio.run(_run, runner, console, verbose, conditions)
+    return _report(runner, stopped_by)
 
 
 def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any]:
@@ -363,12 +346,15 @@ def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any
         assert plan.duration is not None
         # A server that leaves a second's messages waiting does not sustain the rate.
         backlog = max(plan.sessions, int(rate)) // plan.workers + 1
-        report = _measure(replace(plan, rate=rate, give_up_at=backlog), console, verbose=False)
+        # Each trial is a run of its own: a sink would take its messages for duplicates.
+        run = f"{plan.run[:_RUN_OF_TRIALS]}{len(trials) + 1}"
+        report = _measure(replace(plan, rate=rate, give_up_at=backlog, run=run), console, verbose=False)
         if report["interrupted"]:
             return None
         trials.append(judge(report, rate, plan.duration - plan.warm_up, threshold))
         verdict = "sustained" if trials[-1].passed else "not sustained"
-        console.print(f"{rate:10,.4g}/s  {verdict}  ({trials[-1].reason})", highlight=False, soft_wrap=True)
+        with suppress(OSError):  # a terminal may be closed, and the report is still to be written
+            console.print(f"{rate:10,.4g}/s  {verdict}  ({trials[-1].reason})", highlight=False, soft_wrap=True)
         return trials[-1]
 
     best = find_rate(trial, plan.rate)
@@ -380,14 +366,16 @@ def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any
     return report
 
 
-async def _run(runner: Runner, console: Console, verbose: bool) -> bool:
-    """Run, and return whether a signal has stopped it. Raise PlanError, WorkerError."""
+async def _run(runner: Runner, console: Console, verbose: bool, conditions: Sequence[Threshold]) -> list[str]:
+    """Run, and return what has stopped it: "" for a signal, or a threshold. Raise PlanError, WorkerError."""
     await runner.resolve()
-    interrupted = trio.Event()
+    stopped_by: list[str] = []
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        await nursery.start(_stop_on_signals, runner, interrupted)
+        await nursery.start(_stop_on_signals, runner, stopped_by)
         nursery.start_soon(_show, runner, console, verbose)
+        if conditions:
+            nursery.start_soon(_stop_on_violation, runner, conditions, stopped_by)
         try:
             await runner.run()
         except (PlanError, WorkerError) as exc:
@@ -395,34 +383,48 @@ async def _run(runner: Runner, console: Console, verbose: bool) -> bool:
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    return interrupted.is_set()
+    return stopped_by
 
 
 async def _stop_on_signals(
-    runner: Runner, interrupted: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    runner: Runner, stopped_by: list[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """Stop at SIGINT or SIGTERM: messages in flight may end. End the run at a second one."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    """Stop at SIGINT, SIGTERM or SIGHUP: messages in flight may end. End the run at a second one."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a terminal that closes; nohup ignores it
+        numbers.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*numbers) as signals:
         task_status.started()
         await anext(signals)
-        interrupted.set()
+        stopped_by.append("")
         runner.stop()
         await anext(signals)
         runner.abort()
         await trio.sleep_forever()
 
 
+async def _stop_on_violation(runner: Runner, conditions: Sequence[Threshold], stopped_by: list[str]) -> None:
+    while not stopped_by:
+        await trio.sleep(1)
+        found = runner.so_far()
+        results = [] if found is None else [condition.check(found) for condition in conditions]
+        stopped_by += [each.threshold for each in results if each.value is not None and not each.passed][:1]
+    runner.stop()
+
+
 async def _show(runner: Runner, console: Console, verbose: bool) -> None:
     """Show the progress, until cancelled: a live line on a terminal, a line per second with --verbose."""
-    if not console.is_terminal:
-        while verbose:
-            await trio.sleep(1)
-            console.print(_progress(runner).plain, soft_wrap=True, highlight=False)
-        return
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        while True:
-            live.update(_progress(runner), refresh=True)
-            await trio.sleep(1 / _REFRESH)
+    # Around all of it: on a terminal that was closed, the end of the live line fails in place of a cancellation.
+    with suppress(OSError):
+        if not console.is_terminal:
+            while verbose:
+                await trio.sleep(1)
+                console.print(_progress(runner).plain, soft_wrap=True, highlight=False)
+            return
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(_progress(runner), refresh=True)
+                await trio.sleep(1 / _REFRESH)
 
 
 def _progress(runner: Runner) -> Text:
@@ -449,7 +451,7 @@ def _progress(runner: Runner) -> Text:
 # ---- reports
 
 
-def _report(runner: Runner, is_interrupted: bool) -> dict[str, Any]:
+def _report(runner: Runner, stopped_by: Sequence[str]) -> dict[str, Any]:
     plan, counts, warm_up = runner.plan, runner.counts, runner.warm_up
     return {
         "report": "penstock load",
@@ -464,7 +466,8 @@ def _report(runner: Runner, is_interrupted: bool) -> dict[str, Any]:
         "run": plan.run,
         "sessions": plan.sessions,
         "workers": plan.workers,
-        "interrupted": is_interrupted,
+        "interrupted": bool(stopped_by),
+        "aborted_by": next(filter(None, stopped_by), None),
         "intended_rate": plan.rate,
         "stages": [stage._asdict() for stage in plan.stages],
         "warm_up": None
@@ -494,7 +497,7 @@ def _publish(report: dict[str, Any], files: Sequence[Path], *, as_json: bool) ->
     trouble = _write_all(files, report, lambda: page(report))
     try:
         if as_json:
-            click.echo(msgspec.json.encode(report))
+            click.echo(json_text(report))
         else:
             Console().print(summary_table(report))
     except OSError as exc:
@@ -544,7 +547,7 @@ def _compare(paths: tuple[Path, Path], files: Sequence[Path], *, as_json: bool, 
     except (KeyError, TypeError, ValueError) as exc:
         raise click.UsageError(f"{paths[0]} and {paths[1]} are not both reports of this version") from exc
     if as_json:
-        click.echo(msgspec.json.encode(data))
+        click.echo(json_text(data))
     else:
         Console().print(comparison_table(changes))
         for each in found:
@@ -574,6 +577,6 @@ def _read_report(path: Path) -> dict[str, Any]:
             raise click.UsageError(f"{path} is not a report of this version")
         found["phases"] = {_RENAMED.get(name, name): summary for name, summary in found["phases"].items()}
         found["replies"] = [[_RENAMED.get(name, name), *rest] for name, *rest in found["replies"]]
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as exc:
+    except (msgspec.DecodeError, RecursionError, KeyError, TypeError, AttributeError) as exc:
         raise click.UsageError(f"{path} is not a report of penstock load") from exc
     return found

@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from penstock.cli.journaling import stderr
+from penstock.cli.signals import stderr
 from penstock.config import Settings
 from penstock.privileges import Account, acting_as
 

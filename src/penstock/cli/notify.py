@@ -20,7 +20,7 @@ class ServiceManager:
     """Sends datagrams to $NOTIFY_SOCKET. Without one, nothing happens. Errors are ignored, as sd_notify(3) advises."""
 
     def __init__(self) -> None:
-        """Take the address, and remove it from the environment: workers do not speak to the service manager."""
+        """Take the address, and remove it from the environment: workers must not notify the service manager."""
         address = os.environ.pop("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         microseconds = os.environ.pop("WATCHDOG_USEC", "")
@@ -41,7 +41,7 @@ class ServiceManager:
             return
         data = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.setblocking(False)  # a service manager that does not read must not hold up the server
+            sock.setblocking(False)  # a service manager that does not read must not delay the server
             sock.connect(self._address)
             sock.sendmsg(["\n".join(lines).encode()], data)
 

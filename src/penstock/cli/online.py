@@ -48,7 +48,7 @@ def _servers(settings: Settings) -> list[tuple[str, str]]:
 
 
 async def _ask_server(settings: Settings, key: str, server: str, found: dict[str, str]) -> None:
-    """Ask a server (all of resolv.conf for "") for the name servers of the root: it says whether it works at all."""
+    """Ask a server (all of resolv.conf for "") for the name servers of the root: the answer shows whether it works."""
     servers = (server,) if server else ()
     lifetime = min(settings.resolver.lifetime, _SECONDS / 2)
     given = msgspec.structs.replace(settings.resolver, servers=servers, lifetime=lifetime)

@@ -27,6 +27,7 @@ from penstock.cli.certificates import Certificates
 from penstock.cli.filecheck import problems
 from penstock.cli.logfile import LogFile
 from penstock.cli.notify import ServiceManager
+from penstock.cli.signals import accept_signals
 from penstock.config import ConfigError, Settings, check
 from penstock.control import ControlError, Counters, Phase, ReloadResult, ReloadState, ServerState, WorkerState
 from penstock.journal import Journal
@@ -95,11 +96,17 @@ class Operations(abc.ABC):
         self._changing = trio.Lock()
         self._reload_wanted = trio.Event()
         self._has_other_services = trio.Event()
+        self._services: Settings | None = None
+        """Those that `keep_services` uses; None: nothing runs."""
+        self._unused_certificates: str | None = None
+        """Why the pairs of `certificates` could not be used yet; None: they are used."""
         self._is_started = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._draining: trio.CancelScope | None = None
         self._drained = trio.Event()
         self._resumed = trio.Event()
+        self._has_left_mail = False
+        """Draining was given up after its timeout."""
 
     # ---- what the two kinds of server do differently
 
@@ -185,9 +192,11 @@ class Operations(abc.ABC):
         except Exception as exc:  # noqa: BLE001 - a bug costs this reload, not the server
             self.journal.error(0, "reload", exc)
             return self.note_reload("failed", f"{type(exc).__name__}: {exc}")
-        if (settings.control, settings.metrics) != (self.settings.control, self.settings.metrics):
+        used = self._services  # not those of the reload before: they may have been unusable
+        if used is None or (settings.control, settings.metrics) != (used.control, used.metrics):
             self._has_other_services.set()
         self.settings, self.certificates = settings, certificates
+        self._unused_certificates = None
         try:
             await trio.to_thread.run_sync(self._log.move, settings)
         except OSError as exc:
@@ -199,8 +208,6 @@ class Operations(abc.ABC):
         """Read and check the configuration and its files. Policies are not loaded: a supervisor may be root."""
         settings = self._load()
         check(settings, allow_open=self._allow_open)
-        if settings.metrics.destinations != self.settings.metrics.destinations:
-            raise ConfigError("metrics.destinations: can be changed only by a restart")
         certificates = Certificates(settings, self._account)
         with acting_as(self._account):
             wrong = problems(_without_tls(settings), loads_code=False)
@@ -229,7 +236,7 @@ class Operations(abc.ABC):
         except OSError as exc:
             self.journal.error(0, "journal.file", exc)
             self.flush()
-            raise ControlError(f"journal.file: {exc}") from exc
+            raise ControlError(exc.strerror or str(exc)) from exc
 
     # ---- draining
 
@@ -251,16 +258,20 @@ class Operations(abc.ABC):
             states = await self._worker_states()
             self.journal.draining(sum(each.sessions for each in states))
             self.flush()
-            with trio.move_on_after(timeout):
+            with trio.move_on_after(timeout) as looking:
                 while not await self._is_empty():  # noqa: ASYNC110 - the spool is looked at from outside
                     await trio.sleep(_DRAIN_LOOK)
+            self._has_left_mail = looking.cancelled_caught
             self.phase = "drained"
             self._drained.set()
             if not stay:
                 self.stop()
 
-    async def wait_drained(self) -> None:
-        """Return when draining is over. Raise ControlError when the server was resumed, or does not drain."""
+    async def wait_drained(self) -> bool:
+        """Return, when draining is over, whether nothing was left in sessions and the spool.
+
+        Raise ControlError when the server was resumed, or does not drain.
+        """
         if self.phase not in ("draining", "drained"):
             raise ControlError("the server does not drain")
         async with trio.open_nursery() as nursery:
@@ -268,6 +279,7 @@ class Operations(abc.ABC):
                 nursery.start_soon(_cancel_after, event, nursery.cancel_scope)
         if self._resumed.is_set():
             raise ControlError("the server was resumed")
+        return not self._has_left_mail
 
     async def resume(self) -> None:
         """Accept mail again."""
@@ -289,7 +301,7 @@ class Operations(abc.ABC):
     # ---- running
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Obey signals and look after files until cancelled."""
+        """Handle signals and check files for changes until cancelled."""
         async with trio.open_nursery() as self._nursery:
             await self._nursery.start(self._obey_signals)
             self._nursery.start_soon(self._keep_reloading)
@@ -301,26 +313,36 @@ class Operations(abc.ABC):
     ) -> None:
         """Run what operators connect to until cancelled; start it again when its settings have changed.
 
+        Where it cannot be started with those, it runs with the last that worked, and each reload tries again.
         `started` once it runs for the first time. Raise OSError before that.
         """
-        is_first = True
+        settings, working = self.settings, None
         while True:
-            settings, self._has_other_services = self.settings, trio.Event()
+            self._has_other_services = trio.Event()
+            self._services = settings
+            is_working = False
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(run, settings)
-                    if is_first:
+                    if working is None:
                         task_status.started()
+                    working, is_working = settings, True
                     await self._has_other_services.wait()
                     await trio.sleep(_ANSWER)
                     nursery.cancel_scope.cancel()
             except* OSError as group:
-                if is_first:
+                if working is None:
                     raise
                 self.journal.error(0, "control, metrics", group.exceptions[0])
                 self.flush()
+            if is_working or settings is working:
+                self._services = None
                 await self._has_other_services.wait()
-            is_first = False
+                settings = self.settings
+            elif self._has_other_services.is_set():  # a reload has come meanwhile
+                settings = self.settings
+            else:  # an address in use, for example: what operators could connect to before is better than nothing
+                settings = working
 
     def started(self) -> None:
         """All workers are ready."""
@@ -347,6 +369,7 @@ class Operations(abc.ABC):
         assert self._nursery is not None
         wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         with trio.open_signal_receiver(*wanted) as signals:
+            accept_signals()
             task_status.started()
             async for number in signals:
                 if number == signal.SIGHUP:
@@ -399,17 +422,25 @@ class Operations(abc.ABC):
         for problem in look.problems:
             self.journal.reload_failed(f"{problem}; the certificate used before remains")
             self.note_reload("failed", problem)
-        if look.is_changed:
-            try:
-                await self._use_certificates()
-            except ControlError as exc:
-                self.journal.reload_failed(str(exc))
-                self.note_reload("failed", str(exc))
-            else:
-                self.journal.reloaded("certificates")
-                self.note_reload("ok")
+        if look.is_changed or self._unused_certificates is not None:
+            await self._change_certificates()
         await self._check_policies()
         return look.again
+
+    async def _change_certificates(self) -> None:
+        """Use the pairs of `certificates`. If that fails, it is reported once, and the next look tries it again."""
+        before, self._unused_certificates = self._unused_certificates, ""
+        try:
+            await self._use_certificates()
+        except ControlError as exc:
+            self._unused_certificates = str(exc)
+            if self._unused_certificates != before:
+                self.journal.reload_failed(f"{exc}; the new certificate will be tried again")
+                self.note_reload("failed", str(exc))
+        else:
+            self._unused_certificates = None
+            self.journal.reloaded("certificates")
+            self.note_reload("ok")
 
 
 class RollError(Exception):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import click
 import trio
@@ -17,16 +18,16 @@ from rich.table import Table
 
 from penstock.cli import reports
 from penstock.delivery.base import Delivery
+from penstock.forked import shared_numbers
 from penstock.metrics._session import Metrics
-from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, make_keeping
-from penstock.sink.messageids import MessageIdTracker
+from penstock.sink.kept import HeaderMarks, KeepingDelivery, KeepSettings, KeptMessage, make_keeping
+from penstock.sink.merging import Second
+from penstock.sink.messageids import MessageIdOutbox, MessageIdTracker
 from penstock.sink.report import MessageIdCounts, Report, Sample, json_schema
-from penstock.sink.statistics import Expectation, FaultBook, FaultControl, RecipientMarks, Statistics, Traffic
+from penstock.sink.statistics import Expectation, FaultControl, FaultCounters, RecipientMarks, Statistics, Traffic
 from penstock.sink.stores import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_MS: Final = 1e6
 
 
 def _show_schema(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
@@ -121,31 +122,25 @@ class ReceivingOptions(NamedTuple):
     counts: bool = True
 
 
-class Counted(Protocol):
-    """What is counted: a server, or all workers of a sink."""
-
-    @property
-    def worker(self) -> Traffic:
-        """The worker, or what stands for all."""
-
-    @property
-    def addresses(self) -> list[str]:
-        """The addresses it listens on."""
-
-
 class Receiving:
     """Statistics and kept messages of one run of a sink. Made before the worker, which counts into it."""
 
-    def __init__(self, options: ReceivingOptions, stores: Sequence[Store] = ()) -> None:
-        """Bind the socket of the web page; `stores` get all messages. Raise click.UsageError for wrong options."""
+    def __init__(self, options: ReceivingOptions, stores: Sequence[Store] = (), workers: int = 1) -> None:
+        """Bind the socket of the web page; `stores` get all messages. Raise click.UsageError for wrong options.
+
+        With several workers, this is made before they are: the parent counts and serves the page, each worker becomes
+        one with `become_worker`.
+        """
+        self._workers = workers
         self._options = options
         self._stores = stores
         self._statistics: Statistics | None = None
         self._sockets: list[socket.socket] = []
         self._origin: Any = None
         self._hop: Any = None
+        self._make_app: Any = None
         self._keeping: KeepingDelivery | None = None
-        self._message_ids: MessageIdTracker | None = None
+        self.message_ids: MessageIdTracker | None = None
         self.metrics: Metrics | None = None
         """None if nothing is counted."""
         try:
@@ -169,27 +164,85 @@ class Receiving:
             raise ValueError("--sequence-header and --sequence-recipient are mutually exclusive")
         header, pattern = options.sequence_header, options.sequence_recipient
         source = None if pattern is None else RecipientMarks(pattern)
-        metrics = self.metrics = Metrics(source=source, reads_marks=header is None)
+        shared = shared_numbers(2) if self._workers > 1 else None
+        metrics = self.metrics = Metrics(source=source, reads_marks=header is None, shared=shared)
         marks = None if header is None else HeaderMarks(header, lambda: metrics.sequences)
         if (options.keep or self._stores) and source is None and marks is None:
-            self._message_ids = MessageIdTracker()
+            self.message_ids = MessageIdTracker()
         if options.keep or marks is not None or self._stores:
             self._keeping = make_keeping(
-                [KeepSettings.parse(each) for each in options.keep], marks, self._stores, self._message_ids
+                [KeepSettings.parse(each) for each in options.keep], marks, self._stores, self.message_ids
             )
         if options.web is None and (options.web_origin is not None or options.release is not None):
             raise ValueError("--web-origin and --release need --web")
         if options.web is not None:
-            self._origin, self._hop = _web().web_settings(options.web_origin, options.release)
-            self._sockets = _web().bind_web(options.web, options.web_token)
+            web = _web()
+            from penstock.sink.web.app import make_app  # noqa: PLC0415 - needs the extra `web`
+
+            self._make_app = make_app  # imported as the first user: --user need not be able to read it
+            self._origin, self._hop = web.web_settings(options.web_origin, options.release)
+            self._sockets = web.bind_web(options.web, options.web_token)
+
+    @property
+    def has_page(self) -> bool:
+        """A web page is served."""
+        return self._options.web is not None
+
+    def become_worker(self) -> None:
+        """Be one of several workers, whose parent serves the page and counts the Message-IDs."""
+        for sock in self._sockets:
+            sock.close()
+        self._sockets = []
+        if self._keeping is not None and self._keeping.message_ids is not None:
+            self.message_ids = self._keeping.message_ids = MessageIdOutbox()
+
+    def second(self, faults: FaultCounters) -> Second:
+        """Take the sample of a second. Return it with what else a worker tells its parent."""
+        metrics, statistics = self.metrics, self._statistics
+        assert metrics is not None
+        assert statistics is not None
+        messages, replies = metrics.recent_messages.to_dict(), metrics.recent_replies.to_dict()
+        made = Second(statistics.take_sample(), messages, replies, statistics.generation)
+        made.under_way = statistics.received - metrics.received
+        if isinstance(self.message_ids, MessageIdOutbox):
+            made.message_ids, made.further_ids = self.message_ids.take()
+        if self.has_page:
+            made.metrics = metrics.state()
+            made.tags = metrics.sequences.news()
+            made.faults = list(faults.counted())
+        return made
+
+    def reset(self, generation: int) -> None:
+        """Reset the counters of a worker, which are of this generation then."""
+        assert self._statistics is not None
+        self._statistics.reset()
+        self._statistics.generation = generation
+
+    def take_kept(self) -> list[KeptMessage]:
+        """Return the messages that a worker has kept for the page since the last time."""
+        shelf = None if self._keeping is None or not self.has_page else self._keeping.shelf
+        return [] if shelf is None else shelf.take()
+
+    def add_kept(self, message: KeptMessage) -> None:
+        """Keep a message that a worker has received."""
+        assert self._keeping is not None
+        assert self._keeping.shelf is not None
+        self._keeping.shelf.put(message)
+
+    def add_samples(self, samples: Sequence[Sample], metrics: Metrics) -> None:
+        """Note what several workers have counted."""
+        assert self._statistics is not None
+        self._statistics.metrics = metrics
+        for sample in samples:
+            self._statistics.add_sample(sample)
 
     @property
     def delivery(self) -> Delivery | None:
         """The delivery that keeps messages; None if they are discarded."""
         return self._keeping
 
-    def begin(self, parts: Counted, faults: FaultBook | None = None) -> None:
-        """Start counting, and print the URL of the web page."""
+    def begin(self, traffic: Traffic, addresses: Sequence[str], faults: FaultCounters | None = None) -> None:
+        """Start counting a server, or all workers of a sink, that listens on these addresses."""
         if self.metrics is None:
             return
         options = self._options
@@ -201,12 +254,15 @@ class Receiving:
         expectation = Expectation(next(name for name, is_it in places.items() if is_it), options.expect)
         self._statistics = Statistics(
             self.metrics,
-            parts.worker,
+            traffic,
             faults=faults,
             expectation=expectation,
-            listen=parts.addresses,
-            message_ids=self._message_ids,
+            listen=addresses,
+            message_ids=self.message_ids,
         )
+
+    def announce(self) -> None:
+        """Print the URL of the web page."""
         for sock in self._sockets[:1]:
             click.echo(f"penstock: live page at {_web().url_of(sock)}", err=True)
 
@@ -216,24 +272,23 @@ class Receiving:
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._count)
-            if self._sockets:
-                from penstock.sink.web.app import make_app  # noqa: PLC0415 - needs the extra `web`
+            nursery.start_soon(self.serve_page, faults)
 
-                shelf = None if self._keeping is None else self._keeping.shelf
-                app = make_app(
-                    self._statistics,
-                    shelf=shelf,
-                    faults=faults,
-                    token=self._options.web_token,
-                    origin=self._origin,
-                    hop=self._hop,
-                )
-                nursery.start_soon(_web().serve_web, app, self._sockets)
-
-    def take_sample(self) -> Sample:
-        """Take the sample of a second."""
+    async def serve_page(self, faults: FaultControl | None = None) -> None:
+        """Serve the web page until cancelled; return if there is none."""
+        if not self._sockets:
+            return
         assert self._statistics is not None
-        return self._statistics.take_sample()
+        shelf = None if self._keeping is None else self._keeping.shelf
+        app = self._make_app(
+            self._statistics,
+            shelf=shelf,
+            faults=faults,
+            token=self._options.web_token,
+            origin=self._origin,
+            hop=self._hop,
+        )
+        await _web().serve_web(app, self._sockets)
 
     async def _count(self) -> None:
         assert self._statistics is not None
@@ -242,7 +297,7 @@ class Receiving:
         while True:
             due += 1
             await trio.sleep_until(due)
-            await self.show(self.take_sample(), metrics.accepted + metrics.unheard)
+            await self.show(self._statistics.take_sample(), metrics.accepted + metrics.unheard)
 
     async def show(self, sample: Sample, messages: int) -> None:
         """Print the counters of a second, if they are wanted; `messages` is the number of all messages so far."""
@@ -256,25 +311,25 @@ class Receiving:
             # In a thread: a full pipe without a reader must not block the sessions.
             await trio.to_thread.run_sync(_print, text, abandon_on_cancel=True)
 
-    def end(self, samples: Sequence[Sample] | None = None) -> Report | None:
-        """Print the tables and return the report; None if nothing was counted.
-
-        `samples` are those of several processes; without them the rest of the last second is taken.
-        """
-        if self._statistics is None:
-            return None
-        if samples is None:
-            self._statistics.take_sample()
-        else:
-            self._statistics.samples.extend(samples)
-        report = self._statistics.report()
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[2K")
+    def report_failures(self) -> None:
+        """Print how many messages could not be kept, if there are any."""
         if self._keeping is not None and self._keeping.failures:
             reason = f"{self._keeping.failures} messages could not be kept: {self._keeping.last_failure}"
             click.echo(f"penstock: {reason}", err=True)
-        if sys.stdout.isatty() and self._options.report_file != reports.STDOUT:
-            Console().print(table_of(report))
+
+    def end(self) -> Report | None:
+        """Print the tables and return the report; None if nothing was counted."""
+        if self._statistics is None:
+            return None
+        if self._workers == 1:  # else they have reported the rest of the last second
+            self._statistics.take_sample()
+        report = self._statistics.report()
+        with suppress(OSError):  # a terminal may be closed, and the report is still to be written
+            if sys.stderr.isatty():
+                sys.stderr.write("\r\x1b[2K")
+            self.report_failures()
+            if sys.stdout.isatty() and self._options.report_file != reports.STDOUT:
+                Console().print(table_of(report))
         return report
 
 
@@ -303,13 +358,8 @@ def as_expected(report: Report) -> bool:
 # ---- output for people
 
 
-def counters(statistics: Statistics, sample: Sample, width: int | None = None) -> str:
-    """Return one line about the last second and the totals: the most important fields that fit into the width."""
-    return counter_line(statistics.metrics.accepted + statistics.metrics.unheard, sample, width)
-
-
 def counter_line(messages: int, sample: Sample, width: int | None = None) -> str:
-    """Return the same from a sample and the number of all messages."""
+    """Return one line about the last second and all messages: the most important fields that fit into the width."""
     fields = [
         (0, f"{sample.at:4.0f} s"),
         (0, f"{sample.messages:5,}/s"),
@@ -330,15 +380,15 @@ def counter_line(messages: int, sample: Sample, width: int | None = None) -> str
 
 def _or_none(ns: int) -> str:
     """Return a duration, or "-" for 0: nothing was measured."""
-    return milliseconds(ns) if ns else "-"
+    return duration(ns) if ns else "-"
 
 
-def milliseconds(ns: int) -> str:
-    """Return a duration with three significant digits: "0.031 ms", "12.4 ms", "1.25 s"."""
-    if ns >= 1000 * _MS:
-        return f"{ns / 1e9:.2f} s"
-    value = ns / _MS
-    return f"{value:.3f} ms" if value < 1 else f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms"
+def duration(ns: int) -> str:
+    """Return a duration as the page shows it: "< 1 µs", "31 µs", "2.75 ms", "12.4 ms", "1.25 s"."""
+    if ns < 999_500:
+        return f"{round(ns / 1e3)} µs" if ns >= 1000 else "< 1 µs"
+    value, unit = (ns / 1e6, "ms") if ns < 999.5e6 else (ns / 1e9, "s")
+    return f"{value:.2f} {unit}" if value < 9.995 else f"{value:.1f} {unit}" if value < 99.95 else f"{value:.0f} {unit}"
 
 
 def octets(count: float) -> str:
@@ -367,9 +417,11 @@ def _head(report: Report) -> Table:
         ("accepted", f"{messages.accepted:,}"),
         ("unheard", f"{messages.unheard:,} accepted without a readable 250" if messages.unheard else ""),
         ("recipients", f"{messages.recipients:,}"),
-        ("refused", f"{messages.refused:,}"),
+        ("refused (5xx)", refusals(report, "5")),
+        ("deferred (4xx)", refusals(report, "4")),
+        ("refused after their text", f"{messages.refused:,}" if messages.refused else ""),
         ("lost", f"{messages.lost:,}"),
-        ("sessions", f"{sessions.total:,}, at most {sessions.peak:,} at once"),
+        ("sessions", f"{sessions.total:,} in all, peak {sessions.peak:,}"),
         ("handshakes", f"{sessions.tls:,}, {sessions.tls_failed:,} failed"),
         ("octets", f"{octets(report.octets.received)} received, {octets(report.octets.sent)} sent"),
         ("rate", f"{received / max(report.seconds, 1e-3):,.0f} messages per second"),
@@ -377,6 +429,16 @@ def _head(report: Report) -> Table:
         if value:
             head.add_row(name, value)
     return head
+
+
+def refusals(report: Report, digit: str) -> str:
+    """Return how many replies have a code with this first digit, in all and by phase: "3: MAIL 1, RCPT 2"."""
+    phases: Counter[str] = Counter()
+    for each in report.replies:
+        if str(each.code).startswith(digit):
+            phases[each.phase] += each.count
+    found = ", ".join(f"{phase} {phases[phase]:,}" for phase in sorted(phases, key=place_of))
+    return f"{phases.total():,}: {found}" if found else "0"
 
 
 def plain_table(title: str, *columns: str) -> Table:
@@ -394,7 +456,7 @@ def latency_table(report: Report, *, is_narrow: bool = False) -> Table:
     for phase, each in sorted(report.latencies.items(), key=lambda found: place_of(found[0])):
         shown = [each.p50, each.p99, each.max] if is_narrow else [each.p50, each.p90, each.p99, each.max]
         count = [] if is_narrow else [f"{each.count:,}"]
-        table.add_row(phase, *count, *(milliseconds(value) for value in shown))
+        table.add_row(phase, *count, *(duration(value) for value in shown))
     return table
 
 

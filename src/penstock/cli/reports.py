@@ -1,4 +1,4 @@
-"""Report files: checked before the run, and written whole or not at all."""
+"""Report files: checked before the run, and written completely or not at all."""
 
 from __future__ import annotations
 

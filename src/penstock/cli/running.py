@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import faulthandler
 import gc
 import os
 import resource
-import signal
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -20,9 +18,10 @@ import click
 import msgspec
 import trio
 
-from penstock.app import NO_OVERRIDES, Overrides, Server, assemble, wrong_file
+from penstock.app import NO_OVERRIDES, Overrides, Server, assemble
 from penstock.cli.certificates import Certificates
-from penstock.cli.journaling import JournalWriter, stderr
+from penstock.cli.filecheck import cause_of
+from penstock.cli.journaling import JournalWriter
 from penstock.cli.logfile import LogFile
 from penstock.cli.notify import ServiceManager
 from penstock.cli.operating import Load, Operations, Outfit
@@ -54,25 +53,6 @@ def listen_on(settings: Settings, addresses: tuple[str, ...]) -> Settings:
 # ---- before the start
 
 
-_HARMLESS: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM)
-
-
-def survive_signals() -> None:
-    """Have no signal end the process but SIGTERM and SIGINT: SIGQUIT prints all stacks, the others are ignored.
-
-    Log rotation and terminals that close send SIGHUP or SIGUSR1, whose default would cut every session. SIGABRT of the
-    watchdog prints the stacks, too, before it ends the process.
-    """
-    for number in _HARMLESS:
-        signal.signal(number, signal.SIG_IGN)
-    descriptor = stderr()
-    if descriptor >= 0:
-        faulthandler.enable(descriptor, all_threads=True)
-        faulthandler.register(signal.SIGQUIT, descriptor, all_threads=True)
-    else:
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-
-
 def raise_descriptor_limit() -> int:
     """Allow this process as many descriptors as the system does, and return how many; 0 for no limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -81,7 +61,7 @@ def raise_descriptor_limit() -> int:
 
 
 def fit_descriptors(settings: Settings, limit: int) -> Settings:
-    """Return the settings with as many connections as there are descriptors: a refused client still hears 421."""
+    """Return the settings with as many connections as there are descriptors: a refused client still receives 421."""
     wanted = settings.admission.connections
     possible = max(limit - settings.relay.pool.connections - _OTHER_DESCRIPTORS, limit // 2)
     if not limit or wanted <= possible:
@@ -121,8 +101,8 @@ def account_of(settings: Settings) -> Account | None:
         for number, listener in enumerate(settings.listener):
             if not ListenAddress.parse(listener.address).is_loopback:
                 raise click.UsageError(
-                    f"server.user: as root, listener[{number}] on {listener.address} would be served to other machines "
-                    'with all rights; set [server] user = "penstock", or allow_root = true'
+                    f"server.user: as root, listener[{number}] on {listener.address} can be reached by other machines, "
+                    'with the rights of root; set [server] user = "penstock", or allow_root = true'
                 )
     return None
 
@@ -153,7 +133,7 @@ _OF_WORKERS: Final = ("tmp", "maildir", "secret", "spool*", "state*", "index*", 
 def prepare_data_dir(settings: Settings, account: Account) -> None:
     """Make the state directory for an account, or hand one that root has used to it. Raise OSError.
 
-    Only a directory of root is handed over: nobody else could have put a link into it.
+    Only a directory of root is given to another owner: no other user could have put a link into it.
     """
     folder = Path(settings.data_dir)
     if not folder.exists():
@@ -183,7 +163,7 @@ class SingleOperations(Operations):
 
     @property
     def is_alive(self) -> bool:
-        """It runs, or nobody could ask."""
+        """Always true: a process that answers runs."""
         return True
 
     def stop(self) -> None:
@@ -290,12 +270,11 @@ def run(
             prepare_data_dir(fitted, account)
             become(account)
     except (OSError, ValueError) as exc:
-        raise click.ClickException(wrong_file(fitted) or str(exc)) from exc
+        raise click.ClickException(cause_of(exc, fitted)) from exc
     outfit = Outfit(
         fitted, lambda: fit_descriptors(load(), limit) if load else fitted, certificates, log, journal, writer,
         ServiceManager(),
     )  # fmt: skip
-    survive_signals()
     operations = SingleOperations(outfit, server, allow_open=allow_open)
     try:
         trio.run(_serve, server, operations, observation, announce, done, beside)
@@ -307,7 +286,7 @@ def run(
 
 
 def innermost(exc: BaseException) -> str:
-    """Return what the first exception of a group says."""
+    """Return the text of the first exception of a group."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     return str(exc)

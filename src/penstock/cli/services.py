@@ -36,6 +36,7 @@ async def run_services(
     Raise OSError when a socket cannot be bound, or the token file not be used.
     """
     token_file, sockets, control_socket = _bind(settings, observation.account)
+    observation.collector.use(settings.metrics.destinations)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(observation.run)
         if sockets:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import click
 import msgspec
@@ -15,25 +16,33 @@ import trio
 
 from penstock.app import Overrides, Server
 from penstock.cli import reports
-from penstock.cli.faulting import FaultInjection, fault_options
+from penstock.cli.faulting import FaultInjection, WorkersFaultControl, fault_options
 from penstock.cli.once import OnceCommand
 from penstock.cli.receiving import Receiving, ReceivingOptions, as_expected, duplicates_of, receipt_options
 from penstock.cli.running import listen_on, run
-from penstock.cli.sinkworkers import Frame, Progress, SinkWorkers, Sockets, WorkerLine
+from penstock.cli.sinkworkers import PLAN, RESET, Progress, SinkFrame, SinkWorkers, Sockets
 from penstock.cli.smtpsink import smtp_sink_help
 from penstock.config import ConfigError, DeliverySettings, ListenerSettings, Settings, load
 from penstock.delivery.discard import DiscardDelivery
+from penstock.forked import ABORT, END, WorkerLine
 from penstock.journal import JournalSettings
 from penstock.policy.recipients import RecipientSettings
 from penstock.server.limits import LimitSettings
 from penstock.server.listener import WireSettings
-from penstock.sink.merging import Merging, Second, WorkerReport
+from penstock.sink.kept import KeptMessage
+from penstock.sink.merging import KeptCopy, Merging, WorkerReport
 from penstock.sink.report import Report, Sample, encode
+from penstock.sink.statistics import FaultCounters
 
 _replace = msgspec.structs.replace
 
 _MAX_UNSHOWN: Final = 10
 """Seconds whose counters wait to be printed."""
+
+_PAUSE: Final = 0.1
+"""Seconds between two reports of progress, and after which a message that a worker has kept is on the page."""
+_KEPT_BATCH: Final = 1 << 20
+"""Octets of messages that a worker sends together."""
 
 _LISTENER = ListenerSettings(
     max_size=0,
@@ -59,7 +68,8 @@ _LISTENER = ListenerSettings(
     "--config",
     "config_file",
     type=click.Path(path_type=Path),
-    help="Use the listeners, users, checks and limits of a `penstock serve` configuration; its delivery is ignored.",
+    help="Use the listeners, users, checks and limits of a `penstock serve` configuration; its delivery, metrics and "
+    "control socket are ignored.",
 )
 @click.option(
     "--tls",
@@ -87,7 +97,8 @@ _LISTENER = ListenerSettings(
     type=click.IntRange(1, 256),
     default=1,
     metavar="N",
-    help="Run N processes on the same addresses, with one report of all of them [default: 1].",
+    help="Run N processes on the same addresses, with one report and page, and common files of --keep and --fault-log "
+    "[default: 1].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the final counters as JSON.")
 @fault_options
@@ -117,8 +128,6 @@ def sink(
     it accepts bare line ends, NULs and long lines; only CR LF . CR LF ends the data. SIGINT and SIGTERM stop it
     gracefully.
     """
-    if workers > 1:
-        _check_workers(options)
     faults = FaultInjection.of(options)
     letters = faults.letters
     if letters.given.get("h") == "":
@@ -126,11 +135,15 @@ def sink(
         return
     if workers > 1 and letters.stores:
         raise click.UsageError("--workers cannot be combined with -d or -D")
-    receiving = Receiving(ReceivingOptions(**options), letters.stores)
+    if user is not None and letters.user is not None:
+        raise click.UsageError("-u and --user are mutually exclusive")
+    receiving = Receiving(ReceivingOptions(**options), letters.stores, workers)
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = _with_tls(_base(config_file, folder), tls, certificate, key)
-        settings = _as_user(settings, user, allow_root)
+        settings = _as_user(settings, user or letters.user, allow_root)
         settings = faults.prepare(settings, Path(folder) / "tls")
+        if workers > 1:
+            faults.check_workers()
         if ca_file is not None:
             _copy(Path(folder) / "tls" / "ca.pem", ca_file)
         settings = listen_on(settings, (*addresses, *letters.listen()))
@@ -140,35 +153,15 @@ def sink(
             return
         counts, report = found
         file = options["report_file"]
-        click.echo(_report(counts | _troubles(report), as_json=as_json), err=file == reports.STDOUT)
-        if report is not None:
-            if file is not None:
-                reports.write(file, encode(report))
-            if not as_expected(report):
-                raise click.ClickException("messages are missing or duplicated")
-
-
-def _check_workers(options: Mapping[str, Any]) -> None:
-    """Raise click.UsageError for options that need one process."""
-    given = [
-        name
-        for name, is_given in {
-            "--faults": options["plan_file"] is not None,
-            "--fault-log": options["fault_log"] is not None,
-            "--keep": bool(options["keep"]),
-            "--web": options["web"] is not None,
-        }.items()
-        if is_given
-    ]
-    if given:
-        raise click.UsageError(f"{' and '.join(given)} cannot be combined with --workers: run a single process")
-
-
-class _AllWorkers(NamedTuple):
-    """What is counted by several processes."""
-
-    worker: Merging
-    addresses: list[str]
+        try:
+            if report is not None and file is not None:
+                reports.write(file, encode(report))  # first: a terminal may be closed
+        finally:
+            click.echo(_report(counts | _troubles(report), as_json=as_json), err=file == reports.STDOUT)
+        if made.trouble:
+            raise click.ClickException(made.trouble)
+        if report is not None and not as_expected(report):
+            raise click.ClickException("messages are missing or duplicated")
 
 
 class _Sink:
@@ -188,6 +181,8 @@ class _Sink:
         self._receiving = receiving
         self._messages, self._sessions = messages, sessions
         self._is_open = is_open
+        self.trouble = ""
+        """What has failed at the end of the run, but for its report."""
 
     def run(self) -> tuple[dict[str, int], Report | None] | None:
         """Run in this process. Return the counts and the report; None if the sink did not start."""
@@ -197,7 +192,8 @@ class _Sink:
         def announce(parts: Server) -> None:
             counted.append(parts)
             faults.begin(parts)
-            receiving.begin(parts, faults.desk)
+            receiving.begin(parts.worker, parts.addresses, faults.control)
+            receiving.announce()
             click.echo(f"penstock: sink on {', '.join(parts.addresses)}", err=True)
 
         run(
@@ -206,29 +202,38 @@ class _Sink:
             done=lambda parts: self._is_done(self._progress(parts)),
             allow_open=self._is_open,
             overrides=self._overrides(),
-            beside=lambda _: receiving.run(faults.desk),
+            beside=lambda _: receiving.run(faults.control),
         )
         if not counted:
             return None
-        faults.end()
+        self.trouble = faults.end()
         report = receiving.end()
         return _counts(counted[0], receiving), report
 
     def run_workers(self, workers: int) -> tuple[dict[str, int], Report | None]:
         """Run in several processes. Return the sum of the counts, and one report."""
         receiving = self._receiving
-        merging = Merging(workers, receiving.metrics)
+        control = WorkersFaultControl(self._faults)
+        merging = Merging(workers, receiving.message_ids, lambda: processes.tell(RESET, merging.generation))
+        control.on_replaced = lambda: processes.tell(PLAN, control.number)
         shown, to_show = trio.open_memory_channel[tuple[Sample, int]](_MAX_UNSHOWN)
 
         def announce() -> None:
-            receiving.begin(_AllWorkers(merging, processes.addresses), merging)
+            receiving.announce()
             click.echo(f"penstock: sink on {', '.join(processes.addresses)}; {workers} workers", err=True)
 
-        def take(worker: int, what: Second | WorkerReport) -> None:
-            if isinstance(what, WorkerReport):
-                merging.add_report(worker, what)
-                return
-            for sample in merging.add_second(worker, what):
+        def take(worker: int, frame: SinkFrame) -> None:
+            for each in frame.kept:
+                receiving.add_kept(each.message())
+            samples: list[Sample] = []
+            if frame.second is not None:
+                samples = merging.add_second(worker, frame.second)
+            if frame.report is not None:
+                samples = merging.add_report(worker, frame.report)
+                self.trouble = self.trouble or frame.report.trouble
+            if receiving.metrics is not None and (samples or frame.report is not None):
+                receiving.add_samples(samples, merging.metrics())
+            for sample in samples:
                 with suppress(trio.WouldBlock):  # nobody reads the counters
                     shown.send_nowait((sample, merging.messages))
 
@@ -236,25 +241,43 @@ class _Sink:
             async for sample, count in to_show:
                 await receiving.show(sample, count)
 
-        processes = SinkWorkers(self._settings, workers, self._work, allow_open=self._is_open)
-        processes.run(announce, take, self._is_done, beside=show)
-        return dict(merging.counts), receiving.end(merging.samples)
+        async def beside() -> None:
+            await processes.ready.wait()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(show)
+                nursery.start_soon(receiving.serve_page, control)
 
-    def _work(self, sockets: Sockets, line: WorkerLine) -> WorkerReport:
+        processes = SinkWorkers(
+            self._settings, workers, partial(self._work, control), allow_open=self._is_open, serves=receiving.has_page
+        )
+        # Before any of them reports: what connections receive before all workers are ready counts, too.
+        receiving.begin(merging, processes.addresses, merging)
+        processes.run(announce, take, self._is_done, beside=beside)
+        self.trouble = self._faults.end() or self.trouble
+        return dict(merging.counts), receiving.end()
+
+    def _work(self, control: WorkersFaultControl, sockets: Sockets, line: WorkerLine) -> WorkerReport:
         """Be one of several processes. Return what it has counted."""
         faults, receiving = self._faults, self._receiving
+        receiving.become_worker()
+        line.commands = {RESET: receiving.reset, PLAN: control.load}
+        kept = KeptOutbox(receiving.take_kept)
         counted: list[Server] = []
 
         def announce(parts: Server) -> None:
             counted.append(parts)
+            line.commands[END] = lambda wanted: parts.abort() if wanted == ABORT else parts.stop()
             faults.begin(parts)
-            receiving.begin(parts, faults.desk)
+            receiving.begin(parts.worker, parts.addresses, faults.control)
 
         async def beside(parts: Server) -> None:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(line.follow, parts, self._progress)
+                await nursery.start(line.follow, parts.abort)
+                nursery.start_soon(self._tell_progress, parts, line)
                 if receiving.metrics is not None:
-                    nursery.start_soon(_tell_seconds, receiving, line)
+                    nursery.start_soon(_tell_seconds, receiving, faults.control, line)
+                if receiving.has_page:
+                    nursery.start_soon(kept.follow, line)
 
         run(
             self._settings,
@@ -264,10 +287,17 @@ class _Sink:
             beside=beside,
         )
         (parts,) = counted
-        counts, fault_counts = _counts(parts, receiving), list(faults.desk.counted())
+        for frame in kept.frames():
+            line.tell_at_end(frame)
+        trouble = faults.end()
+        receiving.report_failures()
+        counts, fault_counts = _counts(parts, receiving), list(faults.control.counted())
         if receiving.metrics is None:
-            return WorkerReport(counts, faults=fault_counts)
-        return WorkerReport(counts, receiving.metrics.state(), fault_counts, _second(receiving))
+            return WorkerReport(counts, faults=fault_counts, trouble=trouble)
+        rest = receiving.second(faults.control)
+        rest.metrics = None  # the same as those of the report
+        tags = receiving.metrics.sequences.news() if rest.tags is None else None
+        return WorkerReport(counts, receiving.metrics.state(), tags, fault_counts, rest, trouble)
 
     def _overrides(self, sockets: Sockets | None = None) -> Overrides:
         return Overrides(
@@ -282,27 +312,57 @@ class _Sink:
         messages = 0 if self._messages is None else _counts(parts, self._receiving)["messages"]
         return Progress(messages, parts.worker.sessions, parts.worker.open_connections)
 
+    async def _tell_progress(self, parts: Server, line: WorkerLine) -> None:
+        last: Progress | None = None
+        while True:
+            now = self._progress(parts)
+            if now != last:
+                await line.tell(SinkFrame(progress=now))
+                last = now
+            await trio.sleep(_PAUSE)
+
     def _is_done(self, progress: Progress) -> bool:
         if self._sessions is not None and progress.sessions >= self._sessions and not progress.open:
             return True
         return self._messages is not None and progress.messages >= self._messages
 
 
-async def _tell_seconds(receiving: Receiving, line: WorkerLine) -> None:
+async def _tell_seconds(receiving: Receiving, faults: FaultCounters, line: WorkerLine) -> None:
     """Report each second to the parent, until cancelled."""
     due = trio.current_time()
     while True:
         due += 1
         await trio.sleep_until(due)
-        await line.tell(Frame(second=_second(receiving)))
+        await line.tell(SinkFrame(second=receiving.second(faults)))
 
 
-def _second(receiving: Receiving) -> Second:
-    """Take a sample, with the histograms that its percentiles are from."""
-    metrics = receiving.metrics
-    assert metrics is not None
-    messages, replies = metrics.recent_messages.to_dict(), metrics.recent_replies.to_dict()
-    return Second(receiving.take_sample(), messages, replies)
+class KeptOutbox:
+    """Messages that a worker has kept for the page, on their way to the parent."""
+
+    def __init__(self, take: Callable[[], list[KeptMessage]]) -> None:
+        """`take` returns the messages since the last time: those beyond the bounds of --keep were dropped here."""
+        self._take = take
+
+    async def follow(self, line: WorkerLine) -> None:
+        """Send messages until cancelled, or until the end of the line."""
+        while True:
+            await trio.sleep(_PAUSE)
+            with trio.CancelScope(shield=True):  # what was taken is sent: the clients have a 250 for it
+                for frame in self.frames():
+                    if not await line.tell(frame):
+                        return
+
+    def frames(self) -> Iterator[SinkFrame]:
+        """Yield the messages that were kept since the last time."""
+        octets, frame = 0, SinkFrame(kept=[])
+        for message in self._take():
+            if octets >= _KEPT_BATCH:
+                yield frame
+                octets, frame = 0, SinkFrame(kept=[])
+            frame.kept.append(KeptCopy.of(message))
+            octets += len(message.raw)
+        if frame.kept:
+            yield frame
 
 
 def _base(config_file: Path | None, folder: str) -> Settings:

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +92,7 @@ LETTERS: Final = (
     Letter("S", "STRING", "text before each message of -d and -D, with C escapes", "-S"),
     Letter("t", "SECONDS", "time limit between commands and for a message", "[listener.limits] command_timeout"),
     Letter("T", "OCTETS", "TCP receive buffer", "-T, or read_rate in a plan"),
-    Letter("u", "USER", "refused, unless it is the current user", "setpriv --reuid=USER, systemd User="),
+    Letter("u", "USER", "run as this user after the addresses are bound", "--user USER"),
     Letter("v", "", "journal all events", "[journal] events"),
     Letter("w", "SECONDS", "delay before the reply to DATA", 'phase = "data", delay'),
     Letter("W", "COMMAND:SECONDS[:ODDS]", "delay before the reply to a command", "phase, delay, odds", many=True),
@@ -164,6 +162,11 @@ class SmtpSinkOptions:
         return self.given.get("n")
 
     @property
+    def user(self) -> str | None:
+        """User to run as."""
+        return self.given.get("u")
+
+    @property
     def window(self) -> int | None:
         """Octets of the TCP receive buffer."""
         return self.given.get("T")
@@ -186,12 +189,6 @@ class SmtpSinkOptions:
             if letter.letter in self.given and letter.meaning.startswith("refused:"):
                 what = letter.meaning.removeprefix("refused: ")
                 raise click.UsageError(f"-{letter.letter} of smtp-sink is not supported: {what}")
-        user = self.given.get("u")
-        if user is not None and user != pwd.getpwuid(os.geteuid()).pw_name:
-            raise click.UsageError(
-                f"-u of smtp-sink is not supported: run the sink as that user, "
-                f"`setpriv --reuid={user} --init-groups penstock sink ...`; ports from 1024 need no privileges"
-            )
         if "S" in self.given and not self.stores:
             raise click.UsageError("-S requires -d or -D")
         if "4" in self.given and "6" in self.given:

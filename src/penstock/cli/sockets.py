@@ -97,7 +97,7 @@ class ListeningSockets:
         self._passed.clear()
 
     def of_worker(self, settings: Settings, index: int, workers: int) -> list[list[socket.socket]]:
-        """Return the sockets of each listener that worker `index` of so many accepts from."""
+        """Return the sockets of each listener that worker `index` accepts from."""
         if index >= workers:
             return [[] for _ in settings.listener]  # it only delivers what others have left in its part of the spool
         found = []

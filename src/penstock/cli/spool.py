@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from penstock.cli.cluster import cluster_admins
+from penstock.cli.terminal import json_text
 from penstock.config import ConfigError, Settings, load
 from penstock.journal import escape
 from penstock.spool.admin import AGES, Change, Filter, Listed, ListedMessage, Stats, no_message
@@ -146,7 +146,7 @@ def list_messages(
         unknown = admin.unknown(ids)
         found = admin.find(_filter(ids, state, words), limit)
         if as_json:
-            click.echo(msgspec.json.encode([_as_json(message) for message in found]))
+            click.echo(json_text([_as_json(message) for message in found]))
             _fail_unknown(unknown)
             return
         count = 0
@@ -221,7 +221,7 @@ def show(message_id: str, config_file: Path | None, data_dir: str | None, body: 
         parsed = email.parser.HeaderParser(policy=email.policy.compat32).parsestr(head)
         fields = [(name, " ".join(str(value).split())) for name, value in parsed.items()]
         if as_json:
-            click.echo(msgspec.json.encode({**_as_json(message), "header": fields}))
+            click.echo(json_text({**_as_json(message), "header": fields}))
             return
         click.echo(_as_lines(message))
         click.echo("".join(f"\n{escape(name)}: {escape(value)}" for name, value in fields).lstrip("\n"))
@@ -286,6 +286,8 @@ def suspend(name: str, config_file: Path | None, data_dir: str | None) -> None:
 
     A next hop is named by its host, or in full as `penstock spool hops` shows it. The mail waits in the spool.
     """
+    if not name or not name.isprintable() or (" " in name and not name.startswith("unix:")):
+        raise click.BadParameter(f"expected a domain, a host or the name of a next hop, not {name!r}")
     with _opened(config_file, data_dir) as admin:
         click.echo(f"{name} suspended" if admin.suspend(name) else f"{name} was already suspended")
 
@@ -310,7 +312,7 @@ def hops(config_file: Path | None, data_dir: str | None, as_json: bool) -> None:
     with _opened(config_file, data_dir) as admin:
         down, suspended = admin.hops(), admin.suspended()
         if as_json:
-            click.echo(msgspec.json.encode({"down": [hop._asdict() for hop in down], "suspended": suspended}))
+            click.echo(json_text({"down": [hop._asdict() for hop in down], "suspended": suspended}))
             return
         now = time.time()
         for hop in down:
@@ -334,7 +336,7 @@ def ages(config_file: Path | None, data_dir: str | None, limit: int, as_json: bo
         shown = found[:limit] if limit else found
         if as_json:
             rows = [{"domain": each.domain, "total": sum(each.counts), "ages": each.counts} for each in shown]
-            click.echo(msgspec.json.encode(rows))
+            click.echo(json_text(rows))
             return
         sums = [sum(column) for column in zip(*(each.counts for each in found), strict=True)] or [0] * len(heads)
         width = max([5, *(len(escape(each.domain)) for each in shown)])
@@ -351,7 +353,7 @@ def stats(config_file: Path | None, data_dir: str | None, as_json: bool) -> None
     with _opened(config_file, data_dir) as admin:
         found = admin.stats()
         if as_json:
-            click.echo(msgspec.json.encode(found._asdict()))
+            click.echo(json_text(found._asdict()))
         else:
             Console().print(_as_table(found))
 

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from penstock.cli.controlclient import server_options, socket_path
 from penstock.cli.once import OnceCommand
-from penstock.cli.receiving import latency_table, milliseconds, octets, plain_table, reply_table
+from penstock.cli.receiving import duration, latency_table, octets, plain_table, reply_table
 from penstock.cli.servertop import show
 from penstock.cli.terminal import bars
 from penstock.sink.report import FaultCount, Report, Sample
@@ -85,7 +85,7 @@ class Api(NamedTuple):
             raise ValueError(f"the sink replied {response.status}: {data[:200].decode(errors='replace')}")
         try:
             return msgspec.json.decode(data, type=LiveResponse)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, RecursionError) as exc:
             raise ValueError(f"not the web page of a sink: {exc}") from exc
 
 
@@ -209,7 +209,7 @@ def _lines(report: Report, samples: Sequence[Sample], width: int) -> Table:
 
 def _with_unit(value: float, unit: str) -> str:
     if unit == "ns":
-        return milliseconds(int(value)) if value else "-"
+        return duration(int(value)) if value else "-"
     return f"{octets(value)}/s" if unit == "B/s" else f"{value:,.0f}{unit}"
 
 
@@ -220,7 +220,11 @@ def _faults(report: Report) -> int:
 def _failures(report: Report, most: int | None = None) -> Table:
     """Return a table of messages that were not accepted, of lost and duplicate ones, and of faults."""
     messages = report.messages
-    rows = [("refused", messages.refused, "red"), ("lost", messages.lost, "red"), ("unheard", messages.unheard, "red")]
+    rows = [
+        ("refused after the text", messages.refused, "red"),
+        ("lost", messages.lost, "red"),
+        ("unheard", messages.unheard, "red"),
+    ]
     for run in report.sequences.runs:
         name = run.run or "(no name)"
         rows += [(f"{name}: missing", run.missing, "red"), (f"{name}: duplicates", run.duplicates, "red")]

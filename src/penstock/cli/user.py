@@ -58,7 +58,7 @@ def add(name: str, password_stdin: bool, replace: bool, file: Path) -> None:
     """Add a user; prompts for the password twice."""
     users = UsersFile(file)
     exists = click.ClickException(f"{name} already exists in {file}; use --replace to change the password")
-    with _reporting():  # before the user types a password in vain
+    with _reporting():  # before the user types a password
         check_name(name)
         if not replace and name in users.names():
             raise exists

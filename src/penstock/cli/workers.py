@@ -24,8 +24,9 @@ import click
 import msgspec
 import trio
 
-from penstock.app import Overrides, Server, assemble, wrong_file
+from penstock.app import Overrides, Server, assemble
 from penstock.cli.certificates import Certificates
+from penstock.cli.filecheck import cause_of
 from penstock.cli.journaling import JournalWriter
 from penstock.cli.logfile import LogFile
 from penstock.cli.notify import ServiceManager, passed_sockets
@@ -37,14 +38,15 @@ from penstock.cli.running import (
     innermost,
     raise_descriptor_limit,
     run_server,
-    survive_signals,
     tell_fitted,
     tune_collector,
 )
 from penstock.cli.services import run_services
+from penstock.cli.signals import accept_signals
 from penstock.cli.sockets import ListeningSockets
 from penstock.config import ConfigError, Settings, check
 from penstock.control import Channel, ControlError, HopAction, WorkerState
+from penstock.files import memory_file
 from penstock.journal import Journal
 from penstock.metrics.segment import attach_segment
 from penstock.net.tls import KeyPair
@@ -61,7 +63,7 @@ _SESSIONS: Final = 10**12
 _STATE_TIMEOUT: Final = 2.0
 _RELOAD_TIMEOUT: Final = 30.0
 _SILENT: Final = 5.0
-"""Seconds after which a worker that says nothing is not taken for alive."""
+"""Seconds after which a worker that does not report is considered hung."""
 _replace = msgspec.structs.replace
 
 
@@ -88,7 +90,7 @@ class Inheritance(msgspec.Struct, frozen=True):
 
 
 class Boot(NamedTuple):
-    """What a worker is told by its supervisor. Pickled: only a supervisor writes it, and arguments may have dates."""
+    """The data for a worker. Pickled: only a supervisor writes it, and arguments may have dates."""
 
     settings: Settings
     key_pairs: Sequence[KeyPair | None]
@@ -131,8 +133,8 @@ def indexes(settings: Settings, account: Account | None) -> list[int]:
         with acting_as(account):
             for index in shards(folder):
                 if index >= count:
-                    with QueueAdmin.opened(folder.parent / shard_of(folder.name, index)) as desk:
-                        wanted += [] if desk.is_empty else [index]
+                    with QueueAdmin.opened(folder.parent / shard_of(folder.name, index)) as admin:
+                        wanted += [] if admin.is_empty else [index]
     return wanted
 
 
@@ -162,7 +164,7 @@ class Launcher:
 
     @property
     def boot(self) -> Boot:
-        """What a worker is told."""
+        """The data for a worker."""
         return Boot(self.settings, self.key_pairs, self.is_draining, self._account)
 
     @contextmanager
@@ -173,7 +175,7 @@ class Launcher:
             for each in self._sockets.of_worker(self.settings, index, self.settings.server.workers)
         ]
         connected = self.keeper.connect()
-        with self._observation.claimed() as page, _in_memory(self.boot.encode()) as boot, connected:
+        with self._observation.claimed() as page, memory_file(self.boot.encode()) as boot, connected:
             segment, state = self._observation.inherited, connected.fileno()
             told = Inheritance(index, line, boot, sockets, state, segment, page)
             words = [*_python(), "-m", "penstock", *sys.argv[1:], "--worker", told.encode()]
@@ -184,20 +186,6 @@ class Launcher:
 def _python() -> list[str]:
     """Return how to start Python. `-m` must not add the current folder to the path of modules if it is not there."""
     return [sys.executable] if str(Path.cwd()) in sys.path or "" in sys.path else [sys.executable, "-P"]
-
-
-@contextmanager
-def _in_memory(data: bytes) -> Iterator[int]:
-    """Yield the descriptor of a file that exists in memory only, to be read from its beginning."""
-    descriptor = os.memfd_create("penstock", os.MFD_CLOEXEC)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 class SupervisorOperations(Operations):
@@ -217,6 +205,7 @@ class SupervisorOperations(Operations):
             launcher,
             wanted,
             watchdog=outfit.settings.server.watchdog,
+            patience=_patience(outfit.settings),
             restarted=self._restarted,
             notice=self._take,
         )
@@ -259,8 +248,13 @@ class SupervisorOperations(Operations):
                 self.journal.reloaded(f"policies of worker {index}")
             self.note_reload("failed" if problem else "ok", problem)
 
-    async def _ask_all(self, verb: str, *, seconds: float, **arguments: Any) -> dict[WorkerProcess, Any | ControlError]:
-        """Ask all workers at the same time; return their answers or errors. Those that end meanwhile are left out."""
+    async def _ask_all(
+        self, verb: str, *, seconds: float, only_serving: bool = False, **arguments: Any
+    ) -> dict[WorkerProcess, Any | ControlError]:
+        """Ask all workers at the same time; return their answers or errors. Those that end meanwhile are left out.
+
+        Unless `only_serving`, those that are to take a place are asked, too: a change must miss none.
+        """
         answers: dict[WorkerProcess, Any | ControlError] = {}
 
         async def ask(worker: WorkerProcess) -> None:
@@ -271,7 +265,7 @@ class SupervisorOperations(Operations):
                     answers[worker] = exc
 
         async with trio.open_nursery() as nursery:
-            for worker in self.supervisor.workers:
+            for worker in self.supervisor.workers if only_serving else self.supervisor.living:
                 nursery.start_soon(ask, worker)
         return answers
 
@@ -283,19 +277,22 @@ class SupervisorOperations(Operations):
         else:
             await self._change(settings, certificates.pairs)
         self.supervisor.watchdog = settings.server.watchdog
+        self.supervisor.patience = _patience(settings)
 
     async def _change(self, settings: Settings, key_pairs: Sequence[KeyPair | None]) -> None:
-        """Change all workers in place, or none. Raise ControlError."""
-        before, boot = self._launcher.boot, self._launcher.boot._replace(settings=settings, key_pairs=key_pairs)
-        answers = await self._ask_all("reload", seconds=_RELOAD_TIMEOUT, boot=_text(boot))
+        """Change all workers in place, or none. Raise ControlError; RollError if some could not be changed back."""
+        launcher = self._launcher
+        before = launcher.settings, launcher.key_pairs
+        launcher.settings, launcher.key_pairs = settings, key_pairs  # first: one that is started now has them
+        answers = await self._ask_all("reload", seconds=_RELOAD_TIMEOUT, boot=_text(launcher.boot))
         errors = [each for each in answers.values() if isinstance(each, ControlError)]
         if errors:
-            for worker, answer in answers.items():
-                if not isinstance(answer, ControlError):
-                    with suppress(ControlError):
-                        await worker.ask("reload", seconds=_RELOAD_TIMEOUT, boot=_text(before))
+            launcher.settings, launcher.key_pairs = before
+            restored = await self._ask_all("reload", seconds=_RELOAD_TIMEOUT, boot=_text(launcher.boot))
+            if any(isinstance(each, ControlError) for each in restored.values()):
+                self._is_mixed = True
+                raise RollError(f"{errors[0]}; some workers may have the new settings") from errors[0]
             raise errors[0]
-        self._launcher.settings, self._launcher.key_pairs = settings, key_pairs
 
     async def _roll(self, settings: Settings, certificates: Certificates) -> None:
         """Replace the workers. Raise ControlError or OSError when nothing has changed, RollError otherwise."""
@@ -313,14 +310,23 @@ class SupervisorOperations(Operations):
         launcher.is_draining = self.is_draining
         before = self.supervisor.processes
         try:
-            await self.supervisor.roll(launcher, await self._indexes(settings))
-            # A worker that has left may have accepted mail after it was looked at.
-            for index in await self._indexes(settings):
-                await self.supervisor.add(launcher, index)
+            wanted = await self._indexes(settings)
+        except (ControlError, OSError):
+            undo()
+            raise
+        try:
+            await self.supervisor.roll(launcher, wanted)
         except WorkerError as exc:
             undo()
             self._is_mixed = self._is_mixed or before != self.supervisor.processes
-            raise RollError(f"{exc}; the workers that were not replaced go on") from exc
+            raise RollError(f"{exc}; the other workers were not replaced") from exc
+        try:
+            # A worker that has left may have accepted mail after it was looked at.
+            for index in await self._indexes(settings):
+                await self.supervisor.add(launcher, index)
+        except (WorkerError, ControlError, OSError) as exc:
+            self._is_mixed = True  # and the sockets remain, because the new workers have them
+            raise RollError(f"{exc}; all workers were replaced, but mail in other parts of the spool waits") from exc
         self._is_mixed = False
         self._launcher, self._account = launcher, account
         self._sockets.keep_only(settings)
@@ -339,7 +345,7 @@ class SupervisorOperations(Operations):
                 raise answer
 
     async def _check_policies(self) -> None:
-        """Workers look after their policies: a supervisor loads none."""
+        """Do nothing: workers reload their policies themselves, a supervisor loads none."""
 
     async def _rotate_workers(self) -> None:
         for answer in (await self._ask_all("rotate", seconds=10.0)).values():
@@ -353,13 +359,13 @@ class SupervisorOperations(Operations):
         await self._ask_all("drain" if is_draining else "resume", seconds=10.0)
 
     async def _is_empty(self) -> bool:
-        answers = await self._ask_all("is_drained", seconds=10.0)
+        answers = await self._ask_all("is_drained", seconds=10.0, only_serving=True)
         return len(answers) == self.supervisor.places and all(each is True for each in answers.values())
 
     # ---- state
 
     async def _worker_states(self) -> list[WorkerState]:
-        answers = await self._ask_all("state", seconds=_STATE_TIMEOUT)
+        answers = await self._ask_all("state", seconds=_STATE_TIMEOUT, only_serving=True)
         found = []
         for worker in self.supervisor.workers:
             state = WorkerState(index=worker.index, pid=worker.pid)
@@ -381,11 +387,16 @@ class SupervisorOperations(Operations):
 
     async def hop(self, hop: str, action: HopAction) -> int:
         """Suspend, resume or retry a next hop in all workers."""
-        answers = await self._ask_all("hop", seconds=30.0, hop=hop, action=action)
+        answers = await self._ask_all("hop", seconds=30.0, only_serving=True, hop=hop, action=action)
         for answer in answers.values():
             if isinstance(answer, ControlError):
                 raise answer
         return sum(answer for answer in answers.values() if isinstance(answer, int))
+
+
+def _patience(settings: Settings) -> float:
+    """Return the seconds that a worker has to end: sessions twice the grace, then transactions with next hops once."""
+    return 3 * settings.server.grace + 30
 
 
 def _text(boot: Boot) -> str:
@@ -414,7 +425,7 @@ def supervise(
         raise click.UsageError(str(exc)) from exc
     except (OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
-    # What it has to say is written as its workers' journals are: nobody who does not read it holds it up.
+    # Its output is written like the journals of its workers: a reader that hangs does not delay it.
     journal = Journal(fitted.journal, is_terminal=os.isatty(log.descriptor))
     write = JournalWriter(log.descriptor, journal.tell_dropped, is_shared=True)
     tell_fitted(settings, fitted, limit, journal)
@@ -423,7 +434,6 @@ def supervise(
     keeper = Keeper(Path(fitted.data_dir) / snapshot.FILE, lambda text: write(f"penstock: {text}\n".encode()))
     launcher = Launcher(fitted, certificates.pairs, sockets, account, observation, keeper)
     operations = SupervisorOperations(outfit, sockets, launcher, wanted, observation)
-    survive_signals()
     try:
         with keeper:
             trio.run(_supervise, operations, sockets, wanted)
@@ -468,8 +478,8 @@ async def _keep(
 
 
 def work(word: str) -> None:
-    """Be a worker, as the supervisor has said."""
-    survive_signals()
+    """Run a worker with the data of the supervisor. Signals for its supervisor are ignored."""
+    accept_signals()
     told = msgspec.json.decode(word, type=Inheritance)
     with open(told.boot, "rb") as file:  # noqa: PTH123 - of a descriptor
         boot = Boot.decode(file.read())
@@ -488,7 +498,7 @@ def work(word: str) -> None:
         overrides = Overrides(sockets=sockets, key_pairs=boot.key_pairs, counters=counters, policy_state=state)
         server = assemble(settings, journal, writer, overrides=overrides)
     except (OSError, ValueError) as exc:
-        raise click.ClickException(wrong_file(settings) or str(exc)) from exc
+        raise click.ClickException(cause_of(exc, settings, reads_keys=False)) from exc
     server.worker.sessions = told.index * _SESSIONS
     try:
         trio.run(WorkerSide(server, told, boot, log).run)

@@ -16,14 +16,16 @@ from typing import Any, Final
 import msgspec
 import trio
 
+from penstock.cluster.control import Control, read_control, set_draining, suspend
 from penstock.cluster.jetstream import JetStream
 from penstock.cluster.layout import Layout, read_message
 from penstock.cluster.leases import read_leases, read_nodes
 from penstock.journal import Journal
 from penstock.message import Body
 from penstock.net.nats import Message, NatsClient, NatsError
-from penstock.spool.admin import Ages, Filter, ListedMessage, QueueAdmin, Stats, no_message
+from penstock.spool.admin import Ages, Filter, ListedMessage, QueueAdmin, Stats, add_functions, no_message
 from penstock.spool.admin import Change as Changed
+from penstock.spool.admins import QueueAdmins
 from penstock.spool.bodies import StoredBody
 from penstock.spool.entry import ATTEMPTING, DUE, HELD, HopState
 from penstock.spool.store import SpoolError, connect
@@ -39,7 +41,6 @@ class _Request(msgspec.Struct, frozen=True):
     action: str
     filter: Filter = Filter()
     limit: int = 0
-    name: str = ""
     ids: tuple[str, ...] = ()
 
 
@@ -71,15 +72,12 @@ class IndexAdmin(QueueAdmin):
 class AdminService:
     """Answers the requests to a node."""
 
-    def __init__(
-        self, client: NatsClient, subject: str, folder: Path, journal: Journal, drain: Callable[[bool], None]
-    ) -> None:
-        """`folder` has the index; `drain` is called with whether the node is to give up its partitions."""
+    def __init__(self, client: NatsClient, subject: str, folder: Path, journal: Journal) -> None:
+        """`folder` has the index."""
         self._client = client
         self._subject = subject
         self._folder = folder
         self._journal = journal
-        self._drain = drain
 
     async def run(self) -> None:
         """Answer until cancelled."""
@@ -91,11 +89,7 @@ class AdminService:
     async def _answer(self, message: Message, limit: trio.CapacityLimiter) -> None:
         try:
             request = msgspec.json.decode(message.data, type=_Request)
-            if request.action in ("drain", "resume-node"):
-                self._drain(request.action == "drain")
-                answers = [_Answer()]
-            else:
-                answers = await trio.to_thread.run_sync(self._act, request, limiter=limit, abandon_on_cancel=True)
+            answers = await trio.to_thread.run_sync(self._act, request, limiter=limit, abandon_on_cancel=True)
         except Exception as exc:  # noqa: BLE001 - whatever a request does, the node goes on
             self._journal.error(0, "operators", exc)
             answers = [_Answer(error=f"{type(exc).__name__}: {exc}")]
@@ -108,7 +102,7 @@ class AdminService:
 
     def _act(self, request: _Request) -> list[_Answer]:
         with closing(connect(self._folder / "spool.db", timeout=30)) as database:
-            database.create_function("lower", 1, str.lower, deterministic=True)
+            add_functions(database)
             admin = IndexAdmin(self._folder, database, time.time)
             if request.action == "find":
                 found = [message._asdict() for message in admin.find(request.filter, request.limit)]
@@ -116,8 +110,6 @@ class AdminService:
                 return [_Answer(chunk, is_last=chunk is chunks[-1]) for chunk in chunks]
             if request.action in ("retry", "hold", "release", "drop", "bounce"):
                 return [_Answer(getattr(admin, request.action)(request.filter)._asdict())]
-            if request.action in ("suspend", "resume"):
-                return [_Answer(getattr(admin, request.action)(request.name))]
             if request.action == "stats":
                 return [_Answer(admin.stats(100)._asdict())]
             if request.action == "unknown":
@@ -125,7 +117,6 @@ class AdminService:
             results: dict[str, Callable[[], Any]] = {
                 "ages": lambda: [each._asdict() for each in admin.ages()],
                 "hops": lambda: [each._asdict() for each in admin.hops()],
-                "suspended": admin.suspended,
                 "check": lambda: list(admin.check()),
             }
             if request.action not in results:
@@ -170,6 +161,8 @@ class RemoteAdmin(QueueAdmin):
         self._node = node
 
     def _ask(self, action: str, **fields: Any) -> list[Any]:
+        if not self._node:
+            raise SpoolError("no node of the cluster runs")
         subject = self._layout.operations(self._node)
         found: list[Any] = self._run(lambda jetstream: ask(jetstream, subject, self._node, action=action, **fields))
         return found
@@ -199,21 +192,9 @@ class RemoteAdmin(QueueAdmin):
         """Return the next hops that are backing off."""
         return [HopState(**each) for each in self._ask("hops")[0]]
 
-    def suspended(self) -> list[str]:
-        """Return the domains and next hops that are suspended."""
-        return list(self._ask("suspended")[0])
-
     def unknown(self, ids: Sequence[str]) -> list[str]:
         """Return those of the message ids that the node does not relay."""
         return list(self._ask("unknown", ids=tuple(ids))[0]) if ids else []
-
-    def suspend(self, name: str) -> bool:
-        """Send nothing to a domain or a next hop."""
-        return bool(self._ask("suspend", name=name)[0])
-
-    def resume(self, name: str) -> bool:
-        """Undo `suspend`."""
-        return bool(self._ask("resume", name=name)[0])
 
     def check(self) -> Iterator[str]:
         """Yield a line for each inconsistency."""
@@ -230,13 +211,37 @@ class RemoteAdmin(QueueAdmin):
         return Changed(**self._ask("bounce", filter=what)[0])
 
 
+class ClusterAdmins(QueueAdmins):
+    """All nodes together; what is suspended is one record for all of them."""
+
+    def __init__(self, run: Runner, layout: Layout) -> None:
+        """Without a node that runs, only what is suspended can be asked for."""
+        self._run = run
+        self._layout = layout
+        nodes = run(lambda jetstream: living_nodes(jetstream, layout))
+        super().__init__([(node, RemoteAdmin(run, layout, node)) for node in nodes or [""]])
+
+    def suspended(self) -> list[str]:
+        """Return the domains and next hops that are suspended."""
+        control: Control = self._run(lambda jetstream: read_control(jetstream, self._layout))
+        return list(control.suspended)
+
+    def suspend(self, name: str) -> bool:
+        """Send nothing to a domain or a next hop, from any node, until it is resumed."""
+        return bool(self._run(lambda jetstream: suspend(jetstream, self._layout, name)))
+
+    def resume(self, name: str) -> bool:
+        """Undo `suspend`."""
+        return bool(self._run(lambda jetstream: suspend(jetstream, self._layout, name, undo=True)))
+
+
 def _flat(chunk: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return listed messages with their recipients as lists of values."""
     return [{**each, "recipients": [list(to) for to in each["recipients"]]} for each in chunk]
 
 
 async def read_text(jetstream: JetStream, layout: Layout, message_id: str) -> tuple[bytes, bytes] | None:
-    """Return the prefix and the body of a message in the stream; None if there is none. Raise NatsError."""
+    """Return the prefix and the body of a message in the stream; None if it is not there. Raise NatsError."""
     for number in range(layout.streams):
         stream = layout.stream(number)
         found = await jetstream.last(stream, f"{layout.name}.m.*.{message_id}")
@@ -259,7 +264,10 @@ async def living_nodes(jetstream: JetStream, layout: Layout) -> list[str]:
 
 async def drain(jetstream: JetStream, layout: Layout, node: str, *, undo: bool = False) -> None:
     """Have a node give up its partitions, and wait until it has none; or undo that. Raise SpoolError or NatsError."""
-    await ask(jetstream, layout.operations(node), node, action="resume-node" if undo else "drain")
+    nodes = await read_nodes(jetstream, layout)
+    if node not in nodes and not undo:
+        raise SpoolError(f"node {node} does not run; nodes: {', '.join(sorted(nodes)) or 'none'}")
+    await set_draining(jetstream, layout, node, undo=undo)
     if not undo:
         while any(  # noqa: ASYNC110 - it is in another process
             lease.node == node for lease in (await read_leases(jetstream, layout)).values()

@@ -33,7 +33,7 @@ class _JetStream(msgspec.Struct, frozen=True):
 
 
 class ServerState(msgspec.Struct, frozen=True):
-    """What a monitoring port says (/varz)."""
+    """The response of a monitoring port (/varz)."""
 
     server_name: str = ""
     version: str = ""
@@ -68,7 +68,7 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 
 def read_monitor(url: str) -> ServerState:
-    """Return what the monitoring port of a server says. Blocks. Raise OSError or ValueError."""
+    """Return the response of the monitoring port of a server. Blocks. Raise OSError or ValueError."""
     with urllib.request.urlopen(f"{url.rstrip('/')}/varz", timeout=_TIMEOUT) as answer:  # noqa: S310 - http or https, checked
         return msgspec.json.decode(answer.read(1 << 20), type=ServerState)
 
@@ -113,7 +113,7 @@ class Durability:
         self.problem = "" if is_majority else f"not known whether a majority of the servers syncs: {'; '.join(errors)}"
 
     async def run(self) -> None:
-        """Look again and again, until cancelled; `problem` says what was seen."""
+        """Check periodically until cancelled; `problem` is called with the result."""
         while not self._is_trusted:
             await trio.sleep(_IMPATIENCE if self.problem else _INTERVAL)
             try:

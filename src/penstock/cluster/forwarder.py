@@ -1,4 +1,4 @@
-"""Moves what was spooled during an outage into the stream, the oldest first, each message with the id it has.
+"""Moves mail that was spooled during an outage into the stream, the oldest first; message ids are kept.
 
 A message is put into the stream before it leaves the spool. If that was there already, because its acknowledgment was
 lost or this process was killed in between, nothing is changed. A message of which only some recipients are moved, as

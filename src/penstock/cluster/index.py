@@ -12,11 +12,13 @@ from typing import Any, Final, NamedTuple
 
 from penstock.cluster.layout import Place, RecipientState
 from penstock.spool.entry import ATTEMPTING, DUE, Put, Recovered
-from penstock.spool.store import PLACES, Store
+from penstock.spool.store import INSERT_MESSAGE, INSERT_RECIPIENT, PLACES, Store, add_message, encode_dsn
 
 _PLACE: Final = struct.Struct(">HQIIIIQ?")
 _KEY: Final = struct.Struct(">HQ")
 _RESERVED: Final = (1 << PLACES) - 1
+_ROW_OCTETS: Final = 1000
+"""About what a message takes in the log of the database."""
 
 
 class Loaded(NamedTuple):
@@ -94,23 +96,47 @@ class IndexStore(Store):
         )
         self._database.execute("DELETE FROM message WHERE number = ?", (temporary,))
 
-    def load(self, loaded: Sequence[Loaded], now: float, *, restores: bool = False) -> None:
+    def load(self, loaded: Sequence[Loaded], now: float, *, restores: bool = False, is_new: bool = False) -> None:
         """Add messages that were found, each with what has become of its recipients. Those that are here stay.
 
         With `restores` they get the recipients back that they lost with the partition, while others were in flight.
+        With `is_new` none of them is here, and that is not looked up.
         """
         new = []
         for each in loaded:
-            number = self._number(each.place)
+            number = None if is_new else self._number(each.place)
             if number is None:
                 new.append(each)
             elif restores:
                 self._restore(number, each, now)
-        self.put([each.put for each in new], now)
-        for number, states in ((each.put.number, each.states) for each in new):
-            if states is not None:
-                self._apply(number, states)
-        self.drop_empty([each.put.number for each in new if each.states is not None and not each.states])
+        self._put_loaded(new, now)
+
+    def _put_loaded(self, loaded: Sequence[Loaded], now: float) -> None:
+        """Insert messages that are not here with the recipients that are left: some statements for all of them."""
+        messages: list[object] = []
+        recipients: list[object] = []
+        due: dict[int, float] = {}
+        for put, _, states in loaded:
+            left = None if states is None else {each.place: each for each in states}
+            first, before = put.number << PLACES, len(recipients)
+            for place, (recipient, name) in enumerate(zip(put.message.envelope.recipients, put.queues, strict=True)):
+                state, due_at, attempts, is_told, reply = DUE, now, 0, False, ""
+                if left is not None:
+                    if place not in left:
+                        continue
+                    _, state, due_at, attempts, is_told, reply = left[place]
+                queue = self._queue(name)
+                if state == DUE:
+                    due[queue] = min(due.get(queue, due_at), due_at)
+                values = (queue, state, due_at, attempts, recipient.path.text, encode_dsn(recipient), reply, is_told)
+                recipients += (first + place, *values)
+            if len(recipients) > before:
+                add_message(messages, put)
+        self.checkpoints.logged += len(loaded) * _ROW_OCTETS
+        self._insert(INSERT_MESSAGE, 8, messages)
+        self._insert(INSERT_RECIPIENT, 9, recipients)
+        for queue, when in due.items():
+            self._make_due(queue, when)
 
     def _apply(self, number: int, states: Sequence[RecipientState]) -> None:
         first = number << PLACES
@@ -206,6 +232,10 @@ class IndexStore(Store):
         ).fetchall()
         self.forget_idle([number for (number,) in found])
         self.refresh_queues()
+
+    def is_empty(self, partitions: Sequence[int]) -> bool:
+        """Return whether nothing of some partitions is here."""
+        return not any(self.count(partition) for partition in partitions)
 
     def count(self, partition: int) -> int:
         """Return the messages of a partition."""

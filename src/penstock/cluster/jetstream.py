@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +21,8 @@ _UNAVAILABLE: Final = 503
 _TRIES: Final = 40
 _PAUSE: Final = 0.05
 """How often, and after how many seconds, a consumer is asked again that does not run yet."""
+PAGE: Final = 100_000
+"""Subjects that a server lists at a time (JSMaxSubjectDetails)."""
 _BATCH: Final = 1000
 """Messages that a scan asks for at a time."""
 _WAITING: Final = 20_000
@@ -103,22 +105,19 @@ class JetStream:
         return int(answer.get("purged", 0))
 
     async def last(self, stream: str, subject: str) -> Stored | None:
-        """Return the last message of a subject, as the leader knows it; None if there is none."""
-        return await self._get(stream, {"last_by_subj": subject})
-
-    async def get(self, stream: str, sequence: int) -> Stored | None:
-        """Return a message, as the leader knows it; None if there is none."""
-        return await self._get(stream, {"seq": sequence})
-
-    async def _get(self, stream: str, what: dict[str, object]) -> Stored | None:
+        """Return the last message of a subject, as the leader knows it; None if the subject has no message."""
         try:
-            found = (await self.api(f"STREAM.MSG.GET.{stream}", what))["message"]
+            answer = await self.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject})
         except ApiError as exc:
             if exc.is_not_found:
                 return None
             raise
-        headers, data = (base64.b64decode(found.get(key, "")) for key in ("hdrs", "data"))
-        return Stored(found["subject"], found["seq"], headers, data)
+        try:
+            found = answer["message"]
+            headers, data = (base64.b64decode(found.get(key, "")) for key in ("hdrs", "data"))
+            return Stored(found["subject"], found["seq"], headers, data)
+        except (KeyError, AttributeError, TypeError, ValueError) as exc:
+            raise NatsError(f"{subject}: unexpected answer: {exc!r}") from exc
 
     async def direct(self, stream: str, sequences: Sequence[int]) -> list[Message | NatsError | None]:
         """Return messages from whichever servers have them, None for one that is not there (yet)."""
@@ -137,17 +136,24 @@ class JetStream:
         return found
 
     async def subjects(self, stream: str, subject: str) -> list[str]:
-        """Return the subjects that match and have messages, as the leader knows them."""
+        """Return the subjects that match and have messages, as the leader knows them.
+
+        What is deleted or published between two pages of `PAGE` subjects may hide others.
+        """
         names: list[str] = []
         while True:
             body = {"subjects_filter": subject, "offset": len(names)}
             answer = await self.api(f"STREAM.INFO.{stream}", body, timeout=30)
-            page = list(answer["state"].get("subjects") or ())
+            try:
+                page = list(answer["state"].get("subjects") or ())
+                total = int(answer.get("total", 0))
+            except (KeyError, AttributeError, TypeError, ValueError) as exc:
+                raise NatsError(f"{stream}: unexpected answer: {exc!r}") from exc
             names += page
-            if not page or len(names) >= answer.get("total", 0):
+            if not page or len(names) >= total:
                 return names
 
-    async def scan(self, stream: str, subjects: Sequence[str], *, start: int = 1) -> AsyncIterator[list[Stored]]:
+    async def scan(self, stream: str, subjects: Sequence[str], *, start: int = 1) -> AsyncGenerator[list[Stored], None]:
         """Yield the messages of some subjects from a sequence on, without their payloads, some at a time, for ever.
 
         Close the iterator. Raise NatsError when the connection or the consumer is lost: then scan again from there.
@@ -171,9 +177,12 @@ class JetStream:
         connections = client.connections
         async with client.subscribed(inbox, limit=_WAITING) as subscription, self._deleting(stream, name):
             request = _encode({"batch": _BATCH, "expires": 2 * 10**9})
+            following = f"{_API}.CONSUMER.MSG.NEXT.{stream}.{name}"
             tries = 0
+            left = _BATCH
+            """Messages that the request under way may still return."""
+            client.publish(following, request, reply=inbox)
             while True:
-                client.publish(f"{_API}.CONSUMER.MSG.NEXT.{stream}.{name}", request, reply=inbox)
                 batch: list[Stored] = []
                 is_over = False
                 while not is_over and len(batch) < _BATCH:
@@ -184,10 +193,12 @@ class JetStream:
                         raise DisconnectedError("the scan was interrupted")
                     for message in messages:
                         if message.reply:
+                            left -= 1
                             batch.append(_scanned(message))
                             is_over = message.reply.endswith(".0")  # nothing is pending: what there is, is here
                             continue
                         is_over = True
+                        left = 0
                         if message.status == _UNAVAILABLE and tries < _TRIES:  # the server has it not running yet
                             tries += 1
                             await trio.sleep(_PAUSE)
@@ -195,6 +206,9 @@ class JetStream:
                             raise NatsError(f"the scan was ended: {message.headers!r}")
                 if batch:
                     tries = 0
+                if left <= 0:  # otherwise the request is still under way, and the server takes only some of them
+                    left = _BATCH
+                    client.publish(following, request, reply=inbox)  # the server works while this batch is handled
                 yield batch
 
     @asynccontextmanager
@@ -227,7 +241,7 @@ def read_ack(answer: Message, subject: str) -> PubAck:
     """Return the answer to a publish. Raise ApiError if it is a refusal."""
     try:
         ack = _decode_ack(answer.data)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise NatsError(f"{subject}: unexpected answer {answer.data[:100]!r}") from exc
     if ack.error is not None:
         raise ApiError(ack.error, subject)
@@ -251,7 +265,7 @@ def _result(answer: Message, name: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = msgspec.json.decode(answer.data)
         error = msgspec.convert(found["error"], _ApiError) if found.get("error") else None
-    except (msgspec.MsgspecError, AttributeError) as exc:
+    except (msgspec.MsgspecError, RecursionError, AttributeError) as exc:
         raise NatsError(f"{name}: unexpected answer {answer.data[:100]!r}") from exc
     if error is not None:
         raise ApiError(error, name)

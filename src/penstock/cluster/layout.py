@@ -3,12 +3,16 @@
     stream NAME-MAIL-k          the partitions p with p mod streams = k
       NAME.m.P.ID               a message; at its end a marker in its place, or nothing
       NAME.b.P.ID.N             pieces of a body that is too large for one message, published before it
+      NAME.b.P.ID.eN            pieces of an envelope that is too large even then
       NAME.s.P.ID               what has become of its recipients; absent as long as nothing has
       NAME.o.k.NODE             the marker of a node: what was published before it is in the stream where it is read
     bucket NAME-lease           P: which node relays a partition
     bucket NAME-node            NODE: the nodes that live
-    bucket NAME-shared          what nodes share beside mail
+    bucket NAME-state           what nodes have found beside mail (penstock.cluster.exchange)
+    bucket NAME-shared          what operators have requested of all nodes (penstock.cluster.control)
     NAME.op.NODE                requests of operators to a node (core NATS)
+    NAME.control                the record of the operators has changed (core NATS)
+    NAME.rates                  what was taken from rate limits within the last second (core NATS)
     NAME.new.P                  a node that does not relay the partition has put a message into it (core NATS)
 
 A subject has one message at most. A message is published with the condition that its subject has none
@@ -16,11 +20,13 @@ A subject has one message at most. A message is published with the condition tha
 on the condition that the one it follows is the last, so that a node that has lost its partition cannot write over what
 the next owner has written.
 
-The envelope and the place of the body are in headers: the queue is rebuilt without reading bodies.
+The envelope and the place of the body are in headers: the queue is rebuilt without reading bodies. What headers have no
+space for, as there are many recipients, is in the payload: an envelope before the body, a state compressed.
 """
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -29,6 +35,8 @@ import msgspec
 
 from penstock.message import Envelope, Message, MessageId
 from penstock.net.natswire import parse_headers
+from penstock.spool.entry import DUE, HELD
+from penstock.spool.store import PLACES
 
 MINIMUM_VERSION: Final = (2, 15, 1)
 """Of the servers: see README, *What Jepsen found*."""
@@ -37,8 +45,12 @@ PIECE: Final = 512 * 1024
 """Octets of a piece."""
 MARGIN: Final = 64 * 1024
 """Octets of a payload that are left for headers."""
-_MOST_ENVELOPE: Final = 32 * 1024
-"""Octets of an envelope in the headers, which have 64 KiB; a longer one is the beginning of the payload."""
+_MOST_HEADER: Final = 32 * 1024
+"""Octets of an envelope or a state in the headers, which have 64 KiB; a longer one is in the payload."""
+_REPLY_OCTETS: Final = (1 << 20, 200, 0)
+"""Characters of a last reply in a state: fewer if it does not fit otherwise."""
+_MOST_STATE: Final = 256 << 20
+"""Octets of a state that was compressed."""
 FULL: Final = 0.9
 """Share of max_octets from which on mail is refused, so that states can still be written."""
 WRONG_LAST_SEQUENCE: Final = 10071
@@ -50,12 +62,22 @@ PIECES_WAIT: Final = 24 * 3600.0
 """Seconds after which pieces without a message are deleted."""
 _NANO: Final = 10**9
 
+_FIELDS: Final = re.compile(
+    rb"\r\nP-V: (\d{1,9})\r\nP-Env: (.*)\r\nP-At: (\S{1,40})\r\nP-Size: (\d{1,9}) (\d{1,9}) (\d{1,18}) (\d{1,9})\r\n"
+    rb"P-CRC: ([0-9a-f]{8})\r\n"
+)
+"""The headers of a message, as `message_headers` writes them, with numbers that fit into the index."""
+_VERSION: Final = b"%d" % VERSION
+_LATEST: Final = 1e15
+"""Of times in seconds."""
+_MOST_ATTEMPTS: Final = 1 << 31
+_MOST_RECIPIENTS: Final = 1 << PLACES
 _encode = msgspec.json.encode
 _decode_envelope = msgspec.json.Decoder(Envelope).decode
 
 
 class RecipientState(NamedTuple):
-    """What has become of a recipient that is not finished."""
+    """The state of a recipient that is not finished."""
 
     place: int
     state: int
@@ -135,7 +157,7 @@ class Layout:
         return f"{self.name}.o.{stream}.{node}"
 
     def announcement(self, partition: int | str) -> str:
-        """Return the subject on which the owner of a partition hears of new mail in it; "*" for all."""
+        """Return the subject that announces new mail in a partition to its owner; "*" for all."""
         return f"{self.name}.new.{partition}"
 
     def operations(self, node: str) -> str:
@@ -166,8 +188,28 @@ class Layout:
 
     @property
     def shared(self) -> str:
-        """The bucket of what nodes share beside mail."""
+        """The bucket of what operators have requested of all nodes."""
         return f"{self.name}-shared"
+
+    @property
+    def state_bucket(self) -> str:
+        """The bucket of what nodes have found beside mail."""
+        return f"{self.name}-state"
+
+    @property
+    def rates(self) -> str:
+        """The subject of what was taken from rate limits."""
+        return f"{self.name}.rates"
+
+    @property
+    def control(self) -> str:
+        """The subject of the record of the operators."""
+        return f"$KV.{self.shared}.control"
+
+    @property
+    def control_changed(self) -> str:
+        """The subject on which nodes hear that the record of the operators has changed."""
+        return f"{self.name}.control"
 
     def subjects(self, stream: int) -> list[str]:
         """Return the subjects of a stream."""
@@ -214,10 +256,13 @@ class Layout:
             "max_bytes": 64 << 20,
         }
         age = int(lease * _NANO)
-        ages = {self.leases: age, self.nodes: age, self.shared: 0}
+        ages = {self.leases: age, self.nodes: age, self.shared: 0, self.state_bucket: 0}
+        # What nodes have found expires, and the oldest goes when there is too much.
+        special = {self.state_bucket: {"discard": "old", "max_bytes": 256 << 20}}
         return [
             {
                 **common,
+                **special.get(bucket, {}),
                 "name": f"KV_{bucket}",
                 "subjects": [f"$KV.{bucket}.>"],
                 "max_age": age,
@@ -230,13 +275,15 @@ class Layout:
 # ---- messages
 
 
-def message_headers(message: Message, *, crc: int, pieces: int) -> tuple[bytes, bytes]:
-    """Return the headers of a message, and what comes before its prefix in the payload."""
-    envelope = _encode(message.envelope)
-    before = b""
-    if len(envelope) > _MOST_ENVELOPE:
-        before, envelope = envelope, b""
-    headers = (
+def encode_envelope(envelope: Envelope) -> tuple[bytes, bytes]:
+    """Return an envelope for the headers, and what comes before the prefix in the payload. One of them is empty."""
+    encoded = _encode(envelope)
+    return (encoded, b"") if len(encoded) <= _MOST_HEADER else (b"", encoded)
+
+
+def message_headers(message: Message, envelope: bytes, before: bytes, *, crc: int, pieces: int) -> bytes:
+    """Return the headers of a message; `envelope` and `before` are those of `encode_envelope`."""
+    return (
         b"NATS/1.0\r\nNats-Msg-Id: %s\r\nNats-Expected-Last-Subject-Sequence: 0\r\nP-V: %d\r\nP-Env: %s\r\n"
         b"P-At: %r\r\nP-Size: %d %d %d %d\r\nP-CRC: %08x\r\n\r\n"
         % (
@@ -251,34 +298,40 @@ def message_headers(message: Message, *, crc: int, pieces: int) -> tuple[bytes, 
             crc,
         )
     )
-    return headers, before
+
+
+def is_marker(headers: bytes) -> bool:
+    """Return whether this is a marker in the place of a message that is finished."""
+    return b"\r\nP-Done:" in headers
 
 
 def read_message(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
     """Return a message that was found in the stream; None for a marker in its place. Raise LayoutError."""
-    if b"\r\nP-Done:" in headers:
+    if is_marker(headers):
         return None
-    fields = parse_headers(headers)
+    found = _FIELDS.search(headers)
+    if found is None:
+        raise LayoutError(f"{subject} at sequence {sequence} cannot be read: {headers[:200]!r}")
+    version, encoded, at, before, prefix, size, pieces, crc = found.groups()
+    if version != _VERSION:
+        raise LayoutError(f"{subject} has version {version.decode()}, expected {VERSION}")
     try:
-        if fields["P-V"] != str(VERSION):
-            raise LayoutError(f"{subject} has version {fields['P-V']}, expected {VERSION}")
         _, partition, message_id = subject.rsplit(".", 2)
-        before, prefix, size, pieces = map(int, fields["P-Size"].split())
-        envelope = _decode_envelope(fields["P-Env"]) if fields["P-Env"] else None
-        crc = int(fields["P-CRC"], 16)
-        place = Place(int(partition), sequence, pieces, crc, before, prefix, 0, True)
-        return StoredMessage(MessageId(message_id), envelope, float(fields["P-At"]), size, place)
-    except (KeyError, ValueError, msgspec.MsgspecError) as exc:
-        if isinstance(exc, LayoutError):
-            raise
+        envelope = _decode_envelope(encoded) if encoded else None
+        place = Place(int(partition), sequence, int(pieces), int(crc, 16), int(before), int(prefix), 0, True)
+        message = StoredMessage(MessageId(message_id), envelope, float(at), int(size), place)
+    except (ValueError, msgspec.MsgspecError, RecursionError) as exc:
         raise LayoutError(f"{subject} at sequence {sequence} cannot be read: {exc!r}") from exc
+    if not 0 <= message.received_at < _LATEST:
+        raise LayoutError(f"{subject} at sequence {sequence} cannot be read: its time is {message.received_at}")
+    return message
 
 
 def read_envelope(data: bytes) -> Envelope:
     """Return an envelope that was in a payload. Raise LayoutError."""
     try:
         return _decode_envelope(data)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise LayoutError(f"the envelope cannot be read: {exc}") from exc
 
 
@@ -293,18 +346,39 @@ def tombstone_headers(sequence: int) -> bytes:
 # ---- states
 
 
-def state_headers(states: Sequence[RecipientState], last: int) -> bytes:
-    """Return the headers of a state that follows the one with sequence `last`; 0 for the first."""
-    return b"NATS/1.0\r\nP-V: %d\r\nNats-Expected-Last-Subject-Sequence: %d\r\nP-State: %s\r\n\r\n" % (
+def state_record(states: Sequence[RecipientState], last: int, *, most: int = 1 << 19) -> tuple[bytes, bytes]:
+    """Return payload and headers of a state that follows the one with sequence `last`; 0 for the first.
+
+    A payload of more than `most` octets gets shorter last replies.
+    """
+    data, encoded = b"", _encode(states)
+    if len(encoded) > _MOST_HEADER:
+        for length in _REPLY_OCTETS:
+            shorter = [each._replace(last_reply=each.last_reply[:length]) for each in states]
+            data, encoded = zlib.compress(_encode(shorter), 1), b""
+            if len(data) <= most:
+                break
+    return data, b"NATS/1.0\r\nP-V: %d\r\nNats-Expected-Last-Subject-Sequence: %d\r\nP-State: %s\r\n\r\n" % (
         VERSION,
         last,
-        _encode(states),
+        encoded,
     )
 
 
-def read_state(headers: bytes) -> list[RecipientState]:
+def has_state_in_payload(headers: bytes) -> bool:
+    """Return whether the payload is needed to read a state."""
+    return b"\r\nP-State: \r\n" in headers
+
+
+def read_state(headers: bytes, data: bytes = b"") -> list[RecipientState]:
     """Return the state of the recipients that are left. Raise LayoutError."""
     try:
-        return _decode_states(parse_headers(headers)["P-State"])
-    except (KeyError, msgspec.MsgspecError) as exc:
+        encoded: str | bytes = parse_headers(headers)["P-State"]
+        states = _decode_states(encoded or zlib.decompressobj().decompress(data, _MOST_STATE))
+    except (KeyError, msgspec.MsgspecError, RecursionError, zlib.error) as exc:
         raise LayoutError(f"a state cannot be read: {exc!r}") from exc
+    for each in states:
+        is_known = each.state in (DUE, HELD) and 0 <= each.place < _MOST_RECIPIENTS
+        if not is_known or not 0 <= each.attempts < _MOST_ATTEMPTS or not abs(each.due_at) < _LATEST:
+            raise LayoutError(f"a state cannot be read: {each!r}")
+    return states

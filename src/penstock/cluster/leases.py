@@ -12,13 +12,16 @@ takes those that are free.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Final, TypeVar
 
 import msgspec
 import trio
 
+from penstock.cluster.control import Control, read_control
 from penstock.cluster.jetstream import ApiError, JetStream, acknowledged
 from penstock.cluster.layout import WRONG_LAST_SEQUENCE, Layout
 from penstock.net.nats import Message, NatsError, Request
@@ -34,6 +37,8 @@ class Lease(msgspec.Struct, frozen=True):
     node: str = ""
     sequence: int = 0
     """Of the record."""
+    process: str = ""
+    """Another one with the same name is another owner."""
 
 
 class NodeState(msgspec.Struct, frozen=True):
@@ -46,7 +51,7 @@ class NodeState(msgspec.Struct, frozen=True):
 
 
 async def _read_all(jetstream: JetStream, bucket: str, keys: Sequence[str]) -> list[Message | None]:
-    """Return the last record of each key, as a server knows it, None where there is none. Raise NatsError."""
+    """Return the last record of each key, as a server knows it; None for a key without one. Raise NatsError."""
     subject = f"$JS.API.DIRECT.GET.KV_{bucket}.$KV.{bucket}"
     answers = await jetstream.client.request_many([Request(f"{subject}.{key}") for key in keys], timeout=_TIMEOUT)
     found: list[Message | None] = []
@@ -65,7 +70,7 @@ async def read_leases(jetstream: JetStream, layout: Layout) -> dict[int, Lease]:
         if record is not None:
             lease = _decode(record.data, Lease, Lease())
             sequence = int(parse_headers(record.headers).get("Nats-Sequence", "0"))
-            found[partition] = Lease(lease.node, sequence)
+            found[partition] = Lease(lease.node, sequence, lease.process)
     return found
 
 
@@ -77,7 +82,7 @@ async def read_nodes(jetstream: JetStream, layout: Layout) -> dict[str, NodeStat
     return {
         name: _decode(record.data, NodeState, NodeState())
         for name, record in zip(names, records, strict=True)
-        if record is not None
+        if record is not None and record.data  # it is empty when the node has ended
     }
 
 
@@ -88,7 +93,7 @@ def _decode(data: bytes, kind: type[T], default: T) -> T:
     """Return a record; the default for one that another version has written."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return default
 
 
@@ -114,8 +119,12 @@ class LeaseKeeper:
         """Gets a partition that others may relay now."""
         self.on_leave: Callable[[int], None] = _ignore
         """Gets a partition that is to be given up: `release` it when nothing of it is under way."""
+        self.on_control: Callable[[Control], None] = _ignore_control
+        """Gets what operators have requested of all nodes, before any partition is gained and whenever it changes."""
         self.report: Callable[[Exception], None] = _ignore_error
         self.node = node
+        self.takeovers = 0
+        """Leases that another node had before."""
         self.is_draining = False
         """The node gives up what it has and takes nothing."""
         self.spooled: Callable[[], int] = lambda: 0
@@ -124,6 +133,8 @@ class LeaseKeeper:
         self._layout = layout
         self._version = version
         self._lease = lease
+        self._process = os.urandom(8).hex()
+        self._control: Control | None = None
         self._held: dict[int, _Held] = {}
         self._last: dict[int, tuple[str, float]] = {}
         """Which other node had a partition when that was looked at last, and when that was."""
@@ -138,18 +149,27 @@ class LeaseKeeper:
         """Keep the leases until cancelled; then call `release_all`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._expire)
+            nursery.start_soon(self._keep_renewing)
             while True:
                 try:
-                    with trio.move_on_after(self._lease / 3):
-                        await self._tick()
+                    await self._balance()
                 except Exception as exc:  # noqa: BLE001 - the cluster may work later
                     self.report(exc)
                 with trio.move_on_after(self._lease / 3):
                     await self._wake.wait()
                 self._wake = trio.Event()
 
+    async def _keep_renewing(self) -> None:
+        """Renew what this node has, however long it takes to balance."""
+        while True:
+            await trio.sleep(self._lease / 3)
+            try:
+                await self._renew()
+            except Exception as exc:  # noqa: BLE001 - the cluster may work later
+                self.report(exc)
+
     def wake(self) -> None:
-        """Renew and balance now."""
+        """Balance now."""
         self._wake.set()
 
     async def _expire(self) -> None:
@@ -165,10 +185,13 @@ class LeaseKeeper:
         del self._held[partition]
         self.on_lose(partition)
 
-    async def _tick(self) -> None:
-        """Renew what this node has, and balance. Raise NatsError."""
+    async def _balance(self) -> None:
+        """Take partitions, or give some up. Raise NatsError.
+
+        It is not cancelled when it takes long: a lease that was written meanwhile would be of no use until it ends.
+        """
+        await self._read_control()
         await self._announce()
-        await self._renew()
         nodes = await read_nodes(self._jetstream, self._layout)
         nodes[self.node] = NodeState(self._version, self.is_draining)
         working = sum(not state.is_draining for state in nodes.values())
@@ -181,6 +204,14 @@ class LeaseKeeper:
         elif len(held) < share:
             await self._claim(share - len(held), nodes)
 
+    async def _read_control(self) -> None:
+        """Read what operators want. Nothing is relayed before that is known once."""
+        control = await read_control(self._jetstream, self._layout)
+        if control != self._control:
+            self._control = control
+            self.is_draining = self.node in control.draining
+            self.on_control(control)
+
     async def _announce(self) -> None:
         state = NodeState(self._version, self.is_draining, self.spooled())
         await self._jetstream.publish(f"$KV.{self._layout.nodes}.{self.node}", _encode(state), b"", timeout=_TIMEOUT)
@@ -190,7 +221,7 @@ class LeaseKeeper:
 
     def _record(self, partition: int, last: int, node: str) -> Request:
         headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % last
-        return Request(self._subject(partition), _encode(Lease(node)), headers)
+        return Request(self._subject(partition), _encode(Lease(node, process=self._process)), headers)
 
     async def _write(self, wanted: Sequence[tuple[int, int]]) -> dict[int, int | NatsError]:
         """Write the records of partitions that follow records with these sequences. Return sequences or errors."""
@@ -207,25 +238,34 @@ class LeaseKeeper:
         return results
 
     async def _renew(self) -> None:
-        begun = trio.current_time()
-        results = await self._write([(partition, each.sequence) for partition, each in self._held.items()])
-        for partition, result in results.items():
-            held = self._held.get(partition)
-            if held is None:
-                continue  # it has expired meanwhile
-            if not isinstance(result, NatsError):
-                held.sequence, held.until = result, begun + self._lease * 2 / 3
-            elif isinstance(result, ApiError) and result.number == WRONG_LAST_SEQUENCE:
-                await self._resolve(partition, held)
+        wanted = list(self._held.items())
+        while wanted:
+            begun = trio.current_time()
+            results = await self._write([(partition, each.sequence) for partition, each in wanted])
+            refused = []
+            for partition, held in wanted:
+                result = results[partition]
+                if self._held.get(partition) is not held:
+                    continue  # it has expired meanwhile
+                if not isinstance(result, NatsError):
+                    held.sequence, held.until = result, begun + self._lease * 2 / 3
+                elif isinstance(result, ApiError) and result.number == WRONG_LAST_SEQUENCE:
+                    refused.append((partition, held))
+            wanted = [each for each in refused if await self._is_ours(*each)]
 
-    async def _resolve(self, partition: int, held: _Held) -> None:
+    async def _is_ours(self, partition: int, held: _Held) -> bool:
         """Find out why a renewal was refused: our own last one was written, or the lease is gone."""
         found = await self._jetstream.last(f"KV_{self._layout.leases}", self._subject(partition))
-        if found is not None and _decode(found.data, Lease, Lease()) == Lease(self.node):
+        if found is not None and self._has_written(_decode(found.data, Lease, Lease())):
             held.sequence = found.sequence
-            self.wake()
-        elif partition in self._held:
+            return True
+        if self._held.get(partition) is held:
             self._lose(partition)
+        return False
+
+    def _has_written(self, lease: Lease) -> bool:
+        """Return whether this process has written a lease."""
+        return (lease.node, lease.process) == (self.node, self._process)
 
     async def _claim(self, count: int, nodes: Collection[str]) -> None:
         leases = await read_leases(self._jetstream, self._layout)
@@ -235,10 +275,11 @@ class LeaseKeeper:
             lease = leases.get(partition)
             if partition in self._held:
                 continue
-            if lease is not None and lease.node:
+            # A lease of this process that it does not hold: its acknowledgment was lost, or it could not be renewed.
+            if lease is not None and lease.node and not self._has_written(lease):
                 self._last[partition] = (lease.node, now)
                 continue
-            # Without a leader nobody could renew. Who had it knows what it has relayed, and is first to take it again.
+            # Without a leader no node could renew. The last owner knows what it has relayed: it may take it first.
             owner, seen = self._last.get(partition, ("", 0.0))
             if lease is None and owner != self.node and owner in nodes and now - seen < 2 * self._lease:
                 continue
@@ -249,6 +290,8 @@ class LeaseKeeper:
         for partition, result in results.items():
             if not isinstance(result, NatsError):
                 self._held[partition] = _Held(result, begun + self._lease * 2 / 3)
+                owner, _ = self._last.pop(partition, ("", 0.0))
+                self.takeovers += owner not in ("", self.node)
                 self.on_gain(partition)
 
     async def release(self, partition: int) -> None:
@@ -256,8 +299,10 @@ class LeaseKeeper:
         await self._release([partition])
 
     async def release_all(self) -> None:
-        """Let others have everything now. What cannot be written expires."""
+        """Let others have everything now, and tell them that this node ends. What cannot be written expires."""
         await self._release(list(self._held))
+        with suppress(NatsError):
+            await self._jetstream.publish(f"$KV.{self._layout.nodes}.{self.node}", b"", b"", timeout=_TIMEOUT)
 
     async def _release(self, partitions: Sequence[int]) -> None:
         held = [(partition, self._held.pop(partition)) for partition in partitions if partition in self._held]
@@ -267,6 +312,10 @@ class LeaseKeeper:
 
 
 def _ignore(_: int) -> None:
+    """Without a queue."""
+
+
+def _ignore_control(_: Control) -> None:
     """Without a queue."""
 
 

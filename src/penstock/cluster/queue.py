@@ -18,10 +18,11 @@ relayed long since: for an hour a marker takes its place, and refuses that.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -30,7 +31,7 @@ import trio
 from crc32c import crc32c
 
 from penstock.cluster.index import Change, IndexStore, Loaded, Planned, pack, unpack
-from penstock.cluster.jetstream import ApiError, JetStream, Stored, acknowledged, is_gone, refusal
+from penstock.cluster.jetstream import PAGE, ApiError, JetStream, Stored, acknowledged, is_gone, refusal
 from penstock.cluster.layout import (
     FULL,
     PIECES_WAIT,
@@ -40,19 +41,22 @@ from penstock.cluster.layout import (
     Place,
     RecipientState,
     StoredMessage,
+    has_state_in_payload,
+    is_marker,
     read_envelope,
     read_message,
     read_state,
-    state_headers,
+    state_record,
     tombstone_headers,
 )
 from penstock.cluster.writer import UnavailableError, Writer, Written
+from penstock.files import open_private
 from penstock.journal import Journal
-from penstock.message import CountedBody, Message, MessageId, Recipient
+from penstock.message import CountedBody, Envelope, Message, MessageId, Recipient
 from penstock.net.nats import Message as NatsMessage
 from penstock.net.nats import NatsError, Request
 from penstock.spool.bodies import StoredBody
-from penstock.spool.entry import DUE, HELD, AttemptRecord, Entry, Outcome, Put, Recovered
+from penstock.spool.entry import DUE, HELD, AdminInput, AttemptRecord, Entry, Outcome, Put, Recovered
 from penstock.spool.spool import Spool, SpoolSettings, without_duplicates
 
 _TIMEOUT: Final = 5.0
@@ -67,9 +71,13 @@ _RECORD_PAUSE: Final = 0.2
 """...and the seconds in between."""
 _GROUP: Final = 100_000
 """Messages of partitions that are read together: they are in memory until the end."""
-_SLICE: Final = 1000
+_SLICE: Final = 500
 """Messages added to the index in one transaction."""
+_WRITES: Final = 2
+"""Transactions that wait for the index at a time."""
 _LEAVING_POLL: Final = 0.1
+_DROP_AGAIN: Final = 1.0
+"""Seconds until a partition is removed from the index again when that failed."""
 _SHORTEST_INTERVAL: Final = 0.1
 _LONGEST_INTERVAL: Final = 15.0
 """Seconds between two looks at what others have accepted."""
@@ -79,7 +87,7 @@ _LOADING, _ACTIVE = 1, 2
 
 
 class DamagedError(Exception):
-    """A message in the cluster is not what was accepted."""
+    """A message in the cluster differs from the one that was accepted."""
 
 
 class ReplicatedQueue(Spool):
@@ -106,6 +114,10 @@ class ReplicatedQueue(Spool):
         """Takes recipients that only wait in memory from the relay."""
         self.released: Callable[[int], None] = _ignore
         """Gets a partition of which nothing is under way any more, after `leave`."""
+        self.suspend: Callable[[frozenset[str]], None] = _ignore_names
+        """Gets the domains and next hops to which nothing is to be sent."""
+        self.suspended: frozenset[str] = frozenset()
+        """What operators have suspended on all nodes."""
         self.is_full = False
         """The stream is so full that no mail is accepted."""
         self.damaged = 0
@@ -130,9 +142,15 @@ class ReplicatedQueue(Spool):
         self._writing = trio.Lock()
         """Of states: two at a time would be in each other's way."""
         self._wake = trio.Event()
+        self._interrupted: set[int] = set()
+        """Partitions that were given up since their load began: what was read of them may have been dropped again."""
         self._dropping: dict[int, bool] = {}
         """Partitions that are to be removed from the index, and whether `released` is to be called."""
+        self._gone: dict[int, set[int]] = {}
+        """Recipients of partitions that were taken from the relay, and that the index may still have."""
         self._drop_now = trio.Event()
+        self._collections = itertools.count()
+        """Numbers of files that pieces are written into."""
         self._complaint = ""
 
     @property
@@ -205,6 +223,8 @@ class ReplicatedQueue(Spool):
                 self._complain(NatsError(f"{exc}; run penstock cluster init") if exc.is_not_found else exc)
             except NatsError:
                 pass  # what cannot be reached is noticed where it is used
+            except Exception as exc:  # noqa: BLE001 - an answer of another kind
+                self._complain(exc)
             await trio.sleep(1)
 
     # ---- partitions
@@ -214,6 +234,15 @@ class ReplicatedQueue(Spool):
         self._owned[partition] = _LOADING
         self._active = None
         self._wake.set()
+
+    def set_suspended(self, names: Iterable[str]) -> None:
+        """Send nothing to these domains and next hops from now on."""
+        self.suspended = frozenset(names)
+        self.suspend(self.suspended)
+
+    async def admin_input(self) -> AdminInput:
+        """Return what operators have asked for: of this node, and of all. See `Spool.admin_input`."""
+        return (await super().admin_input())._replace(suspended=self.suspended)
 
     def lose(self, partition: int) -> None:
         """Begin no attempt of a partition any more: others may relay it."""
@@ -226,6 +255,7 @@ class ReplicatedQueue(Spool):
     def _give_up(self, partition: int, *, is_leaving: bool) -> None:
         self._owned.pop(partition, None)
         self._active = None
+        self._interrupted.add(partition)
         self._dropping[partition] = is_leaving
         self._drop_now.set()
 
@@ -234,9 +264,14 @@ class ReplicatedQueue(Spool):
             await self._drop_now.wait()
             self._drop_now = trio.Event()
             while self._dropping:
-                partition, is_leaving = next(iter(self._dropping.items()))
-                await self._drop(partition)
-                del self._dropping[partition]
+                partition = next(iter(self._dropping))
+                try:
+                    await self._drop(partition)
+                except Exception as exc:  # noqa: BLE001 - the disk may work later
+                    self._complain(exc)
+                    await trio.sleep(_DROP_AGAIN)
+                    continue
+                is_leaving = self._dropping.pop(partition)
                 if is_leaving and partition not in self._owned:
                     nursery.start_soon(self._leave, partition)
             self._wake.set()
@@ -245,13 +280,24 @@ class ReplicatedQueue(Spool):
         """Remove a partition from the index and from the memory of the relay; what is in flight is not touched."""
         rows = set(await self._committer.do(lambda _: self._index.attempting(partition)))
         withdrawn = self.withdraw(rows)
+        gone = self._gone.setdefault(partition, set())  # if the index cannot be written now, the next call does it
+        gone.update(row.number for entry in withdrawn for row in entry.rows)
         for entry in withdrawn:
             entry.body.close()
-        gone = {row.number for entry in withdrawn for row in entry.rows}
         await self._committer.do(lambda _: self._index.drop_partition(partition, gone), whole=True)
+        del self._gone[partition]
 
     async def _leave(self, partition: int) -> None:
-        while await self._committer.do(lambda _: self._index.count(partition)):  # noqa: ASYNC110 - it is in a database
+        """Call `released` once nothing of a partition is in the index; its lease is renewed until then."""
+        while True:
+            try:
+                count = await self._committer.do(lambda _: self._index.count(partition))
+            except Exception as exc:  # noqa: BLE001 - the disk may work later
+                self._complain(exc)
+                await trio.sleep(_DROP_AGAIN)
+                continue
+            if not count:
+                break
             await trio.sleep(_LEAVING_POLL)
         self.released(partition)
 
@@ -296,7 +342,7 @@ class ReplicatedQueue(Spool):
         return self._add_accepted(place, text, message, queues, is_taken=is_taken)
 
     def _announce(self, partition: int) -> None:
-        """Tell the node that relays a partition of new mail. If it does not hear, it looks for itself sometimes."""
+        """Announce new mail to the owner of a partition. If the announcement is lost, the owner finds it later."""
         with suppress(NatsError):
             self._jetstream.client.publish(self._layout.announcement(partition))
 
@@ -330,7 +376,10 @@ class ReplicatedQueue(Spool):
             self._announce(partition)
             return []
         if place.is_uncertain:
-            await self._add([self._loaded(message, queues, place)])
+            try:
+                await self._add([self._loaded(self._indexed(message, place), queues, place)])
+            except Exception as exc:  # noqa: BLE001 - the cluster has it: it is accepted
+                self._load_again(partition, exc)
             self.became_due(queues)
             return []
         return self._add_accepted(place, text, message, queues, is_taken=False)
@@ -353,10 +402,14 @@ class ReplicatedQueue(Spool):
         """Read a partition again if a message could not be written into the index."""
         error = getattr(result, "error", None)
         if error is not None:
-            self._journal.error(0, "index", error)
-            if self._owned.get(partition) == _ACTIVE:
-                self.lose(partition)
-                self.gain(partition)
+            self._load_again(partition, error)
+
+    def _load_again(self, partition: int, error: Exception) -> None:
+        """Read a partition again: something of it could not be written into the index."""
+        self._journal.error(0, "index", error)
+        if self._owned.get(partition) == _ACTIVE:
+            self.lose(partition)
+            self.gain(partition)
 
     def _indexed(self, message: Message, place: Place) -> Message:
         """Return a message as it is in the index."""
@@ -369,13 +422,14 @@ class ReplicatedQueue(Spool):
         place: Place,
         states: Sequence[RecipientState] | None = None,
     ) -> Loaded:
-        put = Put(self._store.new_number(), self._indexed(message, place), None if place.pieces else b"", queues)
+        put = Put(self._store.new_number(), message, None if place.pieces else b"", queues)
         return Loaded(put, place, states)
 
-    async def _add(self, loaded: Sequence[Loaded], *, restores: bool = False) -> None:
+    async def _add(self, loaded: Sequence[Loaded], *, restores: bool = False, is_new: bool = False) -> None:
+        """Write messages into the index. See `IndexStore.load`."""
         for start in range(0, len(loaded), _SLICE):
-            load = partial(self._index.load, loaded[start : start + _SLICE], self._clock(), restores=restores)
-            await self._do(load)
+            some, now = loaded[start : start + _SLICE], self._clock()
+            await self._do(partial(self._index.load, some, now, restores=restores, is_new=is_new))
 
     async def _do(self, act: Callable[[], object]) -> None:
         """Do something with the index, in a transaction."""
@@ -387,21 +441,19 @@ class ReplicatedQueue(Spool):
         """Write our marker into a stream, and return its sequence."""
         return await self._jetstream.publish(self._layout.marker(stream, self._node), b"", b"NATS/1.0\r\n\r\n")
 
-    async def _read(self, stream: int, subjects: Iterable[str], start: int) -> tuple[int, list[Stored]]:
-        """Return what is in a stream from a sequence on, at least up to now, and the sequence of the marker."""
+    async def _read(
+        self, stream: int, subjects: Iterable[str], start: int, until: int
+    ) -> AsyncGenerator[list[Stored], None]:
+        """Yield what is in a stream from a sequence on, some at a time, up to the marker with the sequence `until`."""
         marker = self._layout.marker(stream, self._node)
-        until = await self._mark(stream)
-        found: list[Stored] = []
         scan = self._jetstream.scan(self._layout.stream(stream), [*subjects, marker], start=start)
-        try:
+        async with aclosing(scan):
             async for batch in scan:
-                for stored in batch:
-                    if stored.subject != marker:
-                        found.append(stored)
-                    elif stored.sequence >= until:
-                        return until, found
-        finally:
-            await scan.aclose()  # type: ignore[attr-defined]
+                found = [stored for stored in batch if stored.subject != marker]
+                if found:
+                    yield found
+                if any(stored.sequence >= until for stored in batch if stored.subject == marker):
+                    return
         raise NatsError("the scan has ended")
 
     async def _load(self) -> None:
@@ -423,32 +475,31 @@ class ReplicatedQueue(Spool):
 
     async def _load_group(self, stream: int, partitions: Sequence[int]) -> None:
         layout = self._layout
+        # Those that are being dropped since `_load` has chosen them stay interrupted.
+        self._interrupted.difference_update([each for each in partitions if each not in self._dropping])
         subjects = [
             subject
             for each in partitions
             for subject in (layout.message(each, "*"), layout.state(each, "*"), layout.piece(each, "*", "*"))
         ]
-        until, found = await self._read(stream, subjects, 1)
+        until = await self._mark(stream)
+        contents = _Contents(layout)
+        async with aclosing(self._read(stream, subjects, 1, until)) as batches:
+            async for batch in batches:
+                self._note_damage(contents.add(batch))
         present: set[str] = set()
         for partition in partitions:
-            present.update(await self._jetstream.subjects(layout.stream(stream), layout.message(partition, "*")))
-        contents = _Contents(layout, present)
-        for stored in found:
-            try:
-                contents.add(stored)
-            except LayoutError as exc:
-                self.damaged += 1
-                self._journal.error(0, "cluster", exc)
-        loaded: list[Loaded] = []
-        queues: set[str] = set()
-        for message in contents.messages.values():
-            each = await self._load_message(message, contents.states.get(message.id))
-            if each is not None:
-                loaded.append(each)
-                queues.update(each.put.queues)
-        await self._add(loaded, restores=True)
+            names = await self._jetstream.subjects(layout.stream(stream), layout.message(partition, "*"))
+            present.update(names)
+            if len(names) >= PAGE:
+                present.update(await self._unlisted(partition, contents.messages, present))
+        contents.keep(present)
+        await self._read_long_states(stream, contents)
+        await self._find_missing(stream, contents, present, until)
+        queues = await self._load_messages(contents, partitions)
         for partition in partitions:
-            if self._owned.get(partition) == _LOADING:
+            # One that was lost and has come back meanwhile is loaded again.
+            if self._owned.get(partition) == _LOADING and partition not in self._interrupted:
                 self._owned[partition] = _ACTIVE
         self._active = None
         # What came before in partitions that were active already is not read here.
@@ -457,22 +508,145 @@ class ReplicatedQueue(Spool):
         self.became_due(sorted(queues))
         await self._sweep(stream, contents)
 
-    async def _load_message(
-        self, stored: StoredMessage, state: tuple[int, list[RecipientState]] | None
-    ) -> Loaded | None:
-        """Return a message for the index; None if it cannot be read."""
-        place = stored.place
-        envelope = stored.envelope
-        if envelope is None:
-            found = await self._jetstream.get(self._layout.stream_of(place.partition), place.sequence)
+    async def _unlisted(self, partition: int, messages: Collection[str], listed: Collection[str]) -> list[str]:
+        """Return the messages of a partition that the leader has but did not list, as it listed them in pages."""
+        start = self._layout.message(partition, "")
+        name = self._layout.stream_of(partition)
+        found = []
+        for subject in [each for each in messages if each not in listed and each.startswith(start)]:
+            if await self._jetstream.last(name, subject) is not None:
+                found.append(subject)  # noqa: PERF401 - the body awaits
+        return found
+
+    async def _find_missing(self, stream: int, contents: _Contents, present: set[str], until: int) -> None:
+        """Read the messages that the leader has and the scan has left out: a server skips what it cannot read."""
+        name = self._layout.stream(stream)
+        damaged = []
+        for subject in present.difference(contents.messages):
+            try:
+                found = await self._last(name, subject)
+            except DamagedError as exc:
+                self._note_damage([exc])
+                damaged.append(subject)
+            else:
+                if found is not None and found.sequence < until:
+                    contents.messages[subject] = found.sequence, found.headers
+        contents.note_ids()
+        # They may be readable later: their states and pieces stay.
+        contents.ids.update(subject.rpartition(".")[2] for subject in damaged)
+
+    async def _read_long_states(self, stream: int, contents: _Contents) -> None:
+        """Read the states of many recipients, which are in payloads."""
+        for message_id, subject in contents.long_states.items():
+            try:
+                found = await self._last(self._layout.stream(stream), subject)
+                if found is not None:
+                    contents.states[message_id] = found.sequence, read_state(found.headers, found.data)
+            except (DamagedError, LayoutError) as exc:
+                self._note_damage([exc])
+
+    async def _last(self, stream: str, subject: str) -> Stored | None:
+        """Return the message of a subject, as the leader has it; None if it is gone. Raise DamagedError.
+
+        The leader answers the same for what it does not have and for what it cannot read, but still lists the latter.
+        """
+        found = await self._jetstream.last(stream, subject)
+        if found is None and await self._jetstream.subjects(stream, subject):
+            found = await self._jetstream.last(stream, subject)  # it may have been published meanwhile
             if found is None:
+                raise DamagedError(f"{subject} is damaged in the cluster: it cannot be read")
+        return found
+
+    def _note_damage(self, errors: Sequence[Exception]) -> None:
+        """Count and journal what cannot be read."""
+        for error in errors:
+            self.damaged += 1
+            self._journal.error(0, "cluster", error)
+
+    async def _load_messages(self, contents: _Contents, partitions: Sequence[int]) -> set[str]:
+        """Write what was found into the index: some messages at a time, while the next ones are parsed.
+
+        Return the domain queues.
+        """
+        is_new = await self._committer.do(lambda _: self._index.is_empty(partitions))
+        queues: set[str] = set()
+        subjects = list(contents.messages)
+        failures: list[Exception] = []
+        slots = trio.Semaphore(_WRITES)
+
+        async def write(loaded: Sequence[Loaded]) -> None:
+            try:
+                await self._add(loaded, restores=True, is_new=is_new)
+            except Exception as exc:  # noqa: BLE001 - it is raised below, as it is
+                failures.append(exc)
+            finally:
+                slots.release()
+
+        async with trio.open_nursery() as nursery:
+            for start in range(0, len(subjects), _SLICE):
+                await slots.acquire()
+                if failures:
+                    break
+                try:
+                    loaded = await self._parse(contents, subjects[start : start + _SLICE], queues)
+                except Exception as exc:  # noqa: BLE001 - as above
+                    failures.append(exc)
+                    break
+                nursery.start_soon(write, loaded)
+        if failures:
+            raise failures[0]
+        return queues
+
+    async def _parse(self, contents: _Contents, subjects: Sequence[str], queues: set[str]) -> list[Loaded]:
+        """Return messages for the index, and add their domain queues to `queues`."""
+        messages, errors = contents.read(subjects)
+        self._note_damage(errors)
+        loaded: list[Loaded] = []
+        for message in messages:
+            # Nearly all envelopes are in the headers: then there is nothing to wait for.
+            envelope = message.envelope
+            if envelope is None:
+                envelope = await self._read_envelope(message)
+            if envelope is not None:
+                each = self._load_message(message, envelope, contents.states.get(message.id))
+                loaded.append(each)
+                queues.update(each.put.queues)
+        return loaded
+
+    async def _read_envelope(self, stored: StoredMessage) -> Envelope | None:
+        """Return an envelope that is in the payload; None if the message is gone or cannot be read."""
+        place = stored.place
+        subject = self._layout.message(place.partition, stored.id)
+        try:
+            name = self._layout.stream_of(place.partition)
+            found = await self._last(name, subject)
+            if found is None or found.sequence != place.sequence:
                 return None
-            envelope = read_envelope(found.data[: place.envelope_octets])
+            data = found.data[: place.envelope_octets]
+            count = 0
+            while len(data) < place.envelope_octets:  # it has pieces of its own
+                piece = await self._last(name, self._layout.piece(place.partition, stored.id, f"e{count}"))
+                if piece is None or not piece.data:
+                    break
+                data += piece.data
+                count += 1
+            return read_envelope(data)
+        except DamagedError as exc:
+            self._note_damage([exc])
+        except LayoutError as exc:
+            self._note_damage([LayoutError(f"{subject} at sequence {place.sequence}: {exc}")])
+        return None
+
+    def _load_message(
+        self, stored: StoredMessage, envelope: Envelope, state: tuple[int, list[RecipientState]] | None
+    ) -> Loaded:
+        """Return a message for the index."""
+        place = stored.place
         if state is not None:
             place = place._replace(state_sequence=state[0])
-        message = Message(stored.id, envelope, b"", CountedBody(stored.size), stored.received_at)
-        if message.id in self._pending:
-            self._pending[message.id] = True
+        if stored.id in self._pending:
+            self._pending[stored.id] = True
+        message = Message(stored.id, envelope, pack(place), CountedBody(stored.size), stored.received_at)
         queues = [self.domain_of(recipient) for recipient in envelope.recipients]
         return self._loaded(message, queues, place, None if state is None else state[1])
 
@@ -492,7 +666,7 @@ class ReplicatedQueue(Spool):
         await self._jetstream.client.request_many(requests, timeout=_TIMEOUT)
 
     async def _follow(self) -> int:
-        """Add what has come into our partitions since the last look, and is not in the index. Return how much."""
+        """Add new messages of our partitions that are not in the index. Return how many."""
         added = 0
         for stream in range(self._layout.streams):
             mine = [partition for partition in self.owned if partition % self._layout.streams == stream]
@@ -500,13 +674,17 @@ class ReplicatedQueue(Spool):
                 self._seen.pop(stream, None)
                 continue
             subjects = [self._layout.message(partition, "*") for partition in mine]
-            until, found = await self._read(stream, subjects, self._seen.get(stream, 0) + 1)
-            messages: list[StoredMessage] = []
-            for stored in found:
-                message = read_message(stored.subject, stored.sequence, stored.headers)
-                if message is not None:
-                    messages.append(message)
-            added += await self._add_found(stream, messages)
+            until = await self._mark(stream)
+            start = self._seen.get(stream, 0) + 1
+            if until < start:
+                start = 1  # the stream was made again, or restored from a backup
+            async with aclosing(self._read(stream, subjects, start, until)) as batches:
+                async for batch in batches:
+                    contents = _Contents(self._layout)
+                    self._note_damage(contents.add(batch))
+                    messages, errors = contents.read(contents.messages)
+                    self._note_damage(errors)
+                    added += await self._add_found(stream, messages)
             self._seen[stream] = until
         return added
 
@@ -519,10 +697,14 @@ class ReplicatedQueue(Spool):
             if message.place.sequence not in unknown:
                 continue
             # A server that lags may show what was relayed and deleted: only the leader knows.
-            if await self._jetstream.get(self._layout.stream(stream), message.place.sequence) is None:
-                continue
-            each = await self._load_message(message, None)
-            if each is not None and self._owned.get(message.place.partition) == _ACTIVE:
+            subject = self._layout.message(message.place.partition, message.id)
+            with suppress(DamagedError):  # the one that has shown it can read it: that is tried, and reported, later
+                found = await self._last(self._layout.stream(stream), subject)
+                if found is None or found.sequence != message.place.sequence:
+                    continue
+            envelope = message.envelope or await self._read_envelope(message)
+            if envelope is not None and self._owned.get(message.place.partition) == _ACTIVE:
+                each = self._load_message(message, envelope, None)
                 loaded.append(each)
                 queues.update(each.put.queues)
         await self._add(loaded)
@@ -616,34 +798,44 @@ class ReplicatedQueue(Spool):
                     return entry._replace(prefix=text[: place.prefix_octets], body=body)
             (answer,) = await self._jetstream.direct(stream, [place.sequence])
             payload = answer.data if isinstance(answer, NatsMessage) else None
-        found = await self._jetstream.get(stream, place.sequence)
-        if found is None:
+        found = await self._last(stream, self._layout.message(place.partition, entry.id))
+        if found is None or found.sequence != place.sequence:
             return None  # the leader does not have it: it was relayed, or dropped by an operator
         text = found.data[place.envelope_octets :]
         if crc32c(text) != place.crc:
             raise DamagedError(f"{entry.id} is damaged in the cluster: its checksum is wrong")
         return entry._replace(prefix=text[: place.prefix_octets], body=StoredBody(text[place.prefix_octets :]))
 
-    async def _collect(self, entry: Entry, place: Place) -> Entry:
-        """Write the pieces of a large message into a file of the index. Raise NatsError, DamagedError or OSError."""
+    async def _collect(self, entry: Entry, place: Place) -> Entry | None:
+        """Write the pieces of a large message into a file of the index. Return and raise what `_text` does, or OSError.
+
+        An attempt for other recipients may be reading the file: a new one with the same content takes its place.
+        """
         stream = self._layout.stream_of(place.partition)
-        path = self._store.files.path(entry.number)
+        final = self._store.files.path(entry.number)
+        path = final.with_name(f"{final.name}-{next(self._collections)}")
         prefix = b""
         crc, left = 0, place.prefix_octets
-        file = await trio.to_thread.run_sync(lambda: path.open("wb"))
+        file = await trio.to_thread.run_sync(lambda: open(path, "wb", opener=open_private))  # noqa: SIM115
         try:
             for number in range(place.pieces):
-                found = await self._jetstream.last(stream, self._layout.piece(place.partition, entry.id, number))
-                if found is None:
+                piece = await self._jetstream.last(stream, self._layout.piece(place.partition, entry.id, number))
+                if piece is None:
+                    found = await self._last(stream, self._layout.message(place.partition, entry.id))
+                    if found is None or found.sequence != place.sequence:
+                        return None
                     raise DamagedError(f"{entry.id} is damaged in the cluster: piece {number} is missing")
-                crc = crc32c(found.data, crc)
-                prefix += found.data[:left]
-                await trio.to_thread.run_sync(file.write, found.data[left:])
-                left = max(0, left - len(found.data))
+                crc = crc32c(piece.data, crc)
+                prefix += piece.data[:left]
+                await trio.to_thread.run_sync(file.write, piece.data[left:])
+                left = max(0, left - len(piece.data))
+            await trio.to_thread.run_sync(file.close)
+            if crc != place.crc:
+                raise DamagedError(f"{entry.id} is damaged in the cluster: its checksum is wrong")
+            await trio.to_thread.run_sync(path.replace, final)
         finally:
             await trio.to_thread.run_sync(file.close)
-        if crc != place.crc:
-            raise DamagedError(f"{entry.id} is damaged in the cluster: its checksum is wrong")
+            await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
         return entry._replace(prefix=prefix)
 
     # ---- ends
@@ -688,8 +880,8 @@ class ReplicatedQueue(Spool):
             for number in await self._committer.do(act, whole=True):
                 self._threads.remove_later(number)
 
-    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
-        """Hold, release, drop or retry recipients. See `Spool.obey`."""
+    async def carry_out(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+        """Hold, release, drop or retry recipients. See `Spool.carry_out`."""
         async with self._writing:
             now = self._clock()
             idle = await self._committer.do(lambda _: self._index.idle(at_rest))
@@ -703,7 +895,7 @@ class ReplicatedQueue(Spool):
             planned = await self._committer.do(lambda _: self._index.plan(dict.fromkeys(rows, change)))
             places = await self._write_states(planned)
             await self._committer.do(lambda _: self._index.set_places(places), whole=True)
-            await super().obey(action, withdrawn, idle)
+            await super().carry_out(action, withdrawn, idle)
 
     async def _write_states(self, planned: Sequence[Planned]) -> list[tuple[int, Place]]:
         """Write into the stream what becomes of messages. Return places that have changed. Raise NatsError."""
@@ -733,16 +925,15 @@ class ReplicatedQueue(Spool):
                 raise failed
             if not waiting:
                 return places
-        raise NatsError("the state of a message is changed by others again and again")
+        raise NatsError("the state of a message is changed repeatedly by other nodes")
 
     def _requests(self, each: Planned) -> list[Request]:
         """Return the requests that write what becomes of a message."""
         place, layout = each.place, self._layout
         stream = layout.stream_of(place.partition)
         if each.states:
-            return [
-                Request(layout.state(place.partition, each.id), b"", state_headers(each.states, place.state_sequence))
-            ]
+            record = state_record(each.states, place.state_sequence, most=self._writer.most_octets)
+            return [Request(layout.state(place.partition, each.id), *record)]
         if place.is_uncertain:
             subject = layout.message(place.partition, each.id)
             requests = [Request(subject, b"", tombstone_headers(place.sequence))]
@@ -764,40 +955,76 @@ class ReplicatedQueue(Spool):
         found = await self._jetstream.last(stream, self._layout.state(place.partition, each.id))
         if found is None:
             return each._replace(place=place._replace(state_sequence=0))
-        places = {state.place for state in read_state(found.headers)}
+        try:
+            places = {state.place for state in read_state(found.headers, found.data)}
+        except LayoutError as exc:  # ours takes its place: it would never be written otherwise
+            self._note_damage([exc])
+            return each._replace(place=place._replace(state_sequence=found.sequence))
         left = [state for state in each.states if state.place in places]
         return each._replace(place=place._replace(state_sequence=found.sequence), states=left)
 
 
 class _Contents:
-    """What was found of some partitions."""
+    """What was found of some partitions. Headers are read late: a hundred thousand envelopes would take a gigabyte."""
 
-    def __init__(self, layout: Layout, present: set[str]) -> None:
-        self.messages: dict[str, StoredMessage] = {}
+    def __init__(self, layout: Layout) -> None:
+        self.messages: dict[str, tuple[int, bytes]] = {}
+        """Subject -> sequence and headers."""
         self.states: dict[str, tuple[int, list[RecipientState]]] = {}
+        self.long_states: dict[str, str] = {}
+        """Message id -> subject of a state in a payload."""
         self.pieces: dict[str, list[Stored]] = {}
+        self.ids: set[str] = set()
+        """The messages that are not finished, after `note_ids`."""
         self._start = len(layout.name) + 1
-        self._present = present
 
-    @property
-    def ids(self) -> Collection[str]:
-        """The messages."""
-        return self.messages.keys()
+    def add(self, found: Sequence[Stored]) -> list[LayoutError]:
+        """Add messages, states and pieces. Return what is wrong with those that cannot be read."""
+        errors = []
+        start = self._start
+        for stored in found:
+            subject = stored.subject
+            kind = subject[start]
+            if kind == "m":
+                self.messages[subject] = stored.sequence, stored.headers
+                continue
+            message_id = subject.split(".")[-1 if kind == "s" else -2]
+            if kind == "b":
+                self.pieces.setdefault(message_id, []).append(stored)
+                continue
+            if has_state_in_payload(stored.headers):
+                self.long_states[message_id] = subject
+                continue
+            self.long_states.pop(message_id, None)
+            try:
+                self.states[message_id] = stored.sequence, read_state(stored.headers)
+            except LayoutError as exc:
+                errors.append(exc)
+        return errors
 
-    def add(self, stored: Stored) -> None:
-        """Add a message, a state or a piece. Raise LayoutError."""
-        kind, _, message_id, *_ = stored.subject[self._start :].split(".")
-        if kind == "m":
-            if stored.subject in self._present:
-                message = read_message(stored.subject, stored.sequence, stored.headers)
-                if message is not None:
-                    self.messages[message_id] = message
-                else:
-                    self.messages.pop(message_id, None)
-        elif kind == "s":
-            self.states[message_id] = (stored.sequence, read_state(stored.headers))
-        else:
-            self.pieces.setdefault(message_id, []).append(stored)
+    def keep(self, present: Collection[str]) -> None:
+        """Forget the messages that the leader does not have."""
+        for subject in [subject for subject in self.messages if subject not in present]:
+            del self.messages[subject]
+
+    def note_ids(self) -> None:
+        """Note the messages that are not finished."""
+        self.ids = {
+            subject.rpartition(".")[2] for subject, (_, headers) in self.messages.items() if not is_marker(headers)
+        }
+
+    def read(self, subjects: Iterable[str]) -> tuple[list[StoredMessage], list[LayoutError]]:
+        """Return some of the messages, and what is wrong with those that cannot be read."""
+        messages, errors = [], []
+        for subject in subjects:
+            try:
+                message = read_message(subject, *self.messages[subject])
+            except LayoutError as exc:
+                errors.append(exc)
+                continue
+            if message is not None:
+                messages.append(message)
+        return messages, errors
 
 
 def _change_of(record: AttemptRecord) -> Change:
@@ -825,6 +1052,10 @@ def _no_domain(_: Recipient) -> str:
 
 def _withdraw_nothing(_: Collection[int]) -> Sequence[Entry]:
     return ()
+
+
+def _ignore_names(_: frozenset[str]) -> None:
+    """Without a relay."""
 
 
 def _ignore(_: int) -> None:

@@ -39,14 +39,18 @@ class JetStreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     name: Annotated[str, msgspec.Meta(description="Prefix of streams, buckets and subjects; the same on all nodes")] = (
         "penstock"
     )
-    node: Annotated[str, msgspec.Meta(description="Unique name of this node; the machine's name if empty")] = ""
+    node: Annotated[str, msgspec.Meta(description="Unique name of this node; the name of the machine if empty")] = ""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5, description="Servers that store each message")] = 3
     streams: Annotated[
         int, msgspec.Meta(ge=1, le=64, description="Streams; more spread the leaders over more servers")
     ] = 1
     partitions: Annotated[
         int,
-        msgspec.Meta(ge=1, le=1024, description="Parts of the queue that nodes own; fixed once the streams are made"),
+        msgspec.Meta(
+            ge=1,
+            le=1024,
+            description="Parts of the queue that nodes own; cannot be changed after the streams are created",
+        ),
     ] = 64
     max_octets: Annotated[
         int,
@@ -55,7 +59,10 @@ class JetStreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         ),
     ] = 4 << 30
     lease: Annotated[
-        float, msgspec.Meta(ge=1, le=600, description="Seconds after which others take over what a lost node owned")
+        float,
+        msgspec.Meta(
+            ge=1, le=600, description="Seconds after which other nodes take over the partitions of a lost node"
+        ),
     ] = 10.0
     patience: Annotated[
         float, msgspec.Meta(gt=0, le=600, description="Seconds to wait for the cluster to store a message")
@@ -63,8 +70,8 @@ class JetStreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     fallback: Annotated[
         Literal["spool", "refuse"],
         msgspec.Meta(
-            description="Without an answer of the cluster. spool: to the local spool, and into the cluster later; "
-            "refuse: 451 4.3.0"
+            description="If the cluster does not answer. spool: store in the local spool, and move to the cluster "
+            "later; refuse: 451 4.3.0"
         ),
     ] = "spool"
     in_flight: Annotated[
@@ -82,7 +89,7 @@ class JetStreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         ),
     ] = ()
     trust_durability: Annotated[
-        bool, msgspec.Meta(description="The servers have sync_interval: always; do not look at monitors")
+        bool, msgspec.Meta(description="Assume that the servers have sync_interval: always; do not query monitors")
     ] = False
     user: Annotated[str, msgspec.Meta(description="User name")] = ""
     password_file: Annotated[

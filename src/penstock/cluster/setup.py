@@ -18,13 +18,13 @@ from penstock.net.nats import Credentials, NatsClient, NatsError, ServerAddress
 from penstock.net.natswire import read_nkey
 from penstock.net.tls import client_context
 
-_CREATING: Final = 20.0
+_CREATING: Final = 60.0
 """Seconds to wait for a stream to be made, and for a leader."""
 _LEAST_REPLICAS: Final = 3
 _LAG: Final = 1000
 """Operations that a replica may be behind under load..."""
 _SILENCE: Final = 5 * 10**9
-"""...and nanoseconds since it was heard of."""
+"""...and nanoseconds since its last message."""
 _COMPARED: Final = ("subjects", "num_replicas", "max_msgs_per_subject", "discard", "max_age", "storage", "compression")
 
 
@@ -96,7 +96,7 @@ async def make_streams(jetstream: JetStream, settings: JetStreamSettings) -> lis
         with trio.move_on_after(_CREATING) as scope:
             lines.append(f"{name}: {await _make(jetstream, configuration)}")
         if scope.cancelled_caught:
-            raise SetupError(f"{name}: the servers have not made it within {_CREATING:.0f} s")
+            raise SetupError(f"{name}: the servers did not create it within {_CREATING:.0f} s")
     return lines
 
 
@@ -111,7 +111,7 @@ def _configurations(settings: JetStreamSettings) -> list[dict[str, Any]]:
 
 
 async def _make(jetstream: JetStream, configuration: dict[str, Any]) -> str:
-    """Make or change a stream, as soon as the cluster lets us. Return what was done. Raise ApiError."""
+    """Create or change a stream, as soon as the cluster allows it. Return what was done. Raise ApiError."""
     name = configuration["name"]
     while True:
         try:
@@ -143,7 +143,7 @@ def _has(found: object, wanted: object) -> bool:
 
 
 async def check_partitions(jetstream: JetStream, layout: Layout) -> None:
-    """Raise SetupError if the queue was made with another number of streams: messages would not be found."""
+    """Raise SetupError if the queue was created with another number of streams: messages would not be found."""
     try:
         names = (await jetstream.api("STREAM.NAMES", {"subject": f"{layout.name}.m.>"})).get("streams") or []
     except NatsError:
@@ -153,7 +153,7 @@ async def check_partitions(jetstream: JetStream, layout: Layout) -> None:
             metadata = (await jetstream.api(f"STREAM.INFO.{name}"))["config"].get("metadata") or {}
             count = metadata.get("penstock_partitions", str(layout.partitions))
             if count != str(layout.partitions):
-                raise SetupError(f"jetstream.partitions: the queue was made with {count}; it cannot be changed")
+                raise SetupError(f"jetstream.partitions: the queue was created with {count}; it cannot be changed")
     made = {name for name in names if name.startswith(f"{layout.name}-MAIL-")}
     wanted = {layout.stream(number) for number in range(layout.streams)}
     if made and made != wanted:
@@ -169,7 +169,7 @@ async def problems(jetstream: JetStream, settings: JetStreamSettings) -> list[st
     """Return a line for each thing that is not as it must be."""
     found = [line for url in settings.monitors for line in await _server_problems(url)]
     if not settings.monitors:
-        found.append("jetstream.monitors is empty: whether the servers sync each message is not known")
+        found.append("jetstream.monitors is empty: it is unknown whether the servers sync each message")
     if settings.replicas < _LEAST_REPLICAS:
         found.append(
             f"jetstream.replicas = {settings.replicas}: expected {_LEAST_REPLICAS}; losing a server loses mail"

@@ -1,7 +1,8 @@
-"""Writes messages into the stream: once, whatever is lost on the way."""
+"""Writes messages into the stream exactly once, even if requests or acknowledgments are lost."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final, NamedTuple
@@ -19,6 +20,7 @@ from penstock.cluster.layout import (
     LayoutError,
     Place,
     StoredMessage,
+    encode_envelope,
     message_headers,
     read_message,
 )
@@ -56,6 +58,8 @@ class Writer:
     def __init__(self, jetstream: JetStream, layout: Layout) -> None:
         self._jetstream = jetstream
         self._layout = layout
+        self.resent = 0
+        """Messages and pieces that were published again."""
 
     async def write(self, message: Message, partition: int, *, patience: float) -> Written:
         """Publish a message; return once a majority of the servers has synced it.
@@ -63,33 +67,44 @@ class Writer:
         Raise UnavailableError after `patience` seconds, StreamFullError, and OSError if the body
         cannot be read.
         """
+        begun = time.monotonic()
         body, prefix = message.body, message.prefix
         client = self._jetstream.client
-        if client.is_connected and _in_memory(body) and message.size <= client.info.max_payload - MARGIN:
+        envelope, before = encode_envelope(message.envelope)
+        if client.is_connected and _in_memory(body) and len(before) + message.size <= self.most_octets:
             # Nearly all messages: one request, and its acknowledgment.
             text = b"".join([prefix, *body.chunks()])
             crc = crc32c(text)
-            headers, before = message_headers(message, crc=crc, pieces=0)
+            headers = message_headers(message, envelope, before, crc=crc, pieces=0)
             try:
                 data = before + text if before else text
                 subject = self._layout.message(partition, message.id)
-                answer = await client.request(subject, data, headers, timeout=min(patience, _ANSWER))
+                answer = await client.request(subject, data, headers, timeout=min(patience / 2, _ANSWER))
                 ack = read_ack(answer, subject)
             except NatsError:
-                pass  # it is published again, and may find itself there already
+                self.resent += 1  # it may find itself there already
             else:
                 if not ack.duplicate:
                     return Written(Place(partition, ack.seq, 0, crc, len(before), len(prefix), 0, False), text)
-        return await self._write_slowly(message, partition, trio.current_time() + patience)
+        deadline = trio.current_time() + patience - (time.monotonic() - begun)
+        return await self._write_slowly(message, envelope, before, partition, deadline)
 
-    async def _write_slowly(self, message: Message, partition: int, deadline: float) -> Written:
+    async def _write_slowly(
+        self, message: Message, envelope: bytes, before: bytes, partition: int, deadline: float
+    ) -> Written:
         """Write a message that is large or in a file, or whose acknowledgment did not come."""
         body, prefix = message.body, message.prefix
         text = b""
         count = 0
-        if message.size > self._most_octets():
+        is_separate = False
+        """The envelope has pieces of its own."""
+        if len(before) + message.size > self.most_octets:
+            is_separate = len(before) > self.most_octets
             try:
-                crc, count = await self._write_pieces(message, partition, deadline)
+                if is_separate:
+                    pieces = iter([before[start : start + PIECE] for start in range(0, len(before), PIECE)])
+                    await self._write_pieces(pieces, message, partition, deadline, name="e")
+                crc, count = await self._write_pieces(_pieces(message), message, partition, deadline)
             except StreamFullError:
                 stream = self._layout.stream_of(partition)
                 with suppress(NatsError):  # then they are deleted after a day
@@ -98,16 +113,18 @@ class Writer:
         else:
             text = b"".join([prefix, *body.chunks()]) if _in_memory(body) else await _read(prefix, body)
             crc = crc32c(text)
-        headers, before = message_headers(message, crc=crc, pieces=count)
+        headers = message_headers(message, envelope, before, crc=crc, pieces=count)
         subject = self._layout.message(partition, message.id)
         place = Place(partition, 0, count, crc, len(before), len(prefix), 0, False)
-        ack = await self._publish(subject, before + text, headers, deadline)
+        ack = await self._publish(subject, text if is_separate else before + text, headers, deadline)
         if ack is None or ack.duplicate:
             found = await self._find(subject, partition, deadline)
             return Written(None, text) if found is None else Written(found.place, text, found.envelope)
         return Written(place._replace(sequence=ack.seq), text)
 
-    def _most_octets(self) -> int:
+    @property
+    def most_octets(self) -> int:
+        """Octets of a payload, as far as is known."""
         client = self._jetstream.client
         return (client.info.max_payload if client.is_connected else 1 << 20) - MARGIN
 
@@ -143,6 +160,7 @@ class Writer:
                         raise StreamFullError(str(exc)) from exc
                 if trio.current_time() >= deadline:
                     raise UnavailableError(str(exc)) from exc
+                self.resent += 1
                 await self._pause(exc, deadline)
 
     async def _pause(self, exc: NatsError, deadline: float) -> None:
@@ -152,10 +170,11 @@ class Writer:
         elif not isinstance(exc, RequestTimeoutError):
             await trio.sleep(_PAUSE)
 
-    async def _write_pieces(self, message: Message, partition: int, deadline: float) -> tuple[int, int]:
-        """Publish the prefix and the body in pieces. Return their checksum and how many there are."""
+    async def _write_pieces(
+        self, pieces: Iterator[bytes], message: Message, partition: int, deadline: float, *, name: str = ""
+    ) -> tuple[int, int]:
+        """Publish pieces of a message. Return their checksum and how many there are."""
         crc = count = 0
-        pieces = _pieces(message)
         while True:
             piece = (
                 next(pieces, None) if _in_memory(message.body) else await trio.to_thread.run_sync(next, pieces, None)
@@ -164,7 +183,7 @@ class Writer:
                 return crc, count
             crc = crc32c(piece, crc)
             # Published again, a piece takes the place of itself.
-            await self._publish(self._layout.piece(partition, message.id, count), piece, b"", deadline)
+            await self._publish(self._layout.piece(partition, message.id, f"{name}{count}"), piece, b"", deadline)
             count += 1
 
 
@@ -177,12 +196,11 @@ async def _read(prefix: bytes, body: Body) -> bytes:
 
 
 def _pieces(message: Message) -> Iterator[bytes]:
-    """Yield the prefix and the body in pieces of the size that the layout says."""
+    """Yield the prefix and the body in pieces of the size that the layout says, at least one."""
     buffer = bytearray(message.prefix)
     for chunk in message.body.chunks():
         buffer += chunk
-        while len(buffer) >= PIECE:
+        while len(buffer) > PIECE:
             yield bytes(buffer[:PIECE])
             del buffer[:PIECE]
-    if buffer:
-        yield bytes(buffer)
+    yield bytes(buffer)

@@ -17,8 +17,8 @@ def load_delivery(reference: str, arguments: Mapping[str, object] = {}) -> Deliv
     """Return the delivery that a reference names: a class or function is called with the arguments.
 
     An object that does not inherit from `Delivery` is one when it has an `accept(message, transaction)`; `start`,
-    `aclose` and the methods of the other interfaces of penstock.delivery.base may be missing. Raise HookError when
-    there is no such object, or when it is no delivery.
+    `aclose` and the methods of the other interfaces of penstock.delivery.base may be missing. Raise HookError if
+    there is no such object, or if it is not a delivery.
     """
     made = load_object(reference, arguments)
     if isinstance(made, Delivery):
@@ -38,11 +38,11 @@ _OPTIONAL: Final = (
     (Discards, "discard", 2),
     (Streams, "open", 1),
 )
-"""The interfaces that a delivery may have beside, their method, and its number of arguments."""
+"""The optional interfaces of a delivery, their method, and its number of arguments."""
 
 
 class _Adopted(Delivery):
-    """An object with an `accept`, as a delivery."""
+    """Makes a delivery of an object with an `accept` method."""
 
     def __init__(self, adopted: Any) -> None:
         self.needs_body = bool(getattr(adopted, "needs_body", True))
@@ -53,19 +53,19 @@ class _Adopted(Delivery):
                 setattr(self, name, getattr(adopted, name))
 
     async def start(self) -> None:
-        """Start it, where it has a `start`."""
+        """Call `start`, if the object has it."""
         if hasattr(self._adopted, "start"):
             await self._adopted.start()
 
     async def accept(self, message: Message, transaction: Transaction) -> Reply:
-        """Do what its `accept` does. Raise TypeError when that returns no Reply."""
+        """Call `accept`. Raise TypeError if it does not return a Reply."""
         reply = await self._adopted.accept(message, transaction)
         if not isinstance(reply, Reply):
             raise TypeError(f"accept returns a Reply, not {reply!r}")
         return reply
 
     async def aclose(self) -> None:
-        """Close it, where it has an `aclose`."""
+        """Call `aclose`, if the object has it."""
         if hasattr(self._adopted, "aclose"):
             await self._adopted.aclose()
 

@@ -1,4 +1,4 @@
-"""The delivery that keeps nothing: for a sink, and for measuring all that comes before a delivery."""
+"""The delivery that keeps nothing: for a sink, and for measurements without a delivery."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DISCARDED: Final = Reply(250, "2.0.0", "Ok: discarded")
 
 
 class DiscardDelivery(Delivery):
-    """Accepts every message, counts it, and forgets it. Its 250 promises nothing."""
+    """Accepts and counts every message, and discards it. Its 250 promises nothing."""
 
     needs_body = False
 

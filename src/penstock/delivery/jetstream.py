@@ -7,6 +7,7 @@ tries the cluster.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -43,7 +44,7 @@ class Queue(Protocol):
 
 
 class Cluster(Protocol):
-    """What the delivery wants to know of the cluster."""
+    """The state of the cluster, as used by the delivery."""
 
     @property
     def is_full(self) -> bool:
@@ -109,8 +110,12 @@ class JetStreamDelivery(Delivery):
         self._spool = spool
         self._clock = clock
         self._breaker = Breaker(_FAILURES, _PAUSE, _PAUSE)
-        self.on_accept: Callable[[str], None] = _ignore
-        """Gets "replicated" or "spooled" for each message that is answered with 250."""
+        self.in_flight = 0
+        """Messages that wait for the cluster."""
+        self.on_answer: Callable[[str, float], None] = _ignore
+        """Gets "stored", "full" or "failed" for each message given to the cluster, and the seconds that took."""
+        self.on_fallback: Callable[[], None] = _nothing
+        """Called for each message that was written to the local spool instead."""
 
     def check_capacity(self, octets: int) -> Reply | None:
         """Refuse a MAIL if neither the stream nor the spool has space for its message (RFC 1870 6.1)."""
@@ -128,7 +133,7 @@ class JetStreamDelivery(Delivery):
         """Give the message to the cluster, or else to the spool: 250, 452 4.3.1 when that is full, 451 4.3.0."""
         partition = self._queue.choose()
         cause = self._cluster.problem
-        if not cause and self._breaker.blocks(self._clock()):
+        if not cause and self._breaker.is_open and self._breaker.blocks(self._clock()):
             cause = "the cluster does not answer"
         if not cause:
             self._breaker.probe()
@@ -148,24 +153,35 @@ class JetStreamDelivery(Delivery):
             return replies.TRY_LATER.because(cause)
         reply = await self._spool.accept_for(partition, message, transaction)
         if reply.accepts:
-            self.on_accept("spooled")
+            self.on_fallback()
         return reply
 
     async def _replicate(self, partition: int, message: Message) -> Reply:
         domain_of = self._relay.domain_of
         queues = [domain_of(recipient) for recipient in message.envelope.recipients]
         is_taken = self._relay.reserve(queues, message.size)
+        begun, answer = time.perf_counter(), "failed"
+        self.in_flight += 1
         try:
             entries = await self._queue.put_into(partition, message, queues, is_taken=is_taken)
+            answer = "stored"
+        except StreamFullError:
+            answer = "full"
+            raise
         finally:
+            self.in_flight -= 1
+            self.on_answer(answer, time.perf_counter() - begun)
             if is_taken:
                 self._relay.release(message.size)
         self._breaker.succeeded()
-        self.on_accept("replicated")
         if entries:
             self._relay.offer(entries)
         return Reply(250, "2.0.0", f"Ok: replicated as {message.id}")
 
 
-def _ignore(_: str) -> None:
+def _ignore(_answer: str, _seconds: float) -> None:
+    """Without metrics."""
+
+
+def _nothing() -> None:
     """Without metrics."""

@@ -1,19 +1,15 @@
-"""Delivery into Maildirs: a message is on stable storage before its client hears 250.
+"""Delivery into Maildirs: a message is on stable storage before its client receives 250.
 
-One thread writes for all sessions and for the relay (penstock.delivery.maildirfiles). It takes all messages that came
-since it last looked, and makes them durable together: a single message is written at once, and under load a batch is
-what came in while the one before was synced. There is no timer. A message that cannot be written affects no other one.
+One thread writes for all sessions and for the relay (penstock.delivery.maildirfiles), and makes all messages durable
+together that came while it wrote others (penstock.batches). A message that cannot be written affects no other one.
 
-The body stands in the file byte for byte, its line ends CR LF.
+The file contains the body byte for byte, with CR LF as line ends.
 """
 
 from __future__ import annotations
 
-import queue
 import re
-import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, NamedTuple
@@ -23,6 +19,7 @@ import outcome
 import trio
 
 from penstock import reply as replies
+from penstock.batches import BatchThread
 from penstock.delivery.base import Delivery
 from penstock.delivery.maildirfiles import Copy, MaildirFiles, make_maildir, sweep
 from penstock.files import is_disk_full
@@ -46,7 +43,8 @@ class MaildirSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     path: Annotated[
         str,
         msgspec.Meta(
-            description="The Maildir, relative to data_dir; {domain} and {local} are those of the recipient",
+            description="The Maildir, relative to data_dir; {domain} and {local} are replaced by the parts of the "
+            "recipient",
             min_length=1,
         ),
     ] = "maildir"
@@ -70,16 +68,18 @@ class MaildirDelivery(Delivery):
         self._data_dir = data_dir
         self._shared = None if "{" in settings.path else data_dir / settings.path
         """The Maildir of all recipients; None if they have their own."""
-        self._most = settings.writers
         self._files = MaildirFiles(is_synced=True)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._token: trio.lowlevel.TrioToken
-        self._thread: threading.Thread | None = None
-        self._is_closed = False
-        self._over = trio.Event()
+        self._thread: BatchThread[_Job, outcome.Outcome[Reply]] = BatchThread(
+            "penstock-maildir",
+            self._write,
+            _answer,
+            lambda job: job.message.size,
+            most=settings.writers,
+            most_octets=_BATCH_OCTETS,
+        )
 
     async def start(self) -> None:
-        """Create the folder that needs no recipient, and sweep what a crash has left. Raise OSError."""
+        """Create a folder that all recipients share, and remove unfinished files of a crash. Raise OSError."""
         if self._shared is not None:
             await trio.to_thread.run_sync(make_maildir, self._shared)
             await trio.to_thread.run_sync(sweep, self._shared)
@@ -98,34 +98,23 @@ class MaildirDelivery(Delivery):
         The body is needed until then. Raise trio.ClosedResourceError after `aclose`, RuntimeError if there is no
         thread.
         """
-        if self._is_closed:
-            raise trio.ClosedResourceError("the delivery is closed")
-        if self._thread is None:
-            self._token = trio.lowlevel.current_trio_token()
-            thread = threading.Thread(target=self._work, name="penstock-maildir", daemon=True)
-            thread.start()
-            self._thread = thread
-        self._jobs.put(_Job(message, done))
+        self._thread.put(_Job(message, done))
 
     async def aclose(self) -> None:
-        """Deliver what was begun."""
-        self._is_closed = True
-        if self._thread is not None:
-            self._jobs.put(None)
-            with trio.CancelScope(shield=True):
-                await self._over.wait()
+        """Finish the deliveries in progress."""
+        await self._thread.aclose()
 
     # ---- folders
 
     def folder_of(self, recipient: MailPath) -> Path:
-        """Return the Maildir of a recipient. Two recipients never share one by accident, and no name leads out of it.
+        """Return the Maildir of a recipient. Different recipients have different ones, all of them in `data_dir`.
 
         Local parts are compared without case, as in Postfix.
         """
         if self._shared is not None:
             return self._shared
         local, domain = _escape(recipient.local.lower()), _escape(recipient.domain or "localhost")
-        # Not str.format: the template is no format string.
+        # Not str.format, in which other braces have a meaning.
         path = self._template.replace("{domain}", domain).replace("{local}", local)
         return self._data_dir / path
 
@@ -142,30 +131,6 @@ class MaildirDelivery(Delivery):
         ]
 
     # ---- the thread
-
-    def _work(self) -> None:
-        is_last = False
-        while not is_last:
-            batch, is_last = self._next_batch()
-            if batch:
-                results = self._write(batch)
-                with suppress(trio.RunFinishedError):  # the loop has crashed, and no task waits any more
-                    self._token.run_sync_soon(_answer, batch, results)
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._over.set)
-
-    def _next_batch(self) -> tuple[list[_Job], bool]:
-        """Wait for a message; return it with those that are already there, and whether it was the last batch."""
-        batch: list[_Job] = []
-        octets = _BATCH_OCTETS
-        job = self._jobs.get()
-        while job is not None:
-            batch.append(job)
-            octets -= job.message.size
-            if len(batch) >= self._most or octets <= 0 or self._jobs.empty():
-                break
-            job = self._jobs.get_nowait()
-        return batch, job is None
 
     def _write(self, batch: list[_Job]) -> list[outcome.Outcome[Reply]]:
         """Write a batch; whatever happens, there is a result for each message."""
@@ -186,7 +151,7 @@ def _result(job: _Job, written: str | Exception) -> outcome.Outcome[Reply]:
     return outcome.Error(written)
 
 
-def _answer(batch: list[_Job], results: list[outcome.Outcome[Reply]]) -> None:
+def _answer(batch: list[_Job], results: Sequence[outcome.Outcome[Reply]]) -> None:
     """Call back for all messages of a batch. Runs in the trio thread."""
     for job, result in zip(batch, results, strict=True):
         job.done(result)

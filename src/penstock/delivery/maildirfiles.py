@@ -12,13 +12,13 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from penstock._files import publish
-from penstock.files import sync_folder
+from penstock.files import make_folders, sync_folder, write_all
 from penstock.message import Message
 
 _FOLDERS: Final = ("tmp", "new", "cur")
@@ -26,6 +26,8 @@ _STALE: Final = 36 * 3600
 """Seconds after which a file in tmp has no writer any more (the Maildir convention)."""
 _AGAIN: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EMFILE, errno.ENFILE})
 """Errors of a message in a batch that may succeed alone: its folder is created, and it needs few descriptors."""
+_MOST_OPEN: Final = 64
+"""Files with a body from the disk whose descriptors are open at the same time; others are synced one by one."""
 
 
 class Copy(NamedTuple):
@@ -34,11 +36,11 @@ class Copy(NamedTuple):
     folder: Path
     """The Maildir."""
     head: bytes
-    """What is above the body."""
+    """The header fields above the body."""
 
 
 class MaildirFiles:
-    """Creates files with names that no other one has."""
+    """Creates files with unique names."""
 
     def __init__(self, *, is_synced: bool) -> None:
         """With `is_synced`, what was written is on stable storage."""
@@ -57,7 +59,7 @@ class MaildirFiles:
         return [failure or name for failure, name in zip(results, names, strict=True)]
 
     def _unique_name(self, message: Message) -> str:
-        """Return a name that no other delivery has: time, process, counter and message id, host."""
+        """Return a unique name: time, process, counter and message id, host."""
         now = time.time_ns()
         unique = f"M{now // 1000 % 1_000_000}P{os.getpid()}Q{next(self._numbers)}I{message.id}"
         return f"{now // 1_000_000_000}.{unique}.{self._host}"
@@ -69,10 +71,10 @@ class MaildirFiles:
                 make_maildir(copy.folder, is_synced=self._is_synced)
         except OSError as exc:
             return exc
-        return self._write([message], [name])[0]
+        return self._write([message], [name], 0)[0]
 
     def _write(
-        self, messages: Sequence[tuple[Message, Sequence[Copy]]], names: Sequence[str]
+        self, messages: Sequence[tuple[Message, Sequence[Copy]]], names: Sequence[str], most: int = _MOST_OPEN
     ) -> list[Exception | None]:
         folders: list[tuple[bytes, bytes]] = []
         numbers: dict[Path, int] = {}
@@ -81,7 +83,7 @@ class MaildirFiles:
         for group, ((message, copies), name) in enumerate(zip(messages, names, strict=True)):
             failure: Exception | None = None
             try:
-                contents = _contents(message, copies, name)
+                contents = self._contents(message, copies, name, most)
             except Exception as exc:  # noqa: BLE001 - a body that cannot be read must not affect other messages
                 failure, contents = exc, ()
             failures.append(failure)
@@ -90,36 +92,39 @@ class MaildirFiles:
                 if number == len(folders):
                     folders.append((os.fsencode(copy.folder / "tmp"), os.fsencode(copy.folder / "new")))
                 files.append((number, group, name.encode(), content))
+                most -= isinstance(content, int) and content >= 0
         for group, error in enumerate(publish(folders, files, len(messages), self._is_synced)):
             if error:
                 failures[group] = OSError(error, os.strerror(error), str(messages[group][1][0].folder))
         return failures
 
+    def _contents(self, message: Message, copies: Sequence[Copy], name: str, most: int) -> Sequence[list[bytes] | int]:
+        """Return the octets of each copy; descriptors of files in `tmp` if the body has to be read from the disk.
 
-def _contents(message: Message, copies: Sequence[Copy], name: str) -> Sequence[list[bytes] | int]:
-    """Return the octets of each copy; descriptors of files in `tmp` if the body has to be read from the disk."""
-    if getattr(message.body, "in_memory", False):
-        return [[copy.head, *message.body.chunks()] for copy in copies]
-    descriptors: list[int] = []
-    try:
-        for copy in copies:
-            path = copy.folder / "tmp" / name
-            descriptors.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            _write_all(descriptors[-1], itertools.chain((copy.head,), message.body.chunks()))
-    except BaseException:
-        for copy, descriptor in zip(copies, descriptors, strict=False):
-            os.close(descriptor)
-            with suppress(OSError):
-                (copy.folder / "tmp" / name).unlink()
-        raise
-    return descriptors
-
-
-def _write_all(descriptor: int, pieces: Iterable[bytes]) -> None:
-    for piece in pieces:
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        After `most` descriptors it is -1 for files that are synced and closed.
+        """
+        if getattr(message.body, "in_memory", False):
+            return [[copy.head, *message.body.chunks()] for copy in copies]
+        descriptors: list[int] = []
+        try:
+            for copy in copies:
+                path = copy.folder / "tmp" / name
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                descriptors.append(descriptor)
+                write_all(descriptor, itertools.chain((copy.head,), message.body.chunks()))
+                if len(descriptors) > most:
+                    if self._is_synced:
+                        os.fdatasync(descriptor)
+                    descriptors[-1] = -1
+                    os.close(descriptor)
+        except BaseException:
+            for copy, descriptor in zip(copies, descriptors, strict=False):
+                if descriptor >= 0:
+                    os.close(descriptor)
+                with suppress(OSError):
+                    (copy.folder / "tmp" / name).unlink()
+            raise
+        return descriptors
 
 
 def make_maildir(folder: Path, *, is_synced: bool = True) -> None:
@@ -128,7 +133,7 @@ def make_maildir(folder: Path, *, is_synced: bool = True) -> None:
         return
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     for name in _FOLDERS:
-        (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(folder / name)
     if is_synced:
         for made in (folder, *(parent.parent for parent in missing)):
             sync_folder(made)

@@ -1,21 +1,22 @@
-"""Delivery straight to the next hop: the client hears 250 when the hop has said it, and not before.
+"""Delivery straight to the next hop: the client receives 250 after the next hop has accepted the message.
 
-The text goes on while the client sends it; a copy is collected beside, as for any other delivery. Whenever the hop is
-slow, down, or cannot take the message now, the copy goes to the spool (any other delivery that is given as the
-fallback), and the client hears what that says: it waits for nobody but us.
+The text is sent to the hop while the client sends it, and collected as well, as for any other delivery. If the hop is
+slow, down, or cannot accept the message now, the collected message goes to the fallback, usually the spool, whose reply
+the client receives. So the client never waits for a slow hop.
 
-What comes of a message
------------------------
-- The hop takes it for all recipients: 250, with the words of the hop.
-- The hop refuses it for all of them: the client hears the refusal, and may tell its user.
-- It takes it for some: for the others it goes to the fallback, which tries again, or reports to the sender.
-- Anything else: it goes to the fallback for all.
+Outcomes
+--------
+- The hop accepts the message for all recipients: 250, with the text of the hop's reply.
+- The hop refuses it for all of them: the client receives the refusal.
+- The hop accepts it for some: for the others it goes to the fallback, which tries again, or reports to the sender.
+- Anything else: it goes to the fallback for all recipients.
 
-Where the fallback cannot take the others, the client hears that, sends again, and those who had it get it twice.
+If the fallback refuses the rest of the recipients, the client receives that refusal and sends the message again; those
+who had it receive it twice.
 
-The one case of doubt: the end of the text was sent, and the hop does not answer in time. The message goes to the
-fallback, and may arrive twice (penstock.relay.ahead has the reason). Up to the end of the text there is no doubt:
-the connection to the hop is closed before it, and what the hop has is no message.
+One case is in doubt: the end of the text was sent, and the hop does not reply in time. The message goes to the fallback
+and may arrive twice (penstock.relay.ahead has the reason). Before the end of the text there is no doubt: the connection
+to the hop is closed, and the hop has no complete message.
 """
 
 from __future__ import annotations
@@ -32,28 +33,32 @@ from penstock.reply import Reply
 from penstock.transaction import Transaction
 
 _MOST_WORDS: Final = 300
-"""Characters of the hop's words in a 250."""
+"""Characters of the hop's reply that a 250 repeats."""
 
-Forget = Callable[[], None]
+Cancel = Callable[[], None]
 
 
 class PassthroughSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Passing messages on while they come."""
+    """Sending messages to the next hop while they are being received."""
 
     buffer: Annotated[
-        int, msgspec.Meta(ge=4096, le=1 << 30, description="Octets of a message that wait for the next hop")
+        int, msgspec.Meta(ge=4096, le=1 << 30, description="Octets of a message buffered for the next hop")
     ] = 131_072
     patience: Annotated[
         float, msgspec.Meta(gt=0, le=600, description="Seconds the buffer may be full before the message is spooled")
     ] = 5.0
     answer: Annotated[
         float,
-        msgspec.Meta(gt=0, le=600, description="Seconds for the answer to the text; then the message is spooled, too"),
+        msgspec.Meta(
+            gt=0,
+            le=600,
+            description="Seconds to wait for the reply to the text; after that the message is also spooled",
+        ),
     ] = 30.0
 
 
-class Onward(Protocol):
-    """What can pass a message on while it comes (penstock.relay.ahead)."""
+class PassthroughClient(Protocol):
+    """Sends messages to next hops while they are being received (penstock.relay.ahead)."""
 
     def begin(
         self,
@@ -61,25 +66,28 @@ class Onward(Protocol):
         size: int,
         coming: AsyncIterator[bytes],
         done: Callable[[Sequence[Reply] | None], None],
-    ) -> Forget | None:
-        """Begin, and tell `done` a reply for each recipient, or None when nothing was sent.
+    ) -> Cancel | None:
+        """Start sending; call `done` with a reply for each recipient, or with None if nothing was delivered.
 
-        Return what makes `done` hear nothing more, or None when the message cannot be passed on now. When `coming`
-        raises OSError, nothing of the message may be delivered.
+        Return a function after which `done` is not called any more, or None if the message cannot be passed on now. If
+        `coming` raises OSError, nothing of the message may be delivered.
         """
 
     def note_delivered(self, message: Message, to: Recipient, reply: Reply) -> None:
-        """Journal that the hop has taken a message for one of its recipients, with the reply that `done` has heard."""
+        """Journal that the hop has accepted a message for a recipient, with the reply that `done` received."""
 
 
 class PassthroughDelivery(Delivery):
-    """Passes messages on to the next hop, or to another delivery. Its 250 promises what the one of those does."""
+    """Passes messages on to the next hop, or to a fallback.
 
-    def __init__(self, onward: Onward, fallback: Delivery, settings: PassthroughSettings) -> None:
+    Its 250 promises what the 250 of the hop or fallback does.
+    """
+
+    def __init__(self, client: PassthroughClient, fallback: Delivery, settings: PassthroughSettings) -> None:
         self.settings = settings
         self.fallback = fallback
-        self.onward = onward
-        self._room = fallback if isinstance(fallback, ChecksCapacity) else None
+        self.client = client
+        self._checks_capacity = fallback if isinstance(fallback, ChecksCapacity) else None
 
     async def start(self) -> None:
         """Start the fallback. Raise OSError."""
@@ -90,11 +98,11 @@ class PassthroughDelivery(Delivery):
         await self.fallback.aclose()
 
     def check_capacity(self, octets: int) -> Reply | None:
-        """Ask the fallback: whatever comes has to fit there."""
-        return None if self._room is None else self._room.check_capacity(octets)
+        """Ask the fallback, which may get any message."""
+        return None if self._checks_capacity is None else self._checks_capacity.check_capacity(octets)
 
     async def accept(self, message: Message, transaction: Transaction) -> Reply:
-        """Accept a message that is there as a whole, because policies have judged it; not one in quarantine."""
+        """Pass on a complete message, which policies have judged; one in quarantine goes to the fallback."""
         passed = self.open(message) if transaction.quarantine in ("", "tag") else None
         if passed is None:
             return await self.fallback.accept(message, transaction)
@@ -109,16 +117,16 @@ class PassthroughDelivery(Delivery):
             passed.abort()
 
     def open(self, head: Message) -> PassedMessage | None:
-        """Begin with a message, if the next hop of all its recipients is known and has room."""
+        """Start passing a message on, if all recipients have the same next hop and it has capacity."""
         passed = PassedMessage(self, head)
         size = head.envelope.size
         announced = size + len(head.prefix) if size else 0
-        passed.forget = self.onward.begin(head.envelope, announced, passed.pipe, passed.done)
-        return None if passed.forget is None else passed
+        passed.cancel = self.client.begin(head.envelope, announced, passed.pipe, passed.done)
+        return None if passed.cancel is None else passed
 
 
 class Pipe:
-    """The text on its way from the client's connection to the hop's: chunks, at most so many octets. An iterator."""
+    """The chunks of a text between the client's connection and the hop's, at most `most` octets. An iterator."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -128,10 +136,10 @@ class Pipe:
         self._is_broken = False
         self._changed = trio.Event()
         self.is_read_to_end = False
-        """The end was told to the reader: from here on it cannot be taken back."""
+        """The reader has seen the end of the text: from then on the message cannot be aborted."""
 
     def put_nowait(self, chunk: bytes) -> bool:
-        """Put a chunk, if there is room, which for one there is in an empty pipe."""
+        """Add a chunk if it fits; an empty pipe accepts a chunk of any size. Return whether it was added."""
         if self._octets and self._octets + len(chunk) > self._most:
             return False
         self._chunks.append(chunk)
@@ -140,17 +148,17 @@ class Pipe:
         return True
 
     async def put(self, chunk: bytes) -> None:
-        """Put a chunk, and wait for room."""
+        """Add a chunk, and wait until it fits."""
         while not self._is_broken and not self.put_nowait(chunk):
             await self._changed.wait()
 
     def end(self) -> None:
-        """Note that this was all."""
+        """Note the end of the text."""
         self._has_ended = True
         self._change()
 
-    def break_off(self) -> None:
-        """Note that the end will not come. Too late when it `is_read_to_end`."""
+    def abort(self) -> None:
+        """Abort the text: its end will not come. Too late if it `is_read_to_end`."""
         self._is_broken = True
         self._chunks.clear()
         self._octets = 0
@@ -166,12 +174,12 @@ class Pipe:
     async def __anext__(self) -> bytes:
         while self._is_broken or not self._chunks:
             if self._is_broken:
-                raise ConnectionAbortedError("it was broken off")
+                raise ConnectionAbortedError("the message was aborted")
             if self._has_ended:
                 self.is_read_to_end = True
                 raise StopAsyncIteration
             await self._changed.wait()
-        chunk = b"".join(self._chunks)  # at most a buffer full, in one send
+        chunk = b"".join(self._chunks)  # at most one buffer, in one send
         self._chunks.clear()
         self._octets = 0
         self._change()
@@ -184,33 +192,33 @@ class PassedMessage:
     def __init__(self, delivery: PassthroughDelivery, head: Message) -> None:
         self.pipe = Pipe(delivery.settings.buffer)
         self.pipe.put_nowait(head.prefix)
-        self.forget: Forget | None = None
+        self.cancel: Cancel | None = None
         self._delivery = delivery
         self._replies: Sequence[Reply] | None = None
         self._answered = trio.Event()
         self._is_over = False
-        """Nobody reads the pipe any more, or should."""
+        """The pipe has no reader any more."""
 
     def done(self, replies: Sequence[Reply] | None) -> None:
-        """Hear what the hop says, perhaps before the end of the text."""
+        """Note the replies of the hop, which may come before the end of the text."""
         self._replies = replies
         self._is_over = True
-        self.pipe.break_off()
+        self.pipe.abort()
         self._answered.set()
 
     def feed_nowait(self, chunk: bytes) -> bool:
-        """Put a chunk into the pipe, if there is room."""
+        """Add a chunk to the pipe if it fits. Return whether it was added."""
         return self._is_over or self.pipe.put_nowait(chunk)
 
     async def feed(self, chunk: bytes) -> None:
-        """Put a chunk into the pipe; give the hop up when it takes nothing for too long."""
+        """Add a chunk to the pipe; abort if the hop accepts nothing for `patience` seconds."""
         with trio.move_on_after(self._delivery.settings.patience) as scope:
             await self.pipe.put(chunk)
         if scope.cancelled_caught:
             self.abort()
 
     async def finish(self, message: Message, transaction: Transaction) -> Reply:
-        """Let the end of the text go on, and return what the client is to hear."""
+        """Send the end of the text, and return the reply for the client."""
         if not self._is_over:
             self.pipe.end()
             with trio.move_on_after(self._delivery.settings.answer):
@@ -221,22 +229,26 @@ class PassedMessage:
         recipients = message.envelope.recipients
         if replies is None:
             reply = await self._delivery.fallback.accept(message, transaction)
-            return reply.because("the next hop did not answer in time, and may have it, too") if in_doubt else reply
+            return (
+                reply.because("the next hop did not answer in time; it may have received the message")
+                if in_doubt
+                else reply
+            )
         left = tuple(to for to, reply in zip(recipients, replies, strict=True) if not reply.accepts)
         if not left:
             return Reply(250, "2.0.0", f"Ok: passed on as {message.id}: {replies[0].text[:_MOST_WORDS]}")
         if all(reply.is_permanent for reply in replies):
             return replies[0]
         for to, reply in zip(recipients, replies, strict=True):
-            if reply.accepts:  # that the message was spooled says nothing of those
-                self._delivery.onward.note_delivered(message, to, reply)
+            if reply.accepts:  # the journal line of the fallback does not name these
+                self._delivery.client.note_delivered(message, to, reply)
         rest = message._replace(envelope=message.envelope._replace(recipients=left))
         return await self._delivery.fallback.accept(rest, transaction)
 
     def abort(self) -> None:
-        """See to it that nothing more is sent, and nothing more heard."""
+        """Send nothing more, and ignore further replies."""
         self._is_over = True
-        self.pipe.break_off()
-        if self.forget is not None:
-            self.forget()
-            self.forget = None
+        self.pipe.abort()
+        if self.cancel is not None:
+            self.cancel()
+            self.cancel = None

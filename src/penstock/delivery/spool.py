@@ -11,6 +11,7 @@ from penstock.delivery.base import Delivery
 from penstock.files import is_disk_full
 from penstock.message import Message, Recipient
 from penstock.reply import Reply
+from penstock.results import parse_quarantine
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.entry import Entry
 from penstock.spool.queue import DurableQueue
@@ -19,7 +20,7 @@ from penstock.transaction import Transaction
 
 
 class Relay(Protocol):
-    """What the relay offers to those who put messages into the spool."""
+    """The relay, as used by deliveries into the spool."""
 
     def domain_of(self, recipient: Recipient) -> str:
         """Return the domain whose queue a recipient waits in."""
@@ -31,10 +32,10 @@ class Relay(Protocol):
         """
 
     def release(self, octets: int) -> None:
-        """Give back what `reserve` has reserved."""
+        """Release the memory that `reserve` has reserved."""
 
     def offer(self, entries: Sequence[Entry]) -> None:
-        """Attempt what was put as taken."""
+        """Attempt entries that were put as taken."""
 
 
 class SpoolDelivery(Delivery):
@@ -46,21 +47,21 @@ class SpoolDelivery(Delivery):
         self._space = space
 
     def check_capacity(self, octets: int) -> Reply | None:
-        """Refuse a MAIL that would touch the reserve of the disk (RFC 1870 6.1)."""
+        """Refuse a MAIL whose message would use the reserve of the disk (RFC 1870 6.1)."""
         if self._space.has_capacity(octets):
             return None
         return replies.DISK_FULL.because("the reserve of free space or inodes is reached")
 
     async def accept(self, message: Message, transaction: Transaction) -> Reply:
-        """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for its errors.
+        """Put the message: 250 once it is on stable storage, 452 4.3.1 when the disk is full, 451 for other errors.
 
         A message in quarantine is held, or waits in the queue of the route that `transaction.quarantine` names.
         """
         queues = self._queues(message)
-        quarantine = transaction.quarantine
-        if quarantine.startswith("route:"):
-            queues = [quarantine] * len(queues)
-        is_held = quarantine == "hold"
+        quarantine = parse_quarantine(transaction.quarantine)
+        if quarantine is not None and quarantine.route:
+            queues = [transaction.quarantine] * len(queues)  # the queue of a named route is called so as well
+        is_held = quarantine is not None and quarantine.is_held
         is_taken = not is_held and self._relay.reserve(queues, message.size)
         try:
             entries = await self._spool.put(message, queues, is_taken=is_taken, is_held=is_held)
@@ -80,6 +81,6 @@ class SpoolDelivery(Delivery):
 
 
 def _refusal(failure: BaseException) -> Reply:
-    """Return what the client hears of a failure: its message was not taken."""
+    """Return the reply after a failure: the message was not accepted."""
     is_full = isinstance(failure, SpoolFullError) or is_disk_full(failure)
     return (replies.DISK_FULL if is_full else replies.TRY_LATER).because(f"{type(failure).__name__}: {failure}")

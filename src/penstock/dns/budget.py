@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import trio
@@ -40,3 +41,11 @@ class Budget:
             return Answer("failed", name=name, cause="the DNS took too long")
         self._questions -= 1
         return await self._resolver.query(name, kind, seconds, most=MAX_QUESTIONS_OF_CHECKS)
+
+    async def ask_ahead(self, questions: Sequence[tuple[str, Kind]]) -> None:
+        """Ask questions at once, as far as the budget goes, so that `query` finds their answers in the cache."""
+        asked = [each for each in questions if self._resolver.cached(*each) is None][: self._questions]
+        seconds = self._deadline - trio.current_time()
+        if asked and seconds > 0:
+            self._questions -= len(asked)
+            await self._resolver.query_all(asked, seconds)

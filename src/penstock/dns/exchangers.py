@@ -35,7 +35,7 @@ class ResolveError(Exception):
     def __init__(self, status: str, text: str, *, is_permanent: bool) -> None:
         super().__init__(text)
         self.status = status
-        """The enhanced status code: 5.1.2 no such domain, 5.1.10 null MX, 5.4.6 mail loop, 4.4.3 no answer."""
+        """The enhanced status code: 5.1.2 no such domain, 5.1.10 null MX, 5.4.6 or 4.4.6 mail loop, 4.4.3 no answer."""
         self.text = text
         self.is_permanent = is_permanent
 
@@ -156,8 +156,36 @@ class MailExchangers:
         what = f"the host {host} has no address" if exists else f"the host {host} does not exist"
         raise ResolveError("5.1.2" if not exists else "5.4.4", what, is_permanent=True)
 
+    async def tlsa_names(self, domain: str, host: str) -> tuple[str, ...]:
+        """Return the names at which the TLSA records of an MX host count (RFC 7672 2.2.1, 2.2.2), the first one first.
+
+        None unless the DNS has proved with DNSSEC that the domain has this host, and the host its addresses. Answers
+        are those that `exchangers` has used, from the cache. Raise ResolveError.
+        """
+        if domain.startswith("["):
+            return ()
+        mx = await self._ask(_ascii_form(domain), "MX")
+        if not mx.authentic:
+            return ()
+        names: list[str] = []
+        failure: ResolveError | None = None
+        for kind in self._kinds:
+            try:
+                answer = await self._ask(host, kind)
+            except ResolveError as exc:  # as in `addresses`, those of the other family serve
+                failure = exc
+                continue
+            if not answer.authentic:
+                return ()
+            if answer.records:
+                names.append(answer.name)
+        if failure is not None and not names:
+            raise failure
+        # With an alias, its target may have the records, or the alias itself.
+        return (*names[:1], host) if names and names[0] != host else (host,)
+
     async def _ask(self, name: str, kind: Kind) -> Answer:
-        """Return what the DNS says. Raise ResolveError 4.4.3 when it says nothing, 5.1.2 for what is not a name."""
+        """Return the answer of the DNS. Raise ResolveError 4.4.3 without an answer, 5.1.2 for an invalid name."""
         answer = await self._resolver.query(name, kind)
         if answer.is_failure:
             text = f"no answer from the DNS for {name}: {answer.cause}"

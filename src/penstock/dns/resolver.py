@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import trio
+from trio.lowlevel import wait_readable
 
 from penstock.dns import _codec as codec
-from penstock.dns.server import NoResponseError, Question, Response, Server
+from penstock.dns.server import NoResponseError, Server
 from penstock.dns.settings import ResolverSettings, parse_server, system_servers
 
 Kind = Literal["A", "AAAA", "CNAME", "MX", "NS", "PTR", "TLSA", "TXT"]
@@ -41,6 +40,7 @@ _LEAST_PATIENCE: Final = 1.0
 """Seconds to wait for one answer at least, if `timeout` is not shorter."""
 _SWEEP: Final = 0.05
 """Seconds between two looks at the queries under way: they may wait so much longer."""
+_ANSWERS: Final = (codec.NOERROR, codec.NXDOMAIN)
 _FAILURE_TTL: Final = 1.0
 _STALE_TTL: Final = 30.0
 _FOLLOWED_TTL: Final = 300.0
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
     name: str = ""
     """The name the records belong to: that asked for, or that at the end of its aliases."""
     authentic: bool = False
-    """Validated by DNSSEC, said by a server whose AD bit is trusted."""
+    """Validated by DNSSEC, according to a server whose AD bit is trusted, when it was received."""
     is_stale: bool = False
     """Expired, and used because no server answers."""
     cause: str = ""
@@ -83,26 +83,67 @@ class ResolverStatistics:
     """Questions that no server answered."""
 
 
-class _Entry:
-    """A cached answer."""
-
-    __slots__ = ("answer", "expires", "stale_until")
-
-    def __init__(self, answer: Answer, expires: float, stale_until: float) -> None:
-        self.answer = answer
-        self.expires = expires
-        self.stale_until = stale_until
+Begun = tuple[Server, codec.UdpQuery]
+"""A server that was sent a question, and what waits for its response."""
 
 
-class _Pending:
-    """A question under way."""
+class _Waiting:
+    """Tasks that wait for the answer to a question which another task has asked: few do."""
 
     __slots__ = ("answer", "done")
 
     def __init__(self) -> None:
         self.answer: Answer | None = None
-        self.done: trio.Event | None = None
-        """Made by the first task that waits for the answer of another: few do."""
+        self.done = trio.Event()
+
+
+class Batch:
+    """Questions of one task that were sent together."""
+
+    __slots__ = ("_begun", "_deadline", "_keys", "_resolver")
+
+    def __init__(
+        self, resolver: Resolver, keys: list[tuple[str, Kind]], begun: list[Begun | None], deadline: float
+    ) -> None:
+        """`begun` has the question of each key that waits for its response."""
+        self._resolver = resolver
+        self._deadline = deadline
+        self._keys = keys
+        self._begun = begun
+
+    async def answers(self, *, are_due: bool = False) -> list[Answer]:
+        """Return the answers, in the order of the questions.
+
+        `are_due`: the task has waited for something else meanwhile, so that they are looked for before they are waited
+        for.
+        """
+        resolver, found = self._resolver, []
+        try:
+            for at, key in enumerate(self._keys):
+                begun = self._begun[at]
+                if begun is None:
+                    left = self._deadline - trio.current_time()
+                    found.append(await resolver.query(*key, left, most=MAX_QUESTIONS_OF_CHECKS))
+                    continue
+                answer = resolver.answer_of(key, begun) if are_due else None
+                if answer is None:
+                    answer = await resolver.resolve(key, self._deadline, begun)
+                    are_due = True
+                self._begun[at] = None
+                resolver.end(key, answer)
+                found.append(answer)
+        except BaseException:
+            self.abandon()
+            raise
+        return found
+
+    def abandon(self) -> None:
+        """Forget the questions that were not answered; nothing after `answers`."""
+        for at, begun in enumerate(self._begun):
+            if begun is not None:
+                self._begun[at] = None
+                begun[1].abandon()
+                self._resolver.end(self._keys[at], None)
 
 
 class Resolver:
@@ -122,14 +163,29 @@ class Resolver:
         self._settings = settings or ResolverSettings()
         self._addresses = [parse_server(server) for server in self._settings.servers]
         self._servers: list[Server] = []
-        self._clock = clock
         self._probe_interval = probe_interval
-        self._cache: OrderedDict[tuple[str, Kind], _Entry] = OrderedDict()
-        self._pending: dict[tuple[str, Kind], _Pending] = {}
+        limits = self._settings
+        self._cache: codec.Cache[Answer] = codec.Cache(
+            Answer,
+            clock,
+            most=limits.cache_entries,
+            least=limits.ttl_least,
+            longest=limits.ttl_most,
+            negative=limits.ttl_negative,
+            stale=limits.stale,
+        )
+        self._pending: dict[tuple[str, Kind], _Waiting | None] = {}
+        """The questions under way."""
         self._nursery: trio.Nursery | None = None
         self._has_begun = trio.Event()
         """Questions are under way; the sweeper waits for it."""
-        self.statistics = ResolverStatistics()
+        self._statistics = ResolverStatistics()
+
+    @property
+    def statistics(self) -> ResolverStatistics:
+        """What was done so far."""
+        self._statistics.hits = self._cache.hits
+        return self._statistics
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Read responses until cancelled; then questions under way fail."""
@@ -157,7 +213,7 @@ class Resolver:
 
     def cached(self, name: str, kind: Kind) -> Answer | None:
         """Return an answer that is known without asking."""
-        return self._cached((name.lower().rstrip("."), kind))
+        return self._cache.get(name, kind)
 
     async def query(self, name: str, kind: Kind, seconds: float = math.inf, *, most: int = _MAX_QUESTIONS) -> Answer:
         """Return the answer to a question, after at most `lifetime` or `seconds`. A cached one is no checkpoint.
@@ -167,185 +223,240 @@ class Resolver:
         Tasks that want the same answer share one question, and the time of the task that has asked first. What is not a
         name of the DNS is "missing". Raise RuntimeError when the resolver does not run.
         """
-        key = (name.lower().rstrip("."), kind)
-        while True:
-            answer = self._cached(key)
-            if answer is not None:
-                return answer
-            pending = self._pending.get(key)
-            if pending is None:
-                break
-            if pending.done is None:
-                pending.done = trio.Event()
-            await pending.done.wait()
-            if pending.answer is not None:
-                return pending.answer  # just asked for, however short its life is
+        key = self._cache.key(name, kind)
+        answer = self._cache.find(key)
+        while answer is None and key in self._pending:
+            waiting = self._pending[key]
+            if waiting is None:
+                waiting = self._pending[key] = _Waiting()
+            await waiting.done.wait()
+            answer = waiting.answer or self._cache.find(key)  # just asked for, however short its life is
+        if answer is not None:
+            return answer
         if len(self._pending) >= most:
-            self.statistics.failures += 1
+            self._statistics.failures += 1
             return Answer("failed", name=key[0], cause="too many DNS questions at once")
-        pending = self._pending[key] = _Pending()
+        if self._nursery is None:
+            raise RuntimeError("the resolver is not running")
+        now, left = trio.current_time(), min(self._settings.lifetime, seconds)
+        self._pending[key] = None
         try:
-            pending.answer = await self._resolve(key, trio.current_time() + min(self._settings.lifetime, seconds))
+            begun = self._begin_first(key, self._first_server(), now + self._patience(left)) if left > 0 else None
+            answer = await self.resolve(key, now + left, begun)
         finally:
-            self._end(key, pending)
-        return pending.answer
+            self.end(key, answer)
+        return answer
 
     async def query_all(self, questions: Sequence[tuple[str, Kind]], seconds: float = math.inf) -> list[Answer]:
         """Return the answers to several questions of a check, asked at once by one task. As `query` otherwise."""
-        deadline = trio.current_time() + min(self._settings.lifetime, seconds)
-        server = next(self._rounds(), None)
-        begun: dict[tuple[str, Kind], tuple[_Pending, Question]] = {}
-        keys: list[tuple[str, Kind]] = [(name.lower().rstrip("."), kind) for name, kind in questions]
-        answers: list[Answer] = []
-        try:
-            for key in keys:
-                is_known = self._cached(key) is not None or key in self._pending
-                if is_known or server is None or len(self._pending) >= MAX_QUESTIONS_OF_CHECKS:
-                    continue
-                with suppress(ValueError):
-                    until = min(trio.current_time() + self._patience(deadline), deadline)
-                    question = server.begin(key[0], KINDS[key[1]], until)
-                    pending = self._pending[key] = _Pending()
-                    begun[key] = pending, question
-            for key in keys:
-                if key not in begun:
-                    seconds = deadline - trio.current_time()
-                    answers.append(await self.query(*key, seconds, most=MAX_QUESTIONS_OF_CHECKS))
-                    continue
-                pending, question = begun[key]
-                pending.answer = await self._resolve(key, deadline, question)
-                self._end(key, begun.pop(key)[0])
-                answers.append(pending.answer)
-        finally:
-            for key, (pending, question) in begun.items():
-                question.server.abandon(question)
-                self._end(key, pending)
-        return answers
+        return await self.begin_all(questions, seconds).answers()
 
-    def _end(self, key: tuple[str, Kind], pending: _Pending) -> None:
+    def begin_all(self, questions: Sequence[tuple[str, Kind]], seconds: float = math.inf) -> Batch:
+        """Send several questions without waiting; `answers` of the result must follow soon, or `abandon`.
+
+        Raise RuntimeError when the resolver does not run.
+        """
+        if self._nursery is None:
+            raise RuntimeError("the resolver is not running")
+        now, left = trio.current_time(), min(self._settings.lifetime, seconds)
+        keys = [self._cache.key(*each) for each in questions]
+        begun: list[Begun | None] = []
+        server, until = self._first_server() if left > 0 else None, now + self._patience(left)
+        pending, find = self._pending, self._cache.find
+        for key in keys:
+            sent: Begun | None = None
+            if key not in pending and len(pending) < MAX_QUESTIONS_OF_CHECKS and find(key) is None:
+                sent = self._begin_first(key, server, until)
+                if sent is not None:  # otherwise `query` finds out what is wrong
+                    pending[key] = None
+            begun.append(sent)
+        return Batch(self, keys, begun, now + left)
+
+    def end(self, key: tuple[str, Kind], answer: Answer | None) -> None:
         """Forget a question, and wake those who wait for its answer."""
-        del self._pending[key]
-        if pending.done is not None:
-            pending.done.set()
+        waiting = self._pending.pop(key)
+        if waiting is not None:
+            waiting.answer = answer
+            waiting.done.set()
 
-    # ---- the cache
+    async def resolve(self, key: tuple[str, Kind], deadline: float, begun: Begun | None) -> Answer:
+        """Ask, and cache the answer. `begun` is the question to the first server, if it could be sent."""
+        if begun is None:
+            return await self._resolve_further(key, deadline, None)
+        server, used = begun
+        try:
+            if not used.is_due:
+                await wait_readable(used.fd)
+                answer = self.answer_of(key, begun)
+                if answer is not None:
+                    return answer
+        except trio.ClosedResourceError:
+            pass  # it has expired, as `finish` finds
+        except BaseException:
+            used.abandon()
+            raise
+        self._statistics.questions += 1
+        try:
+            response = await server.finish(used, key[0], KINDS[key[1]])
+        except NoResponseError as exc:
+            return await self._resolve_further(key, deadline, _Tried(server, str(exc)))
+        if response[0] not in _ANSWERS or not response[3]:
+            tried = _Tried(server, _describe(server, response), is_useless=True)
+            return await self._resolve_further(key, deadline, tried)
+        answer = self._cache.keep_response(key, response, server.trust_ad, math.inf)
+        if answer is not None:
+            return answer
+        return await self._resolve_further(key, deadline, None, (response, server.trust_ad))
 
-    def _cached(self, key: tuple[str, Kind]) -> Answer | None:
-        entry = self._cache.get(key)
-        if entry is None or entry.expires <= self._clock():
-            return None
-        self._cache.move_to_end(key)
-        self.statistics.hits += 1
-        return entry.answer
+    def answer_of(self, key: tuple[str, Kind], begun: Begun) -> Answer | None:
+        """Return the answer to a question if the first server has sent one; None where `resolve` has more to do."""
+        server, used = begun
+        answer = used.answer(self._cache, key, server.trust_ad)
+        if answer is not None:
+            self._statistics.questions += 1
+            server.succeeded()
+        return answer
 
-    def _keep(self, key: tuple[str, Kind], answer: Answer, seconds: float, stale: float) -> None:
-        now = self._clock()
-        self._cache[key] = _Entry(answer, now + seconds, now + seconds + stale)
-        self._cache.move_to_end(key)
-        while len(self._cache) > self._settings.cache_entries:
-            self._cache.popitem(last=False)
+    async def _resolve_further(
+        self,
+        key: tuple[str, Kind],
+        deadline: float,
+        tried: _Tried | None,
+        first: tuple[codec.Decoded, bool] | None = None,
+    ) -> Answer:
+        """Ask other servers, the same one again, or for the aliases that the server did not follow for us.
 
-    async def _resolve(self, key: tuple[str, Kind], deadline: float, begun: Question | None = None) -> Answer:
-        """Ask, and cache the answer. `begun` is the question to the first server, if it was sent already."""
+        `first` is the response to begin with.
+        """
         name, kind = asked, _ = key
-        longest = self._settings.ttl_most
+        longest, authentic = math.inf, True
         for _ in range(codec.MAX_ALIASES):
             try:
-                response, authentic = await self._ask(asked, kind, deadline, begun)
-                begun = None
+                response, trust_ad = first or await self._ask(asked, kind, deadline, tried)
             except NoResponseError as exc:
                 return self._failed(key, str(exc))
             except ValueError:
                 return Answer("missing", name=name)
-            if response.records or response.rcode == codec.NXDOMAIN or response.name == asked:
-                break
-            if response.ttl is not None:
-                break  # an SOA: the name at the end of the aliases has no such records
-            asked, longest = response.name, min(longest, _FOLLOWED_TTL)
-        else:
-            return self._failed(key, f"the aliases of {name} do not come to an end")
-        if response.records:
-            answer = Answer("found", response.records, response.name, authentic)
-        else:
-            answer = Answer("missing" if response.rcode == codec.NXDOMAIN else "empty", (), response.name, authentic)
-            longest = min(longest, self._settings.ttl_negative)
-        seconds = min(max(response.ttl or 0, self._settings.ttl_least), longest)
-        self._keep(key, answer, seconds, self._settings.stale)
-        return answer
+            authentic = authentic and trust_ad and response[2]  # an alias of anybody leads anywhere
+            first = tried = None
+            found = response[4]
+            if response[5] or response[0] == codec.NXDOMAIN or found == asked or response[6] is not None:
+                # To the cache, it is a response about the name that was asked for.
+                response = (*response[:2], authentic, *response[3:])
+                if found == asked and not response[5] and response[6] is None:
+                    response = (*response[:6], 0)
+                answer = self._cache.keep_response(key, response, authentic, longest)
+                assert answer is not None
+                return answer
+            asked, longest = found, _FOLLOWED_TTL
+        return self._failed(key, f"the aliases of {name} do not come to an end")
 
     def _failed(self, key: tuple[str, Kind], cause: str) -> Answer:
         """Return the last answer as a stale one, or a failure."""
-        self.statistics.failures += 1
-        now = self._clock()
-        entry = self._cache.get(key)
-        if entry is not None and now < entry.stale_until:
-            self.statistics.stale += 1
-            entry.answer = entry.answer._replace(is_stale=True, authentic=False)
-            entry.expires = min(now + _STALE_TTL, entry.stale_until)
-            return entry.answer
+        self._statistics.failures += 1
+        answer = self._cache.stale_answer(key, _STALE_TTL)
+        if answer is not None:
+            self._statistics.stale += 1
+            return answer
         answer = Answer("failed", name=key[0], cause=cause)
-        self._keep(key, answer, _FAILURE_TTL, 0)
+        self._cache.keep(key, answer, _FAILURE_TTL, 0)
         return answer
 
     # ---- the servers
 
+    def _first_server(self) -> Server | None:
+        """Return the server that is asked first; None while all breakers are open."""
+        for server in self._servers or self._open_servers():
+            if not server.is_open:
+                return server
+        return None
+
+    def _begin_first(self, key: tuple[str, Kind], server: Server | None, until: float) -> Begun | None:
+        """Send a question to the first server. None if that is not possible; `_ask` finds out why."""
+        if server is not None:
+            try:
+                return server, server.begin(key[0], KINDS[key[1]], until)
+            except (OSError, ValueError):
+                pass
+        return None
+
     async def _ask(
-        self, name: str, kind: Kind, deadline: float, begun: Question | None = None
-    ) -> tuple[Response, bool]:
-        """Return the first usable response, and whether it is authentic. Raise NoResponseError, ValueError."""
-        nursery = self._nursery
-        if nursery is None:
-            raise RuntimeError("the resolver is not running")
+        self, name: str, kind: Kind, deadline: float, tried: _Tried | None = None
+    ) -> tuple[codec.Decoded, bool]:
+        """Return the first usable response, and whether its AD bit is trusted. Raise NoResponseError, ValueError.
+
+        `tried` has been asked already.
+        """
         cause = "no DNS server answers"
         useless: list[Server] = []
-        patience = self._patience(deadline)
-        for server in self._rounds():
+        servers = self._rounds()
+        if tried is not None:
+            self._start_probe(tried.server)
+            cause = tried.cause
+            servers = [each for each in servers if not (tried.is_useless and each is tried.server)]
+            if not tried.is_useless and servers and servers[0] is tried.server:
+                del servers[0]
+        patience = self._patience(deadline - trio.current_time())
+        for server in servers:
             now = trio.current_time()
             if now >= deadline:
                 break
-            if server in useless:
+            if server.is_open or server in useless:
                 continue
-            self.statistics.questions += 1
+            self._statistics.questions += 1
             try:
-                if begun is not None and begun.server is not server:  # its breaker has opened meanwhile
-                    begun.server.abandon(begun)
-                    begun = None
-                if begun is None:
-                    begun = server.begin(name, KINDS[kind], min(now + patience, deadline))
-                question, begun = begun, None
-                response = await server.finish(question)
+                used = server.begin_or_fail(name, KINDS[kind], min(now + patience, deadline))
+                response = await server.finish(used, name, KINDS[kind])
             except NoResponseError as exc:
                 cause = str(exc)
-                if server.needs_probe:
-                    server.needs_probe = False
-                    nursery.start_soon(server.probe, self._probe_interval, self._settings.timeout)
+                self._start_probe(server)
                 continue
-            if response.rcode in (codec.NOERROR, codec.NXDOMAIN) and response.recursive:
-                return response, response.authentic and server.trust_ad
+            if response[0] in _ANSWERS and response[3]:
+                return response, server.trust_ad
             useless.append(server)  # only silence is worth a second question
-            cause = f"{server.text}: {_describe(response)}"
+            cause = _describe(server, response)
         raise NoResponseError(cause)
 
-    def _patience(self, deadline: float) -> float:
+    def _start_probe(self, server: Server) -> None:
+        """Probe a server whose breaker has opened."""
+        if server.needs_probe and self._nursery is not None:
+            server.needs_probe = False
+            self._nursery.start_soon(server.probe, self._probe_interval, self._settings.timeout)
+
+    def _patience(self, left: float) -> float:
         """Return how long to wait for one answer: less where time is short, to ask again for a lost one."""
-        return min(self._settings.timeout, max(_LEAST_PATIENCE, (deadline - trio.current_time()) / _ROUNDS))
+        timeout = self._settings.timeout
+        if left >= timeout * _ROUNDS:
+            return timeout
+        return min(timeout, max(_LEAST_PATIENCE, left / _ROUNDS), left)
 
     def _begin(self) -> None:
         self._has_begun.set()
 
-    def _rounds(self) -> Iterator[Server]:
-        """Yield the servers to ask, in order, again and again; those whose breaker is open are left out."""
-        if not self._servers:
-            found = self._addresses or system_servers()
-            trust_ad = self._settings.trust_ad
-            self._servers = [Server(host, port, trust_ad=trust_ad, began=self._begin) for host, port in found]
-        for _ in range(_ROUNDS):
-            yield from (server for server in self._servers if not server.is_open)
+    def _open_servers(self) -> list[Server]:
+        """Find the servers, when the first question is asked."""
+        found = self._addresses or system_servers()
+        trust_ad = self._settings.trust_ad
+        self._servers = [Server(host, port, trust_ad=trust_ad, began=self._begin) for host, port in found]
+        return self._servers
+
+    def _rounds(self) -> list[Server]:
+        """Return the servers to ask, in order, again and again; those whose breaker is open are left out."""
+        return [server for server in self._servers or self._open_servers() if not server.is_open] * _ROUNDS
 
 
-def _describe(response: Response) -> str:
-    """Return why a response is of no use."""
-    if not response.recursive:
-        return "a referral instead of an answer"
+class _Tried(NamedTuple):
+    """A server that was asked, and that has not answered the question."""
+
+    server: Server
+    cause: str
+    is_useless: bool = False
+    """It has answered, and is not to be asked again."""
+
+
+def _describe(server: Server, response: codec.Decoded) -> str:
+    """Return why a response of a server is of no use."""
+    rcode, _, _, is_recursive = response[:4]
     names = {codec.FORMERR: "FORMERR", codec.SERVFAIL: "SERVFAIL", codec.NOTIMP: "NOTIMP", codec.REFUSED: "REFUSED"}
-    return names.get(response.rcode, f"RCODE {response.rcode}")
+    what = names.get(rcode, f"RCODE {rcode}") if is_recursive else "a referral instead of an answer"
+    return f"{server.text}: {what}"

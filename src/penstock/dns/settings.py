@@ -15,17 +15,17 @@ _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 
 
 class ResolverSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The DNS."""
+    """The DNS resolver."""
 
     servers: Annotated[
         tuple[str, ...],
         msgspec.Meta(
             max_length=MAX_SERVERS,
-            description="Recursive servers: 192.0.2.53, 127.0.0.1:5353, [::1]:53; those of resolv.conf when empty",
+            description="Recursive servers: 192.0.2.53, 127.0.0.1:5353, [::1]:53; those of resolv.conf if empty",
         ),
     ] = ()
     timeout: Annotated[
-        float, msgspec.Meta(gt=0, le=60, description="Seconds to wait for one answer before the next server is asked")
+        float, msgspec.Meta(gt=0, le=60, description="Seconds to wait for one server before the next one is asked")
     ] = 5.0
     lifetime: Annotated[
         float, msgspec.Meta(gt=0, le=120, description="Seconds to wait for an answer from all servers together")
@@ -50,7 +50,7 @@ class ResolverSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         msgspec.Meta(
             ge=0,
             le=604_800,
-            description="Seconds an expired answer still serves while no server answers (RFC 8767)",
+            description="Seconds an expired answer is still used while no server answers (RFC 8767)",
         ),
     ] = 3600.0
     trust_ad: Annotated[

@@ -143,13 +143,6 @@ class Timeline:
             self._last = interval
 
 
-class Replies(dict[tuple[str, int], int]):
-    """Counts by phase and code. A Counter would cost as much as everything else that a reply costs."""
-
-    def __missing__(self, _: tuple[str, int]) -> int:
-        return 0
-
-
 @dataclass(slots=True)
 class Counts:
     """What was counted so far."""
@@ -158,8 +151,8 @@ class Counts:
     begun: float = field(default_factory=time.perf_counter)
     ended: float = 0.0
     phases: dict[str, Histogram] = field(default_factory=lambda: {phase: Histogram() for phase in PHASES})
-    replies: Replies = field(default_factory=Replies)
-    """Replies by phase and code."""
+    replies: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Replies by phase and code. A Counter would cost as much as everything else that a reply costs."""
     errors: Counter[str] = field(default_factory=Counter)
     """Connections that ended with an error, by kind."""
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -277,7 +270,7 @@ class Counts:
         self.has_given_up |= report["has_given_up"]
         self.cpu += report["cpu"]
         for phase, code, count in report["replies"]:
-            self.replies[phase, code] += count
+            self.replies[phase, code] = self.replies.get((phase, code), 0) + count
         self.errors.update(report["errors"])
         for kind, examples in report["examples"].items():
             for example in examples:

@@ -13,17 +13,16 @@ import itertools
 import resource
 import ssl
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from time import perf_counter, perf_counter_ns
-from typing import Final
+from typing import Any, Final
 
 import trio
 
 from penstock.load.counts import Counts, Interval
+from penstock.load.jobs import JobSource
 from penstock.load.pace import Pace
 from penstock.load.plan import Plan, Target
-from penstock.load.pool import Job
 from penstock.load.resolve import resolved
 from penstock.load.runner import run_session
 from penstock.load.session import Session
@@ -67,29 +66,20 @@ class Generator:
         self.tls_sessions: dict[Target, ssl.SSLSession | None] = {}
         self.last_interval: Interval | None = None
         """What was counted in the last second, once the run is over."""
-        self._number = number or itertools.count(1).__next__
         self._on_interval = on_interval
         self._total = plan.total
-        self._is_open_loop = plan.is_open_loop
-        self._thinks = plan.think > 0
         self._targets: list[Target] = []
-        self._text_of = text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking)
+        self.jobs = JobSource(
+            plan.total,
+            number or itertools.count(1).__next__,
+            text_of(plan.size, plan.folder, plan.seed, chunking=plan.chunking),
+            is_open_loop=plan.is_open_loop,
+        )
         self._sessions: list[Session] = []
         self._idle: list[Session] = []
         """Sessions that wait for a message to be due."""
         self._thinking: dict[Session, trio.CancelScope] = {}
-        self._rested: set[Session] = set()
-        """Sessions whose think time is over."""
-        self._started = 0
-        """Messages that were given to a session."""
-        self._promised = 0
-        """Sessions that connect and have not asked for a message yet."""
-        self._intended: deque[int] = deque()
-        self._is_pacing = plan.is_open_loop
-        """There are messages that are not due yet."""
         self._pace: Pace | None = None
-        self.is_stopping = False
-        """`stop` was called."""
         self._open = 0
         self._failures = 0
         """Connections in a row that completed no message."""
@@ -115,17 +105,26 @@ class Generator:
         """Failed messages so far."""
         return self.counts.failed
 
+    def so_far(self) -> dict[str, Any] | None:
+        """Return what was counted until now, as `Counts.as_report` does; None during the warm-up."""
+        return None if self.plan.warm_up and self.warm_up is None else self.counts.as_report()
+
     @property
     def is_over(self) -> bool:
         """The last session has ended."""
         return self._over.is_set()
 
+    @property
+    def is_stopping(self) -> bool:
+        """`stop` was called."""
+        return self.jobs.is_stopping
+
     def stop(self) -> None:
         """Start no more messages; those in flight may end. Messages that wait for a session are dropped and counted."""
-        self.is_stopping = True
+        self.jobs.is_stopping = True
         self._stopped.set()
-        self.counts.dropped += len(self._intended)
-        self._intended.clear()
+        self.counts.dropped += len(self.jobs.intended)
+        self.jobs.intended.clear()
         self._end_pace()
         for session in list(self._thinking):
             self._rest(session)
@@ -137,56 +136,29 @@ class Generator:
 
     # ---- called by sessions
 
-    def next_job(self, session: Session) -> Job | None:
-        """Return the next message; None if there is none now."""
-        if session.is_promised:
-            session.is_promised = False
-            self._promised -= 1
-        if self.is_stopping or self._started == self._total:
-            return None
-        if self._thinks:
-            if self._has_to_think(session):
-                return None
-            self._rested.discard(session)
-        intended = 0
-        if self._is_open_loop:
-            if not self._intended:
-                return None
-            intended = self._intended.popleft()
-        self._started += 1
-        number = self._number()
-        return Job(number, self._text_of(number), intended)
-
     def wait_for_job(self, session: Session) -> bool:
         """Call `begin` when there is a message. Return False if there will be none."""
-        if not self.is_stopping and self._started != self._total and self._has_to_think(session):
+        if self.jobs.has_more and session.has_to_think:
             scope = self._thinking[session] = trio.CancelScope()
             self._nursery.start_soon(self._think, session, scope)
             return True
-        if not self._is_pacing:
+        if not self.jobs.is_pacing:
             return False
         self._idle.append(session)
         return True
 
-    def continue_now(self, session: Session) -> bool:
-        """Note that a connection has ended, if the next is due now. Otherwise note nothing, and return False."""
-        if not session.concluded or self._thinks or not self._has_work():
-            return False
+    def on_success(self) -> None:
+        """Note that a connection has completed a message: the target can be reached."""
         self._failures = 0
-        self._promise(session)
-        return True
 
     async def next_connection(self, session: Session) -> bool:
         """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
         self._open -= 1
-        if session.is_promised:
-            session.is_promised = False
-            self._promised -= 1
+        session.release()
         if session in self._idle:
             self._idle.remove(session)
         if session in self._thinking:
             self._thinking.pop(session).cancel()
-        self._rested.discard(session)
         if session.concluded:
             self._failures = 0
         else:
@@ -194,18 +166,18 @@ class Generator:
         if self._failures > _MAX_FAILURES * self.plan.sessions:
             self.counts.has_given_up = True
             self.stop()
-        if not self._has_work():
+        if not self.jobs.has_work():
             self._finish_if_idle()
             return False
         self._open += 1
         # No message waits for a target that may be gone for good, or for a session that thinks.
         pause = _RETRY if self._failures else self.plan.think
         if not pause:
-            self._promise(session)
+            session.promise()
             return True
         with trio.move_on_after(pause):
             await self._stopped.wait()
-        if self._has_work():
+        if self.jobs.has_work():
             return True
         self._open -= 1
         self._finish_if_idle()
@@ -215,23 +187,6 @@ class Generator:
         if self._open == 0:
             self._over.set()
 
-    def _promise(self, session: Session) -> None:
-        """Reserve a message for a session that connects."""
-        session.is_promised = True
-        self._promised += 1
-
-    def _has_work(self) -> bool:
-        if self.is_stopping:
-            return False
-        return self._is_pacing or (
-            len(self._intended) > self._promised
-            if self._is_open_loop
-            else self._total is None or self._started + self._promised < self._total
-        )
-
-    def _has_to_think(self, session: Session) -> bool:
-        return self._thinks and session.concluded > 0 and session not in self._rested
-
     async def _think(self, session: Session, scope: trio.CancelScope) -> None:
         with scope:
             await trio.sleep(self.plan.think)
@@ -240,7 +195,7 @@ class Generator:
     def _rest(self, session: Session) -> None:
         """End the think time of a session."""
         del self._thinking[session]
-        self._rested.add(session)
+        session.is_rested = True
         session.begin()
 
     # ---- the run
@@ -280,7 +235,7 @@ class Generator:
         plan = self.plan
         if self._total is not None and (plan.is_open_loop or plan.duration is None):  # else the time decides how many
             dropped = counts.dropped + (self.warm_up.dropped if self.warm_up is not None else 0)
-            counts.unsent = max(0, self._total - self._started - dropped)
+            counts.unsent = max(0, self._total - self.jobs.started - dropped)
         self.last_interval = counts.tick(0, is_last=True)
         self.poller.close()
         gc.unfreeze()
@@ -293,7 +248,9 @@ class Generator:
             nursery.start_soon(self._tick)
             nursery.start_soon(self._sweep)
             self._open = len(self._sessions)
-            if plan.is_open_loop:
+            if self._total == 0:  # one of several processes, with less messages than processes
+                self.stop()
+            elif plan.is_open_loop:
                 self._pace = Pace(
                     self.poller, plan.schedule, self._total, self._due, first=plan.worker, step=plan.workers
                 )
@@ -307,11 +264,12 @@ class Generator:
         """Start the sessions, in a closed loop evenly within the ramp."""
         pause = 0.0 if self.plan.is_open_loop else self.plan.ramp / len(self._sessions)
         for session in self._sessions:
-            self._promise(session)
+            session.promise()
         for number, session in enumerate(self._sessions):
             if self.is_stopping:
                 self._open -= len(self._sessions) - number
-                self._promised -= len(self._sessions) - number
+                for unused in self._sessions[number:]:
+                    unused.release()
                 self._finish_if_idle()
                 return
             self._nursery.start_soon(run_session, session)
@@ -328,13 +286,14 @@ class Generator:
 
     def _due(self, at: int) -> None:
         """Give a message that is due to an idle session, or let it wait."""
-        if len(self._intended) >= _MAX_WAITING:
+        intended = self.jobs.intended
+        if len(intended) >= _MAX_WAITING:
             self.counts.dropped += 1
-        elif self.plan.give_up_at is not None and len(self._intended) >= self.plan.give_up_at:
+        elif self.plan.give_up_at is not None and len(intended) >= self.plan.give_up_at:
             self.counts.dropped += 1
             self.stop()
         else:
-            self._intended.append(at)
+            intended.append(at)
             if self._idle:
                 self._idle.pop().begin()
             else:
@@ -344,7 +303,7 @@ class Generator:
 
     def _end_pace(self) -> None:
         """No more messages become due: idle sessions send QUIT."""
-        self._is_pacing = False
+        self.jobs.is_pacing = False
         if self._pace is not None:
             self._pace.close()
             self._pace = None

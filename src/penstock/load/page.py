@@ -11,13 +11,13 @@ from typing import Any, Final
 from penstock.load import plot
 from penstock.load.compare import VERDICTS, Change, failed, overall, seconds_of
 from penstock.load.counts import PHASES
-from penstock.load.report import rows_of
+from penstock.load.report import failure_text, notes_of, rows_of
 from penstock.load.units import milliseconds
 
 Report = Mapping[str, Any]
 _COLUMNS: Final = (("p50", "p50"), ("p90", "p90"), ("p95", "p95"), ("p99", "p99"), ("p99_9", "p99.9"), ("max", "max"))
 _MAX_KINDS: Final = 6
-"""Kinds of errors that are told apart in the plot over time."""
+"""Kinds of errors that are distinguished in the plot over time."""
 _CLASSES: Final = {2: "c", 3: "a", 4: "b", 5: "d"}
 """Colours of replies, by their first digit."""
 
@@ -80,6 +80,7 @@ def page(report: Report) -> str:
 <p>{when:%Y-%m-%d %H:%M:%S} UTC, {escape(report["machine"])}</p>
 <p><code>{escape(report["command"])}</code></p>
 {_tiles(report)}
+{_notes(report)}
 {_threshold_table(report)}{_search_table(report)}
 <h2>Latency of a message, by second</h2>{_latency_plot(report)}
 <h2>Messages per second</h2>{_rate_plot(report)}
@@ -96,8 +97,8 @@ def comparison_page(first: Report, second: Report, changes: Sequence[Change], na
     runs = list(zip(names, (first, second), strict=True))
     verdict = overall(changes)
     rows = [
-        [*map(escape, cells), f'<span class="{verdict}">{verdict}</span>' if verdict else ""]
-        for *cells, verdict in rows_of(changes)
+        [*map(escape, cells), f'<span class="{verdict}">{verdict}</span>' if verdict else "", noise]
+        for *cells, noise, verdict in rows_of(changes)  # a phone shows the first five columns
     ]
     commands = "".join(
         f"<dt>{escape(name)}</dt><dd><code>{escape(report['command'])}</code></dd>" for name, report in runs
@@ -107,7 +108,7 @@ def comparison_page(first: Report, second: Report, changes: Sequence[Change], na
         f"""<h1>penstock load <span class="dim">comparison</span></h1>
 <dl>{commands}</dl>
 <p><b class="{verdict}">{VERDICTS[verdict]}</b> A change counts when it exceeds the noise.</p>
-{_table(["", "first", "second", "change", "noise", "verdict"], rows)}
+{_table(["", "first", "second", "change", "verdict", "noise"], rows)}
 <h2>Latency by percentile</h2>{_spectrum(runs)}
 <h2>Latency of a message, by second</h2>{_overlay(runs, "p99", "p50")}
 <h2>Messages per second</h2>{_overlay_rates(runs)}""",
@@ -140,6 +141,13 @@ def _tiles(report: Report) -> str:
     return '<div class="tiles">{}</div>'.format(
         "".join(f'<div class="tile{kind}"><b>{value}</b>{name}</div>' for value, name, kind in tiles)
     )
+
+
+def _notes(report: Report) -> str:
+    notes = [text for text, _ in notes_of(report)]
+    if failed(report):
+        notes.insert(0, f"{failed(report):,} failed: {failure_text(report)}")
+    return "<p>" + "<br>".join(map(escape, notes)) + "</p>" if notes else ""
 
 
 # ---- plots

@@ -150,6 +150,8 @@ class Plan:
             raise PlanError(f"--workers {self.workers} needs as many --sessions and --messages")
         if self.tls == "none" and self.ca_file is not None:
             raise PlanError("--ca-file needs --tls")
+        if self.tls == "none" and not self.resumption:
+            raise PlanError("--no-resumption needs --tls")
         self._check_names()
 
     def _check_names(self) -> None:

@@ -1,6 +1,6 @@
 """Plots for reports: an SVG that is stretched to the width there is, and labels as HTML, which keep their size.
 
-So a plot is as readable on a phone as on a desk. There is no script; every value that is given is drawn.
+So a plot is as readable on a phone as on a desktop. There is no script; every value that is given is drawn.
 """
 
 from __future__ import annotations

@@ -27,25 +27,42 @@ def summary_table(report: Report) -> Group:
     head.append(f", {report['octets'] / 1e6:,.1f} MB, {report['connections']:,} connections", style="not bold")
     if failures:
         head.append(f"\n{failures:,} failed", style="bold red")
-        head.append(
-            f": {report['refused']:,} refused, {report['lost']:,} without a reply, {report['dropped']:,} dropped, "
-            f"{report['unsent']:,} not started"
-        )
-    if report["has_given_up"]:
-        head.append("\nrun given up: too many connections in a row failed", style="bold red")
-    if report["late"]:
-        head.append(f"\n{report['late']:,} messages waited for a free session", style="yellow")
-    if report["seconds"] > 1 and report["cpu"] > _BUSY * report["seconds"] * report["workers"]:
-        share = report["cpu"] / report["seconds"] / report["workers"]
-        head.append(f"\nthe generator itself was busy ({share:.0%} of a core): use more --workers", style="yellow")
-    if report.get("warm_up"):
-        head.append(f"\nwarm-up of {report['warm_up']['seconds']:g} s not counted", style="dim")
+        head.append(f": {failure_text(report)}")
+    for text, style in notes_of(report):
+        head.append(f"\n{text}", style=style)
     if "sustainable_rate" in report:
         head.append(f"\nhighest sustainable rate: {report['sustainable_rate']:,.4g}/s", style="bold")
-    parts: list[RenderableType] = [head, "", _latency_table(report), *_failure_table(report)]
+    parts: list[RenderableType] = [head]
+    if report["phases"]:
+        parts += ["", _latency_table(report)]
+    parts += _failure_table(report)
     if report.get("thresholds"):
         parts += ["", _threshold_table(report)]
     return Group(*parts)
+
+
+def failure_text(report: Report) -> str:
+    """Return what became of the messages that failed."""
+    return (
+        f"{report['refused']:,} refused, {report['lost']:,} without a reply, {report['dropped']:,} dropped, "
+        f"{report['unsent']:,} not started"
+    )
+
+
+def notes_of(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield what limits the meaning of the figures, and the style of each note on a terminal."""
+    if report["has_given_up"]:
+        yield "run given up: too many connections in a row failed", "bold red"
+    if report["interrupted"]:
+        threshold = report.get("aborted_by")
+        yield "stopped by a signal" if threshold is None else f"stopped: {threshold} was violated", "bold red"
+    if report["late"]:
+        yield f"{report['late']:,} messages waited for a free session", "yellow"
+    if report["seconds"] > 1 and report["cpu"] > _BUSY * report["seconds"] * report["workers"]:
+        share = report["cpu"] / report["seconds"] / report["workers"]
+        yield f"the generator itself was busy ({share:.0%} of a core): use more --workers", "yellow"
+    if report.get("warm_up"):
+        yield f"warm-up of {report['warm_up']['seconds']:g} s not counted", "dim"
 
 
 def _latency_table(report: Report) -> Table:
@@ -93,6 +110,10 @@ def comparison_table(changes: Sequence[Change]) -> Group:
     return Group(table, "", Text(VERDICTS[verdict], style=f"bold {_COLOURS[verdict]}"))
 
 
+def _precision(part: float) -> str:
+    return ",.0" if abs(part) >= 1 else ".1"
+
+
 def rows_of(changes: Sequence[Change]) -> Iterator[tuple[str, str, str, str, str, str]]:
     """Yield each change as text: name, first, second, change, noise, verdict."""
     for each in changes:
@@ -102,7 +123,7 @@ def rows_of(changes: Sequence[Change]) -> Iterator[tuple[str, str, str, str, str
             f"{each.metric}{unit}",
             form.format(each.first * scale),
             form.format(each.second * scale),
-            "" if each.change is None else f"{each.change:+.1%}",
-            "" if each.noise is None else f"±{each.noise:.1%}",
+            "" if each.change is None else f"{each.change:+{_precision(each.change)}%}",
+            "" if each.noise is None else f"±{each.noise:{_precision(each.noise)}%}",
             each.verdict or "",
         )

@@ -1,4 +1,4 @@
-"""The task of a session: it makes connections, negotiates TLS, and sleeps while the poller takes the turns.
+"""The task of a session: it makes connections, negotiates TLS, and is parked while the poller handles the replies.
 
 What is sent and counted is in penstock.load.session.
 """

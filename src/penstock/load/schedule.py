@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from penstock.load.units import parse_duration
 
+MAX_RATE = 1e6
+"""The highest rate, in messages per second."""
 _ROUNDING = 1e-9
 """Messages by which a sum of products may miss a whole number."""
 
@@ -82,14 +84,6 @@ class Schedule:
                 return piece.begin + (2 * wanted / (piece.first_rate + root) if wanted > 0 else 0.0)
         return math.inf
 
-    def rate_at(self, seconds: float) -> float:
-        """Return the rate at a time; 0 beyond the end."""
-        for piece in self._pieces:
-            if piece.begin <= seconds < piece.begin + piece.seconds:
-                part = 0.0 if math.isinf(piece.seconds) else (seconds - piece.begin) / piece.seconds
-                return piece.first_rate + (piece.last_rate - piece.first_rate) * part
-        return 0.0
-
 
 def parse_stages(text: str) -> list[Stage]:
     """Read "10s:100,60s:1000,10s:0": durations and the rates at their ends. Raise ValueError."""
@@ -98,6 +92,8 @@ def parse_stages(text: str) -> list[Stage]:
         duration, colon, rate = part.strip().partition(":")
         if not colon or not rate.replace(".", "", 1).isdecimal() or not rate.isascii() or len(rate) > 12:
             raise ValueError(f"stages look like 10s:100,60s:1000,10s:0 (DURATION:RATE,...), not {text!r}")
+        if float(rate) > MAX_RATE:
+            raise ValueError(f"{part.strip()}: the highest rate is {MAX_RATE:,.0f}/s")
         stages.append(Stage(parse_duration(duration), float(rate)))
     if not Schedule(stages).total:
         raise ValueError(f"{text}: these stages start no message")

@@ -22,8 +22,9 @@ from penstock.smtp.client_session import ClientSession, ClientTransaction, Step
 
 if TYPE_CHECKING:
     from penstock.load.counts import Counts
+    from penstock.load.generator import Generator
+    from penstock.load.jobs import Job
     from penstock.load.plan import Plan, Target
-    from penstock.load.pool import Job, SessionPool
     from penstock.load.texts import Text
     from penstock.metrics._histogram import Histogram
     from penstock.net.client import ClientConnection
@@ -57,7 +58,7 @@ _HANDSHAKE: Final = Step.HANDSHAKE
 class Session:
     """Connections to a target, one at a time."""
 
-    def __init__(self, pool: SessionPool, target: Target, source: str) -> None:
+    def __init__(self, pool: Generator, target: Target, source: str) -> None:
         plan = pool.plan
         self.pool = pool
         self.target = target
@@ -65,8 +66,9 @@ class Session:
         """The IP address to connect from; "" for any."""
         self.asked_at = 0
         """When the last commands were sent, in nanoseconds of the clock."""
-        self.is_promised = False
-        """A message is kept for it."""
+        self._is_promised = False
+        self.is_rested = False
+        """Its think time is over."""
         self.concluded = 0
         """Messages of this connection that were answered."""
         self.is_done = False
@@ -83,6 +85,8 @@ class Session:
         self._text: Text | None = None
         self._text_sent = b""
         self._plan = plan
+        self._jobs = pool.jobs
+        self._thinks = plan.think > 0
         self._pipelining = plan.pipelining
         self._chunking = plan.chunking
         self._has_header = plan.header
@@ -92,8 +96,8 @@ class Session:
         self._port = target.port
         self._sender = plan.sender
         self._tag = sequence.mark(plan.run, 0)[:-1]
-        self._recipients = [recipient.encode() for recipient in plan.to]
-        self._recipient_count = plan.recipients
+        self._rcpts = [_rcpts(recipient.encode(), plan.recipients) for recipient in plan.to]
+        """The RCPTs of a message, for each recipient of the plan."""
         self._counts: Counts | None = None
         self._histograms: dict[Step, Histogram] = {}
 
@@ -103,10 +107,26 @@ class Session:
         return self.connection is not None and self.protocol.step is not _READY
 
     def time_out(self, seconds: float) -> None:
-        """End the connection: nothing has come for this time."""
+        """End the connection: nothing was received for this time."""
         assert self.connection is not None
         self.timed_out = f"no reply within {seconds:g} s"
         self.connection.close_nowait()
+
+    @property
+    def has_to_think(self) -> bool:
+        """Its think time is due before the next message."""
+        return self._thinks and self.concluded > 0 and not self.is_rested
+
+    def promise(self) -> None:
+        """Reserve a message while the session connects."""
+        self._is_promised = True
+        self._jobs.promised += 1
+
+    def release(self) -> None:
+        """Give up the reserved message, if there is one."""
+        if self._is_promised:
+            self._is_promised = False
+            self._jobs.promised -= 1
 
     # ---- the life of a connection
 
@@ -114,6 +134,7 @@ class Session:
         """Note that a connection is begun."""
         self.pool.counts.connections += 1
         self.concluded = 0
+        self.is_rested = False
         self._left = self._plan.per_connection or -1
         self.timed_out = ""
         self._begun_at = self.asked_at = now()
@@ -151,9 +172,10 @@ class Session:
 
     def _replace(self) -> bool:
         """Begin the next connection if it is due now. Return whether it is made, and in use."""
-        pool = self.pool
-        if not self._can_replace or not pool.continue_now(self):
+        if not self._can_replace or not self.concluded or self._thinks or not self._jobs.has_work():
             return False
+        self.pool.on_success()
+        self.promise()
         self.finish()
         self.start()
         fd, code = open_connection(self._address, self._port)
@@ -221,9 +243,12 @@ class Session:
     def _next(self) -> bytes:
         """Return the commands of the next message, or QUIT; nothing while a message is waited for."""
         if self._left:
-            job = self.pool.next_job(self)
-            if job is not None:
-                return self._begin(job)
+            self.release()
+            if not self._thinks or not self.has_to_think:
+                self.is_rested = False
+                job = self._jobs.take()
+                if job is not None:
+                    return self._begin(job)
             if self.pool.wait_for_job(self):
                 return b""
         return self.protocol.quit()
@@ -251,19 +276,12 @@ class Session:
         sender = self._sender or f"{self._tag}{job.number}@load.invalid"
         transaction = ClientTransaction(
             f"MAIL FROM:<{sender}>\r\n".encode(),
-            self._rcpts(job),
+            self._rcpts[(job.number - 1) % len(self._rcpts)],
             pipelining=self._pipelining,
             chunking=self._chunking,
             lmtp=self._plan.lmtp,
         )
         return self.protocol.begin(transaction)
-
-    def _rcpts(self, job: Job) -> list[bytes]:
-        recipient = self._recipients[(job.number - 1) % len(self._recipients)]
-        if self._recipient_count == 1:
-            return [b"RCPT TO:<" + recipient + b">\r\n"]
-        local, _, domain = recipient.rpartition(b"@")
-        return [b"RCPT TO:<%b%d@%b>\r\n" % (local, n, domain) for n in range(self._recipient_count)]
 
     def _text_of(self, transaction: ClientTransaction) -> bytes:
         """Return the text as it is sent, with its end."""
@@ -295,6 +313,14 @@ class Session:
             counts.octets += job.text.size
         else:
             counts.refused += 1
+
+
+def _rcpts(recipient: bytes, count: int) -> list[bytes]:
+    """Return the RCPTs of a message; several recipients have a number in their local part."""
+    if count == 1:
+        return [b"RCPT TO:<" + recipient + b">\r\n"]
+    local, _, domain = recipient.rpartition(b"@")
+    return [b"RCPT TO:<%b%d@%b>\r\n" % (local, n, domain) for n in range(count)]
 
 
 def _check_capabilities(plan: Plan, session: ClientSession) -> None:

@@ -98,4 +98,7 @@ def _number(text: str, metric: str, bound: str) -> float:
     if found is None or found[2] not in (None, unit):
         example = "rate>=1000" if metric == "rate" else "error_rate<0.1%"
         raise PlanError(f"threshold {text!r}: {bound!r} is not a bound of {metric}; write for example {example}")
-    return float(found[1]) / (100 if found[2] == "%" else 1)
+    number = float(found[1]) / (100 if found[2] == "%" else 1)
+    if metric == "error_rate" and number > 1:
+        raise PlanError(f"threshold {text!r}: an error rate is at most 100%; without %, it is a fraction of 1")
+    return number

@@ -1,11 +1,14 @@
 """Header fields and the canonical forms of DKIM (RFC 6376 3.4). The source is ext/mailauth.pyx."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from typing_extensions import Buffer
 
+T = TypeVar("T")
+
 class Field:
-    """Where a field stands in the header."""
+    """Position of a field in the header."""
 
     @property
     def name(self) -> bytes:
@@ -24,7 +27,7 @@ class Header:
     """A header, split once and read by all checks."""
 
     def __init__(self, octets: bytes) -> None:
-        """`octets` are the lines of the header, without the empty line behind them."""
+        """`octets` are the lines of the header, without the empty line after them."""
     @property
     def octets(self) -> bytes:
         """The lines."""
@@ -53,6 +56,18 @@ def split_tags(value: bytes) -> dict[str, str] | None:
 def squeeze(text: str) -> str:
     """Return a text without blanks and folds; the same object if it has none."""
 
+def quote(text: str) -> str:
+    """Return a value as a token or a quoted string (RFC 8601 2.2); octets that are not printable ASCII become "?".
+
+    At most 320 characters of it are used.
+    """
+
+def authentication_results(authserv_id: str, results: Iterable[tuple[str, str, tuple[tuple[str, str], ...]]]) -> bytes:
+    """Return the field with its CRLF, folded; "none" if there are no results (RFC 8601 2.2).
+
+    Each result is a method, its result, and properties with their values; those without a value are left out.
+    """
+
 def relaxed_field(name: bytes, value: bytes) -> bytes:
     """Return a field in the relaxed form, with its CRLF (RFC 6376 3.4.2); `name` is in lower case already."""
 
@@ -68,3 +83,25 @@ class BodyCanonicalizer:
 
     def finish(self) -> None:
         """Take the end of the body: it ends in one CRLF, and an empty relaxed body is empty (RFC 6376 3.4.3, 3.4.4)."""
+
+def milter_packets(header: Header, keeps_blank: bool) -> list[bytes]:
+    """Return SMFIC_HEADER of the milter protocol for each field: its name and its value, each ended by NUL.
+
+    Lines of a value are separated by LF, as sendmail has them; `keeps_blank`: it keeps the blank after the colon.
+    """
+
+def milter_packet(code: bytes, *parts: bytes) -> bytes:
+    """Return a packet of the milter protocol: its length, its code of one octet, and its data."""
+
+def milter_text(value: str) -> bytes:
+    """Return a string as the milter protocol has it, ended by NUL; those in it are left out."""
+
+def milter_macros(code: bytes, values: Iterable[tuple[str, str]]) -> bytes:
+    """Return SMFIC_MACRO for the command that follows; macros without a value are left out, b"" for none."""
+
+def milter_split(octets: bytes, packet: type[T], most: int) -> tuple[list[T], int, int]:
+    """Return the packets at the beginning of octets, how many octets they have, and the length of one that is invalid.
+
+    Each packet is made as a `packet`, a named tuple of its code and its data. A length is invalid if it is 0 or above
+    `most`; -1 if there is none.
+    """

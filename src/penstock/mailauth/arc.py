@@ -21,7 +21,7 @@ from penstock.mailauth.dkim import (
     parse_tags,
     verify_digest,
 )
-from penstock.mailauth.header import Field, Header
+from penstock.mailauth.header import Field, Header, canonical_domain
 from penstock.mailauth.lookup import Answer
 
 Result = Literal["none", "pass", "fail", "temperror"]
@@ -57,7 +57,9 @@ class _Seal:
             raise Invalid("permerror", "t= is not a number")
         self.field = field
         self.chain = tags["cv"].lower()
-        self.domain = tags["d"].lower()
+        self.domain = canonical_domain(tags["d"])
+        if not self.domain:
+            raise Invalid("permerror", "d= of a seal is not a domain")
         self.question = f"{tags['s'].lower()}._domainkey.{self.domain}"
         self.signature = decode_base64(tags["b"])
 

@@ -64,8 +64,7 @@ class Decisions(NamedTuple):
 _NOTHING: Final = Decisions()
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(NamedTuple):
     """What the checks found for a message."""
 
     author_domains: tuple[str, ...]

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
 from penstock.mailauth import _header
 from penstock.mailauth._header import squeeze
-from penstock.mailauth.header import Field, Header
+from penstock.mailauth.header import Field, Header, canonical_domain
 from penstock.mailauth.lookup import Answer
 
 Result = Literal["pass", "fail", "policy", "temperror", "permerror"]
@@ -39,6 +39,7 @@ _MAX_SIGNATURE: Final = 16_384
 
 _PADDING: Final = padding.PKCS1v15()
 _SHA256: Final = Prehashed(hashes.SHA256())
+_REQUIRED: Final = {"a", "b", "bh", "d", "s"}
 _DIGITS: Final = re.compile(r"[0-9]{1,12}")
 _ALGORITHMS: Final = {"rsa-sha256": "rsa", "ed25519-sha256": "ed25519", "rsa-sha1": "rsa"}
 
@@ -72,6 +73,9 @@ class Key(NamedTuple):
 
     public: PublicKey
     flags: frozenset[str]
+    is_rsa: bool
+    size: int
+    """Bits of an RSA key."""
 
 
 def parse_tags(value: bytes) -> dict[str, str]:
@@ -104,15 +108,19 @@ class Signature:
         if len(value) > _MAX_SIGNATURE:
             raise Invalid("permerror", "the signature is too long")
         tags = self.tags = parse_tags(value)
-        self.domain = squeeze(tags.get("d", "")).lower().rstrip(".")
+        self.domain = canonical_domain(squeeze(tags.get("d", "")))  # RFC 8616 5: it may have U-labels
         self.selector = squeeze(tags.get("s", "")).lower()
+        self.question = f"{self.selector}._domainkey.{self.domain}"
+        """The name whose TXT record is the key."""
 
     def read(self) -> None:
         """Read the values of the tags. Raise Invalid."""
         tags, is_arc = self.tags, self._is_arc
-        for name in ("a", "b", "bh", "d", "s"):
-            if not tags.get(name):
-                raise Invalid("permerror", f"no tag {name}=")
+        if not tags.keys() >= _REQUIRED or not (tags["a"] and tags["b"] and tags["bh"] and tags["d"] and tags["s"]):
+            missing = next(name for name in ("a", "b", "bh", "d", "s") if not tags.get(name))
+            raise Invalid("permerror", f"no tag {missing}=")
+        if not self.domain:
+            raise Invalid("permerror", "d= is not a domain")
         if "h" not in tags or not (tags["h"] or is_arc):
             raise Invalid("permerror", "no tag h=")
         if not is_arc and tags.get("v") != "1":
@@ -134,14 +142,9 @@ class Signature:
             raise Invalid("permerror", "unknown query method")
         self.identity_domain = self.domain
         if not is_arc and "i" in tags:
-            self.identity_domain = squeeze(tags["i"]).rpartition("@")[2].lower().rstrip(".")
+            self.identity_domain = canonical_domain(squeeze(tags["i"]).rpartition("@")[2])
             if self.identity_domain != self.domain and not self.identity_domain.endswith("." + self.domain):
                 raise Invalid("permerror", "i= is not below d=")
-
-    @property
-    def question(self) -> str:
-        """Return the name whose TXT record is the key."""
-        return f"{self.selector}._domainkey.{self.domain}"
 
     def check_policy(self, now: int) -> None:
         """Raise Invalid for what no key can make good."""
@@ -158,7 +161,7 @@ class Signature:
 
     def verify(self, header: Header, key: Key) -> None:
         """Check the signature itself. Raise Invalid."""
-        if isinstance(key.public, rsa.RSAPublicKey) != (_ALGORITHMS[self.algorithm] == "rsa"):
+        if key.is_rsa != (_ALGORITHMS[self.algorithm] == "rsa"):
             raise Invalid("permerror", "the key is for another algorithm")
         if "s" in key.flags and self.identity_domain != self.domain:
             raise Invalid("permerror", "the key does not allow subdomains in i=")
@@ -168,12 +171,12 @@ class Signature:
 def verify_digest(key: Key, signature: bytes, digest: bytes) -> None:
     """Check a signature of a SHA-256. Raise Invalid."""
     try:
-        if isinstance(key.public, rsa.RSAPublicKey):
-            if not MIN_RSA <= key.public.key_size <= MAX_RSA:
-                raise Invalid("policy", f"an RSA key of {key.public.key_size} bits")
-            key.public.verify(signature, digest, _PADDING, _SHA256)
+        if key.is_rsa:
+            if not MIN_RSA <= key.size <= MAX_RSA:
+                raise Invalid("policy", f"an RSA key of {key.size} bits")
+            key.public.verify(signature, digest, _PADDING, _SHA256)  # type: ignore[call-arg]
         else:
-            key.public.verify(signature, digest)
+            key.public.verify(signature, digest)  # type: ignore[call-arg]
     except InvalidSignature:
         raise Invalid("fail", "the signature does not match") from None
 
@@ -198,7 +201,7 @@ def _number(tags: dict[str, str], name: str) -> int:
 def key_of(answer: Answer | None) -> Key:
     """Return the key in an answer of the DNS. Raise Invalid."""
     if answer is None or answer.status == "failed":
-        raise Invalid("temperror", "the key cannot be had now")
+        raise Invalid("temperror", "the key is temporarily unavailable")
     if not answer.records:
         raise Invalid("permerror", "no key")
     error: Invalid | None = None
@@ -238,13 +241,13 @@ def _read_key(record: bytes) -> Key:
     kind = tags.get("k", "rsa").lower()
     try:
         if kind == "ed25519":
-            return Key(ed25519.Ed25519PublicKey.from_public_bytes(octets), _words(tags.get("t", "")))
+            return Key(ed25519.Ed25519PublicKey.from_public_bytes(octets), _words(tags.get("t", "")), False, 256)
         key = serialization.load_der_public_key(octets) if kind == "rsa" else None
     except (ValueError, UnsupportedAlgorithm):
         raise Invalid("permerror", "malformed key") from None
     if not isinstance(key, rsa.RSAPublicKey):
         raise Invalid("permerror", "unknown type of key")
-    return Key(key, _words(tags.get("t", "")))
+    return Key(key, _words(tags.get("t", "")), True, key.key_size)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -259,6 +262,7 @@ class BodyHashes:
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[bool, int | None], _BodyHash] = {}
+        self._is_finished = False
 
     def want(self, *, relaxed: bool, length: int | None = None) -> None:
         """Have a hash made; before the first octet of the body."""
@@ -270,9 +274,11 @@ class BodyHashes:
             each.feed(chunk)
 
     def finish(self) -> None:
-        """Take the end of the body."""
-        for each in self._hashes.values():
-            each.finish()
+        """Take the end of the body, once."""
+        if not self._is_finished:
+            self._is_finished = True
+            for each in self._hashes.values():
+                each.finish()
 
     def digest(self, *, relaxed: bool, length: int | None = None) -> tuple[bytes, int]:
         """Return a hash, and the octets of the whole canonical body."""
@@ -321,7 +327,7 @@ class DkimVerifier:
     def __init__(self, header: Header, *, now: int, author: str = "", hashes: BodyHashes | None = None) -> None:
         """`author` is the domain of From: signatures of it, and of domains above and below, are evaluated first.
 
-        `now` is in seconds since 1970. `hashes` may be shared with other checks; then `feed` them there.
+        `now` is in seconds since 1970. `hashes` take the body, and may be shared with other checks.
         """
         self._header = header
         self.hashes = hashes or BodyHashes()
@@ -342,10 +348,6 @@ class DkimVerifier:
                     self.questions.append(each.question)
                 self.hashes.want(relaxed=each.is_relaxed_body, length=each.length)
             self._signatures.append(each)
-
-    def feed(self, chunk: bytes | memoryview) -> None:
-        """Take the next piece of the body."""
-        self.hashes.feed(chunk)
 
     def finish(self, answers: Mapping[str, Answer]) -> list[DkimResult]:
         """Return the result of each signature; `answers` are those to `questions`. The body hashes are finished."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from penstock.mailauth import dmarc, results
 from penstock.mailauth.arc import ArcResult, ArcVerifier
@@ -13,16 +13,18 @@ from penstock.mailauth.header import Field, Header, author_domains
 from penstock.mailauth.lookup import Answer, Kind, Query
 from penstock.mailauth.spf import SpfResult
 
+_MAX_KEYS_AHEAD: Final = 8
+"""Keys that are asked for ahead; a message with more signatures and seals waits for the others."""
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+
+class Judgement(NamedTuple):
     """What was found, what is decided, and what the message gets."""
 
     findings: Findings
     arc: ArcResult
     decisions: Decisions
     header_field: bytes
-    """Authentication-Results, with CRLF, to stand above everything else."""
+    """Authentication-Results, with CRLF, for the top of the message."""
     forged: Sequence[Field]
     """Fields to leave out: octet ranges `start` to `stop` of the header."""
 
@@ -45,10 +47,15 @@ class MessageCheck:
 
     @property
     def hints(self) -> list[tuple[str, Kind]]:
-        """Questions that `finish` will ask, 6 at most; asking them while the body arrives saves the wait."""
-        found: list[tuple[str, Kind]] = [(name, "TXT") for name in self._dkim.questions]
-        if self.authors and self.authors[0] and self._settings.dmarc != "off":
-            found.append((f"_dmarc.{self.authors[0]}", "TXT"))
+        """Questions that `finish` will ask, 16 at most; asking them together before saves waits.
+
+        The domain of From may have no record of its own if it is a subdomain: then those above it are asked as well.
+        """
+        found: list[tuple[str, Kind]] = [(name, "TXT") for name in self._questions[:_MAX_KEYS_AHEAD]]
+        author = self.authors[0] if self.authors else ""
+        if author and self._settings.dmarc != "off":
+            names = dmarc.names_to_ask(author) if author.count(".") > 1 else [author]
+            found += [(f"_dmarc.{name}", "TXT") for name in names]
         return found
 
     def feed(self, chunk: bytes | memoryview) -> None:
@@ -63,9 +70,9 @@ class MessageCheck:
         spf: SpfResult | None,
         mail_from: str,
         helo: str,
-        first: Sequence[results.MethodResult] = (),
+        first: Sequence[results.Method] = (),
     ) -> Judgement:
-        """Return the judgement. `first` are results that stand before ours in the field: iprev, auth."""
+        """Return the judgement; may be repeated. `first`: results that come before ours in the field: iprev, auth."""
         self._hashes.finish()
         settings = self._settings
         answers: Mapping[str, Answer] = {name: await query(name, "TXT") for name in self._questions}
@@ -89,23 +96,21 @@ class MessageCheck:
             results.forged_fields(self.header, authserv_id),
         )
 
-    def _methods(self, findings: Findings, arc: ArcResult, mail_from: str, helo: str) -> list[results.MethodResult]:
-        found: list[results.MethodResult] = []
+    def _methods(self, findings: Findings, arc: ArcResult, mail_from: str, helo: str) -> list[results.Method]:
+        found: list[results.Method] = []
         spf = findings.spf
         if spf is not None:
             name, value = ("smtp.mailfrom", mail_from) if spf.identity == "mailfrom" else ("smtp.helo", helo)
-            found.append(results.MethodResult("spf", spf.result, ((name, value),)))
+            found.append(("spf", spf.result, ((name, value),)))
         found += [
-            results.MethodResult("dkim", each.result, (("header.d", each.domain), ("header.s", each.selector)))
-            for each in findings.dkim
+            ("dkim", each.result, (("header.d", each.domain), ("header.s", each.selector))) for each in findings.dkim
         ]
         if not findings.dkim and self._settings.dkim != "off":
-            found.append(results.MethodResult("dkim", "none"))
+            found.append(("dkim", "none", ()))
         if findings.dmarc is not None:
-            domain = (("header.from", findings.dmarc.domain),) if findings.dmarc.domain else ()
-            found.append(results.MethodResult("dmarc", findings.dmarc.result, domain))
+            found.append(("dmarc", findings.dmarc.result, (("header.from", findings.dmarc.domain),)))
         if self._arc is not None:
-            found.append(results.MethodResult("arc", arc.result, self._trust_in(arc)))
+            found.append(("arc", arc.result, self._trust_in(arc)))
         return found
 
     def _trust_in(self, arc: ArcResult) -> tuple[tuple[str, str], ...]:

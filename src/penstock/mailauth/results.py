@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from penstock.mailauth._header import authentication_results, quote
 from penstock.mailauth.header import Field, Header
 
+__all__ = ["NAME", "Method", "MethodResult", "authentication_results", "forged_fields", "quote"]
+
 NAME: Final = b"authentication-results"
-_TOKEN: Final = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`{|}~]+(?:@[A-Za-z0-9.\-_]+)?")  # RFC 2045 5.1, RFC 8601 2.2
-_MAX_VALUE: Final = 320
-_LINE: Final = 78
 _VERSION: Final = re.compile(r"[ \t\r\n;/(]")
+
+
+Method = tuple[str, str, tuple[tuple[str, str], ...]]
+"""What a `MethodResult` is: where many are made, a plain tuple costs less."""
 
 
 class MethodResult(NamedTuple):
@@ -22,38 +25,6 @@ class MethodResult(NamedTuple):
     result: str
     properties: tuple[tuple[str, str], ...] = ()
     """("header.d", "example.org"): values may be text of the client, and are quoted as needed."""
-
-
-def authentication_results(authserv_id: str, results: Iterable[MethodResult]) -> bytes:
-    """Return the field with its CRLF, folded; "none" stands for no results (RFC 8601 2.2)."""
-    pieces = [f"Authentication-Results: {authserv_id}"]
-    column = len(pieces[0])
-    words: list[str] = []
-    for method, result, properties in results:
-        words.append(f";{method}={result}")
-        words += [f" {name}={quote(value)}" for name, value in properties if value]
-    for word in words or [";none"]:
-        if word[0] == ";":  # it ends the method before
-            pieces.append(";")
-            column += 1
-        if column + len(word) >= _LINE:
-            pieces.append("\r\n\t")
-            column = 0
-        else:
-            pieces.append(" ")
-        pieces.append(word[1:])
-        column += len(word)
-    pieces.append("\r\n")
-    return "".join(pieces).encode("ascii")
-
-
-def quote(text: str) -> str:
-    """Return a value as a token or a quoted string (RFC 8601 2.2); octets that are not printable ASCII become "?"."""
-    if _TOKEN.fullmatch(text) and len(text) <= _MAX_VALUE:
-        return text
-    text = "".join(char if " " <= char <= "~" else "?" for char in text[:_MAX_VALUE])
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def forged_fields(header: Header, authserv_id: str) -> list[Field]:

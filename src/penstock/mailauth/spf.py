@@ -3,7 +3,7 @@
 `check` evaluates one identity. Limits (RFC 7208 4.6.4): 10 terms that ask the DNS, 2 of them without an answer, 10
 hosts of an `mx`, 10 names of an address. Parsed records are kept by their text: parsing costs more than evaluating.
 
-A record is public text of a stranger: what is wrong in it is "permerror", what the DNS does not say now "temperror".
+A record is untrusted text: an error in it is "permerror", a missing answer of the DNS "temperror".
 Both are results. Neither is a reason to refuse a message for ever (RFC 7208 8.6, 8.7).
 """
 
@@ -71,6 +71,8 @@ class _Term(NamedTuple):
     """The bits of the network, shifted right by `shift`."""
     shift: int = 0
     lengths: tuple[int, int] = (32, 128)
+    version: int = 0
+    """4 or 6, of the addresses in the network; 0 for other mechanisms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,13 @@ class _Evaluation:
         if record.error:
             raise _PermanentError(f"{domain}: {record.error}")
         for term in record.terms:
-            if await self._matches(term, domain):
+            if term.version:  # most terms are networks
+                matches = (term.version == 6) == self.is_v6 and self.number >> term.shift == term.network
+            elif term.name == "all":
+                matches = True
+            else:
+                matches = await self._matches(term, domain)
+            if matches:
                 if term.result == "fail" and record.explanation and is_outermost:
                     await self._explain(record.explanation, domain)
                 return term.result
@@ -167,11 +175,7 @@ class _Evaluation:
         return result
 
     async def _matches(self, term: _Term, domain: str) -> bool:
-        """Evaluate a mechanism (RFC 7208 5)."""
-        if term.name == "all":
-            return True
-        if term.name in ("ip4", "ip6"):
-            return (term.name == "ip6") == self.is_v6 and self.number >> term.shift == term.network
+        """Evaluate a mechanism that asks the DNS (RFC 7208 5)."""
         self._count()
         target = await self._expand(term.domain, domain) if term.domain else domain
         if term.name == "include":
@@ -268,7 +272,7 @@ class _Evaluation:
         return domain if domain in names else (*below, *names, "unknown")[0]
 
     async def _explain(self, target: str, domain: str) -> None:
-        """Fetch and expand the explanation; whatever is wrong with it, there is none (RFC 7208 6.2)."""
+        """Fetch and expand the explanation; one with errors is ignored (RFC 7208 6.2)."""
         answer = await self.query(await self._expand(target, domain), "TXT")
         if len(answer.records) != 1 or len(answer.records[0]) > MAX_RECORD:
             return
@@ -361,7 +365,7 @@ def _network(name: str, result: Result, rest: str, word: str) -> _Term:
     shift = start.max_prefixlen - int(length or start.max_prefixlen)
     if shift < 0:
         raise _PermanentError(f"invalid prefix length in {word}")
-    return _Term(name, result, network=int(start) >> shift, shift=shift)
+    return _Term(name, result, network=int(start) >> shift, shift=shift, version=start.version)
 
 
 def _domain_spec(text: str) -> str:

@@ -24,7 +24,10 @@ cdef class Metrics:
     cdef tuple latencies            # a Histogram for each phase
     cdef readonly Histogram recent_messages
     cdef readonly Histogram recent_replies
-    cdef readonly uint64_t sessions, open_sessions, peak_sessions
+    cdef readonly uint64_t sessions, open_sessions
+    cdef uint64_t own[2]
+    cdef uint64_t[::1] shared
+    cdef uint64_t *counters         # open sessions of all processes, and their peak
     cdef readonly uint64_t received, sent, replies, accepted, unheard, refused, recipients, text_octets, tls_failed
     cdef readonly dict ends, lost
     cdef readonly object sequences
@@ -50,14 +53,14 @@ cdef class Metrics:
 cdef class SessionMetrics:
     cdef readonly Metrics totals
     cdef int64_t began              # when the octets came that are being answered
-    cdef int64_t said               # when the last reply went out, 0 when that was accounted for
+    cdef int64_t said               # when the last reply was sent, 0 once that is counted
     cdef int64_t text_began
     cdef int64_t tls_began
     cdef public int phase
     cdef bint in_turn, awaits_text, is_listed, has_ended
-    cdef bint is_held               # replies are not what the client hears
+    cdef bint is_held               # replies are replaced by a fault
     cdef bint has_taken             # a message was taken meanwhile
-    cdef bint is_doomed             # a message has begun that will be refused
+    cdef bint expects_refusal             # a message has begun that will be refused
     cdef uint32_t owed              # a bit for each phase that has replies to be sent
     cdef uint32_t owing[PHASE_COUNT]
 
@@ -74,19 +77,28 @@ cdef class SequenceTracker:
     cdef readonly dict runs
     cdef readonly uint64_t unmarked, further
     cdef readonly uint64_t octets
+    cdef uint64_t told_unmarked, told_further
+    cdef bint has_news              # the runs keep what was noted since the last time
     cdef Sequence latest
 
+    cdef Sequence new(self, str run)
     cdef bint note_mark(self, str text) except -1
     cpdef bint note(self, str run, uint64_t number) except -1
 
 
 cdef class Sequence:
     cdef readonly str run
+    cdef bint has_news
     cdef unsigned char *bits
-    cdef size_t size                # octets of `bits`
+    cdef unsigned char *fresh       # what was noted since the last `news`
+    cdef size_t size                # octets of `bits`, and of `fresh`
+    cdef uint64_t told_received, told_out_of_order
+    cdef Py_ssize_t told_examples
     cdef readonly uint64_t received, distinct, duplicates, out_of_order, highest, lowest
     cdef readonly list examples     # numbers that came again
 
     cdef bint reserve(self, uint64_t number, uint64_t room) noexcept
     cdef int take(self, uint64_t number) except -1
-    cdef int add(self, dict state) except -1
+    cdef dict news(self)
+    cdef int add(self, dict news) except -1
+    cdef uint64_t count(self, uint64_t first, uint64_t last) noexcept

@@ -1,6 +1,6 @@
-"""What the compiled totals shows. The theory stands at the top of ext/totals.pyx.
+"""Statistics of sessions, compiled; their design is described at the top of ext/metrics.pyx.
 
-The session and the poller call a totals in C (see _session.pxd): `SessionCore.session`, `Poller.totals`.
+The session and the poller call them in C (see _session.pxd).
 """
 
 from collections.abc import Callable
@@ -10,38 +10,38 @@ from penstock.metrics._histogram import Histogram
 from penstock.transaction import Transaction
 
 PHASES: Final[tuple[str, ...]]
-"""What replies are counted and clocks are read for.
+"""The phases that replies and latencies are counted for.
 
-The verbs, "unknown" for what is none; and `message` (what follows the end of a text), `text` (its first octet to its
-last), `tls` (a handshake), `think` (the client's own time), `banner`, `unasked` (a 421 that answers nothing).
+The verbs, "unknown" for other commands, `message` (from the end of a text to its reply), `text` (from its first octet
+to its last), `tls` (a handshake), `think` (the time of the client), `banner`, `unasked` (a 421 without a command).
 """
 GARBLED: Final[tuple[str, ...]]
-"""How a reply may go out wrong: a dress of a fault plan, or `none`, the end of the connection in its place."""
+"""The corruptions of replies in a fault plan; `none`: the connection was closed instead."""
 TOTALS: Final[tuple[str, ...]]
-"""The plain counts of `Metrics`, by their names."""
+"""The names of the plain counts of `Metrics`."""
 OTHER: Final = "others"
-"""What causes of further kinds are counted as."""
+"""The name that causes beyond the limit are counted under."""
 
 class Sequence:
-    """The marks of one run that have arrived: a bitmap."""
+    """The sequence numbers of one run that were received: a bitmap."""
 
     def __init__(self, run: str) -> None:
-        """Know of none."""
+        """Start empty."""
     @property
     def run(self) -> str:
-        """What the run is called."""
+        """Name of the run."""
     @property
     def received(self) -> int:
-        """Messages of the run, duplicates among them."""
+        """Messages of the run, including duplicates."""
     @property
     def distinct(self) -> int:
-        """Numbers that have come at least once."""
+        """Distinct numbers received."""
     @property
     def duplicates(self) -> int:
-        """Messages whose number had come before."""
+        """Messages whose number was received before."""
     @property
     def out_of_order(self) -> int:
-        """Messages that came behind one with a higher number, and were no duplicates."""
+        """Messages received after one with a higher number, without duplicates."""
     @property
     def lowest(self) -> int:
         """The lowest number."""
@@ -50,59 +50,67 @@ class Sequence:
         """The highest number."""
     @property
     def examples(self) -> list[int]:
-        """The first hundred numbers that came again."""
+        """The first hundred duplicate numbers."""
     def __contains__(self, number: int) -> bool: ...
-    def state(self) -> dict[str, Any]:
-        """Return everything, the bitmap as octets."""
     def missing(self, first: int, last: int, most: int) -> tuple[int, list[int]]:
-        """Return how many numbers from `first` to `last` have not come, and the first `most` of them."""
+        """Return how many numbers from `first` to `last` were not received, and the first `most` of them."""
 
 class SequenceTracker:
-    """The runs that have arrived."""
+    """The runs that were received."""
 
     def __init__(self) -> None:
-        """Know of none."""
+        """Start empty."""
     @property
     def runs(self) -> dict[str, Sequence]:
-        """By their names."""
+        """The runs by name."""
     @property
     def unmarked(self) -> int:
-        """Messages without a mark."""
+        """Messages without a tag."""
     @property
     def further(self) -> int:
-        """Marks that there was no room to tell apart."""
+        """Tags beyond the limits, which are not tracked."""
     @property
     def octets(self) -> int:
-        """What the bitmaps take."""
-    def state(self) -> dict[str, Any]:
-        """Return everything, for `add` in another process."""
-    def add(self, state: dict[str, Any]) -> None:
-        """Add what another process has tracked: a tag that both have is a duplicate."""
+        """Octets of the bitmaps."""
+    def news(self) -> dict[str, Any]:
+        """Return what was noted since the last call, for `add` in another process: values that msgspec can encode.
+
+        Only for the metrics of one of several processes.
+        """
+    def add(self, news: dict[str, Any]) -> None:
+        """Add the news of another process: a tag that both have is a duplicate."""
     def note(self, run: str, number: int) -> bool:
-        """Take a mark. Return False when there is no room to tell it apart."""
+        """Track a tag. Return False if it is beyond the limits."""
     def mark(self, text: str) -> bool:
-        """Take the mark at the end of a text, as `penstock.sequence.parse` reads it. Return False without one."""
+        """Track the tag at the end of a text, in the syntax of `penstock.sequence.parse`. Return False without one."""
 
 class Metrics:
     """The counts of all sessions of a worker. Takes some 500 KB."""
 
     def __init__(
-        self, *, source: Callable[[Transaction], tuple[str, int] | None] | None = None, reads_marks: bool = True
+        self,
+        *,
+        source: Callable[[Transaction], tuple[str, int] | None] | None = None,
+        reads_marks: bool = True,
+        shared: memoryview | None = None,
+        sequences: SequenceTracker | None = None,
     ) -> None:
-        """Count nothing yet. `source` finds the mark of an accepted message in its transaction.
+        """`source` returns the tag of an accepted message from its transaction.
 
-        Without one it is the sender's local part, which is read in C. Where `reads_marks` is false, another component
-        takes the marks to `sequences`.
+        By default it is read from the local part of the sender, in C. If `reads_marks` is false, another component
+        adds the tags to `sequences`. `shared` is for one of several processes: two numbers of 64 bits, zero at first,
+        in memory that all of them share; they count their open sessions and the peak there. `sequences` are the tags
+        that were received so far.
         """
     @property
     def reads_marks(self) -> bool:
-        """The marks of accepted messages are looked for here."""
+        """Tags of accepted messages are read here."""
     @property
     def source(self) -> Callable[[Transaction], tuple[str, int] | None] | None:
-        """What finds the mark of a message."""
+        """Returns the tag of a message."""
     @property
     def sequences(self) -> SequenceTracker:
-        """The marks that have arrived."""
+        """The tags that were received."""
     @property
     def recent_messages(self) -> Histogram:
         """Latencies of phase `message` since `forget_recent`."""
@@ -111,16 +119,16 @@ class Metrics:
         """Latencies of all replies since then."""
     @property
     def sessions(self) -> int:
-        """Connections so far, those that were turned away among them."""
+        """Connections so far, including refused ones."""
     @property
     def open_sessions(self) -> int:
         """Connections that are open."""
     @property
     def peak_sessions(self) -> int:
-        """The most that were open at a time."""
+        """Maximum number of simultaneous connections, of all processes that share their numbers."""
     @property
     def received(self) -> int:
-        """Octets that closed connections have sent us, as they came from the socket."""
+        """Octets received on closed connections, as read from the socket."""
     @property
     def sent(self) -> int:
         """Octets of replies, before TLS."""
@@ -129,83 +137,77 @@ class Metrics:
         """Replies so far."""
     @property
     def accepted(self) -> int:
-        """Messages that were taken, and whose clients could read a 2yz."""
+        """Accepted messages with a readable 2xx reply."""
     @property
     def unheard(self) -> int:
-        """Messages that were taken, and whose clients could not: a fault stood in the place of the 2yz."""
+        """Accepted messages whose clients received no readable 2xx reply because of a fault."""
     @property
     def refused(self) -> int:
-        """Refusals of messages after their text, whatever the client heard of them; in LMTP one a recipient."""
+        """Messages refused after their text, with or without a readable reply; in LMTP one for each recipient."""
     @property
     def recipients(self) -> int:
-        """Recipients of messages that were taken."""
+        """Recipients of accepted messages."""
     @property
     def text_octets(self) -> int:
-        """Octets of the bodies of messages that were taken, un-stuffed."""
+        """Octets of the bodies of accepted messages, without dot-stuffing."""
     @property
     def tls_failed(self) -> int:
-        """Handshakes that came to nothing."""
+        """Failed TLS handshakes."""
     @property
     def ends(self) -> dict[str, int]:
-        """Why connections ended, and how many."""
+        """Connections by the cause of their end."""
     @property
     def lost(self) -> dict[str, int]:
-        """Why messages ended that had begun, and how many."""
+        """Lost messages by cause."""
     @property
     def further(self) -> int:
-        """Replies of further kinds than there is room for."""
+        """Replies of kinds beyond the limit."""
     def reset(self) -> None:
-        """Start over. Sessions that are open stay counted as open."""
+        """Reset all counts. Open sessions remain counted as open."""
     def forget_recent(self) -> None:
-        """Start `recent_messages` and `recent_replies` over."""
+        """Reset `recent_messages` and `recent_replies`."""
     def new_session(self) -> SessionMetrics:
-        """Count a connection in, and return what notes its clocks. The banner's clock starts now."""
-    def turned_away(self, encoded: bytes) -> None:
+        """Count a new connection, and return its metrics. The latency of the banner starts now."""
+    def count_refused_connection(self, encoded: bytes) -> None:
         """Count a connection that was refused before it had a session."""
     def latency(self, phase: str) -> Histogram:
         """Return the latencies of a phase. Raise ValueError when there is no such phase."""
     def state(self) -> dict[str, Any]:
-        """Return everything that was counted, for `add` in another process: values that msgspec can encode."""
+        """Return everything that was counted but the tags, for `add` in another process: msgspec can encode it."""
     def add(self, state: dict[str, Any]) -> None:
-        """Add what another process has counted.
-
-        Exact, but for `peak_sessions`: the peaks are added, whether or not they were at the same time.
-        """
-
+        """Add what another process has counted. The peak of sessions is the higher one: the processes share theirs."""
     def counted(self) -> list[tuple[str, int, str | None, str | None, int]]:
-        """Return phase, code (0 for what has none), enhanced status, garbling and count of every kind of reply."""
+        """Return phase, code (0: none), enhanced status, corruption and count of every kind of reply."""
 
 class SessionMetrics:
-    """The clocks of one session. Made by `Metrics.session`."""
+    """The latencies and counts of one session. Made by `Metrics.new_session`."""
 
     @property
     def totals(self) -> Metrics:
-        """Where it counts."""
+        """The metrics that it adds to."""
     phase: int
-    """The place in PHASES of what is being answered."""
-    def hold(self) -> None:
-        """Count no replies until `says`: the client will hear something else."""
-    def says(self, replies: list[tuple[bytes, str | None]]) -> None:
-        """Count what the client hears in the place of the replies since `hold`, as far as it can read it.
+    """Index in PHASES of the command that is being answered."""
+    def suspend(self) -> None:
+        """Count no replies until `count_replies`: a fault replaces them."""
+    def count_replies(self, replies: list[tuple[bytes, str | None]]) -> None:
+        """Count the replies that are sent in place of those since `suspend`.
 
-        Each has what it is of GARBLED, None when nothing is wrong; an empty one is a reply without a code. What was
-        taken meanwhile is accepted when one of them is a 2yz.
+        Each has its corruption (one of GARBLED, None if intact); an empty one is a reply without a code. A message that
+        was accepted since `suspend` counts as accepted if one of the replies is a readable 2xx.
         """
-    def sends(self, octets: int) -> None:
-        """Note that what `says` was told is about to be sent."""
-    def takes_back(self, encoded: bytes) -> None:
-        """Count a reply to what is being answered out again. To be called before it is taken from the session."""
-    def takes_unheard(self, transaction: Transaction, octets: int) -> None:
-        """Count a message that was taken when its client had left."""
-    def tls_begins(self) -> None:
+    def before_sending(self, octets: int) -> None:
+        """Note that the replies of `count_replies` are about to be sent."""
+    def uncount(self, encoded: bytes) -> None:
+        """Undo the count of a reply. To be called before its output is taken from the session."""
+    def begin_tls(self) -> None:
         """A handshake begins."""
-    def tls_begun(self) -> None:
-        """It has come to its end."""
-    def pauses_text(self) -> None:
+    def end_tls(self) -> None:
+        """A handshake has ended."""
+    def pause_text(self) -> None:
         """Have a wait in the midst of a text counted as its own, or as that of the octets that are there."""
-    def dooms(self) -> None:
-        """Have the next refusal counted as that of a message; as lost, if the connection ends before there is one."""
-    def loses(self, cause: str) -> None:
-        """Count a message that had begun and will not end."""
+    def expect_refusal(self) -> None:
+        """Count the next refusal as that of a message, or the message as lost if the connection ends before."""
+    def lose_message(self, cause: str) -> None:
+        """Count a message whose text has begun and will not end."""
     def ended(self, cause: str, received: int) -> None:
-        """Count the end of the connection and the octets it has sent. Does nothing the second time."""
+        """Count the end of the connection and the octets received. Further calls do nothing."""

@@ -1,4 +1,4 @@
-"""Counters and limits in memory that all processes of a server share. The theory stands at the top of ext/shared.pyx.
+"""Counters and limits in shared memory of all processes of a server; see the top of ext/shared.pyx.
 
 Kinds of series: "c" a counter, "g" a gauge; histograms of "s" nanoseconds, "o" octets, "n" numbers. Kinds of keys in
 the table: any letter but "n" (connections of networks) and "r" (rates), as its number.
@@ -53,7 +53,7 @@ class Page:
     overflow: int
     """Series for which there was no cell."""
     def start(self, pid: int) -> None:
-        """Begin anew: no series, nothing in the mailbox. `pid` is the process that writes the page."""
+        """Reset: no series, nothing in the mailbox. `pid` is the process that writes the page."""
     @property
     def pid(self) -> int:
         """The process that writes the page."""
@@ -136,21 +136,21 @@ class ListenerTotals:
     totals: SessionTotals
     def new_session(self) -> CountedSession:
         """Count a connection in, and return what notes its replies."""
-    def turned_away(self, encoded: bytes) -> None:
+    def count_refused_connection(self, encoded: bytes) -> None:
         """Count a connection that was refused before it had a session."""
 
 class CountedSession(SessionMetrics):
     """One session of a server."""
 
-    def tls_begins(self) -> None:
+    def begin_tls(self) -> None:
         """A handshake begins."""
-    def tls_begun(self) -> None:
+    def end_tls(self) -> None:
         """It has come to its end."""
-    def dooms(self) -> None:
+    def expect_refusal(self) -> None:
         """The message under way will be refused."""
-    def loses(self, cause: str) -> None:
+    def lose_message(self, cause: str) -> None:
         """A message that had begun will not end."""
-    def pauses_text(self) -> None:
+    def pause_text(self) -> None:
         """The client is not read for a while."""
     def ended(self, cause: str, received: int) -> None:
         """Count the connection out. Does nothing the second time."""

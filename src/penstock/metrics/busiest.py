@@ -32,6 +32,12 @@ class Busiest:
         self._activity: dict[str, float] = {}
         self._halved_at = clock()
 
+    def use(self, most: int) -> None:
+        """Change the maximum number of names; the least busy ones lose theirs."""
+        self._most = most
+        while len(self._named) > most:
+            self._drop(self._least())
+
     def add(self, name: str, counts: Counts) -> None:
         """Add to the counters of a destination. A name of "other" is counted as that."""
         self._decay()
@@ -48,12 +54,19 @@ class Busiest:
     def _admit(self, name: str, activity: float) -> None:
         """Give a destination a name of its own if there is space, or if it is twice as busy as the least busy one."""
         if len(self._named) >= self._most:
-            least = min(self._named, key=lambda each: self._activity.get(each, 0.0))
+            least = self._least()
             if activity < 2 * self._activity.get(least, 0.0):
                 return
-            left = self._named.pop(least)
-            self._other = [before + more for before, more in zip(self._other, left, strict=True)]
+            self._drop(least)
         self._named[name] = [0] * self._width
+
+    def _least(self) -> str:
+        return min(self._named, key=lambda each: self._activity.get(each, 0.0))
+
+    def _drop(self, name: str) -> None:
+        """Count a destination as OTHER from now on."""
+        left = self._named.pop(name)
+        self._other = [before + more for before, more in zip(self._other, left, strict=True)]
 
     def _decay(self) -> None:
         if self._clock() - self._halved_at >= _HALF_LIFE:

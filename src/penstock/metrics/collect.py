@@ -33,11 +33,16 @@ class Collector:
         """At most `destinations` of them, and as many next hops, have series of their own."""
         self.segment = segment
         self._retired: Sums = {}
-        self.most: Final = destinations
+        self.most = destinations
         """Destinations, and next hops, with series of their own."""
         self._destinations = Busiest(destinations, len(OUTCOMES), clock)
         self._hops: dict[int, dict[str, tuple[int, int]]] = {}
         """By worker."""
+
+    def use(self, destinations: int) -> None:
+        """Change the maximum number of destinations, and of next hops, with their own series."""
+        self.most = destinations
+        self._destinations.use(destinations)
 
     def update(self) -> None:
         """Take the reports of the workers. To be called about once a second."""
@@ -104,7 +109,7 @@ class Collector:
 
 
 def _add(sums: Sums, kind: str, name: str, value: Value) -> None:
-    """Add a series to sums. Two workers that tell when a certificate ends mean the same one: the earlier counts."""
+    """Add a series to sums. If two workers report the expiry of a certificate, the earlier one counts."""
     before = sums.get((kind, name))
     if isinstance(value, list):
         old = before if isinstance(before, list) else [0] * (BUCKETS + 1)

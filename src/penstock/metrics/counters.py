@@ -7,7 +7,8 @@ often than once per message, except for `attempted`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -17,7 +18,7 @@ from penstock.metrics._shared import FIRST_OCTAVE, ListenerTotals, Page, Session
 from penstock.metrics.families import FAMILIES, OTHER, OUTCOMES, SERIES_FROM_THE_START, series
 
 _MOST_REASONS: Final = 128
-"""Enhanced status codes that are told apart."""
+"""Enhanced status codes that are counted separately."""
 _MOST_DESTINATIONS: Final = 4096
 """Destinations of one report; those beyond are counted together."""
 _REPLY: Final = re.compile(rb"([2-5]\d\d)[ -](?:([245]\.\d{1,3}\.\d{1,3}) )?")
@@ -36,7 +37,7 @@ _END_OF_CAUSE: Final = {
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What a worker sends to the supervisor once a second, beside its cells: what has no fixed set of names."""
+    """Data without a fixed set of names, which a worker sends to the supervisor once a second."""
 
     destinations: dict[str, list[int]]
     """Attempts since the last report, by destination: one number for each of OUTCOMES."""
@@ -76,6 +77,10 @@ class Counters:
         """Add to a counter. Raise KeyError for a name that is not among FAMILIES."""
         self.page.add(self._cell(name, **labels), n)
 
+    def counting(self, name: str, /, **labels: str) -> Callable[[], None]:
+        """Return what adds 1 to a counter, for series that each message counts in. Raise KeyError as `count` does."""
+        return partial(self.page.add, self._cell(name, **labels), 1)
+
     def set(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge."""
         self.page.put(self._cell(name, **labels), int(value))
@@ -97,12 +102,15 @@ class Counters:
     def listener(self, name: str, kind: str) -> ListenerTotals:
         """Return what counts the sessions of a listener; `kind` is the kind of its delivery."""
 
-        def end_cell(cause: str) -> int:
-            end = _END_OF_CAUSE.get(cause) or ("lost" if cause.startswith("connection lost") else "dismissed")
+        def cell_of(end: str) -> int:
             return self._cell("sessions_total", listener=name, end=end)
 
-        for cause in _END_OF_CAUSE:
-            end_cell(cause)
+        cells = {cause: cell_of(end) for cause, end in _END_OF_CAUSE.items()}
+
+        def end_cell(cause: str) -> int:
+            found = cells.get(cause)
+            return cell_of("lost" if cause.startswith("connection lost") else "dismissed") if found is None else found
+
         accepted = self._cell("messages_accepted_total", listener=name, kind=kind)
         return ListenerTotals(
             self.sessions, self._cell("sessions", listener=name), accepted, end_cell, self._note_refusal
@@ -136,7 +144,13 @@ class Counters:
         """Count an authentication."""
         self.count("auth_total", mechanism=mechanism, result=result)
 
-    # ---- spool and relay
+    # ---- spool, cluster and relay
+
+    def answered_by_cluster(self, result: str, seconds: float) -> None:
+        """Count a message that was given to the cluster; its time if a majority has stored it."""
+        self.count("jetstream_acks_total", result=result)
+        if result == "stored":
+            self.observe("jetstream_ack_seconds", seconds)
 
     def committed(self, seconds: float, requests: int) -> None:
         """Count a transaction of the spool. Any thread may call this."""
@@ -159,7 +173,7 @@ class Counters:
         counts[outcome] += recipients
 
     def report(self, hops: Mapping[str, tuple[int, int]]) -> None:
-        """Give a sign of life, and send what has no cell to the supervisor, if that has taken the last report."""
+        """Report that the worker is alive; send data without a cell if the supervisor has read the last report."""
         self.page.beat()
         if self.page.send(msgspec.json.encode(Report(self._destinations, dict(hops)))):
             self._destinations = {}

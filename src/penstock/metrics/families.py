@@ -34,9 +34,9 @@ def _gauge(text: str) -> Family:
 
 FAMILIES: Final[dict[str, Family]] = {
     # sessions
-    "sessions_total": _counter("Connections that have ended, by listener and reason of the end"),
+    "sessions_total": _counter("Ended connections, by listener and cause"),
     "sessions": _gauge("Connections that are open, by listener"),
-    "admission_refused_total": _counter("Connections refused before the greeting, by the limit that was reached"),
+    "admission_refused_total": _counter("Connections refused before the greeting, by limit"),
     "accept_errors_total": _counter("Failures to accept a connection, such as missing descriptors"),
     "commands_total": _counter("Replies to commands, by verb and class of the reply; message: after the final dot"),
     "replies_total": _counter("Replies, by code"),
@@ -45,12 +45,17 @@ FAMILIES: Final[dict[str, Family]] = {
     "recipients_refused_total": _counter("Recipients refused, by code and enhanced status"),
     "message_octets_total": _counter("Octets of accepted messages"),
     "message_size_octets": Family("histogram", "Sizes of accepted messages", "o"),
-    "accept_seconds": Family("histogram", "Time from the final dot to the 250 that answers it", "s"),
-    "policy_seconds": Family("histogram", "Time for the answer of a policy, by check and hook point", "s"),
-    "policy_failures_total": _counter("Policies that raised, timed out or returned nonsense, by check"),
+    "accept_seconds": Family("histogram", "Time from the final dot to the 250", "s"),
+    "policy_results_total": _counter("Results of checks for messages, by check, result and mode"),
+    "policy_verdicts_total": _counter("Verdicts of checks that counted, by check and verdict"),
+    "policy_would_total": _counter("Verdicts of checks in monitor mode, which had no effect, by check and verdict"),
+    "policy_seconds": Family("histogram", "Duration of a policy call, by check and hook point", "s"),
+    "policy_failures_total": _counter(
+        "Policies that raised an exception, timed out or returned an invalid value, by check"
+    ),
     "auth_total": _counter("Authentications, by mechanism and result"),
     "tls_handshakes_total": _counter("TLS handshakes of clients, by version and result"),
-    "tls_certificate_not_after_seconds": _gauge("End of the certificate of a listener, as a Unix time"),
+    "tls_certificate_not_after_seconds": _gauge("Expiry of the certificate of a listener, as a Unix time"),
     "body_memory_octets": _gauge("Octets of message bodies in memory"),
     # spool
     "spool_messages": _gauge("Messages in the spool"),
@@ -58,14 +63,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "spool_octets": _gauge("Octets of the messages in the spool"),
     "spool_oldest_seconds": _gauge("Age of the oldest message in the spool"),
     "spool_free_octets": _gauge("Free octets of the file system of the spool, without the reserve"),
-    "spool_commit_seconds": Family("histogram", "Time of a transaction of the spool, with its fsync", "s"),
+    "spool_commit_seconds": Family("histogram", "Duration of a transaction of the spool, including its fsync", "s"),
     "spool_batch": Family("histogram", "Requests of a transaction of the spool", "n"),
     "spool_waiting": _gauge("Messages that wait to be written to the spool"),
-    # the replicated queue
-    "cluster_accepted_total": _counter("Messages for the replicated queue, by where they were stored before the 250"),
-    "cluster_forwarded_total": _counter("Messages moved from the local spool into the replicated queue"),
-    "cluster_damaged_total": _counter("Messages of the replicated queue whose checksum was wrong"),
-    "cluster_partitions": _gauge("Partitions of the replicated queue that are relayed here"),
     # relay
     "relay_attempts_total": _counter("Attempts to deliver to a recipient, by outcome"),
     "relay_attempts_by_destination_total": _counter("Attempts by domain of the recipient and outcome"),
@@ -77,24 +77,26 @@ FAMILIES: Final[dict[str, Family]] = {
     # the server
     "journal_dropped_total": _counter("Journal lines that could not be written"),
     "workers": _gauge("Worker processes that accept mail"),
-    "worker_restarts_total": _counter("Workers that were started again, by the reason of their end"),
+    "worker_restarts_total": _counter("Restarted workers, by cause"),
     "reload_total": _counter("Reloads of the configuration or of its files, by result"),
     "reload_last_success_seconds": _gauge("Time of the last reload that succeeded, as a Unix time"),
     "clock_jumps_total": _counter("Jumps of the clock of the machine"),
     "draining": _gauge("1 while the server is drained"),
     "build_info": _gauge("Version of Penstock and of Python; always 1"),
     # the replicated queue
-    "jetstream_acks_total": _counter("Messages that a majority of the cluster has stored, by result"),
+    "jetstream_acks_total": _counter("Messages sent to the cluster, by result: stored by a majority, full, failed"),
     "jetstream_ack_seconds": Family("histogram", "Time until a majority of the cluster has stored a message", "s"),
     "jetstream_in_flight": _gauge("Messages that wait for the cluster"),
     "jetstream_resent_total": _counter("Messages sent to the cluster again"),
     "jetstream_fallback_total": _counter("Messages written to the local spool because the cluster did not answer"),
     "jetstream_connected": _gauge("1 while the cluster is connected"),
-    "jetstream_leases": _gauge("Leases that this node holds"),
+    "jetstream_leases": _gauge("Partitions of the replicated queue that this node relays"),
     "jetstream_takeovers_total": _counter("Leases taken over from other nodes"),
     "jetstream_forward_waiting": _gauge("Messages of the local spool that wait to be forwarded to the cluster"),
+    "jetstream_forwarded_total": _counter("Messages moved from the local spool into the replicated queue"),
+    "jetstream_damaged_total": _counter("Messages of the replicated queue whose checksum was wrong"),
 }
-"""By their names without the prefix."""
+"""The families by name, without the prefix."""
 
 PROCESS_FAMILIES: Final[dict[str, Family]] = {
     "process_cpu_seconds_total": _counter("CPU time of the supervisor and its workers"),
@@ -104,10 +106,8 @@ PROCESS_FAMILIES: Final[dict[str, Family]] = {
     "process_max_fds": _gauge("Limit of open descriptors of a process"),
     "process_start_time_seconds": _gauge("Start of the supervisor, as a Unix time"),
 }
-"""What Prometheus names itself, without our prefix."""
+"""Metrics with the standard names of Prometheus, without our prefix."""
 
-ENDS: Final = ("quit", "closed", "lost", "timeout", "shutdown", "refused", "dismissed", "error")
-"""Why a connection has ended."""
 OUTCOMES: Final = ("delivered", "deferred", "failed")
 REFUSED_BY: Final = ("connections", "per_network", "per_minute", "descriptors")
 SERIES_FROM_THE_START: Final[tuple[tuple[str, dict[str, str]], ...]] = (

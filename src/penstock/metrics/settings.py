@@ -15,7 +15,7 @@ class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     address: Annotated[
         str,
         Meta(
-            description="127.0.0.1:9525: serves /metrics, /livez and /readyz over HTTP. Nothing is served if empty. An "
+            description="127.0.0.1:9525: serves /metrics, /livez and /readyz over HTTP. Disabled if empty. An "
             "address that other machines can reach needs token_file"
         ),
     ] = ""

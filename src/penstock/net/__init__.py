@@ -1,1 +1,1 @@
-"""SOCKETS: streams, TLS, listeners, the PROXY protocol."""
+"""Sockets: streams, TLS, listeners, the PROXY protocol."""

@@ -37,7 +37,6 @@ cdef class Poller:
     cdef dict listeners
     cdef list again
     cdef list outputs  # what the poll that is under way has to send: a watch, its octets, the next watch ...
-    cdef bint woken
 
     cdef int control(self, int what, int fd, unsigned int events) except -1
     cpdef Watch watch(self, int fd)

@@ -1,4 +1,4 @@
-"""What the compiled poller shows. The theory stands at the top of ext/poll.pyx."""
+"""The compiled poller; its design is described at the top of ext/poller.pyx."""
 
 from collections.abc import Callable
 from typing import Final
@@ -16,7 +16,7 @@ SHORTAGES: Final[frozenset[int]]
 """The errors of `accept` that say that there are too few descriptors, or too little memory, for now."""
 
 class Receiver(TypingProtocol):
-    """What octets are received into: the compiled wire."""
+    """Receives octets: the compiled wire."""
 
     def recv(self, fd: int, octets: int = ..., /) -> int:
         """Return the octets received, 0 at the end of the stream, -1 when there is nothing. Raise OSError."""
@@ -34,17 +34,7 @@ class Protocol:
     """
 
     wants_turn: bool
-    """A turn has left input unread, so that others have theirs: it goes on in the next round, without receiving."""
-
-class TaskProtocol(Protocol):
-    """The turns of a task that sleeps meanwhile."""
-
-    def __init__(self, receiver: Receiver, turn: Callable[[int], bytes | None]) -> None:
-        """Receive with the receiver, and let `turn` answer: it is the `data_received`."""
-    def recv(self, fd: int) -> int:
-        """Receive for the next turn."""
-    def data_received(self, received: int) -> bytes | None:
-        """Take a turn."""
+    """A turn has left input unparsed, so that others get their turns: it continues in the next round."""
 
 class Watch:
     """The readiness of one socket, and the task that waits for it."""
@@ -68,7 +58,7 @@ class Watch:
     """What takes turns, in place of waking `reader`. The wait of the reader ends with the octets received, 0 at the end
     of the stream, or -1 when `unsent` has to be sent or it was interrupted."""
     unsent: bytes | None
-    """What the socket did not take of the output of a turn."""
+    """The unsent part of the output of a turn."""
 
 class Poller:
     """The epoll set of a worker."""
@@ -85,7 +75,7 @@ class Poller:
     def watch(self, fd: int) -> Watch:
         """Register a non-blocking socket, once. Raise OSError."""
     def look_for_room(self, watch: Watch) -> None:
-        """Have `is_writable` set, and `writer` woken, when a full socket has room again. Raise OSError."""
+        """Request that `is_writable` is set, and `writer` woken, when a full socket is writable. Raise OSError."""
     def listen(
         self, fd: int, accepted: Callable[[int, str, int], object], shortage: Callable[[OSError], object]
     ) -> None:
@@ -97,12 +87,12 @@ class Poller:
     def ignore(self, fd: int) -> None:
         """Accept no more connections of a listening socket; do nothing for one that is ignored already."""
     def forget(self, watch: Watch) -> None:
-        """Let go of a socket that is about to be closed."""
+        """Remove a socket that is about to be closed."""
     def poll(self) -> int:
-        """See to the sockets that have become ready: take their turns, or wake their tasks.
+        """Handle the sockets that have become ready: take their turns, or wake their tasks.
 
-        Asks the kernel again, for up to a millisecond, until nothing is ready or a task was woken. Return 0 when
-        nothing is.
+        Asks the kernel again, for up to a millisecond, until nothing is ready: the tasks that are woken have their turn
+        together. Return 0 when nothing is ready.
         """
     def close(self) -> None:
         """Close the set."""
@@ -111,7 +101,7 @@ class Socket:
     """A non-blocking socket, perhaps watched by a poller: what `SocketStream` does without waiting."""
 
     eof_sent: bool
-    """The end of the stream was sent: nothing more can be."""
+    """The end of the stream was sent: nothing can be sent after it."""
     def __init__(self, fd: int, poller: Poller | None = None) -> None:
         """Take over a non-blocking socket. Raise OSError when it cannot be watched."""
     @property
@@ -153,9 +143,9 @@ class Timer:
     def fd(self) -> int:
         """The descriptor, -1 when it was closed."""
     def set(self, at: int) -> None:
-        """Have it go off at a time of `time.perf_counter_ns`, at once when that has passed, instead of at another."""
+        """Set the time (`time.perf_counter_ns`) of the timer; a time in the past fires at once."""
     def recv(self, fd: int, octets: int = ..., /) -> int:
-        """Take note that it went off: 8; -1 when it did not."""
+        """Read the timer: 8 if it has fired, -1 if not."""
     def close(self) -> None:
         """Close the descriptor, once the poller has forgotten it."""
 
@@ -181,4 +171,4 @@ def close(fd: int) -> None:
     """Close a descriptor."""
 
 def shutdown(fd: int) -> None:
-    """Tell the peer that nothing more comes. Raise OSError."""
+    """Send the end of the stream. Raise OSError."""

@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from penstock.net.stream import SocketStream
-from penstock.net.tls import TlsTurns
+from penstock.net.tls import TlsTurns, sent_chain
 from penstock.net.turns import ClientTurns, OnReply
 from penstock.smtp.client_session import ClientSession
 
@@ -65,17 +65,21 @@ class ClientConnection:
         HandshakeError.
         """
         try:
+            self._stream.is_in_handshake = True
             self._ssl = trio.SSLStream(self._stream, context, server_hostname=server_name, https_compatible=True)
             if resumed is not None:
                 self._ssl.session = resumed
             await self._ssl.do_handshake()
         except (trio.BrokenResourceError, ValueError) as exc:
             raise HandshakeError(f"the TLS handshake failed: {reason_of(exc)}") from exc
-        borrowed = TlsTurns.of(self._ssl)
-        if borrowed is not None:
-            self._turns.tls, self._turns.unsent = borrowed
+        self._stream.is_in_handshake = False
+        self._turns.tls = TlsTurns.of(self._ssl)
         self._turns.has_pending = True  # the greeting may have come with the end of the handshake
         self.queue(self.session.tls_started(is_private=is_private))
+
+    def peer_chain(self) -> list[bytes]:
+        """Return the certificates that the server has sent, in DER, its own first; none without TLS."""
+        return [] if self._ssl is None else sent_chain(self._ssl)
 
     # ---- sending
 

@@ -57,7 +57,7 @@ async def finish_connect(
     *,
     timeout: float = math.inf,  # noqa: ASYNC109 - as connect
 ) -> SocketStream:
-    """Wait until a connection is made that was begun; `code` is what connect(2) said. Raise OSError."""
+    """Wait until a connection is established; `code` is the result of connect(2). Raise OSError."""
     try:
         if code in _UNDER_WAY:
             with trio.move_on_after(timeout):
@@ -91,3 +91,13 @@ async def connect_tcp(host: str, port: int, poller: Poller | None = None, *, sou
 async def connect_unix(path: str, poller: Poller | None = None) -> SocketStream:
     """Connect to a unix socket. Raise OSError."""
     return await connect(socket.AF_UNIX, path, poller)
+
+
+def source_address(address: str) -> str:
+    """Return the IP address from which the system sends to another one; "" if there is no route. Nothing is sent."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((address, 25))
+            return str(sock.getsockname()[0]).partition("%")[0]
+    except OSError:
+        return ""

@@ -25,6 +25,8 @@ _BATCH = 64
 """Connections accepted before other tasks run."""
 _FIRST_FREE = 1024
 """The first port that needs no privileges."""
+_ANYWHERE = {"": (4, 6), "0.0.0.0": (4,), "::": (6,)}  # noqa: S104 - nothing is bound
+"""The versions of IP in which a wildcard is reached: `_bind_tcp` binds "::" for IPv6 only."""
 _PAUSE = 0.1
 """Seconds without accepting when descriptors run out: new connections stay in the kernel's queue."""
 SOCKET_MODE = 0o660
@@ -64,6 +66,28 @@ class ListenAddress:
             return parse_address(self.host).is_loopback
         except ValueError:
             return False
+
+    def is_reached_by(self, host: str, port: int, is_local_address: Callable[[str], bool]) -> bool:
+        """Return whether a connection of this machine to an IP address, or to "localhost", reaches this listener.
+
+        `is_local_address` recognizes the addresses of network interfaces.
+        """
+        if self.path or port != self.port:
+            return False
+        try:
+            address = parse_address("127.0.0.1" if host == "localhost" else host)
+            if self.host in _ANYWHERE:
+                if host != "localhost" and address.version not in _ANYWHERE[self.host]:
+                    return False
+                return address.is_loopback or address.is_unspecified or is_local_address(str(address))
+            own = parse_address("127.0.0.1" if self.host == "localhost" else self.host)
+        except ValueError:  # another host name
+            return host == self.host
+        if self.host == "localhost":
+            return address.is_loopback or address.is_unspecified
+        if address.is_unspecified:
+            return own.is_loopback and own.version == address.version
+        return address == own
 
     def __str__(self) -> str:
         if self.path:
@@ -206,6 +230,7 @@ async def accept_forever(
         await trio.sleep(_PAUSE)
     while True:
         await trio.lowlevel.wait_readable(descriptor)
+        await trio.lowlevel.checkpoint_if_cancelled()  # by now others may serve the clients that are in the queue
         for _ in range(_BATCH):
             try:
                 accepted = accept(descriptor)
@@ -253,7 +278,8 @@ def close_listener(listener: socket.socket, *, unlinks: bool = True) -> None:
     if listener.fileno() < 0:
         return
     path = listener.getsockname() if unlinks and listener.family == socket.AF_UNIX else ""
-    trio.lowlevel.notify_closing(listener)
+    if trio.lowlevel.in_trio_run():  # else no task waits for it
+        trio.lowlevel.notify_closing(listener)
     listener.close()
     if path:
         with suppress(OSError):

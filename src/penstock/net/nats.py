@@ -1,7 +1,7 @@
 """A client of NATS: one connection to one of several servers, requests, and subscriptions.
 
 What is sent within one turn of the loop is one system call. A request waits for its answer without a scope or a task of
-its own: a publish to JetStream, which is a request, costs about 15 us.
+its own; requests and answers are compiled (penstock.net.natswire).
 
 Rules
 -----
@@ -9,7 +9,7 @@ Rules
    connection was lost. Whether the server has acted on a request that failed is then unknown: requests that are
    repeated must be idempotent.
 2. What waits is bounded, in requests and octets; beyond that, `OverloadedError` at once.
-3. A connection on which nothing comes for two intervals of PING is given up: a server that hangs looks like one that
+3. A connection on which nothing comes for two intervals of PING is closed: a server that hangs looks like one that
    is slow.
 4. A server in lame duck mode is left before it closes: the next server gets what is new, the old one answers what it
    was asked.
@@ -26,17 +26,40 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
-import outcome
 import trio
+from trio.lowlevel import current_task, wait_task_rescheduled
 
-from penstock.net.natswire import Info, Message, Nkey, Parser, ProtocolError, decode_info, publish_parts
+from penstock.net.natswire import (
+    Answer,
+    DisconnectedError,
+    Done,
+    Info,
+    Message,
+    NatsError,
+    Nkey,
+    NoRespondersError,
+    OverloadedError,
+    Parser,
+    ProtocolError,
+    Requests,
+    RequestTimeoutError,
+    decode_info,
+)
 
-__all__ = ["Message", "NatsClient", "NatsError", "Nkey"]
+__all__ = [
+    "DisconnectedError",
+    "Message",
+    "NatsClient",
+    "NatsError",
+    "Nkey",
+    "NoRespondersError",
+    "OverloadedError",
+    "RequestTimeoutError",
+]
 
 _PORT: Final = 4222
 _RECEIVE_OCTETS: Final = 256 * 1024
@@ -45,34 +68,14 @@ _OPENING: Final = 3.0
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 """Seconds between two rounds over all servers."""
+_SHORT_LIFE: Final = 5.0
+"""Seconds that a connection has at least, unless something is wrong with its server."""
 _PING_INTERVAL: Final = 2.0
 _SWEEP: Final = 0.1
 """Seconds between two looks for requests that have waited too long."""
 _DRAINING: Final = 10.0
 """Seconds for which a server in lame duck mode may answer what it was asked."""
 _MAX_SERVERS: Final = 100
-_INBOX_SID: Final = b"1"
-_NO_RESPONDERS: Final = 503
-
-
-class NatsError(Exception):
-    """A request has failed."""
-
-
-class DisconnectedError(NatsError):
-    """There is no connection, or it was lost before the answer."""
-
-
-class RequestTimeoutError(NatsError):
-    """No answer came in time."""
-
-
-class NoRespondersError(NatsError):
-    """Nobody listens on the subject; for JetStream: there is no leader now."""
-
-
-class OverloadedError(NatsError):
-    """Too much is waiting for answers."""
 
 
 class ServerAddress(NamedTuple):
@@ -97,7 +100,7 @@ class ServerAddress(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """How the client authenticates: with a password, with an nkey, or not at all."""
+    """How the client authenticates: with a password, an nkey, or neither."""
 
     user: str = ""
     password: str = ""
@@ -110,20 +113,6 @@ class Request(NamedTuple):
     subject: str
     data: bytes = b""
     headers: bytes = b""
-
-
-Done = Callable[[outcome.Outcome[Message]], None]
-
-
-class _Waiting:
-    """A request that waits for its answer."""
-
-    __slots__ = ("deadline", "done", "octets")
-
-    def __init__(self, done: Done, deadline: float, octets: int) -> None:
-        self.done = done
-        self.deadline = deadline
-        self.octets = octets
 
 
 class Subscription:
@@ -175,57 +164,39 @@ class _Connection:
         self.left = trio.Event()
         """Set when the client should use another connection: it is lost, or the server leaves."""
         self.reason = "the connection was lost"
-        self.waiting: dict[int, _Waiting] = {}
-        self.octets = 0
-        """Octets of the requests that wait for an answer."""
+        inbox = f"_INBOX.{os.urandom(12).hex()}."
+        self.requests = Requests(inbox, most_waiting=client.most_waiting, most_octets=client.most_octets)
         self._client = client
         self._stream = stream
-        self._parser = Parser(self)
-        self._numbers = itertools.count()
-        self._inbox = f"_INBOX.{os.urandom(12).hex()}."
-        self._inbox_length = len(self._inbox)
-        self._out: list[bytes] = []
-        self._unsent = 0
-        self._has_output = trio.Event()
+        self._parser = Parser(self, self.requests)
+        self.requests.now = trio.current_time() + _SWEEP
+        self.has_output = False
+        """Something was sent since `_write` has taken what is to be sent."""
+        self._wake_writer = trio.Event()
         self._pongs: list[trio.Event] = []
         self._is_alive = True
         """Something was received since the last PING of `_watch`."""
-        self.send(f"SUB {self._inbox}* 1\r\n".encode())
+        self.send(f"SUB {inbox}* 1\r\n".encode())
 
     # ---- sending
 
-    def check_capacity(self) -> None:
-        """Raise OverloadedError if too much waits for a server that does not take what is sent."""
-        if self._unsent > self._client.most_octets:
-            raise OverloadedError(f"{self.address} does not take what is sent")
+    def send(self, data: bytes) -> None:
+        """Have octets sent at the end of this turn of the loop."""
+        self.requests.send(data)
+        self.flush()
 
-    def send(self, *parts: bytes, size: int = 0) -> None:
-        """Have octets sent at the end of this turn of the loop. `size` is about how many."""
-        self._unsent += size
-        self._out += parts
-        if not self._has_output.is_set():
-            self._has_output.set()
+    def flush(self) -> None:
+        """Send what was added to the requests, at the end of this turn of the loop."""
+        if not self.has_output:
+            self.has_output = True
+            self._wake_writer.set()
 
-    def send_request(self, subject: str, data: bytes, headers: bytes, done: Done, deadline: float) -> int:
-        """Send a request; `done` gets the answer or the error. Return its number. Raise OverloadedError."""
-        octets = len(data) + len(headers)
-        client = self._client
-        if len(self.waiting) >= client.most_waiting or (self.octets and self.octets + octets > client.most_octets):
-            raise OverloadedError(f"{len(self.waiting)} requests of {self.octets} octets are waiting")
-        if self._unsent > client.most_octets:
-            self.check_capacity()
-        number = next(self._numbers)
-        self.send(*publish_parts(subject, f"{self._inbox}{number}", headers, data), size=octets)
-        self.waiting[number] = _Waiting(done, deadline, octets)
-        self.octets += octets
-        return number
-
-    def forget(self, number: int) -> _Waiting | None:
-        """Wait for an answer no more."""
-        found = self.waiting.pop(number, None)
-        if found is not None:
-            self.octets -= found.octets
-        return found
+    def publish(self, subject: str, reply: str, headers: bytes, data: bytes) -> None:
+        """Send a message without waiting for anything. Raise OverloadedError."""
+        if self.requests.is_behind:
+            raise OverloadedError(f"{self.address} does not read fast enough")
+        self.requests.publish(subject, reply, headers, data)
+        self.flush()
 
     def ping(self) -> trio.Event:
         """Send a PING; the event is set at its PONG, or when the connection is lost."""
@@ -237,19 +208,9 @@ class _Connection:
     # ---- the receiver of the parser
 
     def on_message(self, sid: bytes, subject: bytes, reply: bytes, headers: bytes, data: bytes) -> None:
-        """Answer a request, or hand a message to its subscription."""
-        if sid != _INBOX_SID:
-            self._client.deliver(sid, Message(subject.decode(), reply.decode(), headers, data))
-            return
-        number = subject[self._inbox_length :]
-        waiting = self.forget(int(number)) if number.isdigit() else None
-        if waiting is None:
-            return  # it was given up, or another client has made it up
-        message = Message("", "", headers, data)
-        if headers and not data and message.status == _NO_RESPONDERS:
-            waiting.done(outcome.Error(NoRespondersError("no one answers; JetStream may have no leader now")))
-        else:
-            waiting.done(outcome.Value(message))
+        """Hand a message to its subscription. Servers do not verify that subjects are UTF-8."""
+        message = Message(subject.decode("utf-8", "replace"), reply.decode("utf-8", "replace"), headers, data)
+        self._client.deliver(sid, message)
 
     def on_info(self, info: Info) -> None:
         """Learn of other servers, and of the end of this one."""
@@ -284,7 +245,7 @@ class _Connection:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 await self.left.wait()
                 with trio.move_on_after(_DRAINING):
-                    while self.waiting:  # noqa: ASYNC110 - it has no event, which each request would cost
+                    while len(self.requests):  # noqa: ASYNC110 - it has no event, which each request would cost
                         await trio.sleep(_SWEEP)
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as group:
@@ -297,20 +258,18 @@ class _Connection:
                 await trio.aclose_forcefully(self._stream)
 
     def _fail_all(self) -> None:
-        waiting, self.waiting, self.octets = list(self.waiting.values()), {}, 0
-        for each in waiting:
-            each.done(outcome.Error(DisconnectedError(f"{self.address}: {self.reason}")))
+        self.requests.end_all(DisconnectedError(f"{self.address}: {self.reason}"))
         for event in self._pongs:
             event.set()
 
     async def _write(self) -> None:
         while True:
-            await self._has_output.wait()
-            self._has_output = trio.Event()
-            out, self._out = self._out, []
-            unsent = self._unsent
-            await self._stream.send_all(b"".join(out))
-            self._unsent -= unsent
+            await self._wake_writer.wait()
+            self._wake_writer = trio.Event()
+            self.has_output = False
+            unsent = self.requests.unsent
+            await self._stream.send_all(self.requests.take_output())
+            self.requests.unsent -= unsent
 
     async def _read(self, scope: trio.CancelScope) -> None:
         while True:
@@ -330,10 +289,8 @@ class _Connection:
         while True:
             await trio.sleep(_SWEEP)
             now = trio.current_time()
-            for number in [number for number, each in self.waiting.items() if each.deadline <= now]:
-                waiting = self.forget(number)
-                if waiting is not None:
-                    waiting.done(outcome.Error(RequestTimeoutError(f"{self.address} has not answered in time")))
+            self.requests.end_late(now, str(self.address))
+            self.requests.now = now + _SWEEP
 
     async def _watch(self, scope: trio.CancelScope) -> None:
         """Give the connection up when nothing comes any more."""
@@ -395,7 +352,7 @@ class NatsClient:
 
     @property
     def info(self) -> Info:
-        """What the connected server says about itself. Raise DisconnectedError."""
+        """The INFO of the connected server. Raise DisconnectedError."""
         return self._connection().info
 
     async def wait_connected(self) -> None:
@@ -407,11 +364,16 @@ class NatsClient:
         """Keep a connection until cancelled. `started` at once: whether there is a server shows later."""
         async with trio.open_nursery() as nursery:
             task_status.started()
+            pause = _FIRST_PAUSE
             while True:
                 connection = await self._connect()
                 self._adopt(connection)
+                began = trio.current_time()
                 nursery.start_soon(self._serve, connection)
                 await connection.left.wait()
+                # A server that lets us in and drops us at once is not asked again without a pause.
+                pause = min(pause * 2, _LONGEST_PAUSE) if trio.current_time() - began < _SHORT_LIFE else _FIRST_PAUSE
+                await _pause(pause)
 
     async def _serve(self, connection: _Connection) -> None:
         self.on_change(str(connection.address), "")
@@ -452,7 +414,7 @@ class NatsClient:
                         cause = cause.exceptions[0]
                     self._last_error = f"{address}: {str(cause) or type(cause).__name__}"
             self.on_change("", self._last_error)
-            await trio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - it spreads load
+            await _pause(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)
             self._servers = [*dict.fromkeys([*self._servers, *self._configured])]
 
@@ -480,7 +442,7 @@ class NatsClient:
         return secured
 
     def _hello(self, info: Info) -> bytes:
-        """Return CONNECT, and a PING whose PONG says that we are let in."""
+        """Return CONNECT, and a PING whose PONG confirms that the server accepts us."""
         credentials = self._credentials
         hello: dict[str, object] = {
             "verbose": False,
@@ -528,31 +490,29 @@ class NatsClient:
 
     async def request(self, subject: str, data: bytes = b"", headers: bytes = b"", *, timeout: float) -> Message:  # noqa: ASYNC109 - a scope costs more than the request
         """Send a request and return the answer. Raise NatsError (see the rules above)."""
-        connection = self._connection()
-        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
-        number = connection.send_request(subject, data, headers, done, trio.current_time() + timeout)
-
-        def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
-            connection.forget(number)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        answer: Message = await trio.lowlevel.wait_task_rescheduled(abort)
-        return answer
+        connection = self._current
+        if connection is None:
+            raise DisconnectedError(self._last_error)
+        requests = connection.requests
+        answer = Answer(requests, current_task())
+        answer.number = requests.add(subject, data, headers, answer, requests.now + timeout)
+        if not connection.has_output:
+            connection.flush()
+        return await wait_task_rescheduled(answer.abort)  # type: ignore[no-any-return]
 
     async def request_many(self, requests: Sequence[Request], *, timeout: float) -> list[Message | NatsError]:  # noqa: ASYNC109
-        """Send requests at once and return the answer to each, or why there is none."""
+        """Send requests at once and return the answer to each, or the error."""
         await trio.lowlevel.checkpoint_if_cancelled()
         answers: list[Message | NatsError] = [DisconnectedError(self._last_error)] * len(requests)
         left = 0
         over = trio.Event()
         numbers: list[int] = []
-        deadline = trio.current_time() + timeout
         connection = self._current
 
         def done_at(place: int) -> Done:
-            def done(result: outcome.Outcome[Message]) -> None:
+            def done(found: Message | NatsError) -> None:
                 nonlocal left
-                answers[place] = result.value if isinstance(result, outcome.Value) else _nats_error(result)
+                answers[place] = found
                 left -= 1
                 if not left:
                     over.set()
@@ -563,24 +523,24 @@ class NatsClient:
             if connection is None:
                 break
             try:
-                numbers.append(connection.send_request(*request, done_at(place), deadline))
+                deadline = connection.requests.now + timeout
+                numbers.append(connection.requests.add(*request, done_at(place), deadline))
                 left += 1
             except OverloadedError as exc:
                 answers[place] = exc
         try:
-            if left:
+            if connection is not None and left:
+                connection.flush()
                 await over.wait()
         finally:
             if connection is not None:
                 for number in numbers:
-                    connection.forget(number)
+                    connection.requests.forget(number)
         return answers
 
     def publish(self, subject: str, data: bytes = b"", headers: bytes = b"", *, reply: str = "") -> None:
         """Send a message without waiting for anything. Raise DisconnectedError or OverloadedError."""
-        connection = self._connection()
-        connection.check_capacity()
-        connection.send(*publish_parts(subject, reply, headers, data), size=len(headers) + len(data))
+        self._connection().publish(subject, reply, headers, data)
 
     async def flush(self, *, timeout: float) -> None:  # noqa: ASYNC109 - as in `request`
         """Return once the server has handled what was sent. Raise DisconnectedError or RequestTimeoutError."""
@@ -589,7 +549,7 @@ class NatsClient:
         with trio.move_on_after(timeout) as scope:
             await event.wait()
         if scope.cancelled_caught:
-            raise RequestTimeoutError(f"{connection.address} has not answered in time")
+            raise RequestTimeoutError(f"{connection.address} did not answer in time")
         if connection.left.is_set() and self._current is not connection:
             raise DisconnectedError(self._last_error)
 
@@ -626,7 +586,7 @@ async def _read_info(stream: trio.abc.Stream) -> Info:
 
 
 async def _read_line(stream: trio.abc.Stream, rest: bytes) -> tuple[bytes, bytes]:
-    """Return a line and what came behind it."""
+    """Return a line and the octets after it."""
     buffer = bytearray(rest)
     while (end := buffer.find(b"\r\n")) < 0:
         if len(buffer) > 1 << 20:
@@ -638,11 +598,9 @@ async def _read_line(stream: trio.abc.Stream, rest: bytes) -> tuple[bytes, bytes
     return bytes(buffer[:end]), bytes(buffer[end + 2 :])
 
 
-def _nats_error(result: outcome.Outcome[Message]) -> NatsError:
-    assert isinstance(result, outcome.Error)
-    error = result.error
-    return error if isinstance(error, NatsError) else NatsError(str(error))
+async def _pause(seconds: float) -> None:
+    await trio.sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - it spreads load
 
 
 def _ignore(_address: str, _reason: str) -> None:
-    """Nobody wants to know."""
+    """The default of `on_change`."""

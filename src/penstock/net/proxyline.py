@@ -1,4 +1,4 @@
-"""The PROXY protocol, versions 1 and 2 (HAProxy, proxy-protocol.txt): the client's address behind a proxy.
+"""The PROXY protocol, versions 1 and 2 (HAProxy, proxy-protocol.txt): the address of a proxy's client.
 
 `parse` gets all octets received so far. It returns the header, or asks for more octets, or raises when they are not a
 PROXY header. It never looks at more than `MAX_HEADER` octets.

@@ -1,9 +1,9 @@
-"""A plaintext stream on a socket of our own: a lawful trio stream, with two short cuts for the hot path.
+"""A plaintext stream on a socket: a trio stream, with two short cuts for the hot path.
 
 trio's own SocketStream receives into a new bytes object, and yields to the scheduler around each send. A session needs
 neither: its wire has a buffer to receive into, and most replies fit into the socket's send buffer at once
-(`send_nowait`). Everything else here keeps the contract of `trio.abc.HalfCloseableStream`, so that `trio.SSLStream`
-can stand on it.
+(`send_nowait`). Everything else follows the contract of `trio.abc.HalfCloseableStream`, so that
+`trio.SSLStream` can use it.
 
 A stream waits in one of two ways. With the `Poller` of its worker the socket is registered once, and the task parks
 until `watch_sockets` wakes it (the theory is at the top of ext/poller.pyx); without one, which is wherever there is no
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 _RECEIVE_OCTETS = 65_536
 _SHORT = 4096
-"""A receive of fewer octets has emptied the socket: there always was room for as many."""
+"""A receive of fewer octets has emptied the socket: the buffer is always at least this large."""
 _TURNS = 16
-"""Receives in a row that a socket gets without waiting, before the other sessions have their turn."""
+"""Receives in a row without waiting, after which the other sessions run."""
 YIELD = -2
 """See `SocketStream.run_turns`."""
 
@@ -47,13 +47,13 @@ async def watch_sockets(poller: Poller) -> None:
     while True:
         await wait_readable(poller.fd)
         while poller.poll():
-            await checkpoint()  # the tasks that were woken have their turn, and so have all others
+            await checkpoint()  # all tasks run, including those that were woken
 
 
 class SocketStream(trio.abc.HalfCloseableStream):
     """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it."""
 
-    __slots__ = ("_is_receiving", "_is_sending", "_socket", "_turns", "_watch", "has_cut_output")
+    __slots__ = ("_is_receiving", "_is_sending", "_socket", "_turns", "_watch", "has_cut_output", "is_in_handshake")
 
     def __init__(self, fd: int, poller: Poller | None = None) -> None:
         """Take over a non-blocking socket. Raise OSError when the poller cannot watch it."""
@@ -65,6 +65,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
         """Receives since the last wait."""
         self.has_cut_output = False
         """The last `send_now` was cut short: only part of its octets was sent."""
+        self.is_in_handshake = False
+        """trio.SSLStream makes a handshake on this stream, and yields: `receive_some` and `send_all` need not."""
 
     @classmethod
     def of(cls, sock: socket.socket, poller: Poller | None = None) -> SocketStream:
@@ -196,7 +198,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         watch.reader = current_task()
         try:
             received = int(await wait_task_rescheduled(self._stop_reading))
-        except ssl.SSLError as exc:  # an OSError of its own making a turn throws as it is
+        except ssl.SSLError as exc:  # an OSError that a turn raises itself is not wrapped
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
             self._is_receiving = False
@@ -238,7 +240,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._socket.interrupt()
 
     def replace(self, fd: int) -> None:
-        """Close the socket and go on with another one, while a task is in `run_protocol`. Needs a poller."""
+        """Close the socket and continue with another one, while a task is in `run_protocol`. Needs a poller."""
         self._socket.replace(fd)
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -246,7 +248,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
         if max_bytes is not None and max_bytes < 1:
             raise ValueError("max_bytes is at least 1")
         self._check_open()
-        await checkpoint()
+        if not self.is_in_handshake:
+            await checkpoint()
         return await self.receive_now(max_bytes or _RECEIVE_OCTETS)
 
     async def receive_now(self, max_bytes: int) -> bytes:
@@ -291,7 +294,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it, waiting for the socket as long as it takes."""
         self._check_sendable()
-        await checkpoint()
+        if not self.is_in_handshake:
+            await checkpoint()
         await self.send_now(data)
 
     async def send_now(self, data: bytes | bytearray | memoryview) -> None:
@@ -322,7 +326,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._is_sending = False
 
     async def send_eof(self) -> None:
-        """Tell the peer that nothing more comes; it may still send."""
+        """Send the end of the stream; the peer may still send."""
         if self._is_sending:
             self._conflict("sending")
         self._check_open()
@@ -335,7 +339,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
         except OSError as exc:
             raise trio.BrokenResourceError(f"the connection is lost: {exc}") from exc
 
-    # ---- conduct
+    # ---- checks
 
     def _conflict(self, what: str) -> NoReturn:
         raise trio.BusyResourceError(f"another task is {what} on this stream")
@@ -362,14 +366,14 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
 
 class AheadStream(trio.abc.Stream):
-    """A stream some of whose input was read already: it comes first."""
+    """A stream with input that was read before, which is returned first."""
 
     def __init__(self, ahead: bytes, stream: trio.abc.Stream) -> None:
         self._ahead = ahead
         self._stream = stream
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """Receive what was read ahead, then from the stream."""
+        """Return the input that was read before, then receive from the stream."""
         if not self._ahead:
             return await self._stream.receive_some(max_bytes)
         await checkpoint()

@@ -9,11 +9,9 @@ of the stream, and drives them with plain calls.
 from __future__ import annotations
 
 import datetime
-import fcntl
-import os
 import ssl
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple, Protocol
@@ -24,13 +22,15 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from penstock.files import write_atomically
+from penstock.files import locked, memory_file, write_atomically
 from penstock.net import _poller
 from penstock.transaction import TlsInfo
 
 _RENEW_BEFORE: Final = datetime.timedelta(days=7)
 _VALID_FOR: Final = datetime.timedelta(days=397)
 """What browsers and mail clients accept at most."""
+_ENCODING_DER: Final = 2
+"""_ssl.ENCODING_DER."""
 _READ: Final = 65_536
 """Octets received, or decrypted, at a time."""
 
@@ -78,6 +78,7 @@ def server_context(settings: TlsSettings, certificate: Path, key: Path | None = 
     if settings.ciphers:
         context.set_ciphers(settings.ciphers)
     context.load_cert_chain(certificate, key, password=_no_passphrase)
+    context.num_tickets = 1  # a session that is resumed gets another one; OpenSSL would make two for each handshake
     return context
 
 
@@ -105,8 +106,8 @@ class KeyPair(NamedTuple):
 
         OpenSSL reads files only: they are files in memory, because a worker may not be allowed to read the real ones.
         """
-        with _in_memory(self.chain) as chain, _in_memory(self.key) as key:
-            return server_context(settings, chain, key)
+        with memory_file(self.chain) as chain, memory_file(self.key) as key:
+            return server_context(settings, Path(f"/proc/self/fd/{chain}"), Path(f"/proc/self/fd/{key}"))
 
     def binding(self) -> bytes:
         """Return the tls-server-end-point channel binding (RFC 5929 4.1)."""
@@ -117,18 +118,8 @@ class KeyPair(NamedTuple):
         return _not_after(self.chain)
 
 
-@contextmanager
-def _in_memory(data: bytes) -> Iterator[Path]:
-    """Yield the name of a file that exists in memory only."""
-    with open(os.memfd_create("penstock", os.MFD_CLOEXEC), "w+b", buffering=0) as file:  # noqa: PTH123 - of a descriptor
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
-        yield Path(f"/proc/self/fd/{file.fileno()}")
-
-
 class Agreed(Protocol):
-    """What knows the outcome of a handshake: an SSLObject, a trio.SSLStream."""
+    """The result of a handshake: an SSLObject or a trio.SSLStream."""
 
     def cipher(self) -> tuple[str, str, int] | None:
         """Return name, protocol and secret bits of the cipher."""
@@ -178,24 +169,26 @@ class TlsTurns:
         self._outgoing = outgoing
 
     @classmethod
-    def of(cls, stream: trio.SSLStream[trio.abc.Stream]) -> tuple[TlsTurns, bytes] | None:
-        """Borrow the parts of a stream whose handshake is done, with what it has not sent yet.
+    def of(cls, stream: trio.SSLStream[trio.abc.Stream]) -> TlsTurns | None:
+        """Borrow the parts of a stream whose handshake is done.
 
-        After a TLS 1.3 handshake a server's SSLStream holds back the session tickets until its next send; they are
-        returned here and have to be sent first. None: this version of trio has no such attributes, so that the public
-        methods of the stream have to be used for everything.
+        After a TLS 1.3 handshake a server's SSLStream holds back the session tickets: they are sent with what is
+        encrypted first. None: this version of trio has no such attributes, so that the public methods of the stream
+        have to be used for everything.
         """
         try:
             # The one place that knows private attributes of trio (checked with 0.27 to 0.31).
             parts = stream._ssl_object, stream._incoming, stream._outgoing  # noqa: SLF001
-            delayed, stream._delayed_outgoing = stream._delayed_outgoing or b"", None  # noqa: SLF001
+            tickets, stream._delayed_outgoing = stream._delayed_outgoing, None  # noqa: SLF001
         except AttributeError:
             return None
-        return cls(*parts), delayed
+        if tickets:
+            parts[2].write(tickets)
+        return cls(*parts)
 
     @staticmethod
     def unsent_alert(stream: trio.SSLStream[trio.abc.Stream]) -> bytes:
-        """Return the alert that tells the peer why a handshake has failed: SSLStream raises without sending it."""
+        """Return the alert about a failed handshake: SSLStream raises without sending it."""
         outgoing = getattr(stream, "_outgoing", None)
         return b"" if outgoing is None else outgoing.read()
 
@@ -219,16 +212,31 @@ class TlsTurns:
         return False
 
     def encrypt(self, data: bytes) -> bytes:
-        """Return what has to be sent for some data, perhaps none, and for TLS itself. Raise ssl.SSLError."""
+        """Return the records to send for some data, perhaps none, and for TLS itself. Raise ssl.SSLError."""
         if data:
             self.object.write(data)
         return self._outgoing.read()
 
     def end(self) -> bytes:
-        """Return the close_notify that tells the peer that this was all (RFC 8446 6.1)."""
+        """Return the close_notify that ends the output (RFC 8446 6.1)."""
         with suppress(ssl.SSLError):
             self.object.unwrap()
         return self._outgoing.read()
+
+
+def sent_chain(stream: trio.SSLStream[trio.abc.Stream]) -> list[bytes]:
+    """Return the certificates that the peer has sent, in DER, its own first, whether or not they were verified."""
+    get_chain = getattr(stream, "get_unverified_chain", None)  # Python 3.13, if trio passes it on
+    if get_chain is None:
+        # Before Python 3.13 only the object of the C module has it.
+        made = getattr(stream, "_ssl_object", None)
+        get_chain = getattr(made, "get_unverified_chain", None)
+        get_chain = get_chain or getattr(getattr(made, "_sslobj", None), "get_unverified_chain", None)
+    chain = [] if get_chain is None else get_chain() or []
+    if chain:
+        return [each if isinstance(each, bytes) else each.public_bytes(_ENCODING_DER) for each in chain]
+    own = stream.getpeercert(binary_form=True)
+    return [] if own is None else [own]
 
 
 def end_point_binding(certificate: Path) -> bytes:
@@ -259,13 +267,13 @@ def _binding(chain: bytes) -> bytes:
 
 
 def generated_certificate(folder: Path, names: Sequence[str]) -> GeneratedCertificate:
-    """Return a certificate for these names, made anew when there is none, or it ends soon, or names others.
+    """Return a certificate for these names, a new one if it is missing, or expires soon, or it has other names.
 
-    Several processes may ask at once: one makes it, the others take it. Raise OSError.
+    Of several processes that call this at once, one makes it. Raise OSError.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     made = GeneratedCertificate(folder / "server.pem", folder / "ca.pem")
-    with _locked(folder / "lock"):
+    with locked(folder):
         if not _is_good(made, names):
             ca = trustme.CA(organization_name="Penstock", key_type=trustme.KeyType.ECDSA)
             leaf = ca.issue_cert(
@@ -277,13 +285,6 @@ def generated_certificate(folder: Path, names: Sequence[str]) -> GeneratedCertif
             write_atomically(made.ca_file, ca.cert_pem.bytes(), mode=0o644)
             write_atomically(made.certificate, leaf.private_key_and_cert_chain_pem.bytes())
     return made
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _is_good(made: GeneratedCertificate, names: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """The turns of a client connection that its task sleeps through: replies in, commands out.
 
-This file is compiled as it stands (turns.pxd has the C types): the poller calls it with each reply to the relay and the
-load generator.
+This file is compiled (turns.pxd has the C types): the poller calls it with each reply to the relay and the load
+generator.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class ClientTurns(Protocol):
                 return None
             output += more
             if session is not self.session:
-                break  # what a server says after its 221 is for nobody
+                break  # everything after a 221 is ignored
         if self.is_interrupted:
             self.queue(output)
             return None

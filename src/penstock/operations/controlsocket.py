@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from penstock.control import Channel, Control, ControlError
+from penstock.metrics.collect import LONGEST_NAME
 from penstock.net.listen import ListenAddress, bind
 from penstock.operations.observation import Observation
 
@@ -25,6 +26,7 @@ MAX_CONNECTIONS: Final = 16
 _LONGEST: Final = 65_536
 """Octets of a request."""
 _MODE: Final = 0o600
+_MOST_SECONDS: Final = 604_800
 
 
 class ControlSocket:
@@ -87,10 +89,8 @@ class ControlSocket:
         return await self._control.reload()
 
     async def _drain(self, wait: bool = False, delay: float = 5.0, most: float = 600.0, stay: bool = False) -> object:
-        self._control.drain(delay=delay, timeout=most, stay=stay)
-        if wait:
-            await self._control.wait_drained()
-        return None
+        self._control.drain(delay=_seconds("delay", delay), timeout=_seconds("most", most), stay=bool(stay))
+        return await self._control.wait_drained() if wait else None
 
     async def _resume(self) -> object:
         await self._control.resume()
@@ -100,10 +100,19 @@ class ControlSocket:
         await self._control.rotate()
         return None
 
-    async def _hop(self, hop: str, action: str) -> object:
+    async def _hop(self, hop: object, action: str) -> object:
         if action not in ("suspend", "resume", "retry"):
             raise ControlError(f"unknown action {action!r}; there are suspend, resume, retry")
+        if not isinstance(hop, str) or len(hop) > LONGEST_NAME:
+            raise ControlError(f"hop: expected a name of at most {LONGEST_NAME} characters")
         return await self._control.hop(hop, action)  # type: ignore[arg-type]
+
+
+def _seconds(name: str, value: object) -> float:
+    """Return an argument that is a time. Raise ControlError."""
+    if not isinstance(value, int | float) or not 0 <= value <= _MOST_SECONDS:
+        raise ControlError(f"{name}: expected 0 to {_MOST_SECONDS} seconds, not {value!r}")
+    return value
 
 
 def bind_control(path: Path) -> socket.socket:

@@ -34,6 +34,7 @@ class SpoolDepth:
         self._account = account
         self._folder = Path(settings.data_dir).absolute() / settings.spool.path
         self._reserve = settings.spool.reserve_octets
+        self._is_fallback = settings.delivery.kind == "jetstream"
         self._clock = clock
         self._known = Depth()
         self._next = 0.0
@@ -60,6 +61,8 @@ class SpoolDepth:
             ("g", "spool_oldest_seconds"): round(age),
             ("g", "spool_free_octets"): self._free(),
         }
+        if self._is_fallback:
+            found["g", "jetstream_forward_waiting"] = depth.messages
         rest = depth.recipients
         for name, recipients in depth.queues:
             rest -= recipients

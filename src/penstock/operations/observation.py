@@ -43,7 +43,7 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Observation:
-    """What all workers of a server count."""
+    """The counters of all workers of a server."""
 
     def __init__(self, settings: Settings, *, workers: int = 0, account: Account | None = None) -> None:
         """With `workers` they are processes of their own; 0 is a server of one process. Raise OSError.

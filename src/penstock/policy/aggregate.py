@@ -1,47 +1,41 @@
 """DMARC aggregate reports: what we have found about the mail of a domain, for its owner (RFC 9990).
 
-Each judged message whose domain asks for reports (`rua=`) counts in a row. Once a day, at midnight UTC, the rows of
+Each judged message whose domain asks for reports (`rua=`) counts in a row. After midnight UTC, the rows of
 each domain become an XML report, compressed, in a message to the addresses that the domain names. Addresses in other
 domains get it only if those agree in the DNS (RFC 9990 3). Rows are bounded, and kept across restarts in a file.
+
+A report that cannot be queued waits with its own period, and is tried again an hour later: the others are not held up,
+and no message is in two reports.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
+import itertools
 import re
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from email.utils import formatdate
-from pathlib import Path
-from typing import Final, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
 from xml.sax.saxutils import escape
 
 import msgspec
-import trio
 
 from penstock.addresses import domain_of
 from penstock.dns import Resolver
-from penstock.files import write_atomically
-from penstock.journal import Journal
 from penstock.mailauth import Decision
-from penstock.message import Envelope, Message, MessageIds, Recipient
-from penstock.message import Path as MailPath
+from penstock.message import Message, Recipient
+from penstock.reports import DailyReports, compressed, in_base64
 from penstock.results import Results
 from penstock.smtp.grammar import parse_mailbox
 
-Send = Callable[[Message], Awaitable[None]]
-"""Puts a message into the queue."""
 _MAX_DOMAINS: Final = 10_000
 _MAX_ROWS: Final = 10_000
 """Of a domain; what does not fit is not reported."""
 _MAX_ALL_ROWS: Final = 200_000
 _MAX_ADDRESSES: Final = 2
 """Addresses of a domain that get the report (RFC 9990 2.1 asks for two at least)."""
-_DAY: Final = 86_400
-_SAVE: Final = 60.0
-"""Seconds between two copies of the rows to the file."""
-_LINE: Final = 76
+_RETRY: Final = 3600.0
+"""Seconds until reports are tried again that could not be queued."""
+_MAX_COMPLAINTS: Final = 10
+"""Different errors that are reported after a try."""
 _SIZE: Final = re.compile(r"!([0-9]+)([kmgt]?)\Z", re.IGNORECASE)
 
 
@@ -94,23 +88,36 @@ class Rows:
         rows[row] += count
         return True
 
-    def dump(self, begin: int) -> bytes:
-        """Return the rows as JSON."""
+    def dump(self, begin: int, waiting: Iterable[Report] = ()) -> bytes:
+        """Return the rows, and reports that wait, as JSON."""
         table = [(policy, list(rows.items())) for policy, rows in self.domains.items()]
-        return msgspec.json.encode(_Saved(begin, table))
+        late = [(each.begin, each.end, each.policy, list(each.rows.items())) for each in waiting]
+        return msgspec.json.encode(_Saved(begin, table, late))
 
     @classmethod
-    def load(cls, octets: bytes) -> tuple[Rows, int]:
-        """Return rows, and the second in which they begin. Raise ValueError for anything else than `dump` has made."""
+    def load(cls, octets: bytes) -> tuple[Rows, int, list[Report]]:
+        """Return rows, the second in which they begin, and reports that wait.
+
+        Raise ValueError for anything else than `dump` has made.
+        """
         try:
             saved = msgspec.json.decode(octets, type=_Saved)
-        except msgspec.MsgspecError as exc:
+        except (msgspec.MsgspecError, RecursionError) as exc:
             raise ValueError(f"not a file of report rows: {exc}") from exc
         made = cls()
         for policy, rows in saved.domains:
             for row, count in rows:
                 made.add(policy, row, count)
-        return made, saved.begin
+        return made, saved.begin, [Report(policy, dict(rows), begin, end) for begin, end, policy, rows in saved.waiting]
+
+
+class Report(NamedTuple):
+    """The rows of a domain in a period that has ended: seconds since the epoch."""
+
+    policy: Policy
+    rows: dict[Row, int]
+    begin: int
+    end: int
 
 
 class _Saved(msgspec.Struct):
@@ -118,6 +125,7 @@ class _Saved(msgspec.Struct):
 
     begin: int
     domains: list[tuple[Policy, list[tuple[Row, int]]]]
+    waiting: list[tuple[int, int, Policy, list[tuple[Row, int]]]] = []
 
 
 def row_of(address: str, sender_domain: str, results: Results, decision: Decision) -> tuple[Policy, Row] | None:
@@ -200,50 +208,21 @@ def report_xml(
     return "\n".join(lines)
 
 
-class ReportBody:
-    """A report in memory (penstock.message.Body)."""
-
-    __slots__ = ("_octets", "size")
-    in_memory: Final = True
-
-    def __init__(self, octets: bytes) -> None:
-        self._octets = octets
-        self.size = len(octets)
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the report."""
-        return iter((self._octets,))
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class Reporter:
+class Reporter(DailyReports):
     """Counts messages, and sends the reports of a day."""
 
-    def __init__(
-        self,
-        send: Send,
-        resolver: Resolver,
-        journal: Journal,
-        *,
-        hostname: str,
-        contact: str,
-        file: Path,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`contact` is the sender of the reports, `file` keeps the rows across restarts."""
-        self._send = send
+    name = "dmarc"
+
+    def __init__(self, resolver: Resolver, *arguments: Any, **more: Any) -> None:
+        """As `DailyReports`; the `resolver` is asked whether other domains agree to get reports."""
+        super().__init__(*arguments, **more)
         self._resolver = resolver
-        self._journal = journal
-        self._hostname = hostname
-        self._contact = contact
-        self._file = file
-        self._clock = clock
-        self._ids = MessageIds()
         self._rows = Rows()
-        self._begin = int(clock())
-        self._is_changed = False
+        self._numbers = itertools.count()
+        self._waiting: dict[int, Report] = {}
+        """Reports to be sent; the oldest first."""
+        self._try_at = 0.0
+        """Unix time from which on they are tried again."""
 
     def count(self, address: str, sender_domain: str, results: Results, decision: Decision) -> None:
         """Count a message, if its domain wants reports."""
@@ -251,55 +230,68 @@ class Reporter:
         if found is not None:
             self._is_changed |= self._rows.add(*found)
 
-    async def run(self) -> None:
-        """Save the rows from time to time, and send the reports at midnight, until cancelled."""
-        await trio.to_thread.run_sync(self._load)
-        try:
-            while True:
-                await trio.sleep(_SAVE)
-                if self._clock() // _DAY > self._begin // _DAY:
-                    await self.send_reports()
-                await self._save()
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._save()
+    def _encode(self) -> bytes:
+        return self._rows.dump(self._begin, self._waiting.values())
 
-    def _load(self) -> None:
-        try:
-            rows, self._begin = Rows.load(self._file.read_bytes())
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as exc:
-            self._journal.hook_failed("dmarc", "reports", f"{self._file}: {exc}")
-            return
+    def _decode(self, octets: bytes) -> tuple[Rows, int, list[Report]]:
+        return Rows.load(octets)
+
+    def _restore(self, saved: tuple[Rows, int, list[Report]]) -> None:
+        rows, self._begin, waiting = saved
         for policy, counts in self._rows.domains.items():  # counted while the file was read
             for row, count in counts.items():
                 rows.add(policy, row, count)
         self._rows = rows
+        self._wait(waiting)
 
-    async def _save(self) -> None:
-        if not self._is_changed:
-            return
-        self._is_changed = False
-        octets = self._rows.dump(self._begin)
-        try:
-            await trio.to_thread.run_sync(write_atomically, self._file, octets)
-        except OSError as exc:
-            self._journal.hook_failed("dmarc", "reports", f"{self._file}: {exc}")
+    def close(self, end: int) -> None:
+        """Begin another day; the reports on the last one wait to be sent."""
+        rows, self._rows = self._rows, Rows()
+        begin, self._begin = self._begin, end
+        self._wait(Report(policy, counts, begin, end) for policy, counts in rows.domains.items())
+        self._try_at = 0.0
+
+    def _wait(self, reports: Iterable[Report]) -> None:
+        """Keep reports until they are sent; the oldest ones go when there are too many."""
+        waiting = self._waiting
+        waiting.update(zip(self._numbers, reports, strict=False))
+        count = sum(len(report.rows) for report in waiting.values())
+        while len(waiting) > _MAX_DOMAINS or count > _MAX_ALL_ROWS:
+            count -= len(waiting.pop(next(iter(waiting))).rows)
+        self._is_changed = True
 
     async def send_reports(self) -> int:
-        """Send a report to each domain of the rows, and begin anew. Return the number of messages."""
-        rows, self._rows = self._rows, Rows()
-        begin, self._begin = self._begin, int(self._clock())
-        self._is_changed = True
+        """Send a report to each domain that waits for one. Return the number of messages.
+
+        What cannot be queued now waits for an hour; the reports on other domains are sent nevertheless.
+        """
+        if not self._waiting or self._clock() < self._try_at:
+            return 0
+        self._try_at = self._clock() + _RETRY
         sent = 0
-        for policy, counts in rows.domains.items():
-            recipients = [each for uri in policy.addresses if (each := await self._recipient(policy, uri)) is not None]
-            for recipient, most in recipients[:_MAX_ADDRESSES]:
-                message = self._message(policy, counts, begin, self._begin, recipient)
-                if message.size <= most:
-                    await self._send(message)
-                    sent += 1
+        failures: dict[str, Exception] = {}
+        for number, report in list(self._waiting.items()):
+            try:
+                sent += await self._report(report)
+            except Exception as exc:  # noqa: BLE001 - whatever keeps the spool from taking it
+                failures.setdefault(str(exc), exc)
+            else:
+                del self._waiting[number]
+                self._is_changed = True
+        for failure in list(failures.values())[:_MAX_COMPLAINTS]:
+            self._journal.error(0, "dmarc", failure)
+        return sent
+
+    async def _report(self, report: Report) -> int:
+        """Send a report. Return the number of messages. Raise what keeps them from being queued."""
+        policy = report.policy
+        sent = 0
+        recipients = [each for uri in policy.addresses if (each := await self._recipient(policy, uri)) is not None]
+        for recipient, most in recipients[:_MAX_ADDRESSES]:
+            message = self._message_to(recipient, report)
+            if message.size <= most:
+                await self._send(message)
+                sent += 1
         return sent
 
     async def _recipient(self, policy: Policy, uri: str) -> tuple[Recipient, float] | None:
@@ -321,30 +313,24 @@ class Reporter:
                 return None
         return Recipient(path), most
 
-    def _message(self, policy: Policy, rows: dict[Row, int], begin: int, end: int, to: Recipient) -> Message:
+    def _message_to(self, to: Recipient, report: Report) -> Message:
+        policy, rows, begin, end = report
         message_id = self._ids.next()
-        report_id = f"{message_id}@{self._hostname}"
         xml = report_xml(
-            policy, rows, report_id=report_id, organization=self._hostname, contact=self._contact, begin=begin, end=end
+            policy,
+            rows,
+            report_id=self._report_id(message_id),
+            organization=self._hostname,
+            contact=self._contact,
+            begin=begin,
+            end=end,
         )
         name = f"{self._hostname}!{policy.domain}!{begin}!{end}!{message_id}.xml.gz"  # RFC 9990 3.3.1
-        encoded = base64.b64encode(gzip.compress(xml.encode(), mtime=end)).decode()
-        lines = [
-            f"From: <{self._contact}>",
-            f"To: <{to.path.text}>",
-            f"Subject: Report Domain: {policy.domain} Submitter: {self._hostname}",
-            f" Report-ID: <{report_id}>",
-            f"Date: {formatdate(self._clock()).replace('-0000', '+0000')}",
-            f"Message-ID: <{report_id}>",
-            "Auto-Submitted: auto-generated",
-            "MIME-Version: 1.0",
+        content = [
             f'Content-Type: application/gzip; name="{name}"',
             f'Content-Disposition: attachment; filename="{name}"',
             "Content-Transfer-Encoding: base64",
             "",
-            *(encoded[at : at + _LINE] for at in range(0, len(encoded), _LINE)),
-            "",
+            *in_base64(compressed(xml.encode(), end)),
         ]
-        sender = MailPath(self._contact, *self._contact.rsplit("@", 1))
-        envelope = Envelope(sender, (to._replace(notify=frozenset({"NEVER"})),))
-        return Message(message_id, envelope, b"", ReportBody("\r\n".join(lines).encode()), self._clock())
+        return self._message(message_id, policy.domain, to, content)

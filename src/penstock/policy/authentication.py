@@ -7,21 +7,34 @@ still arrives, and the body is hashed piece by piece. The rest is done at the en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
 
 import trio
 
-from penstock.dns import Budget, Kind, Resolver
+from penstock.addresses import comparable_domain
+from penstock.dns import Answer, Budget, Kind, Resolver
 from penstock.journal import Journal
 from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, spf
-from penstock.mailauth.decision import decide
+from penstock.mailauth.decision import Decisions, decide
 from penstock.mailauth.header import Field, Header
+from penstock.mailauth.lookup import Query, UnknownAnswerError, run_now
 from penstock.mailauth.results import NAME, forged_fields
+from penstock.mailauth.spf import SpfResult
 from penstock.message import MailParameters, Message, Path
 from penstock.policy.aggregate import Reporter
 from penstock.policy.base import Mark
-from penstock.policy.check import Check, Edited, Finding, MessageFinding, Parts
+from penstock.policy.check import (
+    Check,
+    Edited,
+    Finding,
+    FindingOrAwaitable,
+    MessageFinding,
+    MessageFindingOrAwaitable,
+    Mode,
+    Parts,
+    Proposal,
+)
 from penstock.policy.evidence import Evidence, evidence_of, run_guarded
 from penstock.policy.milter import split_body
 from penstock.policy.overlay import Edit, EditedBody
@@ -35,7 +48,7 @@ _SECONDS: Final = 20.0
 _MONITOR_SECONDS: Final = 5.0
 """The same where nothing is refused: mail must not wait long for what changes nothing."""
 _MAX_HEADER: Final = 1 << 18
-"""Octets of a header that are read; a longer one hides what it says, and is refused."""
+"""Maximum octets of a header; a longer one cannot be judged, and is refused."""
 TOO_LONG: Final = Reply(550, "5.6.0", "The header is too long to be read", cause="header too long")
 _MAX_HELD: Final = 64 << 20
 """Octets of the headers of all messages that are arriving; beyond them the check of a message has failed."""
@@ -55,7 +68,7 @@ def decision_settings(policy: PolicySettings) -> DecisionSettings:
         require_aligned=policy.dkim is not None and policy.dkim.require_aligned,
         on_fail={"reject": on_fail.reject, "quarantine": on_fail.quarantine, "none": on_fail.none},
         temperror=dmarc.temperror,
-        trusted_sealers=frozenset(each.lower().rstrip(".") for each in dmarc.trusted_sealers),
+        trusted_sealers=frozenset(map(comparable_domain, dmarc.trusted_sealers)),
     )
 
 
@@ -68,8 +81,8 @@ def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
     check = Authentication(settings, parts)
     if policy.dmarc is not None and policy.dmarc.reports == "daily" and parts.send is not None:
         check.reporter = Reporter(
-            parts.send,
             parts.resolver,
+            parts.send,
             parts.journal,
             hostname=parts.hostname,
             contact=policy.dmarc.contact,
@@ -155,7 +168,7 @@ class _MessageWatcher:
         self._check = None
 
     def finish(self) -> MessageCheck:
-        """Return the checks of the whole message. Raise whatever went wrong with them."""
+        """Return the checks of the whole message. Raise their exceptions."""
         if self._error is not None:
             raise self._error
         if self._check is None:  # a message without a body, and without the empty line
@@ -164,7 +177,7 @@ class _MessageWatcher:
 
 
 class Authentication(Check):
-    """The check. It knows the modes of its parts, so that what it returns always counts."""
+    """The check. Each of its parts has a mode of its own; the header field is written in any."""
 
     name = "authentication"
     mode = "enforce"
@@ -195,25 +208,40 @@ class Authentication(Check):
             task_status.started()
             await trio.sleep_forever()
 
-    async def on_mail(self, transaction: Transaction, sender: Path, parameters: MailParameters) -> Finding:  # noqa: ARG002 - the interface
-        """Check SPF. Without DMARC it may refuse."""
+    def on_mail(self, transaction: Transaction, sender: Path, parameters: MailParameters) -> FindingOrAwaitable:  # noqa: ARG002 - the interface
+        """Check SPF. Without DMARC it may refuse. It waits only if answers have to be asked for."""
         if self._settings.spf == "off":
             return None
-        found = await spf.check(
-            Budget(self._resolver, seconds=self._seconds).query,
+        found = run_now(self._check_spf(self._known, transaction, sender))
+        return self._ask_spf(transaction, sender) if found is None else self._note_spf(transaction, found)
+
+    def _check_spf(self, query: Query, transaction: Transaction, sender: Path) -> Coroutine[Any, Any, SpfResult]:
+        return spf.check(
+            query,
             address=transaction.peer.address,
             sender=f"{sender.local}@{sender.domain}" if sender.domain else "",
             helo=transaction.hello,
             receiver=self._hostname,
             now=int(self._clock()),
         )
+
+    async def _ask_spf(self, transaction: Transaction, sender: Path) -> Finding:
+        query = Budget(self._resolver, seconds=self._seconds).query
+        return self._note_spf(transaction, await self._check_spf(query, transaction, sender))
+
+    async def _known(self, name: str, kind: Kind) -> Answer:
+        """Return an answer from the cache. Raise UnknownAnswerError."""
+        answer = self._resolver.cached(name, kind)
+        if answer is None:
+            raise UnknownAnswerError
+        return answer
+
+    def _note_spf(self, transaction: Transaction, found: SpfResult) -> Finding:
         transaction.results.spf = found
         if self._settings.dmarc != "off":
             return None
         only_spf = DecisionSettings(spf=self._settings.spf, dkim="off", dmarc="off", temperror=self._settings.temperror)
-        decisions = decide(Findings((), 0, found), only_spf)
-        self._note_monitored(transaction, "on_mail", decisions.monitored)
-        return _finding(decisions.enforced)
+        return _proposals(decide(Findings((), 0, found), only_spf))
 
     def on_data(self, transaction: Transaction) -> _MessageWatcher:  # noqa: ARG002 - the interface
         """Return what reads the message."""
@@ -232,23 +260,56 @@ class Authentication(Check):
         if not hints or self._nursery is None:
             return None
         budget = Budget(self._resolver, seconds=self._seconds)
-        self._nursery.start_soon(run_guarded, self._journal, self.name, _ask_all, budget, hints, scope)
+        self._nursery.start_soon(run_guarded, self._journal, self.name, _ask_ahead, budget, hints, scope)
         return budget
 
-    async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
+    def on_message(self, transaction: Transaction, message: Message) -> MessageFindingOrAwaitable:
         """Finish the checks, decide, add our header field and leave out those that claim our name."""
         evidence = evidence_of(transaction)
         watcher = evidence.watcher
         assert isinstance(watcher, _MessageWatcher)
         try:
-            return await self._judge(transaction, evidence, watcher, message)
-        finally:
+            finding = self._judge_now(transaction, evidence, watcher, message)
+        except BaseException:
             evidence.watch(None)
+            raise
+        if finding is None:
+            return self._judge(transaction, evidence, watcher, message)
+        evidence.watch(None)
+        return finding
+
+    def _judge_now(
+        self, transaction: Transaction, evidence: Evidence, watcher: _MessageWatcher, message: Message
+    ) -> MessageFinding:
+        """Judge a message about which all is known; return None where something has to be waited for."""
+        check = watcher.finish()
+        pending = evidence.pending("iprev")
+        if pending is not None and not pending.is_done:
+            return None
+        cached = self._resolver.cached
+        for name, kind in check.hints:
+            if cached(name, kind) is None:
+                return None
+        iprev = None if pending is None else pending.value or IprevResult("temperror")
+        judgement = run_now(self._finish(check, self._known, transaction, message, iprev))
+        return None if judgement is None else self._conclude(transaction, message, judgement, watcher, iprev)
+
+    def _finish(
+        self, check: MessageCheck, query: Query, transaction: Transaction, message: Message, iprev: IprevResult | None
+    ) -> Coroutine[Any, Any, Judgement]:
+        return check.finish(
+            query,
+            authserv_id=self._hostname,
+            spf=transaction.results.spf,
+            mail_from=message.envelope.sender.ascii_text,
+            helo=transaction.hello,
+            first=iprev_method(iprev, transaction.peer.address),
+        )
 
     async def remove_forged(self, message: Message) -> Message | Reply:
         """Leave out the fields that claim our name, of a message that is not checked (RFC 8601 5)."""
         octets, end = await split_body(message)
-        if end == len(octets) and end < message.body.size:
+        if octets and end == len(octets) and end < message.body.size:  # without any, what was sent is no header
             return TOO_LONG
         if NAME not in octets.lower():
             return message
@@ -257,55 +318,44 @@ class Authentication(Check):
     async def _judge(
         self, transaction: Transaction, evidence: Evidence, watcher: _MessageWatcher, message: Message
     ) -> MessageFinding:
-        check = watcher.finish()
+        """Judge a message, and ask what is not known."""
+        try:
+            check = watcher.finish()
+            iprev = await _iprev_of(evidence)
+            budget = watcher.budget or Budget(self._resolver, seconds=self._seconds)
+            budget.restart(self._seconds)
+            await budget.ask_ahead(check.hints)
+            judgement = await self._finish(check, budget.query, transaction, message, iprev)
+        finally:
+            evidence.watch(None)
+        return self._conclude(transaction, message, judgement, watcher, iprev)
+
+    def _conclude(
+        self,
+        transaction: Transaction,
+        message: Message,
+        judgement: Judgement,
+        watcher: _MessageWatcher,
+        iprev: IprevResult | None,
+    ) -> MessageFinding:
+        """Note the results, and return what they mean for the message."""
         results = transaction.results
-        iprev = await _iprev_of(evidence)
-        sender = message.envelope.sender
-        budget = watcher.budget or Budget(self._resolver, seconds=self._seconds)
-        budget.restart(self._seconds)
-        judgement = await check.finish(
-            budget.query,
-            authserv_id=self._hostname,
-            spf=results.spf,
-            mail_from=sender.text,
-            helo=transaction.hello,
-            first=iprev_method(iprev, transaction.peer.address),
-        )
         results.iprev = iprev
         results.dkim, results.dmarc = tuple(judgement.findings.dkim), judgement.findings.dmarc
         results.arc = judgement.arc
-        return self._conclude(transaction, evidence, message, judgement, is_too_long=watcher.is_too_long)
-
-    def _conclude(
-        self, transaction: Transaction, evidence: Evidence, message: Message, judgement: Judgement, *, is_too_long: bool
-    ) -> MessageFinding:
         enforced, monitored = judgement.decisions
-        if is_too_long:  # in every mode: fields that claim our name could not be left out
+        if watcher.is_too_long:  # in every mode: fields that claim our name could not be left out
             enforced = Decision("reject", "from", 550, "5.6.0", TOO_LONG.text, TOO_LONG.cause)
-        self._note_monitored(transaction, "on_message", monitored)
         if self.reporter is not None and enforced.action != "defer":  # a deferred message comes again
             sender = message.envelope.sender.domain
             self.reporter.count(transaction.peer.address, sender, transaction.results, enforced)
-        evidence.header_field = judgement.header_field
         message = message._replace(prefix=judgement.header_field + message.prefix)
-        return Edited(_without(message, judgement.forged), _finding(enforced))
-
-    def _note_monitored(self, transaction: Transaction, hook_point: str, decision: Decision) -> None:
-        """Journal what a part in monitor mode would have decided."""
-        if decision.action == "accept":
-            return
-        reply = Reply(250, "2.0.0", "Quarantine", cause=decision.cause)
-        if decision.action != "quarantine":
-            reply = Reply(decision.code, decision.status, decision.text, cause=decision.cause)
-        self._journal.monitored(transaction.number, transaction.peer, decision.check, hook_point, reply)
+        return Edited(_without(message, judgement.forged), _proposals(Decisions(enforced, monitored)))
 
 
-async def _ask_all(budget: Budget, questions: Sequence[tuple[str, Kind]], scope: trio.CancelScope) -> None:
-    """Ask questions at once, so that their answers are cached."""
+async def _ask_ahead(budget: Budget, questions: Sequence[tuple[str, Kind]], scope: trio.CancelScope) -> None:
     with scope:
-        async with trio.open_nursery() as nursery:
-            for name, kind in questions:
-                nursery.start_soon(budget.query, name, kind)
+        await budget.ask_ahead(questions)
 
 
 def _without(message: Message, fields: Sequence[Field]) -> Message:
@@ -315,10 +365,17 @@ def _without(message: Message, fields: Sequence[Field]) -> Message:
     return message._replace(body=EditedBody(message.body, [Edit(field.start, field.stop) for field in fields]))
 
 
-def _finding(decision: Decision) -> Finding:
-    """Return a decision as a verdict."""
-    if decision.action == "accept":
-        return None
+def _proposals(decisions: Decisions) -> list[Proposal] | None:
+    """Return what the parts of the check propose that may decide, and those that monitor."""
+    parts: tuple[tuple[Decision, Mode], ...] = ((decisions.enforced, "enforce"), (decisions.monitored, "monitor"))
+    found: list[Proposal] = []
+    for decision, mode in parts:
+        if decision.action != "accept":
+            found.append(Proposal(decision.check, mode, _verdict(decision), decision.cause))
+    return found or None
+
+
+def _verdict(decision: Decision) -> Reply | Mark:
     if decision.action == "quarantine":
         return Mark(quarantine=True)
     return Reply(decision.code, decision.status, decision.text, cause=decision.cause)
@@ -331,5 +388,5 @@ async def _iprev_of(evidence: Evidence) -> IprevResult | None:
 
 
 def iprev_method(iprev: IprevResult | None, address: str) -> Sequence[MethodResult]:
-    """Return the result that stands before the others in the field, if that check was made."""
+    """Return the first result of the field, if that check was made."""
     return () if iprev is None else (MethodResult("iprev", iprev.result, (("smtp.remote-ip", address),)),)

@@ -31,11 +31,13 @@ from penstock.reply import Reply
 from penstock.transaction import Peer, Transaction
 
 
-class _Accept(Enum):
+class Accept(Enum):
+    """The type of `ACCEPT`."""
+
     ACCEPT = "accept"
 
 
-ACCEPT: Final = _Accept.ACCEPT
+ACCEPT: Final = Accept.ACCEPT
 """The verdict that accepts without calling the policies that follow."""
 
 
@@ -52,15 +54,17 @@ class Mark(NamedTuple):
     header: str | tuple[str, str] | None = None
     """A header field for the top of the message: "X-Virus: none", or ("X-Virus", "none")."""
     quarantine: bool | str = False
-    """True: if the message is accepted, it is quarantined as `policy.quarantine` says; "hold": it is held."""
+    """True: if the message is accepted, it is quarantined according to `policy.quarantine`; "hold": it is held."""
 
 
-Verdict = Reply | Mark | Literal[_Accept.ACCEPT] | None
+Verdict = Reply | Mark | Literal[Accept.ACCEPT] | None
 Answer = Verdict | Awaitable[Verdict]
 
-HOOK_POINTS = (
-    "on_connect", "on_helo", "on_auth", "on_mail", "on_rcpt", "on_message", "on_reset", "on_disconnect",
-)  # fmt: skip
+HOOK_POINTS: Final[dict[str, int]] = {
+    "on_connect": 2, "on_helo": 2, "on_auth": 3, "on_mail": 3, "on_rcpt": 2, "on_message": 2, "on_reset": 1,
+    "on_disconnect": 1,
+}  # fmt: skip
+"""The methods that a policy may have, and how many arguments each is called with."""
 
 
 class ConnectPolicy(Protocol):
@@ -112,7 +116,7 @@ class ResetPolicy(Protocol):
     """Called at RSET, before the transaction is forgotten."""
 
     def on_reset(self, transaction: Transaction) -> Answer:
-        """Note that the client has given up the transaction. The answer is ignored."""
+        """Called when the client has aborted the transaction. The result is ignored."""
 
 
 class DisconnectPolicy(Protocol):

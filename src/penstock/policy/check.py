@@ -1,7 +1,8 @@
 """The interface of the built-in checks.
 
 A check finds something out and proposes a verdict; the judge (judge.py) decides. It applies the mode: a verdict of a
-check that only monitors is counted and journaled, and has no other effect.
+check that only monitors is counted and journaled, and has no other effect. A check with parts that have modes of their
+own, such as SPF and DMARC, returns a `Proposal` for each.
 
 A check is a module of this package with a subclass of `Check`, its settings, and a function that makes it:
 
@@ -33,14 +34,27 @@ if TYPE_CHECKING:
 Mode = Literal["off", "monitor", "enforce"]
 
 
+class Proposal(NamedTuple):
+    """The verdict of a part of a check, which has a name and a mode of its own."""
+
+    check: str
+    """What the journal and the statistics call the part: "spf", "dmarc"."""
+    mode: Mode
+    verdict: Reply | Mark
+    cause: str = ""
+    """Of a mark, for the journal."""
+
+
+Finding = Reply | Mark | list[Proposal] | None
+
+
 class Edited(NamedTuple):
     """The verdict of a check that changes the message; in monitor mode the change is dropped."""
 
     message: Message
-    verdict: Reply | Mark | None = None
+    verdict: Finding = None
 
 
-Finding = Reply | Mark | None
 FindingOrAwaitable = Finding | Awaitable[Finding]
 MessageFinding = Finding | Edited
 MessageFindingOrAwaitable = MessageFinding | Awaitable[MessageFinding]
@@ -51,7 +65,7 @@ class Check:
 
     Each hook point may be a plain function or `async`. A plain one, or an `async` one that is only called where it
     must wait, costs less: there is no deadline to keep. A `Reply` refuses, or accepts with its text; a `Mark` adds a
-    score, a header field, or a reason for quarantine; None says nothing.
+    score, a header field, or a reason for quarantine; None: no result.
     """
 
     name: str = ""
@@ -64,6 +78,8 @@ class Check:
     """What follows when it raises or misses its deadline; None for a check that is left out then."""
     judges_trusted: ClassVar[bool] = False
     """It is also asked about clients in `policy.trusted`, and on unix sockets."""
+    awaits_lookups: ClassVar[bool] = False
+    """At RCPT, it is asked when what is looked up about the client (`Evidence.look_up`) is known."""
     judges_authenticated: ClassVar[bool] = False
     """It is also asked about authenticated clients."""
 
@@ -74,7 +90,7 @@ class Check:
         """Judge the name of a client; `transaction.hello` still holds the one before."""
 
     def on_mail(self, transaction: Transaction, sender: Path, parameters: MailParameters) -> FindingOrAwaitable:
-        """Judge a sender; `transaction.sender` is not set yet."""
+        """Judge a sender; `transaction.sender` is not set yet. A plain function may be called twice for one MAIL."""
 
     def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> FindingOrAwaitable:
         """Judge a recipient; `transaction.recipients` holds those accepted before."""
@@ -88,7 +104,7 @@ class Check:
     def on_refused(self, transaction: Transaction, hook_point: str) -> None:
         """Note that something else has refused what this check let pass at a hook point ("on_rcpt"...).
 
-        For checks that count: what was refused does not count.
+        For checks that count: refused commands and messages do not count.
         """
 
     def on_accepted(self, transaction: Transaction, message: Message) -> None:
@@ -98,14 +114,8 @@ class Check:
         """Note that the connection has ended."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do what goes on in the background, until cancelled. Not started unless overridden."""
+        """Background task of the check, until cancelled. Not started unless overridden."""
         task_status.started()
-
-
-HOOK_POINTS = (
-    "on_connect", "on_helo", "on_mail", "on_rcpt", "on_data", "on_message", "on_refused", "on_accepted",
-    "on_disconnect",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +127,11 @@ class Parts:
     journal: Journal
     data_dir: FilePath
     is_ours: Callable[[str], bool]
-    """Whether mail for a domain (in canonical form) is accepted from everybody."""
+    """Whether mail for a domain (in canonical form) is accepted from all clients."""
     send: Callable[[Message], Awaitable[None]] | None = None
     """Puts a message of our own into the queue; None without one."""
     spool_name: str = "spool"
-    """The name of the spool in `data_dir`; each worker has one of its own."""
+    """The name of the worker's spool in `data_dir`."""
     state: State | None = None
     """Rate limits and greylisting; None if no check needs it."""
     can_hold: bool = True

@@ -1,4 +1,4 @@
-"""Policy servers that speak Postfix's policy delegation protocol (SMTPD_POLICY_README): postgrey, policyd-spf, postfwd.
+"""Policy servers with Postfix's policy delegation protocol (SMTPD_POLICY_README): postgrey, policyd-spf, postfwd.
 
 A question is a list of `name=value` lines and an empty line, the answer is `action=...` and an empty line. Attributes
 and actions are those of Postfix 3.7, as far as they mean something here; names of restrictions cannot be answers.
@@ -83,11 +83,23 @@ _numbers = itertools.count(1)
 
 
 def _instance_of(transaction: Transaction) -> str:
-    """Return what all questions about one message have in common."""
+    """Return the attributes of all requests about one message."""
     found: str = transaction.results.get(_INSTANCE, "")
     if not found:
         found = transaction.results[_INSTANCE] = f"{os.getpid():x}.{next(_numbers):x}"
     return found
+
+
+async def read_answer(connection: FilterConnection) -> bytes:
+    """Read an answer to its empty line, and what came with it. Raise FilterError."""
+    answer = bytearray()
+    searched = 0
+    while answer.find(b"\n\n", searched) < 0:
+        if len(answer) > _MOST_OCTETS:
+            raise FilterError(f"the policy server answers more than {_MOST_OCTETS} octets")
+        searched = max(0, len(answer) - 1)
+        answer += await connection.receive()
+    return bytes(answer)
 
 
 def parse_answer(text: str) -> Finding:
@@ -144,11 +156,7 @@ class DelegateCheck(Check):
 
         async def talk(connection: FilterConnection) -> Finding:
             await connection.send(question)
-            answer = b""
-            while b"\n\n" not in answer:
-                if len(answer) > _MOST_OCTETS:
-                    raise FilterError(f"the policy server answers more than {_MOST_OCTETS} octets")
-                answer += await connection.receive()
+            answer = await read_answer(connection)
             text, _, rest = answer.partition(b"\n\n")
             finding = parse_answer(text.decode("utf-8", "replace"))
             connection.can_be_kept = not rest

@@ -2,7 +2,7 @@
 
 Rules
 -----
-1. Only an answer that is in the `answers` of a list counts. A timeout, SERVFAIL, or an open breaker says nothing: the
+1. Only an answer that is in the `answers` of a list counts. A timeout, SERVFAIL, or an open breaker is no result: the
    list is left out.
 2. 127.255.255.*, 127.0.0.1 and everything outside 127.0.0.0/8 is an error of ours (a blocked resolver, a list that has
    gone): it can never condemn. The list is not used until it has passed its self-test again.
@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import trio
 
+from penstock.addresses import comparable_domain
 from penstock.breaker import Breaker
-from penstock.dns import Answer, Budget, Resolver
+from penstock.dns import Answer, Batch, Budget, Kind, Resolver
 from penstock.journal import Journal
 from penstock.message import Recipient
 from penstock.policy.base import Mark
-from penstock.policy.check import Check, Finding, FindingOrAwaitable, Parts
-from penstock.policy.evidence import Pending, evidence_of, run_guarded
+from penstock.policy.check import Check, Finding, FindingOrAwaitable, Parts, Proposal
+from penstock.policy.evidence import Lookup, Pending, evidence_of, run_guarded
 from penstock.policy.settings import DnsblSettings, PolicySettings
 from penstock.reply import Reply
 from penstock.results import DnsblResult, Listing
@@ -106,7 +107,7 @@ class _List:
 
     def __init__(self, settings: DnsblSettings, *, is_enforced: bool) -> None:
         """Raise ValueError for patterns that are none."""
-        self.zone = settings.zone.lower().rstrip(".")
+        self.zone = comparable_domain(settings.zone)
         self.is_enforced = is_enforced
         self.breaker = Breaker(*_BREAKER, _BREAKER[1])
         self.is_usable = False
@@ -135,13 +136,13 @@ class _BadAnswerError(Exception):
 
 def reversed_name(address: str) -> str:
     """Return the name of an address in a list: 2.0.0.127, or 32 nibbles (RFC 5782 2.1, 2.4)."""
-    parsed = ipaddress.ip_address(address)
-    name = parsed.reverse_pointer
-    return name.removesuffix(".in-addr.arpa" if parsed.version == 4 else ".ip6.arpa")
+    if ":" not in address:  # in canonical form: parsing it would cost as much as a question
+        return ".".join(reversed(address.split(".")))
+    return ipaddress.IPv6Address(address).reverse_pointer.removesuffix(".ip6.arpa")
 
 
 async def find_problem(resolver: Resolver, zone: str) -> str:
-    """Make the self-test of a list: 127.0.0.2 is listed, 127.0.0.1 is not (RFC 5782 5). Return what is wrong, or ""."""
+    """Make the self-test of a list: 127.0.0.2 is listed, 127.0.0.1 is not (RFC 5782 5). Return the error, or ""."""
     listed = await resolver.query(f"2.0.0.127.{zone}", "A")
     unlisted = await resolver.query(f"1.0.0.127.{zone}", "A")
     if listed.is_failure or unlisted.is_failure:
@@ -162,12 +163,46 @@ def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
     return [Dnsbl(lists, policy, parts)] if lists else []
 
 
+class _Lookup(Lookup[DnsblResult]):
+    """The question about a client to all lists."""
+
+    name = "dnsbl"
+
+    def __init__(
+        self,
+        check: Dnsbl,
+        asked: Sequence[_List],
+        questions: Sequence[tuple[str, Kind]],
+        pending: Pending[DnsblResult],
+    ) -> None:
+        super().__init__(pending)
+        self._check = check
+        self._asked = asked
+        self._questions = questions
+        self._batch: Batch | None = None
+
+    def begin(self) -> None:
+        self._batch = self._check.ask(self._asked, self._questions)
+
+    async def finish(self, *, are_due: bool) -> None:
+        if self._batch is not None:
+            self.pending.set(self._check.take(self._asked, await self._batch.answers(are_due=are_due)))
+
+    def close(self) -> None:
+        if self._batch is not None:
+            self._batch.abandon()
+            if not self.pending.is_done:  # nothing was learnt about the lists
+                for each in self._asked:
+                    each.breaker.abandon()
+
+
 class Dnsbl(Check):
-    """All lists together. It knows which are in monitor mode, so that what it returns always counts."""
+    """All lists together. What those propose that may decide, and what all would together, are two proposals."""
 
     name = "dnsbl"
     mode = "enforce"
     failure = None
+    awaits_lookups = True
     deadline = 2 * _SECONDS
 
     def __init__(self, lists: Sequence[_List], policy: PolicySettings, parts: Parts) -> None:
@@ -227,22 +262,27 @@ class Dnsbl(Check):
     def on_connect(self, transaction: Transaction) -> FindingOrAwaitable:
         """Begin to ask; where listed clients get no greeting, wait for the answers. Cached answers need no task."""
         assert self._nursery is not None
-        pending: Pending[DnsblResult] = evidence_of(transaction).begin("dnsbl")
+        evidence = evidence_of(transaction)
+        pending: Pending[DnsblResult] = evidence.begin("dnsbl")
         name, now = reversed_name(transaction.peer.address), trio.current_time()
         asked = [each for each in self._lists if each.is_usable and not each.breaker.blocks(now)]
-        known = [self._resolver.cached(f"{name}.{each.zone}", "A") for each in asked]
+        questions: list[tuple[str, Kind]] = [(f"{name}.{each.zone}", "A") for each in asked]
+        known = [self._resolver.cached(*question) for question in questions]
         answers = [each for each in known if each is not None]
         if len(answers) == len(asked):
             pending.set(self._result(asked, answers))
         else:
-            self._nursery.start_soon(run_guarded, self._journal, self.name, pending.run, self._find, asked, name)
+            evidence.look_up(_Lookup(self, asked, questions, pending), self._nursery, self._journal)
         return self._judge_connection(transaction, pending) if self._at_connect else None
 
-    async def _find(self, asked: Sequence[_List], name: str) -> DnsblResult:
-        """Ask lists at once. Those that have not answered in time are left out."""
+    def ask(self, asked: Sequence[_List], questions: Sequence[tuple[str, Kind]]) -> Batch:
+        """Ask lists at once, each its question."""
         for each in asked:
             each.breaker.probe()
-        answers = await self._resolver.query_all([(f"{name}.{each.zone}", "A") for each in asked], _SECONDS)
+        return self._resolver.begin_all(questions, _SECONDS)
+
+    def take(self, asked: Sequence[_List], answers: Sequence[Answer]) -> DnsblResult:
+        """Return the result. Lists that have not answered in time are left out."""
         for each, answer in zip(asked, answers, strict=True):
             if answer.is_failure:
                 if each.breaker.failed(trio.current_time()):
@@ -269,7 +309,8 @@ class Dnsbl(Check):
 
     async def _judge_connection(self, transaction: Transaction, pending: Pending[DnsblResult]) -> Finding:
         found = await pending.get() or _NOT_LISTED
-        return await self._refusal(transaction, "on_connect", found)
+        refusal = await self._refusal(transaction, found)
+        return None if refusal is None else [refusal]
 
     def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> FindingOrAwaitable:
         """Refuse a listed client. Its score is added once for a message, for the first recipient that is not exempt."""
@@ -288,21 +329,26 @@ class Dnsbl(Check):
         found = await pending.get() or _NOT_LISTED
         is_first = transaction.results.dnsbl is None
         transaction.results.dnsbl = found
-        refusal = await self._refusal(transaction, "on_rcpt", found)
-        if refusal is not None or not is_first:
-            return refusal
-        score = self._score_of(found.listings, enforced=True)
-        monitored = self._score_of(found.listings) - score
+        refusal = await self._refusal(transaction, found)
+        if not is_first or (refusal is not None and refusal.mode == "enforce"):
+            return None if refusal is None else [refusal]
+        enforced = self._score_of(found.listings, enforced=True)
+        monitored = self._score_of(found.listings) - enforced
+        proposals = [] if refusal is None else [refusal]
+        if enforced:
+            proposals.append(Proposal(self.name, "enforce", Mark(score=enforced)))
         if monitored:
-            transaction.results.monitored_scores[self.name] = monitored
-        return Mark(score=score) if score else None
+            proposals.append(Proposal(self.name, "monitor", Mark(score=monitored)))
+        return proposals or None
 
-    def _score_of(self, listings: Iterable[Listing], *, enforced: bool = False) -> float:
+    def _score_of(self, listings: Sequence[Listing], *, enforced: bool = False) -> float:
+        if not listings:
+            return 0
         zones = {each.zone for each in self._lists if each.is_enforced or not enforced}
         return sum(each.score for each in listings if each.zone in zones)
 
-    async def _refusal(self, transaction: Transaction, hook_point: str, found: DnsblResult) -> Reply | None:
-        """Return the refusal of a client whose score is too high; that of lists in monitor mode is journaled."""
+    async def _refusal(self, transaction: Transaction, found: DnsblResult) -> Proposal | None:
+        """Return the refusal of a client whose score is too high, in monitor mode if it needs lists that are."""
         enforced, everything = self._score_of(found.listings, enforced=True), self._score_of(found.listings)
         if max(enforced, everything) < self._reject_above:
             return None
@@ -311,13 +357,10 @@ class Dnsbl(Check):
         causes = ", ".join(f"{each.zone}={'|'.join(each.answers)} ({each.score:g})" for each in found.listings)
         what = f"Client host {transaction.peer.literal} blocked using {worst.zone}"
         reply = Reply(554, "5.7.1", f"{what}; {text}" if text else what, cause=causes)
-        if enforced >= self._reject_above:
-            return reply
-        self._journal.monitored(transaction.number, transaction.peer, self.name, hook_point, reply)
-        return None
+        return Proposal(self.name, "enforce" if enforced >= self._reject_above else "monitor", reply)
 
     async def _text_of(self, address: str, zone: str) -> str:
-        """Return what a list says about a client, as printable ASCII."""
+        """Return the reason that a list publishes (TXT), as printable ASCII."""
         answer: Answer | None = None
         with trio.move_on_after(_SECONDS):
             budget = Budget(self._resolver, seconds=_SECONDS)

@@ -18,6 +18,8 @@ from penstock.policy.overlay import Edit, EditedBody
 
 _NAME: Final = re.compile(rb"[!-9;-~]{1,998}")
 MOST_FIELDS: Final = 10_000
+MOST_CHANGES: Final = 10_000
+"""Of one filter to a message; a new body is one, in however many pieces."""
 MOST_OCTETS: Final = 64 << 20
 """Of all changes of one filter to a message."""
 
@@ -37,7 +39,7 @@ class _Field:
         self.octets = octets
         """None while it is as the client has sent it."""
         self.start, self.stop = start, stop
-        """Where it stands in the body; both are 0 for a new one."""
+        """Position in the body; both are 0 for a new field."""
         self.is_hidden = False
         """The filter does not see it."""
 
@@ -77,8 +79,9 @@ class MessageEditor:
         self._in_prefix = 0
         self._has_results = False
         """The first field is our Authentication-Results."""
-        self._body: list[bytes] | None = None
+        self._body: bytearray | None = None
         self._octets = 0
+        self._changes = 0
         self._sender: Path | None = None
         self._recipients = list(message.envelope.recipients)
         self.has_changed = False
@@ -99,11 +102,15 @@ class MessageEditor:
         self._fields += [_Field(_name_of(field), field) for field in self._added]
         self._added.clear()
 
-    def _count(self, octets: int) -> None:
+    def _count(self, octets: int, *, is_piece: bool = False) -> None:
+        """Note a change; `is_piece`: it goes on with the one before. Raise EditError for too many."""
         self.has_changed = True
         self._octets += octets
+        self._changes += not is_piece
         if self._octets > MOST_OCTETS or len(self._fields) + len(self._added) > MOST_FIELDS:
             raise EditError(f"more than {MOST_FIELDS} fields, or changes of more than {MOST_OCTETS >> 20} MB")
+        if self._changes > MOST_CHANGES:
+            raise EditError(f"more than {MOST_CHANGES} changes")
 
     # ---- the header
 
@@ -119,9 +126,10 @@ class MessageEditor:
         """Insert a field after the first `index` fields, but never above our Authentication-Results."""
         self._count(len(field))
         self._split()
-        visible = [at for at, each in enumerate(self._fields) if not each.is_hidden]
-        index = max(index, self._has_results)
-        at = 0 if index <= 0 else visible[index - 1] + 1 if index <= len(visible) else len(self._fields)
+        at, left = 0, max(index, self._has_results)
+        while left and at < len(self._fields):
+            left -= not self._fields[at].is_hidden
+            at += 1
         if at <= self._in_prefix:
             self._in_prefix += 1
         self._fields.insert(at, _Field(_name_of(field), field))
@@ -154,10 +162,10 @@ class MessageEditor:
 
     def replace_body(self, octets: bytes) -> None:
         """Replace the body; further octets are added to the new one."""
-        self._count(len(octets))
+        self._count(len(octets), is_piece=self._body is not None)
         if self._body is None:
-            self._body = []
-        self._body.append(octets)
+            self._body = bytearray()
+        self._body += octets
 
     def change_sender(self, sender: Path) -> None:
         """Change the envelope sender."""
@@ -205,20 +213,21 @@ class MessageEditor:
             prefix = self._message.prefix.removesuffix(self._tail)
             return prefix, [], self._header_octets, b"".join(self._added)
         edits: list[Edit] = []
-        at, inserted = 0, b""
+        at, inserted = 0, list[bytes]()
         for field in self._fields[self._in_prefix :]:
             if not field.stop:
-                inserted += field.octets or b""
+                inserted.append(field.octets or b"")
                 continue
             if inserted or field.octets is not None:
                 stop = field.stop if field.octets is not None else field.start
-                edits.append(Edit(field.start, stop, inserted + (field.octets or b"")))
-                inserted = b""
+                edits.append(Edit(field.start, stop, b"".join([*inserted, field.octets or b""])))
+                inserted.clear()
             at = field.stop
-        return b"".join([field.octets or b"" for field in self._fields[: self._in_prefix]]), edits, at, inserted
+        prefix = b"".join([field.octets or b"" for field in self._fields[: self._in_prefix]])
+        return prefix, edits, at, b"".join(inserted)
 
     def _new_body(self, header_end: int) -> Edit:
-        octets = b"".join(self._body or ())
+        octets = bytes(self._body or b"")
         size = self._message.body.size
         if self._tail:
             return Edit(0, size, octets)
@@ -227,6 +236,16 @@ class MessageEditor:
     def _envelope(self, envelope: Envelope) -> Envelope:
         sender = envelope.sender if self._sender is None else self._sender
         return envelope._replace(sender=sender, recipients=tuple(self._recipients))
+
+
+def end_of_results(prefix: bytes) -> int:
+    """Return where our Authentication-Results ends, 0 without one: it is the first of the fields that we add."""
+    if not prefix.startswith(b"Authentication-Results:"):
+        return 0
+    end = prefix.find(b"\r\n") + 2
+    while prefix[end : end + 1] in (b"\t", b" "):  # a folded line
+        end = prefix.find(b"\r\n", end) + 2
+    return end
 
 
 def _name_of(field: bytes) -> bytes:

@@ -1,9 +1,10 @@
-"""What is kept about one connection: what was found before MAIL, and the message that is arriving."""
+"""The data of the checks about one connection: results before MAIL, and the message that is being received."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import trio
 
@@ -13,6 +14,8 @@ from penstock.transaction import Transaction
 
 T = TypeVar("T")
 _MAX_MARKS: Final = 100
+_LOOKUP_SECONDS: Final = 10.0
+"""What the lookups of a connection may take, which have shorter deadlines themselves."""
 
 
 class Watcher(Protocol):
@@ -36,48 +39,62 @@ async def run_guarded(journal: Journal, check: str, run: Callable[..., Awaitable
 class Pending(Generic[T]):
     """A result that a background task is going to set."""
 
-    __slots__ = ("_done", "_value", "scope")
+    __slots__ = ("_done", "_value", "is_done")
 
     def __init__(self) -> None:
-        self._done = trio.Event()
+        self._done: trio.Event | None = None
+        """Made by the first task that has to wait."""
         self._value: T | None = None
-        self.scope = trio.CancelScope()
-        """That of the task."""
+        self.is_done = False
+        """There is a result, or there will be none."""
 
-    async def run(self, find: Callable[..., Any], *arguments: object) -> None:
-        """Be the task: await the result; when that is cancelled, or raises, the result is None."""
-        try:
-            with self.scope:
-                self._value = await find(*arguments)
-        finally:
-            self._done.set()
-
-    def set(self, value: T) -> None:
-        """Set the result without a task."""
+    def set(self, value: T | None) -> None:
+        """Set the result. None: there will be none."""
         self._value = value
-        self._done.set()
-
-    @property
-    def is_done(self) -> bool:
-        """The task is over."""
-        return self._done.is_set()
+        self.is_done = True
+        if self._done is not None:
+            self._done.set()
 
     @property
     def value(self) -> T | None:
-        """The result, once the task is over; None if there is none."""
+        """The result, once it is there; None if there is none."""
         return self._value
 
     async def get(self) -> T | None:
         """Wait for the result. None: there will be none. No checkpoint when it is known."""
-        if not self._done.is_set():
+        if not self.is_done:
+            if self._done is None:
+                self._done = trio.Event()
             await self._done.wait()
         return self._value
 
 
-class Evidence:
-    """The connection's part of what was found: it outlives the transactions. `close` it at the end."""
+class Lookup(Generic[T]):
+    """What a check asks the DNS about a client. All lookups of a connection are made by one task."""
 
-    __slots__ = ("_pending", "header_field", "is_trusted", "marks", "watcher")
+    name: ClassVar[str]
+    """That of the check."""
+    asks_more: ClassVar[bool] = False
+    """Some questions go to the client's own name servers, or depend on their answers: it is finished last."""
+
+    def __init__(self, pending: Pending[T]) -> None:
+        self.pending = pending
+        """The result, which `finish` sets."""
+
+    def begin(self) -> None:
+        """Send the questions, without waiting."""
+
+    async def finish(self, *, are_due: bool) -> None:
+        """Wait for the answers, and set the result. `are_due`: the task has waited for something since `begin`."""
+
+    def close(self) -> None:
+        """Forget the questions that were not answered."""
+
+
+class Evidence:
+    """Results of the connection, which are kept for all its transactions. `close` it at the end."""
+
+    __slots__ = ("_done", "_lookups", "_pending", "_scope", "is_trusted", "kept", "marks", "watcher")
 
     def __init__(self) -> None:
         self.is_trusted: bool | None = None
@@ -86,23 +103,67 @@ class Evidence:
         """Marks made before MAIL: the check, the mark, and whether the check only monitors."""
         self.watcher: Watcher | None = None
         """What looks at the message that is arriving."""
-        self.header_field = b""
-        """The Authentication-Results field of the message that is judged."""
+        self.kept: dict[object, Any] = {}
+        """What checks keep for the connection, by the check."""
         self._pending: dict[str, Pending[Any]] | None = None
+        self._lookups: list[Lookup[Any]] = []
+        """Those that the task of the connection has not begun."""
+        self._scope: trio.CancelScope | None = None
+        """That of the task, while it runs."""
+        self._done: trio.Event | None = None
+        """The task has ended; made by the first that waits for it."""
+
+    async def wait(self) -> None:
+        """Wait for the lookups that are under way, for a few seconds at most."""
+        if self._scope is not None:
+            if self._done is None:
+                self._done = trio.Event()
+            await self._done.wait()
+
+    def look_up(self, lookup: Lookup[Any], nursery: trio.Nursery, journal: Journal) -> None:
+        """Have the task of the connection make a lookup, together with others that are asked for now."""
+        self._lookups.append(lookup)
+        if self._scope is None:
+            scope = trio.CancelScope(deadline=trio.current_time() + _LOOKUP_SECONDS)
+            nursery.start_soon(self._look_up, scope, journal)
+            self._scope = scope
+
+    async def _look_up(self, scope: trio.CancelScope, journal: Journal) -> None:
+        """Be the task: make the lookups."""
+        made: list[Lookup[Any]] = []
+        try:
+            with scope:
+                while self._lookups:
+                    begun, self._lookups = self._lookups, []
+                    made += begun
+                    for each in begun:
+                        await run_guarded(journal, each.name, _begin, each)
+                    begun.sort(key=_asks_more)
+                    for at, each in enumerate(begun):
+                        await run_guarded(journal, each.name, partial(each.finish, are_due=at > 0))
+        finally:
+            self._scope = None
+            for each in (*made, *self._lookups):
+                each.close()
+                if not each.pending.is_done:
+                    each.pending.set(None)
+            if self._done is not None:
+                self._done.set()
+                self._done = None
 
     def pending(self, name: str) -> Pending[Any] | None:
         """Return what a check has begun at the connection."""
         return None if self._pending is None else self._pending.get(name)
 
     def begin(self, name: str) -> Pending[Any]:
-        """Return a new result of a check; the caller starts its task."""
+        """Return a new result of a check; the caller sets it, or has it looked up."""
         if self._pending is None:
             self._pending = {}
         pending = self._pending[name] = Pending()
         return pending
 
     def keep_mark(self, name: str, mark: Mark, *, is_monitored: bool) -> None:
-        """Keep a mark for all messages of the connection; a client that says EHLO again and again adds no more."""
+        """Keep a mark for all messages of the connection; repeated EHLO commands add no more."""
         if len(self.marks) < _MAX_MARKS:
             self.marks.append((name, mark, is_monitored))
 
@@ -113,10 +174,19 @@ class Evidence:
         self.watcher = watcher
 
     def close(self) -> None:
-        """Stop what still goes on for the connection."""
+        """Stop the task of the connection."""
         self.watch(None)
-        for pending in (self._pending or {}).values():
-            pending.scope.cancel()
+        if self._scope is not None:
+            self._scope.cancel()
+
+
+async def _begin(lookup: Lookup[Any]) -> None:
+    lookup.begin()
+
+
+def _asks_more(lookup: Lookup[Any]) -> bool:
+    """Return whether a lookup comes last: the client's own name servers may be silent, and must delay no other."""
+    return lookup.asks_more
 
 
 def evidence_of(transaction: Transaction) -> Evidence:

@@ -1,21 +1,22 @@
-"""Forward-confirmed reverse DNS: whether a name of the client's address leads back to it (iprev, RFC 8601 2.7.3).
+"""Forward-confirmed reverse DNS: whether a name of the client's address resolves to it (iprev, RFC 8601 2.7.3).
 
-The names are looked up while the client is greeted and says EHLO; only RCPT waits for them.
+The names are looked up during the greeting and EHLO; only RCPT waits for the result.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Generator
 from typing import Final
 
 import trio
 
-from penstock.dns import Answer, Budget, Kind, Resolver
+from penstock.dns import Answer, Batch, Budget, Kind, Resolver
 from penstock.message import Recipient
 from penstock.policy.base import Mark
 from penstock.policy.check import Check, Finding, FindingOrAwaitable, Mode, Parts
-from penstock.policy.evidence import Pending, evidence_of, run_guarded
+from penstock.policy.evidence import Lookup, Pending, evidence_of
 from penstock.policy.settings import FcrdnsSettings, PolicySettings
 from penstock.results import IprevResult
 from penstock.transaction import Transaction
@@ -36,6 +37,7 @@ class Fcrdns(Check):
 
     name = "fcrdns"
     failure = None
+    awaits_lookups = True
 
     def __init__(self, settings: FcrdnsSettings, mode: Mode, parts: Parts) -> None:
         self.mode = mode
@@ -55,32 +57,74 @@ class Fcrdns(Check):
         """Begin to ask. Cached answers need no task."""
         assert self._nursery is not None
         address = transaction.peer.address
-        pending: Pending[IprevResult] = evidence_of(transaction).begin("iprev")
+        evidence = evidence_of(transaction)
+        pending: Pending[IprevResult] = evidence.begin("iprev")
         known = find_cached(self._resolver, address)
         if known is not None:
             pending.set(known)
         else:
-            self._nursery.start_soon(run_guarded, self._journal, self.name, pending.run, self._find, address)
-
-    async def _find(self, address: str) -> IprevResult:
-        return await find_iprev(Budget(self._resolver, seconds=_SECONDS), address)
+            evidence.look_up(_Lookup(self._resolver, address, pending), self._nursery, self._journal)
 
     def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> FindingOrAwaitable:  # noqa: ARG002 - the interface
-        """Wait for the result at the first recipient, and note it."""
-        return None if transaction.results.iprev is not None else self._note(transaction)
-
-    async def _note(self, transaction: Transaction) -> Finding:
+        """Note the result at the first recipient; wait for it if need be."""
+        if transaction.results.iprev is not None:
+            return None
         pending: Pending[IprevResult] | None = evidence_of(transaction).pending("iprev")
-        found = None if pending is None else await pending.get()
+        if pending is None or pending.is_done:
+            return self._note(transaction, None if pending is None else pending.value)
+        return self._await(transaction, pending)
+
+    async def _await(self, transaction: Transaction, pending: Pending[IprevResult]) -> Finding:
+        return self._note(transaction, await pending.get())
+
+    def _note(self, transaction: Transaction, found: IprevResult | None) -> Finding:
         found = transaction.results.iprev = found or IprevResult("temperror")
         return Mark(score=self._score) if self._score and found.result in ("fail", "permerror") else None
 
 
+class _Lookup(Lookup[IprevResult]):
+    """The questions about the address of a client."""
+
+    name = "fcrdns"
+    asks_more = True
+
+    def __init__(self, resolver: Resolver, address: str, pending: Pending[IprevResult]) -> None:
+        super().__init__(pending)
+        self._resolver = resolver
+        self._steps = _steps(address)
+        self._budget: Budget | None = None
+        self._batch: Batch | None = None
+
+    def begin(self) -> None:
+        self._budget = Budget(self._resolver, seconds=_SECONDS)
+        self._batch = self._resolver.begin_all([next(self._steps)], _SECONDS)
+
+    async def finish(self, *, are_due: bool) -> None:
+        if self._batch is None or self._budget is None:
+            return
+        (answer,) = await self._batch.answers(are_due=are_due)
+        self._budget.restart(_SECONDS)  # other lookups may have taken long
+        try:
+            while True:
+                answer = await self._budget.query(*self._steps.send(answer))
+        except StopIteration as exc:
+            self.pending.set(exc.value)
+
+    def close(self) -> None:
+        if self._batch is not None:
+            self._batch.abandon()
+
+
 def _steps(address: str) -> Generator[tuple[str, Kind], Answer, IprevResult]:
     """Yield the questions about an address, take their answers, and return the result."""
-    parsed = ipaddress.ip_address(address)
-    kind: Kind = "A" if parsed.version == 4 else "AAAA"
-    answer = yield parsed.reverse_pointer, "PTR"
+    kind: Kind
+    if ":" in address:
+        parsed = ipaddress.IPv6Address(address)
+        pointer, kind, packed = parsed.reverse_pointer, "AAAA", parsed.packed
+    else:  # in canonical form: parsing it would cost as much as a question
+        pointer, kind = ".".join(reversed(address.split("."))) + ".in-addr.arpa", "A"
+        packed = socket.inet_aton(address)
+    answer = yield pointer, "PTR"
     if answer.is_failure:
         return IprevResult("temperror", cause=answer.cause)
     names = [name for name in answer.records[:_MAX_NAMES] if name]
@@ -89,7 +133,7 @@ def _steps(address: str) -> Generator[tuple[str, Kind], Answer, IprevResult]:
     failed: Answer | None = None
     for name in names:
         found = yield name, kind
-        if parsed.packed in found.records:
+        if packed in found.records:
             return IprevResult("pass", name)
         failed = found if found.is_failure else failed
     if failed is not None:
@@ -97,20 +141,8 @@ def _steps(address: str) -> Generator[tuple[str, Kind], Answer, IprevResult]:
     return IprevResult("fail", cause=f"{', '.join(names[:3])} does not lead back")
 
 
-async def find_iprev(budget: Budget, address: str) -> IprevResult:
-    """Return whether a name of an address leads back to it."""
-    steps = _steps(address)
-    try:
-        question = next(steps)
-        while True:
-            question = steps.send(await budget.query(*question))
-    except StopIteration as exc:
-        result: IprevResult = exc.value
-        return result
-
-
 def find_cached(resolver: Resolver, address: str) -> IprevResult | None:
-    """Return the same where all answers are cached; None where one has to be asked for."""
+    """Return the result where all answers are cached; None where one has to be asked for."""
     steps = _steps(address)
     try:
         question = next(steps)

@@ -16,7 +16,7 @@ from penstock.policy.units import Address, parse_addresses, parse_url
 _SECONDS: Final = 5.0
 Talk = Callable[[FilterConnection], Awaitable[object]]
 Probe = Callable[[], Awaitable[str]]
-"""Returns what is wrong, "" if nothing is."""
+"""Returns the error, "" without one."""
 
 
 def probes(policy: PolicySettings) -> Iterator[tuple[str, Probe]]:

@@ -26,7 +26,10 @@ _MOST_IDLE: Final = 32
 _IDLE_SECONDS: Final = 60.0
 _MOST_BUSY: Final = 200
 """Dialogs with one filter at the same time; further ones wait for their turn."""
-_RECEIVE: Final = 65_536
+_MOST_LENT: Final = 200
+"""Connections to one filter that clients have for as long as theirs lasts."""
+_RECEIVE: Final = 16_384
+"""Octets of a filter that are read before other tasks run."""
 T = TypeVar("T")
 
 
@@ -41,9 +44,12 @@ class StaleError(FilterError):
 class FilterConnection:
     """A connection to a filter."""
 
-    def __init__(self, stream: SocketStream, *, is_reused: bool = False) -> None:
+    def __init__(self, stream: SocketStream, address: Address) -> None:
         self._stream = stream
-        self.is_reused = is_reused
+        self.address = address
+        self.is_reused = False
+        self.is_lent = False
+        """Its dialog goes on after `FilterPool.lend`: `take_back` must follow."""
         self.has_answered = False
         """Something has come since the dialog began."""
         self.can_be_kept = False
@@ -51,6 +57,8 @@ class FilterConnection:
         self.idle_since = 0.0
         self.state: object = None
         """What the protocol keeps about the connection."""
+        self._octets = 0
+        """Octets that were received since other tasks ran."""
 
     async def send(self, data: bytes) -> None:
         """Send octets. Raise FilterError."""
@@ -62,9 +70,17 @@ class FilterConnection:
             raise self._lost(exc) from exc
 
     async def receive(self) -> bytes:
-        """Return the next octets. Raise FilterError, also at the end of the stream."""
+        """Return the next octets. Raise FilterError, also at the end of the stream.
+
+        A filter that sends without end must neither stop the other tasks nor miss its deadline, which takes a
+        checkpoint to be noticed.
+        """
         try:
             data = await self._stream.receive_now(_RECEIVE)
+            self._octets += len(data)
+            if self._octets >= _RECEIVE:
+                self._octets = 0
+                await trio.lowlevel.checkpoint()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             raise self._lost(exc) from exc
         if not data:
@@ -94,6 +110,7 @@ class FilterPool:
         self._idle: dict[Address, list[FilterConnection]] = {address: [] for address in addresses}
         self._breakers = {address: Breaker(_FAILURES, _PAUSE, _PAUSE) for address in addresses}
         self._places = trio.Semaphore(_MOST_BUSY)
+        self._lent = 0
 
     async def talk(self, dialog: Callable[[FilterConnection], Awaitable[T]]) -> T:
         """Return the result of a dialog with the first address that works.
@@ -128,11 +145,14 @@ class FilterPool:
             while True:
                 connection = self._take_idle(address) or await self.connect(address)
                 try:
-                    result = await self._use(address, connection, dialog)
+                    result = await self._use(connection, dialog)
                 except StaleError:
                     continue  # at most once for each kept connection
                 is_decided = True
-                breaker.succeeded()
+                if connection.is_lent:
+                    breaker.abandon()  # the filter has not decided anything yet
+                else:
+                    breaker.succeeded()
                 return result
         except FilterError:
             is_decided = True
@@ -142,20 +162,61 @@ class FilterPool:
             if not is_decided:  # cancelled: by the deadline, or by the end of the server
                 breaker.failed(trio.current_time())
 
-    async def _use(
-        self, address: Address, connection: FilterConnection, dialog: Callable[[FilterConnection], Awaitable[T]]
-    ) -> T:
+    async def _use(self, connection: FilterConnection, dialog: Callable[[FilterConnection], Awaitable[T]]) -> T:
         connection.has_answered = connection.can_be_kept = False
         try:
             return await dialog(connection)
         finally:
-            idle = self._idle[address]
-            if connection.can_be_kept and address in self.reusable and len(idle) < _MOST_IDLE:
-                connection.is_reused = True
-                connection.idle_since = trio.current_time()
-                idle.append(connection)
-            else:
-                connection.close()
+            if not connection.is_lent:
+                self._put_back(connection)
+
+    async def lend(self, dialog: Callable[[FilterConnection], Awaitable[T]]) -> T | None:
+        """Return the result of the beginning of a dialog, which keeps its connection: `take_back` must follow.
+
+        Return None if too many connections are lent. Raise FilterError as `talk` does; then nothing is lent. What
+        comes of the dialog is to be reported with `note_success` and `note_failure`.
+        """
+        if self._lent >= _MOST_LENT:
+            return None
+
+        async def keep(connection: FilterConnection) -> T:
+            result = await dialog(connection)
+            connection.is_lent = True
+            return result
+
+        self._lent += 1  # before the first wait: others ask meanwhile
+        try:
+            return await self.talk(keep)
+        except BaseException:
+            self._lent -= 1
+            raise
+
+    def note_success(self, connection: FilterConnection) -> None:
+        """Note that a lent connection has led to a decision."""
+        self._breakers[connection.address].succeeded()
+
+    def note_failure(self, connection: FilterConnection) -> None:
+        """Note that the dialog on a lent connection has failed."""
+        breaker, now = self._breakers[connection.address], trio.current_time()
+        if not breaker.blocks(now):
+            breaker.probe()
+            breaker.failed(now)
+
+    def take_back(self, connection: FilterConnection) -> None:
+        """End a dialog that went on after `lend`."""
+        self._lent -= 1
+        connection.is_lent = False
+        self._put_back(connection)
+
+    def _put_back(self, connection: FilterConnection) -> None:
+        """Keep a connection that is free, or close it."""
+        idle = self._idle[connection.address]
+        if connection.can_be_kept and connection.address in self.reusable and len(idle) < _MOST_IDLE:
+            connection.is_reused = True
+            connection.idle_since = trio.current_time()
+            idle.append(connection)
+        else:
+            connection.close()
 
     def _take_idle(self, address: Address) -> FilterConnection | None:
         idle = self._idle[address]
@@ -169,8 +230,8 @@ class FilterPool:
         try:
             with trio.move_on_after(self._connect_time):
                 if address.path:
-                    return FilterConnection(await connect_unix(address.path))
-                return FilterConnection(await connect_tcp(address.host, address.port))
+                    return FilterConnection(await connect_unix(address.path), address)
+                return FilterConnection(await connect_tcp(address.host, address.port), address)
         except (OSError, socket.gaierror) as exc:
             raise FilterError(f"cannot connect: {exc}") from exc
         raise FilterError(f"no connection within {self._connect_time:g} s")

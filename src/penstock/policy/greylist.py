@@ -6,7 +6,8 @@ Rules
    senders try again from another address; or, if SPF passes, by the domain it has authenticated, because pools of some
    senders span many networks.
 2. Without the state, mail is accepted (fail open): no mail is lost for want of a defence against spam.
-3. A client whose attempt comes too early is told how long to wait, and its wait does not begin anew.
+3. With `when = "suspicious"`, what is known at RCPT decides: the score, the client's name, SPF. DKIM is not known then.
+4. A client that tries again too early gets the remaining time in the reply, and the time does not start again.
 """
 
 from __future__ import annotations
@@ -61,8 +62,6 @@ class GreylistCheck(Check):
         self._times = GreylistTimes(
             parse_duration(settings.delay), parse_duration(settings.window), parse_duration(settings.remember)
         )
-        self.left_out = 0
-        """Attempts that were accepted because the state was not available."""
 
     def on_rcpt(self, transaction: Transaction, recipient: Recipient) -> Reply | Awaitable[Reply | None] | None:
         """Defer an attempt that is not known."""
@@ -72,7 +71,6 @@ class GreylistCheck(Check):
         try:
             wait = self._state.greylist(key, self._times)
         except StateUnavailableError:
-            self.left_out += 1
             return None
         return self._verdict(wait) if isinstance(wait, int) else self._await(wait)
 
@@ -92,7 +90,6 @@ class GreylistCheck(Check):
         try:
             return self._verdict(await wait)
         except StateUnavailableError:
-            self.left_out += 1
             return None
 
     @staticmethod
@@ -103,9 +100,9 @@ class GreylistCheck(Check):
 
 
 def is_suspicious(transaction: Transaction) -> bool:
-    """Return whether something found so far speaks against a client."""
+    """Return whether a result so far makes a client suspicious."""
     if not transaction.has_results:
-        return True  # nothing was checked, so nothing speaks for it either
+        return True  # nothing was checked, so the client may be suspicious
     results = transaction.results
     marks = evidence_of(transaction).marks
     if results.score + sum(mark.score for _, mark, is_monitored in marks if not is_monitored) >= _SUSPICIOUS_SCORE:

@@ -7,25 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import msgspec
 
 from penstock.loading import HookError, load_object
 from penstock.policy.base import HOOK_POINTS
 from penstock.schema import suggest
-
-_ARGUMENTS: Final = {
-    "on_connect": 2,
-    "on_helo": 2,
-    "on_auth": 3,
-    "on_mail": 3,
-    "on_rcpt": 2,
-    "on_message": 2,
-    "on_reset": 1,
-    "on_disconnect": 1,
-}
-"""Number of arguments of each hook (penstock.policy.base)."""
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,12 +61,12 @@ def check_policy(reference: str, policy: object) -> None:
             )
         method = getattr(policy, name)
         try:
-            inspect.signature(method).bind(*[None] * _ARGUMENTS[name])
+            inspect.signature(method).bind(*[None] * HOOK_POINTS[name])
         except ValueError:
             continue  # compiled code may have no signature
         except TypeError as exc:
             raise HookError(
-                f"{reference!r}: {name} must take {_ARGUMENTS[name]} arguments (see penstock.policy.base): {exc}"
+                f"{reference!r}: {name} must take {HOOK_POINTS[name]} arguments (see penstock.policy.base): {exc}"
             ) from exc
     if not methods:
         raise HookError(f"{reference!r}: the policy has no hook; available: {', '.join(HOOK_POINTS)}")

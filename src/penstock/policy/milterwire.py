@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections import deque
 from typing import Final, NamedTuple
 
-from penstock.mailauth.header import Header
+from penstock.mailauth._header import (
+    Header,
+    milter_macros,
+    milter_packet,
+    milter_packets,
+    milter_split,
+    milter_text,
+)
 from penstock.reply import Reply
 
 VERSION: Final = 6
@@ -31,11 +38,9 @@ BODY_CHUNK: Final = 65_535
 MOST_OCTETS: Final = 1 << 21
 """Of a packet."""
 
-_LENGTH: Final = struct.Struct("!I")
 _NEGOTIATION: Final = struct.Struct("!III")
 
 
-_BLANKS: Final = (b" ", b"\t")
 _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: |\Z)")
 
 
@@ -52,29 +57,9 @@ class Packet(NamedTuple):
 
 # ---- to the filter
 
-
-def packet(code: bytes, *parts: bytes) -> bytes:
-    """Return a packet."""
-    data = b"".join(parts) if len(parts) != 1 else parts[0]
-    return b"%b%b%b" % (_LENGTH.pack(len(data) + 1), code, data)
-
-
-def text(value: str) -> bytes:
-    """Return a string as the protocol has it, ended by NUL."""
-    if "\0" in value:
-        value = value.replace("\0", "")
-    return f"{value}\0".encode("utf-8", "surrogateescape")
-
-
-def macros(code: bytes, values: Iterable[tuple[str, str]]) -> bytes:
-    """Return the macros that belong to the command that follows; those without a value are left out."""
-    found = [f"{name}\0{value}\0" for name, value in values if value]
-    if not found:
-        return b""
-    data = "".join(found)
-    if data.count("\0") != 2 * len(found):  # the others can be told apart all the same
-        data = "".join([f"{name}\0{value.replace(chr(0), '')}\0" for name, value in values if value])
-    return packet(b"D", code, data.encode("utf-8", "surrogateescape"))
+packet: Final = milter_packet
+text: Final = milter_text
+macros: Final = milter_macros
 
 
 def negotiation(steps: int = STEPS) -> bytes:
@@ -89,58 +74,44 @@ def connect(name: str, address: str, port: int) -> bytes:
     return packet(b"C", text(name), b"6" if ":" in address else b"4", struct.pack("!H", port), text(address))
 
 
-def headers(octets: bytes, steps: int) -> Iterator[bytes]:
-    """Yield a packet for each field of a header that ends in CRLF. Lines are separated by LF, as sendmail has them."""
-    keeps_blank = bool(steps & LEADING_SPACE)
-    pack = _LENGTH.pack
-    for field in Header(octets).fields:
-        name = octets[field.start : field.colon]
-        if not name:  # a line without a colon
-            continue
-        start = field.colon + 1
-        if not keeps_blank and octets[start : start + 1] in _BLANKS:
-            start += 1
-        value = octets[start : field.stop].rstrip(b"\r\n")
-        if b"\r" in value:
-            value = value.replace(b"\r\n", b"\n")
-        if b"\0" in value:
-            value = value.replace(b"\0", b"")
-        if name[-1:] in _BLANKS:
-            name = name.rstrip(b" \t")
-        yield b"%bL%b\0%b\0" % (pack(len(name) + len(value) + 3), name, value)
+def headers(octets: bytes, steps: int) -> list[bytes]:
+    """Return a packet for each field of a header that ends in CRLF."""
+    return milter_packets(Header(octets), bool(steps & LEADING_SPACE))
 
 
 # ---- from the filter
 
 
 class Reader:
-    """Splits what comes from a filter into packets."""
+    """Splits the input from a filter into packets."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._rest = b""
+        """The beginning of a packet."""
+        self._packets: deque[Packet] = deque()
+        self._invalid = -1
+        """The length of an invalid packet after those."""
 
     def feed(self, octets: bytes) -> None:
         """Take octets from the connection."""
-        self._buffer += octets
+        if self._rest:
+            octets = self._rest + octets
+        found, end, self._invalid = milter_split(octets, Packet, MOST_OCTETS)
+        self._packets += found
+        self._rest = octets[end:]
 
     @property
     def is_empty(self) -> bool:
         """Nothing waits."""
-        return not self._buffer
+        return not (self._packets or self._rest)
 
     def next(self) -> Packet | None:
         """Return the next packet, None while it is not complete. Raise MilterError."""
-        buffer = self._buffer
-        if len(buffer) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(buffer)
-        if not 0 < length <= MOST_OCTETS:
-            raise MilterError(f"the filter sends a packet of {length} octets")
-        if len(buffer) < 4 + length:
-            return None
-        found = Packet(bytes(buffer[4:5]), bytes(buffer[5 : 4 + length]))
-        del buffer[: 4 + length]
-        return found
+        if self._packets:
+            return self._packets.popleft()
+        if self._invalid >= 0:
+            raise MilterError(f"the filter sends a packet of {self._invalid} octets")
+        return None
 
 
 def parse_negotiation(found: Packet) -> int:

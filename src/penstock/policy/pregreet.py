@@ -1,4 +1,4 @@
-"""Pregreet: clients that speak before the greeting are refused (RFC 5321 4.3.1: the client waits for it).
+"""Pregreet: clients that send data before the greeting are refused (RFC 5321 4.3.1: the client waits for it).
 
 Only strangers wait. Those who have waited in silence once are remembered by their network, and greeted at once.
 """
@@ -11,7 +11,6 @@ from typing import Final
 
 import trio
 
-from penstock.journal import Journal
 from penstock.policy.check import Check, Mode, Parts
 from penstock.policy.settings import PolicySettings, PregreetSettings
 from penstock.reply import Reply
@@ -19,13 +18,13 @@ from penstock.transaction import Transaction
 
 _MOST: Final = 100_000
 """Networks that are remembered, those seen last."""
-REFUSAL: Final = Reply(554, "5.5.1", "Protocol error: the client has spoken before the greeting")
+REFUSAL: Final = Reply(554, "5.5.1", "Protocol error: data received before the greeting")
 
 
-def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:
+def make_checks(policy: PolicySettings, parts: Parts) -> list[Check]:  # noqa: ARG001 - the interface
     """Return the check, if its table is there."""
     mode = policy.mode_of(policy.pregreet)
-    return [] if policy.pregreet is None or mode == "off" else [Pregreet(policy.pregreet, mode, parts)]
+    return [] if policy.pregreet is None or mode == "off" else [Pregreet(policy.pregreet, mode)]
 
 
 class Pregreet(Check):
@@ -37,13 +36,11 @@ class Pregreet(Check):
         self,
         settings: PregreetSettings,
         mode: Mode,
-        parts: Parts,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self.mode = mode
         self._wait = settings.wait
         self._remember = settings.remember
-        self._journal: Journal = parts.journal
         self._clock = clock
         self._passed: OrderedDict[str, float] = OrderedDict()
         """Network -> until when it is remembered."""
@@ -60,10 +57,3 @@ class Pregreet(Check):
         self._passed.move_to_end(network)
         if len(self._passed) > _MOST:
             self._passed.popitem(last=False)
-
-    def spoke_early(self, transaction: Transaction) -> Reply | None:
-        """Return the refusal of a client that has not waited; None in monitor mode."""
-        if self.mode == "enforce":
-            return REFUSAL
-        self._journal.monitored(transaction.number, transaction.peer, self.name, "on_connect", REFUSAL)
-        return None

@@ -6,7 +6,7 @@ Rules
    after all other built-in checks; what refuses the message afterwards (a hook, the sum of the scores, the delivery)
    gives it back. Without that, a client that is greylisted could never send.
 2. At RCPT it is looked up whether there is anything left, so that nearly all refusals come before the text. Only
-   sessions that compete for the last units hear it at the end of the message.
+   sessions that compete for the last units are deferred at the end of the message.
 3. Without the state, mail is accepted (fail open).
 4. A client that is authenticated is limited by the rules with `identity`, others by the other rules.
 """
@@ -111,8 +111,6 @@ class RateCheck(Check):
         self._at_rcpt = self._of_messages + self._of_refusals
         self._refusing: Transaction | None = None
         """Whose command is refused by this check right now."""
-        self.left_out = 0
-        """Questions that were not answered."""
 
     def on_connect(self, transaction: Transaction) -> FindingOrAwaitable:
         """Count a connection, and dismiss the client if it has too many."""
@@ -179,7 +177,6 @@ class RateCheck(Check):
         try:
             answer = question(charges)
         except StateUnavailableError:
-            self.left_out += 1
             return None
         return verdict(answer) if isinstance(answer, int) else self._await(answer, verdict)
 
@@ -187,7 +184,6 @@ class RateCheck(Check):
         try:
             return verdict(await answer)
         except StateUnavailableError:
-            self.left_out += 1
             return None
 
     def _refuse(self, transaction: Transaction, charge: Charge) -> Reply:

@@ -51,7 +51,7 @@ class RecipientSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = ""
     verify: Annotated[
         Literal["", "next-hop"],
-        msgspec.Meta(description="next-hop: ask the hop that the mail would go to (MAIL FROM:<>, RCPT, RSET)"),
+        msgspec.Meta(description="next-hop: ask the next hop of the recipient (MAIL FROM:<>, RCPT, RSET)"),
     ] = ""
     positive_ttl: Annotated[
         float, msgspec.Meta(ge=0, le=2_678_400, description="Seconds for which a known recipient is cached")
@@ -201,6 +201,8 @@ class NextHopRecipients:
         self._hops = hops
         self._is_ours = is_ours
         self._clock = clock
+        self.on_answer: Callable[[str, float, str | None], None] = _ignore
+        """Gets an address, for how many seconds the answer is kept, and why it is unknown, None if it is known."""
         self._answers: dict[str, tuple[float, Reply | None]] = {}
         """Address -> its expiry and the verdict; the oldest first."""
         self._asking: dict[str, _Question] = {}
@@ -258,9 +260,18 @@ class NextHopRecipients:
         self._note_failure(recipient.path.domain)
         return CANNOT_SAY.because(cause)
 
+    def learn(self, key: str, seconds: float, cause: str | None) -> None:
+        """Take over the answer that another server got; `cause` says why the recipient is unknown."""
+        self._remember(key, seconds, None if cause is None else UNKNOWN.because(cause))
+
     def _keep(self, key: str, domain: str, seconds: float, verdict: Reply | None) -> None:
-        """Cache an answer, in the place of the oldest when the cache is full."""
+        """Cache an answer."""
         self._failures.pop(domain, None)
+        self._remember(key, seconds, verdict)
+        self.on_answer(key, seconds, None if verdict is None else verdict.cause)
+
+    def _remember(self, key: str, seconds: float, verdict: Reply | None) -> None:
+        """Cache an answer, in the place of the oldest when the cache is full."""
         self._answers.pop(key, None)
         if self._settings.cache and seconds:
             while len(self._answers) >= self._settings.cache:
@@ -275,3 +286,7 @@ class NextHopRecipients:
         while len(self._failures) >= max(1000, self._settings.cache):
             del self._failures[next(iter(self._failures))]
         self._failures[domain] = (failures, until)
+
+
+def _ignore(_key: str, _seconds: float, _cause: str | None) -> None:
+    """Without other servers."""

@@ -33,12 +33,11 @@ _FLOAT = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 
 
 class Answer(msgspec.Struct):
-    """What rspamd says: the parts of its JSON that are used."""
+    """The result of rspamd: the parts of its JSON that are used."""
 
     action: str
     score: _FLOAT = 0.0
     messages: dict[str, object] = {}
-    is_skipped: bool = False
 
 
 _decode: Final = msgspec.json.Decoder(Answer).decode
@@ -138,7 +137,7 @@ class RspamdCheck(Check):
                 await connection.send(chunk)
             try:
                 return _decode(await read_answer(connection))
-            except msgspec.MsgspecError as exc:
+            except (msgspec.MsgspecError, RecursionError) as exc:
                 raise FilterError(f"rspamd answers what cannot be read: {exc}") from exc
 
         answer = await self._pool.talk(talk)

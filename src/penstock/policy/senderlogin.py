@@ -1,7 +1,7 @@
 """Which senders an authenticated user may use.
 
-Without this check, whoever has a password may send in everybody's name. A user may use the address that the user name
-is, or the user name at one of our own domains where it is not an address, and what a file says besides. The null sender
+Without this check, a user may send with any address. With it, a user may use the address that is the user name, or the
+user name at one of our domains if it is not an address, and the addresses of a file. The null sender
 of reports is allowed (RFC 8098 3: MDNs have it).
 """
 

@@ -9,8 +9,8 @@ from msgspec import Meta, Struct
 
 Mode = Literal["off", "monitor", "enforce"]
 _MODE: Final = (
-    "off: not made; monitor: made, journaled and in the header, without other effect; enforce: its verdict counts. "
-    "If absent, that of [policy]"
+    "off: the check is not made; monitor: its result is journaled and in the header, without other effect; "
+    "enforce: its verdict counts. If absent: the mode of [policy]"
 )
 OwnMode = Annotated[Mode | None, Meta(description=_MODE)]
 LOOPBACK: Final = ("127.0.0.0/8", "::1")
@@ -33,7 +33,7 @@ class DkimSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class DmarcActions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What follows from a fail of DMARC, by the policy of the domain."""
+    """The action after a fail of DMARC, for each policy that a domain can publish."""
 
     reject: Literal["reject", "quarantine", "accept"] = "reject"
     quarantine: Literal["reject", "quarantine", "accept"] = "quarantine"
@@ -41,19 +41,19 @@ class DmarcActions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class DmarcSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """DMARC (RFC 9989): what the domain of From wants done with mail that is not authenticated."""
+    """DMARC (RFC 9989): the policy of the From domain for mail that is not authenticated."""
 
     mode: OwnMode = None
-    on_fail: Annotated[DmarcActions, Meta(description="What follows from each policy of a domain")] = DmarcActions()
+    on_fail: Annotated[DmarcActions, Meta(description="Action for each policy of a domain")] = DmarcActions()
     temperror: Annotated[
         Literal["defer", "accept"],
-        Meta(description="What follows when a result that could refuse is not known now; defer: 451"),
+        Meta(description="Action if a result that could refuse the message is temporarily unavailable; defer: 451"),
     ] = "defer"
     reports: Annotated[
         Literal["off", "daily"],
         Meta(description="daily: send aggregate reports (RFC 9990) to the domains that ask for them; needs contact"),
     ] = "off"
-    contact: Annotated[str, Meta(description="Sender of the reports, and where their readers can ask")] = ""
+    contact: Annotated[str, Meta(description="Sender of the reports, and address for questions about them")] = ""
     trusted_sealers: Annotated[
         tuple[str, ...],
         Meta(
@@ -65,14 +65,16 @@ class DmarcSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class FcrdnsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Forward-confirmed reverse DNS: a name of the client's address leads back to it (iprev, RFC 8601)."""
+    """Forward-confirmed reverse DNS: a name of the client's address resolves to that address (iprev, RFC 8601)."""
 
     mode: OwnMode = None
-    score: Annotated[float, Meta(ge=-1000, le=1000, description="Added when no name leads back")] = 0.0
+    score: Annotated[
+        float, Meta(ge=-1000, le=1000, description="Added to the score if no name resolves to the address")
+    ] = 0.0
 
 
 class PregreetSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Refuse clients that speak before the greeting. Those who have passed do not wait again."""
+    """Refuse clients that send data before the greeting. Networks that have passed do not wait again."""
 
     mode: OwnMode = None
     wait: Annotated[float, Meta(gt=0, le=60, description="Seconds before the greeting")] = 2.0
@@ -106,18 +108,19 @@ class DnsblAtSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class GreylistSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Greylisting: an unknown client is asked to try again later, which programs that send spam often do not.
+    """Greylisting: an unknown client receives 451; programs that send spam often do not try again.
 
-    What has passed once is known by the network of the client (IPv4 /24, IPv6 /64), the sender and the recipient, or by
-    the domain that SPF has authenticated. Durations are a number with a unit: s, m, h, d or w.
+    What has passed once is recognized by the network of the client (IPv4 /24, IPv6 /64), the sender and the recipient,
+    or by the domain that SPF has authenticated. Durations are a number with a unit: s, m, h, d or w.
     """
 
     mode: OwnMode = None
     when: Annotated[
         Literal["suspicious", "always"],
         Meta(
-            description="suspicious: clients with a score of at least 2, without a name that leads back to them "
-            "(policy.fcrdns), or whose domain has no SPF record; always: all clients"
+            description="suspicious: clients with a score of at least 2, without a name that resolves to their "
+            "address (policy.fcrdns), or whose domain has no SPF record; always: all clients. DKIM does not matter: "
+            "it is not known at RCPT, where greylisting is decided"
         ),
     ] = "suspicious"
     delay: Annotated[str, Meta(description="Time after which another attempt passes")] = "60s"
@@ -158,10 +161,10 @@ class RateSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 Fail = Annotated[
     Literal["defer", "accept"],
-    Meta(description="If it cannot be asked: defer mail with 451, or accept it without this check"),
+    Meta(description="If it is unavailable: defer mail with 451, or accept it without this check"),
 ]
-Deadline = Annotated[float, Meta(gt=0, le=600, description="Seconds that all its answers about a message may take")]
-ConnectTime = Annotated[float, Meta(gt=0, le=600, description="Seconds that a connection to it may take")]
+Deadline = Annotated[float, Meta(gt=0, le=600, description="Maximum seconds for all its answers about a message")]
+ConnectTime = Annotated[float, Meta(gt=0, le=600, description="Maximum seconds to connect to it")]
 FilterAddress = Annotated[
     str | tuple[str, ...],
     Meta(description="inet:HOST:PORT or unix:/path; the addresses of an array are tried in turn"),
@@ -187,7 +190,7 @@ class RspamdSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     verdict: Annotated[
         bool,
         Meta(
-            description="Do what it says: reject (550 5.7.1), soft reject and greylist (451 4.7.1), add header and "
+            description="Apply its actions: reject (550 5.7.1), soft reject and greylist (451 4.7.1), add header and "
             "rewrite subject (quarantine)"
         ),
     ] = False
@@ -218,7 +221,7 @@ class SenderLoginSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         str,
         Meta(
             description='File with lines "USER: ADDRESS, @DOMAIN ...", * for every sender; relative to data_dir, read '
-            "again when it changes. Without it, and besides it, users may use the address that their name is"
+            "again when it changes. Without it, and besides it, users may use the address that is their name"
         ),
     ] = ""
     check_from: Annotated[
@@ -246,7 +249,7 @@ class SignSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Built-in checks. A check is made when its table is present; SPF, DKIM and DMARC unless their mode is off."""
 
-    mode: Annotated[Mode, Meta(description="Of all checks that have none of their own: off, monitor or enforce")] = (
+    mode: Annotated[Mode, Meta(description="Mode of checks without one of their own: off, monitor or enforce")] = (
         "monitor"
     )
     trusted: Annotated[
@@ -286,11 +289,6 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return self.mode if by_default else "off"
         own: Mode | None = getattr(check, "mode", None)
         return self.mode if own is None else own
-
-
-def is_quarantine(text: str) -> bool:
-    """Return whether a value of `quarantine` is one."""
-    return text in ("tag", "hold") or (text.startswith("route:") and len(text) > len("route:"))
 
 
 def is_zone(text: str) -> bool:

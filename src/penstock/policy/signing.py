@@ -16,7 +16,8 @@ import trio
 
 from penstock.addresses import canonical_domain, parse_address, parse_network
 from penstock.mailauth.dkim import DkimSigner, load_private_key
-from penstock.mailauth.header import Header, author_domains
+from penstock.mailauth.header import Header
+from penstock.mailauth.signing import SigningKeys
 from penstock.message import Body, Message
 from penstock.policy.check import Check, Edited, MessageFinding, Parts
 from penstock.policy.milter import split_body
@@ -41,16 +42,9 @@ def read_signer(settings: SignSettings, data_dir: FilePath) -> DkimSigner:
         raise SigningError(f"{path}: {exc}") from exc
 
 
-class _Signer:
-    """A domain, and the keys that sign for it."""
-
-    def __init__(self, domain: str) -> None:
-        self.domain = domain
-        self.signers: list[DkimSigner] = []
-
-    def covers(self, author: str) -> bool:
-        """Return whether this domain may sign for an author: it is the author's, or above it (RFC 9989 alignment)."""
-        return author == self.domain or author.endswith(f".{self.domain}")
+def read_keys(settings: Sequence[SignSettings], data_dir: FilePath) -> SigningKeys:
+    """Return the keys of some tables. Raise OSError or SigningError."""
+    return SigningKeys((canonical_domain(each.domain), read_signer(each, data_dir)) for each in settings)
 
 
 class SigningCheck(Check):
@@ -66,21 +60,16 @@ class SigningCheck(Check):
     def __init__(self, settings: Sequence[SignSettings], trusted: Sequence[str], data_dir: FilePath) -> None:
         """Read the keys. Raise OSError or SigningError."""
         self._trusted = [parse_network(network) for network in trusted]
-        domains: dict[str, _Signer] = {}
-        for each in settings:
-            domain = canonical_domain(each.domain)
-            domains.setdefault(domain, _Signer(domain)).signers.append(read_signer(each, data_dir))
-        self._domains = sorted(domains.values(), key=lambda each: -len(each.domain))  # the nearest one signs
+        self._keys = read_keys(settings, data_dir)
 
     async def on_message(self, transaction: Transaction, message: Message) -> MessageFinding:
-        """Sign a message, if its client may speak for its author."""
+        """Sign a message if its client may send for the domain of its author."""
         if not self._may_sign(transaction):
             return None
         octets, rest = await split_body(message)
         header = Header(octets)
-        authors = author_domains(header)
-        found = [each for each in self._domains if len(authors) == 1 and each.covers(authors[0])]
-        if not found:
+        signers = self._keys.of(header)
+        if not signers:
             return None
         hashes = DkimSigner.start()
 
@@ -97,7 +86,7 @@ class SigningCheck(Check):
         else:
             await trio.to_thread.run_sync(read, message.body)
         now = int(time.time())
-        fields = [signer.finish(header, hashes, now=now) for signer in found[0].signers]
+        fields = [signer.finish(header, hashes, now=now) for signer in signers]
         return Edited(message._replace(prefix=message.prefix + b"".join(fields)))
 
     def _may_sign(self, transaction: Transaction) -> bool:

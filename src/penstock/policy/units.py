@@ -1,4 +1,4 @@
-"""Durations, limits and addresses as the `[policy]` tables have them: text to values, and what is wrong with a text."""
+"""Durations, limits and addresses as the `[policy]` tables have them: text to values, and errors."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def needs_state(policy: PolicySettings) -> bool:
 
 
 def problems(policy: PolicySettings) -> Iterator[str]:
-    """Yield what is wrong with the texts in the tables, each with its key."""
+    """Yield the errors in the tables, each with its key."""
     for key, check in _checks(policy):
         try:
             check()

@@ -1,6 +1,6 @@
 """What a session wants of next hops before a message is ours: whether they know a recipient, and passing it on.
 
-Both say what came of it as replies (penstock.reply), so that policies and deliveries need not know the relay.
+Both return replies (penstock.reply), so that policies and deliveries do not depend on the relay.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from penstock.message import NULL_PATH, Envelope, Message, Recipient
 from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool
+from penstock.relay.recorder import PLACES
 from penstock.relay.route import Route
 from penstock.reply import Reply
 
@@ -29,14 +30,14 @@ class Map(Protocol):
         """Return the domain of a recipient."""
 
     def static_route(self, domain: str) -> Route | None:
-        """Return the route of a domain when that is known without asking anybody."""
+        """Return the route of a domain if it is known without a DNS query."""
 
     async def find_route(self, domain: str) -> Route:
         """Return the route of a domain. Raise an exception when there is none."""
 
 
-class Onward:
-    """Looks ahead to the hop that a recipient's mail would go to."""
+class Callahead:
+    """Asks next hops about recipients, and passes messages on while they are received."""
 
     def __init__(
         self,
@@ -46,11 +47,13 @@ class Onward:
         connections: int = 5,
         suspended: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
-        """Questions have `connections` of their own to each hop, so that they hold up no mail.
+        """Questions use `connections` separate connections to each hop, so that they delay no mail.
 
         `suspended` returns the domains and hops that an operator suspended: nothing is passed on to them.
         """
         self._suspended = suspended
+        self.on_result: Callable[[str, int, int, float], None] | None = None
+        """Gets the results of what was passed on, as that of AttemptRecorder does."""
         self._pool = pool
         self._routes = routes
         self._connections = connections
@@ -59,24 +62,28 @@ class Onward:
     async def ask(self, recipient: Recipient) -> Reply | None:
         """Ask whether a recipient is known. None: it is, or its mail stays here. 5xx: it is not. 4xx: not known now.
 
-        A 452 4.2.2 is a mailbox that exists and is full. Raise ResolveError if the DNS does not tell where to ask.
+        A 452 4.2.2 is a mailbox that exists and is full. A hop that cannot say it is not the last one to be asked (RFC
+        5321 5.1). Raise ResolveError if the next hop cannot be found.
         """
         route = await self._routes.find_route(self._routes.domain_of(recipient))
         if route.is_local:
             return None
         path = recipient.path
         envelope = Envelope(NULL_PATH, (Recipient(path),), smtputf8=not path.text.isascii())
-        said = "there is no next hop"
+        not_known: Reply | None = None
         for hop in route.order(self._random):
             try:
                 (result,) = await self._pool.ask(self._aside(hop), envelope)
             except NextHopUnavailable as exc:
-                said = str(exc)
+                not_known = not_known or unknown(str(exc))
                 continue
             if result.kind is Outcome.DELIVERED:
                 return None
-            return _verdict(result)
-        return unknown(said)
+            verdict = _verdict(result)
+            if verdict.code != _NOT_KNOWN:
+                return verdict
+            not_known = verdict
+        return not_known or unknown("there is no next hop")
 
     def _aside(self, hop: Hop) -> Hop:
         """Return a hop whose connections are for questions."""
@@ -92,12 +99,12 @@ class Onward:
         coming: AsyncIterator[bytes],
         done: Callable[[Sequence[Reply] | None], None],
     ) -> Callable[[], None] | None:
-        """Pass on a message that is still being received, when all its recipients have one next hop that has room.
+        """Pass on a message while it is received, if all its recipients have the same next hop, which has capacity.
 
-        One whose sender wants to hear of its success is for the spool, which can say so where the hop does not.
+        A message whose sender requests NOTIFY=SUCCESS goes to the spool, which can report it if the hop does not.
 
-        `done` hears a reply for each recipient, or None when nothing was sent. Return a function after which it hears
-        nothing any more, or None when the message cannot be passed on: then `done` hears nothing.
+        `done` is called with a reply for each recipient, or with None if nothing was delivered. Return a function after
+        which it is not called any more, or None if the message cannot be passed on: then it is never called.
         """
         if any(recipient.notify and "SUCCESS" in recipient.notify for recipient in envelope.recipients):
             return None
@@ -114,7 +121,13 @@ class Onward:
         if hop is None:
             return None
 
+        begun = time.monotonic()
+
         def heard(outcome: Delivered | NextHopUnavailable) -> None:
+            if self.on_result is not None and not isinstance(outcome, NextHopUnavailable):
+                age = time.monotonic() - begun
+                for recipient, result in zip(envelope.recipients, outcome, strict=True):
+                    self.on_result(self._routes.domain_of(recipient), PLACES[result.kind], 1, age)
             done(None if isinstance(outcome, NextHopUnavailable) else [as_reply(result) for result in outcome])
 
         try:
@@ -123,19 +136,26 @@ class Onward:
             return None
 
     def note_delivered(self, message: Message, to: Recipient, reply: Reply) -> None:
-        """Journal that a hop has taken what was passed on, for a recipient, with the reply that `done` has heard."""
+        """Journal that a hop has accepted a message for a recipient, with the reply that `done` received."""
         if self._pool.journal is not None:
             hop, _, said = reply.cause.partition(": ")  # as `as_reply` has made it
             self._pool.journal.delivered(message.id, (to,), hop, said, 1, time.time() - message.received_at)
 
 
+_NOT_KNOWN: Final = 451
+
+
 def unknown(cause: str) -> Reply:
-    """Return the reply if a hop does not tell whether it knows a recipient."""
-    return Reply(451, "4.4.3", "The next hop cannot be asked now", cause=cause)
+    """Return the reply if a hop does not say whether a recipient exists."""
+    return Reply(_NOT_KNOWN, "4.4.3", "The next hop cannot be asked now", cause=cause)
+
+
+_ABOUT_THE_SENDER: Final = ("5.1.7", "5.1.8")
+"""Statuses of addresses that are not about the recipient (RFC 3463 3.2)."""
 
 
 def _verdict(result: Result) -> Reply:
-    """Return what a refusal of RCPT tells about the recipient.
+    """Return the meaning of a refusal of RCPT for the recipient.
 
     Only an address status (RFC 3463 3.2), or 550, 551 and 553 without a status (RFC 5321 4.2.2), mean that it does not
     exist. Everything else that is permanent for the hop is about us, or about now: it is no reason to bounce mail.
@@ -146,7 +166,8 @@ def _verdict(result: Result) -> Reply:
     if code == "552" or status.endswith(".2.2"):
         return Reply(452, "4.2.2", "The mailbox is full", cause=f"{result.hop}: {result.text}")
     has_status = status in result.text
-    is_unknown = status.startswith("5.1.") if has_status else code in ("550", "551", "553")
+    is_about_address = status.startswith("5.1.") and status not in _ABOUT_THE_SENDER
+    is_unknown = is_about_address if has_status else code in ("550", "551", "553")
     if result.kind is Outcome.FAILED and is_unknown:
         return as_reply(result)
     return unknown(result.text)

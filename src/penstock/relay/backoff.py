@@ -39,12 +39,16 @@ class Backoff:
     """Computes times from the settings. Its only state is `put_off`, after a clock jump."""
 
     def __init__(self, settings: RetrySettings) -> None:
+        self._not_before = -math.inf
+        """No message expires and no notice is sent before."""
+        self.use(settings)
+
+    def use(self, settings: RetrySettings) -> None:
+        """Compute later times by other settings. Mail that waits keeps the time of its next try."""
         self._schedule = settings.schedule
         self._jitter = settings.jitter
         self._expire_after = settings.expire_after
         self._notice_after = settings.delay_notice_after
-        self._not_before = -math.inf
-        """No message expires and no notice is sent before."""
 
     @property
     def waits(self) -> Sequence[float]:
@@ -76,11 +80,11 @@ class Backoff:
         return when if delay_told or notice_at <= now else min(when, notice_at)
 
     def expires(self, queued_at: float) -> float:
-        """Return when a message is given up that was queued at a time."""
+        """Return when a message that was queued at a time expires."""
         return max(queued_at + self._expire_after, self._not_before)
 
     def is_expired(self, queued_at: float, now: float) -> bool:
-        """Return whether a message that could not be delivered now is given up."""
+        """Return whether a message that could not be delivered now has expired."""
         return now >= self.expires(queued_at)
 
     def is_late(self, queued_at: float, now: float) -> bool:

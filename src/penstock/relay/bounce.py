@@ -1,7 +1,7 @@
 """Reports to senders: delivery failed, is delayed, or succeeded (RFC 3464, RFC 3461).
 
 A report is a message from the null sender, so that no report is made of a report that fails (RFC 5321 4.5.5). It has
-three parts: a text for people, the fields of RFC 3464 for programs, and the message, or its header.
+three parts: a text for the reader, the fields of RFC 3464 for programs, and the message, or its header.
 
 A report on a message with addresses or a header outside ASCII has the types of RFC 6533 and needs SMTPUTF8 itself.
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
 from penstock.message import NULL_PATH, Envelope, Message, MessageIds, Recipient
 from penstock.relay.hop import Result
+from penstock.reports import TextBody
 from penstock.smtp.grammar import decode_xtext
 
 Action = Literal["failed", "delayed", "delivered", "relayed"]
@@ -62,26 +63,6 @@ class ReportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class TextBody:
-    """A body in memory, outside any budget: that of a report."""
-
-    text: bytes
-    in_memory: ClassVar[bool] = True
-
-    @property
-    def size(self) -> int:
-        """Octets of the body."""
-        return len(self.text)
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the body in one piece."""
-        yield self.text
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def wants(recipient: Recipient, kind: Notify) -> bool:
     """Return whether the sender wants this report: without NOTIFY, of failures and delays (RFC 3461 4.1)."""
     return kind != "SUCCESS" if recipient.notify is None else kind in recipient.notify
@@ -90,10 +71,22 @@ def wants(recipient: Recipient, kind: Notify) -> bool:
 class Reporter:
     """Writes the reports of a server."""
 
-    def __init__(self, settings: ReportSettings, hostname: str, ids: MessageIds) -> None:
-        self._return_most = settings.return_most
+    def __init__(
+        self,
+        settings: ReportSettings,
+        hostname: str,
+        ids: MessageIds,
+        sign: Callable[[Message], Message] | None = None,
+    ) -> None:
+        """`sign` adds the DKIM signatures of our own domain."""
+        self._sign = sign
         self._hostname = hostname
         self._ids = ids
+        self.use(settings)
+
+    def use(self, settings: ReportSettings) -> None:
+        """Write later reports by other settings."""
+        self._return_most = settings.return_most
 
     def report(
         self,
@@ -123,7 +116,8 @@ class Reporter:
         text = report.text(message_id, boundary, returned, full=full)
         body_type = "7BIT" if text.isascii() else "8BITMIME"
         to = Envelope(NULL_PATH, (Recipient(envelope.sender),), body_type, smtputf8=is_global)
-        return Message(message_id, to, b"", TextBody(text), now)
+        made = Message(message_id, to, b"", TextBody(text), now)
+        return made if self._sign is None else self._sign(made)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Due times, expiry and delay notices are seconds since the epoch, as they outlive the process. When CLOCK_REALTIME jumps
 (a wrong RTC, an operator, NTP after hours without network), a message must not be returned days too early, nor wait for
-days. So it is compared with CLOCK_BOOTTIME, which goes on while the machine is suspended and cannot be set.
+days. So it is compared with CLOCK_BOOTTIME, which goes on while the machine is suspended and cannot be set. After a
+jump, the times at which messages were received are corrected by it: their age stays the same.
 """
 
 from __future__ import annotations

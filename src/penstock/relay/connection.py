@@ -5,7 +5,7 @@ turns (penstock.net.client): `_on_reply` gets each reply and returns what is to 
 be awaited (a body in a file, or one that is still being received), and for the end. An idle connection is parked in the
 same place, so that a hop which closes it is noticed at once, and not by the next message.
 
-Where PIPELINING is offered, a small message costs one round trip when others wait behind it: MAIL, RCPT and DATA are
+Where PIPELINING is offered, a small message costs one round trip when others are queued: MAIL, RCPT and DATA are
 sent together, after the final dot of the message before (RFC 2920 3.1). With CHUNKING it is the same without DATA.
 
 Timeouts (RFC 5321 4.5.3.2) are checked by the pool's sweeper, so that a turn spends nothing on them: a timeout may be
@@ -28,13 +28,14 @@ from penstock.net.client import HandshakeError as TlsHandshakeError
 from penstock.net.stream import SocketStream
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Job
+from penstock.relay.tlsreport import OTHER_FAILURE, failure_of
 from penstock.relay.transaction import HopTransaction
 from penstock.smtp.client import CannotSendError, Credentials, ProtocolError, ServerReply, check_sendable
 from penstock.smtp.client_session import BodyError, ClientSession, ClosingError, OpeningError, Step
 
 _IN_TURNS: Final = 262_144
 """Octets of a message in memory that is sent by a turn in one piece; the task sends larger ones."""
-_MAX_HEADER: Final = 65_536
+_MAX_HEADER: Final = 1 << 20
 """Octets of a message that are searched for a header that needs SMTPUTF8."""
 
 T = TypeVar("T")
@@ -49,7 +50,9 @@ class ClockSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     mail: Annotated[float, msgspec.Meta(gt=0, le=3600, description="For MAIL and RSET")] = 300.0
     rcpt: Annotated[float, msgspec.Meta(gt=0, le=3600, description="For each RCPT")] = 300.0
     data: Annotated[float, msgspec.Meta(gt=0, le=3600, description="For the 354 after DATA")] = 120.0
-    block: Annotated[float, msgspec.Meta(gt=0, le=3600, description="For taking a block of the text")] = 180.0
+    block: Annotated[float, msgspec.Meta(gt=0, le=3600, description="For the hop to accept a block of the text")] = (
+        180.0
+    )
     final: Annotated[float, msgspec.Meta(gt=0, le=3600, description="For the reply to the text")] = 600.0
     quit: Annotated[float, msgspec.Meta(gt=0, le=60, description="For the reply to QUIT")] = 5.0
 
@@ -116,7 +119,7 @@ class JobSource(Protocol):
         """Note that a connection has nothing to do: `begin` gives it a job."""
 
     def learned(self, *, recipients: int | None = None, no_chunking: bool = False) -> None:
-        """Remember a limit of the hop that its EHLO does not tell."""
+        """Remember a limit of the hop that its EHLO does not announce."""
 
 
 class LostError(Exception):
@@ -128,7 +131,7 @@ class HandshakeError(NextHopUnavailable):
 
 
 class HopConnection:
-    """A connection to a next hop. `open` it, then `serve`; `begin` tells it that there may be a job."""
+    """A connection to a next hop. `open` it, then `serve`; call `begin` when there may be a job."""
 
     def __init__(
         self,
@@ -165,7 +168,7 @@ class HopConnection:
         self._current: HopTransaction | None = None
         """The transaction whose replies come next."""
         self._following: HopTransaction | None = None
-        """The transaction that was begun behind it."""
+        """The transaction that was started after it."""
         self._begun = 0
         self._has_rested = False
         """It has worked before, or has waited for work: the hop may have closed it meanwhile."""
@@ -181,6 +184,16 @@ class HopConnection:
     def is_busy(self) -> bool:
         """A transaction is under way."""
         return self._current is not None
+
+    @property
+    def current_prefix(self) -> bytes:
+        """Our header fields of the message under way, which have its id; b"" if they are not known."""
+        return b"" if self._current is None else self._current.job.prefix
+
+    @property
+    def is_encrypted(self) -> bool:
+        """TLS was negotiated."""
+        return self._session.is_encrypted
 
     @property
     def is_sending_text(self) -> bool:
@@ -204,17 +217,20 @@ class HopConnection:
             await self._within(self._open(context))
         except OpeningError as exc:
             is_said = exc.reply is not None and str(exc) == exc.reply.text
-            raise NextHopUnavailable(self.name, str(exc), exc.status, is_said=is_said) from exc
+            has_no_tls = not session.is_encrypted and exc.status == "4.7.4" and not is_said
+            failure = "starttls-not-supported" if has_no_tls else ""
+            raise NextHopUnavailable(self.name, str(exc), exc.status, is_said=is_said, tls_failure=failure) from exc
         except ClosingError as exc:
             raise NextHopUnavailable(self.name, exc.reply.text, exc.reply.status, is_said=True) from exc
         except (LostError, ProtocolError, trio.BrokenResourceError, ssl.SSLError) as exc:
             text = str(exc) if isinstance(exc, LostError | ProtocolError) else self._lost_at(exc)
             if session.step is Step.HANDSHAKE and self._timed_out:
-                raise HandshakeError(self.name, self._timed_out, "4.7.5") from exc
+                raise HandshakeError(self.name, self._timed_out, "4.7.5", tls_failure=OTHER_FAILURE) from exc
             is_first = session.is_encrypted and session.step is Step.EHLO
             if is_first and not self._timed_out and not isinstance(exc, ProtocolError):
                 # In TLS 1.3 the hop judges our side after we have finished (RFC 8446 4.4.2.4).
-                raise HandshakeError(self.name, f"{text}, right after the TLS handshake", "4.7.5") from exc
+                text = f"{text}, right after the TLS handshake"
+                raise HandshakeError(self.name, text, "4.7.5", tls_failure=OTHER_FAILURE) from exc
             raise NextHopUnavailable(self.name, text, "4.4.2") from exc
 
     async def _open(self, context: ssl.SSLContext | None) -> None:
@@ -240,11 +256,15 @@ class HopConnection:
         hop = self.hop
         self._deadline = trio.current_time() + self._settings.clocks.connect
         # A password is given away to a hop whose certificate was not verified only if the settings allow it.
-        is_private = hop.tls.mode == "verify" or hop.auth.unverified_tls
+        is_private = hop.is_verified or hop.auth.unverified_tls
         try:
             await self._connection.start_tls(context, hop.tls.name or hop.host or "localhost", is_private=is_private)
         except TlsHandshakeError as exc:
-            raise HandshakeError(self.name, str(exc), "4.7.5") from exc
+            raise HandshakeError(self.name, str(exc), "4.7.5", tls_failure=failure_of(exc)) from exc
+        if hop.dane is not None:
+            wrong = hop.dane.check(self._connection.peer_chain())
+            if wrong:
+                raise HandshakeError(self.name, wrong, "4.7.5", tls_failure=OTHER_FAILURE)
         self._deadline = None
 
     # ---- transactions, in turns
@@ -311,7 +331,7 @@ class HopConnection:
         session, envelope = self._session, job.envelope
         capabilities = session.capabilities
         check_sendable(envelope, job.size, capabilities)
-        if envelope.requiretls and not (session.is_encrypted and self.hop.tls.mode == "verify"):
+        if envelope.requiretls and not (session.is_encrypted and self.hop.is_verified):
             raise CannotSendError("5.7.30", "the message requires REQUIRETLS, and this hop is not verified")
         if envelope.smtputf8 and not capabilities.smtputf8 and not job.is_question:
             self._check_header(job)
@@ -330,7 +350,7 @@ class HopConnection:
             return
         if job.body is None:  # not read yet: the message is tried again from the spool
             raise CannotSendError("4.6.7", "the message may need SMTPUTF8, which the hop does not offer")
-        if not _header_of(job).isascii():
+        if not _has_ascii_header(job):
             raise CannotSendError("5.6.7", "the header needs SMTPUTF8, which the hop does not offer")
 
     def _rest(self) -> None:
@@ -539,18 +559,25 @@ def _starttls(hop: Hop, *, is_fallback: bool) -> Literal["never", "offered", "re
     return "offered" if hop.tls.mode == "opportunistic" else "required"
 
 
-def _header_of(job: Job) -> bytes:
-    """Return the header of a message, of what came with it, up to 64 KiB. May read the disk.
+def _has_ascii_header(job: Job) -> bool:
+    """Return whether the header that came with a message is ASCII, as far as it is read: 1 MiB. May read the disk.
 
-    Messages for which this is needed are rare: received with SMTPUTF8, with ASCII addresses, to a hop without it.
+    Messages for which this is needed are rare: received with SMTPUTF8, with ASCII addresses, to a hop without it. A
+    longer header counts as one that is not ASCII. What comes after an empty line below our fields is no header.
     """
     assert job.body is not None
-    header = b"\r\n"
+    if job.prefix.endswith(b"\r\n\r\n"):
+        return True
+    octets, tail = 0, b"\r\n"
     for chunk in job.body.chunks():
-        header += chunk
-        if b"\r\n\r\n" in header or len(header) >= _MAX_HEADER:
-            break
-    return header.partition(b"\r\n\r\n")[0][:_MAX_HEADER]
+        piece = tail + chunk
+        end = piece.find(b"\r\n\r\n")
+        if end >= 0 or not piece.isascii():
+            return piece[: end if end >= 0 else None].isascii()
+        octets, tail = octets + len(chunk), piece[-3:]
+        if octets >= _MAX_HEADER:
+            return False
+    return True
 
 
 def _read(chunks: Iterator[bytes]) -> bytes | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
+import msgspec
 import outcome
 import trio
 
@@ -15,7 +16,7 @@ from penstock.message import Message
 from penstock.relay.operators import Operators
 from penstock.relay.pool import Pool
 from penstock.relay.recorder import AttemptRecorder
-from penstock.relay.scheduler import Scheduler
+from penstock.relay.scheduler import RelaySettings, Scheduler
 from penstock.reply import Reply
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.queue import DurableQueue
@@ -31,11 +32,11 @@ class Mailboxes(Protocol):
         """Deliver to all recipients, or to none of them, then call `done` in the trio thread."""
 
     async def aclose(self) -> None:
-        """Finish what was begun, and give everything back."""
+        """Finish deliveries in progress, and release everything."""
 
 
 class Gateway:
-    """Runs what is behind a SpoolDelivery."""
+    """Runs the spool and the relay."""
 
     def __init__(
         self,
@@ -49,11 +50,11 @@ class Gateway:
         journal: Journal,
         grace: float,
         services: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
-        beside: Callable[[], Awaitable[None]] | None = None,
+        beside: Sequence[Callable[[], Awaitable[None]]] = (),
     ) -> None:
         """`grace` is how many seconds transactions with next hops have to end when the gateway stops.
 
-        The spool is opened and closed within `services`; `beside` runs as long as the relay.
+        The spool is opened and closed within `services`; all of `beside` run as long as the relay.
         """
         self._services = services
         self._beside = beside
@@ -103,13 +104,22 @@ class Gateway:
             await nursery.start(self.pool.run)
             await nursery.start(self.scheduler.run)
             nursery.start_soon(Operators(self.scheduler, self._recorder).run)
-            if self._beside is not None:
-                nursery.start_soon(self._beside)
+            for each in self._beside:
+                nursery.start_soon(each)
             task_status.started()
             await self._is_stopping.wait()
             self.scheduler.stop()
             await self.pool.aclose(self._grace)
             nursery.cancel_scope.cancel()
+
+    def use_settings(self, settings: RelaySettings, *, has_other_routes: bool) -> None:
+        """Use other settings, and routes that were replaced, for all attempts that begin from now on."""
+        self._recorder.backoff.use(settings.retry)
+        self._recorder.reporter.use(settings.reports)
+        self.pool.settings = msgspec.structs.replace(self.pool.settings, connections=settings.pool.connections)
+        self.scheduler.use_settings(settings)
+        if has_other_routes:
+            self.scheduler.reroute()
 
     def stop(self) -> None:
         """Start no more transactions; those in progress may end within the grace period."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from penstock.relay.dane import DanePolicy
 from penstock.smtp.client import MECHANISMS, ServerReply
 
 
@@ -30,7 +31,8 @@ class TlsPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         bool, msgspec.Meta(description="TLS from the first octet, as on port 465, in place of STARTTLS (RFC 8314)")
     ] = False
     ca_file: Annotated[
-        str, msgspec.Meta(description="PEM file of the authorities that verify trusts; default: those of the system")
+        str,
+        msgspec.Meta(description="PEM file of the certificate authorities for verify; default: those of the system"),
     ] = ""
     name: Annotated[
         str, msgspec.Meta(description="Name in the certificate, and for SNI; default: the host name of the hop")
@@ -58,7 +60,7 @@ class HopLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         msgspec.Meta(
             ge=1,
             le=1000,
-            description="Recipients of a transaction; 100 if the hop does not tell its limit (RFC 9422)",
+            description="Recipients of a transaction; 100 if the hop does not announce its limit (RFC 9422)",
         ),
     ] = 1000
     idle: Annotated[float, msgspec.Meta(ge=0, le=3600, description="Seconds an idle connection is kept")] = 15.0
@@ -74,10 +76,10 @@ class HopLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = 3
     breaker_pause: Annotated[
         float,
-        msgspec.Meta(ge=0, le=3600, description="Seconds until it is tried again at first; each time twice as long"),
+        msgspec.Meta(ge=0, le=3600, description="Seconds until it is tried again; doubled after each failure"),
     ] = 10.0
     breaker_longest: Annotated[
-        float, msgspec.Meta(ge=0, le=86_400, description="The longest time until it is tried again")
+        float, msgspec.Meta(ge=0, le=86_400, description="Maximum seconds until it is tried again")
     ] = 600.0
 
 
@@ -98,6 +100,17 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     password: str = ""
     auth: AuthPolicy = AuthPolicy()
     limits: HopLimits = HopLimits()
+    dane: DanePolicy | None = None
+    """How its certificate is verified instead of by an authority (RFC 7672)."""
+    is_testing: bool = False
+    """Verify its certificate as with the mode "verify", report a failure, and then go on without (RFC 8461 5)."""
+    is_reported: bool = True
+    """Connections are counted for TLS reports; not those that carry such reports (RFC 8460 3)."""
+
+    @property
+    def is_verified(self) -> bool:
+        """A connection is used only if the certificate is that of the hop."""
+        return self.tls.mode == "verify" or (self.dane is not None and self.dane.authenticates)
 
     @property
     def name(self) -> str:
@@ -119,7 +132,7 @@ class Outcome(Enum):
     DEFERRED = "deferred"
     """To be tried again: the hop replied 4xx, or the connection was lost."""
     FAILED = "failed"
-    """Permanently refused (5xx), or the hop cannot take this message at all."""
+    """Permanently refused (5xx), or the hop cannot accept this message."""
 
 
 class Result(NamedTuple):
@@ -154,11 +167,15 @@ Delivered = Sequence[Result]
 class NextHopUnavailable(Exception):  # noqa: N818 - a state of the hop, not a mistake of the caller
     """The hop cannot be used now, and nothing of the message was sent: another hop may be tried at once."""
 
-    def __init__(self, hop: str, text: str, status: str = "4.4.1", *, is_said: bool = False) -> None:
+    def __init__(
+        self, hop: str, text: str, status: str = "4.4.1", *, is_said: bool = False, tls_failure: str = ""
+    ) -> None:
         super().__init__(f"{hop}: {text}")
+        self.tls_failure = tls_failure
+        """The result type of a TLS report (RFC 8460 4.3) if TLS is what failed."""
         self.hop = hop
         self.text = text
-        """What happened, or what the hop said; printable."""
+        """The reply of the hop, or the error; printable."""
         self.status = status
         """The enhanced status code as the hop gave it, or ours. A 5.x.x does not fail the recipients."""
         self.is_said = is_said

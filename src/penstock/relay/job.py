@@ -8,7 +8,7 @@ from penstock.message import Body, Envelope
 from penstock.relay.hop import Delivered, NextHopUnavailable, Result
 
 Done = Callable[[Delivered | NextHopUnavailable], None]
-"""Takes the outcome of a message; called once, in the trio thread. Must not block or raise."""
+"""Called once with the outcome of a message, in the trio thread. Must not block or raise."""
 
 
 class Job:

@@ -48,6 +48,9 @@ class Operators:
         for event in asked.events:
             self._journal.operated(event.action, event.id, event.recipients)
         if asked.suspended != self._scheduler.suspended:
+            before = self._scheduler.suspended
+            for name in sorted(asked.suspended ^ before):
+                self._journal.suspended(name, is_over=name in before)
             self._scheduler.set_suspended(asked.suspended)
         by_action: dict[str, list[Instruction]] = {}
         for instruction in asked.instructions:
@@ -70,7 +73,7 @@ class Operators:
                 if action == "bounce":
                     withdrawn += await self._spool.take_rows(at_rest)
                 else:
-                    await self._spool.obey(action, sorted(ours), at_rest)
+                    await self._spool.carry_out(action, sorted(ours), at_rest)
                     ours.update(at_rest)
             except Exception:
                 for entry in withdrawn:

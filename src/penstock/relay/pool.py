@@ -6,14 +6,14 @@ closed when it has rested for long enough, has had its share of messages, or is 
 
 Rules
 -----
-1. `done` of a job is called once, whatever happens: with a result for each recipient, or with NextHopUnavailable if the
+1. `done` of a job is always called, once: with a result for each recipient, or with NextHopUnavailable if the
    hop could not be used and nothing of the message was sent.
 2. A job waits only for connections that are open or being opened. When the last of them fails, all that wait fail.
 3. A connection that ends before the hop has answered anything to a job costs the job nothing; it goes on with another
    one. The third time this happens to a job, it is deferred.
 4. Everything is counted and bounded: connections of a hop and of all hops, jobs that wait, how long they wait.
 5. If all connections of the pool are in use, a hop that has none goes before hops with several: a resting connection
-   is closed for it, or one that was never greeted.
+   is closed for it, or one that is not opened: it was not greeted, or waits for another reply before its first mail.
 6. TLS that fails is skipped for one attempt only (RFC 7435 3): the next connection tries it again.
 """
 
@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import math
 import ssl
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -33,13 +34,14 @@ from penstock.journal import Journal
 from penstock.message import Body, Envelope
 from penstock.metrics._shared import SharedTable
 from penstock.net._poller import HAS_EPOLL, Poller
-from penstock.net.connect import connect_tcp, connect_unix
+from penstock.net.connect import connect_tcp, connect_unix, source_address
 from penstock.net.stream import SocketStream, watch_sockets
 from penstock.net.tls import client_context
 from penstock.relay.connection import ClientSettings, ClockSettings, HandshakeError, HopConnection, LostError
 from penstock.relay.hop import Delivered, Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.job import Done, Job
 from penstock.relay.share import HopShare
+from penstock.relay.tlsreport import Failure
 from penstock.smtp.client_session import BodyError, ClosingError
 
 _MAX_RETURNS: Final = 3
@@ -49,15 +51,15 @@ _HOLD: Final = 5.0
 _SLOW_START: Final = 5
 """Connections being opened at a time, beyond as many as are open: a hop is not to be overrun."""
 _FORGOTTEN: Final = 3600.0
-"""Seconds after which a hop that is not used is forgotten, and what was learned of its limits."""
+"""Seconds after which an unused hop and its learned limits are forgotten."""
 _YIELD: Final = 1.0
 """Seconds between two connections that are closed for another worker."""
-_PATIENCE: Final = 5.0
-"""Seconds that the only connection to a hop may wait for its greeting while another hop has no connection at all."""
+_PATIENCE: Final = 10.0
+"""Seconds that a connection may take up to its first mail while another hop has no connection at all."""
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Connections to next hops, all together."""
+    """All connections to next hops."""
 
     connections: Annotated[
         int, msgspec.Meta(ge=1, le=100_000, description="Connections of a worker to all next hops together")
@@ -67,6 +69,8 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 _DEFAULTS: Final = PoolSettings()
+NoteConnection = Callable[[Hop, str, Failure | None], None]
+"""Gets a hop, the domain whose mail a connection was made for, and how TLS has failed; None for a success."""
 
 
 class Pool:
@@ -81,12 +85,14 @@ class Pool:
         poller: Poller | None = None,
         smtputf8_downgrade: Literal["refuse", "send"] = "refuse",
         table: SharedTable | None = None,
+        note_connection: NoteConnection | None = None,
     ) -> None:
         """`hostname` is the argument of EHLO. `poller` is one whose `watch_sockets` runs; by default it has its own.
 
         `smtputf8_downgrade`: what to do with a header that needs SMTPUTF8 if a hop does not offer it. With a `table`,
-        the limits of a hop are for all workers that share it.
+        the limits of a hop are for all workers that share it. `note_connection` gets the result of TLS, for reports.
         """
+        self.note_connection: Final = note_connection
         self.settings = settings
         self.hostname = hostname
         self.journal = journal
@@ -189,6 +195,12 @@ class Pool:
             for host_pool in self._host_pools.values()
         }
 
+    def hops_down(self) -> Iterator[tuple[Hop, float, str]]:
+        """Yield the hops whose breaker is open, since when (seconds since the epoch), and why."""
+        for hop, host_pool in self._host_pools.items():
+            if host_pool.breaker.is_open:
+                yield hop, host_pool.down_since, host_pool.down_reason
+
     def down_until(self, hop: Hop) -> float:
         """Return when a hop whose breaker is open may be tried again, in trio's time; 0 if it is not open."""
         host_pool = self._host_pools.get(hop)
@@ -274,28 +286,31 @@ class Pool:
         return True
 
     def _make_room(self, now: float) -> None:
-        """Close a connection that rests, or one that was never greeted, for a hop that has none."""
+        """Close a connection that rests, or one that is not opened, for a hop that has none."""
         if any(host_pool.retire_one() for host_pool in self._host_pools.values()) or not self._starved:
             return
         if sum(host_pool.cut for host_pool in self._host_pools.values()) >= len(self._starved):
             return
         slowest = max(self._host_pools.values(), key=HostPool.ungreeted)
-        if slowest.ungreeted() > 1 or slowest.longest_wait(now) >= _PATIENCE:
-            slowest.cut_oldest()
+        if slowest.ungreeted() <= 1:  # a hop that greets, and then says nothing, is as slow
+            slowest = max(self._host_pools.values(), key=lambda host_pool: host_pool.longest_wait(now))
+            if slowest.longest_wait(now) < _PATIENCE:
+                return
+        slowest.cut_oldest()
 
     def connection_ended(self) -> None:
-        """Give the room of a connection that has ended to hops that have none."""
+        """Give the place of a closed connection to hops that have no connection."""
         self.connections -= 1
         starved, self._starved = self._starved, {}
         for host_pool in starved:
             if not self.is_closing:
                 host_pool.dispatch(trio.current_time())
 
-    async def context_for(self, hop: Hop) -> ssl.SSLContext | None:
+    async def context_for(self, hop: Hop, *, verify: bool) -> ssl.SSLContext | None:
         """Return the context for TLS with a hop; None if its policy is "none". Raise OSError."""
         if hop.tls.mode == "none" and not hop.tls.implicit:
             return None
-        key = (hop.tls.mode == "verify", hop.tls.ca_file)
+        key = (verify, hop.tls.ca_file)
         context = self._contexts.get(key)
         if context is None:
             context = await trio.to_thread.run_sync(lambda: client_context(verify=key[0], ca_file=key[1]))
@@ -306,8 +321,10 @@ class Pool:
 class _Opening:
     """A connection that is being opened."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, domain: str) -> None:
         self.since = now
+        self.domain: Final = domain
+        """The domain whose mail it is for, if connections are counted for reports."""
         self.scope = trio.CancelScope()
         self.connection: HopConnection | None = None
         """None until the socket is connected."""
@@ -326,6 +343,11 @@ class HostPool:
         self._pool = pool
         limits = self._limits = hop.limits
         self.breaker = Breaker(limits.breaker_failures, limits.breaker_pause, limits.breaker_longest)
+        self.down_since = 0.0
+        """Since when the breaker is open, in seconds since the epoch."""
+        self.down_reason = ""
+        self._lost_with = b""
+        """Our header fields of the last message with which a connection was lost."""
         self._share = HopShare(pool.table, hop.name)
         self._messages = self._share.bucket("messages", limits.message_rate)
         self._connects = self._share.bucket("connections", limits.connection_rate)
@@ -389,12 +411,17 @@ class HostPool:
                 return  # the rate is used up; the connection rests again
         spared += self._freeing + len(self._resetting)
         while len(self._queue) - spared > len(self._openings) and self._may_connect(now):
-            opening = _Opening(now)
+            opening = _Opening(now, "" if self._pool.note_connection is None else self._next_domain())
             self._openings[opening] = None
             self._pool.connections += 1
             self._share.count(1)
             self.breaker.probe()
             self._pool.start_connection(self, opening)
+
+    def _next_domain(self) -> str:
+        """Return the domain of the job that another connection is for."""
+        job = self._queue[min(len(self._openings), len(self._queue) - 1)]
+        return job.envelope.recipients[0].path.domain if job.envelope.recipients else ""
 
     def _may_connect(self, now: float) -> bool:
         openings = len(self._openings)
@@ -490,20 +517,19 @@ class HostPool:
 
     @property
     def cut(self) -> int:
-        """Connections that were given up for other hops and are not closed yet."""
+        """Connections that are being closed for other hops."""
         return sum(each.is_cut for each in self._openings)
 
     def longest_wait(self, now: float) -> float:
-        """Return the seconds that a connection has been waiting for its greeting."""
-        return max((now - each.since for each in self._openings if not each.has_greeted), default=0.0)
+        """Return how many seconds the oldest connection has been opening; -1 if none is."""
+        return max((now - each.since for each in self._openings if not each.is_cut), default=-1.0)
 
     def cut_oldest(self) -> None:
-        """Give up the connection that has been waiting for its greeting for longest."""
-        for opening in self._openings:
-            if not opening.has_greeted and not opening.is_cut:
-                opening.is_cut = True
-                opening.scope.cancel()
-                return
+        """Give up the connection that has been waiting for its greeting for longest, or else for another reply."""
+        left = [opening for opening in self._openings if not opening.is_cut]
+        oldest = next((opening for opening in left if not opening.has_greeted), left[0])
+        oldest.is_cut = True
+        oldest.scope.cancel()
 
     async def run_connection(self, opening: _Opening) -> None:
         """Be the task of one connection: connect, do jobs, close. A bug costs this connection and no other."""
@@ -515,9 +541,7 @@ class HostPool:
             finally:
                 del self._openings[opening]
             if connection is None:
-                self._fail(
-                    NextHopUnavailable(self.hop.name, "no greeting, and other hops are waiting for a connection")
-                )
+                self._fail(NextHopUnavailable(self.hop.name, "it is slow, and other hops are waiting for a connection"))
             else:
                 await self._serve(connection)
         except NextHopUnavailable as exc:
@@ -542,19 +566,28 @@ class HostPool:
     async def _connect(self, opening: _Opening) -> HopConnection:
         """Return a connection that is ready for its first transaction. Raise NextHopUnavailable.
 
-        If TLS fails where it is optional, one attempt is made without it.
+        If TLS fails where it is optional, one attempt is made without it. If the certificate of a hop is verified on
+        trial only, one attempt is made before with any certificate.
         """
+        verify = self.hop.tls.mode == "verify"
         try:
-            context = await self._pool.context_for(self.hop)
-        except OSError as exc:
-            raise NextHopUnavailable(self.hop.name, _why(exc)) from exc
-        stream = await self._open_socket()
-        try:
-            return await self._open_session(stream, opening, context)
-        except HandshakeError as exc:
-            if self.hop.tls.mode != "opportunistic" or self.hop.tls.implicit:
+            connection = await self._open_tls(opening, verify=verify or self.hop.is_testing)
+        except NextHopUnavailable as exc:
+            self._note_connection(opening, exc.tls_failure, exc.text)
+            if not isinstance(exc, HandshakeError):
                 raise
-            text = exc.text
+            failure = exc
+        else:
+            self._note_connection(opening, "" if connection.is_encrypted else "starttls-not-supported", "")
+            return connection
+        if self.hop.is_testing:
+            try:
+                return await self._open_tls(opening, verify=False)
+            except HandshakeError as exc:
+                failure = exc
+        if self.hop.tls.mode != "opportunistic" or self.hop.tls.implicit:
+            raise failure
+        text = failure.text
         try:
             stream = await self._open_socket()
             return await self._open_session(stream, opening, None, is_fallback=True)
@@ -562,6 +595,25 @@ class HostPool:
             raise NextHopUnavailable(
                 self.hop.name, f"{exc.text} (without TLS, after: {text})", _temporary(exc.status)
             ) from exc
+
+    async def _open_tls(self, opening: _Opening, *, verify: bool) -> HopConnection:
+        """Connect, with TLS as the policy of the hop says. Raise NextHopUnavailable."""
+        try:
+            context = await self._pool.context_for(self.hop, verify=verify)
+        except OSError as exc:
+            raise NextHopUnavailable(self.hop.name, _why(exc)) from exc
+        return await self._open_session(await self._open_socket(), opening, context)
+
+    def _note_connection(self, opening: _Opening, failure: str, reason: str) -> None:
+        """Count a connection for reports; one that failed for another reason than TLS is not counted."""
+        note, hop = self._pool.note_connection, self.hop
+        if note is None or hop.path or not hop.is_reported or (reason and not failure):
+            return
+        if not failure:
+            note(hop, opening.domain, None)
+            return
+        source = self._pool.settings.source or source_address(hop.address)
+        note(hop, opening.domain, Failure(failure, source, hop.host, hop.address, reason))
 
     async def _open_session(
         self, stream: SocketStream, opening: _Opening, context: ssl.SSLContext | None, *, is_fallback: bool = False
@@ -603,9 +655,13 @@ class HostPool:
             await connection.serve()
         except (LostError, ClosingError) as exc:
             cause = exc
-            # A connection lost during a text counts against the message: it may be the reason.
+            # A connection lost during a text counts against the message: it may be the reason. So does one that is lost
+            # with the same message again, before its text; but once the breaker is open, the hop has failed others too.
             if connection.is_busy and not connection.transactions and not connection.is_sending_text:
-                self._count_failure(str(exc))
+                lost_with = connection.current_prefix
+                if not lost_with or lost_with != self._lost_with or self.breaker.is_open:
+                    self._lost_with = lost_with
+                    self._count_failure(str(exc))
         except BodyError as exc:
             cause = exc
         finally:
@@ -630,7 +686,12 @@ class HostPool:
 
     def _count_failure(self, text: str) -> None:
         now = trio.current_time()
-        if self.breaker.failed(now) and self._pool.journal is not None:
+        if not self.breaker.is_open:
+            self.down_since = round(time.time(), 3)  # once: operators see the same time until the hop works again
+        if not self.breaker.failed(now):
+            return
+        self.down_reason = text
+        if self._pool.journal is not None:
             self._pool.journal.hop_down(self.hop.name, text, round(self.breaker.until - now, 1))
 
     def retire_one(self) -> bool:

@@ -20,8 +20,8 @@ class DomainQueue:
     """The mail of one domain that is in memory, and whether the spool has more of it."""
 
     __slots__ = (
-        "fresh", "has_due", "in_round_robin", "is_down", "is_resolving", "is_suspended", "is_wanted", "name", "old",
-        "resume_at", "route_queue", "route_until", "takes_old", "used_at",
+        "fresh", "has_due", "in_round_robin", "is_down", "is_rerouted", "is_resolving", "is_suspended", "is_wanted",
+        "name", "old", "resume_at", "route_queue", "route_until", "takes_old", "used_at",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
@@ -42,6 +42,8 @@ class DomainQueue:
         """More is being taken from the spool, or is about to be."""
         self.is_resolving = False
         """The route is being looked up."""
+        self.is_rerouted = False
+        """Routes were replaced meanwhile: what is found is of the old ones."""
         self.in_round_robin = False
         """It waits for its turn at its next hops."""
         self.is_down = False

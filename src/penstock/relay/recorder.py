@@ -37,7 +37,8 @@ _LAST_TRIES: Final = 3
 _BUG_PAUSE: Final = 300.0
 """Seconds until a recipient is tried again whose failure could not be reported."""
 
-_PLACES: Final = {Outcome.DELIVERED: 0, Outcome.DEFERRED: 1, Outcome.FAILED: 2}
+PLACES: Final = {Outcome.DELIVERED: 0, Outcome.DEFERRED: 1, Outcome.FAILED: 2}
+"""What `on_result` gets for an outcome."""
 
 DomainOf = Callable[[Recipient], str]
 
@@ -68,8 +69,8 @@ class AttemptRecorder:
     ) -> None:
         """`domain_of` returns the domain whose queue a report waits in; `clock` returns seconds since the epoch."""
         self.backoff = backoff
+        self.reporter = reporter
         self._spool = spool
-        self._reporter = reporter
         self._domain_of = domain_of
         self._journal = journal
         self._clock = clock
@@ -136,7 +137,7 @@ class AttemptRecorder:
         age = self._clock() - entry.received_at
         for result, row in zip(results, entry.rows, strict=False):
             if not (is_stopping and result.kind is Outcome.DEFERRED and not result.is_said):  # it was no attempt
-                self.on_result(row.queue, _PLACES[result.kind], 1, age)
+                self.on_result(row.queue, PLACES[result.kind], 1, age)
 
     def give_back(self, entry: Entry, when: float) -> None:
         """Record that there was no attempt after all: the recipients are due again at a time."""
@@ -145,7 +146,7 @@ class AttemptRecorder:
         self._note()
 
     def defer(self, entry: Entry, when: float) -> None:
-        """Have all recipients tried again at a time, whatever else was recorded of them."""
+        """Schedule all recipients at a time, in place of other records about them."""
         reply = "internal error"
         self._records += [AttemptRecord(row.number, row.queue, End.DEFERRED, reply, when) for row in entry.rows]
         self._note()
@@ -313,7 +314,7 @@ class AttemptRecorder:
         is_at_hand = getattr(entry.body, "in_memory", False)
 
         def make() -> Message:
-            return self._reporter.report(report.action, original, report.results, now, retry_until=until)
+            return self.reporter.report(report.action, original, report.results, now, retry_until=until)
 
         try:
             try:

@@ -13,7 +13,7 @@ import ipaddress
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,14 @@ import msgspec
 import trio
 
 from penstock.addresses import canonical_domain, domain_of
-from penstock.dns.exchangers import Exchanger, MailExchangers, ResolveError
+from penstock.dns.exchangers import Exchanger, MailExchangers, ResolveError, is_local_address
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
+from penstock.net.listen import ListenAddress
 from penstock.relay.hop import AuthPolicy, Hop, HopLimits, TlsPolicy
+from penstock.relay.tlspolicy import Protection, TlsPolicies
 
+SMTP_PORT: Final = 25
 _HOST: Final = re.compile(r"[A-Za-z0-9._:-]+")
 _PORTS: Final = {"smtp": 25, "smtps": 465, "lmtp": 24}
 _FORMS: Final = "smtp://host:25, smtps://host:465, lmtp://host:24 or lmtp+unix:///path"
@@ -74,9 +77,7 @@ class RouteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     domains: Annotated[
         tuple[str, ...],
-        msgspec.Meta(
-            description='".example.org" matches all names below it; without domains: every domain no other route names'
-        ),
+        msgspec.Meta(description='".example.org" matches all names below it; without domains: all others'),
     ] = ()
     name: Annotated[
         str,
@@ -87,7 +88,7 @@ class RouteSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ] = ""
     next_hop: Annotated[
         str,
-        msgspec.Meta(description=f'"mx": as the DNS says; "maildir": local delivery; or {_FORMS}'),
+        msgspec.Meta(description=f'"mx": the mail exchangers in the DNS; "maildir": local delivery; or {_FORMS}'),
     ] = ""
     next_hops: Annotated[
         tuple[NextHopSettings, ...], msgspec.Meta(max_length=64, description="Several next hops, instead of next_hop")
@@ -177,6 +178,8 @@ def parse_hop(url: str) -> Hop:
         return Hop(kind="lmtp", path=parts.path, host="localhost")
     host = parts.hostname or ""
     is_plain = not (parts.path or parts.query or parts.fragment or parts.username or parts.password)
+    with suppress(ValueError):
+        host = canonical_domain(host)  # as in certificates and in the DNS: no U-labels
     if parts.scheme not in _PORTS or not _HOST.fullmatch(host) or not is_plain or port == 0:
         raise ValueError(f"{url!r} is not a next hop; expected {_FORMS}")
     return Hop(
@@ -185,6 +188,15 @@ def parse_hop(url: str) -> Hop:
         kind="lmtp" if parts.scheme == "lmtp" else "smtp",
         tls=TlsPolicy(implicit=parts.scheme == "smtps"),
     )
+
+
+def is_own_hop(hop: Hop, listeners: Iterable[str]) -> bool:
+    """Return whether a connection to a hop would reach one of the listeners, given by their addresses."""
+    host = hop.address or hop.host
+    for listener in map(ListenAddress.parse, listeners):
+        if hop.path == listener.path if hop.path else listener.is_reached_by(host, hop.port, is_local_address):
+            return True
+    return False
 
 
 # ---- routes
@@ -280,6 +292,11 @@ class _Rule:
     """When the names are looked up again, in the clock of `Routes`."""
     lock: trio.Lock = field(default_factory=trio.Lock)
 
+    @property
+    def told(self) -> tuple[object, ...]:
+        """What the settings say."""
+        return self.number, self.tls, self.limits, self.ranks, self.names
+
 
 class Routes:
     """All routes of a server."""
@@ -293,29 +310,60 @@ class Routes:
         own_domain: str,
         lookup: Lookup = system_lookup,
         clock: Callable[[], float] = time.monotonic,
+        tls_policies: TlsPolicies | None = None,
+        mx_port: int = SMTP_PORT,
+        listeners: Sequence[str] = (),
     ) -> None:
         """`own_domain` is the domain of a recipient without one, <Postmaster> (RFC 5321 4.1.1.3).
 
-        `lookup` finds the addresses of static next hops. The settings were checked. Raise OSError if a file that they
-        name cannot be read.
+        `lookup` finds the addresses of static next hops. `tls_policies` say how TLS is used with the MX hosts of a
+        domain. `listeners` are the addresses that this server listens on. The settings were checked. Raise OSError if a
+        file that they name cannot be read.
         """
+        self._tls_policies = tls_policies
+        self._mx_port = mx_port
+        self._listeners = listeners
         self._resolver = resolver
-        self._own_domain = own_domain.lower()
         self._lookup = lookup
         self._clock = clock
+        self.generation = 0
+        """How often the routes were replaced."""
+        self._told: tuple[object, ...] = ()
+        """What the settings say of all routes."""
+        self._own_domain = ""
         self._exact: dict[str, _Rule] = {}
         self._below: dict[str, _Rule] = {}
         self._named: dict[str, _Rule] = {}
         self._default: _Rule | None = None
+        self.use(settings, data_dir, own_domain)
+
+    def use(self, settings: Sequence[RouteSettings], data_dir: Path, own_domain: str) -> bool:
+        """Use other routes; return whether they differ. Raise OSError as the constructor does: nothing is changed."""
+        exact: dict[str, _Rule] = {}
+        below: dict[str, _Rule] = {}
+        named: dict[str, _Rule] = {}
+        default: _Rule | None = None
         for number, each in enumerate(settings or DEFAULT_ROUTES):
             rule = _read(number, each, data_dir)
             if each.name:
-                self._named[f"{NAMED}{each.name}"] = rule
+                named[f"{NAMED}{each.name}"] = rule
             elif not each.domains:
-                self._default = rule
+                default = rule
             for domain in each.domains:
-                names = self._below if domain.startswith(".") else self._exact
+                names = below if domain.startswith(".") else exact
                 names[_canonical(domain).removeprefix(".")] = rule
+        own_domain = own_domain.lower()
+        told = (
+            own_domain,
+            default and default.told,
+            *({name: rule.told for name, rule in each.items()} for each in (exact, below, named)),
+        )
+        if told == self._told:
+            return False
+        self.generation += 1
+        self._told, self._own_domain = told, own_domain
+        self._exact, self._below, self._named, self._default = exact, below, named, default
+        return True
 
     def domain_of(self, recipient: Recipient) -> str:
         """Return the domain whose queue a recipient waits in, as the DNS writes it."""
@@ -350,7 +398,14 @@ class Routes:
         if rule is _NO_RULE:
             raise ResolveError("4.4.4", f"there is no {domain} in the configuration", is_permanent=False)
         if rule.ranks is None:
-            return _mx_route(rule, await self._resolver.exchangers(domain))
+            is_clear, domain = domain.startswith(CLEAR), domain_of_queue(domain)
+            exchangers = await self._resolver.exchangers(domain)
+            if is_clear:
+                return _mx_route(rule, exchangers, self._mx_port, is_reported=False)
+            if self._tls_policies is None or rule.tls.mode not in ("opportunistic", "require"):
+                return _mx_route(rule, exchangers, self._mx_port)
+            protections = await self._tls_policies.protections(domain, rule.tls, exchangers)
+            return _mx_route(rule, exchangers, self._mx_port, protections)
         return await self._resolved(rule)
 
     async def resolve_all(self) -> None:
@@ -382,11 +437,31 @@ class Routes:
             except (OSError, ResolveError) as exc:
                 failure = exc
                 addresses[name] = ()
-        resolved = _static_route(rule.number, ranks, addresses)
+        found = _static_route(rule.number, ranks, addresses)
+        resolved = Route(found.key, self._without_own(found.ranks))
         if resolved.ranks:
             return resolved
-        text = f"the address of the next hop {', '.join(sorted(rule.names))} could not be found: {failure}"
+        if found.ranks and failure is None:
+            # Temporary, unlike a loop by MX: the DNS may give the name another address tomorrow.
+            text = f"the next hop {', '.join(sorted(rule.names))} is this server itself"
+            raise ResolveError("4.4.6", text, is_permanent=False)
+        unknown = ", ".join(name for name in sorted(rule.names) if not addresses[name])
+        text = f"the address of the next hop {unknown} could not be found: {failure}"
         raise ResolveError("4.4.3", text, is_permanent=False) from failure
+
+    def _without_own(self, ranks: tuple[tuple[Choice, ...], ...]) -> tuple[tuple[Choice, ...], ...]:
+        """Leave out hosts that are this server, and the ranks after them (cf. RFC 5321 5.1).
+
+        One of our addresses is enough to recognize ourselves. Others of the same rank stay: the configuration names
+        them, and two gateways may have the same one.
+        """
+        for place, rank in enumerate(ranks):
+            others = tuple(
+                choice for choice in rank if not any(is_own_hop(hop, self._listeners) for hop in choice.hops)
+            )
+            if len(others) < len(rank):
+                return (*ranks[:place], others) if others else ranks[:place]
+        return ranks
 
     async def _addresses(self, name: str) -> Sequence[str]:
         try:
@@ -395,6 +470,7 @@ class Routes:
             return await self._resolver.addresses(name)
 
     def _rule_of(self, domain: str) -> _Rule:
+        domain = domain_of_queue(domain)
         found = self._exact.get(domain)
         if found is not None:
             return found
@@ -414,6 +490,19 @@ class Routes:
 
 NAMED: Final = "route:"
 """The beginning of the queue names of named routes; no domain has a colon."""
+CLEAR: Final = "clear:"
+"""The beginning of the queue names for mail to a domain without its DANE and MTA-STS policies: TLS reports.
+
+RFC 8460 3: they have to be delivered despite failures of TLS, and their sessions are not reported. The `tls` table of
+the route applies.
+"""
+
+
+def domain_of_queue(name: str) -> str:
+    """Return the domain whose mail a queue has, or the name of the queue of a named route."""
+    return name.removeprefix(CLEAR)
+
+
 _NO_RULE: Final = _Rule(-1, TlsPolicy(), HopLimits(), None)
 
 
@@ -477,11 +566,37 @@ def _by_address(hop: Hop, addresses: dict[str, Sequence[str]]) -> tuple[Hop, ...
     return tuple(msgspec.structs.replace(hop, address=address) for address in addresses[hop.host])
 
 
-def _mx_route(rule: _Rule, exchangers: Collection[Exchanger]) -> Route:
-    """Return the route by MX; domains with the same hosts have the same key."""
+def _mx_route(
+    rule: _Rule,
+    exchangers: Collection[Exchanger],
+    port: int,
+    protections: Mapping[str, Protection] | None = None,
+    *,
+    is_reported: bool = True,
+) -> Route:
+    """Return the route by MX, over the hosts that have a protection, if they need one.
+
+    Domains with the same hosts and protections have the same key.
+    """
     ranks: dict[int, list[Choice]] = {}
-    for preference, host, addresses in exchangers:
-        hops = tuple(Hop(host=host, address=address, tls=rule.tls, limits=rule.limits) for address in addresses)
+    usable = [each for each in exchangers if protections is None or each.host in protections]
+    for preference, host, addresses in usable:
+        tls, dane, is_testing = Protection(rule.tls) if protections is None else protections[host]
+        hops = tuple(
+            Hop(
+                host=host,
+                port=port,
+                address=address,
+                tls=tls,
+                limits=rule.limits,
+                dane=dane,
+                is_testing=is_testing,
+                is_reported=is_reported,
+            )
+            for address in addresses
+        )
         ranks.setdefault(preference, []).append(Choice(1, hops))
-    hosts = tuple(sorted((preference, host) for preference, host, _ in exchangers))
-    return Route(("mx", rule.number, hosts), tuple(map(tuple, ranks.values())))
+    hosts = tuple(sorted((preference, host) for preference, host, _ in usable))
+    kind = "mx" if is_reported else "clear"
+    key: Hashable = (kind, rule.number, hosts, None if protections is None else frozenset(protections.items()))
+    return Route(key, tuple(map(tuple, ranks.values())))

@@ -47,7 +47,8 @@ from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool, PoolSettings
 from penstock.relay.queues import FIRST_WINDOW, DomainQueue, RouteQueue
 from penstock.relay.recorder import AttemptRecorder
-from penstock.relay.route import Route, Routes
+from penstock.relay.route import Route, Routes, domain_of_queue
+from penstock.relay.tlspolicy import RelayTlsSettings
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
 from penstock.spool.entry import Entry, HopState
@@ -82,18 +83,20 @@ _QUEUES_AT_A_TIME: Final = 100
 _MAX_QUEUES: Final = 20_000
 """Domain queues in memory. Those beyond wait in the spool; the one that has been due for longest is next."""
 _MAX_HOPS_SHOWN: Final = 1000
-"""Next hops that are backing off whose reason is kept."""
+"""Next hops that are backing off and are shown to operators."""
 
 
 class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """From the spool to next hops."""
+    """The relay: delivery from the spool to next hops."""
 
     memory_messages: Annotated[
         int,
-        msgspec.Meta(ge=10, le=1_000_000, description="Messages in memory on their way out; the others wait on disk"),
+        msgspec.Meta(
+            ge=10, le=1_000_000, description="Messages in memory that are being delivered; the others wait on disk"
+        ),
     ] = 4000
     memory_octets: Annotated[
-        int, msgspec.Meta(ge=1 << 20, le=1 << 40, description="Octets of messages in memory on their way out")
+        int, msgspec.Meta(ge=1 << 20, le=1 << 40, description="Octets of messages in memory that are being delivered")
     ] = 67_108_864
     local_writers: Annotated[
         int, msgspec.Meta(ge=1, le=1024, description='Messages that a route to "maildir" delivers at a time')
@@ -101,13 +104,14 @@ class RelaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     smtputf8_downgrade: Annotated[
         Literal["refuse", "send"],
         msgspec.Meta(
-            description="A header that needs SMTPUTF8, and a next hop that does not offer it. "
-            "refuse: 5.6.7 (RFC 6531 3.2); send: as it is"
+            description="For a header that needs SMTPUTF8 and a next hop that does not offer it. "
+            "refuse: return with 5.6.7 (RFC 6531 3.2); send: send it unchanged"
         ),
     ] = "refuse"
     retry: RetrySettings = RetrySettings()
     reports: ReportSettings = ReportSettings()
     pool: PoolSettings = PoolSettings()
+    tls: RelayTlsSettings = RelayTlsSettings()
 
 
 class LocalDelivery(Protocol):
@@ -148,8 +152,8 @@ class Scheduler:
         self._local = local
         self._clock = clock
         self._clock_guard = ClockGuard(clock, steady_clock)
-        self._set_back = 0.0
-        """Seconds, negative, that the clock was set back and mail was not rescheduled for yet."""
+        self._jumps: list[float] = []
+        """Seconds by which the clock was set, and mail was not corrected for yet."""
         self._random = random_source or random.Random()  # noqa: S311 - it spreads load, it hides nothing
         self._queues: dict[str, DomainQueue] = {}
         self._route_queues: dict[Hashable, RouteQueue] = {}
@@ -205,7 +209,7 @@ class Scheduler:
         self._claim(-1, -octets)
 
     def offer(self, entries: Sequence[Entry]) -> None:
-        """Attempt what was put as taken: the recipients of a message that have the same route together."""
+        """Attempt entries that were put as taken; recipients with the same route are attempted together."""
         for entry in entries if len(entries) == 1 else self._by_route(entries):
             queue = self._queue(entry.queue)
             self._hold(queue.fresh, entry)
@@ -264,7 +268,7 @@ class Scheduler:
         self.is_running = False
 
     def close(self) -> None:
-        """Give back what was not started. The pool is closed: nothing is in flight any more."""
+        """Return entries that were not started to the spool. The pool is closed: no delivery is in progress."""
         self.is_running = False
         for queue in self._queues.values():
             self._give_back(queue)
@@ -290,7 +294,7 @@ class Scheduler:
         queue = self._queues.get(name)
         if queue is None:
             queue = self._queues[name] = DomainQueue(name)
-            queue.is_suspended = name in self.suspended
+            queue.is_suspended = domain_of_queue(name) in self.suspended
         queue.used_at = trio.current_time()
         return queue
 
@@ -315,7 +319,7 @@ class Scheduler:
             self._has_space.set()
 
     def _claim(self, messages: int, octets: int) -> None:
-        """Reserve memory, or give it back if the numbers are negative."""
+        """Reserve memory; release it if the numbers are negative."""
         self._claimed += messages
         self._claimed_octets += octets
         if messages < 0 and not self._has_space.is_set():
@@ -382,14 +386,14 @@ class Scheduler:
         if queue.route_queue is not route_queue:
             self._leave_round_robin(queue)
         queue.route_queue, queue.route_until = route_queue, trio.current_time() + _ROUTE_LIFETIME
-        queue.is_suspended = queue.name in self.suspended or route_queue.is_suspended
+        queue.is_suspended = domain_of_queue(queue.name) in self.suspended or route_queue.is_suspended
         return route_queue
 
     async def _resolve(self, queue: DomainQueue) -> None:
         """Look up the route of a queue."""
         try:
             async with self._resolving:
-                route = await self._routes.find_route(queue.name)
+                route = await self._find_route(queue)
         except ResolveError as exc:
             kind = Outcome.FAILED if exc.is_permanent else Outcome.DEFERRED
             self._fail_queue(queue, Result(kind, exc.text, exc.status, "", is_said=False))
@@ -400,6 +404,19 @@ class Scheduler:
             queue.is_resolving = False
             self._set_route(queue, route)
             self._serve(queue)
+
+    async def _find_route(self, queue: DomainQueue) -> Route:
+        """Return the route of a queue. An answer of routes that were replaced meanwhile does not count."""
+        while True:
+            queue.is_rerouted = False
+            try:
+                route = await self._routes.find_route(queue.name)
+            except Exception:
+                if not queue.is_rerouted:
+                    raise
+            else:
+                if not queue.is_rerouted:
+                    return route
 
     def _fail_queue(self, queue: DomainQueue, result: Result) -> None:
         """End all that waits in a queue without a route."""
@@ -486,14 +503,24 @@ class Scheduler:
             self._unavailable[hop] = (self._clock(), reason.text)
 
     def hops_down(self) -> Iterator[HopState]:
-        """Yield the next hops that are backing off."""
-        now = trio.current_time()
+        """Yield the next hops that are backing off, at most `_MAX_HOPS_SHOWN`.
+
+        Nothing changes from one call to the next while nothing happens: what has changed is written to the spool.
+        """
+        offset = self._clock() - trio.current_time()
         for hop, (since, reason) in list(self._unavailable.items()):
             until = self.pool.down_until(hop)
             if until:
-                yield HopState(hop.name, since, round(self._clock() + max(0.0, until - now)), reason)
+                yield HopState(hop.name, since, round(offset + until), reason)
             else:
                 del self._unavailable[hop]
+        left = _MAX_HOPS_SHOWN - len(self._unavailable)
+        for hop, since, reason in self.pool.hops_down():  # those that no attempt has found unavailable
+            if left <= 0:
+                break
+            if hop not in self._unavailable:
+                left -= 1
+                yield HopState(hop.name, since, round(offset + self.pool.down_until(hop)), reason)
 
     def sent(self, route_queue: RouteQueue, entry: Entry, results: Sequence[Result], *, is_final: bool) -> None:
         """Record the results of a message that a hop has answered."""
@@ -550,7 +577,7 @@ class Scheduler:
 
     def _delivered_locally(self, route_queue: RouteQueue, entry: Entry, result: outcome.Outcome[Reply]) -> None:
         """Record what became of a message. Does not raise: others of the same batch follow."""
-        if isinstance(result, outcome.Error):  # what is wrong with our disk is not reported to senders
+        if isinstance(result, outcome.Error):  # errors of our disk are not reported to senders
             self.journal.error(0, "maildir", result.error)
             ended = Result(Outcome.DEFERRED, "the mailbox cannot be written", "4.2.0", "", is_said=False)
         else:
@@ -594,17 +621,43 @@ class Scheduler:
         for queue in list(self._queues.values()):
             was_suspended = queue.is_suspended
             route_queue_of = queue.route_queue
-            queue.is_suspended = queue.name in names or (route_queue_of is not None and route_queue_of.is_suspended)
+            is_suspended = route_queue_of is not None and route_queue_of.is_suspended
+            queue.is_suspended = is_suspended or domain_of_queue(queue.name) in names
             if queue.is_suspended:
                 self._give_back(queue)
             elif was_suspended:
                 self._want(queue)
         # A message for several domains of one route waits as one entry, in the queue of one of them.
         rows = [row for queue in self._queues.values() for entry in (*queue.old, *queue.fresh) for row in entry.rows]
-        for entry in self.withdraw({row.number for row in rows if row.queue in names}):
+        for entry in self.withdraw({row.number for row in rows if domain_of_queue(row.queue) in names}):
             for row in entry.rows:
                 self._queue(row.queue).has_due = True
             self.give_back(entry)
+
+    def reroute(self) -> None:
+        """The routes were replaced: look them up again for all mail whose attempt has not begun.
+
+        It is taken from the spool again, because a message for several domains waits once if they had one route.
+        """
+        for queue in self._queues.values():
+            self._give_back(queue)
+            queue.route_queue, queue.route_until, queue.resume_at = None, -math.inf, -math.inf
+            queue.is_rerouted, queue.is_down = queue.is_resolving, False
+            queue.is_suspended = domain_of_queue(queue.name) in self.suspended
+            self._paused.discard(queue)
+        self._route_queues.clear()
+        self._stalled.clear()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._routes.resolve_all)
+        for queue in self._queues.values():
+            self._want(queue)
+
+    def use_settings(self, settings: RelaySettings) -> None:
+        """Use other limits of memory and mailboxes from now on."""
+        self._settings = settings
+        for each in self._route_queues.values():
+            if each.route.is_local:
+                each.set_route(each.route, settings.local_writers)
 
     async def leads_to(self, domain: str, hop: str) -> bool:
         """Return whether mail for a domain may go to a next hop, named by its host or its full name."""
@@ -623,16 +676,20 @@ class Scheduler:
             self.recorder.backoff.put_off(self._clock() + PUT_OFF)
             self.journal.clock_jumped(jump, 0)
             self._look.set()
-        self._set_back += min(jump, 0.0)
+        if jump:
+            self._jumps.append(jump)
 
     async def check_clock(self) -> None:
-        """Notice when the clock was set forward, or back: nothing waits for days."""
+        """Notice when the clock was set forward, or back: nothing waits for days, and nothing gets older or younger."""
         self.notice_clock()
-        back, self._set_back = self._set_back, 0.0
+        jumps, self._jumps = self._jumps, []
+        back = sum(jump for jump in jumps if jump < 0)
         if back:
             self.recorder.backoff.put_off(-math.inf)
             self.journal.clock_jumped(back, await self._reschedule())
             self._look.set()
+        if shift := sum(jumps):
+            await self.spool.shift_received(self._clock(), shift)
 
     async def _reschedule(self) -> int:
         """Let what is due later than any schedule allows follow its schedule again. Return the recipients."""
@@ -686,7 +743,7 @@ class Scheduler:
         claimed = limit, octets
         now = self._clock()
         queue.has_due = False  # set again by what comes meanwhile
-        key = self._route_key(queue.name)
+        key, generation = self._route_key(queue.name), self._routes.generation
 
         def same_route(name: str) -> bool:
             return name not in self.suspended and self._route_key(name) == key
@@ -698,6 +755,11 @@ class Scheduler:
             )
         finally:
             self._claim(-claimed[0], -claimed[1])
+        if generation != self._routes.generation:  # domains that were taken together may not have one route any more
+            for entry in entries:
+                self.recorder.give_back(entry, now)
+            queue.has_due = True
+            return
         rows = 0
         for entry in entries:
             rows += len(entry.rows)
@@ -770,7 +832,7 @@ class Scheduler:
 
 
 def _copy(body: Body) -> Body:
-    """Return a body with a `close` of its own."""
+    """Return a body that can be closed separately."""
     return StoredBody(b"".join(body.chunks())) if getattr(body, "in_memory", False) else body
 
 

@@ -29,7 +29,7 @@ class Bucket(Protocol):
 
 
 class SharedBucket:
-    """A token bucket of all workers. It has a clock of its own."""
+    """A token bucket of all workers, with its own clock."""
 
     def __init__(self, table: SharedTable, key: str, rate: float) -> None:
         """Allow `rate` things per second, which is also the burst, but at least 1."""
@@ -60,7 +60,7 @@ class HopShare:
         self._wants = False
 
     def bucket(self, kind: str, rate: float) -> Bucket:
-        """Return the bucket of a rate; 0 is no limit. `kind` tells those of a hop apart."""
+        """Return the bucket of a rate; 0 is no limit. `kind` distinguishes the buckets of a hop."""
         if self._table is None or not rate:
             return TokenBucket(rate)
         return SharedBucket(self._table, f"{kind} {self._hop}", rate)

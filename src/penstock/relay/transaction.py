@@ -9,16 +9,22 @@ twice. A duplicate is better than a loss, and SMTP has no third way.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from penstock.relay.hop import Outcome, Result
 from penstock.relay.job import Job
 from penstock.smtp.client import Capabilities, ServerReply, mail_command, rcpt_command
-from penstock.smtp.client_session import ClientTransaction, Step
+from penstock.smtp.client_session import ClientTransaction, Step, means_too_many
 
-_NEEDS_TLS: Final = frozenset({530, 538})
-"""Replies of a hop that wants STARTTLS first (RFC 3207 4)."""
-_TOO_MANY: Final = frozenset({"4.5.3", "5.5.3", None})
+_NEEDS_TLS: Final = frozenset({523, 530, 538})
+"""Replies of a hop that wants STARTTLS first (RFC 3207 4, RFC 5248 2.4)."""
+_WANTS_TLS: Final = re.compile(
+    r"\b(?:start)?tls(?:v?1(?:\.\d)?)?\b|\bssl\b|\b(?:un)?encrypt(?:ed|ion)?\b", re.IGNORECASE
+)
+"""In a refusal with another code: hops say 550 and 554 as well."""
+_NAMES: Final = re.compile(r"<[^<>]*>|(?<!\S)\S*(?:@|://)\S*")
+"""Addresses and URLs, in which such a word means nothing."""
 
 
 class HopTransaction:
@@ -50,7 +56,7 @@ class HopTransaction:
 
     @property
     def recipient_limit(self) -> int | None:
-        """How many recipients the hop takes in a transaction, if it has refused some as too many."""
+        """Recipients that the hop accepts in a transaction, if it has refused some as too many."""
         return len(self.transaction.accepted) if self.transaction.too_many else None
 
     def text(self) -> bytes:
@@ -83,17 +89,15 @@ class HopTransaction:
 
     def _result(self, position: int, reply: ServerReply, *, is_fallback: bool) -> Result:
         transaction = self.transaction
-        is_accepted = position in transaction.accepted if reply.code == 552 else True
         result = Result.of(reply, self._hop, reports=reply.code < 300 and self._capabilities.dsn)
         if result.kind is Outcome.FAILED:
-            needs_tls = reply.code in _NEEDS_TLS or reply.enhanced_status == "5.7.10"
-            if is_fallback and needs_tls:
+            if is_fallback and _needs_tls(reply):
                 self.wants_tls = True
                 return result._replace(kind=Outcome.DEFERRED)
             if transaction.is_question and reply is transaction.mail_reply:
                 return result._replace(kind=Outcome.DEFERRED)  # about our sender, not about the recipient
-            is_for_all = reply is transaction.mail_reply
-            if not is_accepted and not is_for_all and reply.enhanced_status in _TOO_MANY:  # RFC 5321 4.5.3.1.10
+            is_for_one = reply is not transaction.mail_reply and position not in transaction.accepted
+            if is_for_one and means_too_many(reply):
                 return result._replace(kind=Outcome.DEFERRED, status="4.5.3")
         return result
 
@@ -101,7 +105,7 @@ class HopTransaction:
         """Record the loss of the connection: recipients without a result are deferred.
 
         `status` is 4.3.0 if it was not the hop that failed. `closing` is the 421 with which the hop has closed it.
-        Recipients that wait for another transaction go on waiting.
+        Recipients that wait for another transaction remain waiting.
         """
         if not self.is_recorded:
             self.record()
@@ -135,3 +139,12 @@ class HopTransaction:
     def is_sending(self) -> bool:
         """The text is being sent, or its reply is awaited."""
         return self.transaction.step in (Step.TEXT, Step.FINAL)
+
+
+def _needs_tls(reply: ServerReply) -> bool:
+    """Return whether a refusal asks for TLS: by its code, by its status, or in words."""
+    if reply.code in _NEEDS_TLS or reply.enhanced_status == "5.7.10":
+        return True
+    if reply.status.startswith("5.1."):  # about an address (RFC 3463 3.2)
+        return False
+    return _WANTS_TLS.search(_NAMES.sub("", reply.text)) is not None

@@ -1,1 +1,1 @@
-"""THE LOOP: admission, the conversation, the body, a worker."""
+"""The server: admission, sessions, bodies, and the worker that runs them."""

@@ -1,4 +1,4 @@
-"""What the compiled pump shows. The theory stands at the top of ext/pump.pyx."""
+"""The compiled pump; its design is described at the top of ext/pump.pyx."""
 
 from typing import Any
 
@@ -16,32 +16,32 @@ class Pump(Protocol):
     sync_handlers: dict[type, Any]
     """The events that need no task: called with the owner and the event, they return False to leave it to the task."""
     tls: TlsTurns | None
-    """TLS between the socket and the wire; None without it, or where a stream does it."""
+    """TLS between the socket and the wire; None without TLS, or if a stream does it."""
     counting: Discards | None
-    """The delivery that counts messages, where nothing else is wanted of them; None leaves them to the handlers."""
+    """The delivery that counts messages, if nothing else is done with them; None leaves them to the handlers."""
     is_counting: bool
     """The text of a message is being received that is only counted."""
     @property
     def texts(self) -> int:
-        """Texts of such messages begun so far."""
+        """Such messages whose text has begun."""
     @property
     def messages(self) -> int:
-        """Such messages so far."""
+        """Such messages that are complete."""
     @property
     def session(self) -> ServerSession:
         """The session that reads the wire."""
     @property
     def has_ended(self) -> bool:
-        """The client has ended TLS: nothing more comes."""
+        """The client has closed TLS: no more input follows."""
     @property
     def octets(self) -> int:
         """Octets received so far, as the socket had them."""
     def __init__(self, session: ServerSession, sync_handlers: dict[type, Any], owner: object) -> None:
-        """Take turns for this owner; from now on the session's turns are bounded."""
+        """Take turns for this owner; this bounds the turns of the session."""
     def advance(self) -> Event:
         """Read the input. Return the event that the task has to handle; NEED_DATA and TURN_OVER are none."""
     def take_output(self) -> bytes:
-        """Return what has to be sent now: replies, and what TLS has to say."""
+        """Return the octets to send now: replies, encrypted if there is TLS."""
     def take_event(self) -> Event | None:
         """Return the event that a turn could not handle, and forget it; None without one."""
     def feed(self, data: Buffer) -> None:
@@ -51,6 +51,6 @@ class Pump(Protocol):
     def recv(self, fd: int) -> int:
         """Receive for the next turn; see `Wire.recv`."""
     def data_received(self, received: int) -> bytes | None:
-        """Take a turn outside of the poller. Return what is to be sent, None to leave the rest to the task."""
+        """Take a turn outside of the poller. Return the octets to send, None to leave the rest to the task."""
     def close(self) -> None:
-        """Give the buffer of the wire back, and let the owner go."""
+        """Release the buffer of the wire and the owner."""

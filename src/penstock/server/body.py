@@ -1,9 +1,9 @@
-"""Where a body stays between its first octet and its delivery: in memory, then in a temporary file.
+"""The body of a message from its first octet to its delivery: in memory, or in a temporary file.
 
 A message keeps at most `memory_per_message` octets in memory, all messages of a worker together at most
-`memory_total`; what is beyond goes to a file without a name, written by a thread in large pieces, so that a slow disk
-holds up one client and not the loop. A crash leaves nothing behind, because the file has no name. A body that goes to
-a file still has a block of the wire and a chunk on its way to the disk: the budget pays for these, too.
+`memory_total`. Larger bodies go to an unnamed file, which a thread writes in large pieces, so that a slow disk delays
+one client and not the event loop. A crash leaves nothing behind, because the file has no name. A body in a file still
+needs memory for a block of the wire and for the chunk that is being written: the budget includes both.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import msgspec
 import trio
 
 from penstock import reply as replies
+from penstock.files import is_disk_full, write_all
 from penstock.message import Body
 from penstock.reply import Reply
 
 CHUNK_OCTETS: Final = 128 * 1024
 """Octets of a piece that `chunks` yields."""
 _MAX_HEAD: Final = 64 * 1024
-"""Octets in which Received fields are counted; a longer header is no loop but an attack."""
+"""Octets in which Received fields are counted; a longer header is an attack, not a loop."""
 _UNDER_WAY: Final = 128 * 1024
-"""Octets that a body in a file has in memory nevertheless."""
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Octets of memory that a body in a file needs."""
 _RECEIVED: Final = re.compile(rb"(?im)^received[ \t]*:")
 
 
@@ -55,18 +55,18 @@ class MemoryBudget:
         self.used = 0
 
     def take(self, octets: int) -> bool:
-        """Take octets from the budget, if they are there."""
+        """Take octets from the budget. Return False, and take nothing, if too few are left."""
         if self.used + octets > self.limit:
             return False
         self.used += octets
         return True
 
     def claim(self, octets: int) -> None:
-        """Take octets that are used anyway, whether they are there or not: others find less."""
+        """Take octets that are in use already; the budget may be exceeded."""
         self.used += octets
 
     def give(self, octets: int) -> None:
-        """Give octets back."""
+        """Return octets to the budget."""
         self.used -= octets
 
 
@@ -82,11 +82,11 @@ class MemoryBody:
         self.size = size
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body in the pieces it came in."""
+        """Yield the body in the pieces that were received."""
         return iter(self._chunks)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         if self._budget is not None:
             self._budget.give(self.size)
             self._budget = None
@@ -94,7 +94,7 @@ class MemoryBody:
 
 
 class FileBody:
-    """A body in a file without a name. Readers do not disturb each other."""
+    """A body in an unnamed file. It may have several readers at a time."""
 
     __slots__ = ("_descriptor", "size")
 
@@ -103,7 +103,7 @@ class FileBody:
         self.size = size
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the body in pieces of 128 KiB. Blocks on the disk. Raise ValueError when it was closed."""
+        """Yield the body in pieces of 128 KiB. Blocks on the disk. Raise ValueError after `close`."""
         place = 0
         while place < self.size:
             if self._descriptor < 0:
@@ -115,32 +115,32 @@ class FileBody:
             yield chunk
 
     def link(self, path: os.PathLike[str]) -> bool:
-        """Give the file a name and sync it; False when it cannot have that one. Raise OSError."""
+        """Link the file to a name and sync it. Return False if it cannot have that name. Raise OSError."""
         try:
             # The link in /proc is followed only by linkat(2), which os.link uses only when it is given a folder.
             os.link(f"/proc/self/fd/{self._descriptor}", path, src_dir_fd=self._descriptor, follow_symlinks=True)
         except OSError:
-            return False  # another file system, no /proc, a name that is taken: it can be copied
+            return False  # another file system, no /proc, or the name exists: the caller copies the body
         os.fsync(self._descriptor)
         return True
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file, which removes it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 class BodyCollector:
-    """Takes the chunks of one body in, and turns them into a `Body`."""
+    """Collects the chunks of one message and makes a `Body` of them."""
 
     __slots__ = ("_budget", "_chunks", "_descriptor", "_folder", "_head", "_held", "_hops", "_most", "failure", "size")
 
     def __init__(self, settings: BodySettings, budget: MemoryBudget, folder: Path) -> None:
         self.size = 0
-        """Octets taken in."""
+        """Octets received."""
         self.failure: Reply | None = None
-        """What to tell the client when the disk failed; the body is lost then."""
+        """The reply for the client if the disk has failed; the body is lost then."""
         self._most = settings.memory_per_message
         self._budget = budget
         self._folder = folder
@@ -149,11 +149,11 @@ class BodyCollector:
         """Octets in `_chunks`, all of them taken from the budget."""
         self._descriptor = -1
         self._head: bytes | None = b""
-        """What is in the file, up to the end of the header; None once that has come, and is counted."""
+        """The part of the header that is in the file; None once the header is complete and its fields are counted."""
         self._hops = 0
 
     def add_nowait(self, chunk: bytes) -> bool:
-        """Keep a chunk in memory. Return False when it does not fit there: then `await add(chunk)`."""
+        """Keep a chunk in memory. Return False if it does not fit: then `await add(chunk)`."""
         octets = len(chunk)
         if self._held + octets > self._most or not self._budget.take(octets):
             return False
@@ -163,14 +163,14 @@ class BodyCollector:
         return True
 
     async def add(self, chunk: bytes) -> None:
-        """Keep a chunk, in the file when it does not fit into memory. A disk error is kept in `failure`."""
+        """Keep a chunk, in the file if it does not fit into memory. A disk error is stored in `failure`."""
         if self.failure is not None or self.add_nowait(chunk):
             return
         self.size += len(chunk)
         await self._spill(chunk)
 
     def finish_nowait(self) -> Body | None:
-        """Return the body, which is the caller's to close, when it is in memory. Otherwise `await finish()`."""
+        """Return a body in memory, which the caller closes; None if it is in a file: then `await finish()`."""
         if self._descriptor >= 0:
             return None
         body = MemoryBody(self._chunks, self._held, self._budget)
@@ -178,7 +178,7 @@ class BodyCollector:
         return body
 
     async def finish(self) -> Body:
-        """Return the body, which is the caller's to close. A failed one is empty."""
+        """Return the body, which the caller closes. It is empty if the disk has failed."""
         body = self.finish_nowait()
         if body is not None:
             return body
@@ -189,7 +189,7 @@ class BodyCollector:
         return FileBody(descriptor, 0 if self.failure is not None else self.size)
 
     def discard(self) -> None:
-        """Forget everything."""
+        """Release the memory and the file."""
         self._drop_chunks()
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -203,7 +203,7 @@ class BodyCollector:
         return self._hops if self._head is None else count_received(self._head + b"".join(self._chunks))
 
     async def _spill(self, chunk: bytes) -> None:
-        """Write what is held, and a chunk, to the file."""
+        """Write the chunks in memory, and another chunk, to the file."""
         pieces = [*self._chunks, chunk]
         if self._head is not None:
             self._head += b"".join(pieces)
@@ -213,21 +213,15 @@ class BodyCollector:
             if self._descriptor < 0:
                 self._descriptor = await trio.to_thread.run_sync(self._open)
                 self._budget.claim(_UNDER_WAY)
-            await trio.to_thread.run_sync(self._write, pieces)
+            await trio.to_thread.run_sync(write_all, self._descriptor, pieces)
         except OSError as exc:
-            failure = replies.DISK_FULL if exc.errno in _FULL else replies.TRY_LATER
+            failure = replies.DISK_FULL if is_disk_full(exc) else replies.TRY_LATER
             self.failure = failure.because(str(exc))
         finally:
             self._drop_chunks()
 
     def _open(self) -> int:
         return os.open(self._folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-
-    def _write(self, pieces: list[bytes]) -> None:
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
 
     def _drop_chunks(self) -> None:
         self._budget.give(self._held)

@@ -1,21 +1,20 @@
 """One connection: read this first.
 
-A connection is one task in the nursery of its worker, from the greeting to the close (`Connection.run`). The task asks
-for the next event, handles it, and goes on; the session knows the protocol (penstock.smtp.server), and what is decided
-here is whether a sender, a recipient, a message is wanted, and where the message goes.
+A connection is one task in the nursery of its worker, from the greeting to the close (`Connection.run`). The task
+gets the next event and handles it, until the session ends. The session implements the protocol (penstock.smtp.server);
+this module decides whether a sender, a recipient or a message is accepted, and where the message goes.
 
     run -> _open -> next_event <-> HANDLERS[type(event)] -> _close
 
-`next_event` parks the task while the pump (ext/pump.pyx) takes the turns that need no decision. Everything that decides
-or waits is awaited here: policies, passwords, deliveries. Nothing is read from the client meanwhile, so no reply can be
-lost or overtaken, whenever octets arrive.
+`next_event` parks the task while the pump (ext/pump.pyx) handles the commands that need no decision. Policies,
+passwords and deliveries are awaited here. Nothing is read from the client during that time, so no reply can be lost or
+reordered, whenever octets arrive.
 
 Rules
 -----
-1. Only waiting for the client can be cut short (a timeout, the end of the server), by `expire`: in `next_event` and
-   `_wait`. A message that is being committed is committed, and its reply is sent, because the client sends again what
-   was not answered.
-2. What happens without waiting is a synchronous handler, named `..._now`; it returns False to leave the event to the
+1. Only waits for the client can be interrupted (by a timeout or a shutdown), by `expire`: in `next_event` and `_wait`.
+   A commit in progress is completed, and its reply is sent, because the client repeats a message without a reply.
+2. Handlers that do not wait are synchronous, named `..._now`; they return False to leave the event to the
    task. Listeners without policies have synchronous handlers for nearly everything.
 3. A bug costs one connection: 421 to the client, a traceback in the journal (RFC 5321 3.8).
 4. Components are optional and composed: `faults` (the sink's fault plan), `metrics` (statistics), a stream that is
@@ -39,6 +38,7 @@ from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
 from penstock.net.stream import YIELD, AheadStream, SocketStream
 from penstock.net.tls import TlsTurns, tls_info
+from penstock.policy.asking import WAIT
 from penstock.reply import Reply
 from penstock.server._pump import Pump
 from penstock.server.deadlines import Deadlines
@@ -70,12 +70,13 @@ from penstock.transaction import Peer, Transaction
 
 if TYPE_CHECKING:
     from penstock.policy.judge import Judge
+    from penstock.server.limits import Admission
     from penstock.server.listener import Listener
 
 _FINAL_REPLY: Final = 5.0
 """Seconds in which the final reply may be sent after a timeout."""
 _LINGER: Final = 1.0
-"""Seconds in which a client that is dismissed while it sends may read the reply before the connection is reset."""
+"""Seconds for a client that is still sending to read the final reply before the connection is reset."""
 _LINGER_OCTETS: Final = 1 << 20
 _PROXY_OCTETS: Final = 8192
 _READ_OCTETS: Final = 65_536
@@ -85,30 +86,25 @@ SyncHandlers = dict[type, Callable[["Connection", Any], bool]]
 
 
 class Host(Protocol):
-    """What a connection needs of its worker."""
+    """The worker, as used by a connection."""
 
     connections: set[Connection]
     is_stopping: bool
-
-    def admit(self, peer: Peer) -> Reply | None:
-        """Count a client in and return None, or return the refusal."""
-
-    def release(self, peer: Peer) -> None:
-        """Count a client out that was admitted."""
+    admission: Admission
 
     def ended(self, connection: Connection) -> None:
         """Note that a connection is closed."""
 
 
 class Faults(Protocol):
-    """The component that makes a connection misbehave (penstock.sink.injector)."""
+    """The component that injects faults (penstock.sink.injector)."""
 
     @property
     def are_possible(self) -> bool:
-        """Return False when nothing can go wrong before the first command."""
+        """Return False if no fault can apply before the first command."""
 
     async def open(self) -> None:
-        """Do what happens before the connection is admitted. Raise BrokenResourceError to end it."""
+        """Apply faults before the admission. Raise BrokenResourceError to end the connection."""
 
     async def greet(self) -> bool:
         """Change the greeting that is in the output. Return False when it has refused the client."""
@@ -120,7 +116,7 @@ class Faults(Protocol):
         """Return the context for the next handshake."""
 
     def close(self) -> None:
-        """Forget the connection."""
+        """Release the connection."""
 
 
 Component = Callable[["Connection"], object]
@@ -128,31 +124,31 @@ Component = Callable[["Connection"], object]
 
 
 class _Dismissed(Exception):  # noqa: N818 - no error, but the end of a wait
-    """The client is to be sent `final_reply`."""
+    """The connection ends with `final_reply`."""
 
 
 class Connection:
     """A client, its stream and its session. `run` is the task of one connection."""
 
-    # What most connections never change is an attribute of the class, so that making one costs less.
+    # Attributes that most connections never change are in the class, so that creating a connection costs less.
     faults: Faults | None = None
     incoming: IncomingMessage | CountedMessage | None = None
-    """The message that is being received; its text has begun and not ended."""
+    """The message whose text is being received; None without one."""
     texts = 0
-    """Texts begun so far."""
+    """Texts so far, including the one that is being received."""
     messages = 0
     """Messages accepted so far."""
     final_reply: Reply | None = None
-    """What the client is dismissed with at the next wait."""
+    """The final reply, sent at the next wait for the client."""
     _login: Login | None = None
     _clocks: Deadlines | None = None
     _paused = False
     _scope: trio.CancelScope | None = None
     _is_sending = False
-    """A reply or a handshake is on its way; after a cut, half of it may be."""
+    """A reply or a handshake is being sent; after an interruption, only part of it may have been."""
     _received_ahead = b""
     _rest = b""
-    """The part of the 221 that the socket has not taken."""
+    """The unsent part of the 221."""
 
     def __init__(
         self,
@@ -161,19 +157,18 @@ class Connection:
         listener: Listener,
         worker: Host,
         number: int = 0,
-        *,
-        is_admitted: bool = False,
+        network: str | None = None,
     ) -> None:
-        """`is_admitted` says that the limits have counted the client in already; otherwise `run` asks them."""
+        """`network` is the one that the limits have counted the client for; otherwise `run` does that."""
         self.stream = stream
-        """What is read and written: the socket, or TLS or a paced stream on top of it."""
+        """The stream of the session: the socket, or TLS or a paced stream on top of it."""
         self._socket = stream if type(stream) is SocketStream and stream.has_poller else None
-        """The stream, while the pump may use it directly; None where every octet goes through `stream`."""
+        """The socket stream, if the pump may use it directly; None if all octets go through `stream`."""
         self.peer = peer
         self.listener = listener
         self.worker = worker
         self.number = number
-        """What the journal calls it."""
+        """The number of the session in the journal."""
         self.transaction = transaction = Transaction(peer, listener.name)
         transaction.number = number
         self.session = session = listener.session.fresh(listener.session.wire.fresh(), transaction)
@@ -183,15 +178,15 @@ class Connection:
         pump.counting = listener.counts
         if worker.is_stopping:
             self.use_sync_handlers(False)
-        self._is_admitted = is_admitted
-        self._started = trio.current_time()
+        self._network = network
+        self._started = time.monotonic()
         for component in listener.components:
             component(self)
 
     # ---- the life of a connection
 
     async def run(self) -> None:
-        """Serve the client until it leaves, breaks off, or is dismissed. Raise nothing but cancellation."""
+        """Serve the client until the connection ends. Raise only cancellation."""
         cause = "the session ended"
         self.worker.connections.add(self)
         try:
@@ -226,19 +221,19 @@ class Connection:
             await self.listener.pipeline.on_disconnect(self.transaction)
 
     def _cause(self, last: Event | None) -> str:
-        """Return why the conversation is over, whose last event was CLOSED or None."""
+        """Return the cause of the end of the session; its last event was CLOSED or None."""
         if last is None:
             return "the client closed the connection"
         return "QUIT" if self.session.has_quit else "the session ended"
 
     async def handle(self, event: Event) -> None:
-        """Handle an event as if there were no faults."""
+        """Handle an event without faults."""
         await self.HANDLERS[type(event)](self, event)
 
     async def next_event(self) -> Event | None:
         """Return the next event that needs this task; None when the client has closed the connection.
 
-        What was said before is sent first, in one piece with the replies to whatever else has come.
+        The output is sent first, together with the replies to further input.
         """
         pump = self.pump
         while True:
@@ -258,7 +253,7 @@ class Connection:
                 return None
             else:
                 received = await self._socket.run_turns(pump)
-                if received == YIELD:  # a dismissal meanwhile is found by the next check
+                if received == YIELD:  # a dismissal during the checkpoint is found by the next check
                     await trio.lowlevel.checkpoint()
                     continue
                 event = pump.take_event()
@@ -271,20 +266,20 @@ class Connection:
                     return None
 
     async def _receive(self) -> bool:
-        """Receive through the stream, where the pump cannot. Return False at its end."""
+        """Receive through the stream, if the pump cannot. Return False at its end."""
         data = await self._wait(self.stream.receive_some, _READ_OCTETS)
         self.pump.feed(data)
         return bool(data)
 
     def _check_dismissal(self) -> None:
-        """Raise _Dismissed when the client is to be sent the final reply."""
+        """Raise _Dismissed if there is a final reply to send."""
         if self.worker.is_stopping and not self.is_receiving:
             self.expire(replies.SHUTTING_DOWN)
         if self.final_reply is not None:
             raise _Dismissed
 
     async def _wait(self, wait: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        """Await something that depends on the client. Raise _Dismissed when it is dismissed meanwhile.
+        """Wait for the client. Raise _Dismissed if the connection expires during the wait.
 
         The turns of the pump need no cancel scope: `expire` interrupts them.
         """
@@ -297,15 +292,14 @@ class Connection:
         raise _Dismissed
 
     async def _open(self) -> bool:
-        """Do what comes before the first command. Return False when there will be none."""
+        """Do everything before the first command. Return False if the connection ends before it."""
         listener, pipeline = self.listener, self.listener.pipeline
         if self.faults is not None and self.faults.are_possible:
             await self.faults.open()
         if listener.proxy_networks and listener.must_announce(self.peer) and not await self._read_proxy():
             return False
-        refusal = None if self._is_admitted else self.worker.admit(self.peer)
+        refusal = self._admit() if self._network is None else None
         if refusal is None:
-            self._is_admitted = True
             listener.journal.connected(self.number, self.peer, listener.name)
             if listener.is_implicit_tls:
                 await self.start_tls()
@@ -318,12 +312,20 @@ class Connection:
             self.session.greet()
             return self.faults is None or not self.faults.are_possible or await self.faults.greet()
         listener.journal.rejected_connection(self.number, self.peer, listener.name, refusal)
-        if self._is_admitted or not listener.is_implicit_tls:  # a reply in the clear would only break a handshake
+        if self._network is not None or not listener.is_implicit_tls:  # a reply in clear text would break the handshake
             self.session.greet(refusal)
         return False
 
+    def _admit(self) -> Reply | None:
+        """Count the client, which is known by now, or return the refusal."""
+        network = self.peer.network
+        refusal = self.worker.admission.admit(network)
+        if refusal is None:
+            self._network = network
+        return refusal
+
     async def _wait_in_silence(self, judge: Judge) -> Reply | None:
-        """Let a stranger wait for the greeting. Return the refusal of one that speaks before it."""
+        """Delay the greeting (pregreet). Return the refusal if the client sends data before it."""
         found = judge.pregreet_of(self.transaction)
         if found is None:
             return None
@@ -337,7 +339,7 @@ class Connection:
             if not data:
                 return None
             self.pump.feed(data)
-        return check.spoke_early(self.transaction)
+        return judge.spoke_early(self.transaction)
 
     async def _read_proxy(self) -> bool:
         """Read the PROXY header of a trusted proxy; the client it names is the peer from now on."""
@@ -373,7 +375,7 @@ class Connection:
     # ---- sending
 
     async def send_output(self) -> None:
-        """Send what the session and TLS have to say."""
+        """Send the output of the session and of TLS."""
         await self._send_octets(self.pump.take_output())
 
     async def send(self, data: bytes) -> None:
@@ -381,7 +383,7 @@ class Connection:
         await self._send_octets(data if self.pump.tls is None else self.pump.tls.encrypt(data))
 
     async def _send_octets(self, data: bytes) -> None:
-        """Send octets as they are on this level, however long the client takes."""
+        """Send octets on this level, without a limit of time."""
         if not data:
             return
         if self._socket is not None:
@@ -393,7 +395,7 @@ class Connection:
         self._is_sending = True
         if self.final_reply is None:
             await self._wait(send, data)
-        else:  # the client is being dismissed already, but what was said before is sent whole
+        else:  # the connection expires, but the output so far is sent completely
             with trio.move_on_after(_FINAL_REPLY) as scope:
                 await send(data)
             if scope.cancelled_caught:
@@ -402,22 +404,22 @@ class Connection:
 
     @property
     def is_receiving(self) -> bool:
-        """The text of a message has begun and not ended."""
+        """The text of a message is being received."""
         return self.incoming is not None or self.pump.is_counting
 
-    def use_sync_handlers(self, wanted: bool, *, but: frozenset[type] = frozenset()) -> None:
-        """Have the events that need neither a decision nor a wait handled without the task, or no event."""
+    def use_sync_handlers(self, wanted: bool) -> None:
+        """Choose whether synchronous handlers handle events without the task."""
         listener, pump = self.listener, self.pump
-        if not wanted or self.worker.is_stopping:  # then the task has to see the end of the message
+        if not wanted or self.worker.is_stopping:  # then the task must handle the end of the message
             pump.sync_handlers, pump.counting = {}, None
             return
-        pump.sync_handlers = listener.sync_handlers_but(but) if but else listener.sync_handlers
+        pump.sync_handlers = listener.sync_handlers
         pump.counting = listener.counts
 
     # ---- timeouts and the end
 
     def expire(self, final_reply: Reply) -> None:
-        """Dismiss the client with this reply: now when it is being waited for, otherwise at the next wait."""
+        """End the connection with this reply: now if it waits for the client, otherwise at the next wait."""
         if self.final_reply is None:
             self.final_reply = final_reply
             if self._scope is not None:
@@ -426,7 +428,7 @@ class Connection:
                 self._socket.interrupt()
 
     def check_deadlines(self, now: float) -> None:
-        """Dismiss the client when one of its timeouts is over."""
+        """End the connection if one of its timeouts has expired."""
         if self._paused and not self.worker.is_stopping:
             return
         # A text that is refused already is still a text: its reply comes at its end.
@@ -436,38 +438,38 @@ class Connection:
             self.expire(final_reply)
 
     def _deadlines(self, now: float) -> Deadlines:
-        """Return the clocks, which begin to run when the sweeper first looks."""
+        """Return the timeouts, which start at the first check of the sweeper."""
         if self._clocks is None:
             self._clocks = Deadlines(self.listener.limits, now)
         return self._clocks
 
     def stop(self, grace: float) -> None:
-        """Let a message that is being received arrive within `grace` seconds; dismiss every other client."""
+        """End the connection: at once, or within `grace` seconds if a message is being received."""
         if self.is_receiving:
             now = trio.current_time()
             self._deadlines(now).shorten_data(now + grace)
-            self.use_sync_handlers(False)  # so that the task sees the end of the message, and leaves
+            self.use_sync_handlers(False)  # so that the task handles the end of the message, and ends
         else:
             self.expire(replies.SHUTTING_DOWN)
 
     async def pause(self, seconds: float) -> None:
-        """Keep the client waiting on purpose, while its clocks stand still. It is cut short when the server stops."""
+        """Keep the client waiting on purpose, without effect on its timeouts. Ends early if the server stops."""
         began = trio.current_time()
         self._paused = True
         try:
             await self._wait(trio.sleep, seconds)
         finally:
             self._paused = False
-            if self._clocks is not None:  # otherwise they have not begun to run
+            if self._clocks is not None:  # otherwise they have not started
                 self._clocks.stand_still(trio.current_time() - began)
 
     @property
     def _has_cut_output(self) -> bool:
-        """Half a reply or half a handshake may be on its way, so that nothing else can be sent."""
+        """Part of a reply or handshake may have been sent, so nothing else can be sent."""
         return self._is_sending or (self._socket is not None and self._socket.has_cut_output)
 
     async def drain(self, stream: trio.abc.Stream) -> None:
-        """Read from a stream until the client closes it, and forget what comes, while its clocks stand still."""
+        """Read and discard until the client closes the stream, without effect on its timeouts."""
         self._paused = True
         try:
             while await self._wait(stream.receive_some, _READ_OCTETS):
@@ -476,7 +478,7 @@ class Connection:
             self._paused = False
 
     async def _dismiss(self, final_reply: Reply) -> None:
-        """Send the final reply, unless half of another one or half a handshake is on its way."""
+        """Send the final reply, unless part of another one or of a handshake was sent."""
         self.drop_message(final_reply.text)
         if self._has_cut_output:
             return
@@ -486,7 +488,7 @@ class Connection:
             await self.send_output()
 
     def _dismiss_nowait(self) -> None:
-        """Send the final reply as far as the socket takes it at once: the task must end."""
+        """Send the final reply without waiting, as far as it fits into the socket: the task must end."""
         self.drop_message(replies.SHUTTING_DOWN.text)
         if self._socket is None or self._has_cut_output:
             return
@@ -495,7 +497,7 @@ class Connection:
             self._socket.send_nowait(self.pump.take_output())
 
     def _leave(self, cause: str) -> bool:
-        """Forget an unfinished message, and answer a QUIT without TLS. Return False if there is more to do."""
+        """Discard an unfinished message, and reply to a QUIT without TLS. Return False if there is more to do."""
         if self.is_receiving:
             self.drop_message(cause)
         socket = self._socket
@@ -507,7 +509,7 @@ class Connection:
         return not self._rest
 
     async def _close(self) -> None:
-        """Send what is left, and close the stream."""
+        """Send the remaining output, and close the stream."""
         lost = (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError)
         socket, pump = self._socket, self.pump
         output = self._rest
@@ -524,7 +526,7 @@ class Connection:
             sent = socket.send_nowait(output)
             if sent < len(output):
                 if not self.session.has_quit:
-                    return  # dismissed, and it does not read
+                    return  # the client does not read the final reply
                 with trio.move_on_after(_FINAL_REPLY) as scope:
                     await socket.send_now(output[sent:])
                 if scope.cancelled_caught:
@@ -536,7 +538,7 @@ class Connection:
                     await self._linger(socket)
 
     async def _linger(self, stream: trio.abc.Stream) -> None:
-        """Let a client that was dismissed read the reply: what it still sends must not reset the connection."""
+        """Wait until the client has read the final reply: unread input would reset the connection."""
         if self.session.state is not State.CLOSED or self.session.has_quit or not isinstance(stream, SocketStream):
             return
         await stream.send_eof()
@@ -545,15 +547,16 @@ class Connection:
             left -= len(data)
 
     def _end(self, cause: str) -> None:
-        """Count the connection out and let everything go."""
+        """Count the end of the connection and release everything."""
         session, pump, journal = self.session, self.pump, self.listener.journal
         if self.metrics is not None:
             self.metrics.ended("QUIT" if session.has_quit else cause, pump.octets)
-        if self._is_admitted:
-            self.worker.release(self.peer)
-            seconds = trio.current_time() - self._started
-            messages = self.messages + pump.messages
-            journal.disconnected(self.number, self.peer, messages, session.errors, pump.octets, seconds, cause)
+        if self._network is not None:
+            self.worker.admission.release(self._network)
+            if journal.logs_connections:
+                seconds = time.monotonic() - self._started
+                messages = self.messages + pump.messages
+                journal.disconnected(self.number, self.peer, messages, session.errors, pump.octets, seconds, cause)
         if self._socket is not None:
             self._socket.close_nowait()
         if self.faults is not None:
@@ -567,13 +570,15 @@ class Connection:
     # ---- TLS
 
     async def start_tls(self) -> None:
-        """Do the handshake, with the clocks running. Raise BrokenResourceError when it fails."""
+        """Do the TLS handshake, within the timeouts. Raise BrokenResourceError if it fails."""
         assert self.listener.tls is not None
         context = self.listener.tls if self.faults is None else self.faults.tls_context(self.listener.tls)
         if self.metrics is not None:
-            self.metrics.tls_begins()
+            self.metrics.begin_tls()
         ahead, self._received_ahead = self._received_ahead, b""
         transport = AheadStream(ahead, self.stream) if ahead else self.stream
+        if isinstance(transport, SocketStream):
+            transport.is_in_handshake = True
         self.stream = stream = trio.SSLStream(transport, context, server_side=True)
         self._is_sending = True
         try:
@@ -585,19 +590,19 @@ class Connection:
         self._is_sending = False
         info = tls_info(stream)
         if self.metrics is not None:
-            self.metrics.tls_begun()
+            self.metrics.end_tls()
         self.session.tls_started(info)
-        borrowed = TlsTurns.of(stream) if self._socket is not None and not ahead else None
-        if borrowed is None:
+        if isinstance(transport, SocketStream):
+            transport.is_in_handshake = False
+        self.pump.tls = TlsTurns.of(stream) if self._socket is not None and not ahead else None
+        if self.pump.tls is None:
             self._socket = None
         else:
-            self.pump.tls, delayed = borrowed
-            await self._send_octets(delayed)
-            self.pump.feed_tls()  # what arrived together with the client's Finished
+            self.pump.feed_tls()  # input that arrived together with the client's Finished
         self.listener.journal.tls(self.number, self.peer, info)
 
     def use_stream(self, stream: trio.abc.Stream) -> None:
-        """Read and write through this stream from now on, in the task: it stands on the one used so far.
+        """Use this stream from now on, in the task; it wraps the one used so far.
 
         With TLS, it goes below TLS.
         """
@@ -632,7 +637,11 @@ class Connection:
 
     def _on_mail_now(self, event: Mail) -> bool:
         if not self._refuse_mail(event):
-            self.session.reply(replies.SENDER_OK)
+            pipeline = self.listener.pipeline
+            verdict = pipeline.mail_now(self.transaction, event.path, event.parameters) if pipeline.mail else None
+            if verdict is WAIT:
+                return False
+            self._reply(verdict, replies.SENDER_OK, event.path.text)
         return True
 
     def _refuse_mail(self, event: Mail) -> bool:
@@ -652,6 +661,8 @@ class Connection:
         self._reply(verdict, replies.RECIPIENT_OK, event.recipient.path.text)
 
     def _on_rcpt_now(self, event: Rcpt) -> bool:
+        if self.faults is not None:  # the recipient may ask for one
+            return False
         if not self._refuse_rcpt(event):
             self.session.reply(replies.RECIPIENT_OK)
         return True
@@ -665,14 +676,14 @@ class Connection:
         return True
 
     def _reply(self, verdict: Reply | None, accepted: Reply, subject: str) -> None:
-        """Answer an event with the verdict of the policies, or the ordinary reply when they have none."""
+        """Reply with the verdict of the policies, or the ordinary reply if they have none."""
         if verdict is None or verdict.accepts:
             self.session.reply(verdict or accepted)
         else:
             self.refuse(verdict, subject)
 
     def refuse(self, reply: Reply, subject: str) -> None:
-        """Answer an event with a refusal, and journal it."""
+        """Refuse an event, and journal it."""
         self.journal_refusal(reply, subject)
         self.session.reply(reply)
 
@@ -691,7 +702,7 @@ class Connection:
     # ---- the message
 
     def _begin_message(self) -> None:
-        """Make ready for a text."""
+        """Prepare for a text."""
         self.texts += 1
         listener = self.listener
         self.session.wire.discard = not listener.keeps_body
@@ -728,7 +739,7 @@ class Connection:
         return True
 
     async def _on_end_of_message(self, event: EndOfMessage) -> None:
-        """Judge and deliver a whole message. From here to the reply, only the end of the process cuts it short."""
+        """Judge and deliver a complete message. Until the reply, only the end of the process interrupts it."""
         if self.incoming is None and self.listener.keeps_body:
             raise RuntimeError("a message ends that has not begun")
         incoming, self.incoming = self.incoming or COUNTED, None
@@ -737,7 +748,8 @@ class Connection:
             is_looping = self._is_looping(incoming)
             body = await incoming.finish(event.size)
             message = incoming.head._replace(body=body) if incoming.head is not None else self._message(body)
-            message = message._replace(prefix=message.prefix + incoming.separator)
+            if incoming.separator:
+                message = message._replace(prefix=message.prefix + incoming.separator)
             reply = incoming.failure or (replies.MAIL_LOOP if is_looping else None)
             if reply is None:
                 reply = await self._judge_and_deliver(message, incoming)
@@ -767,7 +779,7 @@ class Connection:
         return bool(most) and incoming.received_fields() >= most
 
     async def _judge_and_deliver(self, message: Message, incoming: IncomingMessage | CountedMessage) -> Reply:
-        """Return the reply to a message: the refusal of a policy, or what the delivery says."""
+        """Return the reply to a message: the refusal of a policy, or the reply of the delivery."""
         listener, transaction = self.listener, self.transaction
         accepted: Reply | None = None
         if listener.pipeline.message:
@@ -800,7 +812,7 @@ class Connection:
         return Message(message_id, transaction.envelope(), prefix, body, now)
 
     def _note(self, message: Message, reply: Reply) -> None:
-        """Count and journal a message that was answered."""
+        """Count and journal a message after its reply."""
         if not reply.accepts:
             self.journal_refusal(reply)
             return
@@ -810,7 +822,7 @@ class Connection:
         self.listener.journal.accepted(self.number, self.peer, message.id, sender, recipients, size, reply)
 
     def drop_message(self, cause: str, *, will_be_refused: bool = False) -> None:
-        """Forget a message that has begun and will not end, or will be refused when it does."""
+        """Discard a message that is incomplete, or will be refused at its end."""
         incoming, self.incoming = self.incoming, None
         if self.pump.is_counting:
             incoming, self.pump.is_counting = COUNTED, False
@@ -818,9 +830,9 @@ class Connection:
             return
         if self.metrics is not None:
             if will_be_refused:
-                self.metrics.dooms()
+                self.metrics.expect_refusal()
             else:
-                self.metrics.loses(cause)
+                self.metrics.lose_message(cause)
         self.listener.journal.lost(self.number, self.peer, self.transaction.sender, cause)
         incoming.close()
 
@@ -896,8 +908,7 @@ class Connection:
             BodyChunk: connection._on_chunk_now,
             MessageAborted: connection._on_aborted_now,
         }
-        if not pipeline.mail:
-            handlers[Mail] = connection._on_mail_now
+        handlers[Mail] = connection._on_mail_now
         if not pipeline.rcpt:
             handlers[Rcpt] = connection._on_rcpt_now
         if listener.discards is not None:

@@ -1,4 +1,4 @@
-"""How long a client may take: the timeouts of a connection, and the one task that looks after all of them."""
+"""The timeouts of connections, and the one task that checks all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from penstock.server.limits import LimitSettings
 class Deadlines:
     """The timeouts of one connection: idle, text without progress, slow text, whole session (never armed again).
 
-    They are looked at by the sweeper alone: a session counts its commands and octets and spends nothing on time. A
+    Only the sweeper checks them: a session counts its commands and octets and spends nothing on time. A
     timeout may thus be up to two rounds of the sweeper late, and is never early.
     """
 
@@ -30,10 +30,10 @@ class Deadlines:
         self._text = 0
         self._octets = 0
         self._text_octets = 0
-        """Octets of the connection when the text began."""
+        """Octets received on the connection before the text."""
         self._text_began_at = math.inf
         self._progress_at = math.inf
-        """When the text must have come further."""
+        """When more of the text must have been received."""
         self._idle_at = now + limits.command_timeout
         self._shortened_to = math.inf
         self._session_at = now + limits.session_timeout
@@ -51,7 +51,7 @@ class Deadlines:
                 self._progress_at = now + self._limits.data_timeout
             elif octets != self._octets:
                 self._progress_at = now + self._limits.data_timeout
-            self._idle_at = now + self._limits.command_timeout  # for what comes after it
+            self._idle_at = now + self._limits.command_timeout  # for the commands after it
             is_late = now >= min(self._progress_at, self._shortened_to) or self._is_slow(now, octets)
             reply = replies.DATA_TIMEOUT
         else:
@@ -64,48 +64,48 @@ class Deadlines:
         return reply if is_late else None
 
     def _is_slow(self, now: float, octets: int) -> bool:
-        """Say whether the text comes at less than `data_rate`, on the average after the first `data_timeout`."""
+        """Return whether the average rate of the text is below `data_rate`, after the first `data_timeout`."""
         seconds = now - self._text_began_at
         return seconds > self._limits.data_timeout and octets - self._text_octets < seconds * self._limits.data_rate
 
     def stand_still(self, seconds: float) -> None:
-        """Put everything off: the client was kept waiting on purpose."""
+        """Extend all timeouts: the server kept the client waiting on purpose."""
         self._idle_at += seconds
         self._progress_at += seconds
         self._text_began_at += seconds
         self._session_at += seconds
 
     def shorten_data(self, at: float) -> None:
-        """Let the text that is being received end at a time, if it would not end before."""
+        """Expire the text that is being received at this time, unless it expires earlier."""
         self._shortened_to = at
 
 
 class HasDeadlines(Protocol):
-    """What the sweeper looks after."""
+    """What the sweeper checks."""
 
     def check_deadlines(self, now: float, /) -> None:
         """End the connection when one of its timeouts is over."""
 
 
 _AT_A_TIME: Final = 500
-"""Connections the sweeper looks at before the sessions have their turn."""
+"""Connections that the sweeper checks before it yields to the sessions."""
 
 
 class Sweeper:
-    """One task that looks after the timeouts of all connections: cheaper than a cancel scope for each wait."""
+    """One task that checks the timeouts of all connections: cheaper than a cancel scope for each wait."""
 
     def __init__(self, shortest_timeout: float) -> None:
-        """Look every second, or four times in the shortest timeout."""
+        """Check every second, or four times in the shortest timeout."""
         self.look_for(shortest_timeout)
         self.watched: set[Any] = set()
-        """The connections it looks after (each a `HasDeadlines`): add and remove as they come and go."""
+        """The connections to check (each a `HasDeadlines`); connections add and remove themselves."""
 
     def look_for(self, shortest_timeout: float) -> None:
-        """Look every second, or four times in the shortest timeout."""
+        """Check every second, or four times in the shortest timeout."""
         self._interval = max(0.05, min(1.0, shortest_timeout / 4))
 
     async def run(self) -> None:
-        """Look from time to time, until cancelled."""
+        """Check periodically, until cancelled."""
         while True:
             await trio.sleep(self._interval)
             now = trio.current_time()

@@ -1,4 +1,4 @@
-"""Observes the dialog of a session: what the client has sent and what it was answered, without passwords."""
+"""Observes the dialog of a session: commands, message text and replies, without passwords."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _NO_MECHANISM: Final = re.compile(r"[^A-Za-z0-9_-]")
 class DialogObserver:
     """The `observer` of a ServerSession that notes its dialog.
 
-    Commands and replies are noted where the session reads and makes them, so that each reply stands below its command
-    although pipelined ones leave together.
+    Commands and replies are noted where the session reads and makes them, so each reply follows its command even if the
+    client pipelines.
     """
 
     __slots__ = ("_is_after_auth", "_note", "_noted", "_session", "_text_left", "_text_octets")
@@ -38,7 +38,7 @@ class DialogObserver:
         """Replies in the output that were noted."""
 
     def __call__(self, token: int) -> None:
-        """Note what the wire has found, and what is about to be sent."""
+        """Note a token of the wire, or the output that is about to be sent."""
         if token == OUTPUT_TAKEN:
             self._note_replies()
             self._noted = 0
@@ -63,7 +63,7 @@ class DialogObserver:
             self._note("C:", line.decode("utf-8", "replace"))
 
     def _command(self) -> str:
-        """Return the command without what is secret in it."""
+        """Return the command without its secrets."""
         wire = self._session.wire
         if self._session.state is State.AUTH:
             return "(an answer, not shown)"

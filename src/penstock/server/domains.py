@@ -17,7 +17,7 @@ _ROUTING: Final = frozenset("@%!")
 
 
 class Domains:
-    """The domains a listener accepts mail for. An entry with a leading dot stands for all names below it."""
+    """The domains a listener accepts mail for. An entry with a leading dot matches all names below it."""
 
     def __init__(self, names: Sequence[str]) -> None:
         """Bring the names into their canonical form. Raise ValueError for what is not a domain."""
@@ -33,10 +33,10 @@ class Domains:
 
 
 def has_routing(local_part: str) -> bool:
-    """Return whether an unquoted local part asks for a route: `user%remote`, `remote!user` or `user@remote`.
+    """Return whether an unquoted local part has a route: `user%remote`, `remote!user` or `user@remote`.
 
-    A next hop may obey such a route after it has removed our domain, and would relay for any client: we are a trusted
-    client there. Compatibility characters (a full-width @) count, because the next hop may normalize them.
+    A next hop may follow such a route after it has removed our domain, and would relay for any client, because it
+    trusts us. Compatibility characters (a full-width @) count, because the next hop may normalize them.
     """
     if not local_part.isascii():
         local_part = unicodedata.normalize("NFKC", local_part)
@@ -48,11 +48,11 @@ class RelayControl:
     """Decides which recipients a client may send to."""
 
     domains: Domains | None
-    """The domains everybody may send to; None is every domain."""
+    """The domains that every client may send to; None: all."""
     own_domain: str = ""
     """The domain whose postmaster is always accepted (RFC 5321 4.5.1)."""
     allow_untrusted_routing: bool = False
-    """Accept sender-specified routing in `domains` from everybody, as the setting of Postfix with this name does."""
+    """Accept sender-specified routing in `domains` from every client, like the Postfix setting of this name."""
 
     def refusal(self, path: Path, *, may_relay: bool, own_literal: str) -> Reply | None:
         """Return why a client may not send to a mailbox, None when it may.

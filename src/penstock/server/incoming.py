@@ -1,7 +1,7 @@
-"""A message while it is being received: its body, and the flow to the next hop where the delivery passes it on.
+"""A message while it is being received: its body, and the flow to the next hop if the delivery passes messages on.
 
-The body is collected in any case; a flow runs beside it. The end of the text goes on only when the message is whole and
-was accepted by the policies.
+The body is always collected, whether there is a flow or not. The end of the text is passed on only after the message is
+complete and the policies have accepted it.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 
 
 class IncomingMessage:
-    """Takes the chunks of a body, then hands the message to the delivery. `close` it in any case."""
+    """Collects a body, then gives the message to the delivery. Always call `close`."""
 
     __slots__ = ("_body", "_collector", "_start", "_watcher", "flow", "head", "separator")
 
     def __init__(self, listener: Listener, head: Message | None, watcher: Watcher | None = None) -> None:
         """`head` is the message without its body, for a delivery that begins before the end of the text.
 
-        `watcher` looks at what is kept.
+        `watcher` sees the octets that are kept.
         """
         self._watcher = watcher
         self._body: Body | None = None
         self._collector = BodyCollector(listener.body, listener.budget, listener.folder)
         self._start: bytes | None = b""
-        """The first octets, until it is known how they are joined to the fields above them; None afterwards."""
+        """The first octets, until it is known how to join them to our header fields; None afterwards."""
         self.separator = b""
-        """What goes between our header fields and the body."""
+        """The octets between our header fields and the body: b"" or an empty line."""
         self.flow: Flow | None = None
-        """The message on its way to the next hop, where it is passed on while it comes."""
+        """The message that is being passed on to the next hop; None if it is not."""
         if head is not None and listener.streams is not None:
             self.flow = listener.streams.open(head)
         self.head = head
         """The message without its body, for a delivery that may begin before the end of the text."""
 
     def add_nowait(self, chunk: bytes) -> bool:
-        """Keep a chunk in memory. Return False, and keep nothing, when it does not fit: then `await add(chunk)`."""
+        """Keep a chunk in memory. Return False, and keep nothing, if it does not fit: then `await add(chunk)`."""
         if self.flow is not None:
             return False
         start = self._start
@@ -60,7 +60,7 @@ class IncomingMessage:
         return True
 
     async def add(self, chunk: bytes) -> None:
-        """Keep a chunk, and pass it on. A disk error is kept in `failure`."""
+        """Keep a chunk, and pass it on. A disk error is stored in `failure`."""
         passed_on = chunk
         is_first = self._start is not None
         if is_first:
@@ -74,12 +74,12 @@ class IncomingMessage:
             await self.flow.feed(passed_on)
 
     def _watch(self, chunk: bytes, *, is_first: bool) -> None:
-        """Show the watcher what is kept, with the empty line that goes before a body without a header."""
+        """Show the watcher the octets that are kept, after the empty line before a body without a header."""
         assert self._watcher is not None
         self._watcher.feed(self.separator + chunk if is_first and self.separator else chunk)
 
     def _join(self, chunk: bytes, *, is_whole: bool = False) -> bytes:
-        """Decide how the body follows our header fields, which it must not continue. Return what is to be kept."""
+        """Decide how the body follows our header fields, which it must not continue. Return the octets to keep."""
         start = (self._start or b"") + chunk
         joined = seam(start, is_whole=is_whole)
         if joined is None:
@@ -99,7 +99,7 @@ class IncomingMessage:
         return self._collector.received_fields()
 
     async def finish(self, octets: int) -> Body:  # noqa: ARG002 - as CountedMessage
-        """Return the whole body; it lives until `close`."""
+        """Return the complete body, which is valid until `close`."""
         if self._start is not None:
             start, self._start = self._start, b""
             rest = self._join(start, is_whole=True)
@@ -113,7 +113,7 @@ class IncomingMessage:
         return self._body
 
     def close(self) -> None:
-        """Give everything back; nothing of a message that was not delivered goes on."""
+        """Release everything. A message that was not delivered is not passed on."""
         if self.flow is not None:
             self.flow.abort()
             self.flow = None
@@ -126,7 +126,7 @@ class IncomingMessage:
 
 
 class CountedMessage:
-    """A message whose body is only counted, by the wire: nothing reads it."""
+    """A message whose body the wire counts and discards."""
 
     flow: Final = None
     head: Final = None
@@ -141,7 +141,7 @@ class CountedMessage:
         """Do nothing."""
 
     def received_fields(self) -> int:
-        """Return 0: nothing is looked at."""
+        """Return 0: the header is not read."""
         return 0
 
     async def finish(self, octets: int) -> Body:
@@ -153,4 +153,4 @@ class CountedMessage:
 
 
 COUNTED: Final = CountedMessage()
-"""The one for all connections: it has no state."""
+"""Shared by all connections: it has no state."""

@@ -1,6 +1,6 @@
 """Limits of connections, and admission before the greeting.
 
-The counters are in memory that all workers share, and bounded (ext/shared.pyx).
+The counters are in shared memory of all workers, and bounded (ext/shared.pyx).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         int,
         msgspec.Meta(
             ge=1,
-            description="NOOP, RSET, VRFY, EXPN, HELP and EHLO between messages; further ones count as errors",
+            description="NOOP, RSET, VRFY, EXPN, HELP and EHLO between messages; more of them count as errors",
         ),
     ] = 100
     session_timeout: Annotated[
@@ -84,7 +84,7 @@ class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     shared: Annotated[
         bool,
         msgspec.Meta(
-            description="The limits of this table, and those of next hops, are for all workers together; otherwise for "
+            description="The limits of this table, and those of next hops, apply to all workers together; otherwise to "
             "each of them"
         ),
     ] = True
@@ -110,10 +110,10 @@ class AdmissionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class Admission:
-    """Counts connections: in total, of a network, of a network in a minute. Asked before the greeting.
+    """Counts connections: in total, per network, and per network and minute. Called before the greeting.
 
-    The counts are those of all workers that share the table. Each looks before it counts: with connections at the same
-    time, a limit may be exceeded by as many as there are workers less one; otherwise it is exact.
+    The counts are those of all workers that share the table. Each checks before it counts: if
+    connections arrive at the same time, a limit can be exceeded by the number of workers minus one.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Admission:
         table: SharedTable | None = None,
         note_refusal: Callable[[str], None] | None = None,
     ) -> None:
-        """`table` is that of all workers, by default one of its own; `clock` is the same one for all of them.
+        """`table` is shared by all workers, by default a private one; all of them use the same `clock`.
 
         `note_refusal` is called with one of REFUSED_BY for each refusal.
         """
@@ -137,8 +137,12 @@ class Admission:
         self.total = 0
         """Connections that this worker has open."""
 
+    def use(self, settings: AdmissionSettings) -> None:
+        """Use other limits for new connections; `shared` and `exempt` must be the same."""
+        self._settings = settings
+
     def admit(self, network: str) -> Reply | None:
-        """Count a connection in and return None, or return why not."""
+        """Count a new connection and return None, or return the refusal."""
         settings, table = self._settings, self._table
         if table.total >= settings.connections:
             return self._refuse(0)
@@ -156,7 +160,7 @@ class Admission:
         return _REFUSALS[place]
 
     def release(self, network: str) -> None:
-        """Count a connection out that was admitted."""
+        """Count the end of an admitted connection."""
         self.total -= 1
         self._table.count_total(-1)
         if not self._is_exempt(network):

@@ -1,4 +1,4 @@
-"""What all connections of one listener share. Made by penstock.app, never changed after: a reload makes another."""
+"""What all connections of a listener share. Made by penstock.assembly and never changed: a reload makes a new one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WireSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Octets and line lengths that RFC 5321 does not allow in message text.
 
     `reject` reads the text to its end and answers 550 5.6.0; `normalize` repairs it, which changes the body and breaks
-    signatures of it; `accept` keeps it unchanged. In all three, only CR LF . CR LF ends the data.
+    its signatures; `accept` keeps it unchanged. In all three, only CR LF . CR LF ends the data.
     """
 
     bare_lf: Annotated[
@@ -67,7 +67,7 @@ class WireSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         msgspec.Meta(
             ge=64,
             le=1_000_000,
-            description="Octets of a text line without its CR LF (RFC 5321 4.5.3.1.6) that long_line is about",
+            description="Octets of a text line without its CR LF (RFC 5321 4.5.3.1.6); see long_line",
         ),
     ] = 998
 
@@ -88,7 +88,7 @@ class WireSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def _is_in(peer: Peer, networks: Sequence[Network]) -> bool:
-    """Say whether a client's address is in one of the networks; a unix socket is in every one."""
+    """Return whether a client's address is in one of the networks; a unix socket is in all."""
     if not peer.address:
         return True
     address = parse_address(peer.address)
@@ -100,25 +100,25 @@ class Listener:
     """The parts and constants of one listener."""
 
     name: str
-    """What the journal calls the listener."""
+    """Name of the listener in the journal."""
     extensions: Extensions
     wire: WireSettings
     limits: LimitSettings
     relay_control: RelayControl
     """Which recipients a client may send to."""
     relay_networks: tuple[Network, ...] = ()
-    """Clients from here may send to any domain, too."""
+    """Networks whose clients may send to any domain."""
     proxy_networks: tuple[Network, ...] = ()
-    """Clients from here must begin with a PROXY header."""
+    """Networks whose clients must send a PROXY header first."""
     tls: ssl.SSLContext | None = None
     is_implicit_tls: bool = False
-    """TLS begins with the first octet (RFC 8314 3)."""
+    """Implicit TLS: from the first octet (RFC 8314 3)."""
     binding: ChannelBinding | None = None
     """The channel binding of the certificate (RFC 5929 4)."""
     certificate_not_after: float = 0.0
     """Unix time at which the certificate expires; 0 without TLS."""
     max_hops: int = 50
-    """`Received:` fields of a message before it counts as looping (RFC 5321 6.3); 0 does not look."""
+    """`Received:` fields of a message before it counts as looping (RFC 5321 6.3); 0: no loop detection."""
     delivery: Delivery
     pipeline: Pipeline
     authenticator: Authenticator | None = None
@@ -126,30 +126,28 @@ class Listener:
     body: BodySettings
     budget: MemoryBudget
     folder: FilePath
-    """Where bodies go that do not stay in memory."""
+    """Folder of the temporary files of bodies."""
     journal: Journal
     ids: MessageIds
     metrics: Metrics | ListenerTotals | None = None
-    """What counts the replies and the latencies of all sessions; None counts nothing."""
+    """Counts the replies and latencies of all sessions; None: nothing is counted."""
     components: tuple[Component, ...] = ()
     """Called with each new connection."""
 
     session: ServerSession = field(init=False)
-    """The pattern of all sessions, and its wire that of their wires."""
+    """The template of all sessions, with the template of their wires."""
     keeps_body: bool = field(init=False)
-    """The body will be read, so it has to be kept."""
+    """The body must be kept, because the delivery or a policy reads it."""
     discards: Discards | None = field(init=False)
-    """The delivery, when it keeps nothing and no policy sees a message before it."""
+    """The delivery if it keeps nothing and no policy judges messages; otherwise None."""
     counts: Discards | None = field(init=False)
-    """`discards`, when no line of the journal is made about a message."""
+    """`discards` if messages are not journaled; otherwise None."""
     checks_capacity: ChecksCapacity | None = field(init=False)
-    """The delivery, when it can say before a message comes that there is no space for it."""
+    """The delivery if it can refuse a message at MAIL for lack of space; otherwise None."""
     streams: Streams | None = field(init=False)
-    """The delivery, when it begins with a message before its end, and no policy sees the message before it."""
+    """The delivery if it passes messages on while they are received, and no policy judges messages; otherwise None."""
     sync_handlers: SyncHandlers = field(init=False)
     """The events of a connection that need no task."""
-    _fewer_handlers: dict[frozenset[type], SyncHandlers] = field(init=False, default_factory=dict)
-    """One entry for each component that leaves events out."""
 
     def __post_init__(self) -> None:
         delivery, pipeline = self.delivery, self.pipeline
@@ -176,16 +174,8 @@ class Listener:
             object.__setattr__(self, name, value)
         object.__setattr__(self, "sync_handlers", Connection.sync_handlers_for(self))
 
-    def sync_handlers_but(self, but: frozenset[type]) -> SyncHandlers:
-        """Return the `sync_handlers` without those of some events; they are the same for all connections."""
-        handlers = self._fewer_handlers.get(but)
-        if handlers is None:
-            handlers = {event: handler for event, handler in self.sync_handlers.items() if event not in but}
-            self._fewer_handlers[but] = handlers
-        return handlers
-
     def must_announce(self, peer: Peer) -> bool:
-        """Say whether a client is one of the proxies that have to begin with a PROXY header."""
+        """Return whether a client is a proxy that must send a PROXY header first."""
         return bool(self.proxy_networks) and _is_in(peer, self.proxy_networks)
 
     def refusal(self, transaction: Transaction, path: Path) -> Reply | None:

@@ -1,4 +1,4 @@
-"""The trace field that every server adds above the body (RFC 5321 4.4), and what must separate the two."""
+"""The Received field that every server adds above the body (RFC 5321 4.4), and the separation of the two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_FOR: Final = 900
 """Octets of a recipient in the `for` clause: a line of a header has at most 998 (RFC 5322 2.1.1)."""
 _FIELD_NAME: Final = re.compile(rb"[\x21-\x39\x3b-\x7e]+[ \t]*:")
 _FIELD_NAME_SO_FAR: Final = re.compile(rb"[\x21-\x39\x3b-\x7e]*[ \t]*")
-_MBOX_LINE: Final = re.compile(rb">*From ")
+_MBOX_LINE: Final = re.compile(rb">*From (?![ \t]*:)")  # `From :` is a field (RFC 5322 4.5)
 _MBOX_LINE_SO_FAR: Final = re.compile(rb">*(F|Fr|Fro|From)?")
 MAX_START: Final = 1000
 """Octets of a body that `seam` looks at: a line of a header with its CR LF (RFC 5322 2.1.1)."""
@@ -25,7 +25,7 @@ _dates: dict[int, str] = {}
 
 
 def _date(when: float) -> str:
-    """Return the date of RFC 5322 3.3 in UTC; it is made once per second."""
+    """Return the date in the format of RFC 5322 3.3, in UTC; formatted once per second."""
     second = int(when)
     date = _dates.get(second)
     if date is None:
@@ -44,9 +44,9 @@ def received_field(
     """
     tls = transaction.tls
     tls_line = f"\r\n\t(using {tls.version} with cipher {tls.cipher} ({tls.bits} bits))" if tls is not None else ""
-    for_line = ""
-    if recipient is not None and len(recipient.text.encode()) <= _MAX_FOR:
-        for_line = f"\r\n\tfor <{recipient.text}>"
+    # A hop without SMTPUTF8 gets the message, and this field, if its addresses are ASCII with A-labels.
+    address = "" if recipient is None else recipient.ascii_text
+    for_line = f"\r\n\tfor <{address}>" if address and len(address.encode()) <= _MAX_FOR else ""
     return (
         f"Received: from {_UNSAFE.sub('?', transaction.hello)} ({transaction.peer.literal})"
         f"{tls_line}\r\n\tby {hostname} (Penstock) with {transaction.protocol} id {message_id}"
@@ -60,7 +60,7 @@ class Seam(NamedTuple):
     skip: int
     """Octets of the body that are left out: a first line of mbox format."""
     separator: bytes
-    """What goes between the trace fields and the body: b"" or an empty line."""
+    """The octets between the trace fields and the body: b"" or an empty line."""
 
 
 _SEPARATED: Final = Seam(0, b"\r\n")
@@ -73,8 +73,8 @@ def seam(start: bytes, *, is_whole: bool) -> Seam | None:
     with anything that is not a header field; a first `From ` line (mbox format) is left out. Everything else of the
     body stays as it is.
 
-    `is_whole`: there are no octets after `start`. Return None when more octets are needed; never with twice
-    `MAX_START` octets or more.
+    `is_whole`: there are no octets after `start`. Return None if more octets are needed, which never happens
+    with twice `MAX_START` octets or more.
     """
     was_whole, skip = is_whole, 0
     is_whole = was_whole or len(start) >= MAX_START

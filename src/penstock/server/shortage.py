@@ -1,7 +1,7 @@
-"""What happens when the process has no descriptor left for a client: it hears 421 instead of nothing.
+"""If the process has no descriptor left, new clients receive 421 instead of waiting without a reply.
 
-A descriptor is kept in reserve. It is closed to accept one client, who is refused, and opened again; so a queue of
-clients is refused one after the other, a batch at a time, while those that are served go on undisturbed.
+A descriptor is kept in reserve. It is closed to accept one client, who is refused, and opened again; so waiting
+clients are refused one after the other, a batch at a time, without effect on those that are served.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Refuse = Callable[[int, str, int], None]
 
 
 class Shortage:
-    """The reserve of a worker."""
+    """The reserve descriptor of a worker."""
 
     def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
         self._journal = journal
@@ -46,7 +46,7 @@ class Shortage:
             self._told_at, self._untold = now, 0
 
     def refuse(self, listener: socket.socket, refuse: Refuse) -> None:
-        """Refuse some of the clients that wait, with the descriptor in reserve."""
+        """Refuse some of the waiting clients, with the reserve descriptor."""
         for _ in range(_BATCH):
             if self._spare < 0:
                 self._keep()
@@ -67,12 +67,12 @@ class Shortage:
                 return
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the reserve descriptor."""
         if self._spare >= 0:
             close(self._spare)
             self._spare = -1
 
     def _keep(self) -> None:
-        """Keep a descriptor, if there is one."""
+        """Open the reserve descriptor, if one is available."""
         with suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

@@ -2,10 +2,10 @@
 
 A trace is a line of JSON for each line of the dialog: time, session (the number of the journal), peer, listener, side
 ("C:" the client, "S:" the server) and text. A session is selected by the network of the client when it is greeted, and
-by a sender or a recipient when those are known: what was said before is kept until then.
+by a sender or a recipient when those are known: earlier lines are kept until then.
 
 Everything is bounded: `most` sessions, 256 KiB of each, 1 KiB of each message text, and 8 MiB that wait for the disk.
-Lines beyond are dropped, and their number is written.
+Further lines are dropped, and their number is written.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ _INTERVAL: Final = 0.5
 
 
 class TraceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Full dialogs of selected sessions. A session is traced when all conditions that are given are true."""
+    """Full dialogs of selected sessions. A session is traced if it meets all given conditions."""
 
     networks: Annotated[tuple[str, ...], msgspec.Meta(description="Networks of clients")] = ()
-    sender: Annotated[str, msgspec.Meta(description="A sender, * stands for any text: *@example.com")] = ""
-    recipient: Annotated[str, msgspec.Meta(description="A recipient, * stands for any text")] = ""
-    most: Annotated[
-        int, msgspec.Meta(ge=1, le=1_000_000, description="Sessions of a worker; further ones are not traced")
-    ] = 1000
+    sender: Annotated[str, msgspec.Meta(description="Sender; * matches any text: *@example.com")] = ""
+    recipient: Annotated[str, msgspec.Meta(description="Recipient; * matches any text")] = ""
+    most: Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="Maximum traced sessions of a worker")] = 1000
     file: Annotated[
         str, msgspec.Meta(min_length=1, description="File that lines are appended to, relative to data_dir")
     ] = "trace.jsonl"
@@ -89,7 +87,7 @@ class Trace:
                 self._octets += len(line)
 
     def flush(self) -> None:
-        """Write what waits. Raise OSError; then it is dropped, and its number written later."""
+        """Write the waiting lines. Raise OSError; then they are dropped, and their number is written later."""
         lines, self._waiting, self._octets = self._waiting, [], 0
         dropped, self._dropped = self._dropped, 0
         if dropped:
@@ -136,7 +134,7 @@ class Traces:
             try:
                 trace.flush()
             except OSError:
-                continue  # told in the file, when it can be written again
+                continue  # the number is written when the file can be written again
 
 
 class _Selector:
@@ -150,7 +148,7 @@ class _Selector:
     def __init__(self, connection: Connection, traces: Sequence[Trace]) -> None:
         self._connection = connection
         self._candidates = [*traces]
-        """Traces whose conditions may become true yet."""
+        """Traces whose conditions can still become true."""
         self._sender: str | None = None
         self._recipient: str | None = None
         """The paths of the last MAIL and RCPT, whether they were accepted or not."""
@@ -169,14 +167,14 @@ class _Selector:
             self._select()
 
     def _begin(self) -> None:
-        """Leave the session alone if no trace wants its client, which is known now, also behind a proxy."""
+        """Stop observing if no trace selects the network of the client, which is known now, also with a proxy."""
         peer = self._connection.peer
         self._candidates = [trace for trace in self._candidates if not trace.is_full and trace.wants_peer(peer)]
         if not self._candidates:
             self._connection.session.observer = None
 
     def _select(self) -> None:
-        """Write what was said so far to the traces whose conditions have become true."""
+        """Write the dialog so far to the traces whose conditions have become true."""
         if not self._candidates:
             return
         for trace in [each for each in self._candidates if each.wants(self._sender, self._recipient)]:

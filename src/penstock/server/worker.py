@@ -31,16 +31,18 @@ from penstock.transaction import Peer
 
 _JOURNAL_INTERVAL: Final = 0.25
 """Seconds a journal line may wait before it is written."""
+_TASK_NAME: Final = "connection"
+"""The same for all: trio would make a name for each task."""
 
 
 @dataclass(slots=True)
 class BoundListener:
-    """A listening socket and what its new connections share, which a reload replaces."""
+    """A listening socket and the settings of its new connections, which a reload replaces."""
 
     socket: Socket
     listener: Listener
     number: int = 0
-    """Which listener of the settings it is."""
+    """Index of the listener in the settings."""
     is_own: bool = True
     """No other process listens there: the path of a unix socket is removed at the end."""
 
@@ -68,16 +70,16 @@ class Worker:
         metrics: Metrics | None = None,
         ended: Callable[[], None] | None = None,
     ) -> None:
-        """`grace` is the seconds a message that is being received has to arrive once the worker stops.
+        """`grace`: seconds in which messages in progress may be completed after `stop`.
 
-        `write_journal` gets whole lines, in the loop: it must neither wait nor raise. `metrics` are those of the
-        listeners, when they have some. `ended` is called whenever a connection has ended.
+        `write_journal` is called in the event loop with complete lines: it must neither wait nor raise. `metrics` are
+        those of the listeners, if any. `ended` is called whenever a connection has ended.
         """
         self.connections: set[Connection] = sweeper.watched
         """The connections that are open."""
         self.admission = admission
         self.is_stopping = False
-        """No new mail is accepted: the worker drains or ends. Connections leave as soon as they receive no message."""
+        """No new mail is accepted: the worker drains or ends. Connections without a message in progress are closed."""
         self.sessions = 0
         """Connections so far, those that were refused before the greeting among them."""
         self._listeners = listeners
@@ -104,7 +106,7 @@ class Worker:
 
     @property
     def octets_under_way(self) -> int:
-        """Octets that have come over the connections that are open."""
+        """Octets received over the open connections."""
         return sum(connection.pump.octets for connection in self.connections)
 
     @property
@@ -118,14 +120,6 @@ class Worker:
         return self.admission.total
 
     # ---- what connections use
-
-    def admit(self, peer: Peer) -> Reply | None:
-        """Count a client in and return None, or return the refusal."""
-        return self.admission.admit(peer.network)
-
-    def release(self, peer: Peer) -> None:
-        """Count a client out that was admitted."""
-        self.admission.release(peer.network)
 
     def ended(self, connection: Connection) -> None:
         """Note that a connection is closed."""
@@ -161,19 +155,22 @@ class Worker:
         self._write_journal(self._journal.drain())
 
     def stop(self) -> None:
-        """Stop accepting; dismiss idle clients, and let messages that are being received arrive within the grace."""
+        """Stop accepting; idle clients receive 421, messages in progress may be completed within the grace period."""
         if self._stop_wanted.is_set():
             return
         self._stop_wanted.set()
         self._journal.stopping(len(self.connections))
         for scope in self._accepting:
             scope.cancel()
+        if self._poller is not None:
+            for bound in self._listeners:  # the cancelled tasks do it later, and a client accepted before it gets 421
+                self._poller.ignore(bound.socket.fileno())
         self.drain()
-        # Whatever does not end by then (a hook, a disk that hangs) ends with this.
+        # Cancels everything that has not ended by then, such as a hook or a disk that hangs.
         self._serving.deadline = trio.current_time() + self.grace * 2
 
     def drain(self) -> None:
-        """Answer new clients with 421; dismiss idle ones, and let messages arrive within the grace."""
+        """Refuse new and idle clients with 421; messages in progress may be completed within the grace period."""
         if self.is_stopping:
             return
         self.is_stopping = True
@@ -181,15 +178,15 @@ class Worker:
             connection.stop(self.grace)
 
     def resume(self) -> None:
-        """Undo `drain`. A worker that stops goes on stopping."""
+        """Undo `drain`. Has no effect after `stop`."""
         self.is_stopping = self._stop_wanted.is_set()
 
     def watch_timeouts(self, shortest: float) -> None:
-        """Look often enough for timeouts of `shortest` seconds and more."""
+        """Check often enough for timeouts of `shortest` seconds and more."""
         self._sweeper.look_for(shortest)
 
     def abort(self) -> None:
-        """End every session now, also where a message is being received."""
+        """End every session now, including messages in progress."""
         self.stop()
         self._serving.cancel()
 
@@ -217,38 +214,39 @@ class Worker:
         close_listener(bound.socket, unlinks=bound.is_own)
 
     def _serve(self, fd: int, peer: Peer, listener: Listener) -> None:
-        """Give an accepted socket its connection and its task, or refuse it before it costs either."""
+        """Start the connection of an accepted socket in its own task, or refuse it first."""
         assert self._nursery is not None
         self.sessions += 1
         if self.is_stopping:
             self._refuse(fd, peer, listener, replies.SHUTTING_DOWN)
             return
-        is_admitted = not listener.proxy_networks  # the client behind a proxy is known later
-        if is_admitted:
-            refusal = self.admit(peer)
+        network: str | None = None
+        if not listener.proxy_networks:  # otherwise the client of a proxy is known later
+            network = peer.network
+            refusal = self.admission.admit(network)
             if refusal is not None:
                 self._refuse(fd, peer, listener, refusal)
                 return
         stream: SocketStream | None = None
         try:
             stream = SocketStream(fd, self._poller)
-            connection = Connection(stream, peer, listener, self, self.sessions, is_admitted=is_admitted)
+            connection = Connection(stream, peer, listener, self, self.sessions, network)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it costs this client and no other
             self._journal.error(self.sessions, "accept", exc)
-            if is_admitted:
-                self.release(peer)
+            if network is not None:
+                self.admission.release(network)
             if stream is None:
                 close(fd)
             else:
                 stream.close_nowait()
             return
-        self._nursery.start_soon(connection.run)
+        self._nursery.start_soon(connection.run, name=_TASK_NAME)
 
     def _refuse(self, fd: int, peer: Peer, listener: Listener, refusal: Reply) -> None:
-        """Refuse a client before the greeting: one send, no waiting."""
+        """Refuse a client in place of the greeting, without waiting."""
         self._journal.rejected_connection(self.sessions, peer, listener.name, refusal)
         if listener.metrics is not None:
-            listener.metrics.turned_away(refusal.encoded)
+            listener.metrics.count_refused_connection(refusal.encoded)
         try:
             if not listener.is_implicit_tls:
                 send(fd, refusal.encoded)
@@ -258,7 +256,7 @@ class Worker:
             close(fd)
 
     async def _keep_journal(self) -> None:
-        """Write the journal from time to time, away from the sessions that made its lines."""
+        """Write the journal periodically, outside of the sessions that made its lines."""
         while True:
             await trio.sleep(_JOURNAL_INTERVAL)
             lines = self._journal.drain()

@@ -33,11 +33,11 @@ class AcceptAllAuthenticator:
 
 
 class _AcceptAll:
-    """An exchange whose every response is right. The name is taken out of it for the journal."""
+    """An exchange that accepts every response. The user name is extracted for the journal."""
 
     def __init__(self, mechanism: str) -> None:
         self.mechanism = mechanism
-        self.name = ""  # claimed by nobody: names are not throttled
+        self.name = ""  # no name is claimed: names are not throttled
         self._responses: list[bytes] = []
 
     def start(self, initial: bytes | None) -> Step:

@@ -14,7 +14,7 @@ import trustme
 from penstock.files import write_atomically
 from penstock.sink.plan import TlsFault
 
-SPOILED_CONTEXTS: Final[frozenset[TlsFault | None]] = frozenset({"wrong-name", "expired", "alert", "tls-1.2"})
+FAULTY_CONTEXTS: Final[frozenset[TlsFault | None]] = frozenset({"wrong-name", "expired", "alert", "tls-1.2"})
 """TLS faults that are properties of a context."""
 _WRONG_NAME: Final = "wrong-name.invalid"
 _LONG_AGO: Final = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +13,15 @@ import msgspec
 import tomli_w
 
 from penstock import schema
+from penstock.files import open_private
 from penstock.sink import faults
 from penstock.sink.faults import AppliedFault, FaultEngine, FaultLog
 from penstock.sink.magic import GRAMMAR
 from penstock.sink.plan import PlanSettings, parse_plan
 from penstock.sink.report import FaultCount
+
+_MAX_UNWRITTEN: Final = 8192
+"""Octets of lines that wait to be written to the fault log."""
 
 
 class PlanExample(NamedTuple):
@@ -119,6 +125,15 @@ class FaultAdmin:
         """The plan in force as its author wrote it."""
         self._plan_of_text: PlanSettings | None = None
 
+    @property
+    def fails_next(self) -> bool:
+        """Always true."""
+        return True
+
+    def check(self, text: str) -> list[str]:
+        """Return the names of the rules of a plan. Raise PlanError that names the key."""
+        return parse_plan(text).names()
+
     def plan(self) -> str:
         """Return the plan in force as TOML: with its comments if it came as text, else without default values."""
         if self._plan_of_text is self._engine.plan:
@@ -164,7 +179,9 @@ class FaultFile(FaultLog):
     def __init__(self, path: Path) -> None:
         """Create or truncate the file. Raise OSError."""
         super().__init__()
-        self._file = path.open("wb")
+        self._file = open(path, "wb", buffering=0, opener=open_private)  # noqa: SIM115 - addresses of people
+        self._lines = bytearray()
+        """Whole lines that are not written yet: several processes may share the file."""
         self.failure: OSError | None = None
         """The error that ended the writing; the sink continues."""
 
@@ -172,10 +189,17 @@ class FaultFile(FaultLog):
         """Count the fault, keep it and write it."""
         super().on_fault(fault)
         if self.failure is None:
-            try:
-                self._file.write(msgspec.json.encode({"time": _now(), **fault._asdict()}) + b"\n")
-            except OSError as exc:
-                self.failure = exc
+            self._lines += msgspec.json.encode({"time": _now(), **fault._asdict()}) + b"\n"
+            if len(self._lines) >= _MAX_UNWRITTEN:
+                self._write()
+
+    def _write(self) -> None:
+        lines, self._lines = bytes(self._lines), bytearray()
+        try:
+            if lines and self._file.write(lines) != len(lines):
+                self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as exc:
+            self.failure = exc
 
     @property
     def wants_message_ids(self) -> bool:
@@ -184,6 +208,8 @@ class FaultFile(FaultLog):
 
     def close(self) -> None:
         """Write what is left. Raise OSError if the file is incomplete."""
+        if self.failure is None:
+            self._write()
         try:
             self._file.close()
         except OSError as exc:

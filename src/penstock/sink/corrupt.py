@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Final
 
-from penstock.sink.plan import Dress
+from penstock.sink.plan import Corruption
 
 _LONG: Final = 2000
 """Octets of a line longer than the 512 of RFC 5321 4.5.3.1.5."""
@@ -19,14 +19,14 @@ _OUT_OF_PLACE: Final = {b"2": b"354", b"3": b"250", b"4": b"250", b"5": b"334"}
 _LAST_LINE: Final = re.compile(rb"[2-5][0-9]{2}(?: |\r?\Z)")
 
 
-def readable(said: bytes) -> list[bytes]:
-    """Return the replies that a client can read in the octets sent; an empty one for what is none or incomplete.
+def complete_replies(octets: bytes) -> list[bytes]:
+    """Return the replies that a client can read in the octets sent; b"" for octets that are not a complete reply.
 
     A reply is complete when its last line ends, also in a bare LF, which most clients accept.
     """
     found: list[bytes] = []
     begun = b""
-    *lines, rest = said.split(b"\n")
+    *lines, rest = octets.split(b"\n")
     for line in lines:
         begun += line + b"\n"
         if _LAST_LINE.match(line):
@@ -35,14 +35,14 @@ def readable(said: bytes) -> list[bytes]:
     return [*found, b""] if begun or rest else found
 
 
-def dress(replies: bytes, how: Dress, drawn: int = 0) -> bytes:
-    """Return encoded replies with a fault. `drawn` are random bits for garbage."""
+def corrupt(replies: bytes, how: Corruption, random_bits: int = 0) -> bytes:
+    """Return encoded replies with a fault. `random_bits` are those of garbage."""
     if how == "bare-lf":
         return replies.replace(b"\r\n", b"\n")
     if how == "no-line-end":
         return replies.removesuffix(b"\r\n")
     if how == "garbage":
-        return hashlib.shake_128(drawn.to_bytes(8, "big")).digest(_GARBAGE) + b"\r\n"
+        return hashlib.shake_128(random_bits.to_bytes(8, "big")).digest(_GARBAGE) + b"\r\n"
     lines = replies.split(b"\r\n")[:-1]
     if not lines:
         return replies

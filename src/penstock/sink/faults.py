@@ -50,8 +50,8 @@ from penstock.sink.memory import Buckets, Counters, Mailboxes, Triplets
 from penstock.sink.plan import (
     NO_PLAN,
     PHASES,
+    Corruption,
     DelaySettings,
-    Dress,
     Ending,
     IdentitySettings,
     Per,
@@ -64,9 +64,9 @@ from penstock.sink.plan import (
 )
 
 _ALL: Final = 1 << 64
-_MOST_KEPT: Final = 1000
-_MOST_COUNTED: Final = 10_000
-_MOST_FORCED: Final = 1_000_000
+_MAX_KEPT: Final = 1000
+_MAX_COUNTED: Final = 10_000
+_MAX_FORCED: Final = 1_000_000
 _PHASE_OF: Final[dict[str, Phase]] = {**{phase: phase for phase in PHASES}, ".": "dot", "lhlo": "ehlo"}
 
 
@@ -107,12 +107,12 @@ class FaultLog:
 
     counts: Counter[tuple[str, Phase, str]] = field(default_factory=Counter)
     """Faults by rule, phase and action; delays of any length are one action."""
-    last: deque[AppliedFault] = field(default_factory=lambda: deque(maxlen=_MOST_KEPT))
+    last: deque[AppliedFault] = field(default_factory=lambda: deque(maxlen=_MAX_KEPT))
 
     def on_fault(self, fault: AppliedFault) -> None:
         """Count the fault and keep it."""
         key = (fault.rule, fault.phase, "delay" if fault.action.startswith("delay") else fault.action)
-        if key not in self.counts and len(self.counts) >= _MOST_COUNTED:
+        if key not in self.counts and len(self.counts) >= _MAX_COUNTED:
             key = (fault.rule, fault.phase, "other")  # magic recipients can request any number of different replies
         self.counts[key] += 1
         self.last.append(fault)
@@ -276,11 +276,11 @@ class Decision:
     write_rate: int = 0
     split: bool = False
     reply: Reply | None = None
-    dress: Dress | None = None
+    corruption: Corruption | None = None
     end: Ending | None = None
     tls: TlsFault | None = None
     keeps: bool = False
-    drawn: int = 0
+    random_bits: int = 0
     """Random bits from the seed, for garbage."""
     has_verdict: bool = False
 
@@ -496,7 +496,7 @@ class FaultEngine:
     def load(self, plan: PlanSettings) -> None:
         """Activate a plan, also for open sessions. It starts with the next decision."""
         self._loaded = _Loaded(plan)
-        self._tell()
+        self._notify()
 
     def reset(self) -> None:
         """Restart the plan: counters, limits and start time. Pending `fail_next` requests are dropped."""
@@ -514,25 +514,25 @@ class FaultEngine:
         if name is None or name in ("connect", "body"):
             known = ", ".join(each for each in PHASES if each not in ("connect", "body"))
             raise ValueError(f"unknown phase {phase!r}; expected one of: {known}")
-        if count not in range(1, _MOST_FORCED + 1):  # also refuses 1.5
-            raise ValueError(f"count must be between 1 and {_MOST_FORCED}, not {count}")
-        said = reply if isinstance(reply, Reply) else reply_of(str(reply))
+        if count not in range(1, _MAX_FORCED + 1):  # also refuses 1.5
+            raise ValueError(f"count must be between 1 and {_MAX_FORCED}, not {count}")
+        wanted = reply if isinstance(reply, Reply) else reply_of(str(reply))
         with self._forcing:
-            self._forced[name].append(_Forced(said, count))
-        self._tell()
+            self._forced[name].append(_Forced(wanted, count))
+        self._notify()
 
     def pending(self) -> dict[str, int]:
         """Return how many commands of each phase `fail_next` will still answer."""
         left = {phase: sum(each.left for each in list(waiting)) for phase, waiting in self._forced.items()}
         return {phase: count for phase, count in left.items() if count}
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._forcing:
-            self._look_whether_armed()
+            self._update_armed()
         for follower in list(self.followers):
             follower.follow()
 
-    def _look_whether_armed(self) -> None:
+    def _update_armed(self) -> None:
         self.is_armed = bool(self._loaded.settings.rule) or any(self._forced.values())
 
     # ---- for sessions
@@ -598,10 +598,10 @@ class FaultEngine:
         if rule.has_verdict:
             decision.has_verdict = True
             decision.reply = rule.reply
-            decision.dress, decision.end, decision.tls = settings.dress, settings.end, settings.tls
+            decision.corruption, decision.end, decision.tls = settings.dress, settings.end, settings.tls
             decision.keeps = settings.keeps
             if identity is not None and settings.dress == "garbage":
-                decision.drawn = draws.draw(rule.name, "garbage", identity)
+                decision.random_bits = draws.draw(rule.name, "garbage", identity)
         self._note(occasion, mark, rule.name, rule.actions(delay))
 
     def taken(self, occasion: Occasion) -> None:
@@ -623,7 +623,7 @@ class FaultEngine:
             forced.left -= 1
             if not forced.left:
                 waiting.popleft()
-                self._look_whether_armed()
+                self._update_armed()
             return forced.reply
 
     def _note(self, occasion: Occasion, mark: Mark | None, rule: str, actions: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
-"""Fault injection: the component that makes a connection misbehave as a fault plan says.
+"""Fault injection: the component that applies a fault plan to a connection.
 
-While nothing can go wrong, the connection works as any other, and asks only about recipients that begin like magic
-ones. Once there is a plan, or a fault was asked for, every event comes to the injector: the engine
-(penstock.sink.faults) decides, and what it decides is done here, in the task of the connection.
+While no fault is possible, the connection works as any other, and only recipients with a magic prefix are passed to the
+injector. Once there is a plan, or a fault was requested, every event is passed to it: the engine (penstock.sink.faults)
+decides, and the decision is applied here, in the task of the connection.
 
-A reply that goes out wrong is made by letting the connection handle the event as usual, and changing the octets before
-they are sent: the state of the session is that of the ordinary reply, whatever the client makes of it. The statistics
-count what was sent: while such a reply is made the session's metrics are held, and what goes out is reported to them.
+To corrupt a reply, the connection handles the event as usual, and the octets are changed before they are sent: the
+session is in the state of the ordinary reply, however the client understands it. The statistics count what was sent:
+the session's metrics are held while such a reply is made, and what is sent is reported to them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from penstock.metrics._session import PHASES as COUNTED_PHASES
 from penstock.net.stream import SocketStream
 from penstock.reply import Reply
 from penstock.server.connection import Component, Connection
-from penstock.sink.certificates import SPOILED_CONTEXTS, Certificates
-from penstock.sink.corrupt import dress, readable
+from penstock.sink.certificates import FAULTY_CONTEXTS, Certificates
+from penstock.sink.corrupt import complete_replies, corrupt
 from penstock.sink.faults import Decision, FaultEngine, Occasion, Rule
 from penstock.sink.magic import WATCHED_PREFIXES, Magic
 from penstock.sink.messageids import message_id_of
@@ -53,18 +53,13 @@ from penstock.smtp.states import State
 _LINGER_ZERO: Final = struct.pack("ii", 1, 0)
 """SO_LINGER of no seconds: close(2) then resets the connection."""
 _SMALL_WINDOW: Final = 4096
-"""SO_RCVBUF of a client that is read slowly; otherwise the kernel would take megabytes from it."""
-_LOOK: Final = 1.0
-"""Seconds between two looks whether a stalled client has left."""
-_MOST_HEAD: Final = 65_536
+"""SO_RCVBUF for a client that is read slowly; otherwise the kernel would buffer megabytes."""
+_HANG_UP_CHECK: Final = 1.0
+"""Seconds between two checks whether a stalled client has closed the connection."""
+_MAX_HEADER: Final = 65_536
 """Octets of a header in which a sequence number is looked for."""
 _BANNER: Final = COUNTED_PHASES.index("banner")
 _IN_PLACE_OF_HELLO: Final = b"554 5.7.0 TLS is broken here\r\n"
-
-
-_MAGIC_EVENTS: Final = frozenset({Rcpt})
-"""Events that may be magic, so that the injector has to see them."""
-_NO_EVENTS: Final[frozenset[type]] = frozenset()
 
 
 def fault_injection(engine: FaultEngine, certificates: Certificates | None = None) -> Component:
@@ -88,7 +83,7 @@ def fault_injection(engine: FaultEngine, certificates: Certificates | None = Non
 
 
 class _Text:
-    """What is known of the text of one message."""
+    """State of the text of one message."""
 
     __slots__ = ("head", "number", "octets", "stops")
 
@@ -96,11 +91,11 @@ class _Text:
         self.number = number
         """The number of the text on its connection; 0 for none."""
         self.stops = stops
-        """Octets at which a decision is due."""
+        """Offsets at which the engine is asked."""
         self.octets = 0
         """Octets received."""
         self.head: bytearray | None = None
-        """The start of the text, where its header is read."""
+        """The start of the text, up to the end of the header; None if it is not needed."""
 
 
 _NO_TEXT: Final = _Text(0, ())
@@ -112,37 +107,37 @@ class FaultInjector:
     _has_magic = False
     """A magic recipient was named on this connection."""
     _tls_fault: TlsFault | None = None
-    """What spoils the next handshake."""
+    """The fault of the next handshake."""
     _text = _NO_TEXT
-    """The text that is being received, if its begin was seen here; see `_current_text`."""
+    """The text that is being received, if the injector was active at its start; see `_current_text`."""
 
     def __init__(self, connection: Connection, engine: FaultEngine, magic: Magic, certificates: Certificates) -> None:
         self._connection = connection
-        self._session = session = connection.session
+        self._session = connection.session
         self._engine = engine
         self._magic = magic
         self._certificates = certificates
-        self._auto_accept = session.auto_accept
-        self._intercepted = session.intercepted_verbs
         engine.followers.add(self)
-        self.follow()
+        if engine.is_armed:  # otherwise the connection is as `follow` would make it
+            self.follow()
 
     @property
     def are_possible(self) -> bool:
-        """Return False when nothing can go wrong before the first command."""
+        """Whether a fault is possible before the first command."""
         return self._engine.is_armed
 
     def follow(self) -> None:
-        """Look again whether anything can go wrong. May be called in any thread."""
+        """Check again whether faults are possible. May be called from any thread."""
         session = self._session
         if self._engine.is_armed or self._has_magic:
             session.auto_accept = 0
             session.intercepted_verbs = INTERCEPTABLE_VERBS
             self._connection.use_sync_handlers(False)
         else:
-            session.auto_accept = self._auto_accept
-            session.intercepted_verbs = self._intercepted
-            self._connection.use_sync_handlers(True, but=_MAGIC_EVENTS if self._engine.has_magic else _NO_EVENTS)
+            pattern = self._connection.listener.session
+            session.auto_accept = pattern.auto_accept
+            session.intercepted_verbs = pattern.intercepted_verbs
+            self._connection.use_sync_handlers(True)
 
     def close(self) -> None:
         """Forget the connection."""
@@ -151,7 +146,7 @@ class FaultInjector:
     # ---- deciding
 
     def _occasion(self, phase: Phase, *, hello: str | None = None, octets: int = 0, at: int = 0) -> Occasion:
-        """Return what is known of the session and its message."""
+        """Return the state of the session and its message, for the engine."""
         transaction = self._connection.transaction
         return Occasion(
             phase,
@@ -166,13 +161,13 @@ class FaultInjector:
         )
 
     def _occasion_of_connection(self, phase: Phase, *, hello: str | None = None) -> Occasion:
-        """Return what is known of the session where its message does not matter."""
+        """Return the state of the session without its message."""
         occasion = self._occasion(phase, hello=hello)
         occasion.sender, occasion.recipients = None, ()
         return occasion
 
     def _magic_rules(self, phase: Phase) -> Sequence[Rule]:
-        """Return the rules that the recipients of the message ask for."""
+        """Return the rules requested by the recipients of the message."""
         if not self._has_magic:
             return ()
         rules = (self._magic.rule(recipient.path.local) for recipient in self._connection.transaction.recipients)
@@ -181,7 +176,7 @@ class FaultInjector:
     # ---- the events
 
     async def handle(self, event: Event) -> None:
-        """Handle an event: decide whether anything goes wrong, and do it."""
+        """Handle an event: ask the engine, and apply its decision."""
         if isinstance(event, Rcpt):
             await self._handle_rcpt(event)
         elif isinstance(event, BeginData):
@@ -197,7 +192,7 @@ class FaultInjector:
             else:
                 await self._apply(decision, event)
         if not self._connection.is_receiving:
-            self._text = _NO_TEXT  # whatever has ended it: its end, RSET, EHLO, STARTTLS, or a client that left
+            self._text = _NO_TEXT  # ended by its last octet, RSET, EHLO, STARTTLS or a disconnect
 
     def _decide(self, event: Event) -> Decision | None:
         """Ask the engine about an event that needs nothing but the occasion."""
@@ -211,8 +206,8 @@ class FaultInjector:
             return self._engine.decide(occasion)
         if isinstance(event, StartTls):
             decision = self._engine.decide(self._occasion_of_connection("starttls"))
-            if decision is None and self._tls_fault is not None and self._tls_fault not in SPOILED_CONTEXTS:
-                return Decision(tls=self._tls_fault, has_verdict=True)  # as a rule of phase connect has said
+            if decision is None and self._tls_fault is not None and self._tls_fault not in FAULTY_CONTEXTS:
+                return Decision(tls=self._tls_fault, has_verdict=True)  # decided by a rule of phase connect
             return decision
         if isinstance(event, Auth | Quit):
             return self._engine.decide(self._occasion_of_connection("auth" if isinstance(event, Auth) else "quit"))
@@ -255,7 +250,7 @@ class FaultInjector:
             await self._pass_stops(self._text)
 
     def _begin_text(self, stops: Sequence[int]) -> None:
-        """Have the text come here, if a rule or the log waits for an octet or a field of it."""
+        """Request the octets of the text, if a rule or the log needs an offset or a field of it."""
         self._text = text = _Text(self._text_number(), stops)
         if self._engine.header or self._engine.receipts.wants_message_ids:
             text.head = bytearray()
@@ -266,21 +261,21 @@ class FaultInjector:
         return self._connection.texts + self._connection.pump.texts
 
     def _current_text(self) -> _Text:
-        """Return the text that is being received; an empty one if it began while nothing could go wrong."""
+        """Return the text that is being received; `_NO_TEXT` if it began while no fault was possible."""
         return self._text if self._text.number == self._text_number() else _NO_TEXT
 
     async def _handle_chunk(self, event: BodyChunk) -> None:
         text = self._current_text()
         if text is not _NO_TEXT:
             text.octets += len(event.data)
-            if text.head is not None and len(text.head) < _MOST_HEAD:
-                text.head += event.data[: _MOST_HEAD - len(text.head)]
+            if text.head is not None and len(text.head) < _MAX_HEADER:
+                text.head += event.data[: _MAX_HEADER - len(text.head)]
             await self._pass_stops(text)
         if self._connection.is_receiving:
             await self._connection.handle(event)
 
     async def _pass_stops(self, text: _Text) -> None:
-        """Inject what is due at the octets that have been reached."""
+        """Inject the faults whose offsets have been reached."""
         while text.stops and text.octets >= text.stops[0] and self._connection.is_receiving:
             at, *text.stops = text.stops
             magic = self._magic_rules("body") if not at else ()
@@ -321,20 +316,20 @@ class FaultInjector:
     # ---- before the first command
 
     async def open(self) -> None:
-        """Do what goes wrong before the connection is admitted. Raise BrokenResourceError to end it."""
+        """Apply the faults of phase connect, before admission. Raise BrokenResourceError to end the connection."""
         decision = self._engine.decide(self._occasion_of_connection("connect"))
         if decision is None:
             return
         await self._pace_and_delay(decision)
         if decision.tls is not None:
-            await self._spoil_implicit_tls(decision.tls)
+            await self._fail_implicit_tls(decision.tls)
         if decision.end is not None or decision.reply is not None:
             if self._connection.metrics is not None:
-                self._connection.metrics.says([(b"", "none")])
+                self._connection.metrics.count_replies([(b"", "none")])
             await self._break_off(decision.end or "drop")
 
     async def greet(self) -> bool:
-        """Do what goes wrong with the greeting. Return False when the client was refused."""
+        """Apply the faults of phase banner. Return False if the client was refused."""
         decision = self._engine.decide(self._occasion_of_connection("banner"))
         if decision is None:
             return True
@@ -348,9 +343,9 @@ class FaultInjector:
         await self._send_reply(greeting, decision)
         return self._session.state is not State.CLOSED
 
-    async def _spoil_implicit_tls(self, fault: TlsFault) -> None:
-        """Do what spoils a handshake that begins with the connection; for a later one, remember it."""
-        if fault in SPOILED_CONTEXTS or not self._connection.listener.is_implicit_tls:
+    async def _fail_implicit_tls(self, fault: TlsFault) -> None:
+        """Inject the fault into a handshake that begins with the connection; keep it for a later one."""
+        if fault in FAULTY_CONTEXTS or not self._connection.listener.is_implicit_tls:
             self._tls_fault = fault
             return
         self._count_failed_handshake()
@@ -360,21 +355,21 @@ class FaultInjector:
 
     def _count_failed_handshake(self) -> None:
         if self._connection.metrics is not None:
-            self._connection.metrics.tls_begins()  # and it will not come to its end
+            self._connection.metrics.begin_tls()  # and will not be completed
 
     # ---- applying a decision
 
     async def _apply(self, decision: Decision, event: Event | None) -> None:
-        """Do what the engine has decided, then what is left of the event. None is a stop in the midst of a body."""
+        """Apply a decision, then handle the rest of the event. None: an offset within a body."""
         earlier, output = self._take_output(event)
         if event is None and self._connection.metrics is not None:
-            self._connection.metrics.pauses_text()
+            self._connection.metrics.pause_text()
         await self._connection.send(earlier)
         await self._pace_and_delay(decision)
         if decision.tls is not None:
-            await self._spoil_starttls(decision.tls, event)
+            await self._fail_starttls(decision.tls, event)
         elif decision.has_verdict:
-            output = await self._answer_held(decision, event) or output
+            output = await self._answer_uncounted(decision, event) or output
             await self._send_reply(output, decision, is_awaited=event is not None)
             if self._session.state is State.TLS:
                 await self._connection.start_tls()
@@ -393,30 +388,30 @@ class FaultInjector:
         return self._session.take_output().removesuffix(bye), bye
 
     def _uncount(self, encoded: bytes) -> None:
-        """Have a reply counted only when it is sent, as it is sent."""
+        """Count a reply only when it is sent, in the form in which it is sent."""
         if self._connection.metrics is not None:
-            self._connection.metrics.takes_back(encoded)
+            self._connection.metrics.uncount(encoded)
 
-    async def _answer_held(self, decision: Decision, event: Event | None) -> bytes:
+    async def _answer_uncounted(self, decision: Decision, event: Event | None) -> bytes:
         """Answer an event while no reply is counted; `_send_reply` has to follow, which reports what is sent."""
         metrics = self._connection.metrics
         if metrics is None:
             return await self._answer(decision, event)
-        metrics.hold()
+        metrics.suspend()
         try:
             return await self._answer(decision, event)
         except BaseException:
-            metrics.says([])
+            metrics.count_replies([])
             raise
 
     async def _answer(self, decision: Decision, event: Event | None) -> bytes:
         """Answer an event, and return the reply that is to be sent."""
         reply, session = decision.reply, self._session
         if event is None or isinstance(event, Quit):
-            return self._answer_unasked(reply, event)
-        ends_silently = decision.end is not None and reply is None and decision.dress is None
+            return self._reply_early(reply, event)
+        ends_silently = decision.end is not None and reply is None and decision.corruption is None
         if ends_silently and not decision.keeps:
-            return b""  # the end is all that the client gets
+            return b""  # the connection ends without a reply
         if reply is not None and not reply.accepts and not decision.keeps:
             self._refuse(reply, event)
             return session.take_output()
@@ -429,10 +424,12 @@ class FaultInjector:
         output = session.take_output()
         if ends_silently:
             return b""
-        return output if reply is None else reply.encoded * len(readable(output))  # in LMTP there is one per recipient
+        if reply is None:
+            return output
+        return reply.encoded * len(complete_replies(output))  # in LMTP there is one per recipient
 
-    def _answer_unasked(self, reply: Reply | None, event: Event | None) -> bytes:
-        """Return what is sent in the midst of a body, or in place of the 221."""
+    def _reply_early(self, reply: Reply | None, event: Event | None) -> bytes:
+        """Return what is sent within a body, or in place of the 221."""
         if reply is None:
             return b""
         if event is None:
@@ -445,10 +442,10 @@ class FaultInjector:
         """Refuse a client in place of the greeting. Return what is to be sent."""
         metrics = self._connection.metrics
         if metrics is not None:
-            metrics.hold()
+            metrics.suspend()
         self._session.close_with(reply)
         if metrics is not None:
-            metrics.phase = _BANNER  # the session took it for a reply to nothing
+            metrics.phase = _BANNER  # the session has counted it as a reply to no command
         return self._session.take_output()
 
     def _refuse(self, reply: Reply, event: Event) -> None:
@@ -469,33 +466,37 @@ class FaultInjector:
             connection.refuse(reply, "")
 
     async def _send_reply(self, output: bytes, decision: Decision, *, is_awaited: bool = True) -> None:
-        """Send a reply as the decision wants it, and end the connection where it wants that, too.
+        """Send a reply as decided, and end the connection if decided.
 
         `is_awaited` says that the client waits for a reply, so that the end of the connection comes in place of one.
         """
-        is_sent = bool(output) and (decision.end is None or decision.reply is not None or decision.dress is not None)
-        ordinary = readable(output)
-        if is_sent and decision.dress is not None:
-            output = dress(output, decision.dress, decision.drawn)
+        is_sent = bool(output) and (
+            decision.end is None or decision.reply is not None or decision.corruption is not None
+        )
+        ordinary = complete_replies(output)
+        if is_sent and decision.corruption is not None:
+            output = corrupt(output, decision.corruption, decision.random_bits)
         metrics = self._connection.metrics
         if metrics is not None and is_sent:
-            metrics.says([(each, None if each in ordinary else decision.dress) for each in readable(output)])
-            metrics.sends(len(output))
+            metrics.count_replies(
+                [(each, None if each in ordinary else decision.corruption) for each in complete_replies(output)]
+            )
+            metrics.before_sending(len(output))
         elif metrics is not None and decision.end is not None and is_awaited:
-            metrics.says([(b"", "none")])
+            metrics.count_replies([(b"", "none")])
         elif metrics is not None:
-            metrics.says([])
+            metrics.count_replies([])
         if is_sent:
             await self._connection.send(output)
         if decision.end is not None:
             await self._break_off(decision.end)
 
-    async def _spoil_starttls(self, fault: TlsFault, event: Event | None) -> None:
-        """Answer STARTTLS, and spoil what follows."""
+    async def _fail_starttls(self, fault: TlsFault, event: Event | None) -> None:
+        """Reply to STARTTLS, and inject the fault into the handshake."""
         if fault == "refuse":
             self._connection.refuse(replies.TLS_UNAVAILABLE, "")
             return
-        if fault in SPOILED_CONTEXTS:
+        if fault in FAULTY_CONTEXTS:
             self._tls_fault = fault
             assert event is not None
             await self._connection.handle(event)
@@ -511,7 +512,7 @@ class FaultInjector:
     def tls_context(self, ordinary: ssl.SSLContext) -> ssl.SSLContext:
         """Return the context for the next handshake."""
         fault, self._tls_fault = self._tls_fault, None
-        return self._certificates.context(fault) if fault in SPOILED_CONTEXTS else ordinary
+        return self._certificates.context(fault) if fault in FAULTY_CONTEXTS else ordinary
 
     # ---- waiting and ending
 
@@ -566,13 +567,13 @@ class FaultInjector:
         """Keep silent until the client leaves, but no longer than the plan allows."""
         until = trio.current_time() + self._engine.longest_stall
         while (left := until - trio.current_time()) > 0:
-            await self._connection.pause(min(left, _LOOK))
+            await self._connection.pause(min(left, _HANG_UP_CHECK))
             if isinstance(stream, SocketStream) and stream.has_hung_up:
                 return
 
 
 def _accepts(decision: Decision) -> bool:
-    """Say whether a message is accepted although something goes wrong at its end."""
+    """Return whether a message is accepted although something goes wrong at its end."""
     if decision.reply is not None:
         return decision.reply.accepts
-    return decision.dress is not None
+    return decision.corruption is not None

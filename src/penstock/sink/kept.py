@@ -90,11 +90,11 @@ class KeptMessage:
     raw: bytes = field(repr=False)
     """The message as it was received; its first octets when `is_cut`."""
     is_cut: bool = False
-    """The message is larger than all room in memory."""
+    """The message is larger than the memory for all messages."""
     is_read: bool = False
-    """A user has opened it."""
+    """It was opened on the page."""
     summary: object = field(default=None, repr=False)
-    """What lists show of it: filled in by penstock.sink.web.view, once."""
+    """The columns of a list: filled in by penstock.sink.web.view, once."""
 
 
 def header_of(raw: bytes) -> bytes:
@@ -108,12 +108,12 @@ def header_of(raw: bytes) -> bytes:
 # ---- in memory
 
 
-class Shelf:
-    """The last messages, bounded in count and octets: the oldest make room for new ones."""
+class KeptMessages:
+    """The last messages, bounded in count and octets: the oldest are removed first."""
 
     def __init__(self, count: int = _DEFAULT_MESSAGES, octets: int = _MAX_OCTETS) -> None:
         if count < 1 or octets < 1:
-            raise ValueError("a shelf needs room for at least one message")
+            raise ValueError("at least one message and one octet must fit")
         self.count = count
         """Messages there is room for."""
         self.room = octets
@@ -184,6 +184,12 @@ class Shelf:
         self.changes += 1
         return count
 
+    def take(self) -> list[KeptMessage]:
+        """Return all messages, the oldest first, and keep none."""
+        found = [message for _, message in self._messages.values()]
+        self.clear()
+        return found
+
     def newest(self, limit: int, before: str | None = None) -> list[KeptMessage]:
         """Return up to `limit` messages, the newest first; with `before`, those put before the message of that id.
 
@@ -203,14 +209,14 @@ class Shelf:
 class HeaderMarks:
     """Reads the sequence tag of each message from a header field that the user names."""
 
-    def __init__(self, name: str, book: Callable[[], SequenceTracker]) -> None:
+    def __init__(self, name: str, sequences: Callable[[], SequenceTracker]) -> None:
         """Raise ValueError when the name cannot be one of a header field (RFC 5322 3.6.8)."""
         if not re.fullmatch(r"[!-9;-~]{1,70}", name):
             raise ValueError(f"{name!r} is not a header field name")
         self._field = re.compile(
             rb"^" + re.escape(name.encode()) + rb":(?:[ \t]|\r\n[ \t])*([^\r\n]*)", re.IGNORECASE | re.MULTILINE
         )
-        self._tracker = book
+        self._tracker = sequences
 
     def take(self, raw: bytes) -> None:
         """Record the tag of an accepted message."""
@@ -239,7 +245,7 @@ class KeepingDelivery(Delivery):
 
     def __init__(
         self,
-        shelf: Shelf | None,
+        shelf: KeptMessages | None,
         stores: Sequence[Store] = (),
         marks: HeaderMarks | None = None,
         message_ids: MessageIdTracker | None = None,
@@ -247,7 +253,8 @@ class KeepingDelivery(Delivery):
         self.shelf = shelf
         self._stores = stores
         self._marks = marks
-        self._message_ids = message_ids
+        self.message_ids = message_ids
+        """Counts the Message-IDs of kept messages."""
         self._max_octets = min((store.most_octets for store in stores if store.most_octets is not None), default=None)
         self._waiting: list[_Waiting] = []
         self._work = trio.Event()
@@ -299,15 +306,15 @@ class KeepingDelivery(Delivery):
     def _wanted(self, size: int) -> int:
         """Return how many octets of a message are wanted in memory."""
         if self.shelf is None:
-            return _MAX_HEADER if self._marks is not None or self._message_ids is not None else 0
+            return _MAX_HEADER if self._marks is not None or self.message_ids is not None else 0
         return size if size <= self.shelf.room else min(_CUT_AT, self.shelf.room)
 
     def _kept(self, message: KeptMessage) -> Reply:
         """Make a message visible that was written to all files."""
         if self._marks is not None:
             self._marks.take(message.raw)
-        if self._message_ids is not None:
-            self._message_ids.note(message.sender, header_of(message.raw))
+        if self.message_ids is not None:
+            self.message_ids.note(message.sender, header_of(message.raw))
         if self.shelf is not None:
             self.shelf.put(message)
         return Reply(250, "2.0.0", f"Ok: kept as {message.id}")
@@ -347,7 +354,7 @@ class KeepingDelivery(Delivery):
         except Exception as exc:  # noqa: BLE001 - whatever it is, these messages were not kept
             self.last_failure = str(exc)
             for undo in reversed(undos):
-                with contextlib.suppress(OSError):  # a message without a 250 may stay: its sender tries again
+                with contextlib.suppress(OSError):  # a message without a 250 may stay: its client retries
                     await trio.to_thread.run_sync(undo)
             return (replies.DISK_FULL if is_disk_full(exc) else replies.TRY_LATER).because(str(exc))
         return None
@@ -379,6 +386,6 @@ def make_keeping(
 ) -> KeepingDelivery:
     """Return the delivery that keeps what the settings ask for, in further stores too, and reads tags from a header."""
     counts = [each.messages for each in settings if each.kind == "last"]
-    shelf = Shelf(max(counts, default=_DEFAULT_MESSAGES)) if settings else None
+    shelf = KeptMessages(max(counts, default=_DEFAULT_MESSAGES)) if settings else None
     asked = [_STORES[each.kind](each.path) for each in settings if each.path is not None]
     return KeepingDelivery(shelf, [*asked, *stores], marks, message_ids)

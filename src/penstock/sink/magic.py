@@ -66,14 +66,14 @@ _SHAPE: Final = re.compile(
 _LONGEST: Final = 3600.0
 _GREYLISTED: Final = 60.0
 """Seconds of a greylist without a number."""
-_MOST_KNOWN: Final = 4096
+_MAX_KNOWN: Final = 4096
 
 
 class Magic:
     """Parses recipients and caches their rules, because a greylist has state."""
 
     def __init__(self) -> None:
-        self._known: Memory[Rule | None] = Memory(_MOST_KNOWN)
+        self._known: Memory[Rule | None] = Memory(_MAX_KNOWN)
 
     def rule(self, local: str) -> Rule | None:
         """Return the rule that a local part requests; None for an ordinary recipient."""
@@ -81,7 +81,7 @@ class Magic:
         if asked in self._known:
             return self._known.get(asked, None)
         settings = settings_of(asked)
-        rule = None if settings is None else Rule("magic", settings, _MOST_KNOWN)
+        rule = None if settings is None else Rule("magic", settings, _MAX_KNOWN)
         self._known.put(asked, rule)
         return rule
 

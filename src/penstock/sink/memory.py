@@ -1,4 +1,4 @@
-"""What the conditions of a plan remember: occurrences, buckets of tokens, triplets, mailboxes. All of it is bounded."""
+"""State of the conditions of a plan, bounded: counters, token buckets, greylist triplets, mailboxes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ V = TypeVar("V")
 
 
 class Memory(Generic[V]):
-    """A table of at most so many keys: the one that was put first is forgotten first."""
+    """A bounded table: when it is full, the key that was added first is removed."""
 
-    __slots__ = ("_most", "_table")
+    __slots__ = ("_max_keys", "_table")
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_keys: int) -> None:
+        self._max_keys = max_keys
         self._table: OrderedDict[Hashable, V] = OrderedDict()
 
     def get(self, key: Hashable, default: V) -> V:
-        """Return what is known of a key."""
+        """Return the value of a key."""
         return self._table.get(key, default)
 
     def put(self, key: Hashable, value: V) -> None:
-        """Know this of a key."""
-        if key not in self._table and len(self._table) >= self._most:
+        """Set the value of a key."""
+        if key not in self._table and len(self._table) >= self._max_keys:
             self._table.popitem(last=False)
         self._table[key] = value
 
@@ -43,21 +43,21 @@ class Counters(Memory[int]):
     __slots__ = ()
 
     def next(self, key: Hashable) -> int:
-        """Count one more, and return how many that are: 1 for the first."""
+        """Increment the count of a key and return it: 1 for the first."""
         number = self.get(key, 0) + 1
         self.put(key, number)
         return number
 
 
 class Buckets:
-    """Buckets of tokens, one a key: `rate` tokens come in each second, `burst` is what one holds, and has at first."""
+    """Token buckets by key: `rate` tokens per second are added, up to `burst`, with which a bucket starts."""
 
     __slots__ = ("_buckets", "_burst", "_rate")
 
-    def __init__(self, rate: float, burst: float, most: int) -> None:
+    def __init__(self, rate: float, burst: float, max_keys: int) -> None:
         self._rate = rate
         self._burst = burst
-        self._buckets: Memory[TokenBucket | None] = Memory(most)
+        self._buckets: Memory[TokenBucket | None] = Memory(max_keys)
 
     def take(self, key: Hashable, now: float) -> bool:
         """Take a token, if there is one."""
@@ -73,13 +73,13 @@ class Triplets:
 
     __slots__ = ("_forget", "_seen", "_wait")
 
-    def __init__(self, wait: float, forget: float, most: int) -> None:
+    def __init__(self, wait: float, forget: float, max_keys: int) -> None:
         self._wait = wait
         self._forget = forget
-        self._seen: Memory[float] = Memory(most)
+        self._seen: Memory[float] = Memory(max_keys)
 
     def is_new(self, key: Hashable, now: float) -> bool:
-        """Say whether a triplet was not seen before, or too short ago, and remember it."""
+        """Return whether a triplet is new, or was first seen less than `wait` ago, and remember it."""
         first = self._seen.get(key, -1.0)
         if first < 0 or now - first > self._forget:
             self._seen.put(key, now)
@@ -88,24 +88,24 @@ class Triplets:
 
 
 class Mailboxes:
-    """What each mailbox holds."""
+    """Messages and octets in each mailbox."""
 
     __slots__ = ("_held", "_messages", "_octets")
 
-    def __init__(self, octets: int, messages: int, most: int) -> None:
+    def __init__(self, octets: int, messages: int, max_keys: int) -> None:
         """0 octets or messages are no limit."""
         self._octets = octets
         self._messages = messages
-        self._held: Memory[tuple[int, int]] = Memory(most)
+        self._held: Memory[tuple[int, int]] = Memory(max_keys)
 
     def is_full(self, key: Hashable, octets: int) -> bool:
-        """Say whether there is no room for one more message of so many octets (0 when nobody knows)."""
+        """Return whether a message of this size does not fit; 0 octets if the size is unknown."""
         messages, held = self._held.get(key, (0, 0))
         if self._messages and messages >= self._messages:
             return True
         return bool(self._octets) and (held + octets > self._octets or held >= self._octets)
 
     def add(self, key: Hashable, octets: int) -> None:
-        """Put a message in."""
+        """Count a message."""
         messages, held = self._held.get(key, (0, 0))
         self._held.put(key, (messages + 1, held + octets))

@@ -13,7 +13,7 @@ from typing import Final
 from penstock import sequence
 
 MAX_IDS: Final = 500_000
-"""Identifiers that are told apart; each takes some 100 octets."""
+"""Identifiers that are distinguished; each takes about 100 octets."""
 _MAX_EXAMPLES: Final = 100
 _MAX_SHOWN: Final = 200
 _FIELD: Final = re.compile(rb"^Message-ID[ \t]*:(?:[ \t]|\r?\n[ \t])*([^\s]+)", re.IGNORECASE | re.MULTILINE)
@@ -28,8 +28,8 @@ def message_id_of(header: bytes) -> str:
 class MessageIdTracker:
     """The Message-IDs that have arrived."""
 
-    def __init__(self, most: int = MAX_IDS) -> None:
-        self._most = most
+    def __init__(self, max_ids: int = MAX_IDS) -> None:
+        self._max_ids = max_ids
         self.reset()
 
     def reset(self) -> None:
@@ -53,7 +53,10 @@ class MessageIdTracker:
         """Count an accepted message, unless its sender has a sequence tag."""
         if sequence.parse(sender.rpartition("@")[0]) is not None:
             return
-        found = message_id_of(header)
+        self.add(message_id_of(header))
+
+    def add(self, found: str) -> None:
+        """Count the Message-ID of a message; "" for none."""
         if not found:
             self.missing_id += 1
             return
@@ -62,7 +65,29 @@ class MessageIdTracker:
             self.duplicates += 1
             if len(self.examples) < _MAX_EXAMPLES:
                 self.examples.append(found)
-        elif len(self._seen) < self._most:
+        elif len(self._seen) < self._max_ids:
             self._seen.add(digest)
         else:
             self.further += 1
+
+
+class MessageIdOutbox(MessageIdTracker):
+    """Collects Message-IDs for another process, which counts them: the same message may come to several workers."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._waiting: list[str] = []
+
+    def add(self, found: str) -> None:
+        """Collect a Message-ID; beyond the limit it counts as one that cannot be tracked."""
+        if len(self._waiting) < self._max_ids:
+            self._waiting.append(found)
+        else:
+            self.further += 1
+
+    def take(self) -> tuple[list[str], int]:
+        """Return what was collected since the last time, and how many were not."""
+        found, further = self._waiting, self.further
+        self._waiting, self.further = [], 0
+        return found, further

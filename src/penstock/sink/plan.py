@@ -56,7 +56,9 @@ _Seconds = Annotated[float, Meta(ge=0, le=_LONGEST)]
 
 TlsFault = Literal["refuse", "wrong-name", "expired", "alert", "stall", "plaintext", "tls-1.2"]
 Ending = Literal["drop", "reset", "half-close", "stall"]
-Dress = Literal["wrong-code", "too-long", "many-lines", "unfinished", "non-ascii", "bare-lf", "no-line-end", "garbage"]
+Corruption = Literal[
+    "wrong-code", "too-long", "many-lines", "unfinished", "non-ascii", "bare-lf", "no-line-end", "garbage"
+]
 Per = Literal["address", "sender", "sender-domain", "recipient", "recipient-domain", "everybody"]
 
 
@@ -235,7 +237,7 @@ class RuleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         ),
     ] = ""
     dress: Annotated[
-        Dress | None,
+        Corruption | None,
         Meta(
             description="Corrupt the reply: wrong-code (an unexpected code), too-long (2,000 octets), many-lines "
             "(1,000 lines), unfinished (the last line is missing), non-ascii (Latin-1 and truncated UTF-8), bare-lf, "
@@ -276,6 +278,14 @@ class RuleSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             reply_of(self.reply)
         self._check_verdict()
         self._check_phase()
+
+    @property
+    def counting_condition(self) -> str:
+        """The first condition that counts or remembers messages, so that processes cannot share it; "" for none."""
+        match = self.match
+        counts = {"match.first": match.first, "match.after": match.after, "match.attempts": match.attempts}
+        remembers = {"rate": self.rate, "greylist": self.greylist, "mailbox": self.mailbox}
+        return next((name for name, value in {**counts, **remembers}.items() if value), "")
 
     @property
     def verdict(self) -> str:

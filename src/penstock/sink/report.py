@@ -55,7 +55,7 @@ class SessionCounts(msgspec.Struct, frozen=True, kw_only=True):
 
     total: Annotated[int, Meta(description="Connections, including refused ones")]
     open: Annotated[int, Meta(description="Connections that are open now")]
-    peak: Annotated[int, Meta(description="Maximum number of simultaneous connections; of each worker, added up")]
+    peak: Annotated[int, Meta(description="Maximum number of simultaneous connections")]
     tls: Annotated[int, Meta(description="Completed TLS handshakes")]
     tls_failed: Annotated[int, Meta(description="Failed TLS handshakes")]
     ends: Annotated[dict[str, int], Meta(description="Connections by cause of their end; after 64 causes, `others`")]
@@ -227,7 +227,7 @@ def decode(data: bytes) -> Report:
     """Parse a report. Raise ValueError for anything else, or for another version."""
     try:
         report = msgspec.json.decode(data, type=Report)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, RecursionError) as exc:
         raise ValueError(f"not a report of a sink: {exc}") from exc
     if report.version != VERSION:
         raise ValueError(f"the report has version {report.version}; only version {VERSION} is supported")

@@ -39,12 +39,12 @@ from penstock.transaction import Transaction
 
 _SAMPLES: Final = 600
 """Number of samples to keep: one per second."""
-_MOST_EXAMPLES: Final = 100
-_MOST_MATCHED: Final = 1024
+_MAX_EXAMPLES: Final = 100
+_MAX_MATCHED: Final = 1024
 """Characters of a recipient that the user's pattern is applied to."""
 
 
-class FaultBook(Protocol):
+class FaultCounters(Protocol):
     """Counts of injected faults."""
 
     def counted(self) -> Sequence[FaultCount]:
@@ -67,6 +67,13 @@ class NoFaults:
 
 class FaultControl(Protocol):
     """Control of the fault plan at run time."""
+
+    @property
+    def fails_next(self) -> bool:
+        """The next commands can be let fail."""
+
+    def check(self, text: str) -> list[str]:
+        """Return the names of the rules of a plan. Raise ValueError, with the key, if `replace` would refuse it."""
 
     def plan(self) -> str:
         """Return the active plan as TOML."""
@@ -113,7 +120,7 @@ class RecipientMarks:
     def __call__(self, transaction: Transaction) -> Mark | None:
         """Return the tag of the first recipient that matches."""
         for recipient in transaction.recipients:
-            found = self._pattern.search(recipient.path.text[:_MOST_MATCHED])
+            found = self._pattern.search(recipient.path.text[:_MAX_MATCHED])
             if found is not None and (counter := parse_counter(found[self._number] or "")) is not None:
                 run = (found[self._run] or "")[:64] if self._run is not None else ""
                 return Mark(run, counter.number)
@@ -158,7 +165,7 @@ class Statistics:
         metrics: Metrics,
         traffic: Traffic,
         *,
-        faults: FaultBook | None = None,
+        faults: FaultCounters | None = None,
         expectation: Expectation = NOTHING_EXPECTED,
         listen: Sequence[str] = (),
         message_ids: MessageIdTracker | None = None,
@@ -166,7 +173,7 @@ class Statistics:
     ) -> None:
         self.metrics = metrics
         self._traffic = traffic
-        self._faults: FaultBook = faults or NoFaults()
+        self._faults: FaultCounters = faults or NoFaults()
         self._expectation = expectation
         self._listen = list(listen)
         self._message_ids = message_ids
@@ -187,14 +194,6 @@ class Statistics:
         self._before = _Before(self._began)
 
     # ---- time
-
-    async def run(self) -> None:
-        """Take a sample every second until cancelled."""
-        due = trio.current_time()
-        while True:
-            due += 1
-            await trio.sleep_until(due)
-            self.take_sample()
 
     def take_sample(self) -> Sample:
         """Take a sample: the difference to the previous one."""
@@ -232,10 +231,14 @@ class Statistics:
         )
         metrics.forget_recent()
         self._before = after
+        self.add_sample(sample)
+        return sample
+
+    def add_sample(self, sample: Sample) -> None:
+        """Note a sample: one taken here, or the sum of those of several processes."""
         self.samples.append(sample)
         self.taken += 1
         self._notify()
-        return sample
 
     async def wait_for_news(self) -> None:
         """Wait for the next sample or reset."""
@@ -307,13 +310,13 @@ class Statistics:
         return {phase: latency_of(each, with_buckets=with_buckets) for phase, each in found if each.count}
 
     def _sequences(self) -> SequenceCounts:
-        book, expected = self.metrics.sequences, self._expectation.messages
+        sequences, expected = self.metrics.sequences, self._expectation.messages
         return SequenceCounts(
             source=self._expectation.source,
             expected=expected,
-            unmarked=book.unmarked,
-            further=book.further,
-            runs=[_counts_of(run, expected) for run in book.runs.values()],
+            unmarked=sequences.unmarked,
+            further=sequences.further,
+            runs=[_counts_of(run, expected) for run in sequences.runs.values()],
             message_ids=_counts_of_ids(self._message_ids),
         )
 
@@ -335,7 +338,7 @@ def _counts_of(run: Run, expected: int | None) -> RunCounts:
     """Return the counts of a run."""
     first = 0 if 0 in run else 1
     last = run.highest if expected is None else first + expected - 1
-    missing, examples = run.missing(first, last, _MOST_EXAMPLES) if last >= first else (0, [])
+    missing, examples = run.missing(first, last, _MAX_EXAMPLES) if last >= first else (0, [])
     return RunCounts(
         run=run.run,
         received=run.received,

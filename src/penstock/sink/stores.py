@@ -9,12 +9,13 @@ the umask allows, and the folders of a Maildir 0700: mail is private.
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import partial
@@ -24,6 +25,7 @@ from typing import BinaryIO, Final, Protocol, cast
 import msgspec
 
 from penstock.delivery.maildirfiles import Copy, MaildirFiles, make_maildir
+from penstock.files import make_folders, open_private
 from penstock.message import Message, Recipient
 
 _FROM: Final = re.compile(rb"^(>*From )", re.MULTILINE)
@@ -100,8 +102,10 @@ class _FileStore:
     def write(self, messages: Sequence[Message]) -> Undo:
         """Append the messages."""
         assert self._file is not None
-        size = _append(self._file, itertools.chain.from_iterable(map(self._pieces, messages)))
-        return partial(os.ftruncate, self._file.fileno(), size)
+        with _locked(self._file):
+            before = _append(self._file, itertools.chain.from_iterable(map(self._pieces, messages)))
+            after = os.fstat(self._file.fileno()).st_size
+        return partial(_remove, self._file, before, after)
 
     def _pieces(self, message: Message) -> Iterable[bytes]:
         raise NotImplementedError
@@ -193,7 +197,7 @@ class DumpStore:
         path, number = time.strftime(self._template, time.localtime(message.received_at)), os.urandom(8).hex()
         folder, slash, _ = path.rpartition("/")
         if slash:  # "dump/" is a folder: the name of the file is the number
-            Path(folder or "/").mkdir(parents=True, exist_ok=True)
+            make_folders(Path(folder or "/"))
         if not self._is_single:
             with _open_private(Path(path), "ab") as file:
                 size = _append(file, self._pieces(message, number))
@@ -315,11 +319,26 @@ def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 def _open_private(path: Path, mode: str) -> BinaryIO:
     """Open a file for unbuffered writing; a new one can be read by its owner only (mode 0600), whatever the umask."""
+    return cast("BinaryIO", open(path, mode, buffering=0, opener=open_private))
 
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags, 0o600)
 
-    return cast("BinaryIO", open(path, mode, buffering=0, opener=opener))
+@contextmanager
+def _locked(file: BinaryIO) -> Iterator[None]:
+    """Lock a file that other processes may append to. Not all file systems and devices can."""
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _remove(file: BinaryIO, before: int, after: int) -> None:
+    """Cut off what was appended, unless another process has appended to it since. Raise OSError."""
+    with _locked(file):
+        if os.fstat(file.fileno()).st_size == after:
+            os.ftruncate(file.fileno(), before)
 
 
 def _append(file: BinaryIO, pieces: Iterable[bytes]) -> int:

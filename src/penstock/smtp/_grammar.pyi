@@ -4,7 +4,7 @@ from typing import Final
 
 from penstock.message import Recipient
 from penstock.reply import Reply
-from penstock.smtp.events import Mail, Rcpt
+from penstock.smtp.events import Mail
 
 BAD_SENDER: Final[Reply]
 BAD_RECIPIENT: Final[Reply]
@@ -17,6 +17,3 @@ def plain_recipient(argument: bytes) -> Recipient | None:
 
 def plain_hello(argument: bytes) -> str | None:
     """Return the argument of EHLO when it is one short word of printable ASCII, else None."""
-
-def plain_rcpt(argument: bytes) -> Rcpt | None:
-    """Read a plain `TO:<dot-string@domain>`; return None when the argument is not plain."""

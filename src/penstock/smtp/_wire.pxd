@@ -32,6 +32,7 @@ cdef class Wire:
     cdef readonly bytes chunk
     # output of a text that grows while it is normalized
     cdef unsigned char *grown
+    cdef size_t grown_from            # the place in the block of its first octet
 
     cdef Wire made_like(self)
     cdef Py_ssize_t receive(self, int fd, Py_ssize_t octets) except -2

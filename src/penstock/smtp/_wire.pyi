@@ -16,11 +16,11 @@ LINE_BAD_END: Final = 3
 LINE_NUL: Final = 4
 """A command line contained a NUL."""
 CHUNK: Final = 5
-"""A piece of the body: see `Wire.chunk`."""
+"""A part of the body: see `Wire.chunk`."""
 TEXT_END: Final = 6
 """The end of the data, or of the octets of a BDAT chunk. Commands follow."""
 TEXT_BROKEN: Final = 7
-"""A refused text has LF . LF, which its sender may take for the end: nothing after it may be obeyed."""
+"""A refused text has LF . LF, which its sender may consider its end: nothing after it may be executed."""
 VIOLATION: Final = 8
 """The text has broken a rule: see `Wire.violation`. Returned once for a text; the chunks so far are void."""
 
@@ -38,7 +38,7 @@ VERBS: Final[tuple[str, ...]]
 """The verbs by number: 0 is an unknown verb, "HTTP" any HTTP method."""
 
 def blocks_in_use() -> int:
-    """Return the number of buffers that all wires of the process hold: 0 if none has octets waiting."""
+    """Return the number of buffers of all wires of the process: 0 if none has unparsed octets."""
 
 class Wire:
     """The reading side of one connection: octets in, tokens out."""
@@ -68,7 +68,7 @@ class Wire:
     argument: bytes
     """The text after the verb, without surrounding white space; for an unknown verb, the whole line."""
     chunk: bytes
-    """The last piece of the body."""
+    """The last part of the body."""
     violation: int
     """The rule that the text has broken: BARE_LF, BARE_CR, NUL, LONG_LINE, TOO_BIG, or 0."""
     octets: int

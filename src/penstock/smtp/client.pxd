@@ -7,7 +7,6 @@ cdef class ReplyReader:
     cdef bytes _buffer
     cdef Py_ssize_t _start              # where the next line begins in the buffer
     cdef list _lines                    # of the reply that is not complete
-    cdef bint _has_greeting
 
     @cython.locals(octets=bytes)
     cpdef feed(self, object data)

@@ -32,7 +32,7 @@ _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?:[ \t]|$)")
 MAX_LINE: Final = 4096
 """Octets in a line of a reply. RFC 5321 4.5.3.1.5 says 512; real servers send longer lines."""
 MAX_LINES: Final = 500
-"""Lines in a reply, and blank lines before the greeting."""
+"""Lines in a reply."""
 _MAX_CACHED: Final = 2048
 """Octets of a reply of several lines that is not parsed again if another connection has got the same."""
 _MAX_SINGLE: Final = 200
@@ -109,19 +109,22 @@ _SINGLE: Final[dict[bytes, ServerReply]] = {}
 """Replies of one line by their octets."""
 
 
+_MAX_BLANK: Final = 100
+"""Octets of a line with nothing but carriage returns."""
+
+
 class ReplyReader:
     """Splits the octets received from a server into replies (RFC 5321 4.2).
 
     Tolerant where strictness would cost a duplicate of a message that was taken: carriage returns are ignored
     wherever they are, a line ends with LF, and where the lines of a reply have different codes the last one counts,
-    as Postfix does. Blank lines before the greeting are skipped.
+    as Postfix does. Blank lines are skipped.
     """
 
     def __init__(self) -> None:
         self._buffer = b""
         self._start = 0
         self._lines: list[str] = []
-        self._has_greeting = False
 
     def feed(self, data: bytes | bytearray) -> None:
         """Add received octets."""
@@ -148,7 +151,6 @@ class ReplyReader:
                 if len(kept) >= _MAX_KEPT:
                     kept.clear()
                 kept[data] = reply
-        self._has_greeting = True
         return reply
 
     @property
@@ -166,7 +168,7 @@ class ReplyReader:
         while (start := self._start) < len(self._buffer):
             line = _LINE.match(self._buffer, start)
             if line is None:
-                if not self._has_greeting and self._skip_blank_line():
+                if self._skip_blank_line():
                     continue
                 self._check_incomplete_line()
                 return None
@@ -175,7 +177,6 @@ class ReplyReader:
             if len(octets) > MAX_LINE or len(self._lines) >= MAX_LINES:
                 raise ProtocolError("a reply is too long")
             text = octets.replace(b"\r", b"").decode("utf-8", "replace")
-            self._has_greeting = True
             if mark != b"-" and not self._lines:
                 return ServerReply(int(digits), (text,))
             if mark == b"-":
@@ -192,7 +193,7 @@ class ReplyReader:
         return None
 
     def _skip_blank_line(self) -> bool:
-        end = self._buffer.find(b"\n", self._start, self._start + MAX_LINES)
+        end = self._buffer.find(b"\n", self._start, self._start + _MAX_BLANK)
         if end < 0 or self._buffer[self._start : end].strip(b"\r"):
             return False
         self._start = end + 1
@@ -298,7 +299,12 @@ def check_sendable(envelope: Envelope, size: int, capabilities: Capabilities) ->
 
 
 def _is_ascii(envelope: Envelope) -> bool:
-    return envelope.sender.text.isascii() and all(to.path.text.isascii() for to in envelope.recipients)
+    return envelope.sender.ascii_text.isascii() and all(to.path.ascii_text.isascii() for to in envelope.recipients)
+
+
+def _as_utf8_xtext(orcpt: str) -> str:
+    r"""Return an ORCPT of the type utf-8 in ASCII: other characters become `\x{HEX}` (RFC 6533 3)."""
+    return "".join(c if c.isascii() else f"\\x{{{ord(c):X}}}" for c in orcpt)
 
 
 def mail_command(envelope: Envelope, size: int, capabilities: Capabilities) -> bytes:
@@ -307,7 +313,7 @@ def mail_command(envelope: Envelope, size: int, capabilities: Capabilities) -> b
     BODY=8BITMIME is left out where it is not offered, and the text is sent as it is. RFC 6152 3 asks for a conversion,
     which would change signed content; Postfix sends the text unchanged too with `disable_mime_output_conversion`.
     """
-    command = f"MAIL FROM:<{envelope.sender.text}>"
+    command = f"MAIL FROM:<{envelope.sender.text if capabilities.smtputf8 else envelope.sender.ascii_text}>"
     if capabilities.size is not None and size:
         command += f" SIZE={size}"
     if envelope.body_type != "7BIT" and capabilities.eightbitmime:
@@ -324,10 +330,11 @@ def mail_command(envelope: Envelope, size: int, capabilities: Capabilities) -> b
 
 def rcpt_command(recipient: Recipient, capabilities: Capabilities) -> bytes:
     """Return RCPT, with NOTIFY and ORCPT where the server understands them (RFC 3461 4.1, 4.2)."""
-    command = f"RCPT TO:<{recipient.path.text}>"
+    command = f"RCPT TO:<{recipient.path.text if capabilities.smtputf8 else recipient.path.ascii_text}>"
     if capabilities.dsn:
         command += f" NOTIFY={','.join(sorted(recipient.notify))}" if recipient.notify else ""
-        command += f" ORCPT={recipient.orcpt}" if recipient.orcpt else ""
+        if recipient.orcpt:
+            command += f" ORCPT={recipient.orcpt if capabilities.smtputf8 else _as_utf8_xtext(recipient.orcpt)}"
     return command.encode() + b"\r\n"
 
 

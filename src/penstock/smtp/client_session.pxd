@@ -15,17 +15,23 @@ cdef class ClientSession:
     cdef ReplyReader _reader
     cdef bytes _hostname
     cdef bint _lmtp, _is_private, _chunking
-    cdef object _starttls
+    cdef bint _wants_tls, _requires_tls
     cdef object _credentials
     cdef ClientTransaction _following   # begun while the replies to another one are awaited
     cdef object _step
     cdef object _exchange
-    cdef object _opening
 
     cpdef object single_reply(self, bytes data)
     @cython.locals(transaction=ClientTransaction, output=bytes)
     cpdef bytes handle(self, object reply)
+    @cython.locals(code=cython.int)
     cdef bytes _advance(self, object reply)
+    cdef bytes _hello(self)
+    cdef bytes _on_hello(self, object reply, int code)
+    cdef bytes _after_hello(self)
+    cdef bytes _on_starttls(self, object reply, int code)
+    cdef bytes _authenticate(self)
+    cdef bytes _on_auth(self, object reply, int code)
     cpdef bytes begin(self, ClientTransaction transaction)
     cpdef bytes quit(self)
 

@@ -30,7 +30,7 @@ and the relay cost.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Final, Literal
@@ -102,11 +102,6 @@ _EHLO_UNKNOWN: Final = frozenset({500, 501, 502, 503, 504, 550, 554, 555})
 """Replies to EHLO after which HELO is tried (RFC 5321 3.2, 4.1.4)."""
 _BDAT_UNKNOWN: Final = frozenset({500, 502})
 """Replies to BDAT from a server that offers CHUNKING and does not implement it."""
-_TOO_MANY: Final = frozenset({"4.5.3", "5.5.3", None})
-"""Enhanced statuses of a 452 or 552 that means "too many recipients", None for a reply without one."""
-
-Opening = Generator[tuple[bytes, Step], ServerReply, None]
-"""Yields what is sent, perhaps nothing, and the step whose reply comes next."""
 
 
 class OpeningError(Exception):
@@ -130,6 +125,15 @@ class ClosingError(Exception):
 
 class BodyError(Exception):
     """A text does not have the size that was announced, or cannot be read. Not a fault of the server."""
+
+
+def means_too_many(reply: ServerReply) -> bool:
+    """Return whether a refusal of RCPT means "too many recipients".
+
+    A status X.5.3 does (RFC 3463 3.6), whatever the code, and so do 452 and 552 without a status (RFC 5321 4.5.3.1.10).
+    """
+    status = reply.enhanced_status
+    return status in ("4.5.3", "5.5.3") or (status is None and reply.code in (452, 552))
 
 
 def check_reply(step: Step, reply: ServerReply) -> None:
@@ -171,7 +175,8 @@ class ClientSession:
         """STARTTLS was offered and refused; the session goes on in clear text."""
         self._hostname = hostname.encode("ascii", "replace")
         self._lmtp = lmtp
-        self._starttls = starttls
+        self._wants_tls = starttls != "never"
+        self._requires_tls = starttls == "required"
         self._credentials = credentials
         self._is_private = is_private
         self._chunking = chunking
@@ -184,8 +189,6 @@ class ClientSession:
         """The transaction that was begun while the replies to another one are awaited."""
         self._step = _GREETING
         self._exchange: AuthExchange | None = None
-        self._opening = self._open()
-        next(self._opening)
 
     # ---- input
 
@@ -223,12 +226,14 @@ class ClientSession:
             if transaction.step is _DONE:
                 self.transaction, self._following = self._following, None
             return output
-        if self._step is _QUIT:
+        step = self._step
+        if step is _QUIT:
             self._step = _CLOSED
             return b""
-        if self._step in (_READY, _HANDSHAKE, _CLOSED):
+        if step is _READY or step is _HANDSHAKE or step is _CLOSED:
             raise ProtocolError(f"a reply to no command: {reply.text}")
-        check_reply(self._step, reply)
+        if reply.code // 100 != 2:
+            check_reply(step, reply)
         return self._advance(reply)
 
     # ---- the opening
@@ -243,77 +248,85 @@ class ClientSession:
         self._is_private = self._is_private or is_private
         if self._step is _GREETING:
             return b""
-        self._opening = self._open_encrypted()
-        output, self._step = next(self._opening)
-        return output
+        return self._hello()  # RFC 3207 4.2: what was offered before the handshake is discarded
 
     def _advance(self, reply: ServerReply) -> bytes:
-        try:
-            output, self._step = self._opening.send(reply)
-        except StopIteration:
-            if self._step is not _HANDSHAKE:
-                self._step = _READY
-            return b""
-        return output
+        """Take the reply to a command before READY. Return the next command; nothing after the last one."""
+        step, code = self._step, reply.code
+        if step is _EHLO or step is _LHLO:
+            return self._on_hello(reply, code)
+        if step is _GREETING:
+            if code != 220:
+                raise OpeningError(reply.text, reply.status, reply)
+            return self._hello()
+        if step is _HELO:
+            self.capabilities = _NOTHING_OFFERED
+            self.max_recipients = min(self.max_recipients, _NOTHING_OFFERED.max_recipients)
+            if code != 250:
+                raise OpeningError(reply.text, reply.status, reply)
+            return self._after_hello()
+        return self._on_starttls(reply, code) if step is _STARTTLS else self._on_auth(reply, code)
 
-    def _open(self) -> Opening:
-        reply = yield b"", _GREETING
-        if reply.code != 220:
-            raise OpeningError(reply.text, reply.status, reply)
-        yield from self._hello()
-        if not self.is_encrypted and self._starttls != "never":
-            if self.capabilities.starttls:
-                reply = yield b"STARTTLS\r\n", _STARTTLS
-                if reply.code == 220:
-                    self._expect_handshake()
-                    return
-                self.starttls_refused = True
-            if self._starttls == "required":
-                if self.starttls_refused:
-                    raise OpeningError(f"STARTTLS was refused: {reply.text}", "4.7.4", reply)
-                raise OpeningError("TLS is required, and the server does not offer it", "4.7.4")
-        yield from self._authenticate()
+    def _hello(self) -> bytes:
+        self._step = step = _LHLO if self._lmtp else _EHLO
+        return step.encode() + b" " + self._hostname + b"\r\n"
 
-    def _open_encrypted(self) -> Opening:
-        yield from self._hello()  # RFC 3207 4.2: what was offered before the handshake is discarded
-        yield from self._authenticate()
-
-    def _expect_handshake(self) -> None:
-        """Raise ProtocolError if clear text follows the 220: an attacker may have inserted it (RFC 3207 6)."""
-        if not self._reader.is_empty:
-            raise ProtocolError("the server sent something between STARTTLS and TLS")
-        self._step = _HANDSHAKE
-        self.needs_handshake = True
-
-    def _hello(self) -> Opening:
-        step = _LHLO if self._lmtp else _EHLO
-        reply = yield step.encode() + b" " + self._hostname + b"\r\n", step
-        if reply.code == 250:
+    def _on_hello(self, reply: ServerReply, code: int) -> bytes:
+        if code == 250:
             found = Capabilities.of(reply)
             self.capabilities = found if self._chunking else replace(found, chunking=False)
             self.max_recipients = min(self.max_recipients, found.max_recipients)
-            return
-        if reply.code in _EHLO_UNKNOWN and not self._lmtp:
-            reply = yield b"HELO " + self._hostname + b"\r\n", _HELO
-            self.capabilities = _NOTHING_OFFERED
-            self.max_recipients = min(self.max_recipients, self.capabilities.max_recipients)
-        if reply.code != 250:
+            return self._after_hello()
+        if self._lmtp or code not in _EHLO_UNKNOWN:
             raise OpeningError(reply.text, reply.status, reply)
+        self._step = _HELO
+        return b"HELO " + self._hostname + b"\r\n"
 
-    def _authenticate(self) -> Opening:
+    def _after_hello(self) -> bytes:
+        if self.is_encrypted or not self._wants_tls:
+            return self._authenticate()
+        if self.capabilities.starttls:
+            self._step = _STARTTLS
+            return b"STARTTLS\r\n"
+        if self._requires_tls:
+            raise OpeningError("TLS is required, and the server does not offer it", "4.7.4")
+        return self._authenticate()
+
+    def _on_starttls(self, reply: ServerReply, code: int) -> bytes:
+        """Expect the handshake. Raise ProtocolError if clear text follows the 220 (RFC 3207 6)."""
+        if code == 220:
+            if not self._reader.is_empty:  # an attacker may have inserted it
+                raise ProtocolError("the server sent something between STARTTLS and TLS")
+            self._step = _HANDSHAKE
+            self.needs_handshake = True
+            return b""
+        self.starttls_refused = True
+        if self._requires_tls:
+            raise OpeningError(f"STARTTLS was refused: {reply.text}", "4.7.4", reply)
+        return self._authenticate()
+
+    def _authenticate(self) -> bytes:
         if self._credentials is None:
-            return
+            self._step = _READY
+            return b""
         try:
             exchange = AuthExchange(self._credentials, self.capabilities, is_private=self._is_private)
         except CannotSendError as exc:
             raise OpeningError(f"AUTH: {exc}", exc.status) from exc
         self._exchange = exchange
-        reply = yield exchange.start(), _AUTH
-        while reply.code == 334:
-            reply = yield exchange.respond(reply), _AUTH
-        if reply.code != 235:
+        self._step = _AUTH
+        return exchange.start()
+
+    def _on_auth(self, reply: ServerReply, code: int) -> bytes:
+        exchange = self._exchange
+        assert exchange is not None
+        if code == 334:
+            return exchange.respond(reply)
+        if code != 235:
             raise OpeningError(f"AUTH was refused: {reply.text}", reply.status, reply)
         exchange.finish()
+        self._step = _READY
+        return b""
 
     # ---- transactions
 
@@ -492,7 +505,7 @@ class ClientTransaction:
             self.accepted.append(position)
             if self.is_question:
                 self.outcomes[position] = reply
-        elif self.accepted and code in (452, 552) and reply.enhanced_status in _TOO_MANY:
+        elif self.accepted and means_too_many(reply):
             self.too_many.append(position)
         else:
             self.outcomes[position] = reply
@@ -536,7 +549,7 @@ class ClientTransaction:
             return self._on_text(reply, code)
         if not self.accepted:
             return self._finish()
-        if self.chunking and code in _BDAT_UNKNOWN:
+        if self.chunking and code in _BDAT_UNKNOWN and not self._is_of_recipient(reply):
             return self._on_text(reply, code)  # the octets of the text may have been read as commands
         if not self.lmtp:
             self._decide(reply)
@@ -548,6 +561,13 @@ class ClientTransaction:
         self.is_in_doubt = False
         self.step = _DONE
         return b""
+
+    def _is_of_recipient(self, reply: ServerReply) -> bool:
+        """Return whether a 500 or 502 of an LMTP server refuses a message for one recipient, and not BDAT as such.
+
+        To send the text again would give those who have accepted it a duplicate.
+        """
+        return self.lmtp and (self._position > 0 or reply.enhanced_status not in (None, "5.5.1", "5.5.2"))
 
     def _refuse_text(self, reply: ServerReply, code: int) -> None:
         self.is_in_doubt = False

@@ -1,7 +1,7 @@
 """Events of a server session: one for each command that needs a decision.
 
 The session returns the next event only after the last one was answered with `ServerSession.reply`, or with the method
-that the docstring here names. Commands that need no decision are answered by the session.
+that the docstring here names. The session replies to all other commands.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class _Need(Enum):
 
 
 NEED_DATA: Final = _Need.DATA
-"""The input is used up: send the pending output, then feed more."""
+"""All input is parsed: send the output, then receive more."""
 TURN_OVER: Final = _Need.TURN_OVER
-"""Enough commands were answered in one turn, there may be more input: let other tasks run, then ask again."""
+"""The limit of commands in a turn is reached, there may be more input: let other tasks run, then call again."""
 CLOSED: Final = _Need.CLOSED
-"""The conversation is over: send the pending output, then close."""
+"""The session is over: send the output, then close."""
 
 
 class Hello(NamedTuple):
-    """HELO, EHLO or LHLO. An accepting reply is replaced by the session's own, which lists the extensions."""
+    """HELO, EHLO or LHLO. In place of an accepting reply, the session sends its own, which lists the extensions."""
 
     verb: str
     name: str
@@ -51,13 +51,13 @@ class Rcpt(NamedTuple):
 
 
 class Verify(NamedTuple):
-    """VRFY, when the listener can verify users."""
+    """VRFY, if `Extensions.can_verify`."""
 
     argument: str
 
 
 class Expand(NamedTuple):
-    """EXPN, when the listener can expand lists."""
+    """EXPN, if `Extensions.can_expand`."""
 
     argument: str
 
@@ -77,24 +77,24 @@ class BeginData(NamedTuple):
 
 
 class BodyChunk(NamedTuple):
-    """A piece of the body; needs no answer."""
+    """A part of the body, in any size. No reply."""
 
     data: bytes
 
 
 class EndOfMessage(NamedTuple):
-    """The end of the data was seen. LMTP answers with `reply_each`."""
+    """The end of the data. In LMTP the reply is sent once for each accepted recipient (RFC 2033 4.2)."""
 
     size: int
     """Octets of the body."""
 
 
 class MessageAborted(NamedTuple):
-    """The message whose body has begun is discarded; the session has answered or will. Needs no answer."""
+    """The message that is being received will not be accepted: discard its body. No reply: the session sends it."""
 
     cause: str
     will_be_refused: bool = False
-    """The body is read to its end and then refused; False when the client has aborted the message."""
+    """The rest of the body is read, and the message is refused; False if the client has aborted it."""
 
 
 class StartTls(NamedTuple):
@@ -116,11 +116,11 @@ class AuthResponse(NamedTuple):
 
 
 class AuthAborted(NamedTuple):
-    """The client cancelled the exchange or sent an unreadable line; the session has answered. Needs no answer."""
+    """The client cancelled the exchange or sent an invalid line. No reply: the session has sent it."""
 
 
 class Quit(NamedTuple):
-    """QUIT was answered; `CLOSED` follows. Needs no answer."""
+    """QUIT; `CLOSED` follows. No reply: the session has sent it."""
 
 
 Event = (

@@ -1,6 +1,6 @@
 """The extensions and protocol limits of a listener.
 
-Each listener has one `Extensions`, made at the start. The replies to EHLO are encoded once for each state of a
+Each listener has one `Extensions`. The replies to EHLO are encoded once for each state of a
 connection that changes them.
 """
 
@@ -52,7 +52,7 @@ class Extensions:
     max_unknown: int = 50
     """Recipients refused with 5xx before the session ends with 421 4.7.0."""
     max_junk: int = 100
-    """Commands without mail (NOOP, RSET, EHLO ...) since the last MAIL; further ones count as errors."""
+    """Commands without mail (NOOP, RSET, EHLO ...) since the last MAIL; more of them count as errors."""
     max_auth_failures: int = 3
     """Failed authentications before the session ends with 421 4.7.0."""
     starttls: bool = False

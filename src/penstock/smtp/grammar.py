@@ -1,4 +1,4 @@
-"""The grammar of arguments (RFC 5321 4.1.2): octets in, a checked event or the refusal out. Nothing here raises.
+"""The grammar of arguments (RFC 5321 4.1.2): octets in, a checked event or the refusal out. No function here raises.
 
 Almost every MAIL and RCPT is `FROM:<dot-string@domain>`, perhaps with SIZE and BODY. Those are read by compiled code
 (ext/grammar.pyx). All others are read here: first the path is cut out, then the parameters are read, because they tell
@@ -12,6 +12,7 @@ Two modes
 `Extensions.tolerant_addresses` chooses between the syntax of the RFCs and what mail servers accept in practice. The
 tolerant mode also accepts
 
+- paths without angle brackets, as Postfix does unless strict_rfc821_envelopes is set,
 - local parts with dots at the start, at the end or in a row,
 - domains with underscores or one trailing dot (which is removed),
 - `MAIL FROM:<root>`, a sender without a domain,
@@ -32,7 +33,7 @@ from penstock import reply as replies
 from penstock.addresses import UNSAFE_CHARACTERS, domain_of, is_domain, literal_of
 from penstock.message import NO_PARAMETERS, NULL_PATH, MailParameters, Path, Recipient
 from penstock.reply import Reply
-from penstock.smtp._grammar import BAD_RECIPIENT, BAD_SENDER, plain_mail, plain_rcpt
+from penstock.smtp._grammar import BAD_RECIPIENT, BAD_SENDER
 from penstock.smtp.events import Mail, Rcpt
 from penstock.smtp.extensions import Extensions
 
@@ -48,8 +49,9 @@ MAX_HELLO: Final = 255
 MAX_ENVID: Final = 100  # RFC 3461 4.4
 MAX_ORCPT: Final = 500  # RFC 3461 4.2
 
-# What the tolerant mode has let through, as events and metrics name it.
+# Irregularities that the tolerant mode accepts, as events and metrics name them.
 BLANK_AFTER_COLON: Final = "blank-after-colon"
+MISSING_BRACKETS: Final = "missing-brackets"
 LOCAL_PART_DOTS: Final = "local-part-dots"
 DOMAIN_UNDERSCORE: Final = "domain-underscore"
 DOMAIN_TRAILING_DOT: Final = "domain-trailing-dot"
@@ -58,6 +60,7 @@ IRREGULAR_XTEXT: Final = "irregular-xtext"
 IGNORED_PARAMETER: Final = "ignored-parameter"
 TOLERATED: Final = (
     BLANK_AFTER_COLON,
+    MISSING_BRACKETS,
     LOCAL_PART_DOTS,
     DOMAIN_UNDERSCORE,
     DOMAIN_TRAILING_DOT,
@@ -83,14 +86,14 @@ _TOLERANT_HELLO: Final = re.compile(rf"(?:[\x20-\x7e]|{_UTF8})+")
 
 
 class _Notes:
-    """What was tolerated while one argument was read."""
+    """The irregularities that were tolerated in one argument."""
 
     def __init__(self, offer: Extensions) -> None:
         self.is_tolerant = offer.tolerant_addresses
         self.kinds: tuple[str, ...] = ()
 
     def tolerate(self, kind: str) -> bool:
-        """Note an irregularity and return whether it may pass."""
+        """Note an irregularity and return whether it is tolerated."""
         if self.is_tolerant and kind not in self.kinds:
             self.kinds += (kind,)
         return self.is_tolerant
@@ -119,12 +122,6 @@ def parse_hello_name(argument: bytes, *, tolerant: bool = True) -> str | Reply:
 
 def parse_mail(argument: bytes, offer: Extensions, *, esmtp: bool, tls: bool) -> Mail | Reply:
     """Read the argument of MAIL (RFC 5321 4.1.1.2)."""
-    plain = plain_mail(argument, esmtp, offer.eightbitmime, offer.max_size)
-    return parse_any_mail(argument, offer, esmtp=esmtp, tls=tls) if plain is None else plain
-
-
-def parse_any_mail(argument: bytes, offer: Extensions, *, esmtp: bool, tls: bool) -> Mail | Reply:
-    """Read the argument of MAIL with the whole grammar."""
     notes = _Notes(offer)
     split = _split(argument, "FROM:", FROM_EXPECTED, BAD_SENDER, notes)
     if isinstance(split, Reply):
@@ -151,13 +148,7 @@ def parse_any_mail(argument: bytes, offer: Extensions, *, esmtp: bool, tls: bool
 
 
 def parse_rcpt(argument: bytes, offer: Extensions, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
-    """Read the argument of RCPT (RFC 5321 4.1.1.3). `smtputf8`: the MAIL of the transaction asked for it."""
-    plain = plain_rcpt(argument)
-    return parse_any_rcpt(argument, offer, esmtp=esmtp, smtputf8=smtputf8) if plain is None else plain
-
-
-def parse_any_rcpt(argument: bytes, offer: Extensions, *, esmtp: bool, smtputf8: bool) -> Rcpt | Reply:
-    """Read the argument of RCPT with the whole grammar."""
+    """Read the argument of RCPT (RFC 5321 4.1.1.3). `smtputf8`: the MAIL of the transaction requested it."""
     notes = _Notes(offer)
     split = _split(argument, "TO:", TO_EXPECTED, BAD_RECIPIENT, notes)
     if isinstance(split, Reply):
@@ -193,7 +184,10 @@ def _split(argument: bytes, word: str, expected: Reply, bad: Reply, notes: _Note
         if not notes.tolerate(BLANK_AFTER_COLON):
             return bad
     if not text.startswith("<"):
-        return bad
+        mailbox, _, rest = text.partition(" ")
+        if not mailbox or "<" in mailbox or ">" in mailbox or not notes.tolerate(MISSING_BRACKETS):
+            return bad
+        return mailbox, [word for word in rest.split(" ") if word]
     end = _end_of_path(text)
     if end < 0:
         return bad
@@ -305,7 +299,7 @@ class _Parameter(NamedTuple):
 
 _MAIL_HINTS: Final = frozenset({"RET", "ENVID", "AUTH"})
 _RCPT_HINTS: Final = frozenset({"NOTIFY", "ORCPT"})
-"""Parameters without which a message is delivered all the same; the other ones change how it must be treated."""
+"""Parameters that can be ignored; the others change how a message must be treated."""
 
 
 def _parameters(words: list[str], hints: frozenset[str], notes: _Notes, *, esmtp: bool) -> list[_Parameter] | Reply:
@@ -488,8 +482,3 @@ def decode_xtext(text: str) -> str | None:
         return None
     decoded = _HEX.sub(lambda match: chr(int(match[1], 16)), text)
     return decoded if decoded.isascii() and decoded.isprintable() else None
-
-
-def encode_xtext(text: str) -> str:
-    """Encode ASCII text as xtext (RFC 3461 4)."""
-    return "".join(c if "!" <= c <= "~" and c not in "+=" else f"+{ord(c):02X}" for c in text)

@@ -28,6 +28,10 @@ TOPICS: Final[dict[str, str]] = {
 
 _EXPLANATIONS: Final = {verb: Reply(214, "2.0.0", text) for verb, text in TOPICS.items()}
 _UNKNOWN_TOPIC: Final = Reply(504, "5.5.4", "No help on that; HELP lists the verbs")
+_NOT_IN_SMTP: Final = frozenset({"LHLO"})
+_NOT_IN_LMTP: Final = frozenset({"HELO", "EHLO"})
+
+_DATA_OF_LMTP: Final = Reply(214, "2.0.0", f"{TOPICS['DATA']},\n  answered once for each recipient (RFC 2033 4.2)")
 
 
 def _list_of_verbs(hidden: frozenset[str]) -> Reply:
@@ -35,12 +39,17 @@ def _list_of_verbs(hidden: frozenset[str]) -> Reply:
     return Reply(214, "2.0.0", f"Verbs: {' '.join(verbs)}\nHELP <verb> explains one of them")
 
 
-_VERBS_OF_SMTP: Final = _list_of_verbs(frozenset({"LHLO"}))
-_VERBS_OF_LMTP: Final = _list_of_verbs(frozenset({"HELO", "EHLO"}))
+_VERBS_OF_SMTP: Final = _list_of_verbs(_NOT_IN_SMTP)
+_VERBS_OF_LMTP: Final = _list_of_verbs(_NOT_IN_LMTP)
 
 
 def help_reply(argument: bytes, *, is_lmtp: bool) -> Reply:
     """Return the reply to HELP with an argument."""
     if not argument:
         return _VERBS_OF_LMTP if is_lmtp else _VERBS_OF_SMTP
-    return _EXPLANATIONS.get(argument.decode("ascii", "replace").upper(), _UNKNOWN_TOPIC)
+    verb = argument.decode("ascii", "replace").upper()
+    if verb in (_NOT_IN_LMTP if is_lmtp else _NOT_IN_SMTP):
+        return _UNKNOWN_TOPIC
+    if verb == "DATA" and is_lmtp:
+        return _DATA_OF_LMTP
+    return _EXPLANATIONS.get(verb, _UNKNOWN_TOPIC)

@@ -9,7 +9,7 @@ Rules for every exchange:
    after a failure, a success or a `VerifyPassword` can succeed.
 2. Every input leads to a step. Exceptions of scramp become a `Failure` in one place, `_Scram.respond`.
 3. Lengths are checked first. SASLprep (RFC 4013) costs about 10 us a character, before the client is authenticated.
-4. 535 is for a proof that was read and is wrong, 501 for a message that cannot be read. Both count as failed attempts.
+4. 535 is for a wrong proof, 501 for a message that cannot be parsed. Both count as failed attempts.
 """
 
 from __future__ import annotations

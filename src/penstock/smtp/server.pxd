@@ -88,7 +88,6 @@ cdef class ServerSession:
     cdef reply_to_data(self, object reply)
     cdef object take_text_end(self)
     cdef reply_to_message(self, object reply)
-    cdef note_accepted(self)
     cdef object take_quit(self, bytes argument)
     cdef reply_to_hello(self, object reply)
     cdef reply_to_chunk(self, object reply)

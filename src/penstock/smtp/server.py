@@ -1,36 +1,36 @@
-"""The server's role in a conversation: octets in, events out, replies back. No I/O, no clock.
+"""The server side of SMTP and LMTP: octets in, events out, replies back. No I/O, no clock.
 
     session = ServerSession(extensions, wire, transaction)
     session.greet()
     while True:
         event = session.next_event()
-        if event is NEED_DATA: send session.take_output(), then session.receive(what came)
+        if event is NEED_DATA: send session.take_output(), then session.receive(more input)
         elif event is CLOSED:  send session.take_output(), then close
-        else:                  session.reply(what the driver decides)
+        else:                  session.reply(the decision of the driver)
 
 Rules
 -----
-1. The next event is held back until the last one is answered. What the client pipelined after it is not even looked
-   at, so the answer decides how it is read.
-2. The *reply* moves the state: an event is a question, and a refusal leaves everything as it was.
-3. Replies wait in the output while there is more input: pipelining then costs one send (RFC 2920 3.2).
-4. Each command gets one reply; each message gets one reply (in LMTP one per recipient), whatever its text holds.
-5. When what follows cannot be told from commands any more (a BDAT without a length, a refused text whose end the two
-   sides see at different places), the session ends: text of a body is never read as a command.
-6. The budgets (errors, unknown recipients, commands without mail, failed authentications, messages) belong to the
-   connection: neither RSET nor EHLO nor STARTTLS renews them.
-7. An event the driver has no decision to make for (`auto_accept`) is answered here with the reply that accepts it, and
-   never made. Nothing else differs: state, transaction and replies are the same.
+1. The next event is returned only after the last one was answered. Pipelined input after it is not parsed before,
+   because the reply decides how it is parsed.
+2. The *reply* changes the state: an event is a request, and a refusal leaves everything unchanged.
+3. Replies are collected while there is more input, so that pipelined commands cost one send (RFC 2920 3.2).
+4. Each command gets one reply, and so does each message (in LMTP one for each recipient), whatever its text contains.
+5. If the end of a text is not known for certain (a BDAT without a length, a refused text whose end the two sides see at
+   different places), the session ends: the text of a message is never executed as a command.
+6. The limits (errors, unknown recipients, commands without mail, failed authentications, messages) apply to the
+   connection: neither RSET nor EHLO nor STARTTLS resets them.
+7. Events in `auto_accept` are not returned: the session accepts them. State, transaction and replies are the same as if
+   the driver had accepted them.
 
-This file is compiled as it stands (server.pxd has the C types): nearly all clients send the same six commands in their
-plainest form, and what these cost decides what a server costs. Their arguments are read by penstock.smtp._grammar; any
-other form goes to penstock.smtp.grammar.
+This file is compiled (server.pxd has the C types): nearly all clients send the same six commands in their plainest
+form, and their cost is most of the cost of a server. penstock.smtp._grammar parses their arguments;
+penstock.smtp.grammar parses all other forms.
 """
 
 from __future__ import annotations
 
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import cython  # type: ignore[import-untyped]  # it has no types, and is not needed at run time
@@ -61,18 +61,17 @@ from penstock.smtp.events import (
     Verify,
 )
 from penstock.smtp.extensions import Extensions
-from penstock.smtp.grammar import parse_any_mail, parse_any_rcpt, parse_hello_name
+from penstock.smtp.grammar import parse_hello_name, parse_mail, parse_rcpt
 from penstock.smtp.helptext import help_reply
 from penstock.smtp.sasl import decode_response
 from penstock.smtp.states import (
     ARGUMENT_LIMIT,
     AUTH_LINE_LIMIT,
     LINE_LIMIT,
+    LMTP,
     LONGER_LINES,
     NUMBER,
-    RULES,
-    RULES_BEFORE_AUTH,
-    RULES_BEFORE_TLS,
+    SMTP,
     Rules,
     State,
     Table,
@@ -94,16 +93,16 @@ if not cython.compiled:  # compiled, these are the C constants and functions of 
     V_HELO, V_EHLO, V_MAIL, V_RCPT, V_DATA, V_BDAT, V_QUIT = 1, 2, 4, 5, 6, 7, 10
     P_MESSAGE, P_BDAT, P_UNASKED = 17, 7, 22
 
-# Events that a driver may have accepted without being asked: bits of `auto_accept`.
+# Events that the session can accept without the driver: bits of `auto_accept`.
 AUTO_ACCEPT_HELLO: Final = 1
 AUTO_ACCEPT_MAIL: Final = 2
 AUTO_ACCEPT_RCPT: Final = 4
 AUTO_ACCEPT_QUIT: Final = 8
 
 _SLOW_COMMAND: Final = 8
-"""What a MAIL or RCPT that needs the whole grammar counts for in a turn: it takes about as long as 8 others."""
+"""Commands of a turn that a MAIL or RCPT with the whole grammar counts for: it takes about as long."""
 OUTPUT_TAKEN: Final = -1
-"""What an observer is called with before the output is taken; otherwise it is called with each token of the wire."""
+"""Argument of the observer before the output is taken; otherwise it is a token of the wire."""
 
 VIOLATION_REPLIES: Final[dict[int, Reply]] = {
     _wire.BARE_LF: replies.BARE_LF_IN_TEXT,
@@ -126,10 +125,10 @@ INTERCEPTABLE_VERBS: Final = frozenset(NUMBER[verb] for verb in ("RSET", "NOOP",
 """Verbs that a session answers itself unless its driver intercepts them."""
 NO_VERBS: Final[frozenset[int]] = frozenset()
 _JUNK: Final = frozenset(NUMBER[verb] for verb in ("HELO", "EHLO", "LHLO", "RSET", "NOOP", "VRFY", "EXPN", "HELP"))
-"""Verbs that bring no mail, which a client may send only so often (Postfix smtpd_junk_command_limit)."""
+"""Verbs without mail, whose number is limited (Postfix smtpd_junk_command_limit)."""
 
 _FOR_MESSAGE, _FOR_DATA, _FOR_MAIL, _FOR_RCPT, _FOR_HELLO, _FOR_CHUNK, _FOR_TLS, _FOR_AUTH, _FOR_COMMAND = range(1, 10)
-"""What the reply to an event is for; 0 where none is waited for."""
+"""The kinds of events that wait for a reply; 0: none waits."""
 
 # The states, looked up once: Python 3.11 is slow at members of an Enum.
 _AUTH_STATE: Final = State.AUTH
@@ -150,17 +149,17 @@ _QUIT: Final = Quit()
 
 
 class ServerSession:
-    """One conversation. See the top of this file for how it is driven, and server.pxd for the C types of the fields."""
+    """One session. The top of this file describes how to drive it, server.pxd has the C types of its attributes."""
 
     extensions: Extensions
     """What the listener offers, and its limits."""
     wire: _wire.Wire
     transaction: Transaction
-    """What is known of the client and of its open transaction: the session writes it."""
+    """Facts about the client and its open transaction, which the session writes."""
     auto_accept: int
-    """The events that are accepted without asking the driver: bits AUTO_ACCEPT_..."""
+    """Events that the session accepts without the driver: bits AUTO_ACCEPT_..."""
     intercepted_verbs: frozenset[int]
-    """Numbers of the verbs that are put to the driver as Command, among INTERCEPTABLE_VERBS."""
+    """Numbers of the verbs that the driver gets as Command, among INTERCEPTABLE_VERBS."""
     watched_prefixes: tuple[str, ...] | None
     """See `watch`."""
     first_letters: str | None
@@ -170,7 +169,7 @@ class ServerSession:
     metrics: Any
     """The SessionMetrics that count replies and latencies (penstock.metrics); None counts nothing."""
     turn_limit: int
-    """Commands that one call of `next_event` may answer, costly ones counted several times; 0 is no limit."""
+    """Commands that one call of `next_event` may answer; costly ones count several times. 0: no limit."""
     commands: int
     """Lines read so far."""
     errors: int
@@ -178,23 +177,23 @@ class ServerSession:
     unknown: int
     """Recipients refused with 5xx so far."""
     junk: int
-    """Commands that brought no mail since the last MAIL."""
+    """Commands without mail since the last MAIL."""
     last_verb: int
     """The number of the last verb, for the journal."""
     has_quit: bool
     output_octets: int
-    """Octets of the replies that were not taken."""
+    """Octets of the replies since the output was last taken."""
     _output: list[bytes]
     _state: Any
-    """A State. (As one, mypy would believe that no call can change it.)"""
+    """A State; declared as Any because mypy would assume that no call changes it."""
     _table: Table
     _rules: Rules
     _event: Any
     """The event that waits for its reply."""
     _waiting: int
-    """What its reply is for, one of _FOR_...; 0 without one."""
+    """The kind of that event, one of _FOR_...; 0 without one."""
     tolerated: tuple[str, ...]
-    """Irregularities of MAIL and RCPT in this transaction that were let through (penstock.smtp.grammar)."""
+    """Tolerated irregularities of MAIL and RCPT in this transaction (penstock.smtp.grammar)."""
     _mails: int
     _auth_failures: int
     _chunk_is_last: bool
@@ -204,7 +203,7 @@ class ServerSession:
     def __init__(
         self, extensions: Extensions, wire: _wire.Wire, transaction: Transaction, auto_accept: int = 0
     ) -> None:
-        """`auto_accept` are the events that are accepted without asking the driver, bits `AUTO_ACCEPT_...`."""
+        """`auto_accept`: the events that the session accepts without the driver, bits `AUTO_ACCEPT_...`."""
         self.extensions = extensions
         self.wire = wire
         self.transaction = transaction
@@ -224,12 +223,12 @@ class ServerSession:
         transaction.is_lmtp = extensions.is_lmtp
         wire.set_line_limit(AUTH_LINE_LIMIT if extensions.mechanisms else LINE_LIMIT + LONGER_LINES["MAIL"])
         self._choose_table()
-        self._rules = RULES[_HELLO]
+        self._rules = self._table[_HELLO]
 
     def fresh(self, wire: _wire.Wire, transaction: Transaction) -> ServerSession:
-        """Return a new session with the settings of this one, at a fraction of the cost of making one.
+        """Return a new session with the settings of this one, at a fraction of the cost of the constructor.
 
-        `wire` is a fresh one of this session's wire.
+        `wire`: made by `fresh` of this session's wire.
         """
         other: ServerSession = type(self).__new__(type(self))
         other.extensions = self.extensions
@@ -259,34 +258,34 @@ class ServerSession:
 
     @property
     def state(self) -> State:
-        """Where the conversation stands."""
+        """The state of the session."""
         return self._state  # type: ignore[no-any-return]
 
     @property
     def in_body(self) -> bool:
-        """The text of a message, or the exchange about one, is under way."""
+        """A message is being received: its text, or the commands between its BDAT chunks."""
         return self._state in (_BODY, _OCTETS, _CHUNKS)
 
     @property
     def replies_waiting(self) -> list[bytes]:
-        """The replies since the output was last taken. Not to be changed."""
+        """The replies since the output was last taken. Do not change the list."""
         return self._output
 
     def watch(self, prefixes: tuple[str, ...] | None) -> None:
-        """Ask the driver about recipients whose local part begins with one of these, whatever `auto_accept` says.
+        """Return an event for recipients whose local part begins with one of these, even with AUTO_ACCEPT_RCPT.
 
-        The prefixes are not empty and begin in ASCII, otherwise raise ValueError.
+        Raise ValueError for a prefix that is empty or does not begin with an ASCII character.
         """
         letters = set()
         for prefix in prefixes or ():
             if not prefix[:1].isascii() or not prefix:
-                raise ValueError(f"a watched prefix begins in ASCII, not {prefix!r}")
+                raise ValueError(f"a watched prefix must begin with an ASCII character, not {prefix!r}")
             letters.add(prefix[0])
         self.watched_prefixes = prefixes
         self.first_letters = "".join(sorted(letters))
 
     def greet(self, refusal: Reply | None = None) -> None:
-        """Send the greeting of RFC 5321 4.2, or in its place a refusal: 421 or 554, then the session ends."""
+        """Send the greeting (RFC 5321 4.2), or in its place a refusal (421 or 554), which ends the session."""
         if refusal is None:
             self.send_encoded(self._greeting)
             self.enter(_HELLO)
@@ -295,11 +294,11 @@ class ServerSession:
             self._state = _CLOSED
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
-        """Take in octets. Drivers that own a socket let the wire receive them instead."""
+        """Parse octets later, with `next_event`. Drivers with a socket let the wire receive them instead."""
         self.wire.feed(data)
 
     def take_output(self) -> bytes:
-        """Return the replies made since the last call, and forget them."""
+        """Return the replies since the last call, and clear the output."""
         data = b""
         if self.observer is not None:
             self.observer(OUTPUT_TAKEN)
@@ -310,14 +309,14 @@ class ServerSession:
         if self.metrics is not None:
             self.metrics.end_turn(len(data))
             if self._waiting:
-                self.metrics.in_turn = True  # these replied to earlier commands: the clock of this one runs on
+                self.metrics.in_turn = True  # the replies are for earlier commands; this one is still timed
         return data
 
     def next_event(self) -> Event:
-        """Return what the client wants next. Raise RuntimeError while an event waits for its reply.
+        """Return the next event. Raise RuntimeError while an event waits for its reply.
 
-        With NEED_DATA the wire has given its buffer back, but for the beginning of a line. After `turn_limit` commands
-        (0: no limit) TURN_OVER is returned: there may be more input, and other sessions should have their turn.
+        With NEED_DATA the wire has released its buffer, unless it has the beginning of a line. After `turn_limit`
+        commands (0: no limit) TURN_OVER is returned: there may be more input, but other sessions should run first.
         """
         if self._waiting:
             raise RuntimeError(f"{self._event} was not answered")
@@ -348,7 +347,7 @@ class ServerSession:
         return CLOSED
 
     def reply(self, reply: Reply) -> None:
-        """Answer the last event; see each event for what its replies mean. Raise RuntimeError without one."""
+        """Reply to the last event; each event documents its replies. Raise RuntimeError if none waits."""
         waiting = self._waiting
         self._waiting = 0
         if waiting == _FOR_MESSAGE:
@@ -376,24 +375,6 @@ class ServerSession:
         else:
             raise RuntimeError("no event waits for a reply")
 
-    def reply_each(self, answers: Sequence[Reply]) -> None:
-        """Answer EndOfMessage in LMTP: a reply per accepted recipient, in their order (RFC 2033 4.2)."""
-        if self._waiting != _FOR_MESSAGE or not self._is_lmtp:
-            raise RuntimeError("only the end of an LMTP message is answered per recipient")
-        if len(answers) != len(self.transaction.recipients):
-            raise ValueError(f"{len(self.transaction.recipients)} recipients need as many replies")
-        self._waiting = 0
-        if any(reply.accepts for reply in answers):
-            self.note_accepted()
-        self._end_transaction()
-        for reply in answers:
-            self.send_encoded(reply.encoded)
-        # One message is one error of the client at most, and it is counted after the last of its replies.
-        if any(reply.closes for reply in answers):
-            self._state = _CLOSED
-        elif all(reply.code >= 500 for reply in answers):
-            self.count_error()
-
     def challenge(self, data: bytes) -> None:
         """Answer Auth or AuthResponse with a 334 (RFC 4954 4)."""
         if self._waiting != _FOR_AUTH:
@@ -410,7 +391,7 @@ class ServerSession:
         self.reply(reply)
 
     def tls_started(self, info: TlsInfo) -> None:
-        """Start over inside TLS: nothing that was said before it is known any more (RFC 3207 4.2)."""
+        """Start over after the TLS handshake: everything the client sent before it is discarded (RFC 3207 4.2)."""
         self.wire.drop_input()
         self.wire.expect_commands()
         transaction = self.transaction
@@ -432,7 +413,7 @@ class ServerSession:
         return _HANDLERS[NUMBER[command.verb]](self, command.argument)
 
     def close_with(self, reply: Reply) -> None:
-        """End the session from outside, in whatever state: a timeout, or the server stops (421)."""
+        """End the session in any state, with a reply such as the 421 of a timeout or a shutdown."""
         if self._state is not _CLOSED:
             if not self._waiting and self.metrics is not None:
                 self.metrics.phase = P_UNASKED
@@ -443,19 +424,19 @@ class ServerSession:
     # ---- state and replies
 
     def enter(self, state: State) -> None:
-        """Go to a state in which commands are read."""
+        """Change to a state in which commands are read."""
         self._state = state
         self._rules = self._table[state]
 
     def send_encoded(self, encoded: bytes) -> None:
-        """Add a reply to the output as it is. Every reply passes here."""
+        """Add an encoded reply to the output. All replies are added here."""
         self._output.append(encoded)
         self.output_octets += len(encoded)
         if self.metrics is not None:
             self.metrics.replied(encoded)
 
     def send(self, reply: Reply) -> None:
-        """Add a reply to the output; end the session when it says so, or when the error budget is used up."""
+        """Add a reply to the output; end the session if the reply `closes`, or after too many errors."""
         self.send_encoded(reply.encoded)
         if reply.closes:
             self._state = _CLOSED
@@ -463,13 +444,13 @@ class ServerSession:
             self.count_error()
 
     def count_error(self) -> None:
-        """Count an error of the client; with too many of them the session ends (Postfix smtpd_hard_error_limit)."""
+        """Count an error of the client; too many of them end the session (Postfix smtpd_hard_error_limit)."""
         self.errors += 1
         if self.errors > self._max_errors:
             self.close_with(replies.TOO_MANY_ERRORS)
 
     def is_too_much_junk(self) -> bool:
-        """Count a command without mail; beyond the budget it is an error. Return True if that ends the session."""
+        """Count a command without mail; beyond the limit it is an error. Return True if that ends the session."""
         self.junk += 1
         if self.junk <= self._max_junk:
             return False
@@ -479,28 +460,29 @@ class ServerSession:
     def _choose_table(self) -> None:
         """Choose the table of rules for the present state of TLS and AUTH."""
         extensions, transaction = self.extensions, self.transaction
+        tables = LMTP if self._is_lmtp else SMTP
         if extensions.require_tls and transaction.tls is None:
-            self._table = RULES_BEFORE_TLS
+            self._table = tables.before_tls
         elif extensions.require_auth and transaction.identity is None:
-            self._table = RULES_BEFORE_AUTH
+            self._table = tables.before_auth
         else:
-            self._table = RULES
+            self._table = tables.ordinary
 
     def _ask(self, event: Event, waiting: int) -> Event:
-        """Hold back all that follows until the driver has replied."""
+        """Return an event to the driver; nothing more is parsed before its reply."""
         self._event = event
         self._waiting = waiting
         return event
 
     def _refuse(self, reply: Reply) -> Event | None:
-        """Answer a command with an error of the client's; no event is made."""
+        """Refuse a command; the driver gets no event."""
         self.send(reply)
         return None
 
     # ---- lines
 
     def take_line(self) -> Event | None:
-        """Read a command. Return the event that it is, None when it was answered."""
+        """Read a command. Return its event, None if the session has replied."""
         argument = self.wire.argument
         verb = self.wire.verb
         self.commands += 1
@@ -529,7 +511,7 @@ class ServerSession:
         return None
 
     def take_other(self, verb: int, argument: bytes) -> Event | None:
-        """Read a command that is not among the plain ones."""
+        """Read a command other than the frequent ones."""
         if verb in _JUNK and self.is_too_much_junk():
             return None
         if verb in self.intercepted_verbs:
@@ -537,14 +519,14 @@ class ServerSession:
         return _HANDLERS[verb](self, argument)
 
     def take_violation(self, token: int) -> Event | None:
-        """Handle a token that a well-behaved client does not cause."""
+        """Handle a token that only faulty clients cause."""
         if token == T_VIOLATION:
             return MessageAborted(VIOLATION_REPLIES[self.wire.violation].text, will_be_refused=True)
         if token == T_TEXT_BROKEN:
             if self.metrics is not None:
                 self.metrics.text_ends(P_MESSAGE)
             refusal = VIOLATION_REPLIES[self.wire.violation]
-            self.send(Reply(refusal.code, refusal.status, refusal.text, closes=True))
+            self._end_message(Reply(refusal.code, refusal.status, refusal.text, closes=True))
             return None
         self.commands += 1
         if self._state is _AUTH_STATE:
@@ -563,8 +545,8 @@ class ServerSession:
     # ---- HELO EHLO LHLO
 
     def take_hello(self, verb: int, argument: bytes) -> Event | None:
-        """Read a HELO or EHLO; the plain one is answered here when the driver need not be asked."""
-        # After part of a message there is a body to forget, which the driver has to know.
+        """Read a HELO or EHLO; reply to a plain one if HELO is in `auto_accept`."""
+        # After part of a message the driver must discard its body, so it gets the event.
         if (
             self.auto_accept & AUTO_ACCEPT_HELLO
             and not self._is_lmtp
@@ -592,8 +574,8 @@ class ServerSession:
 
     def _hello(self, argument: bytes) -> Event | None:
         verb = _wire.VERBS[self.last_verb]
-        if (verb == "LHLO") is not self._is_lmtp:
-            return self._refuse(replies.UNKNOWN_COMMAND)  # RFC 2033 4.1: LHLO and nothing else
+        if (verb == "LHLO") is not self._is_lmtp:  # RFC 2033 4.1: LHLO and nothing else
+            return self._refuse(replies.NOT_ESMTP if self._is_lmtp else replies.NOT_LMTP)
         name = parse_hello_name(argument, tolerant=self.extensions.tolerant_addresses)
         if isinstance(name, Reply):
             return self._refuse(name)
@@ -617,14 +599,12 @@ class ServerSession:
         mail = plain_mail(argument, transaction.is_esmtp, self._eightbitmime, self._max_size)
         if mail is None:
             self._turn_left -= _SLOW_COMMAND - 1
-            mail = parse_any_mail(
-                argument, self.extensions, esmtp=transaction.is_esmtp, tls=transaction.tls is not None
-            )
+            mail = parse_mail(argument, self.extensions, esmtp=transaction.is_esmtp, tls=transaction.tls is not None)
         if not isinstance(mail, Mail):
             self.send(mail)
             return None
         if self._state is _REFUSED or not self.auto_accept & AUTO_ACCEPT_MAIL:
-            transaction.forget()  # what a refused BDAT has left, or policies that refused another MAIL
+            transaction.forget()  # the rest of a refused BDAT, or of a MAIL that a policy refused
         if self.auto_accept & AUTO_ACCEPT_MAIL:
             self.send_encoded(replies.SENDER_OK.encoded)
             self.begin_transaction(mail)
@@ -652,7 +632,7 @@ class ServerSession:
         if recipient is None:
             transaction = self.transaction
             self._turn_left -= _SLOW_COMMAND - 1
-            rcpt = parse_any_rcpt(
+            rcpt = parse_rcpt(
                 argument, self.extensions, esmtp=transaction.is_esmtp, smtputf8=transaction.parameters.smtputf8
             )
             if not isinstance(rcpt, Rcpt):
@@ -682,7 +662,7 @@ class ServerSession:
         elif reply.closes:
             self._state = _CLOSED
         elif reply.code >= 500:
-            # Counted apart from errors: a list with a few dead addresses is no attack, a harvest is.
+            # Not counted as errors: a list with a few dead addresses is no attack, a directory harvest is.
             self.unknown += 1
             if self.unknown > self._max_unknown:
                 self.close_with(replies.TOO_MANY_UNKNOWN)
@@ -731,7 +711,7 @@ class ServerSession:
         if self.metrics is not None:
             self.metrics.text_ends(P_MESSAGE)
         if self.wire.violation:
-            self._refuse_message(VIOLATION_REPLIES[self.wire.violation])
+            self._end_message(VIOLATION_REPLIES[self.wire.violation])
             return None
         event = self._event = EndOfMessage(self.wire.octets)
         self._waiting = _FOR_MESSAGE
@@ -739,27 +719,22 @@ class ServerSession:
 
     def reply_to_message(self, reply: Reply) -> None:
         """Answer EndOfMessage: in LMTP the same reply for every recipient (RFC 2033 4.2)."""
-        if reply.code < 400:
-            self.note_accepted()
+        if reply.code < 400 and self.metrics is not None:
+            self.metrics.message(self.transaction, self.wire.octets)
         if self._is_lmtp:
-            self._refuse_message(reply)
+            self._end_message(reply)
         else:
             self.transaction.forget()
             self.enter(_READY)
             self.send(reply)
 
-    def note_accepted(self) -> None:
-        """Count a message that was accepted."""
-        if self.metrics is not None:
-            self.metrics.message(self.transaction, self.wire.octets)
-
-    def _refuse_message(self, reply: Reply) -> None:
-        """Answer a message whose text has ended, once per recipient in LMTP (RFC 2033 4.2)."""
+    def _end_message(self, reply: Reply) -> None:
+        """Reply to a message whose text has ended, once for each recipient in LMTP (RFC 2033 4.2)."""
         times = len(self.transaction.recipients) if self._is_lmtp else 1
         self._end_transaction()
         for _ in range(times - 1):
             self.send_encoded(reply.encoded)
-        self.send(reply)  # however many recipients, it is one error of the client
+        self.send(reply)  # it counts as one error of the client, for any number of recipients
 
     def _end_transaction(self) -> None:
         self.transaction.forget()
@@ -802,7 +777,7 @@ class ServerSession:
         self.wire.expect_octets(octets, last=self._chunk_is_last, text=is_text, first=first)
 
     def _drop_chunk(self, octets: int, refusal: Reply) -> None:
-        """Read the octets of a refused BDAT before the refusal: they must not be taken for commands."""
+        """Read the octets of a refused BDAT, then refuse it: they must not be read as commands."""
         self._chunk_refusal = refusal
         self._state = _OCTETS
         self.wire.expect_octets(octets, first=True, drop=True)
@@ -825,14 +800,14 @@ class ServerSession:
 
     def _end_refused_chunk(self, refusal: Reply) -> None:
         transaction = self.transaction
-        if transaction.sender is None:  # there is no transaction that could be over
+        if transaction.sender is None:  # there is no transaction to end
             self.enter(_READY if transaction.hello else _HELLO)
             self.send(refusal)
         elif not transaction.recipients:
             self.enter(_MAIL)
             self.send(refusal)
         elif self._chunk_is_last and self._table[_REFUSED][V_BDAT] is not refusal:
-            self._refuse_message(refusal)
+            self._end_message(refusal)
         else:
             self.enter(_REFUSED)
             self.send(refusal)
@@ -854,7 +829,7 @@ class ServerSession:
         return None
 
     def take_quit(self, argument: bytes) -> Event | None:
-        """Answer QUIT. The driver hears of it where it wants to, or has part of a body to forget."""
+        """Reply to QUIT. Without AUTO_ACCEPT_QUIT, or after part of a message, the driver gets an event."""
         if argument:
             self.send(replies.NO_ARGUMENT_ALLOWED)
             return None
@@ -895,9 +870,9 @@ class ServerSession:
         if not self.extensions.starttls:
             return self._refuse(replies.NOT_IMPLEMENTED)
         if self.wire.waiting:
-            # What follows came without TLS and would be obeyed inside it (CVE-2011-0411).
+            # This input was sent in clear text and would be executed inside TLS (CVE-2011-0411).
             self.wire.drop_input()
-            return self._refuse(replies.INPUT_BEHIND_STARTTLS)
+            return self._refuse(replies.INPUT_AFTER_STARTTLS)
         return self._ask(StartTls(), _FOR_TLS)
 
     # ---- AUTH (RFC 4954)
@@ -951,7 +926,7 @@ class ServerSession:
             self._count_auth_failure()
 
     def _count_auth_failure(self) -> None:
-        """Count an exchange that has failed, be it by a wrong proof, a malformed message or the client's choice."""
+        """Count an exchange that has failed: a wrong proof, a malformed message, or cancelled by the client."""
         self._auth_failures += 1
         if self._auth_failures >= self.extensions.max_auth_failures:
             self.close_with(replies.TOO_MANY_AUTH_FAILURES)

@@ -13,7 +13,7 @@ a verb up by its number (`_wire.VERBS`), so a rule costs one index.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from penstock import reply
 from penstock.reply import Reply
@@ -34,15 +34,15 @@ class State(IntEnum):
     RCPT = 4
     """At least one recipient was accepted."""
     BODY = 5
-    """In the text after a 354."""
+    """The text after a 354 is being received."""
     CHUNKS = 6
     """Between two BDAT commands of one message."""
     REFUSED = 7
     """A BDAT was refused: RSET or MAIL has to follow (RFC 3030 2)."""
     OCTETS = 8
-    """In the octets of a BDAT."""
+    """The octets of a BDAT are being received."""
     AUTH = 9
-    """In an AUTH exchange."""
+    """An AUTH exchange is in progress."""
     TLS = 10
     """Between the 220 to STARTTLS and the end of the handshake."""
     CLOSED = 11
@@ -69,58 +69,71 @@ def _table(rules: dict[State, Rules]) -> Table:
     return tuple(rules.get(state, ()) for state in State)
 
 
-RULES: Final = _table(
-    {
-        State.HELLO: _rules(
-            MAIL=reply.HELLO_FIRST,
-            RCPT=reply.HELLO_FIRST,
-            DATA=reply.HELLO_FIRST,
-            BDAT=reply.HELLO_FIRST,
-            AUTH=reply.EHLO_FIRST,
-            STARTTLS=reply.EHLO_FIRST,
-        ),
-        State.READY: _NO_TRANSACTION,
-        State.MAIL: _rules(
-            MAIL=reply.NESTED_MAIL,
-            DATA=reply.RCPT_FIRST,
-            BDAT=reply.RCPT_FIRST,
-            AUTH=reply.AUTH_IN_TRANSACTION,
-        ),
-        State.RCPT: _rules(MAIL=reply.NESTED_MAIL, AUTH=reply.AUTH_IN_TRANSACTION),
-        State.CHUNKS: _rules(
-            MAIL=reply.NESTED_MAIL,
-            RCPT=reply.RCPT_AFTER_BDAT,
-            DATA=reply.DATA_AFTER_BDAT,
-            AUTH=reply.AUTH_IN_TRANSACTION,
-        ),
-        State.REFUSED: _rules(
-            RCPT=reply.BDAT_ENDED,
-            DATA=reply.BDAT_ENDED,
-            BDAT=reply.BDAT_ENDED,
-            AUTH=reply.AUTH_IN_TRANSACTION,
-        ),
-    }
-)
+def _rules_after(hello: Reply, extended: Reply) -> Table:
+    """Return the table of a protocol. `hello` and `extended` refuse what needs HELO or EHLO, and what needs EHLO."""
+    return _table(
+        {
+            State.HELLO: _rules(MAIL=hello, RCPT=hello, DATA=hello, BDAT=hello, AUTH=extended, STARTTLS=extended),
+            State.READY: _NO_TRANSACTION,
+            State.MAIL: _rules(
+                MAIL=reply.NESTED_MAIL,
+                DATA=reply.RCPT_FIRST,
+                BDAT=reply.RCPT_FIRST,
+                AUTH=reply.AUTH_IN_TRANSACTION,
+            ),
+            State.RCPT: _rules(MAIL=reply.NESTED_MAIL, AUTH=reply.AUTH_IN_TRANSACTION),
+            State.CHUNKS: _rules(
+                MAIL=reply.NESTED_MAIL,
+                RCPT=reply.RCPT_AFTER_BDAT,
+                DATA=reply.DATA_AFTER_BDAT,
+                AUTH=reply.AUTH_IN_TRANSACTION,
+            ),
+            State.REFUSED: _rules(
+                RCPT=reply.BDAT_ENDED,
+                DATA=reply.BDAT_ENDED,
+                BDAT=reply.BDAT_ENDED,
+                AUTH=reply.AUTH_IN_TRANSACTION,
+            ),
+        }
+    )
+
 
 _ALLOWED_BEFORE_TLS = frozenset({"", "HELO", "EHLO", "LHLO", "STARTTLS", "NOOP", "RSET", "HELP", "QUIT", "HTTP"})
 _ALLOWED_BEFORE_AUTH = _ALLOWED_BEFORE_TLS | {"AUTH"}
 
 
-def require(allowed: frozenset[str], refusal: Reply) -> Table:
+def _require(rules: Table, allowed: frozenset[str], refusal: Reply) -> Table:
     """Return the table that refuses every verb that is not allowed, in every state."""
     overlay = tuple(None if verb in allowed else refusal for verb in VERBS)
     return tuple(
-        tuple(over or rule for over, rule in zip(overlay, rules, strict=True)) if rules else () for rules in RULES
+        tuple(over or rule for over, rule in zip(overlay, each, strict=True)) if each else () for each in rules
     )
 
 
-RULES_BEFORE_TLS: Final = require(_ALLOWED_BEFORE_TLS, reply.TLS_REQUIRED)
-"""The table of a listener that requires TLS, before it (RFC 3207 4)."""
-RULES_BEFORE_AUTH: Final = require(_ALLOWED_BEFORE_AUTH, reply.AUTH_REQUIRED)
-"""The table of a listener that requires authentication, before it (RFC 4954 6)."""
+class Tables(NamedTuple):
+    """The tables of a protocol."""
+
+    ordinary: Table
+    before_tls: Table
+    """Of a listener that requires TLS, before it (RFC 3207 4)."""
+    before_auth: Table
+    """Of a listener that requires authentication, before it (RFC 4954 6)."""
+
+    @classmethod
+    def of(cls, rules: Table) -> Tables:
+        """Return the table of a protocol, and those made of it."""
+        return cls(
+            rules,
+            _require(rules, _ALLOWED_BEFORE_TLS, reply.TLS_REQUIRED),
+            _require(rules, _ALLOWED_BEFORE_AUTH, reply.AUTH_REQUIRED),
+        )
+
+
+SMTP: Final = Tables.of(_rules_after(reply.HELLO_FIRST, reply.EHLO_FIRST))
+LMTP: Final = Tables.of(_rules_after(reply.LHLO_FIRST, reply.LHLO_FIRST))
 
 LINE_LIMIT: Final = 512
-"""Octets of a command line with its CRLF, without what extensions add (RFC 5321 4.5.3.1.4)."""
+"""Octets of a command line with its CRLF, without additions of extensions (RFC 5321 4.5.3.1.4)."""
 AUTH_LINE_LIMIT: Final = 12_288
 """Octets of a line of an AUTH exchange, and of the AUTH command (RFC 4954 4)."""
 LONGER_LINES: Final = {

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from penstock.addresses import comparable_domain
 from penstock.message import Body
 from penstock.spool.bodies import BodyFiles, StoredBody
 from penstock.spool.entry import ATTEMPTING, DUE, HELD, STATES, HopState
@@ -58,7 +59,7 @@ class Filter:
     recipient: str = ""
     """A glob."""
     domain: str = ""
-    """The domain of the recipient."""
+    """The domain of the recipient, in any spelling."""
     state: str = ""
     """ "due", "attempting" or "held"."""
     older: float | None = None
@@ -72,15 +73,14 @@ class Filter:
         return self == Filter()
 
     def condition(self, now: float) -> tuple[str, list[object]]:
-        """Return the filter as SQL over message and recipient, and its parameters. `lower` must be that of Python."""
+        """Return the filter as SQL over message and recipient, and its parameters; see `add_functions`."""
         terms: list[tuple[str, object]] = []
         if self.sender:
             terms.append(("lower(sender) GLOB ?", "" if self.sender == "<>" else self.sender.lower()))
         if self.recipient:
             terms.append(("lower(address) GLOB ?", self.recipient.lower()))
         if self.domain:
-            end = f"@{self.domain.lower()}"
-            terms.append((f"substr(lower(address), -{len(end)}) = ?", end))
+            terms.append(("domain_of(address) = ?", comparable_domain(self.domain)))
         if self.state:
             terms.append(("state = ?", STATES.index(self.state)))
         if self.older is not None:
@@ -157,6 +157,19 @@ class Ages(NamedTuple):
     """One more than `AGES`."""
 
 
+def add_functions(database: sqlite3.Connection) -> None:
+    """Add the functions that filters use."""
+    # That of SQLite is limited to ASCII, which addresses are not (RFC 6531).
+    database.create_function("lower", 1, str.lower, deterministic=True)
+    database.create_function("domain_of", 1, _domain_of, deterministic=True)
+
+
+def _domain_of(address: str) -> str:
+    """Return the canonical form of the domain of an address, which keeps the spelling of the client."""
+    _, at, domain = address.rpartition("@")
+    return comparable_domain(domain) if at else ""
+
+
 def no_message(message_id: str) -> str:
     """Return the error for an unknown message id."""
     return f"no message {message_id} in the spool; it may have been delivered"
@@ -180,8 +193,7 @@ class QueueAdmin:
             raise SpoolError(f"no spool in {folder}")
         with closing(connect(path, timeout=_WAIT)) as database:
             check_version(database, path)
-            # That of SQLite is limited to ASCII, which addresses are not (RFC 6531).
-            database.create_function("lower", 1, str.lower, deterministic=True)
+            add_functions(database)
             yield cls(folder, database, clock)
 
     # ---- reading
@@ -316,11 +328,12 @@ class QueueAdmin:
 
     def suspend(self, name: str) -> bool:
         """Send nothing to a domain, or to a next hop by host or full name. Return False if that was so already."""
-        return self._database.execute("INSERT OR IGNORE INTO suspended VALUES (?)", (name.lower(),)).rowcount > 0
+        values = (comparable_domain(name),)
+        return self._database.execute("INSERT OR IGNORE INTO suspended VALUES (?)", values).rowcount > 0
 
     def resume(self, name: str) -> bool:
         """Undo `suspend`. Return False if the name was not suspended."""
-        return self._database.execute("DELETE FROM suspended WHERE name = ?", (name.lower(),)).rowcount > 0
+        return self._database.execute("DELETE FROM suspended WHERE name = ?", (comparable_domain(name),)).rowcount > 0
 
     def _at_rest(self, *states: int) -> list[int]:
         """Return the states in which recipients can be changed here: without a server, nothing is being attempted."""

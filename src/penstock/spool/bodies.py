@@ -18,7 +18,7 @@ from typing import Final
 import outcome
 import trio
 
-from penstock.files import sync_folder
+from penstock.files import make_folders, sync_folder, write_all
 from penstock.message import Body, Linkable
 
 _CHUNK: Final = 128 * 1024
@@ -83,7 +83,7 @@ class BodyFiles:
         if all(folder.is_dir() for folder in folders):
             return
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folders(folder)
         sync_folder(self._folder)
         sync_folder(self._folder.parent)
 
@@ -101,12 +101,11 @@ class BodyFiles:
         try:
             if not (isinstance(body, Linkable) and body.link(path)):
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-                with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - of a descriptor
-                    for chunk in body.chunks():
-                        view = memoryview(chunk)
-                        while view:
-                            view = view[file.write(view) :]
-                    os.fsync(file.fileno())
+                try:
+                    write_all(descriptor, body.chunks())
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
             sync_folder(path.parent)
         except BaseException:
             self.remove(number)
@@ -149,12 +148,12 @@ class BodyThreads:
         self._idle = trio.Event()
 
     def start(self) -> None:
-        """Remember the trio loop."""
+        """Store the trio token; call it in the trio loop."""
         self._token = trio.lowlevel.current_trio_token()
 
     @property
     def waiting(self) -> int:
-        """Files that wait to be written or removed, or are being."""
+        """Files that are being written or removed, or wait for it."""
         return len(self._wanted) + self._running
 
     async def write(self, number: int, body: Body) -> None:

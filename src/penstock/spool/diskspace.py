@@ -34,7 +34,7 @@ class DiskSpace:
         self.octets -= octets
 
     def check(self) -> None:
-        """Query the file system. If that fails, assume space: the write will tell."""
+        """Query the file system. If that fails, assume that there is space: the write will fail if not."""
         try:
             found = os.statvfs(self._folder)
         except OSError:

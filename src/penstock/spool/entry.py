@@ -59,7 +59,7 @@ class Outcome(Enum):
     DEFERRED = "deferred"
     """It is tried again later."""
     RETURNED = "returned"
-    """It was not attempted after all: the attempt does not count."""
+    """It was not attempted: the attempt does not count."""
 
 
 class AttemptRecord(NamedTuple):
@@ -90,7 +90,7 @@ class QueueDue(NamedTuple):
 
 
 class Put(NamedTuple):
-    """A message on its way into the spool."""
+    """A message to be written to the spool."""
 
     number: int
     message: Message
@@ -105,7 +105,7 @@ class Put(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """What was found when the spool was opened."""
+    """The state of the spool when it was opened."""
 
     messages: int
     """Messages in the spool."""
@@ -116,7 +116,7 @@ class Recovered(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """What an operator wants done with a recipient that the server may have in memory (spool/admin.py)."""
+    """A request of an operator about a recipient that the server may have in memory (spool/admin.py)."""
 
     row: int
     action: str
@@ -135,7 +135,7 @@ class AdminEvent(NamedTuple):
 
 
 class AdminInput(NamedTuple):
-    """What operators have asked for since the last look."""
+    """The requests of operators since the last call."""
 
     instructions: Sequence[Instruction]
     events: Sequence[AdminEvent]

@@ -1,6 +1,6 @@
 """What the relay, the deliveries and the operators' requests need of a durable queue. `Spool` is the one on disk.
 
-Everything is called in the trio thread. What is named `put`, `take`, `record`, `obey` or `take_rows` cannot be
+Everything is called in the trio thread. What is named `put`, `take`, `record`, `carry_out` or `take_rows` cannot be
 cancelled once it has begun: the caller learns how it ended.
 """
 
@@ -68,10 +68,13 @@ class DurableQueue(Protocol):
         Return the number of recipients.
         """
 
+    async def shift_received(self, now: float, seconds: float) -> None:
+        """After the clock was set by `seconds`: correct when messages were received, so that their age stays."""
+
     async def admin_input(self) -> AdminInput:
         """Return what operators have asked for since the last call."""
 
-    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+    async def carry_out(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
         """Hold, drop or retry recipients, and answer the instructions.
 
         `withdrawn` are written as being attempted, but are not. `at_rest` were not; those that are now are not changed.

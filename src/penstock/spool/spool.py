@@ -1,4 +1,4 @@
-"""The interface of the spool for deliveries and the relay. Called in the trio thread; the disk is another thread's."""
+"""The spool, for deliveries and the relay. Called in the trio thread; another thread writes to the disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,13 +31,16 @@ class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         msgspec.Meta(ge=0, le=1 << 30, description="Larger bodies (octets) are stored as files beside the database"),
     ] = 256 * 1024
     waiting: Annotated[
-        int, msgspec.Meta(ge=1, le=1_000_000, description="Messages that may wait for the disk; beyond that, 452")
+        int, msgspec.Meta(ge=1, le=1_000_000, description="Maximum messages waiting for the disk; beyond that, 452")
     ] = 20_000
     waiting_octets: Annotated[
-        int, msgspec.Meta(ge=1 << 20, le=1 << 40, description="Octets of bodies that may wait for the disk")
+        int, msgspec.Meta(ge=1 << 20, le=1 << 40, description="Maximum octets of bodies waiting for the disk")
     ] = 256 * 1024 * 1024
     reserve_octets: Annotated[
-        int, msgspec.Meta(ge=0, description="Free space to keep; a message that would use it is refused with 452 4.3.1")
+        int,
+        msgspec.Meta(
+            ge=0, description="Octets of free space to keep; a message that would use them is refused with 452 4.3.1"
+        ),
     ] = 256 * 1024 * 1024
     reserve_inodes: Annotated[int, msgspec.Meta(ge=0, description="Free inodes to keep")] = 10_000
 
@@ -116,7 +120,6 @@ class Spool:
     async def start(self) -> Recovered:
         """Open the spool and recover from a crash. Raise OSError, sqlite3.Error or SpoolError."""
         recovered = await trio.to_thread.run_sync(_open, self._store)
-        self._committer.start()
         self._threads.start()
         return recovered
 
@@ -140,10 +143,10 @@ class Spool:
         stored in a file is read from the file. With `is_held` they are not attempted before an operator releases them.
 
         Raise OSError, sqlite3.Error or SpoolFullError: then nothing was written. Cannot be cancelled once it has begun:
-        the caller learns what became of the message.
+        the caller learns the result.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        put = self._put_of(message, queues, is_taken)._replace(is_held=is_held)
+        put = self._put_of(message, queues, is_taken, is_held)
         if put.data is None:
             self._committer.check_capacity(0, self._threads.waiting)
             await self._threads.write(put.number, message.body)
@@ -159,12 +162,12 @@ class Spool:
             self.became_due(put.queues)
         return []
 
-    def _put_of(self, message: Message, queues: Sequence[str], is_taken: bool) -> Put:
+    def _put_of(self, message: Message, queues: Sequence[str], is_taken: bool, is_held: bool) -> Put:
         if len(queues) > 1:
             message, queues = without_duplicates(message, queues)
         is_filed = message.body.size > self._settings.body_in_file
         data = None if is_filed else b"".join(message.body.chunks())
-        return Put(self._store.new_number(), message, data, queues, is_taken)
+        return Put(self._store.new_number(), message, data, queues, is_taken, is_held)
 
     def _entries(self, put: Put) -> list[Entry]:
         """Return the entries of a message that was put as taken, one for each queue."""
@@ -250,17 +253,22 @@ class Spool:
 
     # ---- operators
 
+    async def count(self) -> int:
+        """Return the number of messages."""
+        return await self._committer.do(lambda store: store.count_messages())
+
     async def admin_input(self) -> AdminInput:
         """Return what operators have asked for since the last call; see `QueueAdmin`."""
         return await self._committer.do(lambda store: store.admin_input(), whole=True)
 
-    async def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
+    async def carry_out(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
         """Hold, drop or retry recipients, and answer the instructions.
 
         `withdrawn` are written as being attempted, but are not. `at_rest` were not; those that are now are not changed.
         """
         now = self._clock()
-        for number in await self._committer.do(lambda store: store.obey(action, withdrawn, at_rest, now), whole=True):
+        removed = await self._committer.do(lambda store: store.carry_out(action, withdrawn, at_rest, now), whole=True)
+        for number in removed:
             self._threads.remove_later(number)
 
     async def answer(self, rows: Sequence[int], *, is_done: bool) -> None:
@@ -281,6 +289,13 @@ class Spool:
         Return the number of recipients.
         """
         return await self._committer.do(lambda store: store.reschedule(now, waits, longest), whole=True)
+
+    async def shift_received(self, now: float, seconds: float) -> None:
+        """After the clock was set by `seconds`: correct when messages were received, so that their age stays."""
+        after: int | None = 0
+        while after is not None:
+            begin = after
+            after = await self._committer.do(partial(Store.shift_received, now=now, seconds=seconds, after=begin))
 
 
 def without_duplicates(message: Message, queues: Sequence[str]) -> tuple[Message, Sequence[str]]:

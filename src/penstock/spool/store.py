@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from penstock.files import sync_folder
+from penstock.files import make_folders, open_private, sync_folder
 from penstock.message import Body, Envelope, MessageId, Recipient
 from penstock.message import Path as MailPath
 from penstock.spool.bodies import BodyFiles, StoredBody
@@ -90,8 +90,8 @@ _decode_parameters = msgspec.json.Decoder(Parameters).decode
 _decode_dsn = msgspec.json.Decoder(Dsn).decode
 
 _TAKEN: Final = "SELECT recipient.number, attempts, address, dsn, delay_told, recipient.due_at"
-_INSERT_MESSAGE: Final = "INSERT INTO message VALUES "
-_INSERT_RECIPIENT: Final = "INSERT INTO recipient VALUES "
+INSERT_MESSAGE: Final = "INSERT INTO message VALUES "
+INSERT_RECIPIENT: Final = "INSERT INTO recipient VALUES "
 _DEFER: Final = """
 UPDATE recipient SET state = 0, due_at = ?, last_reply = ?, delay_told = ? WHERE number = ? AND state = 1
 """
@@ -104,6 +104,8 @@ _MAX_INSTRUCTIONS: Final = 5000
 """Instructions and events of operators that are read at a time."""
 _RESCHEDULED: Final = 10_000
 """Recipients rescheduled in one statement after a clock jump."""
+_SHIFTED: Final = 2000
+"""Messages whose time is corrected at a time, so that new ones need not wait for all."""
 _DROP_EMPTY: Final = """
 DELETE FROM message WHERE number IN (?) AND NOT EXISTS (
     SELECT 1 FROM recipient
@@ -126,12 +128,16 @@ def connect(
     database = sqlite3.connect(
         path, timeout=timeout, isolation_level=None, cached_statements=256, check_same_thread=False, factory=factory
     )
-    database.execute("PRAGMA synchronous = FULL")  # a commit is on stable storage when it returns
-    database.execute("PRAGMA foreign_keys = OFF")
-    database.execute("PRAGMA temp_store = MEMORY")
-    database.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
-    # Some builds of SQLite overwrite deleted data with zeros, which makes a delivered message 12 % more expensive.
-    database.execute("PRAGMA secure_delete = OFF")
+    try:
+        database.execute("PRAGMA synchronous = FULL")  # a commit is on stable storage when it returns
+        database.execute("PRAGMA foreign_keys = OFF")
+        database.execute("PRAGMA temp_store = MEMORY")
+        database.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT}")
+        # Some builds of SQLite overwrite deleted data with zeros, which makes a delivered message 12 % more expensive.
+        database.execute("PRAGMA secure_delete = OFF")
+    except BaseException:  # it is no database, for example
+        database.close()
+        raise
     return database
 
 
@@ -239,12 +245,13 @@ class Store:
     def open(self) -> Recovered:
         """Open the spool and recover from a crash. Raise OSError, sqlite3.Error or SpoolError."""
         if not self._folder.is_dir():
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folders(self._folder)
             sync_folder(self._folder.parent)
         self._take_lock()
         try:
             self.files.prepare()
             path = self._folder / "spool.db"
+            os.close(open_private(path, os.O_RDWR | os.O_CREAT))  # SQLite would create it for all to read
             self._database = connect(path)
             self._opened.callback(self._database.close)
             prepare(self._database, path)
@@ -338,21 +345,19 @@ class Store:
         recipients: list[object] = []
         due: dict[int, float] = {}
         for put in puts:
-            _add_message(messages, put)
+            add_message(messages, put)
             state, attempts = (ATTEMPTING, 1) if put.is_taken else (HELD if put.is_held else DUE, 0)
             first = put.number << PLACES
             for place, (recipient, name) in enumerate(zip(put.message.envelope.recipients, put.queues, strict=True)):
                 queue = self._queue(name)
                 if state == DUE:
                     due[queue] = now
-                dsn = None
-                if recipient.notify is not None or recipient.orcpt is not None:
-                    dsn = _encode((None if recipient.notify is None else sorted(recipient.notify), recipient.orcpt))
+                dsn = encode_dsn(recipient)
                 recipients += (first + place, queue, state, now, attempts, recipient.path.text, dsn, "", 0)
             self.checkpoints.logged += put.message.body.size + 1000
         self.puts += len(puts)
-        self._insert(_INSERT_MESSAGE, 8, messages)
-        self._insert(_INSERT_RECIPIENT, 9, recipients)
+        self._insert(INSERT_MESSAGE, 8, messages)
+        self._insert(INSERT_RECIPIENT, 9, recipients)
         for queue, when in due.items():
             self._make_due(queue, when)
 
@@ -475,7 +480,7 @@ class Store:
         try:
             recipients = tuple(_recipient(row[2], row[3]) for row in rows)
             rest = _NO_PARAMETERS if parameters is None else _decode_parameters(parameters)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError):
             return None
         return Entry(
             number,
@@ -528,6 +533,11 @@ class Store:
 
     # ---- what operators ask for
 
+    def count_messages(self) -> int:
+        """Return the number of messages."""
+        found = self._database.execute("SELECT count(*) FROM message INDEXED BY message_listed").fetchone()
+        return int(found[0])
+
     def admin_input(self) -> AdminInput:
         """Return what operators have asked for since the last look. Events are removed, instructions are not."""
         execute = self._database.execute
@@ -546,7 +556,7 @@ class Store:
             [Instruction(*row) for row in instructions], [AdminEvent(*event) for _, *event in events], suspended
         )
 
-    def obey(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int], now: float) -> list[int]:
+    def carry_out(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int], now: float) -> list[int]:
         """Do what an operator asked for with recipients, and answer the instructions.
 
         Those that were withdrawn are not being delivered, whatever their state says. Those that were at rest may have
@@ -625,6 +635,26 @@ class Store:
         self.refresh_queues()
         return count
 
+    def shift_received(self, now: float, seconds: float, after: int) -> int | None:
+        """Correct when some messages were received, after the clock was set by `seconds`: their age stays the same.
+
+        Set forward, that changes what was received before; set back, what lies in the future now. Messages up to the
+        number `after` are done. Return the last one of these; None when there are no more.
+        """
+        changed, bound = ("received_at <= ?", now - seconds) if seconds > 0 else ("received_at > ?", now)
+        found = self._database.execute(
+            "SELECT number FROM message INDEXED BY message_listed"
+            f" WHERE number > ? AND {changed} ORDER BY number LIMIT ?",
+            (after, bound, _SHIFTED),
+        ).fetchall()
+        if not found:
+            return None
+        self._database.execute(
+            f"UPDATE message SET received_at = received_at + ? WHERE number BETWEEN ? AND ? AND {changed}",
+            (seconds, found[0][0], found[-1][0], bound),
+        )
+        return int(found[-1][0])
+
     def drop_empty(self, numbers: Iterable[int]) -> list[int]:
         """Delete the messages among these that have no recipient left. Return those with a body file."""
         filed: list[int] = []
@@ -634,7 +664,7 @@ class Store:
         return filed
 
 
-def _add_message(values: list[object], put: Put) -> None:
+def add_message(values: list[object], put: Put) -> None:
     """Append the columns of a message."""
     message, envelope = put.message, put.message.envelope
     parameters = envelope[2:]
@@ -648,6 +678,13 @@ def _add_message(values: list[object], put: Put) -> None:
         message.prefix,
         put.data,
     )
+
+
+def encode_dsn(recipient: Recipient) -> bytes | None:
+    """Return the column `dsn` of a recipient."""
+    if recipient.notify is None and recipient.orcpt is None:
+        return None
+    return _encode((None if recipient.notify is None else sorted(recipient.notify), recipient.orcpt))
 
 
 def _rows_of(entries: Sequence[Entry]) -> list[int]:

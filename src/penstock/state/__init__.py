@@ -6,11 +6,11 @@
     keeper.py     the state of several workers: the supervisor owns the tables and answers questions over sockets
     remote.py     the worker's end of such a socket
 
-`State` (base.py) is what checks use; they cannot tell which of the two it is.
+Checks use the interface `State` (base.py), which both implement.
 """
 
 from __future__ import annotations
 
-from penstock.state.base import Charge, GreylistTimes, Later, State, StateUnavailableError
+from penstock.state.base import Charge, GreylistTimes, Later, Learned, State, StateUnavailableError
 
-__all__ = ("Charge", "GreylistTimes", "Later", "State", "StateUnavailableError")
+__all__ = ("Charge", "GreylistTimes", "Later", "Learned", "State", "StateUnavailableError")

@@ -38,8 +38,18 @@ class GreylistTimes(NamedTuple):
     """What has passed is forgotten this long after the last attempt."""
 
 
+class Learned(NamedTuple):
+    """What another server has noted of an attempt. Times are nanoseconds since the epoch."""
+
+    key: str
+    first: int
+    """The first attempt."""
+    expires: int
+    has_passed: bool
+
+
 Later = int | Awaitable[int]
-"""A result, or what has to be awaited for it: most answers come at once, and then nothing needs to wait."""
+"""A result, or an awaitable of it: most results are available at once, without waiting."""
 
 
 class State(Protocol):
@@ -65,3 +75,6 @@ class State(Protocol):
 
     def note(self, charges: Sequence[Charge]) -> None:
         """Take charges as far as they are available. Does not wait, and does not raise."""
+
+    def learn(self, entries: Sequence[Learned]) -> None:
+        """Take over what other servers have noted of attempts. Does not wait, and does not raise."""

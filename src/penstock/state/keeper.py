@@ -31,6 +31,7 @@ from penstock.state.wire import (
     Available,
     GiveBack,
     Greylist,
+    Learn,
     Note,
     Take,
     decode_question,
@@ -49,7 +50,7 @@ class Keeper:
         tables: Tables | None = None,
         interval: float = SAVE_INTERVAL,
     ) -> None:
-        """`path` is the snapshot. `report` gets what is wrong, in a line; any thread calls it."""
+        """`path` is the snapshot. `report` is called with an error in one line, by any thread."""
         self._tables = Tables() if tables is None else tables
         self._snapshot = Snapshot(path)
         self._report = report
@@ -83,7 +84,7 @@ class Keeper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread, and save what has changed. Blocks."""
+        """End the thread, and save changes. Blocks."""
         self._is_stopping = True
         self._wake.send(b"\0")
         self._thread.join()
@@ -144,14 +145,16 @@ class Keeper:
                     self._tables.give_back(question.charges)
                 elif isinstance(question, Note):
                     self._tables.note(question.charges)
+                elif isinstance(question, Learn):
+                    self._tables.learn(question.entries)
                 else:
                     sock.send(encode(Answer(question.number, self._answer(question))))
                 return
-        except BlockingIOError:  # a worker that reads no answers: it does not hear this one
+        except BlockingIOError:  # a worker that reads no answers does not get this one
             return
         except OSError:
             pass  # it was killed
-        except (msgspec.MsgspecError, ArithmeticError) as exc:
+        except (msgspec.MsgspecError, RecursionError, ArithmeticError) as exc:
             self._report(f"a worker has asked for what cannot be: {exc}")
         self._poll.unregister(sock)
         del self._sockets[sock.fileno()]
@@ -171,7 +174,7 @@ class Keeper:
     # ---- snapshots
 
     def _save(self) -> None:
-        """Begin to save what has changed, unless a save is under way."""
+        """Start saving changes, unless a save is in progress."""
         self._save_at = time.monotonic() + self._interval
         if self._saving is not None:
             if not self._saving[0].done():

@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from penstock.state.base import Charge, GreylistTimes
+from penstock.state.base import Charge, GreylistTimes, Learned
 from penstock.state.snapshot import Snapshot
 from penstock.state.tables import Tables
 
@@ -33,7 +33,7 @@ class LocalState:
         tables: Tables | None = None,
         interval: float = SAVE_INTERVAL,
     ) -> None:
-        """`path` is the snapshot. `report` gets what is wrong with it, in a line."""
+        """`path` is the snapshot. `report` is called with an error of it, in one line."""
         self.tables = Tables() if tables is None else tables
         self._snapshot = Snapshot(path)
         self._report = report
@@ -99,3 +99,7 @@ class LocalState:
     def note(self, charges: Sequence[Charge]) -> None:
         """Take charges as far as they are available."""
         self.tables.note(charges)
+
+    def learn(self, entries: Sequence[Learned]) -> None:
+        """Take over what other servers have noted."""
+        self.tables.learn(entries)

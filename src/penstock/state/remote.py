@@ -21,13 +21,26 @@ import outcome
 import trio
 
 from penstock.breaker import Breaker
-from penstock.state.base import Charge, GreylistTimes, Later, StateUnavailableError
-from penstock.state.wire import ANSWER_OCTETS, Answer, Available, GiveBack, Greylist, Note, Take, decode_answer, encode
+from penstock.state.base import Charge, GreylistTimes, Later, Learned, StateUnavailableError
+from penstock.state.wire import (
+    ANSWER_OCTETS,
+    Answer,
+    Available,
+    GiveBack,
+    Greylist,
+    Learn,
+    Note,
+    Take,
+    decode_answer,
+    encode,
+)
 
 DEADLINE: Final = 0.05
 """Seconds."""
 PATIENCE: Final = 1
 """Milliseconds."""
+_LEARNED: Final = 200
+"""Entries of one packet."""
 _FAILURES: Final = 5
 _PAUSE: Final = 5.0
 
@@ -120,6 +133,17 @@ class RemoteState:
     def note(self, charges: Sequence[Charge]) -> None:
         """Take charges as far as they are available."""
         self._tell(encode(Note(tuple(charges))))
+
+    def learn(self, entries: Sequence[Learned]) -> None:
+        """Take over what other servers have noted, as far as the keeper reads it at once.
+
+        A node that starts gets very many entries: that its keeper is behind with them does not mean that it fails.
+        """
+        for start in range(0, len(entries), _LEARNED):
+            try:
+                self._socket.send(encode(Learn(tuple(entries[start : start + _LEARNED]))))
+            except OSError:
+                return
 
     def _tell(self, packet: bytes) -> None:
         try:

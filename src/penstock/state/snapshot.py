@@ -38,7 +38,7 @@ class Snapshot:
         self._path = path
 
     def load(self, tables: Tables) -> str:
-        """Fill the tables from the file, if there is one. Return what is wrong with it, "" if nothing is.
+        """Fill the tables from the file, if there is one. Return its error, "" without one.
 
         Raise OSError or sqlite3.Error if the file can be neither used nor put aside.
         """
@@ -52,7 +52,7 @@ class Snapshot:
                 self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
             self._path.replace(aside)
             self._load(tables)
-            return f"{self._path}: {exc}; greylisting and rates begin anew, the file is now {aside.name}"
+            return f"{self._path}: {exc}; greylisting and rates start empty, the file was renamed to {aside.name}"
         return ""
 
     def _load(self, tables: Tables) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from penstock.state.base import Charge, GreylistTimes
+from penstock.state.base import Charge, GreylistTimes, Learned
 
 MOST_ENTRIES: Final = 500_000
 """Entries of each table. One takes about 200 octets."""
@@ -28,7 +28,7 @@ _REFRESH: Final = 16
 
 
 class Greylisted(NamedTuple):
-    """An attempt that was deferred, or what has passed."""
+    """A deferred attempt, or a triplet that has passed."""
 
     first: int
     """The first attempt."""
@@ -139,6 +139,23 @@ class Tables:
         self._note(key, Greylisted(entry.first, now + times.remember, has_passed=True))
         self.passes += 1
         return 0
+
+    def learn(self, entries: Iterable[Learned]) -> None:
+        """Take over what other servers have noted: the earlier first attempt, and what has passed anywhere."""
+        now = self._clock()
+        for key, first, expires, has_passed in entries:
+            mine = self._greylist.get(key)
+            entry = Greylisted(min(first, now), expires, has_passed)  # their clock may be ahead
+            if expires <= now:
+                continue
+            if mine is not None and mine.expires > now:
+                has_passed_once = has_passed or mine.has_passed
+                longest = max(each.expires for each in (entry, mine) if each.has_passed == has_passed_once)
+                entry = Greylisted(min(entry.first, mine.first), longest, has_passed_once)
+            if entry != mine:
+                self._note(key, entry)
+                if len(self._greylist) > self._most:
+                    self._shrink_greylist(now)
 
     def _note(self, key: str, entry: Greylisted) -> None:
         self._greylist[key] = entry

@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from penstock.state.base import Charge, GreylistTimes
+from penstock.state.base import Charge, GreylistTimes, Learned
 
 MOST_OCTETS: Final = 1 << 20
 """Of a question, and of what waits in a socket."""
@@ -39,6 +39,12 @@ class Note(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     charges: tuple[Charge, ...]
 
 
+class Learn(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """`State.learn`; it has no answer."""
+
+    entries: tuple[Learned, ...]
+
+
 class Greylist(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     """`State.greylist`."""
 
@@ -54,7 +60,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     value: int
 
 
-Question = Available | Take | GiveBack | Note | Greylist
+Question = Available | Take | GiveBack | Note | Greylist | Learn
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_question: Final = msgspec.msgpack.Decoder(Question).decode
 decode_answer: Final = msgspec.msgpack.Decoder(Answer).decode

@@ -49,6 +49,7 @@ class NotedJournal(Journal):
 
     def __init__(self, dialog: Dialog) -> None:
         super().__init__(JournalSettings(events="none"))
+        self.logs_connections = True  # so that `disconnected` is called; what is noted elsewhere is not written
         self._dialog = dialog
         self.failures: list[BaseException] = []
         """What was thrown where nothing should be; the first hundred."""

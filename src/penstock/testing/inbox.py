@@ -32,6 +32,8 @@ T = TypeVar("T")
 Predicate = Callable[["ReceivedMessage"], bool]
 _now: Final = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 """Seconds of a clock that a test does not freeze (freezegun)."""
+_SHOWN: Final = 10
+"""Messages that a failed assertion shows."""
 
 
 @dataclass(frozen=True)
@@ -260,13 +262,14 @@ class Inbox(Sequence[ReceivedMessage]):
     def __repr__(self) -> str:
         return f"<Inbox of {len(self)} message{'s' if len(self) != 1 else ''}>"
 
-    # ---- assertions
+    # ---- assertions. pytest shows their callers: the lines of the test.
 
     def latest(self, *, to: str | None = None, subject: str | None = None) -> ReceivedMessage:
         """Return the latest message, of those to a recipient, or with a part of the subject, if given.
 
         Raise AssertionError, which shows what has arrived, if there is none.
         """
+        __tracebackhide__ = True
         found, what = self._sent(to, subject)
         if not found:
             raise AssertionError(self._shown(f"there is no {what}"))
@@ -280,10 +283,11 @@ class Inbox(Sequence[ReceivedMessage]):
         `count` is their exact number; without it, at least one. 0 asserts that there is none. Does not wait: see
         `wait_for`. Raise AssertionError, which shows what has arrived.
         """
+        __tracebackhide__ = True
         found, what = self._sent(to, subject)
         if (count is None and not found) or (count is not None and len(found) != count):
             expected = "at least 1" if count is None else str(count)
-            what = what if expected.endswith("1") else what.replace("message", "messages", 1)
+            what = what if count in (None, 1) else what.replace("message", "messages", 1)
             raise AssertionError(self._shown(f"expected {expected} {what}, found {len(found)}"))
         return found
 
@@ -303,6 +307,7 @@ class Inbox(Sequence[ReceivedMessage]):
         `timeout` is in seconds. Raise TimeoutError, which shows what has arrived instead, or RuntimeError if the server
         has failed. Blocks the thread: in an async test, use `wait_async`.
         """
+        __tracebackhide__ = True
         return self._wait(partial(_at_least, count), timeout, _plural(count))
 
     def wait_for(
@@ -319,11 +324,13 @@ class Inbox(Sequence[ReceivedMessage]):
         A message matches if the predicate returns true, `sender` is its sender, `recipient` is one of its recipients,
         and `subject` is part of its subject: all that are given. Earlier messages count. Raise as `wait` does.
         """
+        __tracebackhide__ = True
         wanted, what = _matcher(predicate, sender, recipient, subject)
         return self._wait(partial(_first, wanted), timeout, what)
 
     async def wait_async(self, count: int = 1, timeout: float = 5.0) -> list[ReceivedMessage]:  # noqa: ASYNC109 - the error names it
         """Like `wait`, in a test that runs in trio or asyncio."""
+        __tracebackhide__ = True
         return await self._wait_async(partial(_at_least, count), timeout, _plural(count))
 
     async def wait_for_async(
@@ -336,6 +343,7 @@ class Inbox(Sequence[ReceivedMessage]):
         timeout: float = 5.0,  # noqa: ASYNC109 - the error names it
     ) -> ReceivedMessage:
         """Like `wait_for`, in a test that runs in trio or asyncio."""
+        __tracebackhide__ = True
         wanted, what = _matcher(predicate, sender, recipient, subject)
         return await self._wait_async(partial(_first, wanted), timeout, what)
 
@@ -353,6 +361,7 @@ class Inbox(Sequence[ReceivedMessage]):
         return found, changes
 
     def _wait(self, look: Callable[[list[ReceivedMessage]], T | None], timeout: float, what: str) -> T:
+        __tracebackhide__ = True
         deadline = _deadline(timeout)
         while True:
             found, changes = self._look(look)
@@ -367,6 +376,7 @@ class Inbox(Sequence[ReceivedMessage]):
 
     async def _wait_async(self, look: Callable[[list[ReceivedMessage]], T | None], timeout: float, what: str) -> T:  # noqa: ASYNC109
         """Wait in a task. A thread keeps the time: the clock of a loop may be frozen, or run ahead, in a test."""
+        __tracebackhide__ = True
         deadline = _deadline(timeout)
         while True:
             waiter: _Waiter = _TrioWaiter() if trio.lowlevel.in_trio_task() else _AsyncioWaiter()
@@ -393,8 +403,11 @@ class Inbox(Sequence[ReceivedMessage]):
 
     def _shown(self, failure: str) -> str:
         """Return a failure, followed by the messages that there are."""
-        there = "\n".join(f"{number}. {message.describe()}" for number, message in enumerate(self[-10:], 1))
-        parts = [f"{failure}; {_plural(len(self))} in the inbox", there, self._context()]
+        messages = self[:]
+        first = max(0, len(messages) - _SHOWN)
+        there = "\n".join(f"[{n}] {message.describe()}" for n, message in enumerate(messages[first:], first))
+        which = f", the last {_SHOWN} of them" if first else ""
+        parts = [f"{failure}; {_plural(len(messages))} in the inbox{which}", there, self._context()]
         return "\n".join(part for part in parts if part)
 
 

@@ -288,10 +288,12 @@ class SmtpServer:
         ...     message.sender
         'alice@example.org'
         """
+        __tracebackhide__ = True
         return self.inbox.assert_sent(to=to, subject=subject, count=count)
 
     def latest(self, *, to: str | None = None, subject: str | None = None) -> ReceivedMessage:
         """Return the latest message, or the latest that matches: see `Inbox.latest`."""
+        __tracebackhide__ = True
         return self.inbox.latest(to=to, subject=subject)
 
     def reset(self) -> None:

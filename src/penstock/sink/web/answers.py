@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -26,14 +26,14 @@ class Refused(Exception):  # noqa: N818 - an answer, not an accident
         self.error = error
 
 
-def as_json(value: object, status: int = 200) -> Response:
+def as_json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response."""
-    return encoded(msgspec.json.encode(value), status)
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
-def encoded(data: bytes, status: int = 200) -> Response:
+def encoded(data: bytes) -> Response:
     """Return a response of JSON that was encoded before: in a thread, if it is large."""
-    return Response(data, status, media_type="application/json")
+    return Response(data, media_type="application/json")
 
 
 async def read_json(request: Request, kind: type[S]) -> S:
@@ -42,7 +42,7 @@ async def read_json(request: Request, kind: type[S]) -> S:
         return msgspec.json.decode(await request.body(), type=kind)
     except msgspec.ValidationError as exc:
         raise Refused(400, str(exc)) from exc
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, RecursionError) as exc:
         raise Refused(400, f"the body is not JSON: {exc}") from exc
 
 
@@ -79,7 +79,7 @@ async def wait_until_gone(receive: Receive, scope: trio.CancelScope) -> None:
 async def in_thread(request: Request, function: Callable[[Work], T]) -> T:
     """Run a function in the one thread that reads mail: it shares the interpreter with the SMTP sessions.
 
-    The work is given up when the client leaves; what is returned then reaches nobody.
+    The work is cancelled when the client leaves; what is returned then is discarded.
     """
     work = Work()
     results: list[T] = []

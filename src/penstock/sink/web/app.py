@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -49,10 +49,10 @@ import trio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from penstock.sink.control import EXAMPLES
-from penstock.sink.kept import Shelf
+from penstock.sink.kept import KeptMessages
 from penstock.sink.plan import parse_plan
 from penstock.sink.report import FaultCount, Report, Sample, encode
 from penstock.sink.statistics import FaultControl, Statistics
@@ -91,6 +91,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     faults: list[FaultCount]
     pending: Annotated[dict[str, int], Meta(description="Commands that fail-next will still fail, by phase")]
     has_plan: Annotated[bool, Meta(description="Fault plans are available")]
+    fails_next: Annotated[bool, Meta(description="fail-next is available")]
     keeps: Annotated[int, Meta(description="How many messages are kept at most; 0: none")]
     kept: Annotated[int, Meta(description="How many messages are kept now")]
     mail_changes: Annotated[int, Meta(description="Incremented with each change of the kept mail")]
@@ -106,9 +107,11 @@ async def _not_found(request: Request, _: Exception) -> Response:
     return as_json({"error": f"unknown path {request.url.path[:200]!r}"}, 404)
 
 
-async def _wrong_method(request: Request, exc: Exception) -> Response:
-    allowed = (getattr(exc, "headers", None) or {}).get("Allow", "")
-    return as_json({"error": f"{request.method} is not allowed here; expected one of: {allowed}"}, 405)
+async def _wrong_method(request: Request, _: Exception) -> Response:
+    routes = [each for each in request.app.routes if each.matches(request.scope)[0] is not Match.NONE]
+    allowed = ", ".join(sorted({method for each in routes for method in each.methods}))  # one path has several routes
+    error = f"{request.method} is not allowed here; expected one of: {allowed}"
+    return as_json({"error": error}, 405, {"allow": allowed})
 
 
 class SinkApi:
@@ -118,13 +121,13 @@ class SinkApi:
         self,
         statistics: Statistics,
         *,
-        shelf: Shelf | None = None,
+        shelf: KeptMessages | None = None,
         faults: FaultControl | None = None,
         hop: Hop | None = None,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self._statistics = statistics
-        self._shelf = shelf
+        self._kept_messages = shelf
         self._faults = faults
         self._hop = hop
         self._clock = clock
@@ -140,7 +143,7 @@ class SinkApi:
     def routes(self) -> list[Route]:
         """Return the routes of the handlers."""
         return [
-            *(Route(path, _file(name)) for path, name in _FILES.items()),
+            *(Route(path, _answer(*file)) for path, file in _FILES.items()),
             Route("/api/health", self.health),
             Route("/api/receipts", self.receipts),
             Route("/api/receipts/reset", self.reset, methods=["POST"]),
@@ -193,7 +196,7 @@ class SinkApi:
             self._report_at, self._generation = now, statistics.generation
         available = len(statistics.samples)
         wanted = min(max(statistics.taken - after, 0), available) if after else available
-        shelf, faults = self._shelf, self._faults
+        shelf, faults = self._kept_messages, self._faults
         return Live(
             generation=statistics.generation,
             report=self._report,
@@ -202,6 +205,7 @@ class SinkApi:
             faults=self._report.faults,
             pending={} if faults is None else faults.pending(),
             has_plan=faults is not None,
+            fails_next=faults is not None and faults.fails_next,
             keeps=0 if shelf is None else shelf.count,
             kept=0 if shelf is None else len(shelf),
             mail_changes=0 if shelf is None else shelf.changes,
@@ -287,16 +291,26 @@ class SinkApi:
     async def check_plan(self, request: Request) -> Response:
         """Check a plan. Return what is wrong with it, or the names of its rules."""
         check_parameters(request)
+        text = await request.body()
         try:
-            plan = parse_plan((await request.body()).decode())
+            rules = self._check(text.decode())
         except ValueError as exc:
             return as_json({"error": str(exc), "rules": []})
-        return as_json({"error": "", "rules": plan.names()})
+        return as_json({"error": "", "rules": rules})
+
+    def _check(self, text: str) -> list[str]:
+        """Return the names of the rules of a plan. Raise ValueError if it cannot be used here."""
+        return parse_plan(text).names() if self._faults is None else self._faults.check(text)
 
     async def examples(self, request: Request) -> Response:
-        """Return plans to start from."""
+        """Return plans to start from: those that can be used here."""
         check_parameters(request)
-        return as_json([each._asdict() for each in EXAMPLES])
+        found = []
+        for each in EXAMPLES:
+            with suppress(ValueError):
+                self._check(each.text)
+                found.append(each._asdict())
+        return as_json(found)
 
     async def fail_next(self, request: Request) -> Response:
         """Let the next commands of a phase fail."""
@@ -310,17 +324,24 @@ class SinkApi:
         return as_json({"pending": control.pending()})
 
 
-_FILES: Final = {
-    "/": "index.html",
-    **{f"/{name}": name for name in ("page.css", "page.js", "dom.js", "plots.js", "run.js", "mail.js", "plan.js")},
-}
 _TYPES: Final = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 
 
-def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
-    data = (_PAGE / name).read_bytes()
-    media_type = _TYPES[Path(name).suffix]
+def _read(name: str) -> tuple[bytes, str]:
+    return (_PAGE / name).read_bytes(), _TYPES[Path(name).suffix]
 
+
+_FILES: Final = {
+    "/": _read("index.html"),
+    **{
+        f"/{name}": _read(name)
+        for name in ("page.css", "page.js", "dom.js", "plots.js", "run.js", "mail.js", "plan.js")
+    },
+}
+"""The page. Read at the import: the user of --user need not be able to read it."""
+
+
+def _answer(data: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
     async def answer(_: Request) -> Response:
         return Response(data, media_type=media_type)
 
@@ -330,7 +351,7 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 def make_app(
     statistics: Statistics,
     *,
-    shelf: Shelf | None = None,
+    shelf: KeptMessages | None = None,
     faults: FaultControl | None = None,
     token: str | None = None,
     origin: WebOrigin | None = None,
@@ -348,4 +369,7 @@ def make_app(
 
     handlers = {Refused: _refuse, 404: _not_found, 405: _wrong_method}
     routes = [*api.routes(), *MessagesApi(shelf, hop).routes()]
-    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), token=token, origin=origin)
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    # DELETE /api/messages/ is that of a message whose id is missing: it must not lead to the deletion of all.
+    app.router.redirect_slashes = False
+    return Guard(app, token=token, origin=origin)

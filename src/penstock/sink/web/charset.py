@@ -11,6 +11,8 @@ import webencodings
 
 _UNLABELED: Final = frozenset({"", "ascii", "us-ascii", "ansi_x3.4-1968", "iso646-us"})
 """Labels that say nothing: software writes us-ascii above text of any kind."""
+_FALLBACK: Final = webencodings.lookup("windows-1252")
+"""Looked up at the import: after a change of user, the codec may not be readable."""
 _MAX_LABEL: Final = 64
 _CODECS: Final = {
     "gbk": "gb18030",  # https://encoding.spec.whatwg.org/#gbk-decoder
@@ -34,10 +36,13 @@ def name_of(data: bytes, label: str, *, is_cut: bool = False) -> str:
     label = label.strip().lower()[:_MAX_LABEL]
     if label in _RETIRED:
         return label
-    encoding = None if label in _UNLABELED else webencodings.lookup(label)
+    try:
+        encoding = None if label in _UNLABELED else webencodings.lookup(label)
+    except LookupError:  # this Python has no such codec, or the user of --user cannot read it
+        encoding = None
     if encoding is not None:
         return str(encoding.name)
-    return "utf-8" if _is_valid(data, "utf-8", is_cut) else "windows-1252"
+    return "utf-8" if _is_valid(data, "utf-8", is_cut) else str(_FALLBACK.name)
 
 
 def decode(data: bytes, label: str, *, is_cut: bool = False) -> str:

@@ -38,7 +38,7 @@ _BASE: Final = '<base target="_blank">'
 
 
 def has_remote_content(html: str) -> bool:
-    """Say whether HTML loads anything from the network when it is shown."""
+    """Return whether HTML loads anything from the network when it is shown."""
     return any(map(_LOADING_TAG.match, html.split("<"))) or _LOADING_STYLE.search(html) is not None
 
 

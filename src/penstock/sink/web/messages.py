@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from penstock.sink.kept import KeptMessage, Shelf
+from penstock.sink.kept import KeptMessage, KeptMessages
 from penstock.sink.web import html, mime, view
 from penstock.sink.web.answers import (
     Refused,
@@ -54,8 +54,8 @@ class ReleaseRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class MessagesApi:
     """The handlers of kept messages."""
 
-    def __init__(self, shelf: Shelf | None, hop: Hop | None) -> None:
-        self._shelf = shelf
+    def __init__(self, shelf: KeptMessages | None, hop: Hop | None) -> None:
+        self._kept_messages = shelf
         self._hop = hop
 
     def routes(self) -> list[Route]:
@@ -73,13 +73,13 @@ class MessagesApi:
             Route(f"{one}/parts/{{number:int}}/view", self.view_part),
         ]
 
-    def _shelf_or_refuse(self) -> Shelf:
-        if self._shelf is None:
+    def _kept_or_refuse(self) -> KeptMessages:
+        if self._kept_messages is None:
             raise Refused(409, "this sink keeps no messages: start it with --keep last:1000")
-        return self._shelf
+        return self._kept_messages
 
     def _message(self, request: Request) -> KeptMessage:
-        message = None if self._shelf is None else self._shelf.get(request.path_params["name"])
+        message = None if self._kept_messages is None else self._kept_messages.get(request.path_params["name"])
         if message is None:
             raise Refused(404, "this message is not kept, or no longer")
         return message
@@ -87,7 +87,7 @@ class MessagesApi:
     async def find(self, request: Request) -> Response:
         """List the messages that match a query, the newest first."""
         check_parameters(request, "q", "limit", "before")
-        shelf, query = self._shelf_or_refuse(), _query(request.query_params.get("q", ""))
+        shelf, query = self._kept_or_refuse(), _query(request.query_params.get("q", ""))
         limit = number_of(request, "limit", _LISTED, 1, MAX_LISTED)
         changes = shelf.changes
         wanted = limit + 1 if query.is_empty else shelf.count
@@ -111,7 +111,7 @@ class MessagesApi:
     async def delete_matching(self, request: Request) -> Response:
         """Delete the messages that match a query; without one, all of them."""
         check_parameters(request, "q")
-        shelf, text = self._shelf_or_refuse(), request.query_params.get("q")
+        shelf, text = self._kept_or_refuse(), request.query_params.get("q")
         if text is None:
             return as_json({"deleted": shelf.clear()})
         query = _query(text)
@@ -132,13 +132,13 @@ class MessagesApi:
         check_parameters(request)
         message = self._message(request)
         wanted = await read_json(request, MarkRequest)
-        self._shelf_or_refuse().mark(message.id, is_read=wanted.is_read)
+        self._kept_or_refuse().mark(message.id, is_read=wanted.is_read)
         return as_json({"is_read": wanted.is_read})
 
     async def delete(self, request: Request) -> Response:
         """Delete a message."""
         check_parameters(request)
-        self._shelf_or_refuse().delete(self._message(request).id)
+        self._kept_or_refuse().delete(self._message(request).id)
         return as_json({"deleted": 1})
 
     async def raw(self, request: Request) -> Response:

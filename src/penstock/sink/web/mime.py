@@ -6,8 +6,9 @@ Rules
    a bound stays in its container, and the structure says so (`is_partial`).
 2. The cost is proportional to the octets. A multipart is searched for its delimiter lines once; the octets searched in
    all levels together are bounded (MAX_SCANNED), whatever the nesting. Lines that only look like delimiters count too.
-3. The functions run in a thread that shares the interpreter with the SMTP sessions. They call `Work.pause` after each
-   piece of at most 256 KiB, which gives the interpreter to other threads and ends work whose client has left.
+3. The functions run in a thread that shares the interpreter with the SMTP sessions. They call `Work.pause` for each
+   part and each piece of at most 256 KiB, which gives the interpreter to other threads and ends work whose client has
+   left.
 4. Malformed mail gives a simpler structure, never an exception: a multipart without delimiters is a text, a message
    nested too deep is a file.
 
@@ -35,13 +36,21 @@ _PIECE: Final = 1 << 18
 _MAX_BOUNDARY: Final = 1000
 _MESSAGES: Final = frozenset({"message/rfc822", "message/global", "message/news"})
 _TYPE: Final = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+/[!#$%&'*+.^_`|~0-9a-z-]+")
+_MISNAMED: Final = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
+"""Names that mailers give to types which have another one."""
+_TURN: Final = 0.0005
+"""Seconds for which a piece of work keeps the interpreter from other threads: giving it up takes a tenth of that."""
+_LINE: Final = 1024
+"""Octets of a first line that are looked at."""
+_WORDS: Final = re.compile(rb"\s*+[^\r\n]*?[^\s][ \t]++[^\s]")
+"""A first line with a blank between words: that is not base64."""
 _NOT_BASE64: Final = bytes(
     octet for octet in range(256) if octet not in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 )
 
 
 class Abandoned(Exception):  # noqa: N818 - an end, not an error
-    """Nobody waits for the result any more."""
+    """The client that waited for the result has left."""
 
 
 class Work:
@@ -49,16 +58,19 @@ class Work:
 
     def __init__(self) -> None:
         self.is_abandoned = False
+        self._turn_began = time.perf_counter()
 
     def abandon(self) -> None:
         """Let the next `pause` raise."""
         self.is_abandoned = True
 
     def pause(self) -> None:
-        """Give the interpreter to a thread that waits for it. Raise Abandoned."""
+        """Give the interpreter to a thread that waits for it, once in a while. Raise Abandoned."""
         if self.is_abandoned:
             raise Abandoned
-        time.sleep(0)
+        if time.perf_counter() - self._turn_began >= _TURN:
+            time.sleep(0)
+            self._turn_began = time.perf_counter()
 
 
 @dataclass(slots=True)
@@ -110,7 +122,13 @@ class Part:
     @property
     def _decoder(self) -> Callable[[Iterator[bytes]], Iterator[bytes]] | None:
         # A multipart has no encoding of its own (RFC 2045 6.4), whatever its header says.
-        return None if self.type.startswith("multipart/") and self.has_parts else _DECODERS.get(self.encoding)
+        if self.type.startswith("multipart/") and self.has_parts:
+            return None
+        # Some programs say base64 of a text that they did not encode.
+        is_text = self.encoding == "base64" and self.type.startswith("text/")
+        if is_text and _WORDS.match(self.data, self.body, min(self.end, self.body + _LINE)):
+            return None
+        return _DECODERS.get(self.encoding)
 
     def content(self, work: Work, most: int | None = None) -> bytes:
         """Return the content, or its first octets."""
@@ -235,7 +253,7 @@ def _part(data: bytes, start: int, end: int, number: int, depth: int, within: in
         start,
         min(body, end),
         end,
-        type=kind if _TYPE.fullmatch(kind) else default,
+        type=_MISNAMED.get(kind, kind) if _TYPE.fullmatch(kind) else default,
         parameters=parameters,
         disposition=disposition,
         filename=file_name(about.get("filename") or parameters.get("name") or ""),

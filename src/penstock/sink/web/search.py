@@ -39,6 +39,7 @@ _SIZE: Final = re.compile(r"(>=|<=|>|<|)([0-9]{1,12}(?:\.[0-9]{1,3})?)([kmg]?)b?
 _UNITS: Final = {"": 1, "k": 1000, "m": 1_000_000, "g": 1_000_000_000}
 _ALIASES: Final = {"filename": "attachment", "id": "message-id"}
 _TEXT_FIELDS: Final = ("from", "to", "cc", "subject", "message-id", "attachment")
+_EXAMPLES: Final = {"has": "attachment", "is": "unread", "size": ">1M", "before": "2026-11-29", "after": "2026-11-28"}
 _TAG: Final = re.compile(r"<[^<>]*>")
 
 
@@ -144,6 +145,10 @@ def _terms(text: str) -> Iterator[_Term]:
         name = _ALIASES.get((name or "").lower(), (name or "").lower())
         if name and name not in (*_TEXT_FIELDS, "has", "is", "size", "before", "after"):
             name, value = "", f"{found[2]}:{value}"
+        if name and not value:
+            raise QueryError(
+                f"{name}: needs a value right after the colon, such as {name}:{_EXAMPLES.get(name, 'word')}"
+            )
         if value:
             yield _Term(negation == "-", _matcher(name, value))
 

@@ -19,7 +19,7 @@ import logging
 import re
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 from urllib.parse import unquote
 
@@ -97,11 +97,18 @@ class _Client:
                 _log.exception("the page failed to answer %s", request.target.decode("latin-1"))
             if self._http.our_state is h11.SEND_RESPONSE:
                 await self.refuse(500, "internal error; its trace is on the sink's standard error")
+            self._skip_body()
             if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                 await self._linger()
                 return
             self._http.start_next_cycle()
             self._ahead = 0
+
+    def _skip_body(self) -> None:
+        """Take in what has come of a request that was answered unread: without a body, that is its end."""
+        with suppress(h11.RemoteProtocolError):
+            while self._http.their_state is h11.SEND_BODY and self._http.next_event() is not h11.NEED_DATA:
+                pass
 
     async def _next_request(self) -> h11.Request | None:
         """Return the next request; None at the end of the connection, or when nothing came in time."""

@@ -65,6 +65,7 @@ _EXTENSIONS: Final = {
     "text/plain": ".txt",
     "text/html": ".html",
     "text/calendar": ".ics",
+    "application/ics": ".ics",
     "message/delivery-status": ".txt",
 }
 _STAMP: Final = re.compile(r"(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)(Z?))?\Z")
@@ -256,7 +257,7 @@ def _views(message: KeptMessage, structure: Structure, work: Work) -> Iterator[P
 
 
 def is_whole(message: KeptMessage, part: Part) -> bool:
-    """Say whether all octets of a part are kept."""
+    """Return whether all octets of a part are kept."""
     return not message.is_cut or (part.data is message.raw and part.end < len(message.raw))
 
 
@@ -271,7 +272,7 @@ def shown_as(part: Part) -> Kind:
         return "pdf"
     if kind == "text/html":
         return "html"
-    if kind == "text/calendar":
+    if kind in ("text/calendar", "application/ics"):
         return "calendar"
     is_text = kind.startswith(("text/", "multipart/")) or kind.endswith(("+json", "+xml")) or kind in _TEXTS
     return "text" if is_text and kind != "image/svg+xml" else "file"
@@ -298,7 +299,7 @@ def _is_file(part: Part, *, has_html: bool) -> bool:
 
 
 def _facts(part: Part, structure: Structure, text: str) -> list[tuple[str, str]]:
-    if part.type == "text/calendar":
+    if shown_as(part) == "calendar":
         return list(_event(text))
     if part.has_parts and not part.type.startswith("multipart/"):
         header = structure.parts[part.number + 1].fields if part.number + 1 < len(structure.parts) else []

@@ -231,6 +231,7 @@ const TABS = [
   ["raw", "Raw"],
   ["parts", "Parts"],
 ];
+const MOST_SHOWN = 20; // texts or frames at a time
 const WIDTHS = [["Full", ""], ["Tablet", "768px"], ["Phone", "375px"]];
 
 class MessageView {
@@ -328,15 +329,15 @@ class MessageView {
   // ---- the panels
 
   html() {
-    return this.own("html").map((part) => frame(this.message, part, this));
+    return some(this.own("html"), (part) => frame(this.message, part, this));
   }
 
   source() {
-    return this.own("html").map((part) => textOf(this.message, part));
+    return some(this.own("html"), (part) => textOf(this.message, part));
   }
 
   text() {
-    return this.own("text", "calendar").map((part) => (part.facts.length ? make("div", {}, table(part.facts), textOf(this.message, part)) : textOf(this.message, part)));
+    return some(this.own("text", "calendar"), (part) => (part.facts.length ? make("div", {}, table(part.facts), textOf(this.message, part)) : textOf(this.message, part)));
   }
 
   headers() {
@@ -358,6 +359,15 @@ class MessageView {
   parts() {
     return [make("ul", { className: "tree" }, ...this.message.parts.map((part) => branch(this.message, part, this)))];
   }
+}
+
+// Show the first parts, and a button for the next ones: a message may have hundreds, and each frame is a document.
+function some(parts, show) {
+  const rest = parts.slice(MOST_SHOWN);
+  if (!rest.length) return parts.map(show);
+  const more = make("button", { type: "button", className: "more" }, `Show more: ${plural(rest.length, "part")}`);
+  more.addEventListener("click", () => more.replaceWith(...some(rest, show)));
+  return [...parts.slice(0, MOST_SHOWN).map(show), more];
 }
 
 const table = (rows) => make("div", { className: "scroll" }, make("table", { className: "pairs" }, make("tbody", {}, ...rows.map(([name, value]) => make("tr", {}, title(name), make("td", {}, value))))));

@@ -33,6 +33,7 @@ function take(live) {
   $("where").textContent = live.report.listen.join("  ");
   $("kept").textContent = live.keeps ? live.kept.toLocaleString("en-US") : "";
   $("control").hidden = !live.has_plan;
+  $("fail").hidden = !live.fails_next;
   if (live.has_plan) plan.show();
   run.take(live, state.samples);
   mail.take(live);
@@ -87,6 +88,15 @@ async function look() {
   }
 }
 
+// A part of a URL, decoded; as it is where that is impossible.
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 // ---- views: #/run, #/mail?q=QUERY, #/mail/ID?q=QUERY
 
 function route() {
@@ -100,7 +110,7 @@ function route() {
     else $(name).removeAttribute("aria-current");
   }
   run.show(!isMail);
-  if (isMail) mail.show(decodeURIComponent(id ?? ""), new URLSearchParams(query ?? "").get("q") ?? "");
+  if (isMail) mail.show(decoded(id ?? ""), new URLSearchParams(query ?? "").get("q") ?? "");
   else mail.hide();
 }
 

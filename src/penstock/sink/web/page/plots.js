@@ -50,7 +50,7 @@ const HEIGHT = 168;
 const BOTTOM = 20;
 const TOP = 8;
 const RIGHT = 12;
-const SHORTEST = 30; // seconds of an axis at least
+const SHORTEST = 10; // seconds of an axis at least
 const STEPS = [5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400];
 
 class Plot {

@@ -36,8 +36,8 @@ function tiles(live, samples, name) {
   const whole = report.latencies.message;
   const gone = [lost && `${group(lost)} in broken connections`, missing && `${group(missing)} missing`, twice && `${group(twice)} duplicates`];
   $("facts").replaceChildren(
-    tile("Accepted", group(accepted + unheard), [
-      `${rate((accepted + unheard) / Math.max(report.seconds, 1))}/s in ${clock(report.seconds)}, ${octets(size)}`,
+    tile("Accepted", group(accepted), [
+      `${rate(accepted / Math.max(report.seconds, 1))}/s in ${clock(report.seconds)}, ${octets(size)}`,
       `${name}: ${group(recent)}, ${rate(recent / seconds)}/s`,
     ]),
     tile("Refused (5xx)", group(permanent.count), [permanent.text, `${name}: ${group(of("5"))}`], permanent.count ? "bad" : ""),

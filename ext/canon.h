@@ -1,0 +1,72 @@
+/* The relaxed canonical form of a body (RFC 6376 3.4.4), for the stretches of text that need no state.
+ *
+ * Octets are copied 16 at a time, whatever they are; a vector compare finds the first one that may not stay as it is: a
+ * control, a space before another blank or a line end. Only that one is looked at. A line end is copied here when
+ * neither a blank nor another line end follows, so that nothing has to be remembered; everything else, and everything
+ * at the end of the input, is left to the caller.
+ */
+#ifndef PENSTOCK_CANON_H
+#define PENSTOCK_CANON_H
+
+#include <stddef.h>
+
+#if defined(__SSE2__) && !defined(PENSTOCK_NO_SIMD)
+#include <emmintrin.h>
+
+static inline int canon_is_blank(unsigned char c) { return c == ' ' || c == '\t'; }
+
+/* Write the relaxed form of the start of p to `out`, which has space for `room` octets. p[0] is neither a blank nor a
+ * CR. Return how many octets of p were read, and in *written how many were written. */
+static size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written)
+{
+    const __m128i spaces = _mm_set1_epi8(' ');
+    size_t i = 0, o = 0, end;
+    while (i + 16 <= n && o + 16 <= room) {
+        __m128i octets = _mm_loadu_si128((const __m128i *)(p + i));
+        unsigned space = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(octets, spaces));
+        unsigned low = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_max_epu8(octets, spaces), spaces));
+        unsigned stop = (low & ~space) | (space & (low >> 1)) | (space & 0x8000u);
+        _mm_storeu_si128((__m128i *)(out + o), octets);
+        if (stop == 0) {
+            i += 16;
+            o += 16;
+            continue;
+        }
+        i += (size_t)__builtin_ctz(stop);
+        o += (size_t)__builtin_ctz(stop);
+        if (canon_is_blank(p[i])) {
+            for (end = i + 1; end < n && canon_is_blank(p[end]); end++)
+                ;
+            if (end + 1 >= n)
+                break;
+            if (p[end] != '\r') {
+                out[o++] = ' ';
+                i = end;
+                continue;
+            }
+            if (p[end + 1] != '\n')
+                break;
+            i = end; /* blanks before a line end are dropped */
+        }
+        if (p[i] != '\r') { /* another control */
+            out[o++] = p[i++];
+            continue;
+        }
+        if (i + 2 >= n || o + 2 > room || p[i + 1] != '\n' || p[i + 2] == '\r' || canon_is_blank(p[i + 2]))
+            break;
+        out[o++] = '\r';
+        out[o++] = '\n';
+        i += 2;
+    }
+    *written = o;
+    return i;
+}
+#else
+static size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written)
+{
+    (void)p, (void)n, (void)out, (void)room;
+    *written = 0;
+    return 0;
+}
+#endif
+#endif

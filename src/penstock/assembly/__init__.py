@@ -1,0 +1,1 @@
+"""The parts of a server, made from its settings. `penstock.app` puts them together."""

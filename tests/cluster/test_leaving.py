@@ -1,0 +1,98 @@
+"""How a partition is given up while the index cannot be read or written."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from penstock.cluster.jetstream import JetStream
+from penstock.cluster.layout import Place
+from penstock.cluster.queue import ReplicatedQueue
+from penstock.cluster.settings import JetStreamSettings
+from penstock.cluster.setup import make_client, make_layout
+from penstock.cluster.writer import Writer
+from penstock.journal import Journal, JournalSettings
+from penstock.spool.entry import Entry
+from penstock.spool.spool import SpoolSettings
+from tests.contracts.delivery import make_message
+
+SETTINGS = JetStreamSettings(servers=("nats://127.0.0.1:1",), monitors=("http://127.0.0.1:1",), node="g1")
+
+
+@asynccontextmanager
+async def waiting(folder: Path) -> AsyncIterator[ReplicatedQueue]:
+    """Run the index of a node, in which one message of partition 0 waits in the memory of the relay."""
+    jetstream, layout = JetStream(make_client(SETTINGS, folder)), make_layout(SETTINGS)
+    queue = ReplicatedQueue(
+        jetstream,
+        layout,
+        Writer(jetstream, layout),
+        folder=folder / "index",
+        settings=SpoolSettings(),
+        node="g1",
+        journal=Journal(JournalSettings()),
+        patience=1,
+        interval=1,
+    )
+    await queue.start()
+    message = make_message(b"text\r\n")
+    place = Place(0, 1, 0, 0, 0, 0, 0, False)
+    memory = queue._add_accepted(place, b"text\r\n", message, ["example.org"], is_taken=True)
+
+    def withdraw(rows: Collection[int]) -> Sequence[Entry]:
+        found = [entry for entry in memory if any(row.number in rows for row in entry.rows)]
+        memory.clear()
+        return found
+
+    queue.withdraw = withdraw
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(queue._keep_dropping, nursery)
+            yield queue
+            nursery.cancel_scope.cancel()
+    finally:
+        await queue.aclose()
+
+
+def failing_once(act: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that fails as on a full disk when it is called for the first time."""
+    has_failed = False
+
+    def failing(*args: Any) -> Any:
+        nonlocal has_failed
+        if not has_failed:
+            has_failed = True
+            raise sqlite3.OperationalError("database or disk is full")
+        return act(*args)
+
+    return failing
+
+
+@pytest.mark.parametrize("step", ["attempting", "drop_partition", "count"])
+async def test_a_partition_is_released_once_the_disk_works_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr("penstock.cluster.queue._DROP_AGAIN", 0)
+    async with waiting(tmp_path) as queue:
+        monkeypatch.setattr(queue._index, step, failing_once(getattr(queue._index, step)))
+        released: list[int] = []
+        done = trio.Event()
+
+        def release(partition: int) -> None:
+            released.append(partition)
+            done.set()
+
+        queue.released = release
+        queue.leave(0)
+        with trio.fail_after(30):
+            await done.wait()
+        assert released == [0]
+        assert await queue._committer.do(lambda _: queue._index.count(0)) == 0
+        assert queue._gone == {}
+        assert b"database or disk is full" in queue._journal.drain()

@@ -1,0 +1,274 @@
+"""How partitions are loaded when something cannot be read, or changes meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from bench.nats_servers import NatsServers
+
+from penstock.cluster.jetstream import JetStream, Stored
+from penstock.cluster.layout import LayoutError, RecipientState, read_message, read_state, state_record
+from penstock.cluster.leases import LeaseKeeper, NodeState
+from penstock.cluster.queue import ReplicatedQueue, _Contents
+from penstock.cluster.setup import make_layout
+from penstock.cluster.writer import Writer, Written
+from penstock.message import Message
+from penstock.spool.entry import DUE
+from tests.cluster.nodes import NextHop, gateway, made, next_hop, node_of, owns, rows, send, until
+from tests.contracts.delivery import make_message
+
+
+async def test_a_partition_that_is_lost_while_it_is_loaded_is_loaded_again(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.cluster.queue._SLICE", 1)
+    add = ReplicatedQueue._add
+    count = 0
+
+    async def add_and_lose(queue: ReplicatedQueue, *args: Any, **more: Any) -> None:
+        nonlocal count
+        await add(queue, *args, **more)
+        count += 1
+        if count == 2:
+            queue.lose(0)
+            queue.gain(0)
+            await until(lambda: not queue._dropping)  # what was loaded is removed again
+
+    monkeypatch.setattr(ReplicatedQueue, "_add", add_and_lose)
+    async with made(servers, tmp_path, partitions=1, lease=60) as (jetstream, settings):
+        writer = Writer(jetstream, make_layout(settings))
+        for number in range(4):
+            message = make_message(b"text\r\n", recipients=(f"{number}@example.org",))
+            await writer.write(message._replace(received_at=time.time()), 0, patience=10)
+        async with gateway(tmp_path, settings, "smtp://127.0.0.1:1", "g1") as server:
+            await owns(server, 1)
+            assert [address for address, *_ in await rows(server)] == [f"{number}@example.org" for number in range(4)]
+
+
+async def test_an_unreadable_envelope_does_not_keep_its_partition_from_loading(
+    servers: NatsServers, tmp_path: Path
+) -> None:
+    async with made(servers, tmp_path) as (jetstream, settings), next_hop(tmp_path, hop := NextHop()) as url:
+        headers = b"NATS/1.0\r\nP-V: 1\r\nP-Env: \r\nP-At: 1.0\r\nP-Size: 4 0 0 0\r\nP-CRC: 00000001\r\n\r\n"
+        layout = make_layout(settings)
+        await jetstream.publish(layout.message(0, "BAD"), b"text", headers)
+        writer = Writer(jetstream, layout)
+        await writer.write(make_message(b"Subject: test\r\n\r\ngood"), 0, patience=10)
+        async with gateway(tmp_path, settings, url, "g1") as server:
+            await hop.until(lambda: hop.seen["b@example.org", "good"])
+            assert node_of(server).queue.damaged == 1
+        assert await jetstream.subjects(layout.stream(0), layout.message(0, "BAD")), "it stays"
+
+
+GOOD = {"at": b"1.0", "size": b"4 0 0 0"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"at": b"nan"},
+        {"at": b"-1"},
+        {"at": b"1e300"},
+        {"size": b"4 99999999999 0 0"},
+        {"size": b"4 0 99999999999999999999 0"},
+        {"size": b"4 0 0 99999999999"},
+    ],
+    ids=str,
+)
+def test_numbers_that_the_index_cannot_have_are_refused(wrong: dict[str, bytes]) -> None:
+    text = b"\r\nP-V: 1\r\nP-Env: \r\nP-At: %(at)b\r\nP-Size: %(size)b\r\nP-CRC: 00000001\r\n"
+    values = {key.encode(): value for key, value in {**GOOD, **wrong}.items()}
+    good = {key.encode(): value for key, value in GOOD.items()}
+    assert read_message("x.m.0.ID", 1, b"NATS/1.0" + text % good) is not None
+    with pytest.raises(LayoutError):
+        read_message("x.m.0.ID", 1, b"NATS/1.0" + text % values)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"place": -1}, {"place": 1 << 20}, {"state": 1}, {"attempts": 1 << 40}, {"due_at": 1e300}], ids=str
+)
+def test_states_that_the_index_cannot_have_are_refused(wrong: dict[str, Any]) -> None:
+    good = RecipientState(0, DUE, 0.0, 1, False, "")
+    assert read_state(state_record([good], 0)[1]) == [good]
+    with pytest.raises(LayoutError):
+        read_state(state_record([good._replace(**wrong)], 0)[1])
+
+
+async def test_what_moves_between_two_pages_of_a_list_is_found(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = JetStream.subjects
+    monkeypatch.setattr("penstock.cluster.queue.PAGE", 2)
+
+    async def all_but_one(jetstream: JetStream, stream: str, subject: str) -> list[str]:
+        """Return a list of two pages, whose first one has become shorter before the second was asked for."""
+        return (await subjects(jetstream, stream, subject))[1:]
+
+    async with made(servers, tmp_path, partitions=1) as (jetstream, settings):
+        writer = Writer(jetstream, make_layout(settings))
+        for number in range(3):
+            message = make_message(b"text\r\n", recipients=(f"{number}@example.org",))
+            await writer.write(message._replace(received_at=time.time()), 0, patience=10)
+        with monkeypatch.context() as listing:
+            listing.setattr(ReplicatedQueue, "_find_missing", _note_ids)
+            listing.setattr(JetStream, "subjects", all_but_one)
+            async with gateway(tmp_path, settings, "smtp://127.0.0.1:1", "g1") as server:
+                await owns(server, 1)
+                assert len(await rows(server)) == 3
+
+
+async def _note_ids(_queue: ReplicatedQueue, _stream: int, contents: _Contents, *_: object) -> None:
+    contents.note_ids()
+
+
+async def test_mail_is_accepted_when_only_the_index_fails(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        made(servers, tmp_path, partitions=1) as (_, settings),
+        next_hop(tmp_path, hop := NextHop()) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 1)
+        queue = node_of(server).queue
+        write = Writer.write
+
+        async def write_twice(writer: Writer, message: Message, partition: int, *, patience: float) -> Written:
+            """Write a message whose first acknowledgment is lost."""
+            await write(writer, message, partition, patience=patience)
+            return await write(writer, message, partition, patience=patience)
+
+        async def fail(*_: object, **_more: object) -> None:
+            monkeypatch.undo()
+            raise OSError("disk full")
+
+        monkeypatch.setattr(Writer, "write", write_twice)
+        monkeypatch.setattr(queue, "_add", fail)
+        assert (await send(server, "text")).startswith("250 2.0.0 Ok: replicated as ")
+        await hop.until(lambda: hop.seen["b@example.org", "text"])
+
+
+async def test_a_stream_that_begins_again_is_read_from_its_begin(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow = ReplicatedQueue._follow
+
+    async def follow_a_shorter_stream(queue: ReplicatedQueue) -> int:
+        queue._seen[0] = 1 << 40
+        return await follow(queue)
+
+    monkeypatch.setattr(ReplicatedQueue, "_follow", follow_a_shorter_stream)
+    async with (
+        made(servers, tmp_path, partitions=1) as (jetstream, settings),
+        next_hop(tmp_path, hop := NextHop()) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 1)
+        writer = Writer(jetstream, make_layout(settings))
+        await writer.write(make_message(b"Subject: test\r\n\r\nfound"), 0, patience=10)
+        await hop.until(lambda: hop.seen["b@example.org", "found"])
+
+
+async def test_a_node_with_the_same_name_is_another_owner(servers: NatsServers, tmp_path: Path) -> None:
+    async with made(servers, tmp_path, partitions=1, lease=60) as (jetstream, settings):
+        layout = make_layout(settings)
+        keepers = [LeaseKeeper(jetstream, layout, node="g1", version="1", lease=60) for _ in range(2)]
+        for keeper in keepers:
+            await keeper._balance()
+        first, second = keepers
+        assert (first.held, second.held) == ([0], [])
+        second._held[0] = first._held[0]  # the lease ended while the first process was suspended
+        first._held[0] = copy.copy(first._held[0])
+        await second._renew()
+        await first._renew()
+        assert (first.held, second.held) == ([], [0])
+
+
+async def test_leases_are_renewed_while_a_slow_cluster_is_asked_for_more(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with made(servers, tmp_path, partitions=2, lease=6) as (jetstream, settings), trio.open_nursery() as nursery:
+        keeper = LeaseKeeper(jetstream, make_layout(settings), node="g1", version="1", lease=6)
+        await keeper._balance()
+        await keeper.release(1)
+        before = keeper._held[0].sequence
+
+        async def read_slowly(*_: object) -> dict[str, NodeState]:
+            await until(lambda: 0 not in keeper._held or keeper._held[0].sequence > before)
+            return {}
+
+        monkeypatch.setattr("penstock.cluster.leases.read_nodes", read_slowly)
+        nursery.start_soon(keeper.run)
+        await until(lambda: keeper.held == [0, 1])
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_lease_whose_acknowledgment_was_lost_is_taken_again(servers: NatsServers, tmp_path: Path) -> None:
+    async with made(servers, tmp_path, partitions=1, lease=60) as (jetstream, settings):
+        keeper = LeaseKeeper(jetstream, make_layout(settings), node="g1", version="1", lease=60)
+        await keeper._balance()
+        keeper._held.clear()
+        with trio.fail_after(60):
+            while keeper.held != [0]:  # the server that is asked may not have it yet
+                await keeper._balance()
+
+
+@pytest.mark.parametrize("is_shown", [True, False], ids=["another server shows it", "no server shows it"])
+async def test_what_the_leader_cannot_read_is_reported_and_stays(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_shown: bool
+) -> None:
+    hop = NextHop()
+    damaged: set[str] = set()
+    last = JetStream.last
+
+    async def last_readable(jetstream: JetStream, stream: str, subject: str) -> Stored | None:
+        """Return what a leader does with damaged blocks: it lists them, and answers as if there were nothing."""
+        return None if subject in damaged else await last(jetstream, stream, subject)
+
+    monkeypatch.setattr(JetStream, "last", last_readable)
+    async with made(servers, tmp_path, partitions=1) as (jetstream, settings), next_hop(tmp_path, hop) as url:
+        layout = make_layout(settings)
+        writer = Writer(jetstream, layout)
+        many = make_message(b"text\r\n", recipients=tuple(f"{number}@example.org" for number in range(3000)))
+        await writer.write(many, 0, patience=10)  # its envelope is in the payload
+        subject = layout.message(0, many.id)
+        state = layout.state(0, many.id)
+        await jetstream.publish(state, *state_record([RecipientState(0, DUE, 0.0, 1, False, "")], 0))
+        damaged.add(subject)
+        add = _Contents.add
+        if not is_shown:
+            monkeypatch.setattr(
+                _Contents, "add", lambda self, found: add(self, [each for each in found if each.subject != subject])
+            )
+        async with gateway(tmp_path, settings, url, "g1") as server:
+            await owns(server, 1)
+            queue = node_of(server).queue
+            assert queue.damaged == 1
+            # A message of another node whose copy at the leader is damaged: the other servers can read it.
+            message = make_message(b"Subject: test\r\n\r\nfound")
+            damaged.add(layout.message(0, message.id))
+            await writer.write(message, 0, patience=10)
+            await hop.until(lambda: hop.seen["b@example.org", "found"])
+            assert queue.damaged == 1
+        assert await jetstream.subjects(layout.stream(0), subject)
+        assert await jetstream.subjects(layout.stream(0), state), "it is needed when the message can be read again"
+        assert hop.begun == 1
+
+
+async def test_a_scan_is_followed_however_slowly_messages_come(servers: NatsServers, tmp_path: Path) -> None:
+    async with made(servers, tmp_path) as (jetstream, settings):
+        layout = make_layout(settings)
+        with trio.fail_after(60):
+            scan = jetstream.scan(layout.stream(0), [layout.message(0, "*")])
+            found: list[Stored] = []
+            for number in range(20):  # the server takes fewer requests at a time
+                await jetstream.publish(layout.message(0, f"{number}"), b"", b"NATS/1.0\r\n\r\n")
+                while len(found) <= number:
+                    found += await anext(scan)
+            await scan.aclose()
+        assert [each.subject for each in found] == [layout.message(0, f"{number}") for number in range(20)]
