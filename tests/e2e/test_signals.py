@@ -39,6 +39,20 @@ def test_other_signals_end_no_session(tmp_path: Path, command: str, workers: int
         assert server.process.poll() is None
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stacks_are_printed_while_threads_come_and_go(tmp_path: Path, workers: int) -> None:
+    with serving(tmp_path, "", "serve", "--workers", str(workers)) as server:
+        family = processes.family_of(server.process.pid)
+        for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGQUIT) * 200:
+            for pid in family:
+                os.kill(pid, number)
+            with smtplib.SMTP("127.0.0.1", server.port):  # takes about as long as a thread lives
+                pass
+        assert processes.family_of(server.process.pid) == family
+        assert "most recent call first" in server.journal.read_text(errors="replace")
+        assert server.stop() == 0
+
+
 def is_blocked(pid: int, number: signal.Signals) -> bool:
     """Return whether a signal waits until the process wants it."""
     found = re.search(r"^SigBlk:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)

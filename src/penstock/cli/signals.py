@@ -10,6 +10,7 @@ import faulthandler
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Final
 
 _HELD: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -33,8 +34,8 @@ def survive_signals(arguments: Sequence[str] = _SERVERS) -> None:
     """Have no signal end a server but SIGTERM and SIGINT; do nothing if the arguments are those of another command.
 
     Log rotation and terminals that close send SIGHUP or SIGUSR1, whose default would cut every session. SIGQUIT prints
-    the stacks of all threads, and so does SIGABRT of the watchdog before it ends the process. SIGHUP, SIGUSR1 and
-    SIGUSR2 wait for `accept_signals`.
+    the stacks of all threads, unless the process hangs in compiled code; SIGABRT, which the watchdog sends, does so
+    even then, and ends the process. SIGHUP, SIGUSR1 and SIGUSR2 wait for `accept_signals`.
     """
     if not arguments or arguments[0] not in _SERVERS:
         return
@@ -45,7 +46,13 @@ def survive_signals(arguments: Sequence[str] = _SERVERS) -> None:
     descriptor = stderr()
     if descriptor >= 0:
         faulthandler.enable(descriptor, all_threads=True)
-        faulthandler.register(signal.SIGQUIT, descriptor, all_threads=True)
+
+        # Not `faulthandler.register`, which reads the stacks of threads while these run and has crashed servers that
+        # way. A Python handler runs with the lock of the interpreter; the thread that it interrupts goes on afterwards.
+        def print_stacks(_number: int, _frame: FrameType | None) -> None:
+            faulthandler.dump_traceback(descriptor, all_threads=True)
+
+        signal.signal(signal.SIGQUIT, print_stacks)
     else:
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
