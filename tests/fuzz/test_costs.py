@@ -14,7 +14,7 @@ import pytest
 from penstock.mailauth import dkim, dmarc, results
 from penstock.mailauth.header import Header, author_domains
 from penstock.net import proxyline
-from penstock.policy import delegate
+from penstock.policy import delegate, milterwire
 from penstock.policy.filters import FilterError
 from penstock.relay import mtasts, tlsreport
 from penstock.sink.web import fields, html
@@ -156,6 +156,19 @@ def test_the_wire_reads_octets_once(read: Callable[[bytes, int], int], step: int
     for word in _LINES if read is read_commands else _TEXTS:
         small, large = (word * (size // len(word)) for size in (octets, 8 * octets))
         assert not is_square(partial(read, small, step), partial(read, large, step)), word
+
+
+def test_a_packet_of_a_filter_may_arrive_in_small_pieces() -> None:
+    def read(packet: bytes) -> None:
+        reader = milterwire.Reader()
+        for start in range(0, len(packet), 32):
+            assert reader.next() is None
+            reader.feed(packet[start : start + 32])
+        assert reader.next() == (packet[4:5], packet[5:])
+        assert reader.is_empty
+
+    small, large = (milterwire.packet(b"b", b"x" * octets) for octets in (250_000, 2_000_000))
+    assert not is_square(partial(read, small), partial(read, large))
 
 
 _MARKUP = ("<!--", "<!--x--", "<a ", "<a\n", "<a/", '<a b="', "<a b='x", '<a b="x"', "<a b=", "<a =", "</", "<!", "<?",

@@ -86,8 +86,10 @@ class Reader:
     """Splits the input from a filter into packets."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
         """The beginning of a packet."""
+        self._wanted = 0
+        """How many octets that needs before it is worth a look: a packet may arrive octet by octet."""
         self._packets: deque[Packet] = deque()
         self._invalid = -1
         """The length of an invalid packet after those."""
@@ -95,10 +97,14 @@ class Reader:
     def feed(self, octets: bytes) -> None:
         """Take octets from the connection."""
         if self._rest:
-            octets = self._rest + octets
+            self._rest += octets
+            if len(self._rest) < self._wanted:
+                return
+            octets = bytes(self._rest)
         found, end, self._invalid = milter_split(octets, Packet, MOST_OCTETS)
         self._packets += found
-        self._rest = octets[end:]
+        self._rest = bytearray(octets[end:])
+        self._wanted = 4 + (int.from_bytes(self._rest[:4], "big") if len(self._rest) >= 4 else 0)
 
     @property
     def is_empty(self) -> bool:
