@@ -19,7 +19,8 @@ then.
 
 Rules
 -----
-1. An edge is reported once. `is_readable` stays set until a receive finds nothing more; nothing but that clears it.
+1. An edge is reported once. `is_readable` stays set until a receive finds nothing more, or until `look_again` has the
+   kernel report the edge once more: a turn is always taken in `poll`, never by the task that begins to sleep.
 2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
    of a cancelled wait takes it out, too. What was readable stays readable for the next one.
 3. A turn that raises wakes its task with the exception. A task that was cancelled has no protocol any more.
@@ -234,11 +235,16 @@ cdef class Poller:
         self.watches[watch.fd] = watch
         return 0
 
-    def look_for_room(self, Watch watch):
+    def look_for_room(self, Watch watch not None):
         if not watch.looks_for_room:
-            # Reported at once if it is writable already: EPOLL_CTL_MOD checks the readiness again (epoll_ctl(2)).
-            self.control(EPOLL_CTL_MOD, watch.fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | <uint32_t> EPOLLET)
             watch.looks_for_room = True
+            self.look_again(watch)
+
+    def look_again(self, Watch watch not None):
+        cdef uint32_t events = EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET
+        # What is ready already is reported again: EPOLL_CTL_MOD checks the readiness (epoll_ctl(2)).
+        self.control(EPOLL_CTL_MOD, watch.fd, events | EPOLLOUT if watch.looks_for_room else events)
+        watch.is_readable = False
 
     def listen(self, int fd, accepted not None, shortage not None):
         self.control(EPOLL_CTL_ADD, fd, EPOLLIN)  # level-triggered: a batch may leave some connections waiting
@@ -495,7 +501,7 @@ cdef class Socket:
         else:
             self.poller.forget(watch)
             if watch.reader is not None:
-                reschedule(watch.reader)  # it will find the stream closed
+                reschedule(watch.reader, Value(-1))  # it will find the stream closed
             if watch.writer is not None:
                 reschedule(watch.writer)
             watch.reader = watch.writer = watch.protocol = None

@@ -76,6 +76,8 @@ class Poller:
         """Register a non-blocking socket, once. Raise OSError."""
     def look_for_room(self, watch: Watch) -> None:
         """Request that `is_writable` is set, and `writer` woken, when a full socket is writable. Raise OSError."""
+    def look_again(self, watch: Watch) -> None:
+        """Have the next `poll` find what the socket is ready for, such as input that has arrived. Raise OSError."""
     def listen(
         self, fd: int, accepted: Callable[[int, str, int], object], shortage: Callable[[OSError], object]
     ) -> None:

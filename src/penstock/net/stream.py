@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import trio
 from trio.lowlevel import (
@@ -30,16 +30,7 @@ from trio.lowlevel import (
 from penstock.net import _poller
 from penstock.net._poller import Poller, Socket
 
-if TYPE_CHECKING:
-    from penstock.net._poller import Receiver
-
 _RECEIVE_OCTETS = 65_536
-_SHORT = 4096
-"""A receive of fewer octets has emptied the socket: the buffer is always at least this large."""
-_TURNS = 16
-"""Receives in a row without waiting, after which the other sessions run."""
-YIELD = -2
-"""See `SocketStream.run_turns`."""
 
 
 async def watch_sockets(poller: Poller) -> None:
@@ -53,7 +44,7 @@ async def watch_sockets(poller: Poller) -> None:
 class SocketStream(trio.abc.HalfCloseableStream):
     """A connected stream socket, TCP or unix. Takes the descriptor over, and closes it."""
 
-    __slots__ = ("_is_receiving", "_is_sending", "_socket", "_turns", "_watch", "has_cut_output", "is_in_handshake")
+    __slots__ = ("_is_receiving", "_is_sending", "_socket", "_watch", "has_cut_output", "is_in_handshake")
 
     def __init__(self, fd: int, poller: Poller | None = None) -> None:
         """Take over a non-blocking socket. Raise OSError when the poller cannot watch it."""
@@ -61,8 +52,6 @@ class SocketStream(trio.abc.HalfCloseableStream):
         self._watch = self._socket.watch
         self._is_receiving = False
         self._is_sending = False
-        self._turns = 0
-        """Receives since the last wait."""
         self.has_cut_output = False
         """The last `send_now` was cut short: only part of its octets was sent."""
         self.is_in_handshake = False
@@ -127,72 +116,21 @@ class SocketStream(trio.abc.HalfCloseableStream):
 
     # ---- receiving
 
-    async def fill(self, receiver: Receiver) -> int:
-        """Wait for octets and receive them straight into a wire. Return how many; 0 is the end of the stream.
-
-        Yield at the latest every 16 calls. Raise BrokenResourceError when the connection is lost,
-        ClosedResourceError when it was closed here.
-        """
-        if self._is_receiving:
-            self._conflict("receiving")
-        self._is_receiving = True
-        try:
-            while True:
-                if self._watch is None or not self._watch.is_readable:
-                    self._turns = 0
-                    await self._wait_readable()
-                elif self._turns >= _TURNS:
-                    self._turns = 0
-                    await checkpoint()
-                received = self._fill_nowait(receiver)
-                if received >= 0:
-                    return received
-        finally:
-            self._is_receiving = False
-
-    def _fill_nowait(self, receiver: Receiver) -> int:
-        """Receive what there is; -1 for nothing."""
-        self._check_open()
-        self._turns += 1
-        try:
-            received = receiver.recv(self._socket.fd)
-        except OSError as exc:
-            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
-        watch = self._watch
-        if watch is not None and (received < 0 or (received < _SHORT and not watch.has_hung_up)):
-            watch.is_readable = False
-        return received
-
     async def run_turns(self, protocol: Any) -> int:
         """Let a protocol (penstock.net._poller) take turns until it leaves something to this task. Needs a poller.
 
-        The task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, and -1 when a turn
-        without octets has ended the turns, the socket has not taken all of the output (`take_unsent`), or the wait was
-        interrupted. YIELD asks the caller to let other tasks run and to call again. Raise BrokenResourceError when the
-        connection is lost, and whatever a turn raises.
+        The task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, and -1 when the socket
+        has not taken all of the output (`take_unsent`) or the wait was interrupted. Raise BrokenResourceError when the
+        connection is lost, ClosedResourceError when it was closed here, and whatever a turn raises.
         """
-        watch = self._watch
-        assert watch is not None
-        protocol.wants_turn = False
+        watch, poller = self._watch, self._socket.poller
+        assert watch is not None and poller is not None
         if self._is_receiving:
             self._conflict("receiving")
-        while watch.is_readable:
-            if self._turns >= _TURNS:
-                self._turns = 0
-                return YIELD
-            received = self._fill_nowait(protocol)
-            if received < 0:
-                continue
-            output: bytes | None = protocol.data_received(received) if received else None
-            if output is None:
-                return received
-            sent = self._socket.send_nowait(output) if output else 0
-            if sent < len(output):
-                watch.unsent = output[sent:]
-                return -1
-            if protocol.wants_turn:
-                return -1
-        self._turns = 0
+        self._check_open()
+        protocol.wants_turn = False
+        if watch.is_readable:
+            poller.look_again(watch)
         self._is_receiving = True
         watch.protocol = protocol
         watch.reader = current_task()
@@ -202,8 +140,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
         finally:
             self._is_receiving = False
-        if self._socket.fd < 0:
-            self._check_open()
+        self._check_open()
         return received
 
     def take_unsent(self) -> bytes | None:
@@ -216,24 +153,39 @@ class SocketStream(trio.abc.HalfCloseableStream):
     async def run_protocol(self, protocol: Any) -> int:
         """Let a protocol take turns until it leaves something to this task, like `run_turns`; send what is unsent.
 
-        Works without a poller, too. Return the octets received last, 0 at the end of the stream, -1 when a turn
-        without octets has ended the turns or the wait was interrupted.
+        Works without a poller, too. Return the octets received last, 0 at the end of the stream, -1 when the wait was
+        interrupted.
         """
         while True:
-            output: bytes | None
             if self._watch is None:
-                received = await self.fill(protocol)
-                output = protocol.data_received(received) if received else None
+                received, output = await self._take_turn(protocol)
             else:
-                received = await self.run_turns(protocol)
-                if received == YIELD:
-                    await checkpoint()
-                    continue
-                output = self.take_unsent()
+                received, output = await self.run_turns(protocol), self.take_unsent()
             if output is None:
                 return received
             if output:
                 await self.send_now(output)
+
+    async def _take_turn(self, protocol: Any) -> tuple[int, bytes | None]:
+        """Wait, receive and take a turn in this task, where no poller does: return the octets received and the output.
+
+        The output is None when the turns have ended.
+        """
+        if self._is_receiving:
+            self._conflict("receiving")
+        self._check_open()
+        self._is_receiving = True
+        try:
+            await self._wait_readable()
+            self._check_open()
+            received = protocol.recv(self._socket.fd)
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"receiving failed: {exc}") from exc
+        finally:
+            self._is_receiving = False
+        if received < 0:
+            return received, b""
+        return received, protocol.data_received(received) if received else None
 
     def interrupt(self) -> None:
         """End the wait of a task in `run_protocol`, with -1; do nothing where none sleeps there. Needs a poller."""

@@ -36,7 +36,7 @@ from penstock.auth.login import Login
 from penstock.message import CountedBody, Message
 from penstock.net.proxyline import ProxyError
 from penstock.net.proxyline import parse as parse_proxy
-from penstock.net.stream import YIELD, AheadStream, SocketStream
+from penstock.net.stream import AheadStream, SocketStream
 from penstock.net.tls import TlsTurns, tls_info
 from penstock.policy.asking import WAIT
 from penstock.reply import Reply
@@ -253,9 +253,6 @@ class Connection:
                 return None
             else:
                 received = await self._socket.run_turns(pump)
-                if received == YIELD:  # a dismissal during the checkpoint is found by the next check
-                    await trio.lowlevel.checkpoint()
-                    continue
                 event = pump.take_event()
                 if event is not None:
                     return event
