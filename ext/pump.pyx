@@ -42,7 +42,7 @@ cdef class Pump(Protocol):
 
     cdef readonly ServerSession session
     cdef Wire wire
-    cdef dict handlers
+    cdef public dict sync_handlers
     cdef object owner
     cdef public object counting
     cdef public bint is_counting
@@ -53,20 +53,12 @@ cdef class Pump(Protocol):
     cdef readonly bint has_ended
     cdef readonly long long octets
 
-    def __init__(self, ServerSession session not None, dict handlers not None, owner not None):
+    def __init__(self, ServerSession session not None, dict sync_handlers not None, owner not None):
         self.session = session
         self.wire = session.wire
-        self.handlers = handlers
+        self.sync_handlers = sync_handlers
         self.owner = owner
         session.turn_limit = COMMANDS_AT_A_TIME
-
-    @property
-    def sync_handlers(self):
-        return self.handlers
-
-    @sync_handlers.setter
-    def sync_handlers(self, dict handlers not None):
-        self.handlers = handlers
 
     cpdef object advance(self):
         """Read the input. Return the event that the task has to handle; NEED_DATA and TURN_OVER are none."""
@@ -78,7 +70,7 @@ cdef class Pump(Protocol):
             if event is need_data or event is closed:
                 return event
             if event is not turn_over and not (self.counting is not None and self.count_message(event)):
-                handler = self.handlers.get(type(event))
+                handler = self.sync_handlers.get(type(event))
                 if handler is None or not handler(self.owner, event):
                     return event
             if session.output_octets >= OUTPUT_LIMIT:
@@ -115,10 +107,11 @@ cdef class Pump(Protocol):
         self.octets += len(data)
         self.wire.feed(data)
 
-    def feed_tls(self):
+    cpdef int feed_tls(self) except -1:
         """Decrypt what was received."""
         if not self.tls.decrypt_into(self.wire.feed):
-            self.has_ended = True
+            self.has_ended = True   # after the octets received so far
+        return 0
 
     def take_event(self):
         """Return the event that the last turn left to the task, once; None without one."""
@@ -128,7 +121,7 @@ cdef class Pump(Protocol):
     def close(self):
         """Release the buffer of the wire, and the connection, which refers to this pump."""
         self.wire.drop()
-        self.handlers = {}
+        self.sync_handlers = {}
         self.owner = None
 
     # ---- the poller's side
@@ -140,8 +133,8 @@ cdef class Pump(Protocol):
         cdef object event
         if received > 0:
             self.octets += received
-            if self.tls is not None and not self.tls.decrypt_into(self.wire.feed):
-                self.has_ended = True   # after the octets received so far
+            if self.tls is not None:
+                self.feed_tls()
         event = self.advance()
         if event is need_data:
             return None if self.has_ended else self.take_output()
@@ -150,11 +143,3 @@ cdef class Pump(Protocol):
             return self.take_output()
         self.event = event
         return None
-
-    def recv(self, int fd):
-        """Receive for the next turn; see `Wire.recv`."""
-        return self.receive(fd)
-
-    def data_received(self, Py_ssize_t received):
-        """Take a turn outside of the poller."""
-        return self.take_turn(received)

@@ -48,9 +48,5 @@ class Pump(Protocol):
         """Take in octets that were received, and decrypted, elsewhere."""
     def feed_tls(self) -> None:
         """Decrypt what was received. Raise ssl.SSLError."""
-    def recv(self, fd: int) -> int:
-        """Receive for the next turn; see `Wire.recv`."""
-    def data_received(self, received: int) -> bytes | None:
-        """Take a turn outside of the poller. Return the octets to send, None to leave the rest to the task."""
     def close(self) -> None:
         """Release the buffer of the wire and the owner."""
