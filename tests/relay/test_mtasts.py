@@ -175,6 +175,14 @@ async def test_a_policy_in_use_is_renewed_before_it_expires(tmp_path: Path) -> N
     assert found.mx == ("mx2.example.org",)
 
 
+async def test_a_policy_of_the_future_is_renewed(tmp_path: Path) -> None:
+    """The clock was set back."""
+    async with world(tmp_path, policy("mx.example.org"), policy("mx2.example.org")) as it:
+        await it.mode()
+        it.now -= 30 * 24 * 3600
+        assert [await it.mode(), await it.mode(), it.fetched] == ["enforce", "enforce", 2]
+
+
 async def test_tasks_that_want_the_same_policy_share_a_fetch(tmp_path: Path) -> None:
     async with world(tmp_path, policy("mx.example.org")) as it:
         async with trio.open_nursery() as nursery:

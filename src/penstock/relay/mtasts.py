@@ -205,8 +205,10 @@ class StsPolicies:
         ident = record_id(answer.records)
         if ident is None:
             return policy  # rule 1
-        if policy is not None and policy.id == ident and now - policy.fetched_at < min(_REFRESH, policy.max_age / 2):
-            return policy
+        if policy is not None and policy.id == ident:
+            age = now - policy.fetched_at  # negative if the clock was set back: it is fetched again
+            if 0 <= age < min(_REFRESH, policy.max_age / 2):
+                return policy
         if known.failed_id == ident and 0 <= now - known.failed_at < _PAUSE:
             return policy
         if policy is None:
