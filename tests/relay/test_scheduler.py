@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import email.message
 import email.policy
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import trio
 
 import penstock.relay.recorder
 import penstock.relay.scheduler
+import penstock.spool.store
 from penstock.dns.exchangers import Exchanger, ResolveError
 from penstock.message import Path as MailPath
 from penstock.message import Recipient
@@ -26,6 +28,7 @@ from penstock.relay.route import RouteSettings
 from penstock.relay.scheduler import RelaySettings
 from penstock.reply import Reply
 from penstock.spool.admin import Filter, QueueAdmin
+from penstock.spool.store import Store
 from tests.relay.fake import CLOSE, FakeHop, serving
 from tests.relay.harness import BUSY, DELIVERED, REFUSED, START, FakePool, Relay, Sent, message_of, path_of, relaying
 
@@ -896,6 +899,165 @@ async def test_a_message_tried_right_after_a_jump_is_not_returned(tmp_path: Path
         await relay.quiet()
         assert pool.to("example.com") == []
         assert [event["seconds"] for event in relay.events("clock-jumped")] == [6 * 24 * HOUR]
+
+
+def full(*_: Any) -> Any:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def returning_pool() -> FakePool:
+    """Return a hop that is busy, except for reports."""
+    return FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else BUSY)
+
+
+async def test_ages_are_corrected_once_although_the_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each failure comes after the work, in the transaction: before the first, the second and the last commit."""
+    monkeypatch.setattr(penstock.spool.store, "_SHIFTED", 1)
+    shift, calls = Store.shift_received, 0
+
+    def failing(*arguments: Any) -> int | None:
+        nonlocal calls
+        calls += 1
+        done = shift(*arguments)
+        return full() if calls in (1, 3, 6) else done
+
+    monkeypatch.setattr(Store, "shift_received", failing)
+    async with relaying(tmp_path, runs=False) as relay:
+        # So old that they would be corrected again by another pass.
+        await relay.accept(*(message_of("b@example.org", sender=f"{n}@example.com") for n in range(3)))
+        relay.advance(3 * HOUR)
+        for jump in (HOUR, None, None):
+            with pytest.raises(sqlite3.OperationalError):
+                await (relay.scheduler.check_clock() if jump is None else relay.set_clock(jump))
+        await relay.accept(message_of("b@example.org", sender="later@example.com", at=relay.now))
+        relay.advance(2 * HOUR)  # the disk was full for long
+        await relay.scheduler.check_clock()
+        assert await ages(relay) == {**{f"{n}@example.com": 5 for n in range(3)}, "later@example.com": 2}
+
+
+async def test_no_mail_is_returned_before_ages_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = returning_pool()
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "shift_received", full)
+            with pytest.raises(sqlite3.OperationalError):
+                await relay.set_clock(6 * 24 * HOUR)
+            await relay.until(lambda: len(pool.sent) == 2)
+            await relay.quiet()
+            relay.advance(2 * HOUR)
+            await relay.until(lambda: len(pool.sent) == 3)
+            await relay.quiet()
+        await relay.scheduler.check_clock()
+        assert await ages(relay) == {"alice@example.com": 2}
+        assert pool.to("example.com") == []
+
+
+async def test_a_clock_set_forward_and_back_at_once_returns_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next hop answers while the spool is being corrected."""
+    pool = returning_pool()
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        await relay.scheduler.check_clock()
+        reschedule = relay.spool.reschedule
+
+        async def meanwhile(*arguments: Any) -> int:
+            relay.scheduler.look()
+            await relay.until(lambda: len(pool.sent) == 2)
+            await relay.quiet()
+            return await reschedule(*arguments)
+
+        monkeypatch.setattr(relay.spool, "reschedule", meanwhile)
+        for jump in (7 * 24 * HOUR, -HOUR):
+            relay.now += jump
+            relay.set_by += jump
+            relay.scheduler.notice_clock()
+        await relay.scheduler.check_clock()
+        assert len(pool.sent) == 2 and pool.to("example.com") == []
+        assert await ages(relay) == {"alice@example.com": 0}
+
+
+async def test_a_message_in_flight_during_a_jump_is_not_returned(tmp_path: Path) -> None:
+    pool = FakePool(lambda sent: DELIVERED if sent.envelope.sender.text == "" else None)
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.set_clock(6 * 24 * HOUR)
+        relay.advance(2 * HOUR)  # a very slow hop
+        pool.reply(pool.sent[0], BUSY)
+        await relay.quiet()
+        assert len(pool.sent) == 1, "neither returned nor notified"
+        relay.advance(3 * HOUR)
+        await relay.until(lambda: len(pool.sent) == 2)
+        pool.reply(pool.sent[1], BUSY)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        assert report_in(pool.to("example.com")[0])[0]["Action"] == "delayed", "after five hours"
+
+
+async def test_a_message_whose_age_cannot_be_read_is_not_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = returning_pool()
+    async with relaying(tmp_path, pool) as relay:
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet()
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "received_at", full)
+            relay.advance(6 * 24 * HOUR)
+            await relay.until(lambda: len(pool.sent) == 2)
+            await relay.quiet()
+            assert pool.to("example.com") == []
+        relay.advance(HOUR)
+        await relay.until(lambda: bool(pool.to("example.com")))
+        assert report_in(pool.to("example.com")[0])[0]["Action"] == "failed"
+
+
+async def test_a_result_written_after_a_jump_back_delays_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(penstock.relay.recorder, "_FIRST_PAUSE", 0.001)
+    async with relaying(tmp_path, FakePool(lambda _: BUSY)) as relay:
+        await relay.scheduler.check_clock()
+        record, calls = relay.spool.record, 0
+
+        async def failing(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                await relay.set_clock(-3 * 24 * HOUR)
+                full()
+            await record(*arguments)
+
+        monkeypatch.setattr(relay.spool, "record", failing)
+        await relay.accept(message_of("bob@example.org"))
+        await relay.quiet_but_due()
+        ((*_, wait),) = await relay.waiting()
+        assert wait <= 4 * HOUR, "the longest wait of the schedule"
+
+
+async def test_operators_are_answered_although_the_clock_cannot_be_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with relaying(tmp_path, runs=False) as relay:
+        answered = trio.Event()
+
+        async def look() -> None:
+            answered.set()
+
+        await relay.scheduler.check_clock()
+        monkeypatch.setattr(Store, "shift_received", full)
+        monkeypatch.setattr(relay.operators, "look", look)
+        relay.now += HOUR
+        relay.set_by += HOUR
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay.operators.run)
+            with trio.fail_after(30):
+                await answered.wait()
+            nursery.cancel_scope.cancel()
+        assert {event["where"] for event in relay.events("error")} == {"clock"}
 
 
 async def test_a_clock_set_back_delays_nothing(tmp_path: Path) -> None:

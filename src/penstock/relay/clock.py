@@ -2,28 +2,45 @@
 
 Due times, expiry and delay notices are seconds since the epoch, as they outlive the process. When CLOCK_REALTIME jumps
 (a wrong RTC, an operator, NTP after hours without network), a message must not be returned days too early, nor wait for
-days. So it is compared with CLOCK_BOOTTIME, which goes on while the machine is suspended and cannot be set. After a
-jump, the times at which messages were received are corrected by it: their age stays the same.
+days. So it is compared with CLOCK_BOOTTIME, which goes on while the machine is suspended and cannot be set.
+
+After a jump, the times at which the messages of the spool were received are corrected by it, and their ages stay the
+same. A message that is older than a jump back gets younger by it: it is returned later, never earlier. Until all of
+them are corrected, and for an hour after that, no mail is returned and no notice is sent.
+
+A jump while the server does not run is not noticed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 FORWARD: Final = 600.0
-"""A jump forward of more seconds than this puts off expiry and notices..."""
-PUT_OFF: Final = 3600.0
-"""...by this many seconds: time for an operator, or NTP, to correct the clock."""
+"""A jump forward of more seconds than this is corrected."""
 BACK: Final = 60.0
-"""A jump back of more seconds than this reschedules what is due later than any schedule allows."""
+"""A jump back of more seconds than this is corrected, and reschedules what is due later than any schedule allows."""
+PUT_OFF: Final = 3600.0
+"""Seconds for which a jump puts off expiry and notices: time for an operator, or NTP, to correct the clock."""
 
 
 def steady_time() -> float:
     """Return the seconds since the start of the machine, including suspension where the system counts that."""
     boottime = getattr(time, "CLOCK_BOOTTIME", None)  # Linux
     return time.monotonic() if boottime is None else time.clock_gettime(boottime)
+
+
+@dataclass
+class Jump:
+    """A jump of the clock that the spool is not corrected by yet, or only in part."""
+
+    seconds: float
+    noticed_at: float
+    """When it was noticed, by the clock after it."""
+    corrected: int | None = 0
+    """The number of the last message that is corrected; None if all are."""
 
 
 class ClockGuard:
@@ -34,11 +51,12 @@ class ClockGuard:
         self._steady = steady
         self._offset: float | None = None
 
-    def jump(self) -> float:
-        """Return by how many seconds the clock was set since the last call; 0 for less than matters.
+    def jump(self) -> Jump | None:
+        """Return the jump of the clock since the last call; None without one that matters.
 
         Small corrections, as NTP makes them, do not add up.
         """
-        offset = self._clock() - self._steady()
-        jump, self._offset = 0.0 if self._offset is None else offset - self._offset, offset
-        return jump if jump > FORWARD or jump < -BACK else 0.0
+        now = self._clock()
+        offset = now - self._steady()
+        seconds, self._offset = 0.0 if self._offset is None else offset - self._offset, offset
+        return Jump(seconds, now) if seconds > FORWARD or seconds < -BACK else None

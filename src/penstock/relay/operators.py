@@ -33,13 +33,13 @@ class Operators:
         self._hops: Sequence[HopState] = ()
 
     async def run(self) -> None:
-        """Look once a second, until cancelled."""
+        """Look once a second, until cancelled. A spool that cannot be corrected now does not keep operators waiting."""
         while True:
-            try:
-                await self._scheduler.check_clock()
-                await self.look()
-            except Exception as exc:  # noqa: BLE001 - a disk that fails now may work later
-                self._journal.error(0, "operators", exc)
+            for act, source in ((self._scheduler.check_clock, "clock"), (self.look, "operators")):
+                try:
+                    await act()
+                except Exception as exc:  # noqa: BLE001 - a disk that fails now may work later
+                    self._journal.error(0, source, exc)
             await trio.sleep(_INTERVAL)
 
     async def look(self) -> None:

@@ -55,6 +55,16 @@ class _Report(NamedTuple):
     """All entries of the message that the report covers; their bodies are closed once it is written."""
 
 
+class _Overdue(NamedTuple):
+    """An attempt after which a message may have to be returned, or its sender notified; as for `record`."""
+
+    entry: Entry
+    results: Sequence[Result]
+    is_final: bool
+    is_stopping: bool
+    note: str
+
+
 class AttemptRecorder:
     """Takes the results of attempts. Called in the trio thread."""
 
@@ -81,6 +91,7 @@ class AttemptRecorder:
         self.before_expiry: Callable[[], None] = _nothing
         """Called before a message expires or its sender is notified of a delay: may call `Backoff.put_off`."""
         self._records: list[AttemptRecord] = []
+        self._overdue: list[_Overdue] = []
         self._reports: dict[tuple[int, Action], _Report] = {}
         """By message and action: one report for all recipients of a message whose attempts end together."""
         self._has_something = trio.Event()
@@ -91,7 +102,7 @@ class AttemptRecorder:
     @property
     def waiting(self) -> int:
         """Recipients whose result is not written yet."""
-        return len(self._records) + self._writing
+        return len(self._records) + len(self._overdue) + self._writing
 
     # ---- results
 
@@ -122,7 +133,11 @@ class AttemptRecorder:
                 self._journal.delivered(entry.id, to, result.hop, result.text, row.attempts, age)
             entry.body.close()
         else:
-            self._conclude(entry, results, is_final, is_stopping, "backing off: " if is_backing_off else "")
+            ended = _Overdue(entry, results, is_final, is_stopping, "backing off: " if is_backing_off else "")
+            if self._is_overdue(entry, results):
+                self._overdue.append(ended)
+            else:
+                self._conclude(*ended)
         self._note()
 
     def _note(self) -> None:
@@ -150,6 +165,37 @@ class AttemptRecorder:
         reply = "internal error"
         self._records += [AttemptRecord(row.number, row.queue, End.DEFERRED, reply, when) for row in entry.rows]
         self._note()
+
+    def _is_overdue(self, entry: Entry, results: Sequence[Result]) -> bool:
+        """Return whether the age of a message matters: it has not been delivered for long, as far as the entry says."""
+        now, backoff = self._clock(), self.backoff
+        is_expired, is_late = backoff.is_expired(entry.received_at, now), backoff.is_late(entry.received_at, now)
+        return (is_expired or (is_late and not all(row.delay_told for row in entry.rows))) and any(
+            result.kind is Outcome.DEFERRED for result in results
+        )
+
+    async def _conclude_overdue(self) -> None:
+        """Record the attempts for which the age matters.
+
+        The clock may have been set since their entries were made: the spool was corrected then, and is asked. A message
+        whose time it does not return counts as new: it is not returned now, but it may be at a later attempt.
+        """
+        if not self._overdue:
+            return
+        overdue, received_at = list(self._overdue), {}
+        try:
+            with trio.CancelScope(shield=True):
+                received_at = await self._spool.received_at(sorted({each.entry.number for each in overdue}))
+        except Exception as exc:  # noqa: BLE001 - a disk that fails now may work later
+            self._journal.error(0, "spool", exc)
+        del self._overdue[: len(overdue)]
+        for each in overdue:
+            entry = each.entry._replace(received_at=received_at.get(each.entry.number, self._clock()))
+            try:
+                self._conclude(*each._replace(entry=entry))
+            except Exception as exc:  # noqa: BLE001 - a bug in one message must not end the relay
+                self._journal.error(0, "relay", exc)
+                self.defer(entry, self._clock() + _BUG_PAUSE)
 
     def _conclude(
         self,
@@ -245,6 +291,7 @@ class AttemptRecorder:
     async def _write(self, *, tries: int = 0) -> None:
         """Write what was recorded so far in one transaction. Repeat that while it fails, `tries` times if set."""
         self._has_something, self._has_many = trio.Event(), trio.Event()
+        await self._conclude_overdue()
         records, self._records = self._records, []
         reports, self._reports = list(self._reports.values()), {}
         if not records:
@@ -256,6 +303,10 @@ class AttemptRecorder:
         records = self._without(records, [report for report, message in made if message is None])
         pause, tried = _FIRST_PAUSE, 0
         while True:
+            # The clock may have been set back since: none waits longer than any schedule allows.
+            latest = self._clock() + max(self.backoff.longest_wait, _BUG_PAUSE)
+            if any(each.next_try > latest for each in records):
+                records = [each._replace(next_try=min(each.next_try, latest)) for each in records]
             try:
                 # Whether a transaction that was cancelled has been committed is unknown.
                 with trio.CancelScope(shield=True):

@@ -42,7 +42,7 @@ from penstock.message import Body, Message, Recipient
 from penstock.relay.attempt import Attempt
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings
-from penstock.relay.clock import PUT_OFF, ClockGuard, steady_time
+from penstock.relay.clock import PUT_OFF, ClockGuard, Jump, steady_time
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool, PoolSettings
 from penstock.relay.queues import FIRST_WINDOW, DomainQueue, RouteQueue
@@ -152,8 +152,9 @@ class Scheduler:
         self._local = local
         self._clock = clock
         self._clock_guard = ClockGuard(clock, steady_clock)
-        self._jumps: list[float] = []
-        """Seconds by which the clock was set, and mail was not corrected for yet."""
+        self._jumps: deque[Jump] = deque()
+        """Jumps of the clock that the spool is to be corrected by."""
+        self._correcting = trio.Lock()
         self._random = random_source or random.Random()  # noqa: S311 - it spreads load, it hides nothing
         self._queues: dict[str, DomainQueue] = {}
         self._route_queues: dict[Hashable, RouteQueue] = {}
@@ -670,26 +671,34 @@ class Scheduler:
         return any(hop in (each.host.lower(), each.name.lower()) for each in route.hops())
 
     def notice_clock(self) -> None:
-        """Notice when the clock was set forward: nothing expires too early. Called before anything does."""
+        """Notice when the clock was set. Nothing expires before the ages are right; called before anything does."""
         jump = self._clock_guard.jump()
-        if jump > 0:
-            self.recorder.backoff.put_off(self._clock() + PUT_OFF)
-            self.journal.clock_jumped(jump, 0)
-            self._look.set()
-        if jump:
+        if jump is not None:
             self._jumps.append(jump)
+            if jump.seconds > 0:
+                self.journal.clock_jumped(jump.seconds, 0)
+            self._look.set()
+        if self._jumps:
+            self.recorder.backoff.put_off(self._clock() + PUT_OFF)
 
     async def check_clock(self) -> None:
-        """Notice when the clock was set forward, or back: nothing waits for days, and nothing gets older or younger."""
-        self.notice_clock()
-        jumps, self._jumps = self._jumps, []
-        back = sum(jump for jump in jumps if jump < 0)
-        if back:
-            self.recorder.backoff.put_off(-math.inf)
-            self.journal.clock_jumped(back, await self._reschedule())
-            self._look.set()
-        if shift := sum(jumps):
-            await self.spool.shift_received(self._clock(), shift)
+        """Notice when the clock was set, and correct the spool: nothing waits for days, and nothing gets older.
+
+        Raise OSError or sqlite3.Error; then the next call continues.
+        """
+        async with self._correcting:
+            self.notice_clock()
+            while self._jumps:
+                jump = self._jumps[0]
+                while jump.corrected is not None:
+                    # If the disk failed meanwhile, it may be long since: what came after a jump is not to be corrected.
+                    now = jump.noticed_at if jump.seconds > 0 else self._clock()
+                    jump.corrected = await self.spool.shift_received(now, jump.seconds, jump.corrected)
+                if jump.seconds < 0:
+                    self.journal.clock_jumped(jump.seconds, await self._reschedule())
+                    self._look.set()
+                self._jumps.popleft()
+                self.notice_clock()
 
     async def _reschedule(self) -> int:
         """Let what is due later than any schedule allows follow its schedule again. Return the recipients."""

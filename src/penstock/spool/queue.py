@@ -68,8 +68,15 @@ class DurableQueue(Protocol):
         Return the number of recipients.
         """
 
-    async def shift_received(self, now: float, seconds: float) -> None:
-        """After the clock was set by `seconds`: correct when messages were received, so that their age stays."""
+    async def shift_received(self, now: float, seconds: float, after: int) -> int | None:
+        """After the clock was set by `seconds`: correct when some messages were received, so that their age stays.
+
+        `now` is a time soon after that. Messages up to the number `after` are done. Return the last one of these; None
+        when there are no more.
+        """
+
+    async def received_at(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Return when messages were received, by their numbers, as far as they are here."""
 
     async def admin_input(self) -> AdminInput:
         """Return what operators have asked for since the last call."""

@@ -6,7 +6,6 @@ import glob
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -290,12 +289,17 @@ class Spool:
         """
         return await self._committer.do(lambda store: store.reschedule(now, waits, longest), whole=True)
 
-    async def shift_received(self, now: float, seconds: float) -> None:
-        """After the clock was set by `seconds`: correct when messages were received, so that their age stays."""
-        after: int | None = 0
-        while after is not None:
-            begin = after
-            after = await self._committer.do(partial(Store.shift_received, now=now, seconds=seconds, after=begin))
+    async def shift_received(self, now: float, seconds: float, after: int) -> int | None:
+        """After the clock was set by `seconds`: correct when some messages were received, so that their age stays.
+
+        `now` is a time soon after that. Messages up to the number `after` are done. Return the last one of these; None
+        when there are no more.
+        """
+        return await self._committer.do(lambda store: store.shift_received(now, seconds, after), whole=True)
+
+    async def received_at(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Return when messages were received, by their numbers, as far as they are here."""
+        return await self._committer.do(lambda store: store.received_at(numbers))
 
 
 def without_duplicates(message: Message, queues: Sequence[str]) -> tuple[Message, Sequence[str]]:

@@ -655,6 +655,15 @@ class Store:
         )
         return int(found[-1][0])
 
+    def received_at(self, numbers: Sequence[int]) -> dict[int, float]:
+        """Return when messages were received, by their numbers, as far as they are here."""
+        found: dict[int, float] = {}
+        for part in _parts(numbers):
+            among = ",".join("?" * len(part))
+            statement = f"SELECT number, received_at FROM message WHERE number IN ({among})"
+            found.update(self._database.execute(statement, part))
+        return found
+
     def drop_empty(self, numbers: Iterable[int]) -> list[int]:
         """Delete the messages among these that have no recipient left. Return those with a body file."""
         filed: list[int] = []
