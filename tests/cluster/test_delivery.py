@@ -9,13 +9,14 @@ import pytest
 import trio
 from bench.nats_servers import NatsServers
 
+from penstock.app import Server
 from penstock.cluster.layout import Layout, LayoutError, read_message, read_state, state_record
 from penstock.cluster.layout import RecipientState as State
 from penstock.cluster.setup import make_layout
 from penstock.cluster.writer import Writer
 from penstock.delivery.base import ChecksCapacity
 from penstock.reply import Reply
-from penstock.spool.entry import DUE
+from penstock.spool.entry import DUE, AttemptRecord, Outcome
 from tests.cluster.nodes import NextHop, gateway, made, next_hop, node_of, owns, rows
 from tests.contracts.delivery import check_delivery, make_message
 
@@ -126,6 +127,42 @@ async def test_what_has_become_of_many_recipients_is_known_to_the_next_owner(
             await owns(server, 4)
             assert await rows(server) == before
         assert hop.begun == 1
+
+
+@pytest.mark.parametrize("count", [1, 400], ids=["short state", "long state"])
+async def test_a_corrected_time_of_receipt_is_known_to_the_next_owner(
+    servers: NatsServers, tmp_path: Path, count: int
+) -> None:
+    """The clock was set forward by an hour after the message was received, and before it was tried again."""
+    addresses = tuple(f"{n:0120}@example.org" for n in range(count))
+    busy = {address: Reply(450, "4.2.1", "Mailbox busy") for address in addresses}
+    received_at = float(int(time.time())) - 3600
+    async with (
+        made(servers, tmp_path) as (jetstream, settings),
+        next_hop(tmp_path, NextHop(replies=busy)) as url,
+    ):
+        message = make_message(b"", recipients=addresses)._replace(received_at=received_at)
+        await Writer(jetstream, make_layout(settings)).write(message, 2, patience=10)
+        async with gateway(tmp_path, settings, url, "g1") as server:
+            while {row[1:3] for row in await rows(server)} != {(DUE, 1)}:
+                await trio.lowlevel.checkpoint()
+            assert await received(server) == [received_at]
+            queue = node_of(server).queue
+            assert await queue.shift_received(received_at + 3600, 3600, 0)
+            numbers = await queue._committer.do(
+                lambda store: [row for (row,) in store._database.execute("SELECT number FROM recipient")]
+            )
+            await queue.record([AttemptRecord(row, "example.org", Outcome.DEFERRED, "busy", 5e9) for row in numbers])
+        async with gateway(tmp_path, settings, url, "g2") as server:
+            await owns(server, 4)
+            assert await received(server) == [received_at + 3600]
+
+
+async def received(server: Server) -> list[float]:
+    """Return when the messages in the index were received."""
+    return await node_of(server).queue._committer.do(
+        lambda store: [when for (when,) in store._database.execute("SELECT received_at FROM message")]
+    )
 
 
 @pytest.mark.parametrize(("count", "size"), [(500, 900_000), (2100, 10)], ids=["with the body", "alone"])

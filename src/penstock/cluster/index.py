@@ -38,6 +38,7 @@ class Planned(NamedTuple):
     place: Place
     states: list[RecipientState]
     """Those that are left."""
+    received_at: float
 
 
 Change = Callable[[RecipientState], RecipientState | None]
@@ -160,7 +161,7 @@ class IndexStore(Store):
         """Return what becomes of the messages of these recipients. Changes nothing."""
         planned = []
         for number in sorted({row >> PLACES for row in changes}):
-            found = self._one("SELECT id, prefix FROM message WHERE number = ?", (number,))
+            found = self._one("SELECT id, prefix, received_at FROM message WHERE number = ?", (number,))
             if found is None:
                 continue
             first = number << PLACES
@@ -179,7 +180,7 @@ class IndexStore(Store):
                     changed = changes[row](changed)
                 if changed is not None:
                     states.append(changed)
-            planned.append(Planned(number, found[0], unpack(found[1]), states))
+            planned.append(Planned(number, found[0], unpack(found[1]), states, found[2]))
         return planned
 
     def idle(self, rows: Sequence[int]) -> list[int]:

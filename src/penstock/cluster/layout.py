@@ -67,6 +67,7 @@ _FIELDS: Final = re.compile(
     rb"P-CRC: ([0-9a-f]{8})\r\n"
 )
 """The headers of a message, as `message_headers` writes them, with numbers that fit into the index."""
+_RECEIVED: Final = re.compile(rb"\r\nP-At: (\S{1,40})\r\n")
 _VERSION: Final = b"%d" % VERSION
 _LATEST: Final = 1e15
 """Of times in seconds."""
@@ -346,10 +347,13 @@ def tombstone_headers(sequence: int) -> bytes:
 # ---- states
 
 
-def state_record(states: Sequence[RecipientState], last: int, *, most: int = 1 << 19) -> tuple[bytes, bytes]:
+def state_record(
+    states: Sequence[RecipientState], last: int, *, received_at: float | None = None, most: int = 1 << 19
+) -> tuple[bytes, bytes]:
     """Return payload and headers of a state that follows the one with sequence `last`; 0 for the first.
 
-    A payload of more than `most` octets gets shorter last replies.
+    `received_at` is when the message was received, as its node knows now: the clock may have been set since. A payload
+    of more than `most` octets gets shorter last replies.
     """
     data, encoded = b"", _encode(states)
     if len(encoded) > _MOST_HEADER:
@@ -358,11 +362,22 @@ def state_record(states: Sequence[RecipientState], last: int, *, most: int = 1 <
             data, encoded = zlib.compress(_encode(shorter), 1), b""
             if len(data) <= most:
                 break
-    return data, b"NATS/1.0\r\nP-V: %d\r\nNats-Expected-Last-Subject-Sequence: %d\r\nP-State: %s\r\n\r\n" % (
+    return data, b"NATS/1.0\r\nP-V: %d\r\nNats-Expected-Last-Subject-Sequence: %d\r\n%sP-State: %s\r\n\r\n" % (
         VERSION,
         last,
+        b"" if received_at is None else b"P-At: %r\r\n" % received_at,
         encoded,
     )
+
+
+def read_received_at(headers: bytes) -> float | None:
+    """Return when the message of a state was received; None if the state does not say."""
+    found = _RECEIVED.search(headers)
+    try:
+        received_at = -1.0 if found is None else float(found[1])
+    except ValueError:
+        return None
+    return received_at if 0 <= received_at < _LATEST else None
 
 
 def has_state_in_payload(headers: bytes) -> bool:

@@ -45,6 +45,7 @@ from penstock.cluster.layout import (
     is_marker,
     read_envelope,
     read_message,
+    read_received_at,
     read_state,
     state_record,
     tombstone_headers,
@@ -932,7 +933,8 @@ class ReplicatedQueue(Spool):
         place, layout = each.place, self._layout
         stream = layout.stream_of(place.partition)
         if each.states:
-            record = state_record(each.states, place.state_sequence, most=self._writer.most_octets)
+            sequence, most = place.state_sequence, self._writer.most_octets
+            record = state_record(each.states, sequence, received_at=each.received_at, most=most)
             return [Request(layout.state(place.partition, each.id), *record)]
         if place.is_uncertain:
             subject = layout.message(place.partition, each.id)
@@ -973,6 +975,8 @@ class _Contents:
         self.states: dict[str, tuple[int, list[RecipientState]]] = {}
         self.long_states: dict[str, str] = {}
         """Message id -> subject of a state in a payload."""
+        self.received_at: dict[str, float] = {}
+        """Message id -> when it was received, as its state says: the clock of its node may have been set since."""
         self.pieces: dict[str, list[Stored]] = {}
         self.ids: set[str] = set()
         """The messages that are not finished, after `note_ids`."""
@@ -992,6 +996,9 @@ class _Contents:
             if kind == "b":
                 self.pieces.setdefault(message_id, []).append(stored)
                 continue
+            received_at = read_received_at(stored.headers)
+            if received_at is not None:
+                self.received_at[message_id] = received_at
             if has_state_in_payload(stored.headers):
                 self.long_states[message_id] = subject
                 continue
@@ -1023,7 +1030,8 @@ class _Contents:
                 errors.append(exc)
                 continue
             if message is not None:
-                messages.append(message)
+                received_at = self.received_at.get(message.id, message.received_at)
+                messages.append(message._replace(received_at=received_at))
         return messages, errors
 
 
