@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from penstock.cluster.queue import ReplicatedQueue, _Contents
 from penstock.cluster.setup import make_layout
 from penstock.cluster.writer import Writer, Written
 from penstock.message import Message
-from penstock.spool.entry import DUE
+from penstock.spool.entry import DUE, HELD
 from tests.cluster.nodes import NextHop, gateway, made, next_hop, node_of, owns, rows, send, until
 from tests.contracts.delivery import make_message
 
@@ -258,6 +259,65 @@ async def test_what_the_leader_cannot_read_is_reported_and_stays(
         assert await jetstream.subjects(layout.stream(0), subject)
         assert await jetstream.subjects(layout.stream(0), state), "it is needed when the message can be read again"
         assert hop.begun == 1
+
+
+@pytest.mark.parametrize("how", ["in a payload", "malformed", "not shown"])
+async def test_a_message_whose_state_cannot_be_read_waits_until_it_can(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    hop = NextHop()
+    damaged: set[str] = set()
+    last, add = JetStream.last, _Contents.add
+
+    async def last_readable(jetstream: JetStream, stream: str, subject: str) -> Stored | None:
+        return None if subject in damaged else await last(jetstream, stream, subject)
+
+    def add_readable(contents: _Contents, found: Sequence[Stored]) -> None:
+        add(contents, [each for each in found if how == "in a payload" or each.subject not in damaged])
+
+    monkeypatch.setattr(JetStream, "last", last_readable)
+    monkeypatch.setattr(_Contents, "add", add_readable)
+    async with (
+        made(servers, tmp_path, partitions=2, lease=60) as (jetstream, settings),
+        next_hop(tmp_path, hop) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        layout, queue = make_layout(settings), node_of(server).queue
+        await owns(server, 2)
+        queue.lose(0)
+        # Another node has relayed a message to all recipients but one, before it was lost.
+        writer = Writer(jetstream, layout)
+        count = 3000 if how == "in a payload" else 2
+        message = make_message(b"Subject: test\r\n\r\nleft", recipients=tuple(f"{n}@example.org" for n in range(count)))
+        await writer.write(message._replace(received_at=time.time()), 0, patience=10)
+        state = layout.state(0, message.id)
+        good = state_record([RecipientState(1, DUE, 0.0, 1, False, "")], 0)
+        headers = good[1].replace(b"P-State: [", b"P-State: x[") if how == "malformed" else good[1]
+        if how == "in a payload":
+            many = [RecipientState(n, HELD, 0.0, 1, False, "x" * 50) for n in range(2, count)]
+            good = state_record([RecipientState(1, DUE, 0.0, 1, False, ""), *many], 0)
+            headers = good[1]
+        sequence = await jetstream.publish(state, good[0], headers)
+        if how != "malformed":
+            damaged.add(state)
+        queue.gain(0)
+        await owns(server, 2)
+        assert queue.damaged == 1
+        other = make_message(b"Subject: test\r\n\r\nother")
+        await writer.write(other._replace(received_at=time.time()), 0, patience=10)
+        await hop.until(lambda: hop.seen["b@example.org", "other"])
+        assert hop.begun == 1
+        assert await jetstream.subjects(layout.stream(0), state), "it is not swept"
+
+        damaged.clear()
+        if how == "malformed":
+            expected = b"Sequence: %d\r\n" % sequence
+            await jetstream.publish(state, good[0], good[1].replace(b"Sequence: 0\r\n", expected))
+        queue.lose(0)
+        queue.gain(0)
+        await hop.until(lambda: hop.seen["1@example.org", "left"])
+        assert hop.begun == 2
+        assert sum(hop.seen.values()) == 2
 
 
 async def test_a_scan_is_followed_however_slowly_messages_come(servers: NatsServers, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class ReplicatedQueue(Spool):
         self._active: list[int] | None = None
         """Those that are loaded; None if that has changed."""
         self._seen: dict[int, int] = {}
-        """The sequence of the last marker by stream: what comes before it is in the index."""
+        """The sequence of the last marker by partition: what comes before it is in the index, or was left out."""
         self._pending: dict[str, bool] = {}
         """Messages that wait for their acknowledgment, and whether they were found in the stream meanwhile."""
         self._turn = 0
@@ -487,7 +487,7 @@ class ReplicatedQueue(Spool):
         contents = _Contents(layout)
         async with aclosing(self._read(stream, subjects, 1, until)) as batches:
             async for batch in batches:
-                self._note_damage(contents.add(batch))
+                contents.add(batch)
         present: set[str] = set()
         for partition in partitions:
             names = await self._jetstream.subjects(layout.stream(stream), layout.message(partition, "*"))
@@ -495,17 +495,15 @@ class ReplicatedQueue(Spool):
             if len(names) >= PAGE:
                 present.update(await self._unlisted(partition, contents.messages, present))
         contents.keep(present)
-        await self._read_long_states(stream, contents)
         await self._find_missing(stream, contents, present, until)
+        await self._read_states(stream, contents, partitions)
         queues = await self._load_messages(contents, partitions)
         for partition in partitions:
             # One that was lost and has come back meanwhile is loaded again.
             if self._owned.get(partition) == _LOADING and partition not in self._interrupted:
                 self._owned[partition] = _ACTIVE
+                self._seen[partition] = until
         self._active = None
-        # What came before in partitions that were active already is not read here.
-        self._seen.setdefault(stream, until)
-        self._seen[stream] = min(self._seen[stream], until)
         self.became_due(sorted(queues))
         await self._sweep(stream, contents)
 
@@ -536,15 +534,23 @@ class ReplicatedQueue(Spool):
         # They may be readable later: their states and pieces stay.
         contents.ids.update(subject.rpartition(".")[2] for subject in damaged)
 
-    async def _read_long_states(self, stream: int, contents: _Contents) -> None:
-        """Read the states of many recipients, which are in payloads."""
-        for message_id, subject in contents.long_states.items():
+    async def _read_states(self, stream: int, contents: _Contents, partitions: Sequence[int]) -> None:
+        """Read the states that the scan has not shown: those in payloads, and those that a server skips or damages.
+
+        Without its state, all recipients of a message would get it again: one whose state cannot be read is left out.
+        """
+        name = self._layout.stream(stream)
+        for partition in partitions:
+            contents.expect(await self._jetstream.subjects(name, self._layout.state(partition, "*")))
+        for message_id, subject in contents.unread.items():
             try:
-                found = await self._last(self._layout.stream(stream), subject)
+                found = await self._last(name, subject)
                 if found is not None:
                     contents.states[message_id] = found.sequence, read_state(found.headers, found.data)
+                    contents.note_time(message_id, found.headers)
             except (DamagedError, LayoutError) as exc:
-                self._note_damage([exc])
+                self._note_damage([exc if isinstance(exc, DamagedError) else LayoutError(f"{subject}: {exc}")])
+                contents.leave_out(subject.replace(".s.", ".m.", 1))
 
     async def _last(self, stream: str, subject: str) -> Stored | None:
         """Return the message of a subject, as the leader has it; None if it is gone. Raise DamagedError.
@@ -672,21 +678,20 @@ class ReplicatedQueue(Spool):
         for stream in range(self._layout.streams):
             mine = [partition for partition in self.owned if partition % self._layout.streams == stream]
             if not mine:
-                self._seen.pop(stream, None)
                 continue
             subjects = [self._layout.message(partition, "*") for partition in mine]
             until = await self._mark(stream)
-            start = self._seen.get(stream, 0) + 1
-            if until < start:
-                start = 1  # the stream was made again, or restored from a backup
-            async with aclosing(self._read(stream, subjects, start, until)) as batches:
+            seen = {partition: self._seen[partition] for partition in mine}
+            if until < max(seen.values()):
+                seen = dict.fromkeys(mine, 0)  # the stream was made again, or restored from a backup
+            async with aclosing(self._read(stream, subjects, min(seen.values()) + 1, until)) as batches:
                 async for batch in batches:
                     contents = _Contents(self._layout)
-                    self._note_damage(contents.add(batch))
+                    contents.add([each for each in batch if each.sequence > seen[int(each.subject.split(".")[2])]])
                     messages, errors = contents.read(contents.messages)
                     self._note_damage(errors)
                     added += await self._add_found(stream, messages)
-            self._seen[stream] = until
+            self._seen.update(dict.fromkeys(mine, until))
         return added
 
     async def _add_found(self, stream: int, messages: Sequence[StoredMessage]) -> int:
@@ -973,8 +978,8 @@ class _Contents:
         self.messages: dict[str, tuple[int, bytes]] = {}
         """Subject -> sequence and headers."""
         self.states: dict[str, tuple[int, list[RecipientState]]] = {}
-        self.long_states: dict[str, str] = {}
-        """Message id -> subject of a state in a payload."""
+        self.unread: dict[str, str] = {}
+        """Message id -> subject of a state that is still to be read from the leader."""
         self.received_at: dict[str, float] = {}
         """Message id -> when it was received, as its state says: the clock of its node may have been set since."""
         self.pieces: dict[str, list[Stored]] = {}
@@ -982,9 +987,8 @@ class _Contents:
         """The messages that are not finished, after `note_ids`."""
         self._start = len(layout.name) + 1
 
-    def add(self, found: Sequence[Stored]) -> list[LayoutError]:
-        """Add messages, states and pieces. Return what is wrong with those that cannot be read."""
-        errors = []
+    def add(self, found: Sequence[Stored]) -> None:
+        """Add messages, states and pieces."""
         start = self._start
         for stored in found:
             subject = stored.subject
@@ -996,18 +1000,30 @@ class _Contents:
             if kind == "b":
                 self.pieces.setdefault(message_id, []).append(stored)
                 continue
-            received_at = read_received_at(stored.headers)
-            if received_at is not None:
-                self.received_at[message_id] = received_at
-            if has_state_in_payload(stored.headers):
-                self.long_states[message_id] = subject
-                continue
-            self.long_states.pop(message_id, None)
-            try:
-                self.states[message_id] = stored.sequence, read_state(stored.headers)
-            except LayoutError as exc:
-                errors.append(exc)
-        return errors
+            self.note_time(message_id, stored.headers)
+            self.states.pop(message_id, None)  # an older one
+            self.unread[message_id] = subject
+            if not has_state_in_payload(stored.headers):
+                with suppress(LayoutError):
+                    self.states[message_id] = stored.sequence, read_state(stored.headers)
+                    del self.unread[message_id]
+
+    def note_time(self, message_id: str, headers: bytes) -> None:
+        """Note when a message was received, if the headers of its state say so."""
+        received_at = read_received_at(headers)
+        if received_at is not None:
+            self.received_at[message_id] = received_at
+
+    def expect(self, subjects: Iterable[str]) -> None:
+        """Have those of the states read that are not known."""
+        for subject in subjects:
+            message_id = subject.rpartition(".")[2]
+            if message_id not in self.states:
+                self.unread[message_id] = subject
+
+    def leave_out(self, subject: str) -> None:
+        """Forget a message, but not that it is there: what belongs to it stays in the stream."""
+        self.messages.pop(subject, None)
 
     def keep(self, present: Collection[str]) -> None:
         """Forget the messages that the leader does not have."""
