@@ -185,8 +185,8 @@ async def test_a_node_with_the_same_name_is_another_owner(servers: NatsServers, 
         assert (first.held, second.held) == ([0], [])
         second._held[0] = first._held[0]  # the lease ended while the first process was suspended
         first._held[0] = copy.copy(first._held[0])
-        await second._renew()
-        await first._renew()
+        await second._rewrite([0], "g1")
+        await first._rewrite([0], "g1")
         assert (first.held, second.held) == ([], [0])
 
 

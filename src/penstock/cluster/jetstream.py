@@ -104,10 +104,10 @@ class JetStream:
         answer = await self.api(f"STREAM.PURGE.{stream}", {"filter": subject})
         return int(answer.get("purged", 0))
 
-    async def last(self, stream: str, subject: str) -> Stored | None:
+    async def last(self, stream: str, subject: str, *, timeout: float = _TIMEOUT) -> Stored | None:  # noqa: ASYNC109
         """Return the last message of a subject, as the leader knows it; None if the subject has no message."""
         try:
-            answer = await self.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject})
+            answer = await self.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": subject}, timeout=timeout)
         except ApiError as exc:
             if exc.is_not_found:
                 return None

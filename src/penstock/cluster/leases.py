@@ -1,10 +1,10 @@
 """Which node relays which partition.
 
 A lease is a record of the bucket NAME-lease that the servers delete when it is as old as a lease. Its owner writes it
-again every third of that time, on the condition that its own record is the last one; others can write it only when it
-is gone. An owner that could not renew a lease for two thirds of its time stops beginning attempts, by its own monotonic
-clock: before another node can have it. So two nodes do not relay a partition at the same time, except for attempts that
-were under way, and when a process is suspended within one.
+again every third of that time, sooner after a failure, on the condition that its own record is the last one; others can
+write it only when it is gone. An owner that could not renew a lease for two thirds of its time stops beginning
+attempts, by its own monotonic clock: before another node can have it. So two nodes do not relay a partition at the same
+time, except for attempts that were under way, and when a process is suspended within one.
 
 Nodes aim at equal shares. One that has too many gives some up, after its attempts have ended, and one that has too few
 takes those that are free.
@@ -27,7 +27,10 @@ from penstock.cluster.layout import WRONG_LAST_SEQUENCE, Layout
 from penstock.net.nats import Message, NatsError, Request
 from penstock.net.natswire import parse_headers
 
+_RETRIES: Final = 15
+"""What could not be written is written again after this part of the time of a lease."""
 _TIMEOUT: Final = 2.0
+"""Seconds to wait for an answer; at most a third of a lease for the answer to its renewal."""
 _encode = msgspec.json.encode
 
 
@@ -122,6 +125,7 @@ class LeaseKeeper:
         self.on_control: Callable[[Control], None] = _ignore_control
         """Gets what operators have requested of all nodes, before any partition is gained and whenever it changes."""
         self.report: Callable[[Exception], None] = _ignore_error
+        """Gets why leases cannot be written or read, once for as long as it lasts."""
         self.node = node
         self.takeovers = 0
         """Leases that another node had before."""
@@ -133,6 +137,7 @@ class LeaseKeeper:
         self._layout = layout
         self._version = version
         self._lease = lease
+        self._timeout = min(_TIMEOUT, lease / 3)
         self._process = os.urandom(8).hex()
         self._control: Control | None = None
         self._held: dict[int, _Held] = {}
@@ -150,23 +155,35 @@ class LeaseKeeper:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._expire)
             nursery.start_soon(self._keep_renewing)
+            is_failing = False
             while True:
                 try:
                     await self._balance()
                 except Exception as exc:  # noqa: BLE001 - the cluster may work later
-                    self.report(exc)
+                    if not is_failing:
+                        self.report(exc)
+                    is_failing = True
+                else:
+                    is_failing = False
                 with trio.move_on_after(self._lease / 3):
                     await self._wake.wait()
                 self._wake = trio.Event()
 
     async def _keep_renewing(self) -> None:
-        """Renew what this node has, however long it takes to balance."""
+        """Renew what this node has, however long it takes to balance; soon again what could not be renewed."""
+        is_failing = False
+        begun = trio.current_time()
         while True:
-            await trio.sleep(self._lease / 3)
+            await trio.sleep_until(begun + self._lease / (_RETRIES if is_failing else 3))
+            begun = trio.current_time()
+            failure: Exception | None
             try:
-                await self._renew()
+                failure = await self._rewrite(list(self._held), self.node)
             except Exception as exc:  # noqa: BLE001 - the cluster may work later
-                self.report(exc)
+                failure = exc
+            if failure is not None and not is_failing:
+                self.report(failure)
+            is_failing = failure is not None
 
     def wake(self) -> None:
         """Balance now."""
@@ -223,10 +240,10 @@ class LeaseKeeper:
         headers = b"NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n" % last
         return Request(self._subject(partition), _encode(Lease(node, process=self._process)), headers)
 
-    async def _write(self, wanted: Sequence[tuple[int, int]]) -> dict[int, int | NatsError]:
+    async def _write(self, wanted: Sequence[tuple[int, int]], node: str) -> dict[int, int | NatsError]:
         """Write the records of partitions that follow records with these sequences. Return sequences or errors."""
-        requests = [self._record(partition, last, self.node) for partition, last in wanted]
-        answers = await self._jetstream.client.request_many(requests, timeout=_TIMEOUT)
+        requests = [self._record(partition, last, node) for partition, last in wanted]
+        answers = await self._jetstream.client.request_many(requests, timeout=self._timeout)
         results: dict[int, int | NatsError] = {}
         for (partition, _), answer in zip(wanted, answers, strict=True):
             try:
@@ -237,30 +254,42 @@ class LeaseKeeper:
                 results[partition] = exc
         return results
 
-    async def _renew(self) -> None:
-        wanted = list(self._held.items())
+    async def _rewrite(self, partitions: Sequence[int], node: str) -> NatsError | None:
+        """Renew leases that this node has; with an empty `node`, let others have them.
+
+        Return why something could not be written. Raise NatsError.
+        """
+        failure: NatsError | None = None
+        wanted = [(partition, self._held[partition]) for partition in partitions if partition in self._held]
         while wanted:
             begun = trio.current_time()
-            results = await self._write([(partition, each.sequence) for partition, each in wanted])
+            results = await self._write([(partition, each.sequence) for partition, each in wanted], node)
             refused = []
             for partition, held in wanted:
                 result = results[partition]
                 if self._held.get(partition) is not held:
                     continue  # it has expired meanwhile
-                if not isinstance(result, NatsError):
+                if isinstance(result, NatsError):
+                    if _is_refused(result):
+                        refused.append((partition, held))
+                    else:
+                        failure = result
+                elif node:
                     held.sequence, held.until = result, begun + self._lease * 2 / 3
-                elif isinstance(result, ApiError) and result.number == WRONG_LAST_SEQUENCE:
-                    refused.append((partition, held))
+                else:
+                    del self._held[partition]
             wanted = [each for each in refused if await self._is_ours(*each)]
+        return failure
 
     async def _is_ours(self, partition: int, held: _Held) -> bool:
-        """Find out why a renewal was refused: our own last one was written, or the lease is gone."""
-        found = await self._jetstream.last(f"KV_{self._layout.leases}", self._subject(partition))
+        """Find out why a record was refused: our own last one was written, or the lease is gone."""
+        found = await self._jetstream.last(f"KV_{self._layout.leases}", self._subject(partition), timeout=self._timeout)
+        if self._held.get(partition) is not held:
+            return False
         if found is not None and self._has_written(_decode(found.data, Lease, Lease())):
             held.sequence = found.sequence
             return True
-        if self._held.get(partition) is held:
-            self._lose(partition)
+        self._lose(partition)
         return False
 
     def _has_written(self, lease: Lease) -> bool:
@@ -286,29 +315,41 @@ class LeaseKeeper:
             free.append(partition)
         chosen = random.sample(free, min(count, len(free)))
         begun = trio.current_time()
-        results = await self._write([(each, leases.get(each, Lease()).sequence) for each in chosen])
+        results = await self._write([(each, leases.get(each, Lease()).sequence) for each in chosen], self.node)
+        failure: NatsError | None = None
         for partition, result in results.items():
-            if not isinstance(result, NatsError):
+            if isinstance(result, NatsError):
+                failure = failure if _is_refused(result) else result  # it is refused if another node was faster
+            else:
                 self._held[partition] = _Held(result, begun + self._lease * 2 / 3)
                 owner, _ = self._last.pop(partition, ("", 0.0))
                 self.takeovers += owner not in ("", self.node)
                 self.on_gain(partition)
+        if failure is not None:
+            raise failure
 
     async def release(self, partition: int) -> None:
-        """Let others have a partition now: nothing of it is under way here."""
-        await self._release([partition])
+        """Let others have a partition now: nothing of it is under way here. It is renewed until that is written."""
+        held = self._held.get(partition)
+        while held is not None and self._held.get(partition) is held:
+            try:
+                failure = await self._rewrite([partition], "")
+            except NatsError as exc:
+                failure = exc
+            if failure is not None:
+                await trio.sleep(self._lease / _RETRIES)
 
     async def release_all(self) -> None:
         """Let others have everything now, and tell them that this node ends. What cannot be written expires."""
-        await self._release(list(self._held))
+        with suppress(NatsError):
+            await self._rewrite(list(self._held), "")
         with suppress(NatsError):
             await self._jetstream.publish(f"$KV.{self._layout.nodes}.{self.node}", b"", b"", timeout=_TIMEOUT)
 
-    async def _release(self, partitions: Sequence[int]) -> None:
-        held = [(partition, self._held.pop(partition)) for partition in partitions if partition in self._held]
-        requests = [self._record(partition, each.sequence, "") for partition, each in held]
-        if requests:
-            await self._jetstream.client.request_many(requests, timeout=_TIMEOUT)
+
+def _is_refused(error: NatsError) -> bool:
+    """Return whether a record was not written because the last one is another."""
+    return isinstance(error, ApiError) and error.number == WRONG_LAST_SEQUENCE
 
 
 def _ignore(_: int) -> None:

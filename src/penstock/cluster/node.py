@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -85,7 +86,7 @@ class Node:
         self.keeper.on_leave = self.queue.leave
         self.keeper.on_control = self._obey
         self.keeper.spooled = lambda: self._spooled
-        self.keeper.report = self._report
+        self.keeper.report = partial(journal.error, 0, "leases")
         self.forwarder = Forwarder(spool, self, journal)
         self._admin = AdminService(self._client, layout.operations(name), data_dir / index, journal)
         self._is_first = index == "index"
@@ -97,7 +98,6 @@ class Node:
         """Gets the names of gauges, and their values."""
         self.in_flight: Callable[[], int] = int
         """Returns how many messages wait for the cluster."""
-        self._complaint = ""
         self._exchange_complaint = ""
         self._is_lost = False
         self._spooled = 0
@@ -202,11 +202,16 @@ class Node:
 
     async def _keep_looking(self) -> None:
         """Look from time to time how many messages the local spool has, for operators."""
+        is_failing = False
         while True:
             try:
                 self._spooled = await self.spool.count()
             except Exception as exc:  # noqa: BLE001 - the disk may work later
-                self._report(exc)
+                if not is_failing:
+                    self._journal.error(0, "spool", exc)
+                is_failing = True
+            else:
+                is_failing = False
             await trio.sleep(_LOOK)
 
     async def _keep_listening(self) -> None:
@@ -234,11 +239,6 @@ class Node:
         else:
             self._is_lost = True
         self._journal.cluster(server, reason)
-
-    def _report(self, exc: Exception) -> None:
-        if str(exc) != self._complaint:
-            self._complaint = str(exc)
-            self._journal.error(0, "leases", exc)
 
     def _report_exchange(self, exc: Exception) -> None:
         """Journal why nothing is exchanged, once for as long as it lasts. A lost connection is known already."""
