@@ -1,7 +1,9 @@
-"""How a partition is given up while the index cannot be read or written."""
+"""What becomes of the index, and of the files beside it, when a partition is given up or the disk is full."""
 
 from __future__ import annotations
 
+import errno
+import io
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
@@ -11,14 +13,15 @@ from typing import Any
 import pytest
 import trio
 
-from penstock.cluster.jetstream import JetStream
+from penstock.cluster.jetstream import JetStream, Stored
 from penstock.cluster.layout import Place
 from penstock.cluster.queue import ReplicatedQueue
 from penstock.cluster.settings import JetStreamSettings
 from penstock.cluster.setup import make_client, make_layout
 from penstock.cluster.writer import Writer
 from penstock.journal import Journal, JournalSettings
-from penstock.spool.entry import Entry
+from penstock.message import MessageId
+from penstock.spool.entry import Entry, Row
 from penstock.spool.spool import SpoolSettings
 from tests.contracts.delivery import make_message
 
@@ -96,3 +99,57 @@ async def test_a_partition_is_released_once_the_disk_works_again(
         assert await queue._committer.do(lambda _: queue._index.count(0)) == 0
         assert queue._gone == {}
         assert b"database or disk is full" in queue._journal.drain()
+
+
+def files_of(queue: ReplicatedQueue) -> list[Path]:
+    return [path for path in queue._store.files._folder.rglob("*") if path.is_file()]
+
+
+class FullDisk(io.RawIOBase):
+    """A file that is made, and that nothing can be written into."""
+
+    def __init__(self, path: Path) -> None:
+        path.touch()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("sizes", [[100], [100, 40_000]])
+async def test_a_message_that_does_not_fit_on_the_disk_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    async with waiting(tmp_path) as queue:
+
+        async def last(_stream: str, subject: str) -> Stored:
+            return Stored(subject, 1, b"", b"x" * sizes[int(subject[-1])])
+
+        monkeypatch.setattr(queue._jetstream, "last", last)
+        monkeypatch.setattr(
+            "penstock.cluster.queue.open",
+            lambda path, *_, **__: io.BufferedWriter(FullDisk(path)),
+            raising=False,
+        )
+        message = make_message(b"")
+        rows = (Row(5 << 20, 1, False, "example.org"),)
+        entry = Entry(5, MessageId("ID"), "example.org", message.envelope, rows, b"", message.body, 0.0)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                await queue._collect(entry, Place(0, 1, len(sizes), 0, 0, 0, 0, False))
+        assert files_of(queue) == []
+
+
+async def test_files_of_large_messages_are_removed_with_their_partition(tmp_path: Path) -> None:
+    async with waiting(tmp_path) as queue:
+        place = Place(0, 2, 1, 0, 0, 0, 0, False)
+        queue._add_accepted(place, b"", make_message(b""), ["example.org"], is_taken=False)
+        number = await queue._committer.do(lambda _: queue._index._number(place))
+        assert number is not None
+        path = queue._store.files.path(number)
+        path.write_bytes(b"text")  # an attempt has failed
+        await queue._drop(0)
+        await queue._threads.aclose()
+        assert files_of(queue) == []

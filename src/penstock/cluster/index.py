@@ -194,18 +194,18 @@ class IndexStore(Store):
             "UPDATE message SET prefix = ? WHERE number = ?", [(pack(place), number) for number, place in places]
         )
 
-    def forget_rows(self, rows: Sequence[int]) -> None:
-        """Remove recipients from the index only, and messages that have none left."""
+    def forget_rows(self, rows: Sequence[int]) -> list[int]:
+        """Remove recipients from the index only, and messages that have none left. Return those with a body file."""
         self._for_each("DELETE FROM recipient WHERE number IN", rows)
-        self.drop_empty({row >> PLACES for row in rows})
+        return self.drop_empty({row >> PLACES for row in rows})
 
-    def forget_idle(self, numbers: Sequence[int]) -> None:
-        """Remove the recipients of messages that are not being attempted from the index only."""
+    def forget_idle(self, numbers: Sequence[int]) -> list[int]:
+        """Remove the recipients of messages that are not being attempted from the index only. Return as above."""
         self._database.executemany(
             "DELETE FROM recipient WHERE number BETWEEN ? AND ? AND state != 1",
             [(number << PLACES, (number << PLACES) + _RESERVED) for number in numbers],
         )
-        self.drop_empty(numbers)
+        return self.drop_empty(numbers)
 
     def hold(self, rows: Sequence[int], reply: str) -> None:
         """Hold recipients whose message cannot be read."""
@@ -225,14 +225,18 @@ class IndexStore(Store):
         ).fetchall()
         return [number for (number,) in found]
 
-    def drop_partition(self, partition: int, withdrawn: Collection[int]) -> None:
-        """Remove what is not being attempted, with the recipients that were withdrawn from memory."""
+    def drop_partition(self, partition: int, withdrawn: Collection[int]) -> list[int]:
+        """Remove what is not being attempted, with the recipients that were withdrawn from memory.
+
+        Return the messages with a body file that are not here any more.
+        """
         self._for_each("DELETE FROM recipient WHERE number IN", sorted(withdrawn))
         found = self._database.execute(
             "SELECT number FROM message WHERE prefix >= ? AND prefix < ?", self._range(partition)
         ).fetchall()
-        self.forget_idle([number for (number,) in found])
+        gone = self.forget_idle([number for (number,) in found])
         self.refresh_queues()
+        return gone
 
     def is_empty(self, partitions: Sequence[int]) -> bool:
         """Return whether nothing of some partitions is here."""

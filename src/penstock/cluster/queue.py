@@ -25,7 +25,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequ
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import trio
 from crc32c import crc32c
@@ -285,7 +285,7 @@ class ReplicatedQueue(Spool):
         gone.update(row.number for entry in withdrawn for row in entry.rows)
         for entry in withdrawn:
             entry.body.close()
-        await self._committer.do(lambda _: self._index.drop_partition(partition, gone), whole=True)
+        await self._forget(lambda: self._index.drop_partition(partition, gone))
         del self._gone[partition]
 
     async def _leave(self, partition: int) -> None:
@@ -435,6 +435,11 @@ class ReplicatedQueue(Spool):
     async def _do(self, act: Callable[[], object]) -> None:
         """Do something with the index, in a transaction."""
         await self._committer.do(lambda _: act(), whole=True)
+
+    async def _forget(self, act: Callable[[], Sequence[int]]) -> None:
+        """Remove messages from the index, in a transaction, and the files of those that it returns."""
+        for number in await self._committer.do(lambda _: act(), whole=True):
+            self._threads.remove_later(number)
 
     # ---- what is in the stream
 
@@ -767,7 +772,7 @@ class ReplicatedQueue(Spool):
                     else:
                         complete.append(found)
             if lost:
-                await self._do(partial(self._index.forget_rows, lost))
+                await self._forget(partial(self._index.forget_rows, lost))
             if later:
                 when = self._clock() + _TRY_LATER
                 records = [
@@ -840,8 +845,8 @@ class ReplicatedQueue(Spool):
                 raise DamagedError(f"{entry.id} is damaged in the cluster: its checksum is wrong")
             await trio.to_thread.run_sync(path.replace, final)
         finally:
-            await trio.to_thread.run_sync(file.close)
-            await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_discard, file, path)
         return entry._replace(prefix=prefix)
 
     # ---- ends
@@ -877,14 +882,12 @@ class ReplicatedQueue(Spool):
             places = await self._write_states(planned)
             strangers = [each.number for each in planned if each.place.partition not in self._owned]
 
-            def act(_: object) -> list[int]:
+            def act() -> list[int]:
                 gone = self._index.record(records)
                 self._index.set_places(places)
-                self._index.forget_idle(strangers)
-                return gone
+                return gone + self._index.forget_idle(strangers)
 
-            for number in await self._committer.do(act, whole=True):
-                self._threads.remove_later(number)
+            await self._forget(act)
 
     async def carry_out(self, action: str, withdrawn: Sequence[int], at_rest: Sequence[int]) -> None:
         """Hold, release, drop or retry recipients. See `Spool.carry_out`."""
@@ -1060,6 +1063,15 @@ def _change_of(record: AttemptRecord) -> Change:
         return state._replace(state=DUE, due_at=record.next_try, last_reply=record.reply, delay_told=record.delay_told)
 
     return change
+
+
+def _discard(file: BinaryIO, path: Path) -> None:
+    """Close and remove a file, if it was not closed and renamed."""
+    try:
+        with suppress(OSError):  # on a full disk, what is still buffered cannot be written
+            file.close()
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _deletion(stream: str, sequence: int) -> Request:
