@@ -340,23 +340,23 @@ def _measure(plan: Plan, console: Console, verbose: bool, conditions: Sequence[T
 def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any]:
     """Search for the highest sustainable rate, and return the report of its trial. Raise PlanError and the like."""
     trials: list[Trial] = []
-    assert plan.duration is not None and plan.rate is not None
 
     def trial(rate: float) -> Trial | None:
-        assert plan.duration is not None
         # A server that leaves a second's messages waiting does not sustain the rate.
         backlog = max(plan.sessions, int(rate)) // plan.workers + 1
         # Each trial is a run of its own: a sink would take its messages for duplicates.
         run = f"{plan.run[:_RUN_OF_TRIALS]}{len(trials) + 1}"
-        report = _measure(replace(plan, rate=rate, give_up_at=backlog, run=run), console, verbose=False)
+        tried = replace(plan, rate=rate, give_up_at=backlog, run=run)
+        report = _measure(tried, console, verbose=False)
         if report["interrupted"]:
             return None
-        trials.append(judge(report, rate, plan.duration - plan.warm_up, threshold))
+        trials.append(judge(report, tried, threshold))
         verdict = "sustained" if trials[-1].passed else "not sustained"
         with suppress(OSError):  # a terminal may be closed, and the report is still to be written
             console.print(f"{rate:10,.4g}/s  {verdict}  ({trials[-1].reason})", highlight=False, soft_wrap=True)
         return trials[-1]
 
+    assert plan.rate is not None
     best = find_rate(trial, plan.rate)
     if not trials:
         raise click.Abort

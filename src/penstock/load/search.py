@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+from penstock.load.plan import Plan
 from penstock.load.schedule import MAX_RATE
 from penstock.load.thresholds import Threshold
 
@@ -19,8 +20,8 @@ _BEHIND: Final = 0.1
 _BEHIND_PART: Final = 0.05
 """Seconds, or part of a trial, by which it may end late. Beyond that, and the time that a message takes, messages have
 piled up: the end of a trial of 10 s that is 1 s late shows a server that takes 10 messages for 11 that are due."""
-_OF_MESSAGE: Final = ("connect", "greeting", "starttls", "tls", "hello", "auth", "mail", "rcpt", "data", "dot")
-"""Phases of one message, on a connection of its own."""
+_OF_CONNECTION: Final = ("connect", "greeting", "starttls", "tls", "hello", "auth")
+"""Phases before the first message of a connection."""
 
 
 class Trial(NamedTuple):
@@ -33,15 +34,35 @@ class Trial(NamedTuple):
     report: dict[str, Any]
 
 
-def judge(report: dict[str, Any], rate: float, seconds: float, threshold: Threshold) -> Trial:
-    """Return whether a rate was sustained in a run of an intended length."""
+def judge(report: dict[str, Any], plan: Plan, threshold: Threshold) -> Trial:
+    """Return whether a run of this plan has sustained its rate."""
+    assert plan.rate is not None
+    assert plan.duration is not None
     result = threshold.check(report)
-    if report["refused"] + report["lost"] + report["unsent"] or not report["accepted"]:
-        return Trial(rate, False, f"{report['refused'] + report['lost'] + report['unsent']:,} failed", report)
-    needed = sum(report["phases"].get(phase, {}).get("p99", 0.0) for phase in _OF_MESSAGE)
-    if report["dropped"] or report["seconds"] > seconds + max(_BEHIND, _BEHIND_PART * seconds) + needed:
-        return Trial(rate, False, "the server fell behind", report)
-    return Trial(rate, result.passed, f"{result.threshold}: {result.shown}", report)
+    failed = report["refused"] + report["lost"] + report["unsent"]
+    if failed or not report["accepted"]:
+        return Trial(plan.rate, False, f"{failed:,} failed", report)
+    seconds = plan.duration - plan.warm_up
+    late = report["seconds"] - seconds - _time_of_last(report, plan)
+    if report["dropped"] or late > max(_BEHIND, _BEHIND_PART * seconds):
+        return Trial(plan.rate, False, "the server fell behind", report)
+    return Trial(plan.rate, result.passed, f"{result.threshold}: {result.shown}", report)
+
+
+def _time_of_last(report: dict[str, Any], plan: Plan) -> float:
+    """Return the seconds from the start of the last message to the end of the run, if nothing has piled up."""
+
+    def p99(phase: str) -> float:
+        value: float = report["phases"].get(phase, {}).get("p99", 0.0)
+        return value
+
+    commands = p99("mail"), p99("rcpt") * (1 if plan.pipelining else plan.recipients), p99("data")
+    # The replies to a pipelined group are measured from the same moment.
+    found = (max(commands) if plan.pipelining else sum(commands)) + p99("dot") + p99("quit")
+    if plan.per_connection:  # otherwise the sessions have connected at the start of the run
+        counts = {phase: report["phases"].get(phase, {}).get("count", 0) for phase in _OF_CONNECTION}
+        found += sum(p99(phase) * count for phase, count in counts.items()) / max(1, counts["connect"])
+    return found
 
 
 def find_rate(trial: Callable[[float], Trial | None], first: float) -> Trial | None:
