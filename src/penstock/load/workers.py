@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import IO, Any, Final
 
@@ -51,8 +51,12 @@ class WorkerGroup:
         """Seconds that not all workers have reported yet, by number."""
         self._reported = dict.fromkeys(range(plan.workers), 0)
         """Seconds that each running worker has reported."""
-        self._reports: dict[int, dict[str, Any]] = {}
-        """What each worker has counted so far."""
+        self._reports: dict[int, dict[int, dict[str, Any]]] = {}
+        """What each worker had counted at the end of these seconds, if the run is judged."""
+        self._final: dict[int, dict[str, Any]] = {}
+        """What each worker that has ended has counted."""
+        self._judged: Collection[dict[str, Any]] = ()
+        """What the workers had counted at the end of the last second that all of them have reported."""
         with shared_counter() as counter:
             number = numbers(counter.fileno())
 
@@ -69,7 +73,7 @@ class WorkerGroup:
     async def run(self) -> Counts:
         """Run until all workers have ended, and return the sum of their counts. Raise WorkerError."""
         await self._workers.follow(self._take, self._start)
-        for report in self._reports.values():
+        for report in self._final.values():
             self.counts.add(report)
         rest = [self._intervals[number] for number in sorted(self._intervals)]
         for interval in rest:
@@ -77,33 +81,33 @@ class WorkerGroup:
         return self.counts
 
     def so_far(self) -> dict[str, Any] | None:
-        """Return what was counted until now, as `Counts.as_report` does; None before that is known of all workers."""
-        if len(self._reports) < self.plan.workers:
-            return None
+        """Return what was counted until a second that all workers have reported; None before the first one."""
         counts = Counts()
-        for report in self._reports.values():
+        for report in self._judged:
             counts.add(report)
-        return counts.as_report()
+        return counts.as_report() if self._judged else None
 
     def _start(self) -> None:
         self.counts = Counts()
         self._workers.tell(_GO, 1)
 
     def _take(self, index: int, frame: LoadFrame) -> None:
-        if frame.report is not None:
-            self._reports[index] = frame.report
         if frame.warm_up is not None:
             self.warm_up = self.warm_up or Counts()
             self.warm_up.add(frame.warm_up)
         if frame.interval is not None:
-            self._add(index, Interval.from_dict(frame.interval))
+            self._add(index, Interval.from_dict(frame.interval), frame.report)
         if frame.is_last:
+            assert frame.report is not None
+            self._final[index] = frame.report
             del self._reported[index]
         self._complete()
 
-    def _add(self, index: int, interval: Interval) -> None:
+    def _add(self, index: int, interval: Interval, report: dict[str, Any] | None) -> None:
         """Add a second of a worker."""
         number = self._reported[index]
+        if report is not None:
+            self._reports.setdefault(number, {})[index] = report
         self._reported[index] += 1
         self.accepted += interval.accepted
         self.failed += interval.failed
@@ -117,6 +121,7 @@ class WorkerGroup:
         behind = min(self._reported.values(), default=0)
         while self._intervals and (first := min(self._intervals)) < behind:
             interval = self._intervals.pop(first)
+            self._judged = (self._final | self._reports.pop(first, {})).values()
             self.counts.timeline.append(interval)
             self.open_sessions = interval.sessions
 
