@@ -35,7 +35,7 @@ from penstock.load.plan import Plan, PlanError, Target
 from penstock.load.report import comparison_table, summary_table
 from penstock.load.schedule import MAX_RATE, Stage, parse_stages
 from penstock.load.search import Trial, find_rate, judge
-from penstock.load.thresholds import Threshold
+from penstock.load.thresholds import Result, Threshold
 from penstock.load.units import parse_duration
 from penstock.load.workers import WorkerGroup
 
@@ -183,8 +183,8 @@ def _percentage(value: Any) -> float:
 @click.option(
     "--abort-on-threshold",
     is_flag=True,
-    help="Stop the run once a --threshold is violated. Checked every second, after the warm-up, on what was measured "
-    "so far.",
+    help="Stop the run once a --threshold is violated, and exit with 1. Checked every second, on what was measured so "
+    "far. A rate near the offered one needs --warm-up: it is lower while the sessions connect and in a ramp.",
 )
 @click.option(
     "--find-rate",
@@ -264,14 +264,13 @@ def load(
         conditions = [Threshold.parse(text) for text in thresholds]
         plan = _plan(targets, options, is_search=find_rate is not None)
         if find_rate is None:
-            report = _measure(plan, console, verbose, conditions if abort_on_threshold else ())
+            report = _measure(plan, console, conditions, verbose=verbose, may_abort=abort_on_threshold)
         else:
-            report = _search(plan, Threshold.parse(find_rate), console)
+            report = _search(plan, Threshold.parse(find_rate), console, conditions)
     except (PlanError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
     except WorkerError as exc:
         raise (click.UsageError if exc.is_usage else click.ClickException)(str(exc)) from exc
-    report["thresholds"] = [condition.check(report)._asdict() for condition in conditions]
     _publish(report, report_files, as_json=as_json)
     has_passed = all(each["passed"] for each in report["thresholds"]) and report.get("sustainable_rate") != 0
     raise SystemExit(0 if has_passed and report["accepted"] and not report["error_rate"] else 1)
@@ -325,19 +324,24 @@ def _plan(targets: tuple[str, ...], options: dict[str, Any], *, is_search: bool)
 # ---- runs
 
 
-def _measure(plan: Plan, console: Console, verbose: bool, conditions: Sequence[Threshold] = ()) -> dict[str, Any]:
-    """Run a plan and return its report; stop once a condition is violated. Raise PlanError, WorkerError, OSError."""
+def _measure(
+    plan: Plan, console: Console, conditions: Sequence[Threshold], *, verbose: bool = False, may_abort: bool = False
+) -> dict[str, Any]:
+    """Run a plan and return its report. Raise PlanError, WorkerError, OSError.
+
+    With `may_abort`, stop once a condition is violated.
+    """
     with ExitStack() as stack:
         runner: Runner
         if plan.workers == 1:
             runner = Generator(plan)
         else:
-            runner = stack.enter_context(closing(WorkerGroup(plan, is_judged=bool(conditions))))
-        stopped_by = trio.run(_run, runner, console, verbose, conditions)
-    return _report(runner, stopped_by)
+            runner = stack.enter_context(closing(WorkerGroup(plan, is_judged=may_abort)))
+        stopped_by = trio.run(_run, runner, console, verbose, conditions if may_abort else ())
+    return _report(runner, stopped_by, conditions)
 
 
-def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any]:
+def _search(plan: Plan, threshold: Threshold, console: Console, conditions: Sequence[Threshold]) -> dict[str, Any]:
     """Search for the highest sustainable rate, and return the report of its trial. Raise PlanError and the like."""
     trials: list[Trial] = []
 
@@ -347,7 +351,7 @@ def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any
         # Each trial is a run of its own: a sink would take its messages for duplicates.
         run = f"{plan.run[:_RUN_OF_TRIALS]}{len(trials) + 1}"
         tried = replace(plan, rate=rate, give_up_at=backlog, run=run)
-        report = _measure(tried, console, verbose=False)
+        report = _measure(tried, console, conditions)
         if report["interrupted"]:
             return None
         trials.append(judge(report, tried, threshold))
@@ -366,10 +370,10 @@ def _search(plan: Plan, threshold: Threshold, console: Console) -> dict[str, Any
     return report
 
 
-async def _run(runner: Runner, console: Console, verbose: bool, conditions: Sequence[Threshold]) -> list[str]:
-    """Run, and return what has stopped it: "" for a signal, or a threshold. Raise PlanError, WorkerError."""
+async def _run(runner: Runner, console: Console, verbose: bool, conditions: Sequence[Threshold]) -> list[Result | None]:
+    """Run, and return what has stopped it: None for a signal, or a violation. Raise PlanError, WorkerError."""
     await runner.resolve()
-    stopped_by: list[str] = []
+    stopped_by: list[Result | None] = []
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(_stop_on_signals, runner, stopped_by)
@@ -387,7 +391,7 @@ async def _run(runner: Runner, console: Console, verbose: bool, conditions: Sequ
 
 
 async def _stop_on_signals(
-    runner: Runner, stopped_by: list[str], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    runner: Runner, stopped_by: list[Result | None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Stop at SIGINT, SIGTERM or SIGHUP: messages in flight may end. End the run at a second one."""
     numbers = [signal.SIGINT, signal.SIGTERM]
@@ -396,19 +400,19 @@ async def _stop_on_signals(
     with trio.open_signal_receiver(*numbers) as signals:
         task_status.started()
         await anext(signals)
-        stopped_by.append("")
+        stopped_by.append(None)
         runner.stop()
         await anext(signals)
         runner.abort()
         await trio.sleep_forever()
 
 
-async def _stop_on_violation(runner: Runner, conditions: Sequence[Threshold], stopped_by: list[str]) -> None:
+async def _stop_on_violation(runner: Runner, conditions: Sequence[Threshold], stopped_by: list[Result | None]) -> None:
     while not stopped_by:
         await trio.sleep(1)
         found = runner.so_far()
         results = [] if found is None else [condition.check(found) for condition in conditions]
-        stopped_by += [each.threshold for each in results if each.value is not None and not each.passed][:1]
+        stopped_by += [each for each in results if each.value is not None and not each.passed][:1]
     runner.stop()
 
 
@@ -451,9 +455,10 @@ def _progress(runner: Runner) -> Text:
 # ---- reports
 
 
-def _report(runner: Runner, stopped_by: Sequence[str]) -> dict[str, Any]:
+def _report(runner: Runner, stopped_by: Sequence[Result | None], conditions: Sequence[Threshold]) -> dict[str, Any]:
     plan, counts, warm_up = runner.plan, runner.counts, runner.warm_up
-    return {
+    violated = next(filter(None, stopped_by), None)
+    report = {
         "report": "penstock load",
         "schema": 1,
         "version": __version__,
@@ -467,7 +472,7 @@ def _report(runner: Runner, stopped_by: Sequence[str]) -> dict[str, Any]:
         "sessions": plan.sessions,
         "workers": plan.workers,
         "interrupted": bool(stopped_by),
-        "aborted_by": next(filter(None, stopped_by), None),
+        "aborted_by": violated and violated.threshold,
         "intended_rate": plan.rate,
         "stages": [stage._asdict() for stage in plan.stages],
         "warm_up": None
@@ -479,6 +484,9 @@ def _report(runner: Runner, stopped_by: Sequence[str]) -> dict[str, Any]:
         },
         **counts.as_report(),
     }
+    # The threshold that has stopped the run stays violated, whatever the messages that were in flight have changed.
+    results = (violated if violated and violated.threshold == each.text else each.check(report) for each in conditions)
+    return {**report, "thresholds": [result._asdict() for result in results]}
 
 
 def _without_password(arguments: list[str]) -> list[str]:
