@@ -826,6 +826,10 @@ def test_bare_line_ends_are_accepted_unless_refused(ending: bytes) -> None:
     ("html", "text", "links"),
     [
         ('<a href="https://a.example/?x=1&amp;y=2">A</a>', "", ["https://a.example/?x=1&y=2"]),
+        ("<a href='http://a.example/?a=1&copy=2&lt=3&region=4&notit;&ampx&amp'>", "",
+         ["http://a.example/?a=1&copy=2&lt=3&region=4&notit;&ampx&"]),
+        ("<a href='http://a.example/&copy;&copy-&#x2f;&#47=&#47;=&lt;='>", "", ["http://a.example/\xa9\xa9-//=/=<="]),
+        (f"<a href='http://a.example/&#{'1' * 5000};'>", "", ["http://a.example/\ufffd"]),
         ("<A HREF='HTTP://A.example/'>A</A><area href=http://b.example>", "", ["HTTP://A.example/", "http://b.example"]),
         ('<a name="x">A</a><a href="#top">B</a><a href="mailto:a@b.example">C</a><img src="http://c.example">', "", []),
         ("", "See https://a.example/x, (http://b.example/y) or http://c.example/z_(1).",

@@ -116,6 +116,11 @@ def test_a_query_without_a_meaning_is_refused_with_the_right_form(query: str, fo
         Query(query)
 
 
+def test_html_with_an_endless_character_reference_is_searched() -> None:
+    raw = b"Content-Type: text/html\r\n\r\n&#" + b"1" * 5000 + b"; &amp; more"
+    assert len(Query('"& more"').find([KeptMessage("M1", 1.0, "", (), len(raw), raw)], 1, Work())) == 1
+
+
 def test_a_search_ends_at_its_limit() -> None:
     assert len(Query("").find(MESSAGES, 2, Work())) == 2
     assert len(Query("example").find(MESSAGES, 1, Work())) == 1

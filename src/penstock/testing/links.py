@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html import unescape
+from html.entities import html5
 from typing import Final
 
 _URL: Final = re.compile(r"https?://[^\s<>\"'`\\^{|}\x00-\x1f]+", re.IGNORECASE)
@@ -21,6 +22,9 @@ _ATTRIBUTE: Final = re.compile(
     r"""[\s/]*+ ([^\s/>][^\s/>=]*+) (?:\s*+=\s*+ (?: "([^"]*+)" | '([^']*+)' | (?!["'])([^\s>]*+) ) | (?!\s*+=) )""",
     re.VERBOSE,
 )
+_REFERENCE: Final = re.compile(r"&(?:#(?:[0-9]++|[xX][0-9A-Fa-f]++);?|[A-Za-z][A-Za-z0-9]*+(?:;|(?!=)))")
+_MAX_REFERENCE: Final = 20
+"""Characters of a numeric character reference; html.unescape fails for thousands of digits."""
 _TAG_END: Final = re.compile(r"[\s/]*+>")
 _COMMENT_END: Final = re.compile(r"--!?>")
 _TEXT_END: Final = {
@@ -72,8 +76,20 @@ def _read_tag(html: str, at: int) -> tuple[int, str]:
             return -1, ""
         at = attribute.end()
         if target is None and attribute[1].lower() == "href":
-            target = unescape(attribute[2] or attribute[3] or attribute[4] or "").strip()
+            value = attribute[2] or attribute[3] or attribute[4] or ""
+            target = _REFERENCE.sub(_character, value).strip()
     return end.end(), target or ""
+
+
+def _character(reference: re.Match[str]) -> str:
+    """Return what a character reference in an attribute stands for.
+
+    Without a semicolon, a name that is followed by = or by further letters and digits is text (HTML 13.2.5.73).
+    """
+    text = reference[0]
+    if text[1] == "#":
+        return unescape(text) if len(text) <= _MAX_REFERENCE else "\ufffd"
+    return html5.get(text[1:], text)
 
 
 def _trimmed(url: str) -> str:

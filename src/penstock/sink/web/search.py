@@ -40,7 +40,8 @@ _UNITS: Final = {"": 1, "k": 1000, "m": 1_000_000, "g": 1_000_000_000}
 _ALIASES: Final = {"filename": "attachment", "id": "message-id"}
 _TEXT_FIELDS: Final = ("from", "to", "cc", "subject", "message-id", "attachment")
 _EXAMPLES: Final = {"has": "attachment", "is": "unread", "size": ">1M", "before": "2026-11-29", "after": "2026-11-28"}
-_TAG: Final = re.compile(r"<[^<>]*>")
+_MARKUP: Final = re.compile(r"<[^<>]*>|&#[0-9]{20,}")
+"""Tags, and character references that stand for none: html.unescape fails for thousands of digits."""
 
 
 class QueryError(ValueError):
@@ -98,7 +99,7 @@ class _Searched:
                 text = charset.decode(data, part.charset, is_cut=room <= 0)
                 yield text
                 if kind == "html":
-                    yield html.unescape(_TAG.sub(" ", text))
+                    yield html.unescape(_MARKUP.sub(" ", text))
 
 
 class _Term(NamedTuple):
