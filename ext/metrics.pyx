@@ -155,7 +155,7 @@ cdef class Metrics:
                 raise ValueError("shared must be two numbers")
             self.shared = shared
             self.counters = &shared[0]
-            self.tracker.has_news = True
+            self.tracker.tracks_changes = True
         if sequences is not None:
             self.tracker = self.sequences = sequences
 
@@ -164,7 +164,7 @@ cdef class Metrics:
         self.recent_messages = Histogram()
         self.recent_replies = Histogram()
         self.tracker = SequenceTracker()
-        self.tracker.has_news = self.counters != &self.own[0]
+        self.tracker.tracks_changes = self.counters != &self.own[0]
         self.sequences = self.tracker
         self.ends = {}
         self.lost = {}
@@ -508,7 +508,7 @@ cdef class Sequence:
 
     def __dealloc__(self):
         free(self.bits)
-        free(self.fresh)
+        free(self.unreported)
 
     cdef bint reserve(self, uint64_t number, uint64_t room) noexcept:
         """Extend the bitmap for a number, by at most `room` octets. Return False if that is too little."""
@@ -521,12 +521,12 @@ cdef class Sequence:
             size = needed
             if size - self.size > room:
                 return False
-        if self.has_news:
-            bits = <unsigned char *> realloc(self.fresh, size)
+        if self.tracks_changes:
+            bits = <unsigned char *> realloc(self.unreported, size)
             if bits == NULL:
                 return False
             memset(bits + self.size, 0, size - self.size)
-            self.fresh = bits
+            self.unreported = bits
         bits = <unsigned char *> realloc(self.bits, size)
         if bits == NULL:
             return False
@@ -544,8 +544,8 @@ cdef class Sequence:
                 self.examples.append(number)
             return 0
         self.bits[number // 8] |= bit
-        if self.has_news:
-            self.fresh[number // 8] |= bit
+        if self.tracks_changes:
+            self.unreported[number // 8] |= bit
         self.distinct += 1
         if self.distinct == 1:
             self.lowest = self.highest = number
@@ -557,38 +557,38 @@ cdef class Sequence:
                 self.lowest = number
         return 0
 
-    cdef dict news(self):
+    cdef dict take_changes(self):
         """Return what was noted since the last time."""
         cdef size_t at, size
         cdef list pages = []
         for at in range(0, self.size, PAGE):
             size = min(<size_t> PAGE, self.size - at)
-            if self.fresh[at] or memcmp(self.fresh + at, self.fresh + at + 1, size - 1):
-                pages.append((at, PyBytes_FromStringAndSize(<char *> self.fresh + at, size)))
-                memset(self.fresh + at, 0, size)
+            if self.unreported[at] or memcmp(self.unreported + at, self.unreported + at + 1, size - 1):
+                pages.append((at, PyBytes_FromStringAndSize(<char *> self.unreported + at, size)))
+                memset(self.unreported + at, 0, size)
         found = {
             "run": self.run,
             "pages": pages,
-            "received": self.received - self.told_received,
-            "out_of_order": self.out_of_order - self.told_out_of_order,
+            "received": self.received - self.reported_received,
+            "out_of_order": self.out_of_order - self.reported_out_of_order,
             "highest": self.highest,
             "lowest": self.lowest,
-            "examples": self.examples[self.told_examples:],
+            "examples": self.examples[self.reported_examples:],
         }
-        self.told_received, self.told_out_of_order = self.received, self.out_of_order
-        self.told_examples = len(self.examples)
+        self.reported_received, self.reported_out_of_order = self.received, self.out_of_order
+        self.reported_examples = len(self.examples)
         return found
 
-    cdef int add(self, dict news) except -1:
-        """Add the news of another process; `reserve` has extended the bitmap. Tags that both have are duplicates."""
+    cdef int add(self, dict changes) except -1:
+        """Add the changes of another process; `reserve` has extended the bitmap. Tags that both have are duplicates."""
         cdef const unsigned char[:] page
         cdef size_t at, i
         cdef int bit
         cdef unsigned char both
-        self.examples += news["examples"][:MOST_EXAMPLES - len(self.examples)]
-        self.lowest = min(self.lowest, <uint64_t> news["lowest"]) if self.distinct else news["lowest"]
-        self.highest = max(self.highest, <uint64_t> news["highest"])
-        for at, page in news["pages"]:
+        self.examples += changes["examples"][:MOST_EXAMPLES - len(self.examples)]
+        self.lowest = min(self.lowest, <uint64_t> changes["lowest"]) if self.distinct else changes["lowest"]
+        self.highest = max(self.highest, <uint64_t> changes["highest"])
+        for at, page in changes["pages"]:
             for i in range(<size_t> page.shape[0]):
                 both = self.bits[at + i] & page[i]
                 self.distinct += bits_in(page[i] & ~both)
@@ -596,9 +596,9 @@ cdef class Sequence:
                 for bit in range(8 if both else 0):
                     if both >> bit & 1 and len(self.examples) < MOST_EXAMPLES:
                         self.examples.append((at + i) * 8 + bit)
-        self.received += news["received"]
+        self.received += changes["received"]
         self.duplicates = self.received - self.distinct
-        self.out_of_order += news["out_of_order"]
+        self.out_of_order += changes["out_of_order"]
         return 0
 
     def __contains__(self, uint64_t number):
@@ -701,26 +701,28 @@ cdef class SequenceTracker:
 
     cdef Sequence new(self, str run):
         cdef Sequence made = Sequence(run)
-        made.has_news = self.has_news
+        made.tracks_changes = self.tracks_changes
         return made
 
-    def news(self):
+    def take_changes(self):
         cdef Sequence each
+        if not self.tracks_changes:
+            raise RuntimeError("only metrics with shared counters track their changes")
         found = {
-            "unmarked": self.unmarked - self.told_unmarked,
-            "further": self.further - self.told_further,
-            "runs": [each.news() for each in self.runs.values() if each.received > each.told_received],
+            "unmarked": self.unmarked - self.reported_unmarked,
+            "further": self.further - self.reported_further,
+            "runs": [each.take_changes() for each in self.runs.values() if each.received > each.reported_received],
         }
-        self.told_unmarked, self.told_further = self.unmarked, self.further
+        self.reported_unmarked, self.reported_further = self.unmarked, self.further
         return found
 
-    def add(self, dict news not None):
+    def add(self, dict changes not None):
         cdef Sequence found
         cdef size_t before
         cdef uint64_t size
-        self.unmarked += news["unmarked"]
-        self.further += news["further"]
-        for run in news["runs"]:
+        self.unmarked += changes["unmarked"]
+        self.further += changes["further"]
+        for run in changes["runs"]:
             found = self.runs.get(run["run"])
             if found is None:
                 found = self.new(run["run"])

@@ -227,7 +227,7 @@ class Supervisor:
     def stop(self) -> None:
         """Ask all workers to stop gently. Asked again, they stop at once."""
         self._stop_wanted.set()
-        self._all_ready.set()  # nobody is waited for any more
+        self._all_ready.set()  # nothing waits for the workers to be ready any more
         for worker in self._living:
             worker.send_signal(signal.SIGTERM)
 

@@ -103,7 +103,7 @@ def test_texts_are_escaped() -> None:
     assert "a &lt;machine&gt;" in page(report(1, 0))
 
 
-def test_what_limits_the_meaning_of_the_figures_is_told() -> None:
+def test_notes_name_what_limits_the_meaning_of_the_figures() -> None:
     html = page({**report(2, 0.5), "late": 7, "interrupted": True, "aborted_by": "rate>1", "warm_up": {"seconds": 3.0}})
     assert "3 failed: 3 refused, 0 without a reply, 0 dropped, 0 not started" in html
     for note in ("stopped: rate&gt;1 was violated", "7 messages waited for a free session", "warm-up of 3 s"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
 from penstock.forked import shared_numbers
 from penstock.metrics._histogram import Histogram
-from penstock.metrics._session import Metrics
+from penstock.metrics._session import Metrics, SequenceTracker
 from penstock.sink.kept import KeptMessage
 from penstock.sink.merging import KeptCopy, Merging, Second, WorkerReport
 from penstock.sink.messageids import MessageIdTracker
@@ -33,9 +34,9 @@ def sent(value: Any) -> Any:
     return msgspec.msgpack.decode(msgspec.msgpack.encode(value), strict=False)
 
 
-def told_by(metrics: Metrics) -> dict[str, Any]:
+def report_of(metrics: Metrics) -> dict[str, Any]:
     """Return what a worker reports of its metrics."""
-    return {"metrics": metrics.state(), "tags": metrics.sequences.news()}
+    return {"metrics": metrics.state(), "tags": metrics.sequences.take_changes()}
 
 
 def sample(at: float, messages: int, **codes: int) -> Sample:
@@ -62,7 +63,7 @@ def test_metrics_of_two_workers_add_up_to_those_of_one() -> None:
     merged = Metrics()
     for each in (first, other):
         merged.add(sent(each.state()))
-        merged.sequences.add(sent(each.sequences.news()))
+        merged.sequences.add(sent(each.sequences.take_changes()))
     assert merged.latency("MAIL").to_dict() == whole.latency("MAIL").to_dict()
     assert (merged.sessions, merged.received) == (whole.sessions + 1, whole.received)
     assert merged.ends == {"QUIT": 199, "turned away": 2}
@@ -75,7 +76,7 @@ def test_metrics_of_two_workers_add_up_to_those_of_one() -> None:
 def test_a_message_that_came_to_two_workers_is_a_duplicate() -> None:
     merged = Metrics()
     for each in (counted("seq-r-1", "seq-r-2", "seq-r-2", "nothing"), counted("seq-r-2", "seq-r-5000000")):
-        merged.sequences.add(each.sequences.news())
+        merged.sequences.add(each.sequences.take_changes())
     run = merged.sequences.runs["r"]
     assert (run.received, run.distinct, run.duplicates, sorted(run.examples)) == (5, 3, 2, [2, 2])
     assert run.highest == 5_000_000
@@ -99,7 +100,7 @@ def test_the_report_has_the_faults_of_all_workers() -> None:
     merging = Merging(2)
     fault = FaultCount(rule="magic", phase="rcpt", action="reply 450 4.2.2", count=2)
     for number in range(2):
-        merging.add_report(number, WorkerReport({}, **told_by(counted(f"seq-r-{number + 1}")), faults=[fault]))
+        merging.add_report(number, WorkerReport({}, **report_of(counted(f"seq-r-{number + 1}")), faults=[fault]))
     expectation = Expectation(messages=2)
     report = Statistics(merging.metrics(), merging, faults=merging, expectation=expectation, listen=["x"]).report()
     assert [(each.rule, each.count) for each in report.faults] == [("magic", 4)]
@@ -112,7 +113,7 @@ def test_a_reset_forgets_what_workers_counted_before_they_heard_of_it() -> None:
     ids = MessageIdTracker()
     merging = Merging(1, ids, lambda: heard.append("reset"))
     old, new = (
-        msgspec.structs.replace(second(1.0, 1000), generation=generation, **told_by(counted(tag)), message_ids=[tag])
+        msgspec.structs.replace(second(1.0, 1000), generation=generation, **report_of(counted(tag)), message_ids=[tag])
         for generation, tag in ((0, "seq-old-1"), (1, "seq-new-1"))
     )
     assert len(merging.add_second(0, old)) == 1
@@ -130,7 +131,7 @@ def test_the_report_of_a_worker_that_did_not_hear_of_a_reset_is_dropped() -> Non
     merging.reset()
     fault = FaultCount(rule="magic", phase="rcpt", action="reply 450 4.2.2", count=2)
     merging.add_report(
-        0, WorkerReport({"messages": 1}, **told_by(counted("seq-r-1")), faults=[fault], rest=second(1.0, 1000))
+        0, WorkerReport({"messages": 1}, **report_of(counted("seq-r-1")), faults=[fault], rest=second(1.0, 1000))
     )
     assert (merging.metrics().sessions, list(merging.counted())) == (0, [])
     assert merging.counts["messages"] == 1
@@ -148,9 +149,9 @@ def test_only_new_sequence_tags_are_sent() -> None:
     for tags in ((), (), ("seq-r-2", "seq-r-1")):
         for tag in tags:
             metrics.sequences.mark(tag)
-        told = sent(told_by(metrics))
-        sizes.append([len(run["pages"]) for run in told["tags"]["runs"]])
-        merging.add_second(0, msgspec.structs.replace(second(1.0, 1000), **told))
+        report = sent(report_of(metrics))
+        sizes.append([len(run["pages"]) for run in report["tags"]["runs"]])
+        merging.add_second(0, msgspec.structs.replace(second(1.0, 1000), **report))
     run, mine = merging.metrics().sequences.runs["r"], metrics.sequences.runs["r"]
     assert sizes == [[2], [], [1]]
     assert (run.received, run.distinct, run.duplicates, run.out_of_order) == (5, 3, 2, 1)
@@ -159,10 +160,17 @@ def test_only_new_sequence_tags_are_sent() -> None:
     assert merging.metrics().sequences.unmarked == 1
 
 
+def test_only_shared_metrics_track_the_changes_of_their_tags() -> None:
+    for metrics in (Metrics(), Metrics(sequences=SequenceTracker())):
+        metrics.sequences.mark("seq-r-1")
+        with pytest.raises(RuntimeError, match="shared counters"):
+            metrics.sequences.take_changes()
+
+
 def test_a_run_beyond_the_limit_of_runs_is_counted_as_such() -> None:
     merged = Metrics()
     for number in range(65):
-        merged.sequences.add(counted(f"seq-r{number}-1", f"seq-r{number}-2").sequences.news())
+        merged.sequences.add(counted(f"seq-r{number}-1", f"seq-r{number}-2").sequences.take_changes())
     assert (len(merged.sequences.runs), merged.sequences.further) == (64, 2)
 
 

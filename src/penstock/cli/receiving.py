@@ -208,7 +208,7 @@ class Receiving:
             made.message_ids, made.further_ids = self.message_ids.take()
         if self.has_page:
             made.metrics = metrics.state()
-            made.tags = metrics.sequences.news()
+            made.tags = metrics.sequences.take_changes()
             made.faults = list(faults.counted())
         return made
 

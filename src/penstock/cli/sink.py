@@ -234,7 +234,7 @@ class _Sink:
             if receiving.metrics is not None and (samples or frame.report is not None):
                 receiving.add_samples(samples, merging.metrics())
             for sample in samples:
-                with suppress(trio.WouldBlock):  # nobody reads the counters
+                with suppress(trio.WouldBlock):  # the task that shows the samples is behind
                     shown.send_nowait((sample, merging.messages))
 
         async def show() -> None:
@@ -296,7 +296,7 @@ class _Sink:
             return WorkerReport(counts, faults=fault_counts, trouble=trouble)
         rest = receiving.second(faults.control)
         rest.metrics = None  # the same as those of the report
-        tags = receiving.metrics.sequences.news() if rest.tags is None else None
+        tags = receiving.metrics.sequences.take_changes() if rest.tags is None else None
         return WorkerReport(counts, receiving.metrics.state(), tags, fault_counts, rest, trouble)
 
     def _overrides(self, sockets: Sockets | None = None) -> Overrides:

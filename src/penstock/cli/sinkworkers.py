@@ -94,7 +94,7 @@ class SinkWorkers:
         )
 
     def _stop(self) -> None:
-        """Stop gracefully: nobody waits in a queue from which no worker takes any more."""
+        """Stop gracefully. Close the listening sockets first: clients in their queues would wait in vain."""
         for sock in {sock for each in self._sets for part in each for sock in part}:
             close_listener(sock)
         self._workers.stop()

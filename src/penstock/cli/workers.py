@@ -228,7 +228,7 @@ class SupervisorOperations(Operations):
     def stop(self) -> None:
         """End gracefully; called again, at once."""
         self.stopping()
-        # Nobody waits in a queue from which no worker takes any more, unless the next server takes the queue over.
+        # Clients would wait in vain in the queue of a socket that stays open, unless the next server takes it over.
         self._sockets.close(leaves_stored=True)
         self.supervisor.stop()
 

@@ -337,7 +337,7 @@ class Resolver:
                 return self._failed(key, str(exc))
             except ValueError:
                 return Answer("missing", name=name)
-            authentic = authentic and trust_ad and response[2]  # an alias of anybody leads anywhere
+            authentic = authentic and trust_ad and response[2]  # a forged alias leads anywhere
             first = tried = None
             found = response[4]
             if response[5] or response[0] == codec.NXDOMAIN or found == asked or response[6] is not None:

@@ -77,8 +77,8 @@ cdef class SequenceTracker:
     cdef readonly dict runs
     cdef readonly uint64_t unmarked, further
     cdef readonly uint64_t octets
-    cdef uint64_t told_unmarked, told_further
-    cdef bint has_news              # the runs keep what was noted since the last time
+    cdef uint64_t reported_unmarked, reported_further
+    cdef bint tracks_changes        # the runs keep what was noted since the last `take_changes`
     cdef Sequence latest
 
     cdef Sequence new(self, str run)
@@ -88,17 +88,17 @@ cdef class SequenceTracker:
 
 cdef class Sequence:
     cdef readonly str run
-    cdef bint has_news
+    cdef bint tracks_changes
     cdef unsigned char *bits
-    cdef unsigned char *fresh       # what was noted since the last `news`
-    cdef size_t size                # octets of `bits`, and of `fresh`
-    cdef uint64_t told_received, told_out_of_order
-    cdef Py_ssize_t told_examples
+    cdef unsigned char *unreported  # what was noted since the last `take_changes`, if that is tracked
+    cdef size_t size                # octets of `bits`, and of `unreported`
+    cdef uint64_t reported_received, reported_out_of_order
+    cdef Py_ssize_t reported_examples
     cdef readonly uint64_t received, distinct, duplicates, out_of_order, highest, lowest
     cdef readonly list examples     # numbers that came again
 
     cdef bint reserve(self, uint64_t number, uint64_t room) noexcept
     cdef int take(self, uint64_t number) except -1
-    cdef dict news(self)
-    cdef int add(self, dict news) except -1
+    cdef dict take_changes(self)
+    cdef int add(self, dict changes) except -1
     cdef uint64_t count(self, uint64_t first, uint64_t last) noexcept

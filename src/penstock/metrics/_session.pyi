@@ -72,13 +72,13 @@ class SequenceTracker:
     @property
     def octets(self) -> int:
         """Octets of the bitmaps."""
-    def news(self) -> dict[str, Any]:
+    def take_changes(self) -> dict[str, Any]:
         """Return what was noted since the last call, for `add` in another process: values that msgspec can encode.
 
-        Only for the metrics of one of several processes.
+        Raise RuntimeError unless it belongs to `Metrics` with `shared`: others do not track their changes.
         """
-    def add(self, news: dict[str, Any]) -> None:
-        """Add the news of another process: a tag that both have is a duplicate."""
+    def add(self, changes: dict[str, Any]) -> None:
+        """Add the changes of another process: a tag that both have is a duplicate."""
     def note(self, run: str, number: int) -> bool:
         """Track a tag. Return False if it is beyond the limits."""
     def mark(self, text: str) -> bool:

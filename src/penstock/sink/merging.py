@@ -36,7 +36,7 @@ class Second(msgspec.Struct):
     metrics: dict[str, Any] | None = None
     """See `Metrics.state`; only for a page."""
     tags: dict[str, Any] | None = None
-    """Sequence tags of the messages of this second (`SequenceTracker.news`); only for a page."""
+    """Sequence tags of the messages of this second (`SequenceTracker.take_changes`); only for a page."""
     faults: list[FaultCount] = []
     """Only for a page."""
     message_ids: list[str] = []

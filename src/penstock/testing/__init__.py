@@ -22,8 +22,8 @@ True
 >>> message.envelope.size == len(message.raw)
 True
 
-When the mail is sent by somebody else (a task, a queue, another process), wait for it. Nothing sleeps: the message
-wakes the test. `wait_async` and `wait_for_async` do the same in trio and in asyncio.
+When another task or process sends the mail, wait for it. Nothing sleeps: the message wakes the test. `wait_async` and
+`wait_for_async` do the same in trio and in asyncio.
 
 >>> import threading
 >>> def send_later(host, port):

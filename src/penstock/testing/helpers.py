@@ -32,7 +32,7 @@ class Authority:
     """A certificate authority, and the certificate it has made for the servers on this machine."""
 
     def __init__(self, folder: Path, names: Sequence[str] = _NAMES) -> None:
-        """Make both, and put them into a folder that nobody else uses. Raise OSError.
+        """Make both, and put them into a folder that is used for nothing else. Raise OSError.
 
         `names` are the host names and addresses that clients call the server by.
         """
