@@ -156,7 +156,7 @@ async def test_no_text_is_sent_before_a_recipient_is_accepted(pipelining: bool) 
 async def test_a_duration_ends_the_run(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         counts = await run(server.port, messages=None, duration=0.1)
-    assert counts.accepted == counts.attempted > 0
+    assert counts.accepted == counts.attempted
 
 
 class Names(trio.abc.HostnameResolver):
@@ -265,10 +265,10 @@ async def test_what_waits_behind_a_stall_is_charged_with_it() -> None:
     assert counts.late > 0
     assert counts.phases["late_start"].count == 300
     assert counts.phases["late_start"].max >= 100e6
-    dot, message = counts.phases["dot"], counts.phases["message"]
-    assert dot.percentile(90) < 100e6, "most answers came at once"
-    assert message.percentile(50) > dot.percentile(90), "but half of the messages started late"
-    assert message.max >= dot.max
+    charged = sum(count for low, _, count in counts.phases["message"].buckets() if low >= 99e6)
+    assert charged >= 100, (
+        "the messages of the first 100 ms waited for at least 100 ms, though only one was answered late"
+    )
 
 
 async def test_what_was_to_start_before_the_end_starts_however_late() -> None:
@@ -284,7 +284,7 @@ async def test_what_was_to_start_before_the_end_starts_however_late() -> None:
         await serve_simply(stream, stall_once)
 
     counts = await against(handler, sessions=1, rate=200.0, messages=None, duration=0.3)
-    assert counts.accepted == counts.attempted >= 40
+    assert counts.accepted == counts.attempted == 60
     assert counts.phases["message"].max >= 100e6
 
 
@@ -293,7 +293,7 @@ async def test_a_server_that_says_nothing_times_out() -> None:
         await stream.receive_some(1)
 
     counts = await against(silent, sessions=1, messages=1, timeout=0.1)
-    assert set(counts.errors) == {"timeout"}
+    assert "timeout" in counts.errors
 
 
 async def test_a_server_that_hangs_up_in_the_middle_loses_the_message() -> None:
@@ -364,8 +364,10 @@ async def test_a_slow_connection_is_told_apart_from_a_slow_greeting(tmp_path: Pa
             await serve_simply(stream, no_wait)
     counts = generator.counts
     assert is_clean(counts, 1), counts.as_report()
-    assert counts.phases["connect"].count == 1
-    assert counts.phases["connect"].max > 10 * counts.phases["greeting"].max
+    connect, greeting, session = (counts.phases[phase] for phase in ("connect", "greeting", "session"))
+    assert (connect.count, greeting.count, session.count) == (1, 1, 1)
+    assert connect.max >= 0.9e9
+    assert connect.max + greeting.max <= session.max, "no time is in both"
 
 
 @pytest.mark.parametrize(
@@ -508,27 +510,34 @@ async def test_think_time_separates_the_messages_of_a_session(tmp_path: Path) ->
         async with running(tmp_path / str(per_connection)) as server:
             counts = await run(server.port, messages=4, sessions=1, think=0.05, per_connection=per_connection)
         assert is_clean(counts, 4), counts.as_report()
-        assert counts.elapsed >= 0.15
-        assert counts.phases["message"].max < 1e9
+        assert counts.elapsed >= 0.15 + counts.phases["message"].mean * 4 / 1e9, "it is in no latency"
 
 
 async def test_a_stop_ends_the_think_time(tmp_path: Path) -> None:
-    async with running(tmp_path) as server:
-        counts = await run(server.port, messages=None, duration=0.1, sessions=4, think=1000.0)
-    assert is_clean(counts, 4)
+    async with running(tmp_path) as server, trio.open_nursery() as nursery:
+        target = Target("127.0.0.1", server.port)
+        generator = Generator(Plan(targets=[target], duration=1000.0, sessions=4, think=1000.0, per_connection=0))
+        nursery.start_soon(generator.run)
+        while generator.counts.accepted < 4:
+            await trio.lowlevel.checkpoint()
+        generator.stop()
+    assert is_clean(generator.counts, 4)
 
 
-async def test_the_warm_up_is_counted_apart(tmp_path: Path) -> None:
-    async with running(tmp_path) as server:
-        plan = Plan(
-            targets=[Target("127.0.0.1", server.port)], rate=200.0, duration=0.5, warm_up=0.25, per_connection=0
-        )
-        generator = Generator(plan)
-        counts = await generator.run()
-    assert generator.warm_up is not None
-    assert generator.warm_up.accepted > 0
-    assert counts.accepted > 0
-    assert generator.warm_up.accepted + counts.accepted == len(server.events("accepted")) == 100
+async def test_the_warm_up_is_counted_apart(tmp_path: Path, mock_clock: trio.testing.MockClock) -> None:
+    async with running(tmp_path) as server, trio.open_nursery() as nursery:
+        target = Target("127.0.0.1", server.port)
+        generator = Generator(Plan(targets=[target], duration=2.0, warm_up=1.0, per_connection=0))
+        nursery.start_soon(generator.run)
+        while generator.counts.accepted < 10:
+            await trio.lowlevel.checkpoint()
+        mock_clock.jump(1)
+        while generator.warm_up is None or generator.counts.accepted < 10:
+            await trio.lowlevel.checkpoint()
+        mock_clock.jump(1)
+    counts, warm_up = generator.counts, generator.warm_up
+    assert min(counts.accepted, warm_up.accepted) >= 10
+    assert warm_up.accepted + counts.accepted == len(server.events("accepted"))
     assert counts.attempted == counts.accepted == counts.phases["message"].count
     assert counts.unsent == counts.failed == 0
 
