@@ -359,7 +359,7 @@ def test_two_workers_stop_after_the_messages_of_both(tmp_path: Path) -> None:
         for _ in range(6):
             with smtplib.SMTP("127.0.0.1", server.port, timeout=20) as client:
                 client.sendmail("a@example.com", "b@example.org", "Subject: x\r\n\r\nHello")
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_two_workers_keep_mail_and_inject_faults(tmp_path: Path) -> None:

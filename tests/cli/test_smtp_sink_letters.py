@@ -161,7 +161,7 @@ def ends_after_two_messages(server: Server, client: Client) -> None:
     client.reply()
     client.mail()
     assert client.mail().startswith("250")
-    assert server.process.wait(timeout=20) == 0
+    assert server.process.wait(timeout=60) == 0
 
 
 def ends_after_two_sessions(server: Server, client: Client) -> None:
@@ -170,7 +170,7 @@ def ends_after_two_sessions(server: Server, client: Client) -> None:
     with client_of(server) as second:
         second.reply()
         assert second.ask("QUIT").startswith("221")
-    assert server.process.wait(timeout=20) == 0
+    assert server.process.wait(timeout=60) == 0
 
 
 def is_sent_away(server: Server, client: Client) -> None:
