@@ -524,6 +524,35 @@ async def test_a_stop_ends_the_think_time(tmp_path: Path) -> None:
     assert is_clean(generator.counts, 4)
 
 
+async def test_a_stop_in_the_think_time_waits_for_the_reply_to_quit(mock_clock: trio.testing.MockClock) -> None:
+    has_quit, may_reply = trio.Event(), trio.Event()
+
+    async def before(verb: bytes) -> None:
+        if verb == b"QUIT":
+            has_quit.set()
+            await may_reply.wait()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await serve_simply(stream, before)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
+        target = Target("127.0.0.1", listeners[0].socket.getsockname()[1])
+        generator = Generator(Plan(targets=[target], duration=1000.0, sessions=1, think=5.0, per_connection=0))
+        async with trio.open_nursery() as running_nursery:
+            running_nursery.start_soon(generator.run)
+            while not generator.counts.accepted:
+                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
+            generator.stop()
+            await has_quit.wait()
+            mock_clock.jump(5)
+            await trio.testing.wait_all_tasks_blocked()
+            may_reply.set()
+        nursery.cancel_scope.cancel()
+    assert is_clean(generator.counts, 1)
+
+
 async def test_the_warm_up_is_counted_apart(tmp_path: Path, mock_clock: trio.testing.MockClock) -> None:
     async with running(tmp_path) as server, trio.open_nursery() as nursery:
         target = Target("127.0.0.1", server.port)

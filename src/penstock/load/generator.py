@@ -190,11 +190,12 @@ class Generator:
     async def _think(self, session: Session, scope: trio.CancelScope) -> None:
         with scope:
             await trio.sleep(self.plan.think)
+        if not scope.cancel_called:
             self._rest(session)
 
     def _rest(self, session: Session) -> None:
         """End the think time of a session."""
-        del self._thinking[session]
+        self._thinking.pop(session).cancel()
         session.is_rested = True
         session.begin()
 
