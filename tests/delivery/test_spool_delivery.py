@@ -68,6 +68,16 @@ async def test_it_keeps_the_contract(tmp_path: Path) -> None:
         assert len(await spool.take("example.org", 4e9, 100, 1 << 20)) == 4
 
 
+async def test_the_age_of_a_message_begins_when_its_checks_are_over(tmp_path: Path) -> None:
+    """The clock may have been set meanwhile, and what is in the spool was corrected by that."""
+    relay = Relay()
+    relay.is_eager = True
+    async with delivery_into(tmp_path, relay) as (delivery, spool):
+        spool.now = lambda: 4e9  # type: ignore[method-assign]
+        await delivery.accept(make_message(b"one")._replace(received_at=5e8), TRANSACTION)
+        assert {entry.received_at for entry in relay.offered} == {4e9}
+
+
 async def test_an_eager_relay_gets_the_message_without_reading_it_back(tmp_path: Path) -> None:
     relay = Relay()
     relay.is_eager = True

@@ -63,6 +63,8 @@ class SpoolDelivery(Delivery):
             queues = [transaction.quarantine] * len(queues)  # the queue of a named route is called so as well
         is_held = quarantine is not None and quarantine.is_held
         is_taken = not is_held and self._relay.reserve(queues, message.size)
+        # Checks take time: if the clock was set meanwhile, a message that is corrected by that would be put too late.
+        message = message._replace(received_at=self._spool.now())
         try:
             entries = await self._spool.put(message, queues, is_taken=is_taken, is_held=is_held)
         except (OSError, sqlite3.Error, SpoolFullError) as exc:

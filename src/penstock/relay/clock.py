@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+from penstock.spool.entry import ClockJump
 
 FORWARD: Final = 600.0
 """A jump forward of more seconds than this is corrected."""
@@ -32,17 +33,6 @@ def steady_time() -> float:
     return time.monotonic() if boottime is None else time.clock_gettime(boottime)
 
 
-@dataclass
-class Jump:
-    """A jump of the clock that the spool is not corrected by yet, or only in part."""
-
-    seconds: float
-    noticed_at: float
-    """When it was noticed, by the clock after it."""
-    corrected: int | None = 0
-    """The number of the last message that is corrected; None if all are."""
-
-
 class ClockGuard:
     """Compares the wall clock with one that cannot be set."""
 
@@ -51,12 +41,12 @@ class ClockGuard:
         self._steady = steady
         self._offset: float | None = None
 
-    def jump(self) -> Jump | None:
+    def jump(self, newest: int) -> ClockJump | None:
         """Return the jump of the clock since the last call; None without one that matters.
 
-        Small corrections, as NTP makes them, do not add up.
+        `newest` is the number of the newest message. Small corrections, as NTP makes them, do not add up.
         """
         now = self._clock()
         offset = now - self._steady()
         seconds, self._offset = 0.0 if self._offset is None else offset - self._offset, offset
-        return Jump(seconds, now) if seconds > FORWARD or seconds < -BACK else None
+        return ClockJump(seconds, now, newest) if seconds > FORWARD or seconds < -BACK else None

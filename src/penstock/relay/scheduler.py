@@ -42,7 +42,7 @@ from penstock.message import Body, Message, Recipient
 from penstock.relay.attempt import Attempt
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings
-from penstock.relay.clock import PUT_OFF, ClockGuard, Jump, steady_time
+from penstock.relay.clock import PUT_OFF, ClockGuard, steady_time
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool, PoolSettings
 from penstock.relay.queues import FIRST_WINDOW, DomainQueue, RouteQueue
@@ -51,7 +51,7 @@ from penstock.relay.route import Route, Routes, domain_of_queue
 from penstock.relay.tlspolicy import RelayTlsSettings
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
-from penstock.spool.entry import Entry, HopState
+from penstock.spool.entry import ClockJump, Entry, HopState
 from penstock.spool.queue import DurableQueue
 
 _TAKERS: Final = 4
@@ -152,8 +152,10 @@ class Scheduler:
         self._local = local
         self._clock = clock
         self._clock_guard = ClockGuard(clock, steady_clock)
-        self._jumps: deque[Jump] = deque()
-        """Jumps of the clock that the spool is to be corrected by."""
+        self._jumps: deque[ClockJump] = deque()
+        """Jumps of the clock that the spool is to be corrected by, in their order."""
+        self._corrected = 0
+        """The number of the last message that is corrected by the first of them."""
         self._correcting = trio.Lock()
         self._random = random_source or random.Random()  # noqa: S311 - it spreads load, it hides nothing
         self._queues: dict[str, DomainQueue] = {}
@@ -672,7 +674,7 @@ class Scheduler:
 
     def notice_clock(self) -> None:
         """Notice when the clock was set. Nothing expires before the ages are right; called before anything does."""
-        jump = self._clock_guard.jump()
+        jump = self._clock_guard.jump(self.spool.newest)
         if jump is not None:
             self._jumps.append(jump)
             if jump.seconds > 0:
@@ -690,14 +692,13 @@ class Scheduler:
             self.notice_clock()
             while self._jumps:
                 jump = self._jumps[0]
-                while jump.corrected is not None:
-                    # If the disk failed meanwhile, it may be long since: what came after a jump is not to be corrected.
-                    now = jump.noticed_at if jump.seconds > 0 else self._clock()
-                    jump.corrected = await self.spool.shift_received(now, jump.seconds, jump.corrected)
+                while self._corrected < jump.newest:
+                    self._corrected = await self.spool.shift_received(jump, self._corrected)
                 if jump.seconds < 0:
                     self.journal.clock_jumped(jump.seconds, await self._reschedule())
                     self._look.set()
                 self._jumps.popleft()
+                self._corrected = 0
                 self.notice_clock()
 
     async def _reschedule(self) -> int:

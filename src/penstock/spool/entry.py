@@ -89,6 +89,16 @@ class QueueDue(NamedTuple):
         return self.due_at < 0
 
 
+class ClockJump(NamedTuple):
+    """The clock was set. Messages from before are corrected by it: their age stays the same, or they get younger."""
+
+    seconds: float
+    noticed_at: float
+    """When it was noticed, by the clock after it."""
+    newest: int
+    """The number of the newest message when it was noticed."""
+
+
 class Put(NamedTuple):
     """A message to be written to the spool."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from penstock.message import Message
-from penstock.spool.entry import AdminInput, AttemptRecord, Entry, HopState, QueueDue, Recovered
+from penstock.spool.entry import AdminInput, AttemptRecord, ClockJump, Entry, HopState, QueueDue, Recovered
 
 
 class DurableQueue(Protocol):
@@ -20,6 +20,13 @@ class DurableQueue(Protocol):
     """Gets the exceptions of callbacks."""
     became_due: Callable[[Sequence[str]], None]
     """Gets the domain queues of each message that was put and not taken, so that the relay need not poll."""
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest message."""
+
+    def now(self) -> float:
+        """Return the seconds since the epoch, by the clock of the queue."""
 
     async def start(self) -> Recovered:
         """Open the queue and recover from a crash. Raise OSError, sqlite3.Error or SpoolError."""
@@ -68,11 +75,10 @@ class DurableQueue(Protocol):
         Return the number of recipients.
         """
 
-    async def shift_received(self, now: float, seconds: float, after: int) -> int | None:
-        """After the clock was set by `seconds`: correct when some messages were received, so that their age stays.
+    async def shift_received(self, jump: ClockJump, after: int) -> int:
+        """Correct when some messages were received, after a jump of the clock. Return the number of the last one.
 
-        `now` is a time soon after that. Messages up to the number `after` are done. Return the last one of these; None
-        when there are no more.
+        Messages up to the number `after` are done. All are when the number of the newest one is returned.
         """
 
     async def received_at(self, numbers: Sequence[int]) -> dict[int, float]:

@@ -15,7 +15,7 @@ import trio
 from penstock.message import Message
 from penstock.spool.bodies import BodyThreads
 from penstock.spool.committer import Committer, SpoolFullError
-from penstock.spool.entry import AdminInput, AttemptRecord, Entry, HopState, Put, QueueDue, Recovered, Row
+from penstock.spool.entry import AdminInput, AttemptRecord, ClockJump, Entry, HopState, Put, QueueDue, Recovered, Row
 from penstock.spool.store import PLACES, SpoolError, Store
 
 __all__ = ["Spool", "SpoolError", "SpoolFullError", "SpoolSettings"]
@@ -110,6 +110,11 @@ class Spool:
     def puts(self) -> int:
         """Messages put so far."""
         return self._store.puts
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest message."""
+        return self._store.newest
 
     @property
     def transactions(self) -> int:
@@ -289,13 +294,12 @@ class Spool:
         """
         return await self._committer.do(lambda store: store.reschedule(now, waits, longest), whole=True)
 
-    async def shift_received(self, now: float, seconds: float, after: int) -> int | None:
-        """After the clock was set by `seconds`: correct when some messages were received, so that their age stays.
+    async def shift_received(self, jump: ClockJump, after: int) -> int:
+        """Correct when some messages were received, after a jump of the clock. Return the number of the last one.
 
-        `now` is a time soon after that. Messages up to the number `after` are done. Return the last one of these; None
-        when there are no more.
+        Messages up to the number `after` are done. All are when the number of the newest one is returned.
         """
-        return await self._committer.do(lambda store: store.shift_received(now, seconds, after), whole=True)
+        return await self._committer.do(lambda store: store.shift_received(jump, after), whole=True)
 
     async def received_at(self, numbers: Sequence[int]) -> dict[int, float]:
         """Return when messages were received, by their numbers, as far as they are here."""

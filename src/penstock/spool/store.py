@@ -37,6 +37,7 @@ from penstock.spool.entry import (
     AdminEvent,
     AdminInput,
     AttemptRecord,
+    ClockJump,
     Entry,
     HopState,
     Instruction,
@@ -339,6 +340,11 @@ class Store:
         self._next_number += 1
         return number
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest message."""
+        return self._next_number - 1
+
     def put(self, puts: Sequence[Put], now: float) -> None:
         """Write messages and their recipients."""
         messages: list[object] = []
@@ -630,29 +636,36 @@ class Store:
                 (now, now + longest, _RESCHEDULED),
             ).rowcount
             count += changed
+            self.checkpoints.logged += changed * 1000
             if changed < _RESCHEDULED:
                 break
         self.refresh_queues()
         return count
 
-    def shift_received(self, now: float, seconds: float, after: int) -> int | None:
-        """Correct when some messages were received, after the clock was set by `seconds`: their age stays the same.
+    def shift_received(self, jump: ClockJump, after: int) -> int:
+        """Correct when some messages were received, after a jump of the clock. Return the number of the last one.
 
-        Set forward, that changes what was received before; set back, what lies in the future now. Messages up to the
-        number `after` are done. Return the last one of these; None when there are no more.
+        Messages up to the number `after` are done. All are when the number of the newest one is returned.
+
+        After a jump back, only those are corrected that lie in the future: others may come from a node of a cluster
+        whose clock is right, and would be returned too early.
         """
-        changed, bound = ("received_at <= ?", now - seconds) if seconds > 0 else ("received_at > ?", now)
+        if jump.seconds > 0:
+            changed, bound = "received_at <= ?", jump.noticed_at - jump.seconds
+        else:
+            changed, bound = "received_at > ?", jump.noticed_at
         found = self._database.execute(
             "SELECT number FROM message INDEXED BY message_listed"
-            f" WHERE number > ? AND {changed} ORDER BY number LIMIT ?",
-            (after, bound, _SHIFTED),
+            f" WHERE number > ? AND number <= ? AND {changed} ORDER BY number LIMIT ?",
+            (after, jump.newest, bound, _SHIFTED),
         ).fetchall()
         if not found:
-            return None
+            return jump.newest
         self._database.execute(
             f"UPDATE message SET received_at = received_at + ? WHERE number BETWEEN ? AND ? AND {changed}",
-            (seconds, found[0][0], found[-1][0], bound),
+            (jump.seconds, found[0][0], found[-1][0], bound),
         )
+        self.checkpoints.logged += len(found) * _PAGE  # with its body, a message has a page of its own, or several
         return int(found[-1][0])
 
     def received_at(self, numbers: Sequence[int]) -> dict[int, float]:
