@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,3 +96,24 @@ def test_a_log_on_a_full_disk_does_not_stop_the_sink() -> None:
     with pytest.raises(OSError, match="No space left"):
         log.close()
     assert sum(log.counts.values()) == 1000
+
+
+class FullAfterPart(io.FileIO):
+    """A file whose disk becomes full within a write."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[: len(data) * 2 // 3])
+
+
+def test_a_log_on_a_full_disk_ends_with_a_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "faults.jsonl"
+    log = FaultFile(path)
+    log._file.close()
+    log._file = FullAfterPart(path, "wb")
+    for number in range(4):
+        log.on_fault(AppliedFault("x", "mail", "reply 450", number, "a@b", "", ""))
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    written = path.read_bytes()
+    assert written.endswith(b"}\n")
+    assert [json.loads(line)["session"] for line in written.splitlines()] == [0, 1]

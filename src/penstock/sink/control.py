@@ -196,10 +196,14 @@ class FaultFile(FaultLog):
     def _write(self) -> None:
         lines, self._lines = bytes(self._lines), bytearray()
         try:
-            if lines and self._file.write(lines) != len(lines):
+            written = self._file.write(lines) if lines else 0
+            if written != len(lines):
                 self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as exc:
-            self.failure = exc
+                # Remove the part of a line, which the next line of another process would continue.
+                self._file.seek(lines.rfind(b"\n", 0, written) + 1 - written, os.SEEK_CUR)
+                self._file.truncate()
+        except OSError as exc:  # a pipe cannot be cut
+            self.failure = self.failure or exc
 
     @property
     def wants_message_ids(self) -> bool:
