@@ -602,3 +602,14 @@ def test_any_order_of_events_matches_the_model(
             messages = {number for (number,) in db._database.execute("SELECT number FROM message")}
             assert messages == {row >> 20 for row in held}
     db.close()
+
+
+async def test_retries_count_as_written_to_the_log(tmp_path: Path) -> None:
+    """Otherwise no checkpoint is made while no new mail comes."""
+    async with opened(tmp_path) as spool:
+        await spool.put(make_message(b"x", recipients=("a@x", "b@x")), ["x", "x"])
+        before = spool._store.checkpoints.logged
+        (entry,) = await spool.take("x", NOW, 10, 1 << 20)
+        taken = spool._store.checkpoints.logged
+        await spool.record(settled(entry, Outcome.DEFERRED, "busy", NOW + 60))
+        assert (taken - before, spool._store.checkpoints.logged - taken) == (2000, 2000)

@@ -74,6 +74,8 @@ _PAGE: Final = 16 * 1024
 _CACHE_KIB: Final = 16 * 1024
 _CHECKPOINT_OCTETS: Final = 16 << 20
 """Octets written to the log before a checkpoint."""
+_ROW: Final = 1000
+"""Octets that a change of a row counts for in the log."""
 _LOG_KEPT: Final = 64 << 20
 """Octets the log file keeps when it is reset; a reader that stays for long makes it grow."""
 _LOCK_WAIT: Final = 2.0
@@ -360,7 +362,7 @@ class Store:
                     due[queue] = now
                 dsn = encode_dsn(recipient)
                 recipients += (first + place, queue, state, now, attempts, recipient.path.text, dsn, "", 0)
-            self.checkpoints.logged += put.message.body.size + 1000
+            self.checkpoints.logged += put.message.body.size + _ROW
         self.puts += len(puts)
         self._insert(INSERT_MESSAGE, 8, messages)
         self._insert(INSERT_RECIPIENT, 9, recipients)
@@ -463,7 +465,9 @@ class Store:
                 continue
             octets -= entry.size
             entries.append(entry)
-        self._for_each("UPDATE recipient SET state = 1, attempts = attempts + 1 WHERE number IN", _rows_of(entries))
+        taken = _rows_of(entries)
+        self._for_each("UPDATE recipient SET state = 1, attempts = attempts + 1 WHERE number IN", taken)
+        self.checkpoints.logged += len(taken) * _ROW
         self._postpone(queue, now, until)
         return entries
 
@@ -517,6 +521,7 @@ class Store:
         gone: list[int] = []
         touched: dict[str, float] = {}
         for row, queue, outcome, reply, next_try, delay_told in records:
+            self.checkpoints.logged += _ROW
             if outcome is Outcome.DEFERRED:
                 self._database.execute(_DEFER, (next_try, reply, delay_told, row))
             elif outcome is Outcome.RETURNED:
@@ -527,7 +532,6 @@ class Store:
             touched[queue] = min(next_try, touched.get(queue, next_try))
         for queue, when in touched.items():
             self._make_due(self._queue(queue), when)
-        self.checkpoints.logged += len(gone) * 1000
         return self._delete(gone)
 
     def _delete(self, rows: Sequence[int]) -> list[int]:
@@ -636,7 +640,7 @@ class Store:
                 (now, now + longest, _RESCHEDULED),
             ).rowcount
             count += changed
-            self.checkpoints.logged += changed * 1000
+            self.checkpoints.logged += changed * _ROW
             if changed < _RESCHEDULED:
                 break
         self.refresh_queues()
