@@ -24,8 +24,8 @@ Rules
 2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
    of a cancelled wait takes it out, too. What was readable stays readable for the next one.
 3. A turn that raises wakes its task with the exception. A task that was cancelled has no protocol any more.
-4. One socket gets one receive in a `poll`; one that has more to give comes again in the next, after the others, and so
-   does a protocol that has left input unread (`wants_turn`).
+4. One socket normally gets one receive in a `poll`; one that has more to give comes again in the next, after the
+   others, and so does a protocol that has left input unread (`wants_turn`).
 5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps reused, wakes a task
    without need, which receives nothing and waits again.
 """
@@ -237,14 +237,17 @@ cdef class Poller:
 
     def look_for_room(self, Watch watch not None):
         if not watch.looks_for_room:
+            self.report_again(watch, EPOLLOUT)
             watch.looks_for_room = True
-            self.look_again(watch)
 
     def look_again(self, Watch watch not None):
-        cdef uint32_t events = EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET
-        # What is ready already is reported again: EPOLL_CTL_MOD checks the readiness (epoll_ctl(2)).
-        self.control(EPOLL_CTL_MOD, watch.fd, events | EPOLLOUT if watch.looks_for_room else events)
+        self.report_again(watch, EPOLLOUT if watch.looks_for_room else 0)
+
+    cdef int report_again(self, Watch watch, uint32_t more) except -1:
+        # What is ready already is reported, too: EPOLL_CTL_MOD checks the readiness (epoll_ctl(2)).
+        self.control(EPOLL_CTL_MOD, watch.fd, EPOLLIN | EPOLLRDHUP | <uint32_t> EPOLLET | more)
         watch.is_readable = False
+        return 0
 
     def listen(self, int fd, accepted not None, shortage not None):
         self.control(EPOLL_CTL_ADD, fd, EPOLLIN)  # level-triggered: a batch may leave some connections waiting
@@ -374,7 +377,9 @@ cdef class Poller:
         try:
             received = watch.protocol.receive(watch.fd)
         except OSError as exc:
-            self.wake_reader(watch, -1, trio.BrokenResourceError(f"receiving failed: {exc}"))
+            lost = trio.BrokenResourceError(f"receiving failed: {exc}")
+            lost.__cause__ = exc
+            self.wake_reader(watch, -1, lost)
             return 0
         except BaseException as exc:
             self.wake_reader(watch, -1, exc)
@@ -395,15 +400,19 @@ cdef class Poller:
         try:
             answer = watch.protocol.take_turn(received)
         except BaseException as exc:
+            if watch.protocol is None:
+                raise
             self.wake_reader(watch, -1, exc)
             return 0
+        if watch.protocol is None:
+            return 0  # the turn has closed or interrupted its own socket
         if answer is None:
             self.wake_reader(watch, outcome, None)
         else:
             if answer:
                 outputs.append(watch)
                 outputs.append(answer)
-            if watch.protocol.wants_turn or (watch.is_readable):
+            if watch.protocol.wants_turn or watch.is_readable:
                 self.again.append(watch)
         return 0
 

@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 import trio
@@ -166,6 +167,43 @@ async def test_a_reset_connection_is_broken(make_tcp_pair: Maker) -> None:
             await fill(right, Wire())
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_a_reset_that_ends_the_turns_has_its_cause(make_tcp_pair: Maker, is_early: bool) -> None:
+    left, right = await make_tcp_pair()
+    with socket.socket(fileno=os.dup(left._socket.fd)) as linger:
+        linger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        left.close_nowait()
+        reset = linger.detach()
+
+    async def turn() -> None:
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await fill(right, Wire())
+        assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+    async with right, trio.open_nursery() as nursery:
+        if not is_early:
+            nursery.start_soon(turn)
+            await trio.testing.wait_all_tasks_blocked()
+        os.close(reset)
+        if is_early:
+            await turn()
+
+
+@pytest.mark.parametrize("ending", ["answers", "ends the turns"])
+async def test_a_turn_may_close_its_own_stream(make_pair: Maker, ending: str) -> None:
+    left, right = await make_pair()
+
+    def turn(received: int) -> bytes | None:
+        right.close_nowait()
+        return b"x" if ending == "answers" else None
+
+    async with left:
+        await left.send_all(b"NOOP\r\n")
+        with suppress(trio.ClosedResourceError):  # without a poller, the octets received may be the result
+            await right.run_protocol(Turns(Wire(), turn))
+        assert await left.receive_some() == b""
+
+
 async def test_what_was_read_ahead_comes_first(make_pair: Maker) -> None:
     left, right = await make_pair()
     async with left, AheadStream(b"abc", right) as stream:
@@ -299,7 +337,7 @@ async def test_an_answer_the_socket_does_not_take_is_sent_when_it_does(make_pair
 
 
 @pytest.mark.parametrize("octets", [1, 200_000])
-async def test_a_sleeper_has_poller_whatever_came_before(make_pair: Maker, octets: int) -> None:
+async def test_a_sleeper_can_be_interrupted_whatever_came_before(make_pair: Maker, octets: int) -> None:
     left, right = await make_pair()
     if not right.has_poller:
         return  # it waits with trio, and is cancelled instead

@@ -1,6 +1,6 @@
 """What other compiled modules may do with a poller and the sockets on it."""
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t
 
 from penstock.metrics._session cimport Metrics
 
@@ -40,6 +40,7 @@ cdef class Poller:
 
     cdef int control(self, int what, int fd, unsigned int events) except -1
     cpdef Watch watch(self, int fd)
+    cdef int report_again(self, Watch watch, uint32_t more) except -1
     cdef int add(self, Watch watch) except -1
     cpdef int forget(self, Watch watch) except -1
     cdef int poll_once(self) except -1

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Final
-from typing import Protocol as TypingProtocol
 
 from trio.lowlevel import Task
 from typing_extensions import Buffer
@@ -15,18 +14,13 @@ HAS_EPOLL: Final[bool]
 SHORTAGES: Final[frozenset[int]]
 """The errors of `accept` that say that there are too few descriptors, or too little memory, for now."""
 
-class Receiver(TypingProtocol):
-    """Receives octets: the compiled wire."""
-
-    def recv(self, fd: int, octets: int = ..., /) -> int:
-        """Return the octets received, 0 at the end of the stream, -1 when there is nothing. Raise OSError."""
-
 class Protocol:
     """Takes the turns of a connection.
 
     A class that inherits it has three methods, which the poller calls:
 
-    recv(fd)                receives for the next turn, as a `Receiver` does
+    recv(fd)                receives for the next turn, and returns the octets received, 0 at the end of the stream, -1
+                            when there is nothing; raises OSError
     data_received(received) handles the octets received: returns what is to be sent, b"" for nothing, None to end the
                             turns and wake the task that waits for that
     connection_lost(received, failure)      where no task waits: the turns have ended with the octets received last, 0
@@ -34,7 +28,10 @@ class Protocol:
     """
 
     wants_turn: bool
-    """A turn has left input unparsed, so that others get their turns: it continues in the next round."""
+    """A turn has left input unparsed, so that others get their turns: it continues in the next round.
+
+    When the turns end in between, the task that gets the rest continues itself.
+    """
 
 class Watch:
     """The readiness of one socket, and the task that waits for it."""
@@ -45,7 +42,7 @@ class Watch:
     def fd(self) -> int:
         """The descriptor."""
     is_readable: bool
-    """There was an edge, and no receive has found nothing since: receive before you wait."""
+    """Input was reported, and may still be there: receive before you wait. Unset, what is there will be reported."""
     is_writable: bool
     """No send has found the socket full since the last edge."""
     has_hung_up: bool
@@ -56,7 +53,8 @@ class Watch:
     """The task to wake when the socket becomes writable."""
     protocol: Protocol | None
     """What takes turns, in place of waking `reader`. The wait of the reader ends with the octets received, 0 at the end
-    of the stream, or -1 when `unsent` has to be sent or it was interrupted."""
+    of the stream, or -1 when `unsent` has to be sent, a turn without octets has ended the turns, or it was
+    interrupted."""
     unsent: bytes | None
     """The unsent part of the output of a turn."""
 
@@ -75,7 +73,10 @@ class Poller:
     def watch(self, fd: int) -> Watch:
         """Register a non-blocking socket, once. Raise OSError."""
     def look_for_room(self, watch: Watch) -> None:
-        """Request that `is_writable` is set, and `writer` woken, when a full socket is writable. Raise OSError."""
+        """Request that `is_writable` is set, and `writer` woken, when a full socket is writable. Raise OSError.
+
+        Input that is there is reported again, too.
+        """
     def look_again(self, watch: Watch) -> None:
         """Have the next `poll` find what the socket is ready for, such as input that has arrived. Raise OSError."""
     def listen(

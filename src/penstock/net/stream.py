@@ -119,9 +119,10 @@ class SocketStream(trio.abc.HalfCloseableStream):
     async def run_turns(self, protocol: Any) -> int:
         """Let a protocol (penstock.net._poller) take turns until it leaves something to this task. Needs a poller.
 
-        The task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, and -1 when the socket
-        has not taken all of the output (`take_unsent`) or the wait was interrupted. Raise BrokenResourceError when the
-        connection is lost, ClosedResourceError when it was closed here, and whatever a turn raises.
+        The task sleeps meanwhile. Return the octets received last, 0 at the end of the stream, and -1 when a turn
+        without octets has ended the turns, the socket has not taken all of the output (`take_unsent`), or the wait was
+        interrupted. Raise BrokenResourceError when the connection is lost, ClosedResourceError when it was closed here,
+        and whatever a turn raises.
         """
         watch, poller = self._watch, self._socket.poller
         assert watch is not None and poller is not None
@@ -129,7 +130,7 @@ class SocketStream(trio.abc.HalfCloseableStream):
             self._conflict("receiving")
         self._check_open()
         protocol.wants_turn = False
-        if watch.is_readable:
+        if watch.is_readable:  # found before, and perhaps not all received: only the poller takes turns
             poller.look_again(watch)
         self._is_receiving = True
         watch.protocol = protocol
@@ -153,8 +154,8 @@ class SocketStream(trio.abc.HalfCloseableStream):
     async def run_protocol(self, protocol: Any) -> int:
         """Let a protocol take turns until it leaves something to this task, like `run_turns`; send what is unsent.
 
-        Works without a poller, too. Return the octets received last, 0 at the end of the stream, -1 when the wait was
-        interrupted.
+        Works without a poller, too. Return the octets received last, 0 at the end of the stream, -1 when a turn
+        without octets has ended the turns or the wait was interrupted. Not for protocols that set `wants_turn`.
         """
         while True:
             if self._watch is None:
