@@ -17,7 +17,7 @@ from email import message_from_bytes, policy
 from email.message import EmailMessage
 from email.parser import BytesHeaderParser
 from functools import cached_property, partial
-from typing import Final, Protocol, TypeVar, overload
+from typing import Final, TypeVar, overload
 
 import trio
 
@@ -119,6 +119,12 @@ class ReceivedMessage:
         )
 
 
+def describe_last(messages: Sequence[ReceivedMessage], most: int) -> tuple[list[str], int]:
+    """Return descriptions of the last `most` messages, and the number of earlier ones."""
+    first = max(0, len(messages) - most)
+    return [f"[{n}] {message.describe()}" for n, message in enumerate(messages[first:], first)], first
+
+
 def received(message: Message, transaction: Transaction) -> ReceivedMessage:
     """Join a message and what is known of its connection."""
     return ReceivedMessage(
@@ -134,49 +140,33 @@ def received(message: Message, transaction: Transaction) -> ReceivedMessage:
     )
 
 
-class _Waiter(Protocol):
-    """A task that waits for a change of the inbox."""
+class _Waiter:
+    """A task of trio or asyncio that waits for a change of the inbox."""
+
+    def __init__(self) -> None:
+        self._woken: trio.Event | asyncio.Event
+        self._call: Callable[[Callable[[], object]], object]
+        self._is_in_trio = trio.lowlevel.in_trio_task()
+        if self._is_in_trio:
+            self._woken, self._call = trio.Event(), trio.lowlevel.current_trio_token().run_sync_soon
+        else:
+            self._woken, self._call = asyncio.Event(), asyncio.get_running_loop().call_soon_threadsafe
 
     def wake(self) -> None:
         """Let it check again. Thread-safe."""
+        with suppress(RuntimeError):  # its loop is over
+            self._call(self._woken.set)
 
     async def sleep(self) -> None:
         """Wait until `wake` was called."""
+        await self._woken.wait()
 
     async def checkpoint(self) -> None:
         """Let other tasks run; may be cancelled."""
-
-
-class _TrioWaiter:
-    def __init__(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._woken = trio.Event()
-
-    def wake(self) -> None:
-        with suppress(RuntimeError):  # its loop is over
-            self._token.run_sync_soon(self._woken.set)
-
-    async def sleep(self) -> None:
-        await self._woken.wait()
-
-    async def checkpoint(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-
-class _AsyncioWaiter:
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._woken = asyncio.Event()
-
-    def wake(self) -> None:
-        with suppress(RuntimeError):  # its loop is over
-            self._loop.call_soon_threadsafe(self._woken.set)
-
-    async def sleep(self) -> None:
-        await self._woken.wait()
-
-    async def checkpoint(self) -> None:
-        await asyncio.sleep(0)
+        if self._is_in_trio:
+            await trio.lowlevel.checkpoint()
+        else:
+            await asyncio.sleep(0)
 
 
 class Inbox(Sequence[ReceivedMessage]):
@@ -379,7 +369,7 @@ class Inbox(Sequence[ReceivedMessage]):
         __tracebackhide__ = True
         deadline = _deadline(timeout)
         while True:
-            waiter: _Waiter = _TrioWaiter() if trio.lowlevel.in_trio_task() else _AsyncioWaiter()
+            waiter = _Waiter()
             timer = threading.Timer(max(deadline - _now(), 0), waiter.wake)
             with self._changed:
                 self._waiters.add(waiter)
@@ -403,11 +393,9 @@ class Inbox(Sequence[ReceivedMessage]):
 
     def _shown(self, failure: str) -> str:
         """Return a failure, followed by the messages that there are."""
-        messages = self[:]
-        first = max(0, len(messages) - _SHOWN)
-        there = "\n".join(f"[{n}] {message.describe()}" for n, message in enumerate(messages[first:], first))
+        shown, first = describe_last(self[:], _SHOWN)
         which = f", the last {_SHOWN} of them" if first else ""
-        parts = [f"{failure}; {_plural(len(messages))} in the inbox{which}", there, self._context()]
+        parts = [f"{failure}; {_plural(first + len(shown))} in the inbox{which}", *shown, self._context()]
         return "\n".join(part for part in parts if part)
 
 

@@ -29,14 +29,8 @@ from penstock.sink.faults import AppliedFault, FaultEngine
 from penstock.sink.injector import fault_injection
 from penstock.sink.plan import PlanError, PlanSettings, load_plan, parse_plan, reply_of
 from penstock.testing.dialog import Dialog, NotedFaults, NotedJournal
-from penstock.testing.helpers import (
-    Authority,
-    InboxDelivery,
-    Users,
-    authority_of_process,
-    folder_for,
-)
-from penstock.testing.inbox import Inbox, ReceivedMessage
+from penstock.testing.helpers import Authority, InboxDelivery, Users, authority_of_process, folder_for
+from penstock.testing.inbox import Inbox, ReceivedMessage, describe_last
 from penstock.testing.thread import WorkerThread
 
 _MAX_GRACE: Final = 20.0
@@ -79,14 +73,6 @@ def _check_users(users: Mapping[str, str], *, require_auth: bool, accept_any_aut
         raise ValueError("accept_any_auth=True and users={...} are mutually exclusive")
     if not all(type(text) is str and text for pair in users.items() for text in pair):
         raise ValueError("users are names and their passwords: {'alice': 'secret'}")
-
-
-def _check_rest(grace: float, *, needs_tls: bool) -> None:
-    """Raise ValueError for the other options that cannot be used."""
-    if needs_tls:
-        raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
-    if not 0 <= grace <= _MAX_GRACE:
-        raise ValueError(f"grace is 0 to {_MAX_GRACE:g} seconds, not {grace!r}")
 
 
 def _with_any_auth(settings: Settings) -> Settings:
@@ -180,7 +166,10 @@ class SmtpServer:
         """
         self._users = dict(users or {})
         _check_users(self._users, require_auth=require_auth, accept_any_auth=accept_any_auth)
-        _check_rest(grace, needs_tls=require_tls and tls == "none")
+        if require_tls and tls == "none":
+            raise ValueError("require_tls=True needs tls='starttls' or tls='implicit'")
+        if not 0 <= grace <= _MAX_GRACE:
+            raise ValueError(f"grace is 0 to {_MAX_GRACE:g} seconds, not {grace!r}")
         self._authority = authority
         self._policies = tuple(policies)
         table: dict[str, Any] = {
@@ -252,27 +241,13 @@ class SmtpServer:
 
         mode = self._settings.listener[0].tls.mode
         name, password = next(iter(self._users.items()), ("", ""))
+        options: dict[str, Any] = {"host": self.host, "port": self.port, "timeout": 10}
+        options |= {"use_tls": mode == "starttls", "use_ssl": mode == "implicit"}
+        users = {"username": name, "password": password}
         if VERSION >= (6, 1):  # the settings below are deprecated
-            options = {
-                "host": self.host,
-                "port": self.port,
-                "username": name,
-                "password": password,
-                "use_tls": mode == "starttls",
-                "use_ssl": mode == "implicit",
-                "timeout": 10,
-            }
-            return {"MAILERS": {"default": {"BACKEND": _DJANGO_BACKEND, "OPTIONS": options}}}
-        return {
-            "EMAIL_BACKEND": _DJANGO_BACKEND,
-            "EMAIL_HOST": self.host,
-            "EMAIL_PORT": self.port,
-            "EMAIL_HOST_USER": name,
-            "EMAIL_HOST_PASSWORD": password,
-            "EMAIL_USE_TLS": mode == "starttls",
-            "EMAIL_USE_SSL": mode == "implicit",
-            "EMAIL_TIMEOUT": 10,
-        }
+            return {"MAILERS": {"default": {"BACKEND": _DJANGO_BACKEND, "OPTIONS": options | users}}}
+        options |= {"backend": _DJANGO_BACKEND, "host_user": name, "host_password": password}
+        return {f"EMAIL_{key.upper()}": value for key, value in options.items()}
 
     # ---- what was sent
 
@@ -349,12 +324,11 @@ class SmtpServer:
 
     def report(self) -> str:
         """Return the received messages, failures and the last lines of the dialog as text."""
-        messages = list(self.inbox)
-        lines = [f"{self!r}: {len(messages)} received"]
-        if len(messages) > _SHOWN_MESSAGES:
+        shown, first = describe_last(self.inbox[:], _SHOWN_MESSAGES)
+        lines = [f"{self!r}: {first + len(shown)} received"]
+        if first:
             lines.append(f"(the last {_SHOWN_MESSAGES} of them)")
-        first = max(len(messages) - _SHOWN_MESSAGES, 0)
-        lines += [f"[{number}] {message.describe()}" for number, message in enumerate(messages[first:], first)]
+        lines += shown
         lines += [f"failed: {type(exc).__name__}: {exc}" for exc in self._journal.failures]
         lines += [f"fail_next of {count} {phase} was not used" for phase, count in self._engine.pending().items()]
         said = self.dialog.lines()
