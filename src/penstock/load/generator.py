@@ -109,16 +109,6 @@ class Generator:
         """Return what was counted until now, as `Counts.as_report` does; None during the warm-up."""
         return None if self.plan.warm_up and self.warm_up is None else self.counts.as_report()
 
-    @property
-    def is_over(self) -> bool:
-        """The last session has ended."""
-        return self._over.is_set()
-
-    @property
-    def is_stopping(self) -> bool:
-        """`stop` was called."""
-        return self.jobs.is_stopping
-
     def stop(self) -> None:
         """Start no more messages; those in flight may end. Messages that wait for a session are dropped and counted."""
         self.jobs.is_stopping = True
@@ -267,7 +257,7 @@ class Generator:
         for session in self._sessions:
             session.promise()
         for number, session in enumerate(self._sessions):
-            if self.is_stopping:
+            if self.jobs.is_stopping:
                 self._open -= len(self._sessions) - number
                 for unused in self._sessions[number:]:
                     unused.release()

@@ -52,10 +52,10 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-def linear(top: float, unit: str = "", count: int = 4) -> Axis:
+def linear(top: float, unit: str = "") -> Axis:
     """Return a linear axis from 0 to a round number that is not less than `top`."""
     high = _round_up(top)
-    ticks = [Tick(part / count, number(high * part / count) + unit) for part in range(count + 1)]
+    ticks = [Tick(part / 4, number(high * part / 4) + unit) for part in range(5)]
     return Axis(0.0, high, False, ticks)
 
 

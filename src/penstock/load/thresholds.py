@@ -17,10 +17,8 @@ from penstock.load.counts import PHASES
 from penstock.load.plan import PlanError
 from penstock.load.units import milliseconds, parse_duration
 
-STATISTICS: Final = {
-    "p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99.9": "p99_9", "max": "max", "mean": "mean", "min": "min"
-}  # fmt: skip
-"""Statistics of a phase, and their keys in a report."""
+STATISTICS: Final = ("p50", "p90", "p95", "p99", "p99.9", "max", "mean", "min")
+"""Statistics of a phase. The keys in a report have _ in place of the dot."""
 _OPERATORS: Final[dict[str, Callable[[float, float], bool]]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge
 }  # fmt: skip
@@ -70,7 +68,7 @@ class Threshold:
                 + ", ".join(f"{metric}.{name}" for name in STATISTICS)
             )
         try:
-            return cls(text.strip(), metric, STATISTICS[statistic], sign, parse_duration(bound, needs_unit=True))
+            return cls(text.strip(), metric, statistic.replace(".", "_"), sign, parse_duration(bound, needs_unit=True))
         except ValueError as exc:
             raise PlanError(f"threshold {text!r}: {exc}") from exc
 
