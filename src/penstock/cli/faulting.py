@@ -163,8 +163,8 @@ class FaultInjection:
     def begin(self, parts: Server) -> None:
         """Apply -T and the backlog to the listening sockets."""
         for bound in parts.listeners:
-            if self.letters.window is not None:
-                bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.window)
+            if "T" in self.letters.given:
+                bound.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.letters.given["T"])
             if self.letters.backlog is not None:
                 bound.socket.listen(self.letters.backlog)
 

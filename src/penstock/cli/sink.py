@@ -135,19 +135,20 @@ def sink(
         return
     if workers > 1 and letters.stores:
         raise click.UsageError("--workers cannot be combined with -d or -D")
-    if user is not None and letters.user is not None:
+    if user is not None and "u" in letters.given:
         raise click.UsageError("-u and --user are mutually exclusive")
     receiving = Receiving(ReceivingOptions(**options), letters.stores, workers)
     with tempfile.TemporaryDirectory(prefix="penstock-sink-") as folder:
         settings = _with_tls(_base(config_file, folder), tls, certificate, key)
-        settings = _as_user(settings, user or letters.user, allow_root)
+        settings = _as_user(settings, user or letters.given.get("u"), allow_root)
         settings = faults.prepare(settings, Path(folder) / "tls")
         if workers > 1:
             faults.check_workers()
         if ca_file is not None:
             _copy(Path(folder) / "tls" / "ca.pem", ca_file)
         settings = listen_on(settings, (*addresses, *letters.listen()))
-        made = _Sink(settings, faults, receiving, messages or letters.messages, sessions or letters.sessions, is_open)
+        messages, sessions = messages or letters.given.get("M"), sessions or letters.given.get("n")
+        made = _Sink(settings, faults, receiving, messages, sessions, is_open)
         found = made.run() if workers == 1 else made.run_workers(workers)
         if found is None:
             return

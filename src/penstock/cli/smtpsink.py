@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from penstock.config import Settings
-from penstock.sink.plan import DelaySettings, Ending, Phase, PlanSettings, RuleSettings, reply_of
+from penstock.sink.plan import DelaySettings, Phase, PlanSettings, RuleSettings, reply_of
 from penstock.sink.stores import DumpStore, unescape
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,48 +54,46 @@ class Letter:
     """Its argument; "" for none."""
     meaning: str
     """What it does."""
-    equivalent: str
-    """The corresponding option of Penstock, key of the configuration, or rule of a fault plan."""
     many: bool = False
 
 
 LETTERS: Final = (
-    Letter("4", "", "listen on IPv4 only, if the address has no host", "--listen 0.0.0.0:PORT"),
-    Letter("6", "", "listen on IPv6 only, if the address has no host", "--listen [::]:PORT"),
-    Letter("8", "", "do not offer 8BITMIME", "[listener.extensions] eightbitmime = false"),
-    Letter("a", "", "do not offer AUTH (the default without --auth)", "without --auth"),
-    Letter("A", "SECONDS", "answer 550 SECONDS after the 354, without reading", 'phase = "body", delay, reply = "550"'),
-    Letter("b", "REPLY", "reply of the commands listed with -r", 'reply = "REPLY"'),
-    Letter("B", "REPLY", "reply of the commands listed with -f", 'reply = "REPLY"'),
-    Letter("c", "", "print counters while running", "-c, --counters"),
-    Letter("C", "", "do not offer XCLIENT (never offered)", "default"),
-    Letter("d", "TEMPLATE", "write each message to a file named by strftime(3) and a number", "--keep maildir:DIR"),
-    Letter("D", "TEMPLATE", "append messages to files named by strftime(3)", "--keep mbox:FILE, --keep jsonl:FILE"),
-    Letter("e", "", "no ESMTP: EHLO is an unknown command", 'phase = "ehlo", reply = "500"'),
-    Letter("E", "", "do not offer ENHANCEDSTATUSCODES", "[listener.extensions] enhancedstatuscodes = false"),
-    Letter("f", "COMMANDS", "answer these commands with a 5xx reply; implies -p", 'phase, reply = "500"'),
-    Letter("F", "", "do not offer XFORWARD (never offered)", "default"),
-    Letter("h", "NAME", "host name in the greeting; without a name, print this help", "hostname"),
-    Letter("H", "SECONDS", "wait SECONDS after the 354 before reading", 'phase = "body", delay'),
-    Letter("L", "", "speak LMTP", '[[listener]] kind = "lmtp"'),
-    Letter("m", "COUNT", "maximum connections at once; further clients receive 421", "[admission] connections"),
-    Letter("M", "COUNT", "stop after COUNT messages", "--messages COUNT"),
-    Letter("n", "COUNT", "stop after COUNT sessions", "--sessions COUNT"),
-    Letter("N", "", "do not offer DSN", "[listener.extensions] dsn = false"),
-    Letter("p", "", "do not offer PIPELINING", "[listener.extensions] pipelining = false"),
-    Letter("P", "", "Cisco PIX: greeting 220 ********; implies -e", 'phase = "banner", reply = "220 ********"'),
-    Letter("q", "COMMANDS", "close the connection at these commands", 'phase, end = "drop"'),
-    Letter("Q", "COMMANDS", "answer these commands with 421", 'phase, reply = "421"'),
-    Letter("r", "COMMANDS", "answer these commands with a 4xx reply; implies -p", 'phase, reply = "450"'),
-    Letter("R", "DIR", "refused: use `systemd RootDirectory=` or chroot", "chroot, systemd RootDirectory="),
-    Letter("s", "COMMANDS", "journal all mail events, not only these commands", "[journal] events"),
-    Letter("S", "STRING", "text before each message of -d and -D, with C escapes", "-S"),
-    Letter("t", "SECONDS", "time limit between commands and for a message", "[listener.limits] command_timeout"),
-    Letter("T", "OCTETS", "TCP receive buffer", "-T, or read_rate in a plan"),
-    Letter("u", "USER", "run as this user after the addresses are bound", "--user USER"),
-    Letter("v", "", "journal all events", "[journal] events"),
-    Letter("w", "SECONDS", "delay before the reply to DATA", 'phase = "data", delay'),
-    Letter("W", "COMMAND:SECONDS[:ODDS]", "delay before the reply to a command", "phase, delay, odds", many=True),
+    Letter("4", "", "listen on IPv4 only, if the address has no host"),
+    Letter("6", "", "listen on IPv6 only, if the address has no host"),
+    Letter("8", "", "do not offer 8BITMIME"),
+    Letter("a", "", "do not offer AUTH (the default without --auth)"),
+    Letter("A", "SECONDS", "answer 550 SECONDS after the 354, without reading"),
+    Letter("b", "REPLY", "reply of the commands listed with -r"),
+    Letter("B", "REPLY", "reply of the commands listed with -f"),
+    Letter("c", "", "print counters while running"),
+    Letter("C", "", "do not offer XCLIENT (never offered)"),
+    Letter("d", "TEMPLATE", "write each message to a file named by strftime(3) and a number"),
+    Letter("D", "TEMPLATE", "append messages to files named by strftime(3)"),
+    Letter("e", "", "no ESMTP: EHLO is an unknown command"),
+    Letter("E", "", "do not offer ENHANCEDSTATUSCODES"),
+    Letter("f", "COMMANDS", "answer these commands with a 5xx reply; implies -p"),
+    Letter("F", "", "do not offer XFORWARD (never offered)"),
+    Letter("h", "NAME", "host name in the greeting; without a name, print this help"),
+    Letter("H", "SECONDS", "wait SECONDS after the 354 before reading"),
+    Letter("L", "", "speak LMTP"),
+    Letter("m", "COUNT", "maximum connections at once; further clients receive 421"),
+    Letter("M", "COUNT", "stop after COUNT messages"),
+    Letter("n", "COUNT", "stop after COUNT sessions"),
+    Letter("N", "", "do not offer DSN"),
+    Letter("p", "", "do not offer PIPELINING"),
+    Letter("P", "", "Cisco PIX: greeting 220 ********; implies -e"),
+    Letter("q", "COMMANDS", "close the connection at these commands"),
+    Letter("Q", "COMMANDS", "answer these commands with 421"),
+    Letter("r", "COMMANDS", "answer these commands with a 4xx reply; implies -p"),
+    Letter("R", "DIR", "refused: use `systemd RootDirectory=` or chroot"),
+    Letter("s", "COMMANDS", "journal all mail events, not only these commands"),
+    Letter("S", "STRING", "text before each message of -d and -D, with C escapes"),
+    Letter("t", "SECONDS", "time limit between commands and for a message"),
+    Letter("T", "OCTETS", "TCP receive buffer"),
+    Letter("u", "USER", "run as this user after the addresses are bound"),
+    Letter("v", "", "journal all events"),
+    Letter("w", "SECONDS", "delay before the reply to DATA"),
+    Letter("W", "COMMAND:SECONDS[:ODDS]", "delay before the reply to a command", many=True),
 )
 
 
@@ -150,26 +148,6 @@ class SmtpSinkOptions:
             if value is not None and value is not False and value != ():
                 given[letter.letter] = value
         return cls(given, options.pop("address"), options.pop("backlog"))
-
-    @property
-    def messages(self) -> int | None:
-        """Number of messages to stop after."""
-        return self.given.get("M")
-
-    @property
-    def sessions(self) -> int | None:
-        """Number of sessions to stop after."""
-        return self.given.get("n")
-
-    @property
-    def user(self) -> str | None:
-        """User to run as."""
-        return self.given.get("u")
-
-    @property
-    def window(self) -> int | None:
-        """Octets of the TCP receive buffer."""
-        return self.given.get("T")
 
     @property
     def stores(self) -> list[DumpStore]:
@@ -287,18 +265,14 @@ class SmtpSinkOptions:
         for letter, reply in (("-B", hard), ("-b", soft)):
             if reply_of(reply).code < 400:
                 raise ValueError(f"{letter}: {reply!r} is not a 4xx or 5xx reply")
-        rules = [self._end("q", command) for command in self.commands("q")]
+        end_phases: dict[str, Phase] = {**_PHASES, "CONNECT": "connect"}
+        rules = [RuleSettings(phase=end_phases[each], end="drop", name=f"-q {each}") for each in self.commands("q")]
         for letter, reply in (("Q", _CLOSING), ("f", hard), ("r", soft)):
             rules += [
                 RuleSettings(phase=_PHASES[command], reply=reply, name=f"-{letter} {command}")
                 for command in self.commands(letter)
             ]
         return rules
-
-    def _end(self, letter: str, command: str) -> RuleSettings:
-        drop: Ending = "drop"
-        phase = "connect" if command == "CONNECT" else _PHASES[command]
-        return RuleSettings(phase=phase, end=drop, name=f"-{letter} {command}")
 
     def _bodies(self) -> list[RuleSettings]:
         rules = []

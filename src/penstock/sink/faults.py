@@ -537,10 +537,6 @@ class FaultEngine:
 
     # ---- for sessions
 
-    def watches(self, phase: Phase) -> bool:
-        """Return True if faults are possible in a phase."""
-        return bool(self._loaded.rules[phase]) or bool(self._forced[phase])
-
     def stops(self) -> list[int]:
         """Return the offsets in a body at which rules apply, in increasing order."""
         return sorted({rule.settings.at for rule in self._loaded.rules["body"]})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -17,9 +17,7 @@ from penstock.metrics._histogram import Histogram
 from penstock.metrics._session import Metrics, SequenceTracker
 from penstock.sink.kept import KeptMessage
 from penstock.sink.messageids import MessageIdTracker
-from penstock.sink.report import FaultCount, Sample
-
-_SUMS: Final = ("messages", "replies", "sessions", "connected", "received", "octets", "faults")
+from penstock.sink.report import SUMS, FaultCount, Sample, codes_of, percentiles_of
 
 
 class Second(msgspec.Struct):
@@ -100,22 +98,15 @@ def merged(seconds: Sequence[Second]) -> Sample:
     """Return the sample of all workers together."""
     samples = [each.sample for each in seconds]
     messages, replies = Histogram(), Histogram()
-    codes: Counter[str] = Counter()
     for each in seconds:
         messages.merge(Histogram.from_dict(each.messages))
         replies.merge(Histogram.from_dict(each.replies))
-        codes.update(each.sample.codes)
     return Sample(
         at=max(each.at for each in samples),
         seconds=max(each.seconds for each in samples),
-        **{name: sum(getattr(each, name) for each in samples) for name in _SUMS},
-        codes=dict(codes),
-        p50=messages.percentile(50),
-        p90=messages.percentile(90),
-        p99=messages.percentile(99),
-        max=messages.max,
-        reply_p50=replies.percentile(50),
-        reply_p99=replies.percentile(99),
+        codes=dict(codes_of(samples)),
+        **{name: sum(getattr(each, name) for each in samples) for name in (*SUMS, "sessions")},
+        **percentiles_of(messages, replies),
     )
 
 

@@ -39,6 +39,8 @@ was closed instead; `code` is the code that the client can read in it, 0 if it i
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -181,6 +183,18 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     reply_p99: int
 
 
+SUMS: Final = ("messages", "replies", "connected", "received", "octets", "faults")
+"""What is added where samples are merged, besides the codes."""
+
+
+def codes_of(samples: Sequence[Sample]) -> Counter[str]:
+    """Return the sum of the codes."""
+    codes: Counter[str] = Counter()
+    for each in samples:
+        codes.update(each.codes)
+    return codes
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Statistics of a sink."""
 
@@ -201,6 +215,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     sequences: SequenceCounts
     faults: Annotated[list[FaultCount], Meta(description="Injected faults by rule")]
     samples: Annotated[list[Sample], Meta(description="The last 600 seconds, newest last")]
+
+
+def percentiles_of(messages: Histogram, replies: Histogram) -> dict[str, int]:
+    """Return the latencies of a sample."""
+    return {
+        **{f"p{p}": messages.percentile(p) for p in (50, 90, 99)},
+        **{f"reply_p{p}": replies.percentile(p) for p in (50, 99)},
+        "max": messages.max,
+    }
 
 
 def latency_of(histogram: Histogram, *, with_buckets: bool) -> Latency:

@@ -34,6 +34,7 @@ from penstock.sink.report import (
     SequenceCounts,
     SessionCounts,
     latency_of,
+    percentiles_of,
 )
 from penstock.transaction import Transaction
 
@@ -52,17 +53,6 @@ class FaultCounters(Protocol):
 
     def reset(self) -> None:
         """Reset the counts and the state of the plan."""
-
-
-class NoFaults:
-    """Counts of a sink without faults."""
-
-    def counted(self) -> Sequence[FaultCount]:
-        """Return nothing."""
-        return ()
-
-    def reset(self) -> None:
-        """Do nothing."""
 
 
 class FaultControl(Protocol):
@@ -173,7 +163,7 @@ class Statistics:
     ) -> None:
         self.metrics = metrics
         self._traffic = traffic
-        self._faults: FaultCounters = faults or NoFaults()
+        self._faults = faults
         self._expectation = expectation
         self._listen = list(listen)
         self._message_ids = message_ids
@@ -208,7 +198,7 @@ class Statistics:
             metrics.sessions,
             self.received,
             metrics.text_octets,
-            sum(each.count for each in self._faults.counted()),
+            sum(each.count for each in self._fault_counts()),
             codes,
         )
         sample = Sample(
@@ -222,12 +212,7 @@ class Statistics:
             octets=after.octets - before.octets,
             faults=after.faults - before.faults,
             codes=dict(after.codes - before.codes),
-            p50=metrics.recent_messages.percentile(50),
-            p90=metrics.recent_messages.percentile(90),
-            p99=metrics.recent_messages.percentile(99),
-            max=metrics.recent_messages.max,
-            reply_p50=metrics.recent_replies.percentile(50),
-            reply_p99=metrics.recent_replies.percentile(99),
+            **percentiles_of(metrics.recent_messages, metrics.recent_replies),
         )
         metrics.forget_recent()
         self._before = after
@@ -252,7 +237,8 @@ class Statistics:
         """Reset all counters. Open sessions continue."""
         self.metrics.reset()
         self.metrics.forget_recent()
-        self._faults.reset()
+        if self._faults is not None:
+            self._faults.reset()
         if self._message_ids is not None:
             self._message_ids.reset()
         self.samples.clear()
@@ -301,9 +287,12 @@ class Statistics:
             further_replies=metrics.further,
             latencies=self._latencies(with_buckets=is_full),
             sequences=self._sequences(),
-            faults=list(self._faults.counted()),
+            faults=self._fault_counts(),
             samples=list(self.samples) if is_full else [],
         )
+
+    def _fault_counts(self) -> list[FaultCount]:
+        return [] if self._faults is None else list(self._faults.counted())
 
     def _latencies(self, *, with_buckets: bool) -> dict[str, Latency]:
         found = ((phase, self.metrics.latency(phase)) for phase in PHASES)

@@ -14,13 +14,14 @@ import itertools
 import os
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol, cast
+from typing import BinaryIO, Final, cast
 
 import msgspec
 
@@ -39,26 +40,25 @@ Undo = Callable[[], None]
 """Removes messages that were written, because another store could not write them. Raises OSError."""
 
 
-class Store(Protocol):
+class Store(ABC):
     """Where one thread writes messages to."""
 
-    most_octets: int | None
+    most_octets: int | None = None
     """Octets of a text it accepts; None for any number."""
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - the names of some files depend on the time
         """Open or create the files. Raise OSError with the path."""
 
+    @abstractmethod
     def write(self, messages: Sequence[Message]) -> Undo:
         """Write messages so that others can read them, all or none. Return what removes them. Raise OSError."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most are closed after each message
         """Close the files."""
 
 
-class MaildirStore:
+class MaildirStore(Store):
     """A Maildir (https://cr.yp.to/proto/maildir.html)."""
-
-    most_octets: int | None = None
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -82,14 +82,9 @@ class MaildirStore:
             raise failure
         return undo
 
-    def close(self) -> None:
-        """Do nothing."""
 
-
-class _FileStore:
+class _FileStore(Store):
     """One file that grows."""
-
-    most_octets: int | None = None
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -134,7 +129,7 @@ class MboxStore(_FileStore):
 class JsonLinesStore(_FileStore):
     """A file of JSON objects, one per line."""
 
-    most_octets: int | None = _MAX_LINE
+    most_octets = _MAX_LINE
 
     def _pieces(self, message: Message) -> Iterator[bytes]:
         envelope, raw = message.envelope, b"".join(message.body.chunks())
@@ -172,22 +167,17 @@ def unescape(text: str) -> bytes:
     return _ESCAPE.sub(meaning, text).encode("latin-1", "replace")
 
 
-class DumpStore:
+class DumpStore(Store):
     """The files of smtp-sink's -d (one for each message) and -D (one for many): see "DUMP FILE FORMAT" in smtp-sink(1).
 
     The parameters of MAIL and RCPT are written in a fixed order, not in that of the client.
     """
-
-    most_octets: int | None = None
 
     def __init__(self, template: str, *, is_single: bool, start: bytes = b"") -> None:
         """`template` is expanded by strftime(3), in local time; `start` is written before each message."""
         self._template = template
         self._is_single = is_single
         self._start = start
-
-    def open(self) -> None:
-        """Do nothing: the name of a file depends on the time."""
 
     def write(self, messages: Sequence[Message]) -> Undo:
         """Write each message."""
@@ -219,9 +209,6 @@ class DumpStore:
             yield piece
             last = piece[-1:]
         yield b"\n" if last == b"\n" else b"\n\n"
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def _head_of(message: Message, number: str) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-from penstock.sink.report import Sample
+from penstock.sink.report import SUMS, Sample, codes_of
 from penstock.sink.statistics import Statistics
 
+_WORST: Final = ("sessions", "p50", "p90", "p99", "max", "reply_p50", "reply_p99")
 MAX_POINTS: Final = 720
 """Even, so that pairs can be merged."""
 
@@ -60,24 +60,10 @@ class History:
 
 def merge(samples: Sequence[Sample]) -> Sample:
     """Return samples as one. Counts are added; latencies and sessions are those of the worst sample."""
-    codes: Counter[str] = Counter()
-    for each in samples:
-        codes.update(each.codes)
     return Sample(
         at=samples[-1].at,
         seconds=round(sum(each.seconds for each in samples), 3),
-        messages=sum(each.messages for each in samples),
-        replies=sum(each.replies for each in samples),
-        sessions=max(each.sessions for each in samples),
-        connected=sum(each.connected for each in samples),
-        received=sum(each.received for each in samples),
-        octets=sum(each.octets for each in samples),
-        faults=sum(each.faults for each in samples),
-        codes=dict(codes),
-        p50=max(each.p50 for each in samples),
-        p90=max(each.p90 for each in samples),
-        p99=max(each.p99 for each in samples),
-        max=max(each.max for each in samples),
-        reply_p50=max(each.reply_p50 for each in samples),
-        reply_p99=max(each.reply_p99 for each in samples),
+        codes=dict(codes_of(samples)),
+        **{name: sum(getattr(each, name) for each in samples) for name in SUMS},
+        **{name: max(getattr(each, name) for each in samples) for name in _WORST},
     )
