@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import msgspec
 import trio
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
-from penstock.sink.web.guard import Receive
+from penstock.sink.web.guard import App, Receive
 from penstock.sink.web.mime import Work
 
 T = TypeVar("T")
@@ -46,8 +47,17 @@ async def read_json(request: Request, kind: type[S]) -> S:
         raise Refused(400, f"the body is not JSON: {exc}") from exc
 
 
-def check_parameters(request: Request, *known: str) -> None:
-    """Raise Refused for a query parameter that is unknown or repeated."""
+def route(path: str, answer: Callable[[Request], Awaitable[App | Response]], *known: str, method: str = "GET") -> Route:
+    """Return a route whose query parameters are known; others, and repeated ones, are refused."""
+
+    async def checked(request: Request) -> App | Response:
+        _check_parameters(request, *known)
+        return await answer(request)
+
+    return Route(path, checked, methods=[method])
+
+
+def _check_parameters(request: Request, *known: str) -> None:
     given = [name for name, _ in request.query_params.multi_items()]
     for name in given:
         if name not in known:

@@ -56,7 +56,7 @@ from penstock.sink.kept import KeptMessages
 from penstock.sink.plan import parse_plan
 from penstock.sink.report import FaultCount, Report, Sample, encode
 from penstock.sink.statistics import FaultControl, Statistics
-from penstock.sink.web.answers import Refused, as_json, check_parameters, number_of, read_json, wait_until_gone
+from penstock.sink.web.answers import Refused, as_json, number_of, read_json, route, wait_until_gone
 from penstock.sink.web.guard import App, Guard, Receive, Scope, Send, WebOrigin
 from penstock.sink.web.history import History
 from penstock.sink.web.messages import MessagesApi
@@ -144,47 +144,42 @@ class SinkApi:
         """Return the routes of the handlers."""
         return [
             *(Route(path, _answer(*file)) for path, file in _FILES.items()),
-            Route("/api/health", self.health),
-            Route("/api/receipts", self.receipts),
-            Route("/api/receipts/reset", self.reset, methods=["POST"]),
-            Route("/api/live", self.live),
-            Route("/api/events", self.events),
-            Route("/api/history", self.whole_run),
-            Route("/api/plan", self.plan),
-            Route("/api/plan", self.replace_plan, methods=["PUT"]),
-            Route("/api/plan/check", self.check_plan, methods=["POST"]),
-            Route("/api/plan/examples", self.examples),
-            Route("/api/fail-next", self.fail_next, methods=["POST"]),
+            route("/api/health", self.health),
+            route("/api/receipts", self.receipts),
+            route("/api/receipts/reset", self.reset, method="POST"),
+            route("/api/live", self.live, "after"),
+            route("/api/events", self.events, "after"),
+            route("/api/history", self.whole_run),
+            route("/api/plan", self.plan),
+            route("/api/plan", self.replace_plan, method="PUT"),
+            route("/api/plan/check", self.check_plan, method="POST"),
+            route("/api/plan/examples", self.examples),
+            route("/api/fail-next", self.fail_next, method="POST"),
         ]
 
     # ---- statistics
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, _: Request) -> Response:
         """Answer, which shows that the loop of the sessions runs."""
-        check_parameters(request)
         return as_json({"status": "ok"})
 
-    async def receipts(self, request: Request) -> Response:
+    async def receipts(self, _: Request) -> Response:
         """Return the whole report."""
-        check_parameters(request)
         return Response(encode(self._statistics.report()), media_type="application/json")
 
-    async def reset(self, request: Request) -> Response:
+    async def reset(self, _: Request) -> Response:
         """Reset the counters."""
-        check_parameters(request)
         self._statistics.reset()
         return as_json({"generation": self._statistics.generation})
 
-    async def whole_run(self, request: Request) -> Response:
+    async def whole_run(self, _: Request) -> Response:
         """Return the whole run."""
-        check_parameters(request)
         self.history.update()
         points, span = self.history.points, self.history.span
         return as_json({"generation": self._statistics.generation, "span": span, "samples": points})
 
     async def live(self, request: Request) -> Response:
         """Return what a page shows."""
-        check_parameters(request, "after")
         return as_json(self._live(number_of(request, "after", 0, 0, 1 << 53)))
 
     def _live(self, after: int) -> Live:
@@ -214,7 +209,6 @@ class SinkApi:
 
     async def events(self, request: Request) -> App:
         """Follow what a page shows."""
-        check_parameters(request, "after")
         known = self._known(request.headers.get("last-event-id") or request.query_params.get("after", ""))
 
         async def stream(scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,14 +267,12 @@ class SinkApi:
             raise Refused(409, "this sink injects no faults")
         return self._faults
 
-    async def plan(self, request: Request) -> Response:
+    async def plan(self, _: Request) -> Response:
         """Return the plan in force."""
-        check_parameters(request)
         return Response(self._control().plan(), media_type="application/toml")
 
     async def replace_plan(self, request: Request) -> Response:
         """Put another plan in force."""
-        check_parameters(request)
         control = self._control()
         try:
             control.replace((await request.body()).decode())
@@ -290,7 +282,6 @@ class SinkApi:
 
     async def check_plan(self, request: Request) -> Response:
         """Check a plan. Return what is wrong with it, or the names of its rules."""
-        check_parameters(request)
         text = await request.body()
         try:
             rules = self._check(text.decode())
@@ -302,9 +293,8 @@ class SinkApi:
         """Return the names of the rules of a plan. Raise ValueError if it cannot be used here."""
         return parse_plan(text).names() if self._faults is None else self._faults.check(text)
 
-    async def examples(self, request: Request) -> Response:
+    async def examples(self, _: Request) -> Response:
         """Return plans to start from: those that can be used here."""
-        check_parameters(request)
         found = []
         for each in EXAMPLES:
             with suppress(ValueError):
@@ -314,7 +304,6 @@ class SinkApi:
 
     async def fail_next(self, request: Request) -> Response:
         """Let the next commands of a phase fail."""
-        check_parameters(request)
         control = self._control()
         wanted = await read_json(request, FailNext)
         try:

@@ -16,12 +16,12 @@ from penstock.sink.web import html, mime, view
 from penstock.sink.web.answers import (
     Refused,
     as_json,
-    check_parameters,
     encoded,
     in_thread,
     number_of,
     read_json,
     releasing_limiter,
+    route,
 )
 from penstock.sink.web.charset import decode
 from penstock.sink.web.guard import PART_POLICY, PDF_POLICY, REMOTE_PART_POLICY
@@ -62,15 +62,15 @@ class MessagesApi:
         """Return the routes of the handlers."""
         one = "/api/messages/{name}"
         return [
-            Route("/api/messages", self.find),
-            Route("/api/messages", self.delete_matching, methods=["DELETE"]),
-            Route(one, self.show),
-            Route(one, self.mark, methods=["PATCH"]),
-            Route(one, self.delete, methods=["DELETE"]),
-            Route(f"{one}/raw", self.raw),
-            Route(f"{one}/release", self.release, methods=["POST"]),
-            Route(f"{one}/parts/{{number:int}}", self.part),
-            Route(f"{one}/parts/{{number:int}}/view", self.view_part),
+            route("/api/messages", self.find, "q", "limit", "before"),
+            route("/api/messages", self.delete_matching, "q", method="DELETE"),
+            route(one, self.show),
+            route(one, self.mark, method="PATCH"),
+            route(one, self.delete, method="DELETE"),
+            route(f"{one}/raw", self.raw),
+            route(f"{one}/release", self.release, method="POST"),
+            route(f"{one}/parts/{{number:int}}", self.part),
+            route(f"{one}/parts/{{number:int}}/view", self.view_part, "remote"),
         ]
 
     def _kept_or_refuse(self) -> KeptMessages:
@@ -86,7 +86,6 @@ class MessagesApi:
 
     async def find(self, request: Request) -> Response:
         """List the messages that match a query, the newest first."""
-        check_parameters(request, "q", "limit", "before")
         shelf, query = self._kept_or_refuse(), _query(request.query_params.get("q", ""))
         limit = number_of(request, "limit", _LISTED, 1, MAX_LISTED)
         changes = shelf.changes
@@ -110,7 +109,6 @@ class MessagesApi:
 
     async def delete_matching(self, request: Request) -> Response:
         """Delete the messages that match a query; without one, all of them."""
-        check_parameters(request, "q")
         shelf, text = self._kept_or_refuse(), request.query_params.get("q")
         if text is None:
             return as_json({"deleted": shelf.clear()})
@@ -123,13 +121,11 @@ class MessagesApi:
 
     async def show(self, request: Request) -> Response:
         """Return a message with its header and parts."""
-        check_parameters(request)
         message = self._message(request)
         return encoded(await in_thread(request, lambda work: msgspec.json.encode(view.view(message, work))))
 
     async def mark(self, request: Request) -> Response:
         """Mark a message as read or unread."""
-        check_parameters(request)
         message = self._message(request)
         wanted = await read_json(request, MarkRequest)
         self._kept_or_refuse().mark(message.id, is_read=wanted.is_read)
@@ -137,13 +133,11 @@ class MessagesApi:
 
     async def delete(self, request: Request) -> Response:
         """Delete a message."""
-        check_parameters(request)
         self._kept_or_refuse().delete(self._message(request).id)
         return as_json({"deleted": 1})
 
     async def raw(self, request: Request) -> Response:
         """Return a message as it was received."""
-        check_parameters(request)
         message = self._message(request)
         if message.is_cut:
             raise Refused(409, _cut(message))
@@ -152,7 +146,6 @@ class MessagesApi:
 
     async def release(self, request: Request) -> Response:
         """Send a message on to addresses that the user names."""
-        check_parameters(request)
         message, hop = self._message(request), self._hop
         if hop is None:
             raise Refused(409, "this sink releases no messages: start it with --release HOST:PORT")
@@ -182,7 +175,6 @@ class MessagesApi:
 
     async def part(self, request: Request) -> Response:
         """Return a part whole, decoded, in its own charset."""
-        check_parameters(request)
         found = await self._content(request)
         policy = PDF_POLICY if found.media_type == "application/pdf" else PART_POLICY
         way = "inline" if found.is_inline else "attachment"
@@ -194,7 +186,6 @@ class MessagesApi:
 
     async def view_part(self, request: Request) -> Response:
         """Return an HTML part for a frame, or a text part as UTF-8."""
-        check_parameters(request, "remote")
         remote = request.query_params.get("remote", "false")
         if remote not in ("true", "false"):
             raise Refused(400, f"remote is true or false, not {remote[:40]!r}")
