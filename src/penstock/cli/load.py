@@ -33,7 +33,7 @@ from penstock.load.generator import Generator
 from penstock.load.page import comparison_page, page
 from penstock.load.plan import Plan, PlanError, Target
 from penstock.load.report import comparison_table, summary_table
-from penstock.load.schedule import MAX_RATE, Stage, parse_stages
+from penstock.load.schedule import MAX_RATE, parse_stages
 from penstock.load.search import Trial, find_rate, judge
 from penstock.load.thresholds import Result, Threshold
 from penstock.load.units import parse_duration
@@ -55,29 +55,27 @@ _RENAMED: Final = {"banner": "greeting", "ehlo": "hello"}
 """Phases of the reports of earlier versions."""
 
 
-def _duration(value: Any) -> float:
-    """Return seconds of an option. Raise click.BadParameter."""
-    try:
-        return value if isinstance(value, float) else parse_duration(value)
-    except ValueError as exc:
-        raise click.BadParameter(str(exc)) from exc
+def _converter(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """Return the type of an option. Its default needs no parsing."""
+
+    def convert(value: Any) -> Any:
+        try:
+            return parse(value) if isinstance(value, str) else value
+        except ValueError as exc:
+            raise click.BadParameter(str(exc)) from exc
+
+    return convert
 
 
-def _stages(value: Any) -> list[Stage]:
-    try:
-        return value if isinstance(value, list) else parse_stages(value)
-    except ValueError as exc:
-        raise click.BadParameter(str(exc)) from exc
-
-
-def _percentage(value: Any) -> float:
-    """Return a fraction."""
-    number = str(value).removesuffix("%")
-    if isinstance(value, float):
-        return value
-    if not (value.endswith("%") and number.replace(".", "", 1).isdecimal() and number.isascii()):
-        raise click.BadParameter(f"a percentage looks like 10%, not {value!r}")
+def _parse_percentage(text: str) -> float:
+    """Return a fraction. Raise ValueError."""
+    number = text.removesuffix("%")
+    if not (text.endswith("%") and number.replace(".", "", 1).isdecimal() and number.isascii()):
+        raise ValueError(f"a percentage looks like 10%, not {text!r}")
     return float(number) / 100
+
+
+_duration = _converter(parse_duration)
 
 
 @click.command(cls=OnceCommand, context_settings={"max_content_width": 110})
@@ -109,7 +107,7 @@ def _percentage(value: Any) -> float:
 )
 @click.option(
     "--stages",
-    type=_stages,
+    type=_converter(parse_stages),
     metavar="TIME:RATE,...",
     help="Open loop with a changing rate: 10s:100,60s:1000,10s:0 ramps linearly to each rate; 0s:R jumps.",
 )
@@ -210,7 +208,7 @@ def _percentage(value: Any) -> float:
 )
 @click.option(
     "--fail-on-regression",
-    type=_percentage,
+    type=_converter(_parse_percentage),
     metavar="P%",
     help="With --compare: exit with 1 if B is worse by more than P% and by more than the noise.",
 )

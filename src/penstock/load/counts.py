@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
 from penstock.metrics._histogram import Histogram
@@ -109,15 +109,8 @@ class Interval:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can keep it."""
-        return {
-            "length": self.length,
-            "accepted": self.accepted,
-            "failed": self.failed,
-            "sessions": self.sessions,
-            "message": self.message.to_dict(),
-            "dot": self.dot.to_dict(),
-            "errors": dict(self.errors),
-        }
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return plain | {"message": self.message.to_dict(), "dot": self.dot.to_dict(), "errors": dict(self.errors)}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Interval:

@@ -80,7 +80,8 @@ class Generator:
         """Sessions that wait for a message to be due."""
         self._thinking: dict[Session, trio.CancelScope] = {}
         self._pace: Pace | None = None
-        self._open = 0
+        self.open_sessions = 0
+        """Connections that are open."""
         self._failures = 0
         """Connections in a row that completed no message."""
         self._cpu_begun = 0.0
@@ -89,11 +90,6 @@ class Generator:
         self._stopped = trio.Event()
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery
-
-    @property
-    def open_sessions(self) -> int:
-        """Connections that are open."""
-        return self._open
 
     @property
     def accepted(self) -> int:
@@ -143,7 +139,7 @@ class Generator:
 
     async def next_connection(self, session: Session) -> bool:
         """Note that a connection has ended, and wait until the next is due. Return False if there is no more work."""
-        self._open -= 1
+        self.open_sessions -= 1
         session.release()
         if session in self._idle:
             self._idle.remove(session)
@@ -159,7 +155,7 @@ class Generator:
         if not self.jobs.has_work():
             self._finish_if_idle()
             return False
-        self._open += 1
+        self.open_sessions += 1
         # No message waits for a target that may be gone for good, or for a session that thinks.
         pause = _RETRY if self._failures else self.plan.think
         if not pause:
@@ -169,12 +165,12 @@ class Generator:
             await self._stopped.wait()
         if self.jobs.has_work():
             return True
-        self._open -= 1
+        self.open_sessions -= 1
         self._finish_if_idle()
         return False
 
     def _finish_if_idle(self) -> None:
-        if self._open == 0:
+        if self.open_sessions == 0:
             self._over.set()
 
     async def _think(self, session: Session, scope: trio.CancelScope) -> None:
@@ -238,7 +234,7 @@ class Generator:
             nursery.start_soon(watch_sockets, self.poller)
             nursery.start_soon(self._tick)
             nursery.start_soon(self._sweep)
-            self._open = len(self._sessions)
+            self.open_sessions = len(self._sessions)
             if self._total == 0:  # one of several processes, with less messages than processes
                 self.stop()
             elif plan.is_open_loop:
@@ -258,7 +254,7 @@ class Generator:
             session.promise()
         for number, session in enumerate(self._sessions):
             if self.jobs.is_stopping:
-                self._open -= len(self._sessions) - number
+                self.open_sessions -= len(self._sessions) - number
                 for unused in self._sessions[number:]:
                     unused.release()
                 self._finish_if_idle()
@@ -315,7 +311,7 @@ class Generator:
         while True:
             due += 1
             await trio.sleep_until(due)
-            interval = self.counts.tick(self._open)
+            interval = self.counts.tick(self.open_sessions)
             if self._on_interval is not None:
                 await self._on_interval(interval)
 

@@ -73,6 +73,8 @@ dt { font-weight: 600; } dd { margin: 0; }
 def page(report: Report) -> str:
     """Return the page of a run."""
     targets = escape(", ".join(report["targets"]))
+    latencies = [_line(*names, report) for names in (("longest", "d", "max"), ("p99", "b", "p99"), ("p50", "a", "p50"))]
+    rates = [_line(name, colour, name, report, is_rate=True) for name, colour in (("accepted", "a"), ("failed", "d"))]
     when = datetime.datetime.fromtimestamp(report["started"], datetime.UTC)
     return _page(
         f"penstock load: {targets}",
@@ -82,8 +84,8 @@ def page(report: Report) -> str:
 {_tiles(report)}
 {_notes(report)}
 {_threshold_table(report)}{_search_table(report)}
-<h2>Latency of a message, by second</h2>{_latency_plot(report)}
-<h2>Messages per second</h2>{_rate_plot(report)}
+<h2>Latency of a message, by second</h2>{_latency_plot(latencies, report)}
+<h2>Messages per second</h2>{_rate_plot(rates, report)}
 <h2>Errors over time</h2>{_error_plot(report)}
 <h2>Latency by percentile</h2>{_spectrum([("", report)])}
 <h2>Phases, in milliseconds</h2>{_phase_table(report)}{_legend(report)}
@@ -95,6 +97,12 @@ def page(report: Report) -> str:
 def comparison_page(first: Report, second: Report, changes: Sequence[Change], names: Sequence[str]) -> str:
     """Return the page of two runs, one laid over the other."""
     runs = list(zip(names, (first, second), strict=True))
+    latencies = [
+        _line(f"{name}: {column}", colour, column, report, is_dashed=column == "p50")
+        for (name, report), colours in zip(runs, ("ac", "bd"), strict=True)
+        for column, colour in zip(("p99", "p50"), colours, strict=True)
+    ]
+    rates = [_line(run[0], colour, "accepted", run[1], is_rate=True) for run, colour in zip(runs, "ab", strict=True)]
     verdict = overall(changes)
     rows = [
         [*map(escape, cells), f'<span class="{verdict}">{verdict}</span>' if verdict else "", noise]
@@ -110,8 +118,8 @@ def comparison_page(first: Report, second: Report, changes: Sequence[Change], na
 <p><b class="{verdict}">{VERDICTS[verdict]}</b> A change counts when it exceeds the noise.</p>
 {_table(["", "first", "second", "change", "verdict", "noise"], rows)}
 <h2>Latency by percentile</h2>{_spectrum(runs)}
-<h2>Latency of a message, by second</h2>{_overlay(runs, "p99", "p50")}
-<h2>Messages per second</h2>{_overlay_rates(runs)}""",
+<h2>Latency of a message, by second</h2>{_latency_plot(latencies, first, second)}
+<h2>Messages per second</h2>{_rate_plot(rates, first, second)}""",
     )
 
 
@@ -163,7 +171,7 @@ def _steps(report: Report) -> Iterator[tuple[float, float, dict[str, Any]]]:
 
 
 def _line(
-    name: str, colour: str, report: Report, column: str, *, is_rate: bool = False, is_dashed: bool = False
+    name: str, colour: str, column: str, report: Report, *, is_rate: bool = False, is_dashed: bool = False
 ) -> plot.Series:
     """Return a column of the timeline as a line of steps, one for each second."""
     runs: list[list[tuple[float, float]]] = [[]]
@@ -184,25 +192,16 @@ def _values(series: Sequence[plot.Series]) -> list[float]:
     return [value for each in series for run in each.runs for _, value in run]
 
 
-def _latency_plot(report: Report) -> str:
-    series = [
-        _line("longest", "d", report, "max"),
-        _line("p99", "b", report, "p99"),
-        _line("p50", "a", report, "p50"),
-    ]
+def _latency_plot(series: Sequence[plot.Series], *reports: Report) -> str:
     if not _values(series):
         return "<p>No message was answered.</p>"
     axis = plot.latency_axis(_values(series))
-    return plot.lines("Latency of a message by second", series, plot.time_axis(_length(report)), axis)
+    return plot.lines("Latency of a message by second", series, plot.time_axis(_length(*reports)), axis)
 
 
-def _rate_plot(report: Report) -> str:
-    series = [
-        _line("accepted", "a", report, "accepted", is_rate=True),
-        _line("failed", "d", report, "failed", is_rate=True),
-    ]
+def _rate_plot(series: Sequence[plot.Series], *reports: Report) -> str:
     axis = plot.linear(max(_values(series), default=1.0))
-    return plot.lines("Messages accepted and failed per second", series, plot.time_axis(_length(report)), axis)
+    return plot.lines("Messages per second", series, plot.time_axis(_length(*reports)), axis)
 
 
 def _error_plot(report: Report) -> str:
@@ -251,27 +250,6 @@ def _spectrum_points(summary: Mapping[str, Any]) -> Iterator[tuple[float, float]
         if seen < count:
             yield count / (count - seen), min(max(low / 1e9, summary["min"]), summary["max"])
     yield float(max(count, 1)), summary["max"]
-
-
-def _overlay(runs: Sequence[tuple[str, Report]], *columns: str) -> str:
-    series = [
-        _line(f"{name}: {column}", colour, report, column, is_dashed=column == columns[-1])
-        for (name, report), colours in zip(runs, ("ac", "bd"), strict=True)
-        for column, colour in zip(columns, colours, strict=True)
-    ]
-    if not _values(series):
-        return "<p>No message was answered.</p>"
-    length = _length(*(report for _, report in runs))
-    return plot.lines("Latency by second", series, plot.time_axis(length), plot.latency_axis(_values(series)))
-
-
-def _overlay_rates(runs: Sequence[tuple[str, Report]]) -> str:
-    series = [
-        _line(name, colour, report, "accepted", is_rate=True) for (name, report), colour in zip(runs, "ab", strict=True)
-    ]
-    length = _length(*(report for _, report in runs))
-    axis = plot.linear(max(_values(series), default=1.0))
-    return plot.lines("Messages accepted per second", series, plot.time_axis(length), axis)
 
 
 # ---- tables
