@@ -14,7 +14,7 @@ from penstock.config import DeliverySettings, ListenerSettings, Settings
 from penstock.journal import Journal, JournalSettings
 from penstock.net.tls import TlsSettings
 from penstock.server.connection import Component
-from penstock.sink.faults import AppliedFault, FaultEngine, FaultReceipts
+from penstock.sink.faults import AppliedFault, FaultEngine, FaultLog
 from penstock.sink.injector import fault_injection
 from penstock.sink.plan import parse_plan
 from tests.tagged import marked
@@ -52,10 +52,11 @@ MESSAGES = 400
 ATTEMPTS = 6
 
 
-class Faults(FaultReceipts):
+class Faults(FaultLog):
     """Keeps every fault."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.all: list[AppliedFault] = []
 
     def on_fault(self, fault: AppliedFault) -> None:

@@ -158,7 +158,9 @@ def sink(
             if report is not None and file is not None:
                 reports.write(file, encode(report))  # first: a terminal may be closed
         finally:
-            click.echo(_report(counts | _troubles(report), as_json=as_json), err=file == reports.STDOUT)
+            counts |= _troubles(report)
+            line = " ".join(f"{name}={count}" for name, count in counts.items())
+            click.echo(msgspec.json.encode(counts) if as_json else line, err=file == reports.STDOUT)
         if made.trouble:
             raise click.ClickException(made.trouble)
         if report is not None and not as_expected(report):
@@ -432,10 +434,3 @@ def _troubles(report: Report | None) -> dict[str, int]:
         "duplicates": duplicates_of(report),
         "faults": sum(each.count for each in report.faults),
     }
-
-
-def _report(counts: dict[str, int], *, as_json: bool) -> str:
-    """Return the counts as one line of text or JSON."""
-    if as_json:
-        return msgspec.json.encode(counts).decode()
-    return " ".join(f"{name}={count}" for name, count in counts.items())

@@ -89,18 +89,6 @@ class AppliedFault(NamedTuple):
     """Message-ID of the message, if its header has arrived and the log wants it."""
 
 
-class FaultReceipts(Protocol):
-    """Receives every injected fault."""
-
-    @property
-    def wants_message_ids(self) -> bool:
-        """Faults name the Message-ID of their message, for which the header of every message is read."""
-        return False
-
-    def on_fault(self, fault: AppliedFault) -> None:
-        """Record a fault. Called by the session: must not block."""
-
-
 @dataclass
 class FaultLog:
     """Fault statistics in memory: counts, and the last thousand faults."""
@@ -110,7 +98,7 @@ class FaultLog:
     last: deque[AppliedFault] = field(default_factory=lambda: deque(maxlen=_MAX_KEPT))
 
     def on_fault(self, fault: AppliedFault) -> None:
-        """Count the fault and keep it."""
+        """Count the fault and keep it. Called by the session: must not block."""
         key = (fault.rule, fault.phase, "delay" if fault.action.startswith("delay") else fault.action)
         if key not in self.counts and len(self.counts) >= _MAX_COUNTED:
             key = (fault.rule, fault.phase, "other")  # magic recipients can request any number of different replies
@@ -119,7 +107,7 @@ class FaultLog:
 
     @property
     def wants_message_ids(self) -> bool:
-        """Counts need no Message-ID."""
+        """Faults need the Message-ID of their message, for which the header of every message is read."""
         return False
 
     def clear(self) -> None:
@@ -469,12 +457,12 @@ class FaultEngine:
         self,
         plan: PlanSettings = NO_PLAN,
         *,
-        receipts: FaultReceipts | None = None,
+        receipts: FaultLog | None = None,
         has_magic: bool = False,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         """`has_magic`: recipients may request faults. `clock` returns seconds; the sessions' thread calls it."""
-        self.receipts: FaultReceipts = receipts if receipts is not None else FaultLog()
+        self.receipts = receipts if receipts is not None else FaultLog()
         self.has_magic = has_magic
         self._clock = clock
         self._loaded = _Loaded(plan)

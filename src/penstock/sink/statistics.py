@@ -6,7 +6,6 @@ millisecond at any rate; web page, terminal and report use its samples.
 
 from __future__ import annotations
 
-import functools
 import re
 import time
 from collections import Counter, deque
@@ -115,11 +114,6 @@ class RecipientMarks:
                 run = (found[self._run] or "")[:64] if self._run is not None else ""
                 return Mark(run, counter.number)
         return None
-
-
-@functools.cache
-def _made_by() -> str:
-    return f"penstock {__version__}"
 
 
 class Expectation(NamedTuple):
@@ -261,7 +255,7 @@ class Statistics:
             for phase, code, status, garbled, count in metrics.counted()
         ]
         return Report(
-            made_by=_made_by(),
+            made_by=f"penstock {__version__}",
             listen=self._listen,
             started_at=self._started_at,
             seconds=round(self._clock() - self._began, 3),
