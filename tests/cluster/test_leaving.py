@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
+from penstock.cluster.durability import Durability, ServerState
 from penstock.cluster.jetstream import JetStream, Stored
 from penstock.cluster.layout import Place
 from penstock.cluster.queue import ReplicatedQueue
@@ -21,6 +24,7 @@ from penstock.cluster.setup import make_client, make_layout
 from penstock.cluster.writer import Writer
 from penstock.journal import Journal, JournalSettings
 from penstock.message import MessageId
+from penstock.net.nats import NatsError, RequestTimeoutError
 from penstock.spool.entry import Entry, Row
 from penstock.spool.spool import SpoolSettings
 from tests.contracts.delivery import make_message
@@ -28,11 +32,14 @@ from tests.contracts.delivery import make_message
 SETTINGS = JetStreamSettings(servers=("nats://127.0.0.1:1",), monitors=("http://127.0.0.1:1",), node="g1")
 
 
-@asynccontextmanager
-async def waiting(folder: Path) -> AsyncIterator[ReplicatedQueue]:
-    """Run the index of a node, in which one message of partition 0 waits in the memory of the relay."""
+PLACE = (0, 0, 0, 0, 0, False)
+"""What a place has beside its partition and sequence."""
+
+
+def make_queue(folder: Path) -> ReplicatedQueue:
+    """Return the queue of a node without a connection."""
     jetstream, layout = JetStream(make_client(SETTINGS, folder)), make_layout(SETTINGS)
-    queue = ReplicatedQueue(
+    return ReplicatedQueue(
         jetstream,
         layout,
         Writer(jetstream, layout),
@@ -43,6 +50,12 @@ async def waiting(folder: Path) -> AsyncIterator[ReplicatedQueue]:
         patience=1,
         interval=1,
     )
+
+
+@asynccontextmanager
+async def waiting(folder: Path) -> AsyncIterator[ReplicatedQueue]:
+    """Run the index of a node, in which one message of partition 0 waits in the memory of the relay."""
+    queue = make_queue(folder)
     await queue.start()
     message = make_message(b"text\r\n")
     place = Place(0, 1, 0, 0, 0, 0, 0, False)
@@ -153,3 +166,55 @@ async def test_files_of_large_messages_are_removed_with_their_partition(tmp_path
         await queue._drop(0)
         await queue._threads.aclose()
         assert files_of(queue) == []
+
+
+async def test_a_mute_cluster_is_not_asked_for_each_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with waiting(tmp_path) as queue:
+        asked: list[int] = []
+
+        async def direct(_stream: str, sequences: Sequence[int]) -> list[NatsError]:
+            asked.extend(sequences)
+            return [RequestTimeoutError("late")] * len(sequences)
+
+        monkeypatch.setattr(queue._jetstream, "direct", direct)
+        queue.gain(0)
+        for number in range(2, 12):
+            queue._add_accepted(Place(0, number, *PLACE), b"", make_message(b""), ["other.example"], is_taken=False)
+        assert await queue.take("other.example", queue.now() + 1, 100, 1000) == []
+        assert sorted(asked) == sorted([*range(2, 12), asked[10]])
+        assert (await queue.take("other.example", queue.now() + 60, 100, 1000)) == [], "they are due again"
+        assert len(asked) == 22
+
+
+async def test_a_scan_whose_marker_was_deleted_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def scan(*_: object, **__: object) -> AsyncIterator[list[Stored]]:
+        while True:
+            await trio.sleep(2)
+            yield []
+
+    queue = make_queue(tmp_path)
+    monkeypatch.setattr(queue._jetstream, "scan", scan)
+    with pytest.raises(NatsError, match="is not found"):
+        async for _ in queue._read(0, [], 1, 5):
+            pass
+
+
+async def test_a_monitor_that_does_not_end_its_response_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+
+    def read(_: str) -> ServerState:
+        end.wait()
+        raise OSError("closed")
+
+    monkeypatch.setattr("penstock.cluster.durability.read_monitor", read)
+    monkeypatch.setattr("penstock.cluster.durability._LONGEST", 0.01)
+    durability = Durability(["http://127.0.0.1:1"])
+    try:
+        for _ in range(2):  # the thread of the first look is the only one
+            await durability.look()
+            assert "no response within" in durability.problem
+        assert durability._limiter.borrowed_tokens == 1
+    finally:
+        end.set()

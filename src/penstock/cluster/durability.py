@@ -19,6 +19,8 @@ from penstock.cluster.layout import MINIMUM_VERSION
 from penstock.spool.store import SpoolError
 
 _TIMEOUT: Final = 3.0
+_LONGEST: Final = 5.0
+"""Seconds to connect to a monitoring port and for each part of its response, and for all of it."""
 _INTERVAL: Final = 30.0
 _IMPATIENCE: Final = 1.0
 """Seconds between two looks: when a majority is known to sync, and before."""
@@ -81,6 +83,8 @@ class Durability:
         self._monitors = monitors
         self._is_trusted = is_trusted
         self._good: set[str] = set()
+        self._limiter = trio.CapacityLimiter(len(monitors) or 1)
+        """Threads that were given up take the place of those of the next looks, and not of everything else."""
         self.problem = "" if is_trusted else "no monitoring port was asked yet"
         """Why no messages are given to the cluster; "" if they are."""
 
@@ -93,7 +97,13 @@ class Durability:
 
         async def ask(url: str) -> None:
             try:
-                state = await trio.to_thread.run_sync(read_monitor, url, abandon_on_cancel=True)
+                with trio.fail_after(_LONGEST):
+                    state = await trio.to_thread.run_sync(
+                        read_monitor, url, abandon_on_cancel=True, limiter=self._limiter
+                    )
+            except trio.TooSlowError:
+                errors.append(f"{url}: no response within {_LONGEST:.0f} s")
+                return
             except (OSError, ValueError) as exc:
                 errors.append(f"{url}: {exc}")
                 return

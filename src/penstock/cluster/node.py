@@ -34,6 +34,12 @@ _FORWARDING: Final = 10.0
 """Seconds to wait for the cluster to take a message of the local spool."""
 
 
+_ENDING: Final = 4.0
+"""Seconds to write how the last attempts have ended, if leases last that long: they are not renewed any more."""
+_RELEASING: Final = 2.0
+"""Seconds to let others have the partitions; otherwise they wait until the leases end."""
+
+
 class Throttle(Protocol):
     """Counts failed passwords (penstock.auth.throttle)."""
 
@@ -159,7 +165,7 @@ class Node:
                 try:
                     yield
                 finally:
-                    with trio.CancelScope(shield=True), trio.move_on_after(self.settings.lease):
+                    with trio.CancelScope(shield=True), trio.move_on_after(_RELEASING):
                         await self.keeper.release_all()
                     nursery.cancel_scope.cancel()
         finally:
@@ -167,20 +173,23 @@ class Node:
 
     async def serve(self) -> None:
         """Keep leases, follow the stream and forward, until cancelled. The queue is open."""
-        async with trio.open_nursery() as nursery:
+        try:
+            async with trio.open_nursery() as nursery:
 
-            def release(partition: int) -> None:
-                nursery.start_soon(self.keeper.release, partition)
+                def release(partition: int) -> None:
+                    nursery.start_soon(self.keeper.release, partition)
 
-            self.queue.released = release
-            nursery.start_soon(self.queue.run)
-            nursery.start_soon(self.keeper.run)
-            nursery.start_soon(self.forwarder.run)
-            nursery.start_soon(self._admin.run)
-            nursery.start_soon(self._keep_listening)
-            nursery.start_soon(self.exchange.run)
-            nursery.start_soon(self._keep_counting)
-            nursery.start_soon(self._keep_looking)
+                self.queue.released = release
+                nursery.start_soon(self.queue.run)
+                nursery.start_soon(self.keeper.run)
+                nursery.start_soon(self.forwarder.run)
+                nursery.start_soon(self._admin.run)
+                nursery.start_soon(self._keep_listening)
+                nursery.start_soon(self.exchange.run)
+                nursery.start_soon(self._keep_counting)
+                nursery.start_soon(self._keep_looking)
+        finally:
+            self.queue.end(min(_ENDING, self.settings.lease / 2))
 
     async def _keep_counting(self) -> None:
         """Report what has been counted, once a second."""

@@ -21,8 +21,8 @@ from __future__ import annotations
 import itertools
 import shutil
 import zlib
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -66,6 +66,8 @@ _READS: Final = 3
 _TRY_LATER: Final = 5.0
 """Seconds until a message is tried again that the cluster did not return."""
 _REPORT_PATIENCE: Final = 5.0
+_SCAN: Final = 30.0
+"""Seconds to wait for something new in a stream until our marker is found."""
 _RECORDING: Final = 10.0
 """Seconds for which the ends of attempts are written again and again while there is no leader..."""
 _RECORD_PAUSE: Final = 0.2
@@ -153,6 +155,10 @@ class ReplicatedQueue(Spool):
         self._collections = itertools.count()
         """Numbers of files that pieces are written into."""
         self._complaint = ""
+        self._end_at = float("inf")
+        """When `record` and `take` give up, by the clock of trio."""
+        self._lasting: set[trio.CancelScope] = set()
+        """Scopes of what `end` limits."""
 
     @property
     def _index(self) -> IndexStore:
@@ -227,6 +233,22 @@ class ReplicatedQueue(Spool):
             except Exception as exc:  # noqa: BLE001 - an answer of another kind
                 self._complain(exc)
             await trio.sleep(1)
+
+    def end(self, seconds: float) -> None:
+        """Wait for the cluster no longer than this from now on: the node ends. What is not written is tried again."""
+        self._end_at = trio.current_time() + seconds
+        for scope in self._lasting:
+            scope.deadline = self._end_at
+
+    @contextmanager
+    def _until_end(self) -> Iterator[trio.CancelScope]:
+        """Shield what must not be cancelled, as what it does would be done twice, until `end`."""
+        with trio.CancelScope(shield=True, deadline=self._end_at) as scope:
+            self._lasting.add(scope)
+            try:
+                yield scope
+            finally:
+                self._lasting.remove(scope)
 
     # ---- partitions
 
@@ -453,14 +475,19 @@ class ReplicatedQueue(Spool):
         """Yield what is in a stream from a sequence on, some at a time, up to the marker with the sequence `until`."""
         marker = self._layout.marker(stream, self._node)
         scan = self._jetstream.scan(self._layout.stream(stream), [*subjects, marker], start=start)
+        deadline = trio.current_time() + _SCAN
         async with aclosing(scan):
             async for batch in scan:
+                if batch:
+                    deadline = trio.current_time() + _SCAN
+                elif trio.current_time() >= deadline:
+                    break
                 found = [stored for stored in batch if stored.subject != marker]
                 if found:
                     yield found
                 if any(stored.sequence >= until for stored in batch if stored.subject == marker):
                     return
-        raise NatsError("the scan has ended")
+        raise NatsError(f"{marker} is not found: it was deleted, or the server lags")
 
     async def _load(self) -> None:
         """Load the partitions that this node has got."""
@@ -749,12 +776,17 @@ class ReplicatedQueue(Spool):
         complete: list[Entry] = []
         lost: list[int] = []
         later: list[Entry] = []
-        with trio.CancelScope(shield=True):
+        is_mute = False
+        """The cluster has not answered: it is not asked for each of the others."""
+        with self._until_end():
             direct = await self._read_directly(entries)
             for entry, text in zip(entries, direct, strict=True):
                 place = unpack(entry.prefix)
                 if place.partition not in self._owned:
                     lost += [row.number for row in entry.rows]
+                    continue
+                if is_mute and (text is None or place.pieces):
+                    later.append(entry)
                     continue
                 try:
                     found = await self._text(entry, place, text)
@@ -766,6 +798,7 @@ class ReplicatedQueue(Spool):
                 except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
                     self._complain(exc)
                     later.append(entry)
+                    is_mute = is_mute or isinstance(exc, NatsError)
                 else:
                     if found is None:
                         lost += [row.number for row in entry.rows]
@@ -808,7 +841,9 @@ class ReplicatedQueue(Spool):
                     body = StoredBody(text[place.prefix_octets :])
                     return entry._replace(prefix=text[: place.prefix_octets], body=body)
             (answer,) = await self._jetstream.direct(stream, [place.sequence])
-            payload = answer.data if isinstance(answer, NatsMessage) else None
+            if isinstance(answer, NatsError):
+                raise answer
+            payload = None if answer is None else answer.data
         found = await self._last(stream, self._layout.message(place.partition, entry.id))
         if found is None or found.sequence != place.sequence:
             return None  # the leader does not have it: it was relayed, or dropped by an operator
@@ -856,18 +891,22 @@ class ReplicatedQueue(Spool):
     ) -> None:
         """Write the ends of attempts and the reports on them. Raise NatsError and others: then call it again.
 
+        Cannot be cancelled once it has begun, but ends with `end`.
+
         The reports are in the stream before the messages they are about leave it: after a crash there may be two.
         """
         deadline = trio.current_time() + _RECORDING
-        while True:  # the sooner it is written, the less is tried again by the next owner
-            try:
-                await self._record(records, messages)
-            except (NatsError, UnavailableError):
-                if trio.current_time() >= deadline:
-                    raise
-                await trio.sleep(_RECORD_PAUSE)
-            else:
-                return
+        with self._until_end():  # the sooner it is written, the less is tried again by the next owner
+            while True:
+                try:
+                    await self._record(records, messages)
+                except (NatsError, UnavailableError):
+                    if trio.current_time() >= deadline:
+                        raise
+                    await trio.sleep(_RECORD_PAUSE)
+                else:
+                    return
+        raise UnavailableError("the node ends, and the cluster does not answer")
 
     async def _record(
         self, records: Sequence[AttemptRecord], messages: Sequence[tuple[Message, Sequence[str]]]
