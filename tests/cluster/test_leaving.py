@@ -16,17 +16,18 @@ import trio
 import trio.testing
 
 from penstock.cluster.durability import Durability, ServerState
+from penstock.cluster.forwarder import Forwarder
 from penstock.cluster.jetstream import JetStream, Stored
 from penstock.cluster.layout import Place
-from penstock.cluster.queue import ReplicatedQueue
+from penstock.cluster.queue import DamagedError, ReplicatedQueue
 from penstock.cluster.settings import JetStreamSettings
 from penstock.cluster.setup import make_client, make_layout
 from penstock.cluster.writer import Writer
 from penstock.journal import Journal, JournalSettings
-from penstock.message import MessageId
+from penstock.message import Message, MessageId
 from penstock.net.nats import NatsError, RequestTimeoutError
 from penstock.spool.entry import Entry, Row
-from penstock.spool.spool import SpoolSettings
+from penstock.spool.spool import Spool, SpoolSettings
 from tests.contracts.delivery import make_message
 
 SETTINGS = JetStreamSettings(servers=("nats://127.0.0.1:1",), monitors=("http://127.0.0.1:1",), node="g1")
@@ -218,3 +219,57 @@ async def test_a_monitor_that_does_not_end_its_response_is_given_up(monkeypatch:
         assert durability._limiter.borrowed_tokens == 1
     finally:
         end.set()
+
+
+@pytest.mark.parametrize("step", ["forget_rows", "hold", "record"])
+async def test_what_was_taken_is_given_back_once_the_disk_works_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr("penstock.cluster.queue._DROP_AGAIN", 0)
+    async with waiting(tmp_path) as queue:
+
+        async def text(*_: object) -> None:
+            raise DamagedError("damaged") if step == "hold" else RequestTimeoutError("late")
+
+        monkeypatch.setattr(queue, "_text", text)
+        monkeypatch.setattr(queue._index, step, failing_once(getattr(queue._index, step)))
+        if step != "forget_rows":  # otherwise another node relays it
+            queue.gain(0)
+        queue._add_accepted(Place(0, 2, *PLACE), b"", make_message(b""), ["other.example"], is_taken=False)
+        assert await queue.take("other.example", queue.now() + 1, 100, 1000) == []
+        number = await queue._committer.do(lambda _: queue._index._number(Place(0, 2, *PLACE)))
+        rows = [] if number is None else [number << 20]
+        assert await queue._committer.do(lambda _: queue._index.idle(rows)) == rows, "it is not being attempted"
+        assert len(rows) == (step != "forget_rows")
+
+
+async def test_a_moved_message_leaves_the_spool_once_the_disk_works_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.cluster.forwarder._RETRY", 0)
+    spool = Spool(SpoolSettings(), tmp_path)
+    await spool.start()
+    try:
+        await spool.put(make_message(b"text"), ["cluster-0"])
+        record, moved = spool.record, Moved()
+
+        async def fail(*_: object) -> None:
+            monkeypatch.setattr(spool, "record", record)
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(spool, "record", fail)
+        forwarder = Forwarder(spool, moved, Journal(JournalSettings()))
+        assert await forwarder._forward_some()
+        assert (await spool.count(), len(moved.ids)) == (0, 1)
+    finally:
+        await spool.aclose()
+
+
+class Moved:
+    """Takes what is forwarded."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+
+    async def forward(self, message: Message, queue: str) -> None:
+        self.ids.append(message.id)

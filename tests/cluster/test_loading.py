@@ -154,6 +154,46 @@ async def test_mail_is_accepted_when_only_the_index_fails(
         await hop.until(lambda: hop.seen["b@example.org", "text"])
 
 
+async def test_a_found_message_is_relayed_while_others_are_looked_up(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hop = NextHop()
+    last = JetStream.last
+    looked_up: set[str] = set()
+
+    written = trio.Event()
+    follow = ReplicatedQueue._follow
+
+    async def follow_late(queue: ReplicatedQueue) -> int:
+        await written.wait()  # one look finds both
+        return await follow(queue)
+
+    monkeypatch.setattr(ReplicatedQueue, "_follow", follow_late)
+
+    async def last_slowly(jetstream: JetStream, stream: str, subject: str, **more: Any) -> Stored | None:
+        """Answer for the second message of a look once the first one is finished."""
+        if ".m." in subject:
+            looked_up.add(subject)
+            if len(looked_up) == 2:
+                await hop.until(lambda: hop.seen)
+        return await last(jetstream, stream, subject, **more)
+
+    async with (
+        made(servers, tmp_path, partitions=1, lease=600) as (jetstream, settings),
+        next_hop(tmp_path, hop) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 1)
+        monkeypatch.setattr(JetStream, "last", last_slowly)
+        writer = Writer(jetstream, make_layout(settings))
+        for text in (b"one", b"two"):
+            message = make_message(b"Subject: test\r\n\r\n" + text)
+            await writer.write(message._replace(received_at=time.time()), 0, patience=10)
+        written.set()
+        await hop.until(lambda: len(hop.seen) == 2)
+        assert set(hop.seen.values()) == {1}
+
+
 async def test_a_stream_that_begins_again_is_read_from_its_begin(
     servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,9 +267,9 @@ async def test_what_the_leader_cannot_read_is_reported_and_stays(
     damaged: set[str] = set()
     last = JetStream.last
 
-    async def last_readable(jetstream: JetStream, stream: str, subject: str) -> Stored | None:
+    async def last_readable(jetstream: JetStream, stream: str, subject: str, **more: Any) -> Stored | None:
         """Return what a leader does with damaged blocks: it lists them, and answers as if there were nothing."""
-        return None if subject in damaged else await last(jetstream, stream, subject)
+        return None if subject in damaged else await last(jetstream, stream, subject, **more)
 
     monkeypatch.setattr(JetStream, "last", last_readable)
     async with made(servers, tmp_path, partitions=1) as (jetstream, settings), next_hop(tmp_path, hop) as url:
@@ -269,8 +309,8 @@ async def test_a_message_whose_state_cannot_be_read_waits_until_it_can(
     damaged: set[str] = set()
     last, add = JetStream.last, _Contents.add
 
-    async def last_readable(jetstream: JetStream, stream: str, subject: str) -> Stored | None:
-        return None if subject in damaged else await last(jetstream, stream, subject)
+    async def last_readable(jetstream: JetStream, stream: str, subject: str, **more: Any) -> Stored | None:
+        return None if subject in damaged else await last(jetstream, stream, subject, **more)
 
     def add_readable(contents: _Contents, found: Sequence[Stored]) -> None:
         add(contents, [each for each in found if how == "in a payload" or each.subject not in damaged])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from bench.nats_servers import NatsServers
 from penstock.app import Server
 from penstock.cluster.durability import Durability, DurabilityError, ServerState, parse_version, read_monitor
 from penstock.cluster.jetstream import JetStream
-from penstock.cluster.layout import RecipientState, read_state, state_record
+from penstock.cluster.layout import RecipientState, is_marker, read_state, state_record
 from penstock.cluster.settings import JetStreamSettings
 from penstock.cluster.setup import make_layout, problems
 from penstock.cluster.writer import Writer
@@ -58,6 +59,25 @@ async def test_mail_is_spooled_and_forwarded_once_when_no_server_answers(servers
                 count += 1
             await hop.until(lambda: len(hop.seen) == count + 1)
         assert set(hop.seen.values()) == {1}
+
+
+async def test_a_moved_message_leaves_a_marker_as_it_may_come_again(servers: NatsServers, tmp_path: Path) -> None:
+    hop = NextHop()
+    async with (
+        made(servers, tmp_path, partitions=1) as (jetstream, settings),
+        next_hop(tmp_path, hop) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 1)
+        message = make_message(b"Subject: test\r\n\r\ntext")._replace(received_at=time.time())
+        await node_of(server).queue.forward(message, 0, patience=PATIENCE)
+        await hop.until(lambda: hop.seen["b@example.org", "text"] == 1)
+        layout = make_layout(settings)
+        with trio.fail_after(PATIENCE):
+            while not (found := await jetstream.last(layout.stream(0), layout.message(0, message.id))) or not is_marker(
+                found.headers
+            ):
+                pass
 
 
 async def test_mail_is_refused_without_a_fallback(servers: NatsServers, tmp_path: Path) -> None:

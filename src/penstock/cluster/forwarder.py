@@ -96,8 +96,19 @@ class Forwarder:
         finally:
             entry.body.close()
             records = [AttemptRecord(row.number, row.queue, outcome, "", when) for row in entry.rows]
-            with trio.CancelScope(shield=True):
-                await self._spool.record(records)
+            await self._record(records)
+
+    async def _record(self, records: Sequence[AttemptRecord]) -> None:
+        """Write what has become of a message. It is not moved again before that works, or the server restarts."""
+        while True:
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._spool.record(records)
+            except Exception as exc:  # noqa: BLE001 - the disk may work later
+                self._journal.error(0, "forwarder", exc)
+                await trio.sleep(_RETRY)
+            else:
+                return
 
 
 def _any_route(_: str) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import zlib
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,7 @@ _WRITES: Final = 2
 """Transactions that wait for the index at a time."""
 _LEAVING_POLL: Final = 0.1
 _DROP_AGAIN: Final = 1.0
-"""Seconds until a partition is removed from the index again when that failed."""
+"""Seconds until the index is written again when that failed."""
 _SHORTEST_INTERVAL: Final = 0.1
 _LONGEST_INTERVAL: Final = 15.0
 """Seconds between two looks at what others have accepted."""
@@ -410,6 +410,8 @@ class ReplicatedQueue(Spool):
     async def forward(self, message: Message, partition: int, *, patience: float) -> None:
         """Put a message that was accepted before, unless it is in the stream already. Raise what `put` does."""
         written = await self._write(partition, message, patience)
+        if written.place is not None:  # after a crash it may be in the spool still, and come again
+            written = written._replace(place=written.place._replace(is_uncertain=True))
         envelope = message.envelope
         if written.found is not None:
             there = set(written.found.recipients)
@@ -729,8 +731,7 @@ class ReplicatedQueue(Spool):
     async def _add_found(self, stream: int, messages: Sequence[StoredMessage]) -> int:
         places = [message.place for message in messages]
         unknown = await self._committer.do(lambda _: self._index.unknown(places)) if places else set()
-        loaded: list[Loaded] = []
-        queues: set[str] = set()
+        added = 0
         for message in messages:
             if message.place.sequence not in unknown:
                 continue
@@ -743,11 +744,11 @@ class ReplicatedQueue(Spool):
             envelope = message.envelope or await self._read_envelope(message)
             if envelope is not None and self._owned.get(message.place.partition) == _ACTIVE:
                 each = self._load_message(message, envelope, None)
-                loaded.append(each)
-                queues.update(each.put.queues)
-        await self._add(loaded)
-        self.became_due(sorted(queues))
-        return len(loaded)
+                # Not later: it may be finished by then, and a server that lags would show it once more.
+                await self._add([each])
+                self.became_due(each.put.queues)
+                added += 1
+        return added
 
     # ---- out
 
@@ -794,7 +795,7 @@ class ReplicatedQueue(Spool):
                     self.damaged += 1
                     self._journal.error(0, "cluster", exc)
                     rows = [row.number for row in entry.rows]
-                    await self._do(partial(self._index.hold, rows, str(exc)))
+                    await self._keep_trying(partial(self._do, partial(self._index.hold, rows, str(exc))))
                 except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
                     self._complain(exc)
                     later.append(entry)
@@ -805,7 +806,7 @@ class ReplicatedQueue(Spool):
                     else:
                         complete.append(found)
             if lost:
-                await self._forget(partial(self._index.forget_rows, lost))
+                await self._keep_trying(partial(self._forget, partial(self._index.forget_rows, lost)))
             if later:
                 when = self._clock() + _TRY_LATER
                 records = [
@@ -813,8 +814,19 @@ class ReplicatedQueue(Spool):
                     for entry in later
                     for row in entry.rows
                 ]
-                await super().record(records)
+                await self._keep_trying(partial(super().record, records))
         return complete
+
+    async def _keep_trying(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write what becomes of recipients that were taken; otherwise they would be taken for ever."""
+        while True:
+            try:
+                await write()
+            except Exception as exc:  # noqa: BLE001 - the disk may work later
+                self._complain(exc)
+                await trio.sleep(_DROP_AGAIN)
+            else:
+                return
 
     async def _read_directly(self, entries: Sequence[Entry]) -> list[bytes | None]:
         """Return the payloads of messages from whichever server answers; None where none does."""
