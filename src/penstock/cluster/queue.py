@@ -93,6 +93,30 @@ class DamagedError(Exception):
     """A message in the cluster differs from the one that was accepted."""
 
 
+class _Ending:
+    """The end of a node, which limits what must not be cancelled otherwise."""
+
+    def __init__(self) -> None:
+        self._at = float("inf")
+        self._scopes: set[trio.CancelScope] = set()
+
+    def begin(self, seconds: float) -> None:
+        """Cancel what is shielded, and what will be, after this time."""
+        self._at = trio.current_time() + seconds
+        for scope in self._scopes:
+            scope.deadline = self._at
+
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Shield what would be done twice if it was cancelled; the block is left early at the end of the node."""
+        with trio.CancelScope(shield=True, deadline=self._at) as scope:
+            self._scopes.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes.remove(scope)
+
+
 class ReplicatedQueue(Spool):
     """Messages of the partitions that this node owns (penstock.spool.queue.DurableQueue)."""
 
@@ -138,7 +162,9 @@ class ReplicatedQueue(Spool):
         self._active: list[int] | None = None
         """Those that are loaded; None if that has changed."""
         self._seen: dict[int, int] = {}
-        """The sequence of the last marker by partition: what comes before it is in the index, or was left out."""
+        """The sequence of the last marker by stream: what comes before it is in the index, or was left out."""
+        self._left_out: dict[int, set[str]] = {}
+        """The ids of messages whose state could not be read when their partition was loaded."""
         self._pending: dict[str, bool] = {}
         """Messages that wait for their acknowledgment, and whether they were found in the stream meanwhile."""
         self._turn = 0
@@ -155,10 +181,7 @@ class ReplicatedQueue(Spool):
         self._collections = itertools.count()
         """Numbers of files that pieces are written into."""
         self._complaint = ""
-        self._end_at = float("inf")
-        """When `record` and `take` give up, by the clock of trio."""
-        self._lasting: set[trio.CancelScope] = set()
-        """Scopes of what `end` limits."""
+        self._ending = _Ending()
 
     @property
     def _index(self) -> IndexStore:
@@ -236,19 +259,7 @@ class ReplicatedQueue(Spool):
 
     def end(self, seconds: float) -> None:
         """Wait for the cluster no longer than this from now on: the node ends. What is not written is tried again."""
-        self._end_at = trio.current_time() + seconds
-        for scope in self._lasting:
-            scope.deadline = self._end_at
-
-    @contextmanager
-    def _until_end(self) -> Iterator[trio.CancelScope]:
-        """Shield what must not be cancelled, as what it does would be done twice, until `end`."""
-        with trio.CancelScope(shield=True, deadline=self._end_at) as scope:
-            self._lasting.add(scope)
-            try:
-                yield scope
-            finally:
-                self._lasting.remove(scope)
+        self._ending.begin(seconds)
 
     # ---- partitions
 
@@ -536,8 +547,10 @@ class ReplicatedQueue(Spool):
             # One that was lost and has come back meanwhile is loaded again.
             if self._owned.get(partition) == _LOADING and partition not in self._interrupted:
                 self._owned[partition] = _ACTIVE
-                self._seen[partition] = until
         self._active = None
+        # What came before in partitions that were active already is not read here.
+        self._seen.setdefault(stream, until)
+        self._seen[stream] = min(self._seen[stream], until)
         self.became_due(sorted(queues))
         await self._sweep(stream, contents)
 
@@ -575,6 +588,7 @@ class ReplicatedQueue(Spool):
         """
         name = self._layout.stream(stream)
         for partition in partitions:
+            self._left_out[partition] = set()
             contents.expect(await self._jetstream.subjects(name, self._layout.state(partition, "*")))
         for message_id, subject in contents.unread.items():
             try:
@@ -584,7 +598,9 @@ class ReplicatedQueue(Spool):
                     contents.note_time(message_id, found.headers)
             except (DamagedError, LayoutError) as exc:
                 self._note_damage([exc if isinstance(exc, DamagedError) else LayoutError(f"{subject}: {exc}")])
-                contents.leave_out(subject.replace(".s.", ".m.", 1))
+                partition = int(subject.split(".")[2])
+                self._left_out[partition].add(message_id)
+                contents.messages.pop(self._layout.message(partition, message_id), None)
 
     async def _last(self, stream: str, subject: str) -> Stored | None:
         """Return the message of a subject, as the leader has it; None if it is gone. Raise DamagedError.
@@ -712,20 +728,21 @@ class ReplicatedQueue(Spool):
         for stream in range(self._layout.streams):
             mine = [partition for partition in self.owned if partition % self._layout.streams == stream]
             if not mine:
+                self._seen.pop(stream, None)
                 continue
             subjects = [self._layout.message(partition, "*") for partition in mine]
             until = await self._mark(stream)
-            seen = {partition: self._seen[partition] for partition in mine}
-            if until < max(seen.values()):
-                seen = dict.fromkeys(mine, 0)  # the stream was made again, or restored from a backup
-            async with aclosing(self._read(stream, subjects, min(seen.values()) + 1, until)) as batches:
+            start = self._seen.get(stream, 0) + 1
+            if until < start:
+                start = 1  # the stream was made again, or restored from a backup
+            async with aclosing(self._read(stream, subjects, start, until)) as batches:
                 async for batch in batches:
                     contents = _Contents(self._layout)
-                    contents.add([each for each in batch if each.sequence > seen[int(each.subject.split(".")[2])]])
+                    contents.add(batch)
                     messages, errors = contents.read(contents.messages)
                     self._note_damage(errors)
                     added += await self._add_found(stream, messages)
-            self._seen.update(dict.fromkeys(mine, until))
+            self._seen[stream] = until
         return added
 
     async def _add_found(self, stream: int, messages: Sequence[StoredMessage]) -> int:
@@ -733,7 +750,8 @@ class ReplicatedQueue(Spool):
         unknown = await self._committer.do(lambda _: self._index.unknown(places)) if places else set()
         added = 0
         for message in messages:
-            if message.place.sequence not in unknown:
+            partition = message.place.partition
+            if message.place.sequence not in unknown or message.id in self._left_out.get(partition, ()):
                 continue
             # A server that lags may show what was relayed and deleted: only the leader knows.
             subject = self._layout.message(message.place.partition, message.id)
@@ -779,7 +797,7 @@ class ReplicatedQueue(Spool):
         later: list[Entry] = []
         is_mute = False
         """The cluster has not answered: it is not asked for each of the others."""
-        with self._until_end():
+        with self._ending.shielded():
             direct = await self._read_directly(entries)
             for entry, text in zip(entries, direct, strict=True):
                 place = unpack(entry.prefix)
@@ -908,7 +926,7 @@ class ReplicatedQueue(Spool):
         The reports are in the stream before the messages they are about leave it: after a crash there may be two.
         """
         deadline = trio.current_time() + _RECORDING
-        with self._until_end():  # the sooner it is written, the less is tried again by the next owner
+        with self._ending.shielded():  # the sooner it is written, the less is tried again by the next owner
             while True:
                 try:
                     await self._record(records, messages)
@@ -1074,10 +1092,6 @@ class _Contents:
             message_id = subject.rpartition(".")[2]
             if message_id not in self.states:
                 self.unread[message_id] = subject
-
-    def leave_out(self, subject: str) -> None:
-        """Forget a message, but not that it is there: what belongs to it stays in the stream."""
-        self.messages.pop(subject, None)
 
     def keep(self, present: Collection[str]) -> None:
         """Forget the messages that the leader does not have."""
