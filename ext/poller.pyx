@@ -401,7 +401,7 @@ cdef class Poller:
             answer = watch.protocol.take_turn(received)
         except BaseException as exc:
             if watch.protocol is None:
-                raise
+                raise  # no task is there to get it: a bug that ends the worker
             self.wake_reader(watch, -1, exc)
             return 0
         if watch.protocol is None:

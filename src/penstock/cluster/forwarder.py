@@ -14,6 +14,7 @@ import trio
 
 from penstock.journal import Journal
 from penstock.message import Message, MessageId
+from penstock.spool.clock import Ages, ClockGuard
 from penstock.spool.entry import AttemptRecord, Entry, Outcome
 from penstock.spool.spool import Spool
 from penstock.spool.store import PLACES
@@ -41,6 +42,7 @@ class Forwarder:
         self._target = target
         self._journal = journal
         self._wake = trio.Event()
+        self._ages = Ages(spool, ClockGuard(spool.now))
         self.forwarded = 0
         """Messages moved."""
         spool.became_due = self._note_due
@@ -68,10 +70,13 @@ class Forwarder:
 
     async def _forward_some(self) -> bool:
         """Move some messages. Return whether there may be more. Raise what `Target.forward` does."""
+        self._ages.notice()
+        await self._ages.correct()
         now = self._spool.now()
         found = await self._spool.due_queues(now, 1)
         if not found:
-            return False
+            # What is due later than it can be: the clock was set back.
+            return await self._spool.reschedule(now, (_RETRY,), _RETRY) > 0
         entries = await self._spool.take(found[0].queue, now, _AT_A_TIME, _OCTETS, same_route=_any_route)
         failures: list[Exception] = []
         async with trio.open_nursery() as nursery:

@@ -371,6 +371,8 @@ class ReplicatedQueue(Spool):
         if self._owned.get(partition) != _ACTIVE:
             self._announce(partition)
             return []
+        # With the time of its number in the index: the clock may have been set since the message was received.
+        message = message._replace(received_at=self._clock())
         if place.is_uncertain or place.pieces:
             return await self._written(partition, message, queues, Written(place, text))
         return self._add_accepted(place, text, message, queues, is_taken=is_taken)

@@ -167,7 +167,7 @@ class AttemptRecorder:
         self._note()
 
     def _is_overdue(self, entry: Entry, results: Sequence[Result]) -> bool:
-        """Return whether the age of a message matters: it has not been delivered for long, as far as the entry says."""
+        """Return whether a message may have expired, or be late, by the time in its entry, which may be outdated."""
         now, backoff = self._clock(), self.backoff
         is_expired, is_late = backoff.is_expired(entry.received_at, now), backoff.is_late(entry.received_at, now)
         return (is_expired or (is_late and not all(row.delay_told for row in entry.rows))) and any(

@@ -42,7 +42,6 @@ from penstock.message import Body, Message, Recipient
 from penstock.relay.attempt import Attempt
 from penstock.relay.backoff import RetrySettings
 from penstock.relay.bounce import ReportSettings
-from penstock.relay.clock import PUT_OFF, ClockGuard, steady_time
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool, PoolSettings
 from penstock.relay.queues import FIRST_WINDOW, DomainQueue, RouteQueue
@@ -51,6 +50,7 @@ from penstock.relay.route import Route, Routes, domain_of_queue
 from penstock.relay.tlspolicy import RelayTlsSettings
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
+from penstock.spool.clock import PUT_OFF, Ages, ClockGuard, steady_time
 from penstock.spool.entry import ClockJump, Entry, HopState
 from penstock.spool.queue import DurableQueue
 
@@ -151,12 +151,7 @@ class Scheduler:
         self._routes = routes
         self._local = local
         self._clock = clock
-        self._clock_guard = ClockGuard(clock, steady_clock)
-        self._jumps: deque[ClockJump] = deque()
-        """Jumps of the clock that the spool is to be corrected by, in their order."""
-        self._corrected = 0
-        """The number of the last message that is corrected by the first of them."""
-        self._correcting = trio.Lock()
+        self._ages = Ages(spool, ClockGuard(clock, steady_clock))
         self._random = random_source or random.Random()  # noqa: S311 - it spreads load, it hides nothing
         self._queues: dict[str, DomainQueue] = {}
         self._route_queues: dict[Hashable, RouteQueue] = {}
@@ -674,13 +669,12 @@ class Scheduler:
 
     def notice_clock(self) -> None:
         """Notice when the clock was set. Nothing expires before the ages are right; called before anything does."""
-        jump = self._clock_guard.jump(self.spool.newest)
+        jump = self._ages.notice()
         if jump is not None:
-            self._jumps.append(jump)
             if jump.seconds > 0:
                 self.journal.clock_jumped(jump.seconds, 0)
             self._look.set()
-        if self._jumps:
+        if self._ages.are_wrong:
             self.recorder.backoff.put_off(self._clock() + PUT_OFF)
 
     async def check_clock(self) -> None:
@@ -688,18 +682,12 @@ class Scheduler:
 
         Raise OSError or sqlite3.Error; then the next call continues.
         """
-        async with self._correcting:
-            self.notice_clock()
-            while self._jumps:
-                jump = self._jumps[0]
-                while self._corrected < jump.newest:
-                    self._corrected = await self.spool.shift_received(jump, self._corrected)
-                if jump.seconds < 0:
-                    self.journal.clock_jumped(jump.seconds, await self._reschedule())
-                    self._look.set()
-                self._jumps.popleft()
-                self._corrected = 0
-                self.notice_clock()
+        self.notice_clock()
+        await self._ages.correct(self._after_jump_back)
+
+    async def _after_jump_back(self, jump: ClockJump) -> None:
+        self.journal.clock_jumped(jump.seconds, await self._reschedule())
+        self._look.set()
 
     async def _reschedule(self) -> int:
         """Let what is due later than any schedule allows follow its schedule again. Return the recipients."""

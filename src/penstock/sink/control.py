@@ -199,7 +199,8 @@ class FaultFile(FaultLog):
             written = self._file.write(lines) if lines else 0
             if written != len(lines):
                 self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                # Remove the part of a line, which the next line of another process would continue.
+                # Remove the part of a line, which the next line of another process would continue. One that writes
+                # just now may lose its line as well.
                 self._file.seek(lines.rfind(b"\n", 0, written) + 1 - written, os.SEEK_CUR)
                 self._file.truncate()
         except OSError as exc:  # a pipe cannot be cut

@@ -82,6 +82,8 @@ class Spool:
             most_octets=settings.waiting_octets,
         )
         self._threads = BodyThreads(self._store.files, self._report_bug)
+        self._in_files: dict[int, trio.Event] = {}
+        """Messages whose bodies are being written into files, by number, and what is set after that."""
         self.became_due: Callable[[Sequence[str]], None] = _ignore
         """Gets the queues of each message that was put and not taken, so that the relay need not poll."""
 
@@ -153,7 +155,12 @@ class Spool:
         put = self._put_of(message, queues, is_taken, is_held)
         if put.data is None:
             self._committer.check_capacity(0, self._threads.waiting)
-            await self._threads.write(put.number, message.body)
+            self._in_files[put.number] = written = trio.Event()
+            try:
+                await self._threads.write(put.number, message.body)
+            finally:
+                del self._in_files[put.number]
+                written.set()
         try:
             await self._committer.put(put)
         except BaseException:
@@ -239,11 +246,12 @@ class Spool:
 
         The reports have bodies in memory. Cannot be cancelled once it has begun.
         """
+        now = self._clock()
         puts = [
-            Put(self._store.new_number(), message, b"".join(message.body.chunks()), queues)
+            # With the time of its number: the clock may have been set since the report was made.
+            Put(self._store.new_number(), message._replace(received_at=now), b"".join(message.body.chunks()), queues)
             for message, queues in messages
         ]
-        now = self._clock()
 
         def act(store: Store) -> list[int]:
             if puts:
@@ -299,6 +307,9 @@ class Spool:
 
         Messages up to the number `after` are done. All are when the number of the newest one is returned.
         """
+        for number, written in list(self._in_files.items()):
+            if number <= jump.newest:
+                await written.wait()  # its row, with the time before the jump, is with the committer then
         return await self._committer.do(lambda store: store.shift_received(jump, after), whole=True)
 
     async def received_at(self, numbers: Sequence[int]) -> dict[int, float]:

@@ -14,10 +14,14 @@ A jump while the server does not run is not noticed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Final
 
+import trio
+
 from penstock.spool.entry import ClockJump
+from penstock.spool.queue import DurableQueue
 
 FORWARD: Final = 600.0
 """A jump forward of more seconds than this is corrected."""
@@ -50,3 +54,43 @@ class ClockGuard:
         offset = now - self._steady()
         seconds, self._offset = 0.0 if self._offset is None else offset - self._offset, offset
         return ClockJump(seconds, now, newest) if seconds > FORWARD or seconds < -BACK else None
+
+
+class Ages:
+    """Corrects the times of the messages of a queue when the clock is set."""
+
+    def __init__(self, queue: DurableQueue, guard: ClockGuard) -> None:
+        self._queue = queue
+        self._guard = guard
+        self._jumps: deque[ClockJump] = deque()
+        """Jumps that the queue is to be corrected by."""
+        self._corrected = 0
+        """The number of the last message that is corrected by the first of them."""
+        self._correcting = trio.Lock()
+
+    @property
+    def are_wrong(self) -> bool:
+        """Some messages are not corrected yet."""
+        return bool(self._jumps)
+
+    def notice(self) -> ClockJump | None:
+        """Return the jump of the clock since the last call; None without one that matters."""
+        jump = self._guard.jump(self._queue.newest)
+        if jump is not None:
+            self._jumps.append(jump)
+        return jump
+
+    async def correct(self, jumped_back: Callable[[ClockJump], Awaitable[None]] | None = None) -> None:
+        """Correct the queue by the jumps that were noticed. `jumped_back` is called after each jump back.
+
+        Raise OSError or sqlite3.Error; then the next call continues.
+        """
+        async with self._correcting:
+            while self._jumps:
+                jump = self._jumps[0]
+                while self._corrected < jump.newest:
+                    self._corrected = await self._queue.shift_received(jump, self._corrected)
+                if jump.seconds < 0 and jumped_back is not None:
+                    await jumped_back(jump)
+                self._jumps.popleft()
+                self._corrected = 0
