@@ -72,15 +72,20 @@ class Bucket:
         return str(msgspec.json.decode(self.records[f"$KV.x-lease.{partition}"][1])["node"])
 
 
+async def claim(keeper: LeaseKeeper, *partitions: int) -> None:
+    """Get the leases of partitions that have no owner."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penstock.cluster.leases.read_leases", no_leases)
+        patch.setattr("random.sample", lambda _free, _count: list(partitions))
+        await keeper._claim(len(partitions), ())
+
+
 async def holding(bucket: Bucket, *partitions: int, lease: float = LEASE) -> LeaseKeeper:
     """Return a keeper that has just got the leases of some partitions."""
     layout = Layout("x", streams=1, partitions=4)
     jetstream = JetStream(cast(NatsClient, bucket))
     keeper = LeaseKeeper(jetstream, layout, node="g1", version="1", lease=lease)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("penstock.cluster.leases.read_leases", no_leases)
-        patch.setattr("random.sample", lambda _free, _count: list(partitions))
-        await keeper._claim(len(partitions), ())
+    await claim(keeper, *partitions)
     assert keeper.held == list(partitions)
     return keeper
 
@@ -137,10 +142,11 @@ async def test_a_partition_is_released_while_it_is_renewed() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keeper._rewrite, [0], "g1")
         await trio.testing.wait_all_tasks_blocked()
+        keeper._held[0].is_leaving = True
         nursery.start_soon(keeper.release, 0)
         await trio.testing.wait_all_tasks_blocked()
         bucket.waits.set()
-    assert (bucket.owner(0), keeper.held) == ("", [])
+    assert (bucket.owner(0), keeper._held) == ("", {})
 
 
 @pytest.mark.parametrize("how", ["lost", "late"])
@@ -148,8 +154,20 @@ async def test_a_release_that_fails_is_made_again(autojump_clock: trio.testing.M
     bucket = Bucket()
     keeper = await holding(bucket, 0)
     bucket.failures = [how]
+    keeper._held[0].is_leaving = True
     await keeper.release(0)
-    assert (bucket.owner(0), keeper.held) == ("", [])
+    assert (bucket.owner(0), keeper._held) == ("", {})
+
+
+async def test_a_lease_that_was_lost_and_gained_again_is_not_released() -> None:
+    bucket = Bucket()
+    keeper = await holding(bucket, 0)
+    keeper._held[0].is_leaving = True
+    keeper._lose(0)
+    bucket.records.clear()
+    await claim(keeper, 0)
+    await keeper.release(0)  # too late
+    assert (bucket.owner(0), keeper.held) == ("g1", [0])
 
 
 async def test_everything_is_released_after_a_renewal_without_an_answer() -> None:

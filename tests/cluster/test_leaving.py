@@ -28,6 +28,7 @@ from penstock.message import Message, MessageId
 from penstock.net.nats import NatsError, RequestTimeoutError
 from penstock.spool.entry import Entry, Row
 from penstock.spool.spool import Spool, SpoolSettings
+from tests.cluster.nodes import PATIENCE
 from tests.contracts.delivery import make_message
 
 SETTINGS = JetStreamSettings(servers=("nats://127.0.0.1:1",), monitors=("http://127.0.0.1:1",), node="g1")
@@ -113,6 +114,33 @@ async def test_a_partition_is_released_once_the_disk_works_again(
         assert await queue._committer.do(lambda _: queue._index.count(0)) == 0
         assert queue._gone == {}
         assert b"database or disk is full" in queue._journal.drain()
+
+
+async def test_a_partition_that_is_gained_again_while_it_is_given_up_is_not_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[int] = []
+    counts = [1]
+
+    def count(_: int) -> int:
+        """Count an attempt that ends after the partition has come back."""
+        if not counts:
+            return 0
+        trio.from_thread.run_sync(queue.lose, 0, trio_token=token)
+        trio.from_thread.run_sync(queue.gain, 0, trio_token=token)
+        return counts.pop()
+
+    token = trio.lowlevel.current_trio_token()
+    queue = make_queue(tmp_path)
+    await queue.start()
+    try:
+        monkeypatch.setattr(queue._index, "count", count)
+        queue.released = released.append
+        with trio.fail_after(PATIENCE):
+            await queue._leave(0)
+        assert (released, list(queue._owned)) == ([], [0])
+    finally:
+        await queue.aclose()
 
 
 def files_of(queue: ReplicatedQueue) -> list[Path]:

@@ -329,9 +329,14 @@ class LeaseKeeper:
             raise failure
 
     async def release(self, partition: int) -> None:
-        """Let others have a partition now: nothing of it is under way here. It is renewed until that is written."""
+        """Let others have a partition now: nothing of it is under way here. It is renewed until that is written.
+
+        Nothing is done unless it is to be given up: its lease may have been lost and gained again meanwhile.
+        """
         held = self._held.get(partition)
-        while held is not None and self._held.get(partition) is held:
+        if held is None or not held.is_leaving:
+            return
+        while self._held.get(partition) is held:
             try:
                 failure = await self._rewrite([partition], "")
             except NatsError as exc:

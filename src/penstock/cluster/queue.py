@@ -322,7 +322,10 @@ class ReplicatedQueue(Spool):
         del self._gone[partition]
 
     async def _leave(self, partition: int) -> None:
-        """Call `released` once nothing of a partition is in the index; its lease is renewed until then."""
+        """Call `released` once nothing of a partition is in the index; its lease is renewed until then.
+
+        Not if its lease was lost meanwhile and this node has got it again.
+        """
         while True:
             try:
                 count = await self._committer.do(lambda _: self._index.count(partition))
@@ -330,6 +333,8 @@ class ReplicatedQueue(Spool):
                 self._complain(exc)
                 await trio.sleep(_DROP_AGAIN)
                 continue
+            if partition in self._owned:
+                return
             if not count:
                 break
             await trio.sleep(_LEAVING_POLL)
