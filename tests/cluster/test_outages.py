@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,37 @@ async def test_servers_that_do_not_sync_or_are_too_old_get_no_mail(servers: Nats
             assert "sync_interval: always" in found[0]
             (old,) = [ServerState("n1", "2.14.9", read_monitor(servers.monitors[0]).jetstream)]
             assert old.problem == "n1 has version 2.14.9, expected 2.15.1 or newer"
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b'{"x":' * 100_000,
+    ],
+    ids=["another protocol", "a long line", "half a body", "nested JSON"],
+)
+async def test_a_port_that_is_no_monitoring_port_is_reported(monkeypatch: pytest.MonkeyPatch, response: bytes) -> None:
+    monkeypatch.setattr("penstock.cluster.durability._TIMEOUT", PATIENCE)
+    monkeypatch.setattr("penstock.cluster.durability._LONGEST", PATIENCE)
+
+    async def respond(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            request = b""
+            while not request.endswith(b"\r\n\r\n"):
+                request += await stream.receive_some()
+            await stream.send_all(response)
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, respond, [listener])
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        durability = Durability([url])
+        await durability.look()
+        assert f"{url}: not a monitoring port" in durability.problem
+        nursery.cancel_scope.cancel()
 
 
 def test_versions_are_compared_as_numbers() -> None:

@@ -7,7 +7,7 @@ a majority of the servers syncs always, and not any more when it sees one that d
 
 from __future__ import annotations
 
-import urllib.error
+import http.client
 import urllib.request
 from collections.abc import Sequence
 from typing import Final
@@ -19,8 +19,9 @@ from penstock.cluster.layout import MINIMUM_VERSION
 from penstock.spool.store import SpoolError
 
 _TIMEOUT: Final = 3.0
+"""Timeout of each socket operation."""
 _LONGEST: Final = 5.0
-"""Seconds to connect to a monitoring port and for each part of its response, and for all of it."""
+"""Timeout of a whole request."""
 _INTERVAL: Final = 30.0
 _IMPATIENCE: Final = 1.0
 """Seconds between two looks: when a majority is known to sync, and before."""
@@ -71,8 +72,12 @@ def parse_version(text: str) -> tuple[int, ...]:
 
 def read_monitor(url: str) -> ServerState:
     """Return the response of the monitoring port of a server. Blocks. Raise OSError or ValueError."""
-    with urllib.request.urlopen(f"{url.rstrip('/')}/varz", timeout=_TIMEOUT) as answer:  # noqa: S310 - http or https, checked
-        return msgspec.json.decode(answer.read(1 << 20), type=ServerState)
+    address = f"{url.rstrip('/')}/varz"
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:  # noqa: S310 - http or https, checked
+            return msgspec.json.decode(answer.read(1 << 20), type=ServerState)
+    except (http.client.HTTPException, RecursionError) as exc:
+        raise ValueError(f"not a monitoring port: {exc!r}") from exc
 
 
 class Durability:
@@ -123,7 +128,7 @@ class Durability:
         self.problem = "" if is_majority else f"not known whether a majority of the servers syncs: {'; '.join(errors)}"
 
     async def run(self) -> None:
-        """Check periodically until cancelled; `problem` is called with the result."""
+        """Check periodically until cancelled, and set `problem`."""
         while not self._is_trusted:
             await trio.sleep(_IMPATIENCE if self.problem else _INTERVAL)
             try:

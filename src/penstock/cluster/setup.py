@@ -183,7 +183,7 @@ async def _server_problems(url: str) -> list[str]:
     try:
         state = await trio.to_thread.run_sync(read_monitor, url, abandon_on_cancel=True)
     except (OSError, ValueError) as exc:
-        return [f"{url} does not answer: {exc}"]
+        return [f"{url}: {exc}"]
     return [state.problem] if state.problem else []
 
 
