@@ -26,7 +26,7 @@ from penstock.cluster.writer import Writer
 from penstock.journal import Journal, JournalSettings
 from penstock.message import Message, MessageId
 from penstock.net.nats import NatsError, RequestTimeoutError
-from penstock.spool.entry import Entry, Row
+from penstock.spool.entry import AttemptRecord, Entry, Row
 from penstock.spool.spool import Spool, SpoolSettings
 from tests.cluster.nodes import PATIENCE
 from tests.contracts.delivery import make_message
@@ -271,24 +271,31 @@ async def test_what_was_taken_is_given_back_once_the_disk_works_again(
         assert len(rows) == (step != "forget_rows")
 
 
-async def test_a_moved_message_leaves_the_spool_once_the_disk_works_again(
+async def test_moved_messages_leave_the_spool_once_the_disk_works_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("penstock.cluster.forwarder._RETRY", 0)
     spool = Spool(SpoolSettings(), tmp_path)
     await spool.start()
     try:
-        await spool.put(make_message(b"text"), ["cluster-0"])
-        record, moved = spool.record, Moved()
+        for _ in range(3):
+            await spool.put(make_message(b"text"), ["cluster-0"])
+        record, moved, journal = spool.record, Moved(), Journal(JournalSettings())
+        failures = 0
 
-        async def fail(*_: object) -> None:
-            monkeypatch.setattr(spool, "record", record)
-            raise sqlite3.OperationalError("database or disk is full")
+        async def fail(records: Sequence[AttemptRecord]) -> None:
+            nonlocal failures
+            failures += 1
+            if failures > 10:
+                await record(records)
+            else:
+                raise sqlite3.OperationalError("database or disk is full")
 
         monkeypatch.setattr(spool, "record", fail)
-        forwarder = Forwarder(spool, moved, Journal(JournalSettings()))
+        forwarder = Forwarder(spool, moved, journal)
         assert await forwarder._forward_some()
-        assert (await spool.count(), len(moved.ids)) == (0, 1)
+        assert (await spool.count(), len(moved.ids)) == (0, 3)
+        assert journal.drain().count(b"database or disk is full") == 1
     finally:
         await spool.aclose()
 

@@ -43,6 +43,7 @@ class Forwarder:
         self._journal = journal
         self._wake = trio.Event()
         self._ages = Ages(spool, ClockGuard(spool.now))
+        self._complaint = ""
         self.forwarded = 0
         """Messages moved."""
         spool.became_due = self._note_due
@@ -52,21 +53,25 @@ class Forwarder:
 
     async def run(self) -> None:
         """Move messages until cancelled."""
-        complaint = ""
         while True:
             try:
-                while await self._forward_some():
-                    pass
+                is_more = await self._forward_some()
             except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
-                if str(exc) != complaint:
-                    complaint = str(exc)
-                    self._journal.error(0, "forwarder", exc)
+                self._complain(exc)
                 await trio.sleep(_RETRY)
                 continue
-            complaint = ""
+            self._complaint = ""
+            if is_more:
+                continue
             with trio.move_on_after(_LOOK):
                 await self._wake.wait()
             self._wake = trio.Event()
+
+    def _complain(self, exc: Exception) -> None:
+        """Journal an error, once for as long as it lasts."""
+        if str(exc) != self._complaint:
+            self._complaint = str(exc)
+            self._journal.error(0, "forwarder", exc)
 
     async def _forward_some(self) -> bool:
         """Move some messages. Return whether there may be more. Raise what `Target.forward` does."""
@@ -96,7 +101,7 @@ class Forwarder:
             await self._target.forward(message, entry.queue)
             outcome, when = Outcome.DELIVERED, 0.0
             self.forwarded += 1
-        except Exception as exc:  # noqa: BLE001 - told by the caller
+        except Exception as exc:  # noqa: BLE001 - reported by the caller
             failures.append(exc)
         finally:
             entry.body.close()
@@ -110,7 +115,7 @@ class Forwarder:
                 with trio.CancelScope(shield=True):
                     await self._spool.record(records)
             except Exception as exc:  # noqa: BLE001 - the disk may work later
-                self._journal.error(0, "forwarder", exc)
+                self._complain(exc)
                 await trio.sleep(_RETRY)
             else:
                 return
