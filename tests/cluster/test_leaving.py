@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -228,6 +229,21 @@ async def test_a_scan_whose_marker_was_deleted_ends(
     with pytest.raises(NatsError, match="is not found"):
         async for _ in queue._read(0, [], 1, 5):
             pass
+
+
+async def test_a_scan_ends_at_a_message_beyond_its_deleted_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scan(*_: object, **__: object) -> AsyncIterator[list[Stored]]:
+        for sequence in itertools.count(1, 2):
+            assert sequence < 10, "the scan goes on"
+            await trio.lowlevel.checkpoint()
+            yield [Stored("x.m.0.ID", sequence, b"", b"")]
+
+    queue = make_queue(tmp_path)
+    monkeypatch.setattr(queue._jetstream, "scan", scan)
+    found = [stored.sequence async for batch in queue._read(0, [], 1, 6) for stored in batch]
+    assert found == [1, 3, 5, 7]
 
 
 async def test_a_monitor_that_does_not_end_its_response_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -492,7 +492,10 @@ class ReplicatedQueue(Spool):
     async def _read(
         self, stream: int, subjects: Iterable[str], start: int, until: int
     ) -> AsyncGenerator[list[Stored], None]:
-        """Yield what is in a stream from a sequence on, some at a time, up to the marker with the sequence `until`."""
+        """Yield what is in a stream from a sequence on, some at a time, up to the marker with the sequence `until`.
+
+        Messages come in the order of the stream: one beyond the marker shows as well that all before it were seen.
+        """
         marker = self._layout.marker(stream, self._node)
         scan = self._jetstream.scan(self._layout.stream(stream), [*subjects, marker], start=start)
         deadline = trio.current_time() + _SCAN
@@ -505,7 +508,7 @@ class ReplicatedQueue(Spool):
                 found = [stored for stored in batch if stored.subject != marker]
                 if found:
                     yield found
-                if any(stored.sequence >= until for stored in batch if stored.subject == marker):
+                if any(stored.sequence >= until for stored in batch):
                     return
         raise NatsError(f"{marker} is not found: it was deleted, or the server lags")
 
