@@ -78,6 +78,8 @@ _SLICE: Final = 500
 """Messages added to the index in one transaction."""
 _WRITES: Final = 2
 """Transactions that wait for the index at a time."""
+_READ_AGAIN: Final = 600.0
+"""Seconds between two looks at states that could not be read."""
 _LEAVING_POLL: Final = 0.1
 _DROP_AGAIN: Final = 1.0
 """Seconds until the index is written again when that failed."""
@@ -208,6 +210,7 @@ class ReplicatedQueue(Spool):
             nursery.start_soon(self._keep_measuring)
             nursery.start_soon(self._keep_dropping, nursery)
             nursery.start_soon(self._keep_listening)
+            nursery.start_soon(self._keep_reading_left_out)
             interval = self._interval
             while True:
                 with trio.move_on_after(interval):
@@ -450,6 +453,10 @@ class ReplicatedQueue(Spool):
     def _load_again(self, partition: int, error: Exception) -> None:
         """Read a partition again: something of it could not be written into the index."""
         self._journal.error(0, "index", error)
+        self._reload(partition)
+
+    def _reload(self, partition: int) -> None:
+        """Remove a partition from the index and load it again, if it is loaded."""
         if self._owned.get(partition) == _ACTIVE:
             self.lose(partition)
             self.gain(partition)
@@ -594,7 +601,8 @@ class ReplicatedQueue(Spool):
     async def _read_states(self, stream: int, contents: _Contents, partitions: Sequence[int]) -> None:
         """Read the states that the scan has not shown: those in payloads, and those that a server skips or damages.
 
-        Without its state, all recipients of a message would get it again: one whose state cannot be read is left out.
+        Without its state, all recipients of a message would get it again: one whose state cannot be read is left out
+        until it can be read (`_read_left_out`).
         """
         name = self._layout.stream(stream)
         for partition in partitions:
@@ -611,6 +619,32 @@ class ReplicatedQueue(Spool):
                 partition = int(subject.split(".")[2])
                 self._left_out[partition].add(message_id)
                 contents.messages.pop(self._layout.message(partition, message_id), None)
+
+    async def _keep_reading_left_out(self) -> None:
+        while True:
+            await trio.sleep(_READ_AGAIN)
+            try:
+                await self._read_left_out()
+            except Exception as exc:  # noqa: BLE001 - the cluster may work later
+                self._complain(exc)
+
+    async def _read_left_out(self) -> None:
+        """Load the partitions again of which a state can be read that could not be read before."""
+        for partition in self.owned:
+            for message_id in list(self._left_out.get(partition, ())):
+                if await self._is_readable(partition, message_id):
+                    self._reload(partition)
+                    break
+
+    async def _is_readable(self, partition: int, message_id: str) -> bool:
+        """Return whether a state can be read. One that is gone cannot: a server may have lost a damaged block."""
+        try:
+            found = await self._last(self._layout.stream_of(partition), self._layout.state(partition, message_id))
+            if found is not None:
+                read_state(found.headers, found.data)
+        except (DamagedError, LayoutError):
+            return False
+        return found is not None
 
     async def _last(self, stream: str, subject: str) -> Stored | None:
         """Return the message of a subject, as the leader has it; None if it is gone. Raise DamagedError.
