@@ -48,9 +48,13 @@ class MuteProxy:
             pass
 
     async def _send(self, client: trio.SocketStream, server: trio.SocketStream) -> None:
+        seen = b""
+        """The last octets, which may be the begin of the trigger."""
         async for data in client:
-            if self.trigger and self.trigger in data:
+            seen += data
+            if self.trigger and self.trigger in seen:
                 self.mute()
+            seen = seen[max(0, len(seen) - len(self.trigger) + 1) :]
             await server.send_all(bytes(data))
 
     async def _receive(self, server: trio.SocketStream, client: trio.SocketStream) -> None:
