@@ -27,8 +27,8 @@ from penstock.cluster.layout import WRONG_LAST_SEQUENCE, Layout
 from penstock.net.nats import Message, NatsError, Request
 from penstock.net.natswire import parse_headers
 
-_RETRIES: Final = 15
-"""What could not be written is written again after this part of the time of a lease."""
+_RETRIES_PER_LEASE: Final = 15
+"""A failed write is repeated after 1/15 of the lease time."""
 _TIMEOUT: Final = 2.0
 """Seconds to wait for an answer; at most a third of a lease for the answer to its renewal."""
 _encode = msgspec.json.encode
@@ -174,7 +174,7 @@ class LeaseKeeper:
         is_failing = False
         begun = trio.current_time()
         while True:
-            await trio.sleep_until(begun + self._lease / (_RETRIES if is_failing else 3))
+            await trio.sleep_until(begun + self._lease / (_RETRIES_PER_LEASE if is_failing else 3))
             begun = trio.current_time()
             failure: Exception | None
             try:
@@ -342,7 +342,7 @@ class LeaseKeeper:
             except NatsError as exc:
                 failure = exc
             if failure is not None:
-                await trio.sleep(self._lease / _RETRIES)
+                await trio.sleep(self._lease / _RETRIES_PER_LEASE)
 
     async def release_all(self) -> None:
         """Let others have everything now, and tell them that this node ends. What cannot be written expires."""

@@ -32,8 +32,6 @@ _LOOK: Final = 5.0
 """Seconds between two looks at the local spool."""
 _FORWARDING: Final = 10.0
 """Seconds to wait for the cluster to take a message of the local spool."""
-
-
 _ENDING: Final = 4.0
 """Seconds to write how the last attempts have ended, if leases last that long: they are not renewed any more."""
 _RELEASING: Final = 2.0

@@ -839,7 +839,7 @@ class ReplicatedQueue(Spool):
         complete: list[Entry] = []
         lost: list[int] = []
         later: list[Entry] = []
-        is_mute = False
+        is_silent = False
         """The cluster has not answered: it is not asked for each of the others."""
         with self._ending.shielded():
             direct = await self._read_directly(entries)
@@ -848,7 +848,7 @@ class ReplicatedQueue(Spool):
                 if place.partition not in self._owned:
                     lost += [row.number for row in entry.rows]
                     continue
-                if is_mute and (text is None or place.pieces):
+                if is_silent and (text is None or place.pieces):
                     later.append(entry)
                     continue
                 try:
@@ -861,7 +861,7 @@ class ReplicatedQueue(Spool):
                 except Exception as exc:  # noqa: BLE001 - the cluster or the disk may work later
                     self._complain(exc)
                     later.append(entry)
-                    is_mute = is_mute or isinstance(exc, NatsError)
+                    is_silent = is_silent or isinstance(exc, NatsError)
                 else:
                     if found is None:
                         lost += [row.number for row in entry.rows]
@@ -880,7 +880,7 @@ class ReplicatedQueue(Spool):
         return complete
 
     async def _keep_trying(self, write: Callable[[], Awaitable[None]]) -> None:
-        """Write what becomes of recipients that were taken; otherwise they would be taken for ever."""
+        """Write what becomes of recipients that were taken; otherwise they stay marked as being attempted."""
         while True:
             try:
                 await write()
