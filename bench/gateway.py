@@ -77,16 +77,21 @@ def _sink(port: int, _: Path) -> Sequence[str]:
 COUNTING_SINK = Peer("smtp-sink", _sink, "smtp-sink")
 
 
-def penstock_to(sink: Running) -> Peer:
-    """Return a Penstock that relays to a sink."""
+def penstock_with(settings: str) -> Peer:
+    """Return a Penstock with these settings, in which {port} is its port."""
 
     def command(port: int, folder: Path) -> Sequence[str]:
-        (folder / "penstock.toml").write_text(_CONFIG.format(port=port, sink=sink.port))
+        (folder / "penstock.toml").write_text(settings.replace("{port}", str(port)))
         return [
             sys.executable, "-m", "penstock", "serve", "--config", str(folder / "penstock.toml"), "--data", str(folder),
         ]  # fmt: skip
 
     return Peer("penstock", command, sys.executable)
+
+
+def penstock_to(sink: Running) -> Peer:
+    """Return a Penstock that relays to a sink."""
+    return penstock_with(_CONFIG.replace("{sink}", str(sink.port)))
 
 
 def postfix_to(sink: Running) -> Peer:

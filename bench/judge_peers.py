@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from tests.dns.nsd import running_nsd
 from tests.policy.peers import give_to_nobody, wait_for
 from tests.ports import free_port
 
-from bench.gateway import POSTFIX_VIRTUAL
+from bench.gateway import POSTFIX_VIRTUAL, penstock_with
 from bench.judge import body_of, key_record, sign, text_record
 from bench.measure import Peer, Running, cpu_of, machine, running, summary, verdict
 from bench.processes import ENVIRONMENT, started
@@ -99,18 +98,6 @@ class Cost(NamedTuple):
 
     server: float
     filter: float
-
-
-def penstock(more: str) -> Peer:
-    """Return `penstock serve` with some more settings."""
-
-    def command(port: int, folder: Path) -> Sequence[str]:
-        (folder / "penstock.toml").write_text(_PENSTOCK.format(port=port) + more)
-        return [
-            sys.executable, "-m", "penstock", "serve", "--config", str(folder / "penstock.toml"), "--data", str(folder),
-        ]  # fmt: skip
-
-    return Peer("penstock", command, sys.executable)
 
 
 def postfix(milter: int) -> Peer:
@@ -207,8 +194,8 @@ def setups() -> Iterator[tuple[list[Setup], Path]]:
         ours = (b"Authentication-Results: mx.example.org", b"spf=pass", b"dkim=pass", b"dmarc=pass")
         yield (
             [
-                Setup("penstock", run(penstock("")), 0, ()),
-                Setup("penstock, SPF DKIM DMARC", run(penstock(_CHECKS.format(dns=dns))), 0, ours),
+                Setup("penstock", run(penstock_with(_PENSTOCK)), 0, ()),
+                Setup("penstock, SPF DKIM DMARC", run(penstock_with(_PENSTOCK + _CHECKS.format(dns=dns))), 0, ours),
                 Setup("postfix", run(POSTFIX_VIRTUAL), 0, ()),
                 Setup("postfix, opendkim", run(postfix(dkim_port)), dkim_pid, (b"dkim=pass",)),
                 Setup(
