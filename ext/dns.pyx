@@ -619,7 +619,7 @@ cdef class UdpQuery:
         return None
 
     cpdef tuple receive(self):
-        """Return the response, as `decode_response` does; None while there is none."""
+        """Return the response, as `decode_response` does; None until it arrives."""
         cdef object held = self.held
         if held is not None:
             self.held = None

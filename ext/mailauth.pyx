@@ -230,7 +230,7 @@ def milter_macros(bytes code not None, values):
 def milter_split(bytes octets not None, type packet not None, Py_ssize_t most):
     """Return the packets at the beginning of octets, how many octets they have, and the length of one that is invalid.
 
-    Each packet is made as a `packet`, a tuple of its code and its data. The invalid length is -1 if there is none.
+    Each packet is made as a `packet`, a tuple of its code and its data. The invalid length is -1 if all are valid.
     """
     cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(octets)
     cdef Py_ssize_t n = PyBytes_GET_SIZE(octets), at = 0, length

@@ -113,7 +113,7 @@ class _Server:
 
 
 def read(data: bytes, step: int) -> bytes | None:
-    """Return the answer; None if there is none."""
+    """Return the answer; None without one."""
     coroutine = read_answer(cast("FilterConnection", _Server(data, step)))
     try:
         coroutine.send(None)

@@ -275,7 +275,7 @@ class Receiving:
             nursery.start_soon(self.serve_page, faults)
 
     async def serve_page(self, faults: FaultControl | None = None) -> None:
-        """Serve the web page until cancelled; return if there is none."""
+        """Serve the web page until cancelled; return at once without a page."""
         if not self._sockets:
             return
         assert self._statistics is not None

@@ -152,7 +152,7 @@ class UdpQuery:
         """
 
     def receive(self) -> Decoded | None:
-        """Return the response as `decode_response` does, "truncated" if it is unreadable; None while there is none.
+        """Return the response as `decode_response` does, "truncated" if it is unreadable; None until it arrives.
 
         With a response, the socket is free for other queries. Datagrams that are no response are dropped. Raise
         OSError; `abandon` must follow then.

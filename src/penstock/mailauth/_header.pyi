@@ -103,5 +103,5 @@ def milter_split(octets: bytes, packet: type[T], most: int) -> tuple[list[T], in
     """Return the packets at the beginning of octets, how many octets they have, and the length of one that is invalid.
 
     Each packet is made as a `packet`, a named tuple of its code and its data. A length is invalid if it is 0 or above
-    `most`; -1 if there is none.
+    `most`; -1 if all are valid.
     """

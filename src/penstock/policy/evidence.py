@@ -57,7 +57,7 @@ class Pending(Generic[T]):
 
     @property
     def value(self) -> T | None:
-        """The result, once it is there; None if there is none."""
+        """The result, once it is there; None before that, or if it never comes."""
         return self._value
 
     async def get(self) -> T | None:
