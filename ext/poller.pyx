@@ -24,8 +24,9 @@ Rules
 2. A task that waits is woken once: `poll` takes it out of the Watch before it reschedules it, and the abort function
    of a cancelled wait takes it out, too. What was readable stays readable for the next one.
 3. A turn that raises wakes its task with the exception. A task that was cancelled has no protocol any more.
-4. One socket normally gets one receive in a `poll`; one that has more to give comes again in the next, after the
-   others, and so does a protocol that has left input unread (`wants_turn`).
+4. One socket normally gets one receive in a `poll`; one that has more to give comes again after the others, and so does
+   a protocol that has left input unread (`wants_turn`). However many these are, the kernel is asked again after
+   MOST_TIME: a client that sends one command waits for a few turns of others, not for a turn of each.
 5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps reused, wakes a task
    without need, which receives nothing and waits again.
 """
@@ -36,6 +37,8 @@ from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport EAGAIN, ECONNABORTED, EINPROGRESS, EINTR, EISCONN, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
+
+from collections import deque
 
 from outcome import Error, Value
 import trio
@@ -206,7 +209,7 @@ cdef class Poller:
     def __init__(self):
         self.watches = {}
         self.listeners = {}
-        self.again = []
+        self.again = deque()
         self.fd = epoll_create1(EPOLL_CLOEXEC)
         if self.fd < 0:
             PyErr_SetFromErrno(OSError)
@@ -271,31 +274,36 @@ cdef class Poller:
             if self.metrics is not None:
                 self.metrics.begin_round()
             try:
-                found = self.poll_once()
+                found = self.poll_once(end)
             finally:
                 if self.metrics is not None:
                     self.metrics.end_round()
             if found == 0 or now() >= end:
                 return found
 
-    cdef int poll_once(self) except -1:
-        """Ask the kernel once, and handle the sockets that have become ready."""
+    cdef int poll_once(self, int64_t end) except -1:
+        """Ask the kernel once, and handle the sockets that are ready; those that have more to give until `end`."""
         cdef epoll_event events[POLL_BATCH]
-        cdef int found = epoll_wait(self.fd, events, POLL_BATCH, 0)
+        cdef int ready = epoll_wait(self.fd, events, POLL_BATCH, 0)
+        cdef int found = ready
         cdef int i
         cdef uint32_t what
         cdef Watch watch
         cdef object known
         cdef list outputs
-        cdef list again = self.again
+        cdef object again = self.again
+        cdef Py_ssize_t left = len(again)
         cdef bint had_input
-        if found < 0:
+        if ready < 0:
             if errno == EINTR:
                 return 0
             PyErr_SetFromErrno(OSError)
         outputs = self.outputs = []
-        self.again = []
-        for watch in again:
+        while left:
+            left -= 1
+            found += 1
+            watch = again.popleft()
+            watch.waits_again = False
             if watch.protocol is None:
                 continue
             if watch.protocol.wants_turn:
@@ -303,11 +311,13 @@ cdef class Poller:
                 self.go_on(watch, 0, -1, outputs)
             elif watch.is_readable:
                 self.take_turn(watch, outputs)
+            if now() >= end:
+                break
         if outputs:
             # A turn below may end the turns of one of these; their output is sent first.
             self.send_all(outputs)
             outputs.clear()
-        for i in range(found):
+        for i in range(ready):
             known = self.watches.get(events[i].data.fd)
             if known is None:
                 self.accept_some(events[i].data.fd)
@@ -336,7 +346,7 @@ cdef class Poller:
         self.outputs = None
         if outputs:
             self.send_all(outputs)
-        return found + len(again)
+        return found
 
     cdef int accept_some(self, int fd) except -1:
         """Accept from a listening socket, if it is one. A shortage of descriptors ends that."""
@@ -412,7 +422,8 @@ cdef class Poller:
             if answer:
                 outputs.append(watch)
                 outputs.append(answer)
-            if watch.protocol.wants_turn or watch.is_readable:
+            if (watch.protocol.wants_turn or watch.is_readable) and not watch.waits_again:
+                watch.waits_again = True
                 self.again.append(watch)
         return 0
 

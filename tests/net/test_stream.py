@@ -13,7 +13,7 @@ import trio
 import trio.testing
 import trustme
 
-from penstock.net._poller import Poller, Protocol
+from penstock.net._poller import Poller, Protocol, now
 from penstock.net.stream import AheadStream, SocketStream, watch_sockets
 from penstock.smtp import _wire
 from penstock.smtp._wire import Wire
@@ -236,6 +236,51 @@ async def test_a_fast_sender_does_not_starve_other_tasks(make_pair: Maker) -> No
             wire.drop_input()
         nursery.cancel_scope.cancel()
     assert turns >= 10
+
+
+async def test_new_input_waits_for_a_few_turns_of_those_that_have_more() -> None:
+    poller = Poller()
+    taken: list[int] = []
+
+    class Busy(Protocol):
+        """Always has input left, and needs all the time of a poll."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+            self.recv = lambda fd: len(os.read(fd, 100))
+
+        def data_received(self, received: int) -> bytes:
+            taken.append(self.number)
+            end = now() + 1_000_000
+            while now() < end:
+                pass
+            self.wants_turn = self.number > 0
+            return b""
+
+    pairs = [socket.socketpair() for _ in range(20)]
+    streams = [SocketStream.of(right, poller) for _, right in pairs]
+    async with trio.open_nursery() as nursery:
+        for number, stream in enumerate(streams):
+            nursery.start_soon(stream.run_protocol, Busy(number))
+        await trio.testing.wait_all_tasks_blocked()
+        for left, _ in pairs[1:]:
+            left.send(b"x")
+        while len(set(taken)) < len(pairs) - 1:
+            poller.poll()
+        del taken[:]
+        for _ in pairs[1:] * 2:
+            poller.poll()
+        assert set(taken) == set(range(1, 20)), "they take turns"
+        del taken[:]
+        pairs[0][0].send(b"x")
+        while 0 not in taken:
+            poller.poll()
+        assert len(taken) <= 3
+        nursery.cancel_scope.cancel()
+    for stream, (left, _) in zip(streams, pairs, strict=True):
+        stream.close_nowait()
+        left.close()
+    poller.close()
 
 
 async def test_a_cancelled_wait_loses_no_wakeup(make_pair: Maker) -> None:

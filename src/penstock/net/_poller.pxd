@@ -24,6 +24,7 @@ cdef class Watch:
     cdef public bint is_writable
     cdef public bint has_hung_up
     cdef bint looks_for_room
+    cdef bint waits_again
     cdef public object reader
     cdef public object writer
     cdef public Protocol protocol
@@ -35,7 +36,7 @@ cdef class Poller:
     cdef public Metrics metrics
     cdef dict watches
     cdef dict listeners
-    cdef list again
+    cdef object again  # a deque: the sockets that have more to give
     cdef list outputs  # what the poll that is under way has to send: a watch, its octets, the next watch ...
 
     cdef int control(self, int what, int fd, unsigned int events) except -1
@@ -43,7 +44,7 @@ cdef class Poller:
     cdef int report_again(self, Watch watch, uint32_t more) except -1
     cdef int add(self, Watch watch) except -1
     cpdef int forget(self, Watch watch) except -1
-    cdef int poll_once(self) except -1
+    cdef int poll_once(self, int64_t end) except -1
     cdef int accept_some(self, int fd) except -1
     cdef int wake_reader(self, Watch watch, Py_ssize_t received, object failure) except -1
     cdef int take_turn(self, Watch watch, list outputs) except -1
