@@ -285,6 +285,30 @@ next_hop = "smtp://127.0.0.1:{dead}"
 # ---- while the client waits
 
 
+def test_mail_for_a_mailbox_is_written_before_the_250_and_spooled_while_it_cannot_be(tmp_path: Path) -> None:
+    with gateway(tmp_path, RETRIES) as server:
+        maildir = server.folder / "maildir"
+
+        def data(line: bytes) -> bytes:
+            with smtplib.SMTP("127.0.0.1", server.port, timeout=60) as client:
+                client.ehlo()
+                client.mail("a@example.com")
+                client.rcpt("b@example.org")
+                code, text = client.data(b"Subject: x\r\n\r\n" + line)
+            assert code == 250
+            return text
+
+        assert b"delivered as" in data(b"one\r\n")
+        assert [file.read_bytes().endswith(b"one\r\n") for file in (maildir / "new").iterdir()] == [True]
+        maildir.rename(maildir.with_name("moved"))
+        maildir.write_bytes(b"a file where the folder should be")
+        assert b"spooled as" in data(b"two\r\n")
+        maildir.unlink()
+        eventually(lambda: [*maildir.glob("new/*")], server)
+        assert [file.read_bytes().endswith(b"two\r\n") for file in (maildir / "new").iterdir()] == [True]
+        assert b"delivered as" in data(b"three\r\n")
+
+
 def test_a_message_is_passed_on_with_the_reply_of_the_hop(tmp_path: Path) -> None:
     with last_hop(tmp_path) as last, gateway(tmp_path, f'[delivery]\nkind = "passthrough"\n{route_to(last)}') as server:
         bodies = hard_bodies()

@@ -790,6 +790,27 @@ async def test_a_mailbox_that_cannot_be_written_is_tried_again(
         assert [event["hop"] for event in relay.events("attempted")] == ["maildir"]
 
 
+async def test_it_knows_which_mail_may_be_written_to_mailboxes_now(tmp_path: Path) -> None:
+    routes = [{"domains": ["x.org"], "next_hop": "smtp://hop"}, {"domains": ["y.org"], "next_hop": "mx"}]
+    async with relaying(tmp_path, routes=[*routes, {"next_hop": "maildir"}]) as relay:
+        scheduler = relay.scheduler
+        assert scheduler.are_mailboxes(["a.org", "b.org"])
+        for elsewhere in ("x.org", "y.org"):
+            assert not scheduler.are_mailboxes(["a.org", elsewhere])
+        scheduler.set_suspended(frozenset({"b.org"}))
+        assert not scheduler.are_mailboxes(["a.org", "b.org"])
+        assert scheduler.are_mailboxes(["a.org"])
+
+
+async def test_what_clients_wrote_to_mailboxes_counts_as_delivered(tmp_path: Path) -> None:
+    async with relaying(tmp_path) as relay:
+        counted: list[tuple[str, int, int, float]] = []
+        relay.scheduler.count_filed(["a.org"], 0.5)  # without statistics
+        relay.recorder.on_result = lambda *args: counted.append(args)
+        relay.scheduler.count_filed(["a.org", "b.org"], 0.5)
+        assert counted == [("a.org", 0, 1, 0.5), ("b.org", 0, 1, 0.5)]
+
+
 async def test_postmaster_without_a_domain_gets_the_first_domain(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         await relay.accept(message_of(Recipient(MailPath("Postmaster", "Postmaster", ""))))

@@ -1,10 +1,16 @@
-"""Delivery into the spool: the message is on stable storage before its 250, and the relay takes it from there."""
+"""Delivery into the spool: the message is on stable storage before its 250, and the relay takes it from there.
+
+The spool is for mail that has to wait. A message whose recipients all have mailboxes on this machine need not: it is
+written there while its client waits, together with those of other clients (penstock.delivery.maildir). The spool gets
+what cannot be written now, and tries again later, and everything else: mail for next hops, in quarantine, of a
+suspended domain, with a report to be sent, or too large to keep other clients waiting.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from penstock import reply as replies
 from penstock.delivery.base import Delivery
@@ -15,7 +21,7 @@ from penstock.results import parse_quarantine
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.entry import Entry
 from penstock.spool.queue import DurableQueue
-from penstock.spool.spool import SpoolFullError
+from penstock.spool.spool import SpoolFullError, without_duplicates
 from penstock.transaction import Transaction
 
 
@@ -38,13 +44,46 @@ class Relay(Protocol):
         """Attempt entries that were put as taken."""
 
 
-class SpoolDelivery(Delivery):
-    """Puts messages into the spool. Its 250 promises that the message survives a power failure."""
+class Destinations(Protocol):
+    """What knows which mail is for mailboxes of this machine (penstock.relay.scheduler)."""
 
-    def __init__(self, spool: DurableQueue, relay: Relay, space: DiskSpace) -> None:
+    def are_mailboxes(self, queues: Sequence[str]) -> bool:
+        """Return whether all mail of these queues is for mailboxes here, which may be written to now."""
+
+    def qualified(self, recipient: Recipient) -> Recipient:
+        """Return a recipient with a domain: that of <Postmaster> is ours (RFC 5321 4.1.1.3)."""
+
+    def count_filed(self, queues: Sequence[str], age: float) -> None:
+        """Count recipients whose mail was written to mailboxes `age` seconds after its arrival."""
+
+
+class Mailboxes(NamedTuple):
+    """The mailboxes of this machine."""
+
+    delivery: Delivery
+    """Writes to them."""
+    destinations: Destinations
+
+
+class SpoolDelivery(Delivery):
+    """Puts messages into the spool or into mailboxes. Its 250 promises that the message survives a power failure."""
+
+    def __init__(self, spool: DurableQueue, relay: Relay, space: DiskSpace, mailboxes: Mailboxes | None = None) -> None:
+        """`mailboxes` writes mail for those of this machine; without it, the relay does."""
         self._spool = spool
         self._relay = relay
         self._space = space
+        self._mailboxes = mailboxes
+
+    async def start(self) -> None:
+        """Create the mailbox that all recipients share, if there is one. Raise OSError."""
+        if self._mailboxes is not None:
+            await self._mailboxes.delivery.start()
+
+    async def aclose(self) -> None:
+        """Finish the messages that are being written to mailboxes. The spool is closed by who has opened it."""
+        if self._mailboxes is not None:
+            await self._mailboxes.delivery.aclose()
 
     def check_capacity(self, octets: int) -> Reply | None:
         """Refuse a MAIL whose message would use the reserve of the disk (RFC 1870 6.1)."""
@@ -58,6 +97,11 @@ class SpoolDelivery(Delivery):
         A message in quarantine is held, or waits in the queue of the route that `transaction.quarantine` names.
         """
         queues = self._queues(message)
+        mailboxes = self._mailboxes
+        if mailboxes is not None and mailboxes.destinations.are_mailboxes(queues) and _may_wait(message, transaction):
+            reply = await self._file(mailboxes, message, queues, transaction)
+            if reply is not None:
+                return reply
         quarantine = parse_quarantine(transaction.quarantine)
         if quarantine is not None and quarantine.route:
             queues = [transaction.quarantine] * len(queues)  # the queue of a named route is called so as well
@@ -77,9 +121,38 @@ class SpoolDelivery(Delivery):
             self._relay.offer(entries)
         return Reply(250, "2.0.0", f"Ok: spooled as {message.id}")
 
+    async def _file(
+        self, mailboxes: Mailboxes, message: Message, queues: Sequence[str], transaction: Transaction
+    ) -> Reply | None:
+        """Write a message to the mailboxes of its recipients: 250, or None if that is not possible now."""
+        delivery, destinations = mailboxes
+        if len(queues) > 1:
+            message, queues = without_duplicates(message, queues)
+        envelope = message.envelope
+        if "" in [recipient.path.domain for recipient in envelope.recipients]:
+            envelope = envelope._replace(recipients=tuple(map(destinations.qualified, envelope.recipients)))
+        try:
+            reply = await delivery.accept(message._replace(envelope=envelope), transaction)
+        except Exception:  # noqa: BLE001 - the relay tries it at once, and journals what is wrong
+            return None
+        if not reply.accepts:
+            return None
+        self._space.count(message.size)
+        destinations.count_filed(queues, self._spool.now() - message.received_at)
+        return reply
+
     def _queues(self, message: Message) -> list[str]:
         domain_of = self._relay.domain_of
         return [domain_of(recipient) for recipient in message.envelope.recipients]
+
+
+def _may_wait(message: Message, transaction: Transaction) -> bool:
+    """Return whether the client of a message may wait until it is in the mailboxes."""
+    return (
+        transaction.quarantine in ("", "tag")
+        and getattr(message.body, "in_memory", False)  # a large one would keep other clients waiting
+        and not any(recipient.notify and "SUCCESS" in recipient.notify for recipient in message.envelope.recipients)
+    )
 
 
 def _refusal(failure: BaseException) -> Reply:

@@ -45,7 +45,7 @@ from penstock.relay.bounce import ReportSettings
 from penstock.relay.hop import Hop, NextHopUnavailable, Outcome, Result
 from penstock.relay.pool import Pool, PoolSettings
 from penstock.relay.queues import FIRST_WINDOW, DomainQueue, RouteQueue
-from penstock.relay.recorder import AttemptRecorder
+from penstock.relay.recorder import PLACES, AttemptRecorder
 from penstock.relay.route import Route, Routes, domain_of_queue
 from penstock.relay.tlspolicy import RelayTlsSettings
 from penstock.reply import Reply
@@ -205,6 +205,26 @@ class Scheduler:
     def release(self, octets: int) -> None:
         """Give back what `reserve` has reserved."""
         self._claim(-1, -octets)
+
+    def are_mailboxes(self, queues: Sequence[str]) -> bool:
+        """Return whether all mail of these queues is for mailboxes here, which may be written to now."""
+        if self.suspended and not self.suspended.isdisjoint(queues):
+            return False
+        for name in queues:
+            route = self._routes.static_route(name)
+            if route is None or not route.is_local:
+                return False
+        return True
+
+    def qualified(self, recipient: Recipient) -> Recipient:
+        """Return a recipient with a domain: <Postmaster> is the postmaster of the first configured domain."""
+        return self._routes.qualified(recipient)
+
+    def count_filed(self, queues: Sequence[str], age: float) -> None:
+        """Count recipients whose mail was written to mailboxes `age` seconds after its arrival."""
+        if self.recorder.on_result is not None:
+            for name in queues:
+                self.recorder.on_result(name, PLACES[Outcome.DELIVERED], 1, age)
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Attempt entries that were put as taken; recipients with the same route are attempted together."""
