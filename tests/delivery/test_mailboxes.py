@@ -11,6 +11,7 @@ from penstock.delivery.base import Delivery
 from penstock.delivery.maildir import MaildirDelivery, MaildirSettings
 from penstock.delivery.spool import Mailboxes, SpoolDelivery
 from penstock.message import Message, Recipient
+from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.spool import Spool, SpoolSettings
@@ -37,7 +38,7 @@ class Local(Relay):
         path = recipient.path
         return recipient._replace(path=path._replace(text=f"{path.local}@local.org", domain="local.org"))
 
-    def count_filed(self, queues: Sequence[str], age: float) -> None:
+    def note_filed(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
         self.counted += queues
 
 

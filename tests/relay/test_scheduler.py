@@ -802,13 +802,16 @@ async def test_it_knows_which_mail_may_be_written_to_mailboxes_now(tmp_path: Pat
         assert scheduler.are_mailboxes(["a.org"])
 
 
-async def test_what_clients_wrote_to_mailboxes_counts_as_delivered(tmp_path: Path) -> None:
+async def test_what_clients_wrote_to_mailboxes_is_journaled_and_counted_as_delivered(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         counted: list[tuple[str, int, int, float]] = []
-        relay.scheduler.count_filed(["a.org"], 0.5)  # without statistics
+        message = message_of("a@a.org", "b@b.org")
+        relay.scheduler.note_filed(message, ["a.org", "b.org"], Reply(250, "2.0.0", "Ok"))  # without statistics
         relay.recorder.on_result = lambda *args: counted.append(args)
-        relay.scheduler.count_filed(["a.org", "b.org"], 0.5)
-        assert counted == [("a.org", 0, 1, 0.5), ("b.org", 0, 1, 0.5)]
+        relay.scheduler.note_filed(message, ["a.org", "b.org"], Reply(250, "2.0.0", "Ok"))
+        assert [each[:3] for each in counted] == [("a.org", 0, 1), ("b.org", 0, 1)]
+        told = [(event["id"], event["to"], event["reply"]) for event in relay.events("delivered")]
+        assert told == [(message.id, ["a@a.org", "b@b.org"], "250 2.0.0 Ok")] * 2
 
 
 async def test_postmaster_without_a_domain_gets_the_first_domain(tmp_path: Path) -> None:

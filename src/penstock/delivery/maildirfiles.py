@@ -90,7 +90,8 @@ class MaildirFiles:
             for copy, content in zip(copies, contents, strict=False):
                 number = numbers.setdefault(copy.folder, len(folders))
                 if number == len(folders):
-                    folders.append((os.fsencode(copy.folder / "tmp"), os.fsencode(copy.folder / "new")))
+                    folder = os.fsencode(copy.folder)
+                    folders.append((folder + b"/tmp", folder + b"/new"))
                 files.append((number, group, name.encode(), content))
                 most -= isinstance(content, int) and content >= 0
         for group, error in enumerate(publish(folders, files, len(messages), self._is_synced)):

@@ -53,8 +53,8 @@ class Destinations(Protocol):
     def qualified(self, recipient: Recipient) -> Recipient:
         """Return a recipient with a domain: that of <Postmaster> is ours (RFC 5321 4.1.1.3)."""
 
-    def count_filed(self, queues: Sequence[str], age: float) -> None:
-        """Count recipients whose mail was written to mailboxes `age` seconds after its arrival."""
+    def note_filed(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
+        """Journal and count a message that was written to the mailboxes of its recipients."""
 
 
 class Mailboxes(NamedTuple):
@@ -138,7 +138,7 @@ class SpoolDelivery(Delivery):
         if not reply.accepts:
             return None
         self._space.count(message.size)
-        destinations.count_filed(queues, self._spool.now() - message.received_at)
+        destinations.note_filed(message, queues, reply)
         return reply
 
     def _queues(self, message: Message) -> list[str]:

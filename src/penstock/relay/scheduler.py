@@ -220,11 +220,14 @@ class Scheduler:
         """Return a recipient with a domain: <Postmaster> is the postmaster of the first configured domain."""
         return self._routes.qualified(recipient)
 
-    def count_filed(self, queues: Sequence[str], age: float) -> None:
-        """Count recipients whose mail was written to mailboxes `age` seconds after its arrival."""
+    def note_filed(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
+        """Journal and count a message that was written to the mailboxes of its recipients."""
+        age = self._clock() - message.received_at
         if self.recorder.on_result is not None:
             for name in queues:
                 self.recorder.on_result(name, PLACES[Outcome.DELIVERED], 1, age)
+        said = f"{reply.code} {reply.status} {reply.text}"
+        self.journal.delivered(message.id, message.envelope.recipients, "", said, 1, age)
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Attempt entries that were put as taken; recipients with the same route are attempted together."""
