@@ -5,6 +5,7 @@ Maildir and syncs before its 250). Each message has a number; senders record whi
 Meanwhile a scenario injects failures, at random moments from a seed and for a bounded time:
 
     kill     the gateway is killed with SIGKILL and restarted
+    mailbox  the same, without a next hop: it writes into a Maildir itself
     hop      the next hop is killed and restarted
     full     the spool is on a small file system that is filled and emptied by others
     write    some writes, syncs and opens below the spool fail with EIO or ENOSPC (an LD_PRELOAD library)
@@ -167,15 +168,16 @@ spool = { reserve_octets = 4_000_000, reserve_inodes = 0 }
 [relay.retry]
 schedule = [1.0]
 jitter = 0.5
-[[route]]
-next_hop = "smtp://127.0.0.1:{hop}"
-tls.mode = "none"
-limits = { breaker_pause = 0.2, breaker_longest = 1.0 }
+{route}
 [[listener]]
 address = "127.0.0.1:{port}"
 max_size = 0
 tls.mode = "none"
 """
+_ROUTE = """[[route]]
+next_hop = "smtp://127.0.0.1:{hop}"
+tls.mode = "none"
+limits = { breaker_pause = 0.2, breaker_longest = 1.0 }"""
 
 
 @dataclass
@@ -184,6 +186,8 @@ class Setup:
 
     gateway: Program
     hop: Program
+    end: Program
+    """The one of them in whose Maildir the mail arrives."""
     account: Account
     entrance: int
     """The port that senders connect to."""
@@ -322,7 +326,7 @@ def _arrived(setup: Setup) -> tuple[Arrivals, list[str]]:
     """Return how often each number has arrived for each recipient, and what is damaged."""
     counts: Arrivals = Counter()
     damaged = []
-    for path in (setup.hop.folder / "data" / "maildir" / "new").iterdir():
+    for path in (setup.end.folder / "data" / "maildir" / "new").iterdir():
         data = path.read_bytes()
         head, _, body = data.partition(b"\r\n\r\n")
         found = _NUMBER.search(head)
@@ -371,6 +375,7 @@ def _small_disk(folder: Path) -> Iterator[None]:
 
 SCENARIOS: dict[str, Callable[[Setup], None]] = {
     "kill": kill_gateway,
+    "mailbox": kill_gateway,
     "hop": kill_hop,
     "full": fill_disk,
     "write": wait_for_failures,
@@ -388,13 +393,16 @@ def run(name: str, failures: int, seed: int, folder: Path) -> list[str]:
         if name == "full":
             stack.enter_context(_small_disk(home / "data"))
         failing = FailingWrites(folder, home / "data" / "spool", rng.randrange(1 << 30)) if name == "write" else None
+        route = _ROUTE.replace("{hop}", str(way_out.port if way_out else hop.port))
         gateway = Program(
             home,
-            _GATEWAY.replace("{hop}", str(way_out.port if way_out else hop.port)),
+            _GATEWAY.replace("{route}", "" if name == "mailbox" else route),
             None if failing is None else failing.environment,
         )
         way_in = stack.enter_context(CuttingProxy(gateway.port, rng.randrange(1 << 30))) if name == "cut" else None
-        setup = Setup(gateway, hop, Account(seed), way_in.port if way_in else gateway.port, rng, failures)
+        entrance = way_in.port if way_in else gateway.port
+        end = gateway if name == "mailbox" else hop
+        setup = Setup(gateway, hop, end, Account(seed), entrance, rng, failures)
         for program in (hop, gateway):
             stack.callback(program.end)
             program.start()
