@@ -54,7 +54,7 @@ cdef object of_type(object type, tuple items):
 
 
 cdef size_t skip_local_part(const unsigned char *p, size_t at, size_t stop) noexcept:
-    """Return the end of the Dot-string that begins at `at` (RFC 5321 4.1.2), 0 when there is none."""
+    """Return the end of the Dot-string that begins at `at` (RFC 5321 4.1.2), 0 without one."""
     while at < stop and is_atext[p[at]]:
         at += 1
         if at < stop and p[at] == c'.':
@@ -65,7 +65,7 @@ cdef size_t skip_local_part(const unsigned char *p, size_t at, size_t stop) noex
 
 
 cdef size_t skip_domain(const unsigned char *p, size_t at, size_t stop) noexcept:
-    """Return the end of the Domain of letters, digits and hyphens that begins at `at`, 0 when there is none."""
+    """Return the end of the Domain of letters, digits and hyphens that begins at `at`, 0 without one."""
     cdef size_t label
     while True:
         label = at

@@ -47,7 +47,7 @@ def mark(run: str, number: int) -> str:
 
 
 def parse(text: str) -> Mark | None:
-    """Parse the tag at the end of a local part or another text; None if there is none.
+    """Parse the tag at the end of a local part or another text; None without a tag.
 
     >>> parse("news+seq-k3f9a2-1041")
     Mark(run='k3f9a2', number=1041)

@@ -129,7 +129,7 @@ class MaildirFiles:
 
 
 def make_maildir(folder: Path, *, is_synced: bool = True) -> None:
-    """Create a Maildir if there is none; with `is_synced` so that it survives a power failure. Raise OSError."""
+    """Create a Maildir if it is missing; with `is_synced` so that it survives a power failure. Raise OSError."""
     if all((folder / name).is_dir() for name in _FOLDERS):
         return
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]

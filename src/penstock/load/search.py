@@ -66,7 +66,7 @@ def _time_of_last(report: dict[str, Any], plan: Plan) -> float:
 
 
 def find_rate(trial: Callable[[float], Trial | None], first: float) -> Trial | None:
-    """Return the trial with the highest sustained rate; None if there is none.
+    """Return the trial with the highest sustained rate; None if no rate was sustained.
 
     `trial` runs a rate; it returns None when the user has stopped the search.
     """

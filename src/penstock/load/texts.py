@@ -69,7 +69,7 @@ def made(octets: int, *, chunking: bool) -> Text:
 
 
 def read_folder(folder: Path, *, chunking: bool) -> list[Text]:
-    """Return the *.eml files of a directory, with CR LF line ends. Raise PlanError if there are none."""
+    """Return the *.eml files of a directory, with CR LF line ends. Raise PlanError if it has no such file."""
     texts = []
     for path in sorted(folder.glob("*.eml")):
         data = path.read_bytes()

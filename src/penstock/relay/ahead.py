@@ -33,7 +33,7 @@ class Map(Protocol):
         """Return the route of a domain if it is known without a DNS query."""
 
     async def find_route(self, domain: str) -> Route:
-        """Return the route of a domain. Raise an exception when there is none."""
+        """Return the route of a domain. Raise an exception if the domain has no route."""
 
 
 class Callahead:

@@ -101,7 +101,7 @@ class JobSource(Protocol):
     """Where a connection gets its jobs: the pool. None of these may block or raise."""
 
     def next_job(self) -> Job | None:
-        """Return the next job, None if there is none now."""
+        """Return the next job, None if no job waits now."""
 
     def release(self, job: Job) -> None:
         """Take a job back after a transaction: it is done, or has recipients left for another one."""
@@ -284,7 +284,7 @@ class HopConnection:
         return True
 
     def _open_next(self) -> bytes:
-        """Begin with the next job that this hop can take. Return what is to be sent, b"" if there is none."""
+        """Begin with the next job that this hop can take. Return what is to be sent, b"" without such a job."""
         session = self._session
         while session.can_begin and not self._is_worn and not self._is_ending:
             job = self._source.next_job()

@@ -439,7 +439,7 @@ class HostPool:
         return self._pool.may_connect(self) and self._connects.take(now)
 
     def next_job(self) -> Job | None:
-        """Return the next job, None if there is none, or not yet."""
+        """Return the next job, None if no job waits, or not yet."""
         while self._queue:
             if self._queue[0].is_abandoned:
                 self._queue.popleft()
@@ -695,7 +695,7 @@ class HostPool:
             self._pool.journal.hop_down(self.hop.name, text, round(self.breaker.until - now, 1))
 
     def retire_one(self) -> bool:
-        """Close a connection that rests. Return False if there is none."""
+        """Close a connection that rests. Return False if no connection rests."""
         for connection in self._resting:
             del self._resting[connection]
             connection.retire()

@@ -58,7 +58,7 @@ class _AcceptAll:
         return b"<%d.penstock@localhost>" % int.from_bytes(os.urandom(8)) if self.mechanism == "CRAM-MD5" else b""
 
     def _name(self) -> str:
-        """Return the name in the responses; "" if there is none."""
+        """Return the name in the responses; "" if they have no name."""
         first = self._responses[0]
         if self.mechanism == "PLAIN":  # authzid NUL authcid NUL password (RFC 4616 2)
             parts = first.split(b"\0")

@@ -89,7 +89,7 @@ class ReplyCount(msgspec.Struct, frozen=True, kw_only=True):
     """Number of replies of one kind."""
 
     phase: Annotated[str, Meta(description="A command, or one of: unknown, message, banner, unasked")]
-    code: Annotated[int, Meta(description="Reply code that a client can read; 0 if there is none")]
+    code: Annotated[int, Meta(description="Reply code that a client can read; 0 without a reply code")]
     status: Annotated[str | None, Meta(description="Enhanced status code, such as 2.1.0")]
     garbled: Annotated[
         str | None,

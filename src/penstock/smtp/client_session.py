@@ -381,7 +381,7 @@ class ClientTransaction:
         self.step = _MAIL
         self.mail_reply: ServerReply | None = None
         self.outcomes: list[ServerReply | None] = [None] * len(rcpts)
-        """For each recipient the reply that decided it; None as long as there is none."""
+        """For each recipient the reply that decided it; None until then."""
         self.accepted: list[int] = []
         """Recipients whose RCPT was accepted, by their position."""
         self.too_many: list[int] = []

@@ -208,7 +208,7 @@ def _is_hop(text: str, *, underscores: bool) -> bool:
 
 
 def _end_of_path(text: str) -> int:
-    """Return the index of the > that ends a path, which is not inside quotes; -1 when there is none."""
+    """Return the index of the > that ends a path, which is not inside quotes; -1 if it is missing."""
     is_quoted = False
     i = 1
     while i < len(text):

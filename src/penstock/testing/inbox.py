@@ -232,7 +232,7 @@ class Inbox(Sequence[ReceivedMessage]):
 
     @property
     def last(self) -> ReceivedMessage:
-        """The latest message. Raise IndexError if there is none."""
+        """The latest message. Raise IndexError if the inbox is empty."""
         with self._changed:
             if not self._messages:
                 raise IndexError("the inbox is empty")
@@ -257,7 +257,7 @@ class Inbox(Sequence[ReceivedMessage]):
     def latest(self, *, to: str | None = None, subject: str | None = None) -> ReceivedMessage:
         """Return the latest message, of those to a recipient, or with a part of the subject, if given.
 
-        Raise AssertionError, which shows what has arrived, if there is none.
+        Raise AssertionError, which shows what has arrived, if no message matches.
         """
         __tracebackhide__ = True
         found, what = self._sent(to, subject)
@@ -270,7 +270,7 @@ class Inbox(Sequence[ReceivedMessage]):
     ) -> list[ReceivedMessage]:
         """Check that messages were sent, and return them: to this recipient, with this part of the subject.
 
-        `count` is their exact number; without it, at least one. 0 asserts that there is none. Does not wait: see
+        `count` is their exact number; without it, at least one. 0 asserts that nothing matches. Does not wait: see
         `wait_for`. Raise AssertionError, which shows what has arrived.
         """
         __tracebackhide__ = True

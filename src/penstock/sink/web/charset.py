@@ -1,4 +1,4 @@
-"""Character sets of mail: labels as the WHATWG Encoding Standard defines them, with a guess where there is none."""
+"""Character sets of mail: labels as the WHATWG Encoding Standard defines them, and a guess for text without one."""
 
 from __future__ import annotations
 

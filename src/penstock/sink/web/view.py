@@ -341,7 +341,7 @@ def _event_value(name: str, parameters: str, value: str) -> str:
 
 
 def content(message: KeptMessage, number: int, work: Work) -> PartContent | None:
-    """Return a part whole, as its sender encoded it; None when there is none of that number."""
+    """Return a part whole, as its sender encoded it; None if no part has that number."""
     structure = mime.read(message.raw, work)
     if number >= len(structure.parts):
         return None
