@@ -8,6 +8,7 @@ memory, some do not; some commands arrive in two segments.
 Each server is a separate process and is reached over TCP, in plain text, by STARTTLS and by implicit TLS:
 
     spool, maildir, passthrough    `penstock serve` with this delivery
+    mailbox                        a bare `penstock serve`: the spool, and routes to mailboxes
     sink                           `penstock sink --keep mbox:FILE`
 
 each without a policy, and with policies that await at MAIL and RCPT, at the end of the message, and at all of them.
@@ -48,7 +49,7 @@ from tests.ports import free_port
 from bench.measure import Peer, Running, machine, running
 from bench.processes import ENVIRONMENT
 
-SERVERS: Final = ("spool", "maildir", "passthrough", "sink")
+SERVERS: Final = ("spool", "mailbox", "maildir", "passthrough", "sink")
 _CLIENTS: Final = 4
 """Sessions at a time."""
 _TIMEOUT: Final = 20.0
@@ -67,6 +68,7 @@ tls.mode = "implicit"
 """
 _DELIVERIES = {
     "spool": '[delivery]\nkind = "spool"\n[[route]]\nnext_hop = "smtp://127.0.0.1:{hop}"\n',
+    "mailbox": '[delivery]\nkind = "spool"\n',  # its default route leads to mailboxes
     "maildir": '[delivery]\nkind = "maildir"\n',
     "passthrough": '[delivery]\nkind = "passthrough"\n[[route]]\nnext_hop = "smtp://127.0.0.1:{hop}"\n',
     "sink": "",
