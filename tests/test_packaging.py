@@ -50,7 +50,7 @@ def test_every_public_name_can_be_imported() -> None:
 
 
 def test_dir_lists_the_public_names() -> None:
-    assert set(penstock.__all__) <= set(dir(penstock))
+    assert set(dir(penstock)) == set(penstock.__all__)
 
 
 def test_a_public_name_is_imported_at_its_first_use() -> None:

@@ -133,4 +133,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """Return the public names, those not yet imported among them."""
-    return sorted({*globals(), *__all__})
+    return list(__all__)
