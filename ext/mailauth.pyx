@@ -23,6 +23,16 @@ cdef inline bint is_blank(unsigned char c) noexcept:
     return c == 32 or c == 9 or c == 13 or c == 10
 
 
+cdef inline Py_ssize_t end_of_field(const unsigned char *p, Py_ssize_t i, Py_ssize_t n) noexcept:
+    """Return where the field that begins at `i` ends: behind a line that no folded one follows."""
+    cdef const unsigned char *found
+    while True:
+        found = <const unsigned char *>memchr(p + i, 10, n - i)
+        i = n if found == NULL else found - p + 1
+        if i >= n or (p[i] != 32 and p[i] != 9):
+            return i
+
+
 cdef class Field:
     """Position of a field in the header."""
 
@@ -54,11 +64,7 @@ cdef class Header:
         self._relaxed = {}
         while i < n:
             start = i
-            while True:
-                found = <const unsigned char *>memchr(p + i, 10, n - i)
-                i = n if found == NULL else found - p + 1
-                if i >= n or (p[i] != 32 and p[i] != 9):
-                    break
+            i = end_of_field(p, i, n)
             field = Field.__new__(Field)
             field.start = field.colon = start
             field.stop = i
@@ -140,36 +146,41 @@ cdef class Header:
         return self.octets[field.start:field.colon + 1] + value
 
 
-def milter_packets(Header header not None, bint keeps_blank):
-    """Return SMFIC_HEADER of the milter protocol for each field: its name and its value, each ended by NUL.
+cdef inline void put32(unsigned char *out, Py_ssize_t value) noexcept:
+    out[0], out[1], out[2], out[3] = (value >> 24) & 255, (value >> 16) & 255, (value >> 8) & 255, value & 255
+
+
+def milter_headers(bytes octets not None, bint keeps_blank):
+    """Return SMFIC_HEADER of the milter protocol for each field of a header: its name and its value, each ended by NUL.
 
     Lines of a value are separated by LF, as sendmail has them; `keeps_blank`: it keeps the blank after the colon.
     """
-    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(header.octets)
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(octets)
+    cdef const unsigned char *found
     cdef unsigned char *out
-    cdef Py_ssize_t at, end, stop, o
-    cdef Field field
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(octets), i = 0, start, at, end, stop, o
     cdef bytes made
     cdef list packets = []
-    for each in header.fields:
-        field = <Field>each
-        if field.colon == field.start:
-            continue            # a line without a colon
-        made = PyBytes_FromStringAndSize(NULL, field.stop - field.start + 7)
-        out = <unsigned char *>PyBytes_AS_STRING(made)
-        end = field.colon
-        while end > field.start and (p[end - 1] == 32 or p[end - 1] == 9):
+    while i < n:
+        start = i
+        i = end_of_field(p, i, n)
+        found = <const unsigned char *>memchr(p + start, 58, i - start)
+        if found == NULL or found == p + start:
+            continue            # a line without a colon, or without a name
+        end, at, stop = found - p, found - p + 1, i
+        while end > start and (p[end - 1] == 32 or p[end - 1] == 9):
             end -= 1
-        out[4] = c'L'
-        memcpy(out + 5, p + field.start, end - field.start)
-        o = 5 + end - field.start
-        out[o] = 0
-        o += 1
-        at, stop = field.colon + 1, field.stop
         while stop > at and (p[stop - 1] == 13 or p[stop - 1] == 10):
             stop -= 1
         if not keeps_blank and at < stop and (p[at] == 32 or p[at] == 9):
             at += 1
+        made = PyBytes_FromStringAndSize(NULL, end - start + stop - at + 7)
+        out = <unsigned char *>PyBytes_AS_STRING(made)
+        out[4] = c'L'
+        memcpy(out + 5, p + start, end - start)
+        o = 5 + end - start
+        out[o] = 0
+        o += 1
         while at < stop:
             if p[at] != 0 and not (p[at] == 13 and at + 1 < stop and p[at + 1] == 10):
                 out[o] = p[at]
@@ -177,15 +188,64 @@ def milter_packets(Header header not None, bint keeps_blank):
             at += 1
         out[o] = 0
         o += 1
-        out[0], out[1], out[2], out[3] = (
-            ((o - 4) >> 24) & 255, ((o - 4) >> 16) & 255, ((o - 4) >> 8) & 255, (o - 4) & 255
-        )
-        packets.append(made[:o])
+        put32(out, o - 4)
+        packets.append(made if o == PyBytes_GET_SIZE(made) else made[:o])
     return packets
 
 
-cdef inline void put32(unsigned char *out, Py_ssize_t value) noexcept:
-    out[0], out[1], out[2], out[3] = (value >> 24) & 255, (value >> 16) & 255, (value >> 8) & 255, value & 255
+def header_field(bytes name not None, bytes value not None, bint has_space):
+    """Return a field with CRLF; None if the name is none. A value of several lines is folded, whatever they begin with.
+
+    `has_space`: the value has what follows the colon.
+    """
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(name)
+    cdef const unsigned char *v = <const unsigned char *>PyBytes_AS_STRING(value)
+    cdef unsigned char *out
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(name), size = PyBytes_GET_SIZE(value), breaks = 0, at = 0, end, k, o
+    cdef bint is_first = True, is_empty
+    cdef bytes made
+    if not 0 < n <= 998:
+        return None
+    for k in range(n):
+        if not 33 <= p[k] <= 126 or p[k] == 58:
+            return None
+    while size > 0 and is_blank(v[size - 1]):
+        size -= 1
+    for k in range(size):
+        breaks += v[k] == 13 or v[k] == 10
+    made = PyBytes_FromStringAndSize(NULL, n + size + 2 * breaks + 4)    # a line end of one octet becomes CRLF and TAB
+    out = <unsigned char *>PyBytes_AS_STRING(made)
+    memcpy(out, p, n)
+    out[n] = 58
+    o = n + 1
+    if not has_space:
+        out[o] = 32
+        o += 1
+    while True:
+        end, is_empty = at, True
+        while end < size and v[end] != 13 and v[end] != 10:
+            if not (v[end] == 32 or 9 <= v[end] <= 12 or v[end] == 0):
+                is_empty = False
+            end += 1
+        if is_first or not is_empty:    # an empty line would end the header
+            while at < end and v[at] == 0:
+                at += 1
+            if not is_first:
+                out[o], out[o + 1] = 13, 10
+                o += 2
+                if v[at] != 32 and v[at] != 9:
+                    out[o] = 9
+                    o += 1
+            for k in range(at, end):
+                if v[k] != 0:
+                    out[o] = v[k]
+                    o += 1
+            is_first = False
+        if end == size:
+            break
+        at = end + 2 if v[end] == 13 and v[end + 1] == 10 else end + 1
+    out[o], out[o + 1] = 13, 10
+    return made[:o + 2]
 
 
 def milter_packet(bytes code not None, *parts):
@@ -220,17 +280,17 @@ def milter_macros(bytes code not None, values):
     cdef str name, value
     for name, value in values:
         if value:
-            parts.append(milter_text(name))
-            parts.append(milter_text(value))
+            parts += (name, "\0", value if "\0" not in value else value.replace("\0", ""), "\0")
     if not parts:
         return b""
-    return milter_packet(b"D", code, b"".join(parts))
+    return milter_packet(b"D", code, "".join(parts).encode("utf-8", "surrogateescape"))
 
 
 def milter_split(bytes octets not None, type packet not None, Py_ssize_t most):
     """Return the packets at the beginning of octets, how many octets they have, and the length of one that is invalid.
 
-    Each packet is made as a `packet`, a tuple of its code and its data. The invalid length is -1 if all are valid.
+    Each packet is made as a `packet`, a tuple of its code and its data; those about progress (SMFIR_PROGRESS) are left
+    out. The invalid length is -1 if all are valid.
     """
     cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(octets)
     cdef Py_ssize_t n = PyBytes_GET_SIZE(octets), at = 0, length
@@ -241,7 +301,8 @@ def milter_split(bytes octets not None, type packet not None, Py_ssize_t most):
             return found, at, length
         if at + 4 + length > n:
             break
-        found.append(tuple.__new__(packet, (octets[at + 4:at + 5], octets[at + 5:at + 4 + length])))
+        if p[at + 4] != c'p':
+            found.append(tuple.__new__(packet, (octets[at + 4:at + 5], octets[at + 5:at + 4 + length])))
         at += 4 + length
     return found, at, -1
 

@@ -16,6 +16,7 @@ from penstock.message import NO_PARAMETERS, Message, Recipient
 from penstock.policy import filters
 from penstock.policy.evidence import evidence_of
 from penstock.policy.milter import MilterCheck
+from penstock.policy.milterwire import Reader, packet
 from penstock.policy.settings import MilterSettings
 from penstock.reply import CHECK_FAILED, Reply
 from penstock.transaction import Transaction
@@ -505,6 +506,15 @@ async def test_what_would_be_done_is_journaled_in_monitor_mode() -> None:
 # ---- hostile filters
 
 STEPS = [b"O", b"C", b"H", b"M", b"R", b"T", b"L", b"N", b"B", b"E"]
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_progress_of_a_filter_is_no_answer(size: int) -> None:
+    reader, octets = Reader(), packet(b"p") + packet(b"c") + packet(b"p")
+    for at in range(0, len(octets), size):
+        reader.feed(octets[at : at + size])
+    assert reader.next() == (b"c", b"")
+    assert reader.is_empty
 
 
 @pytest.mark.parametrize("breaks", ["close", "cut", "hang", "nonsense", "progress"])

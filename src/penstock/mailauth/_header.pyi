@@ -84,10 +84,16 @@ class BodyCanonicalizer:
     def finish(self) -> None:
         """Take the end of the body: it ends in one CRLF, and an empty relaxed body is empty (RFC 6376 3.4.3, 3.4.4)."""
 
-def milter_packets(header: Header, keeps_blank: bool) -> list[bytes]:
-    """Return SMFIC_HEADER of the milter protocol for each field: its name and its value, each ended by NUL.
+def milter_headers(octets: bytes, keeps_blank: bool) -> list[bytes]:
+    """Return SMFIC_HEADER of the milter protocol for each field of a header: its name and its value, each ended by NUL.
 
     Lines of a value are separated by LF, as sendmail has them; `keeps_blank`: it keeps the blank after the colon.
+    """
+
+def header_field(name: bytes, value: bytes, has_space: bool) -> bytes | None:
+    """Return a field with CRLF; None if the name is none. A value of several lines is folded, whatever they begin with.
+
+    `has_space`: the value has what follows the colon.
     """
 
 def milter_packet(code: bytes, *parts: bytes) -> bytes:
@@ -102,6 +108,6 @@ def milter_macros(code: bytes, values: Iterable[tuple[str, str]]) -> bytes:
 def milter_split(octets: bytes, packet: type[T], most: int) -> tuple[list[T], int, int]:
     """Return the packets at the beginning of octets, how many octets they have, and the length of one that is invalid.
 
-    Each packet is made as a `packet`, a named tuple of its code and its data. A length is invalid if it is 0 or above
-    `most`; -1 if all are valid.
+    Each packet is made as a `packet`, a named tuple of its code and its data; those about progress (SMFIR_PROGRESS) are
+    left out. A length is invalid if it is 0 or above `most`; -1 if all are valid.
     """

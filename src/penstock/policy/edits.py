@@ -9,14 +9,12 @@ seen, as they are after its earlier changes.
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
-from penstock.mailauth.header import Header
+from penstock.mailauth._header import Header, header_field
 from penstock.message import Envelope, Message, Path, Recipient
 from penstock.policy.overlay import Edit, EditedBody
 
-_NAME: Final = re.compile(rb"[!-9;-~]{1,998}")
 MOST_FIELDS: Final = 10_000
 MOST_CHANGES: Final = 10_000
 """Of one filter to a message; a new body is one, in however many pieces."""
@@ -49,16 +47,10 @@ def make_field(name: bytes, value: bytes, *, has_space: bool = False) -> bytes:
 
     `has_space`: the value has what follows the colon.
     """
-    if not _NAME.fullmatch(name):
+    field = header_field(name, value, has_space)
+    if field is None:
         raise EditError(f"{name[:100]!r} is not the name of a header field")
-    separator = b":" if has_space else b": "
-    value = value.rstrip(b"\r\n\t ")
-    if b"\n" not in value and b"\r" not in value and b"\0" not in value:
-        return b"%b%b%b\r\n" % (name, separator, value)
-    lines = re.split(rb"\r\n|\r|\n", value.replace(b"\0", b""))
-    rest = [line for line in lines[1:] if line.strip()]  # an empty line would end the header
-    folded = [lines[0], *[line if line[:1] in (b" ", b"\t") else b"\t" + line for line in rest]]
-    return name + separator + b"\r\n".join(folded) + b"\r\n"
+    return field
 
 
 class MessageEditor:
@@ -83,7 +75,7 @@ class MessageEditor:
         self._octets = 0
         self._changes = 0
         self._sender: Path | None = None
-        self._recipients = list(message.envelope.recipients)
+        self._recipients = message.envelope.recipients
         self.has_changed = False
 
     def _split(self) -> None:
@@ -176,12 +168,12 @@ class MessageEditor:
         """Add a recipient; one that is there already is not added again."""
         self._count(len(recipient.text))
         if recipient not in [each.path for each in self._recipients]:
-            self._recipients.append(Recipient(recipient))
+            self._recipients += (Recipient(recipient),)
 
     def delete_recipient(self, recipient: Path) -> None:
         """Delete a recipient."""
         self._count(0)
-        self._recipients = [each for each in self._recipients if _key(each.path) != _key(recipient)]
+        self._recipients = tuple(each for each in self._recipients if _key(each.path) != _key(recipient))
 
     @property
     def has_recipients(self) -> bool:
@@ -235,7 +227,9 @@ class MessageEditor:
 
     def _envelope(self, envelope: Envelope) -> Envelope:
         sender = envelope.sender if self._sender is None else self._sender
-        return envelope._replace(sender=sender, recipients=tuple(self._recipients))
+        if sender is envelope.sender and self._recipients is envelope.recipients:
+            return envelope
+        return envelope._replace(sender=sender, recipients=self._recipients)
 
 
 def end_of_results(prefix: bytes) -> int:

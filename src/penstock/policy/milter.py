@@ -87,7 +87,10 @@ class _Dialog:
         self._hostname = hostname
         self._transaction = transaction
         self._reader = Reader()
-        self._out = bytearray()
+        self._out: list[bytes] = []
+        """Packets that are not sent yet."""
+        self._waiting = 0
+        """Octets of the body in them."""
         self._steps = 0
 
     async def run(self, job: _Job) -> Outcome:
@@ -123,10 +126,10 @@ class _Dialog:
         """Negotiate, and tell the filter about the client; `name` leads back to it, or is ""."""
         connection = self.connection
         if connection.state is None:
-            await self._send(wire.negotiation())
-            connection.state = wire.parse_negotiation(await self._receive())
+            connection.state = wire.parse_negotiation(await self._exchange(wire.negotiation()))
         else:
-            self._out += packet(b"K")  # the end of the dialog before, and a new client: together with the first step
+            # The end of the dialog before, and a new client: together with the first step.
+            self._out.append(packet(b"K"))
         assert isinstance(connection.state, int)
         self._steps = connection.state
         transaction, hostname = self._transaction, self._hostname
@@ -177,12 +180,13 @@ class _Dialog:
     async def _send_header(self, job: _Job) -> Packet | None:
         steps = self._steps
         if not steps & wire.NO_HEADERS:
-            ours = _without_received(job.message.prefix)
-            fields = [*wire.headers(ours, steps), *wire.headers(job.header, steps)]
+            fields = wire.headers(job.message.prefix, steps)
+            _leave_out_received(fields)
+            fields += wire.headers(job.header, steps)
             if steps & wire.NR_HEADER:
-                self._out += b"".join(fields)
-                fields = []
-            macro = macros(b"L", (("i", job.message.id),))
+                self._out += fields
+                fields.clear()
+            macro = macros(b"L", (("i", job.message.id),)) if fields else b""
             for field in fields:
                 decision = await self._ask(0, 0, macro + field)
                 macro = b""
@@ -209,9 +213,10 @@ class _Dialog:
 
     async def _send_piece(self, piece: bytes) -> Packet | None:
         """Send a part of the body; return the answer, None to continue."""
-        self._out += packet(b"B", piece)
+        self._out.append(packet(b"B", piece))
         if self._steps & wire.NR_BODY:
-            if len(self._out) >= _SEND:
+            self._waiting += len(piece)
+            if self._waiting >= _SEND:
                 await self._flush()
             return None
         answer = await self._exchange()
@@ -228,7 +233,7 @@ class _Dialog:
                 self._change(editor, answer)
             except EditError as exc:
                 raise MilterError(f"the filter wants a change that cannot be made: {exc}") from exc
-            answer = await self._receive()
+            answer = self._reader.next() or await self._receive()
         if answer.code != b"c":
             self._decision(answer)
         self.connection.can_be_kept = self._reader.is_empty
@@ -241,6 +246,8 @@ class _Dialog:
 
     def _decision(self, answer: Packet) -> Packet:
         if answer.code[0] not in _DECISIONS:
+            if answer.code in (b"4", b"f"):
+                raise MilterError("the filter is shutting down")
             raise MilterError(f"the filter answers with {answer.code!r}")
         return answer
 
@@ -261,13 +268,13 @@ class _Dialog:
         code, data = change
         has_space = bool(self._steps & wire.LEADING_SPACE)
         if code == b"h":
-            name, value = wire.strings(data, 2)
+            name, value = wire.strings(data)
             editor.add(make_field(name, value, has_space=has_space))
         elif code in (b"i", b"m"):
             if len(data) < 4:
                 raise MilterError(f"the filter sends a change of {len(data)} octets")
             index = int.from_bytes(data[:4], "big")
-            name, value = wire.strings(data[4:], 2)
+            name, value = wire.strings(data, 4)
             if code == b"i":
                 editor.insert(index, make_field(name, value, has_space=has_space))
             else:
@@ -288,38 +295,30 @@ class _Dialog:
         if self._steps & unwanted:
             return None
         if self._steps & without_reply:
-            self._out += out
+            self._out.append(out)
             return None
         answer = await self._exchange(out)
         return None if answer.code == b"c" else self._decision(answer)
 
     async def _exchange(self, out: bytes = b"") -> Packet:
-        self._out += out
+        self._out.append(out)
         await self._flush()
         return await self._receive()
 
     async def _flush(self) -> None:
-        out, self._out = self._out, bytearray()
-        await self._send(bytes(out))
-
-    async def _send(self, out: bytes) -> None:
+        out, self._waiting = b"".join(self._out), 0
+        self._out.clear()
         if out:
             await self.connection.send(out)
 
     async def _receive(self) -> Packet:
-        """Return the next packet that is not about progress."""
-        while True:
-            found = self._reader.next()
-            if found is None:
-                self._reader.feed(await self.connection.receive())
-            elif found.code in (b"4", b"f"):
-                raise MilterError("the filter is shutting down")
-            elif found.code != b"p":
-                return found
+        while (found := self._reader.next()) is None:
+            self._reader.feed(await self.connection.receive())
+        return found
 
     async def abort(self) -> None:
         """Give up the message. Raise FilterError."""
-        self._out += packet(b"A")
+        self._out.append(packet(b"A"))
         await self._flush()
 
     async def _abort(self) -> None:
@@ -400,24 +399,17 @@ def _mail_arguments(parameters: Envelope | MailParameters) -> Iterator[bytes]:
         yield text("SMTPUTF8")
 
 
-def _without_received(prefix: bytes) -> bytes:
-    """Return the fields that we add without the trace field: filters add one of their own from what they know."""
-    at = 0 if prefix.startswith(b"Received:") else prefix.find(b"\r\nReceived:") + 2
-    if at == 1:
-        return prefix
-    end = at
-    while True:  # the end of the field: a line that no folded one follows
-        end = prefix.find(b"\r\n", end) + 2
-        if end == 1:
-            return prefix[:at]
-        if prefix[end : end + 1] not in (b" ", b"\t"):
-            return prefix[:at] + prefix[end:].removesuffix(b"\r\n" if prefix.endswith(b"\r\n\r\n") else b"")
+def _leave_out_received(fields: list[bytes]) -> None:
+    """Drop the trace field from the packets of those that we add: filters add one of their own from what they know."""
+    for at, field in enumerate(fields):
+        if field.startswith(b"Received\0", 5):
+            del fields[at]
+            return
 
 
 def _path(data: bytes, *, can_be_null: bool = False) -> Path:
     """Return an address of the filter, with or without its angle brackets. Raise MilterError."""
-    (octets,) = wire.strings(data, 1)
-    address = octets.decode("utf-8", "replace").strip().removeprefix("<").removesuffix(">")
+    address = wire.strings(data)[0].decode("utf-8", "replace").strip().removeprefix("<").removesuffix(">")
     if can_be_null and not address:
         return Path("", "", "")
     path = parse_mailbox(address, smtputf8=True, tolerant=True)

@@ -11,10 +11,9 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from penstock.mailauth._header import (
-    Header,
+    milter_headers,
     milter_macros,
     milter_packet,
-    milter_packets,
     milter_split,
     milter_text,
 )
@@ -76,14 +75,14 @@ def connect(name: str, address: str, port: int) -> bytes:
 
 def headers(octets: bytes, steps: int) -> list[bytes]:
     """Return a packet for each field of a header that ends in CRLF."""
-    return milter_packets(Header(octets), bool(steps & LEADING_SPACE))
+    return milter_headers(octets, bool(steps & LEADING_SPACE))
 
 
 # ---- from the filter
 
 
 class Reader:
-    """Splits the input from a filter into packets."""
+    """Splits the input from a filter into packets. Those about its progress are left out."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -104,7 +103,8 @@ class Reader:
         found, end, self._invalid = milter_split(octets, Packet, MOST_OCTETS)
         self._packets += found
         self._rest = bytearray(octets[end:])
-        self._wanted = 4 + (int.from_bytes(self._rest[:4], "big") if len(self._rest) >= 4 else 0)
+        if self._rest:
+            self._wanted = 4 + (int.from_bytes(self._rest[:4], "big") if len(self._rest) >= 4 else 0)
 
     @property
     def is_empty(self) -> bool:
@@ -131,15 +131,15 @@ def parse_negotiation(found: Packet) -> int:
     return int(steps)
 
 
-def strings(data: bytes, count: int) -> list[bytes]:
-    """Return the first strings of a packet, b"" for those that it does not have."""
-    found = data.split(b"\0")
-    return (found + [b""] * count)[:count]
+def strings(data: bytes, start: int = 0) -> tuple[bytes, bytes]:
+    """Return the first two strings of a packet, b"" for those that it does not have. They begin at `start`."""
+    found = (data[start:] if start else data).split(b"\0", 2)
+    return found[0], found[1] if len(found) > 1 else b""
 
 
 def parse_reply(data: bytes) -> Reply:
     """Return the reply of SMFIR_REPLYCODE: "550 5.7.1 text", or several lines. Raise MilterError."""
-    lines = strings(data, 1)[0].decode("utf-8", "replace").replace("%%", "%").splitlines()
+    lines = strings(data)[0].decode("utf-8", "replace").replace("%%", "%").splitlines()
     code = lines[0][:3] if lines else ""
     if not code.isdecimal() or not code.isascii() or code[:1] not in "45" or any(line[:3] != code for line in lines):
         raise MilterError(f"the filter sends the reply {data[:100]!r}")
