@@ -21,11 +21,14 @@ static size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, 
 {
     const __m128i spaces = _mm_set1_epi8(' ');
     size_t i = 0, o = 0, end;
-    while (i + 16 <= n && o + 16 <= room) {
+    while (i + 17 <= n && o + 16 <= room) {
         __m128i octets = _mm_loadu_si128((const __m128i *)(p + i));
-        unsigned space = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(octets, spaces));
-        unsigned low = (unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_max_epu8(octets, spaces), spaces));
-        unsigned stop = (low & ~space) | (space & (low >> 1)) | (space & 0x8000u);
+        __m128i next = _mm_loadu_si128((const __m128i *)(p + i + 1));
+        __m128i space = _mm_cmpeq_epi8(octets, spaces);
+        __m128i low = _mm_cmpeq_epi8(_mm_max_epu8(octets, spaces), spaces);
+        __m128i low_next = _mm_cmpeq_epi8(_mm_max_epu8(next, spaces), spaces);
+        /* low, and not a space before something that is not low */
+        unsigned stop = (unsigned)_mm_movemask_epi8(_mm_andnot_si128(_mm_andnot_si128(low_next, space), low));
         _mm_storeu_si128((__m128i *)(out + o), octets);
         if (stop == 0) {
             i += 16;
