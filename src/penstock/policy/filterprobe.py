@@ -8,7 +8,7 @@ from typing import Final
 
 from penstock.policy import milterwire
 from penstock.policy.filters import FilterConnection, FilterError, FilterPool
-from penstock.policy.milterwire import MilterError, Reader
+from penstock.policy.milterwire import Reader
 from penstock.policy.rspamd import read_answer
 from penstock.policy.settings import PolicySettings
 from penstock.policy.units import Address, parse_addresses, parse_url
@@ -46,12 +46,9 @@ async def _probe(address: Address, talk: Talk) -> str:
 async def _negotiate(connection: FilterConnection) -> None:
     reader = Reader()
     await connection.send(milterwire.negotiation())
-    try:
-        while (found := reader.next()) is None:
-            reader.feed(await connection.receive())
-        milterwire.parse_negotiation(found)
-    except MilterError as exc:
-        raise FilterError(str(exc)) from exc
+    while (found := reader.next()) is None:
+        reader.feed(await connection.receive())
+    milterwire.parse_negotiation(found)
     await connection.send(milterwire.packet(b"Q"))
 
 

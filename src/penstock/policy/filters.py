@@ -136,18 +136,22 @@ class FilterPool:
         raise FilterError(f"no answer within {self._deadline:g} s")
 
     async def _talk(self, address: Address, dialog: Callable[[FilterConnection], Awaitable[T]]) -> T:
-        breaker = self._breakers[address]
-        if breaker.blocks(trio.current_time()):
+        breaker, now = self._breakers[address], trio.current_time()
+        if breaker.blocks(now):
             raise FilterError("it has failed repeatedly and is not asked for a while")
         breaker.probe()
         is_decided = False
         try:
             while True:
-                connection = self._take_idle(address) or await self.connect(address)
+                connection = self._take_idle(address, now) or await self.connect(address)
+                connection.has_answered = connection.can_be_kept = False
                 try:
-                    result = await self._use(connection, dialog)
+                    result = await dialog(connection)
                 except StaleError:
                     continue  # at most once for each kept connection
+                finally:
+                    if not connection.is_lent:
+                        self._put_back(connection)
                 is_decided = True
                 if connection.is_lent:
                     breaker.abandon()  # the filter has not decided anything yet
@@ -161,14 +165,6 @@ class FilterPool:
         finally:
             if not is_decided:  # cancelled: by the deadline, or by the end of the server
                 breaker.failed(trio.current_time())
-
-    async def _use(self, connection: FilterConnection, dialog: Callable[[FilterConnection], Awaitable[T]]) -> T:
-        connection.has_answered = connection.can_be_kept = False
-        try:
-            return await dialog(connection)
-        finally:
-            if not connection.is_lent:
-                self._put_back(connection)
 
     async def lend(self, dialog: Callable[[FilterConnection], Awaitable[T]]) -> T | None:
         """Return the result of the beginning of a dialog, which keeps its connection: `take_back` must follow.
@@ -218,9 +214,9 @@ class FilterPool:
         else:
             connection.close()
 
-    def _take_idle(self, address: Address) -> FilterConnection | None:
+    def _take_idle(self, address: Address, now: float) -> FilterConnection | None:
         idle = self._idle[address]
-        oldest = trio.current_time() - _IDLE_SECONDS
+        oldest = now - _IDLE_SECONDS
         while idle and idle[0].idle_since < oldest:
             idle.pop(0).close()
         return idle.pop() if idle else None

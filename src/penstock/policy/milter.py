@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -65,8 +64,7 @@ class Outcome(NamedTuple):
     verdict: Reply | Mark | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(NamedTuple):
     """A message that a filter is asked about."""
 
     message: Message
@@ -94,7 +92,7 @@ class _Dialog:
         self._steps = 0
 
     async def run(self, job: _Job) -> Outcome:
-        """Hold the whole dialog about a message. Raise FilterError or MilterError."""
+        """Hold the whole dialog about a message. Raise FilterError."""
         envelope = job.message.envelope
         iprev = self._transaction.results.iprev
         decision = await self.begin("" if iprev is None else iprev.name)
@@ -354,7 +352,7 @@ class _Early:
         self._recipients: list[Path] = []
 
     async def tell_sender(self, sender: Path, parameters: MailParameters) -> Packet | None:
-        """Begin a message; return what decides about the sender. Raise FilterError or MilterError."""
+        """Begin a message; return what decides about the sender. Raise FilterError."""
         self.is_busy = True
         if self.has_begun:
             await self.dialog.abort()
@@ -365,7 +363,7 @@ class _Early:
         return decision
 
     async def tell_recipient(self, path: Path) -> Packet | None:
-        """Tell a recipient; return what decides about it. Raise FilterError or MilterError."""
+        """Tell a recipient; return what decides about it. Raise FilterError."""
         if self.message is not None:
             return None
         self.is_busy = True
@@ -383,7 +381,7 @@ class _Early:
         return self._sender == envelope.sender and self._recipients == [each.path for each in envelope.recipients]
 
     async def finish(self, job: _Job) -> Outcome:
-        """Return the result for the message. Raise FilterError or MilterError."""
+        """Return the result for the message. Raise FilterError."""
         self.is_busy, self.has_begun = True, False
         outcome = await self.dialog.finish(job, self.message)
         self.is_busy = False
@@ -505,7 +503,7 @@ class MilterCheck(Check):
                     return True
             finally:
                 connection.close()
-        except (FilterError, MilterError):
+        except FilterError:
             pass
         return False if answers == 2 else None
 
@@ -536,7 +534,7 @@ class MilterCheck(Check):
             with trio.fail_after(self._deadline):
                 decision = await tell()
             refusal = None if decision is None or decision.code in _ON_MESSAGE else _refusal(decision)
-        except (FilterError, MilterError, trio.TooSlowError):
+        except (FilterError, trio.TooSlowError):
             self._fail_early(transaction)
             return None
         early = self._early_of(transaction)
@@ -571,10 +569,7 @@ class MilterCheck(Check):
     async def _open(self, transaction: Transaction, hello: object, name: str, connection: FilterConnection) -> _Early:
         """Tell a filter about a client, on a connection that is lent."""
         early = _Early(_Dialog(connection, self._hostname, transaction), hello)
-        try:
-            early.client = await early.dialog.begin(name)
-        except MilterError as exc:
-            raise FilterError(str(exc)) from exc
+        early.client = await early.dialog.begin(name)
         return early
 
     def _drop(self, transaction: Transaction) -> None:
@@ -591,16 +586,11 @@ class MilterCheck(Check):
         """Ask the filter about a message. Raise FilterError."""
         header, rest = await split_body(message)
         job = _Job(message, header, rest)
-
-        async def talk(connection: FilterConnection) -> Outcome:
-            try:
-                return await _Dialog(connection, self._hostname, transaction).run(job)
-            except MilterError as exc:
-                raise FilterError(str(exc)) from exc
-
         outcome = await self._finish_early(transaction, job)
         if outcome is None:
-            outcome = await self._pool.talk(talk)
+            outcome = await self._pool.talk(
+                lambda connection: _Dialog(connection, self._hostname, transaction).run(job)
+            )
         self._has_worked.set()
         if isinstance(outcome.verdict, Mark) and not self._can_hold:
             return _REJECTED.because(f"{self.name} wants it held, and there is no spool")
@@ -625,7 +615,7 @@ class MilterCheck(Check):
         except trio.TooSlowError as exc:
             self._fail_early(transaction)
             raise FilterError(f"no answer within {self._deadline:g} s") from exc
-        except (FilterError, MilterError):
+        except FilterError:
             self._fail_early(transaction)
             return None
         self._pool.note_success(early.dialog.connection)

@@ -17,6 +17,7 @@ from penstock.mailauth._header import (
     milter_split,
     milter_text,
 )
+from penstock.policy.filters import FilterError
 from penstock.reply import Reply
 
 VERSION: Final = 6
@@ -43,7 +44,7 @@ _NEGOTIATION: Final = struct.Struct("!III")
 _STATUS: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?: |\Z)")
 
 
-class MilterError(Exception):
+class MilterError(FilterError):
     """A filter does not follow the protocol, or is not available."""
 
 
