@@ -132,6 +132,8 @@ def line(double when, str event not None, long long session, peer, tuple values 
         put_accepted(&line, values)
     elif event == "delivered":
         put_delivered(&line, values)
+    elif event == "judged":
+        put_judged(&line, values)
     elif event == "disconnected":
         put_disconnected(&line, values)
     elif event == "connected":
@@ -182,6 +184,23 @@ cdef int put_delivered(Line *line, tuple values) except -1:
     put(line, b'","attempts":', 13)
     put_number(line, attempts)
     put_seconds(line, seconds)
+    return 0
+
+
+cdef int put_judged(Line *line, tuple values) except -1:
+    message_id, verdict, score, checks = values
+    if not checks or not -1e9 < score < 1e9:    # larger numbers have an exponent
+        line.is_plain = False
+        return 0
+    put(line, b'","id":"', 8)
+    put_text(line, message_id)
+    put(line, b'","verdict":"', 13)
+    put_text(line, verdict)
+    put(line, b'","score":', 10)
+    put_text(line, repr(score))
+    put(line, b',"checks":"', 11)
+    put_text(line, checks)
+    put(line, b'"', 1)
     return 0
 
 

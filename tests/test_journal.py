@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from typing import Literal
 
@@ -115,6 +116,9 @@ def test_compiled_lines_equal_those_of_the_python_code(text: str, count: int, se
                 journal.accepted(1, peer, MessageId("A"), sender, [Recipient(path(text))] * count, 3, reply)
         journal.accepted(1, peer, MessageId("A"), path("a@b"), [Recipient(path("c@d"))] * count, 3, OK)
         journal.disconnected(1, peer, 1, 0, 100, seconds, "QUIT")
+        for score in (0, 2.5, -0.0, seconds, -seconds, 1e300, math.inf, math.nan):
+            journal.judged(1, peer, "A", "accept", score, "spf=pass,dkim=pass:example.org")
+        journal.judged(1, peer, "A", "accept", 0, text)
         lines.append([json.loads(line) for line in journal.drain().splitlines()])
     for compiled, general in zip(*lines, strict=True):
         assert general.pop("proxy") == "192.0.2.9"
