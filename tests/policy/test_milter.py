@@ -320,6 +320,14 @@ async def test_connections_are_kept_if_the_filter_can(keeps: bool) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_progress_of_a_filter_does_not_say_that_it_keeps_connections() -> None:
+    milter = FakeMilter(NO_REPLIES, {b"C": answer(b"p") + answer(b"c")}, keeps=False)
+    async with milter.serving():
+        check = check_for(milter)
+        (address,) = check._pool.addresses
+        assert await check._keeps_connections(address) is False
+
+
 async def test_a_filter_that_comes_later_is_found_out_then(autojump_clock: trio.testing.MockClock) -> None:
     milter = FakeMilter(NO_REPLIES)
     async with milter.serving(), trio.open_nursery() as nursery:
