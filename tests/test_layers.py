@@ -73,7 +73,7 @@ LONGEST_FUNCTION = 80
 """Lines."""
 BORROWED = {
     "server/_pump.pyi": {"CLOSED", "NEED_DATA", "TURN_OVER", "BeginData", "EndOfMessage", "replies"},
-    "net/_poller.pyi": {"reschedule", "notify_closing", "trio", "Value", "Error"},
+    "net/_poller.pyi": {"deque", "reschedule", "notify_closing", "trio", "Value", "Error"},
     "smtp/_grammar.pyi": {"NO_PARAMETERS", "Mail", "MailParameters", "Path", "Recipient", "Reply", "replies"},
 }  # fmt: skip
 """Names that compiled modules import from elsewhere."""
