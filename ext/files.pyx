@@ -102,6 +102,7 @@ cdef struct File:
     int count
     int fd
     bint is_there
+    bint is_renamed
 
 
 cdef struct Batch:
@@ -125,8 +126,8 @@ def publish(list folders, list files, int groups, bint is_synced):
     `folders` has pairs of paths: where files are written, and where they are renamed to. `files` has tuples: the number
     of the pair, the number of the group, the name, and the content as a list of bytes; or, if the unfinished file has
     been written already, its descriptor, which is closed, or -1 if it has been synced and closed. With `is_synced`,
-    what is created is on stable storage. Releases the interpreter lock. If no file of a group could be renamed, none of
-    its files is left behind.
+    what is created is on stable storage. Releases the interpreter lock. If a file of a group could not be created, none
+    of its files is left behind.
     """
     cdef Batch batch
     cdef Py_ssize_t most = 0
@@ -195,6 +196,8 @@ cdef void create(Batch *batch, bint is_synced) noexcept nogil:
         finish(batch, &batch.files[number])
     if is_synced:
         sync_folders(batch)
+    for number in range(batch.file_count):
+        withdraw(batch, &batch.files[number])
     for number in range(batch.device_count):
         close(batch.devices[number].fd)
 
@@ -321,12 +324,20 @@ cdef void finish(Batch *batch, File *file) noexcept nogil:
     if batch.errors[file.group] == 0:
         if join(new_path, folder.finished_path, file.name):
             if renameat(AT_FDCWD, path, AT_FDCWD, new_path) == 0:
-                folder.is_changed = True
+                folder.is_changed = file.is_renamed = True
                 return
             fail(batch, file.group, errno)
         else:
             fail(batch, file.group, ENAMETOOLONG)
     unlink(path)
+
+
+cdef void withdraw(Batch *batch, File *file) noexcept nogil:
+    """Remove a file that was renamed before its group failed: whoever wanted it written tries again."""
+    cdef char[PATH_OCTETS] path
+    if file.is_renamed and batch.errors[file.group]:
+        join(path, batch.folders[file.folder].finished_path, file.name)
+        unlink(path)
 
 
 cdef void sync_folders(Batch *batch) noexcept nogil:

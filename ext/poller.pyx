@@ -26,7 +26,7 @@ Rules
 3. A turn that raises wakes its task with the exception. A task that was cancelled has no protocol any more.
 4. One socket normally gets one receive in a `poll`; one that has more to give comes again after the others, and so does
    a protocol that has left input unread (`wants_turn`). However many these are, the kernel is asked again after
-   MOST_TIME: a client that sends one command waits for a few turns of others, not for a turn of each.
+   MOST_TIME: a client that sends one command waits for a few of their turns, not for a turn of each.
 5. Watches are found by descriptor. An event for a descriptor that was closed, and perhaps reused, wakes a task
    without need, which receives nothing and waits again.
 """
@@ -295,15 +295,15 @@ cdef class Poller:
         cdef Py_ssize_t left = len(again)
         cdef bint had_input
         if ready < 0:
-            if errno == EINTR:
-                return 0
-            PyErr_SetFromErrno(OSError)
+            if errno != EINTR:
+                PyErr_SetFromErrno(OSError)
+            ready = found = 0
         outputs = self.outputs = []
         while left:
             left -= 1
             found += 1
             watch = again.popleft()
-            watch.waits_again = False
+            watch.is_queued = False
             if watch.protocol is None:
                 continue
             if watch.protocol.wants_turn:
@@ -422,8 +422,8 @@ cdef class Poller:
             if answer:
                 outputs.append(watch)
                 outputs.append(answer)
-            if (watch.protocol.wants_turn or watch.is_readable) and not watch.waits_again:
-                watch.waits_again = True
+            if (watch.protocol.wants_turn or watch.is_readable) and not watch.is_queued:
+                watch.is_queued = True
                 self.again.append(watch)
         return 0
 

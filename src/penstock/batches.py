@@ -7,8 +7,10 @@ files together.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Generic, TypeVar
@@ -51,6 +53,13 @@ class BatchThread(Generic[Job, Result]):
         self._over = trio.Event()
         self.is_closed = False
         """Takes no more jobs."""
+        self._begun = math.inf
+        """When the current batch was begun; infinity while the thread waits. Written by the thread."""
+
+    @property
+    def busy_for(self) -> float:
+        """Seconds for which the thread has worked on its current batch; 0 while it waits for jobs."""
+        return max(0.0, time.monotonic() - self._begun)
 
     def put(self, job: Job) -> None:
         """Have a job done. Raise trio.ClosedResourceError after `aclose`, RuntimeError if there is no thread."""
@@ -78,7 +87,9 @@ class BatchThread(Generic[Job, Result]):
         while not is_last:
             batch, is_last = self._next_batch()
             if batch:
+                self._begun = time.monotonic()
                 results = self._work(batch)
+                self._begun = math.inf
                 with suppress(trio.RunFinishedError):  # the loop has crashed, and no task waits any more
                     self._token.run_sync_soon(self._answer, batch, results)
                 if self._rest is not None:

@@ -107,8 +107,8 @@ class DeliverySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kind: Annotated[
         str,
         Meta(
-            description="spool: on stable storage before the 250, in the Maildir if the routes of all recipients lead "
-            "there, otherwise in the spool, from which it is delivered according to the routes; "
+            description="spool: on stable storage before the 250, in the spool, from which it is delivered according "
+            "to the routes, or already in the Maildir if they lead all recipients there; "
             "jetstream: on stable storage of a majority of the servers of [jetstream] before the 250, or "
             "in the spool if they do not answer; passthrough: sent to the next hop before the 250, or "
             "spooled if that is slow or down; maildir: written to the Maildir before the 250; discard: "

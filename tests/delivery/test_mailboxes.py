@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import trio
 
-from penstock.delivery.base import Delivery
 from penstock.delivery.maildir import MaildirDelivery, MaildirSettings
-from penstock.delivery.spool import Mailboxes, SpoolDelivery
+from penstock.delivery.spool import SpoolDelivery
 from penstock.message import Message, Recipient
 from penstock.reply import Reply
 from penstock.spool.bodies import StoredBody
@@ -34,12 +35,14 @@ class Local(Relay):
     def are_mailboxes(self, queues: Sequence[str]) -> bool:
         return set(queues) == {"local.org"}
 
-    def qualified(self, recipient: Recipient) -> Recipient:
-        path = recipient.path
-        return recipient._replace(path=path._replace(text=f"{path.local}@local.org", domain="local.org"))
-
-    def note_filed(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
+    def note_delivered(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
         self.counted += queues
+
+
+class Mailboxes(Recorder):
+    """Mailboxes on a disk that has been writing for a while."""
+
+    busy_for = 0.0
 
 
 def message_to(*recipients: str, notify: str = "") -> Message:
@@ -58,15 +61,16 @@ async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
     await spool.aclose()
 
 
-def delivery_into(spool: Spool, mailboxes: Delivery, relay: Local | None = None) -> SpoolDelivery:
-    relay = relay or Local()
-    space = DiskSpace(Path(), reserve_octets=0, reserve_inodes=0)
-    return SpoolDelivery(spool, relay, space, Mailboxes(mailboxes, relay))
+def delivery_into(spool: Spool, mailboxes: Mailboxes | MaildirDelivery, relay: Local | None = None) -> SpoolDelivery:
+    return SpoolDelivery(spool, relay or Local(), DiskSpace(Path(), reserve_octets=0, reserve_inodes=0), mailboxes)
 
 
-async def places(spool: Spool, message: Message, transaction: Transaction = TRANSACTION) -> tuple[int, int]:
+async def places(
+    spool: Spool, message: Message, transaction: Transaction = TRANSACTION, *, busy_for: float = 0.0
+) -> tuple[int, int]:
     """Return how many copies of a message went to the mailboxes, and how many messages are in the spool."""
-    mailboxes = Recorder()
+    mailboxes = Mailboxes()
+    mailboxes.busy_for = busy_for
     assert (await delivery_into(spool, mailboxes).accept(message, transaction)).accepts
     return len(mailboxes.delivered), await spool.count()
 
@@ -103,28 +107,63 @@ async def test_mail_that_is_not_in_memory_goes_into_the_spool(spool: Spool) -> N
     assert await places(spool, message) == (0, 1)
 
 
-@pytest.mark.parametrize("kind", ["full", "broken"])
-async def test_what_cannot_be_written_goes_into_the_spool(spool: Spool, kind: str) -> None:
-    delivery = delivery_into(spool, Recorder(kind))
-    assert (await delivery.accept(message_to("a@local.org"), TRANSACTION)).accepts
+async def test_large_mail_and_mail_for_many_goes_into_the_spool(spool: Spool) -> None:
+    """So that the clients whose mail is written together need not wait for it."""
+    assert await places(spool, message_to(*(f"r{n}@local.org" for n in range(50)))) == (1, 0)
+    many = message_to(*(f"r{n}@local.org" for n in range(51)))
+    large = message_to("a@local.org", "b@local.org")._replace(body=StoredBody(bytes(600_000)))
+    assert await places(spool, many) == (0, 1)
+    assert await places(spool, large) == (0, 2)
+
+
+async def test_mail_goes_into_the_spool_while_the_disk_of_the_mailboxes_hangs(spool: Spool) -> None:
+    assert await places(spool, message_to("a@local.org"), busy_for=0.9) == (1, 0)
+    assert await places(spool, message_to("a@local.org"), busy_for=1.1) == (0, 1)
+
+
+class SlowBody(StoredBody):
+    """A body that is only there when it was released."""
+
+    released = threading.Event()
+
+    def chunks(self) -> Iterator[bytes]:
+        assert self.released.wait(60)
+        return super().chunks()
+
+
+async def test_a_maildir_delivery_knows_for_how_long_it_has_been_writing(tmp_path: Path) -> None:
+    delivery, body = MaildirDelivery(MaildirSettings(), tmp_path), SlowBody(b"text")
+    async with trio.open_nursery() as nursery:
+        assert delivery.busy_for == 0
+        nursery.start_soon(delivery.accept, message_to("a@local.org")._replace(body=body), TRANSACTION)
+        with trio.fail_after(60):
+            while not delivery.busy_for:
+                await trio.lowlevel.checkpoint()
+        body.released.set()
+    await delivery.aclose()
+    assert delivery.busy_for == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"), [("full", "Insufficient system storage"), ("broken", "OSError: the disk is on fire")]
+)
+async def test_what_cannot_be_written_is_spooled_and_the_reply_says_why(spool: Spool, kind: str, cause: str) -> None:
+    reply = await delivery_into(spool, Mailboxes(kind)).accept(message_to("a@local.org"), TRANSACTION)
+    assert reply.accepts
+    assert reply.cause.startswith("the mailbox could not be written: ")
+    assert cause in reply.cause
     assert await spool.count() == 1
 
 
-async def test_postmaster_without_a_domain_has_the_mailbox_of_our_postmaster(spool: Spool, tmp_path: Path) -> None:
-    delivery = delivery_into(spool, MaildirDelivery(MaildirSettings(path="{domain}/{local}"), tmp_path))
-    await delivery.start()
+async def test_mail_for_postmaster_without_a_domain_goes_into_the_spool(spool: Spool) -> None:
     message = message_to("a@local.org")
     postmaster = Recipient(message.envelope.sender._replace(text="postmaster", local="postmaster", domain=""))
     envelope = message.envelope._replace(recipients=(postmaster,))
-    assert (await delivery.accept(message._replace(envelope=envelope), TRANSACTION)).accepts
-    await delivery.aclose()
-    (file,) = (tmp_path / "local.org" / "postmaster" / "new").iterdir()
-    assert b"Delivered-To: postmaster@local.org\r\n" in file.read_bytes()
-    assert await spool.count() == 0
+    assert await places(spool, message._replace(envelope=envelope)) == (0, 1)
 
 
 async def test_a_recipient_that_is_named_twice_gets_one_copy_and_counts_once(spool: Spool) -> None:
-    mailboxes, relay = Recorder(), Local()
+    mailboxes, relay = Mailboxes(), Local()
     await delivery_into(spool, mailboxes, relay).accept(message_to("a@local.org", "a@local.org"), TRANSACTION)
     assert [each["recipients"] for each in mailboxes.delivered] == ["a@local.org"]
     assert relay.counted == ["local.org"]

@@ -18,6 +18,7 @@ CASES = {
     "second copy": Case(("fdatasync", ENOSPC, 3, 3), folders=2, without_syncfs=True),
     "syncfs": Case(("syncfs", EIO, 0, 99)),
     "rename": Case(("renameat", EIO, 1, 1)),
+    "second rename": Case(("renameat", EIO, 3, 3), folders=2),
     "all writes": Case(("writev", ENOSPC, 0, 99), folders=2),
     "folder": Case(("fsync", EIO, 0, 0)),
     "no descriptor": Case(("open a folder", EMFILE, 1, 1), messages=1),
@@ -45,6 +46,10 @@ def test_a_message_that_fails_affects_no_other(ended: dict[str, Ended], name: st
 
 def test_a_copy_that_cannot_be_synced_keeps_back_the_other(ended: dict[str, Ended]) -> None:
     assert ended["second copy"] == Ended([0, ENOSPC, 0, 0, 0, 0], 10, 0)
+
+
+def test_a_copy_that_cannot_be_renamed_takes_back_the_other(ended: dict[str, Ended]) -> None:
+    assert ended["second rename"] == Ended([0, EIO, 0, 0, 0, 0], 10, 0)
 
 
 def test_a_single_message_that_cannot_be_synced_leaves_nothing(ended: dict[str, Ended]) -> None:

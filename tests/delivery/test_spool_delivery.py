@@ -15,7 +15,7 @@ import trio.testing
 
 from penstock.delivery.base import ChecksCapacity
 from penstock.delivery.spool import SpoolDelivery
-from penstock.message import Recipient
+from penstock.message import Message, Recipient
 from penstock.reply import Reply
 from penstock.spool.diskspace import DiskSpace
 from penstock.spool.entry import Entry
@@ -44,6 +44,12 @@ class Relay:
 
     def offer(self, entries: Sequence[Entry]) -> None:
         self.offered += entries
+
+    def are_mailboxes(self, queues: Sequence[str]) -> bool:
+        return False
+
+    def note_delivered(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
+        """Note nothing."""
 
 
 @asynccontextmanager

@@ -790,7 +790,7 @@ async def test_a_mailbox_that_cannot_be_written_is_tried_again(
         assert [event["hop"] for event in relay.events("attempted")] == ["maildir"]
 
 
-async def test_it_knows_which_mail_may_be_written_to_mailboxes_now(tmp_path: Path) -> None:
+async def test_mail_for_mailboxes_is_known(tmp_path: Path) -> None:
     routes = [{"domains": ["x.org"], "next_hop": "smtp://hop"}, {"domains": ["y.org"], "next_hop": "mx"}]
     async with relaying(tmp_path, routes=[*routes, {"next_hop": "maildir"}]) as relay:
         scheduler = relay.scheduler
@@ -802,13 +802,13 @@ async def test_it_knows_which_mail_may_be_written_to_mailboxes_now(tmp_path: Pat
         assert scheduler.are_mailboxes(["a.org"])
 
 
-async def test_what_clients_wrote_to_mailboxes_is_journaled_and_counted_as_delivered(tmp_path: Path) -> None:
+async def test_what_was_written_to_mailboxes_is_noted_as_delivered(tmp_path: Path) -> None:
     async with relaying(tmp_path) as relay:
         counted: list[tuple[str, int, int, float]] = []
         message = message_of("a@a.org", "b@b.org")
-        relay.scheduler.note_filed(message, ["a.org", "b.org"], Reply(250, "2.0.0", "Ok"))  # without statistics
+        relay.scheduler.note_delivered(message, ["a.org", "b.org"], Reply(250, "2.0.0", "Ok"))  # without statistics
         relay.recorder.on_result = lambda *args: counted.append(args)
-        relay.scheduler.note_filed(message, ["a.org", "b.org"], Reply(250, "2.0.0", "Ok"))
+        relay.scheduler.note_delivered(message, ["a.org", "b.org"], Reply(250, "2.0.0", "Ok"))
         assert [each[:3] for each in counted] == [("a.org", 0, 1), ("b.org", 0, 1)]
         told = [(event["id"], event["to"], event["reply"]) for event in relay.events("delivered")]
         assert told == [(message.id, ["a@a.org", "b@b.org"], "250 2.0.0 Ok")] * 2

@@ -15,7 +15,7 @@ from penstock.config import Settings
 from penstock.delivery.base import Delivery
 from penstock.delivery.maildir import MaildirDelivery
 from penstock.delivery.passthrough import PassthroughDelivery
-from penstock.delivery.spool import Mailboxes, SpoolDelivery
+from penstock.delivery.spool import SpoolDelivery
 from penstock.dns import MailExchangers, Resolver
 from penstock.files import make_folders
 from penstock.journal import Journal
@@ -122,7 +122,7 @@ def make_gateway(
     passthrough = Callahead(pool, routes, suspended=lambda: scheduler.suspended)
     passthrough.on_result = None if counters is None else counters.attempted
     # A thread of its own: large messages that the relay writes keep no client waiting.
-    mailboxes = Mailboxes(MaildirDelivery(settings.delivery.maildir, data_dir), scheduler)
+    mailboxes = MaildirDelivery(settings.delivery.maildir, data_dir)
     delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space, mailboxes)
     if node is not None:
         delivery = make_replicated(settings, node, scheduler, disk_space, counters)

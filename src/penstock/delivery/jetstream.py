@@ -90,6 +90,13 @@ class _NoRelay:
     def offer(self, _entries: Sequence[Entry]) -> None:
         """Not called."""
 
+    def are_mailboxes(self, _queues: Sequence[str]) -> bool:
+        """Not asked."""
+        return False
+
+    def note_delivered(self, _message: Message, _queues: Sequence[str], _reply: Reply) -> None:
+        """Not called."""
+
 
 class JetStreamDelivery(Delivery):
     """Its 250 promises that a majority of the servers, or the local spool, has the message on stable storage."""

@@ -100,6 +100,11 @@ class MaildirDelivery(Delivery):
         """
         self._thread.put(_Job(message, done))
 
+    @property
+    def busy_for(self) -> float:
+        """Seconds for which the messages that are being written have been: many if the disk is slow, or hangs."""
+        return self._thread.busy_for
+
     async def aclose(self) -> None:
         """Finish the deliveries in progress."""
         await self._thread.aclose()

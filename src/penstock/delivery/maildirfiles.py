@@ -144,5 +144,6 @@ def sweep(folder: Path) -> None:
     """Remove the files that a crash has left unfinished in the `tmp` of a Maildir. Raise OSError."""
     oldest = time.time() - _STALE
     for path in (folder / "tmp").iterdir():
-        if path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # others deliver meanwhile
+            if path.stat().st_mtime < oldest:
+                path.unlink()

@@ -24,7 +24,7 @@ cdef class Watch:
     cdef public bint is_writable
     cdef public bint has_hung_up
     cdef bint looks_for_room
-    cdef bint waits_again
+    cdef bint is_queued  # in `again`
     cdef public object reader
     cdef public object writer
     cdef public Protocol protocol

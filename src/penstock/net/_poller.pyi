@@ -95,7 +95,7 @@ class Poller:
         """Handle the sockets that have become ready: take their turns, or wake their tasks.
 
         Asks the kernel again, for up to a millisecond, until nothing is ready: the tasks that are woken have their turn
-        together. Return 0 when nothing is ready.
+        together. Return 0 when nothing is ready, and no socket has more to give.
         """
     def close(self) -> None:
         """Close the set."""

@@ -216,18 +216,17 @@ class Scheduler:
                 return False
         return True
 
-    def qualified(self, recipient: Recipient) -> Recipient:
-        """Return a recipient with a domain: <Postmaster> is the postmaster of the first configured domain."""
-        return self._routes.qualified(recipient)
-
-    def note_filed(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
-        """Journal and count a message that was written to the mailboxes of its recipients."""
+    def note_delivered(self, message: Message, queues: Sequence[str], reply: Reply) -> None:
+        """Journal and count a message that was written to the mailboxes of its recipients. Does not raise."""
         age = self._clock() - message.received_at
-        if self.recorder.on_result is not None:
-            for name in queues:
-                self.recorder.on_result(name, PLACES[Outcome.DELIVERED], 1, age)
-        said = f"{reply.code} {reply.status} {reply.text}"
-        self.journal.delivered(message.id, message.envelope.recipients, "", said, 1, age)
+        try:
+            if self.recorder.on_result is not None:
+                for name in queues:
+                    self.recorder.on_result(name, PLACES[Outcome.DELIVERED], 1, age)
+            text = f"{reply.code} {reply.status} {reply.text}"
+            self.journal.delivered(message.id, message.envelope.recipients, "", text, 1, age)
+        except Exception as exc:  # noqa: BLE001 - rule 6
+            self.journal.error(0, "relay", exc)
 
     def offer(self, entries: Sequence[Entry]) -> None:
         """Attempt entries that were put as taken; recipients with the same route are attempted together."""
