@@ -92,14 +92,14 @@ async def latency(servers: NatsServers, folder: Path, rate: int = 2000, seconds:
 async def accept(servers: NatsServers, folder: Path, messages: int, rounds: int) -> None:
     """Print rate and CPU of both deliveries, and the medians of their ratios."""
     rates, costs = [], []
-    async with made(servers, folder, partitions=64, lease=10.0, max_octets=2 << 30) as (_, settings):
-        table = configuration(settings)
-        for number in range(rounds):
+    for number in range(rounds):
+        # With streams of its own for each round: a node that loads what was sent before does that at the same time.
+        async with made(servers, folder, partitions=64, lease=10.0, max_octets=2 << 30) as (_, settings):
             found = {}
-            for kind, text in (("spool", _SERVER), ("jetstream", f'{table}node = "n{number}"\n')):
+            for kind, text in (("spool", _SERVER), ("jetstream", configuration(settings) + f'node = "n{number}"\n')):
                 with serving(folder / f"{kind}{number}", text) as server:
                     if kind == "jetstream":
-                        await trio.sleep(2)  # it takes over the partitions of the previous node
+                        await trio.sleep(2)  # it takes over the partitions
                     rate, cost = await trio.to_thread.run_sync(send, server, messages)
                 found[kind] = rate, cost
                 print(f"{kind:12}{rate:>9,.0f}/s {cost:>6.0f} us", flush=True)
