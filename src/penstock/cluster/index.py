@@ -1,16 +1,21 @@
 """The index of the partitions that this node relays: the tables of the spool, without bodies, on the local disk.
 
-It is thrown away at the start and rebuilt from the stream, so it is never synced. The column `prefix` of a message has
-its place in the stream; the header fields and the body are read from the stream for each attempt.
+It is thrown away at the start and rebuilt from the stream, so it is never synced, and what was accepted is written some
+time later, with much else in one transaction. The column `prefix` of a message has its place in the stream; the header
+fields and the body are read from the stream for each attempt.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
+
+import outcome
+import trio
 
 from penstock.cluster.layout import Place, RecipientState
+from penstock.spool.committer import Committer
 from penstock.spool.entry import ATTEMPTING, DUE, Put, Recovered
 from penstock.spool.store import INSERT_MESSAGE, INSERT_RECIPIENT, PLACES, Store, add_message, encode_dsn
 
@@ -19,6 +24,12 @@ _KEY: Final = struct.Struct(">HQ")
 _RESERVED: Final = (1 << PLACES) - 1
 _ROW_OCTETS: Final = 1000
 """About what a message takes in the log of the database."""
+_DELAY: Final = 0.1
+"""Seconds that messages wait for others, to be written together..."""
+_TOGETHER: Final = 500
+"""...and how many messages at most."""
+
+T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -249,3 +260,64 @@ class IndexStore(Store):
 
     def _range(self, partition: int) -> tuple[bytes, bytes]:
         return _KEY.pack(partition, 0), _KEY.pack(partition + 1, 0)
+
+
+class IndexCommitter(Committer):
+    """Writes what was accepted many messages at a time, but before anything else is done with the index.
+
+    The stream has them: nothing waits for these transactions, which cost less the fewer they are.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float],
+        report_bug: Callable[[Exception], None],
+        *,
+        on_failure: Callable[[Sequence[Put], Exception], None],
+    ) -> None:
+        """See `Committer`. `on_failure` gets messages that could not be written."""
+        super().__init__(store, clock, report_bug, most_waiting=0, most_octets=0)  # these are bounds of `put`
+        self._on_failure = on_failure
+        self._puts: list[Put] = []
+        self._has_some = trio.Event()
+
+    async def run(self) -> None:
+        """Write what was accepted, until cancelled. Without this, it is written when the index is used or closed."""
+        while True:
+            await self._has_some.wait()
+            await trio.sleep(_DELAY)
+            self.flush()
+
+    def add(self, put: Put) -> None:
+        """Have a message written."""
+        puts = self._puts
+        puts.append(put)
+        if len(puts) == 1:
+            self._has_some.set()
+        elif len(puts) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have the messages written that wait."""
+        puts = self._puts
+        if not puts:
+            return
+        self._puts = []
+        self._has_some = trio.Event()
+
+        def done(result: outcome.Outcome[None]) -> None:
+            if isinstance(result, outcome.Error) and isinstance(result.error, Exception):
+                self._on_failure(puts, result.error)
+
+        super().do_later(lambda store: store.put(puts, self._clock()), done)
+
+    def do_later(self, act: Callable[[Store], T], done: Callable[[outcome.Outcome[Any]], None]) -> None:
+        """Execute a function on the index. See `Committer.do_later`."""
+        self.flush()
+        super().do_later(act, done)
+
+    async def aclose(self) -> None:
+        """Execute the requests made so far, then end the thread."""
+        self.flush()
+        await super().aclose()

@@ -232,8 +232,10 @@ def is_gone(exc: ApiError) -> bool:
     return exc.is_not_found or "not found" in str(exc)
 
 
-def acknowledged(answer: Message, subject: str) -> int:
-    """Return the sequence in the answer to a publish. Raise ApiError if it is a refusal."""
+def acknowledged(answer: Message | NatsError, subject: str) -> int:
+    """Return the sequence in the answer to a publish, 0 for another request. Raise NatsError if that has failed."""
+    if isinstance(answer, NatsError):
+        raise answer
     return read_ack(answer, subject).seq
 
 

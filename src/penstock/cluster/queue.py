@@ -10,7 +10,8 @@ How a message comes into the index
 2. Its partition is taken over (`_load`): the stream is read, up to a marker that this node writes first. What was
    acknowledged before the marker is before it in the stream. A server that lags may still show what others have
    deleted: what is not known to the leader is left out.
-3. It was accepted by another node, or its acknowledgment was lost: `_follow` reads what has come since the last marker.
+3. It was accepted by another node, or its acknowledgment was lost: `_follow` reads what has come since the last marker,
+   unless this node has got acknowledgments of all of that.
 
 A message of the kinds 2 and 3 may be published again by the node that waits for its acknowledgment, even when it was
 relayed long since: for an hour a marker takes its place, and refuses that.
@@ -30,8 +31,8 @@ from typing import BinaryIO, Final
 import trio
 from crc32c import crc32c
 
-from penstock.cluster.index import Change, IndexStore, Loaded, Planned, pack, unpack
-from penstock.cluster.jetstream import PAGE, ApiError, JetStream, Stored, acknowledged, is_gone, refusal
+from penstock.cluster.index import Change, IndexCommitter, IndexStore, Loaded, Planned, pack, unpack
+from penstock.cluster.jetstream import PAGE, ApiError, JetStream, Stored, acknowledged, is_gone
 from penstock.cluster.layout import (
     FULL,
     PIECES_WAIT,
@@ -137,6 +138,9 @@ class ReplicatedQueue(Spool):
     ) -> None:
         """`folder` is for the index. `patience`: see Writer; `interval`: seconds between two looks at the stream."""
         super().__init__(settings, folder, store=IndexStore(folder))
+        self._committer = self._accepted = IndexCommitter(
+            self._store, self._clock, self._report_bug, on_failure=self._not_indexed
+        )
         self.domain_of: Callable[[Recipient], str] = _no_domain
         """Returns the domain whose queue a recipient waits in."""
         self.withdraw: Callable[[Collection[int]], Sequence[Entry]] = _withdraw_nothing
@@ -165,6 +169,7 @@ class ReplicatedQueue(Spool):
         """Those that are loaded; None if that has changed."""
         self._seen: dict[int, int] = {}
         """The sequence of the last marker by stream: what comes before it is in the index, or was left out."""
+        self._known: dict[int, set[int]] = {}  # the sequences since then that this node has written, by stream
         self._left_out: dict[int, set[str]] = {}
         """The ids of messages whose state could not be read when their partition was loaded."""
         self._pending: dict[str, bool] = {}
@@ -180,8 +185,7 @@ class ReplicatedQueue(Spool):
         self._gone: dict[int, set[int]] = {}
         """Recipients of partitions that were taken from the relay, and that the index may still have."""
         self._drop_now = trio.Event()
-        self._collections = itertools.count()
-        """Numbers of files that pieces are written into."""
+        self._collections = itertools.count()  # numbers of files that pieces are written into
         self._complaint = ""
         self._ending = _Ending()
 
@@ -207,6 +211,7 @@ class ReplicatedQueue(Spool):
     async def run(self) -> None:
         """Load partitions, look for what others have accepted, and give partitions up, until cancelled."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._accepted.run)
             nursery.start_soon(self._keep_measuring)
             nursery.start_soon(self._keep_dropping, nursery)
             nursery.start_soon(self._keep_listening)
@@ -379,9 +384,8 @@ class ReplicatedQueue(Spool):
         if self._owned.get(partition) != _ACTIVE:
             self._announce(partition)
             return []
-        # With the time of its number in the index: the clock may have been set since the message was received.
-        message = message._replace(received_at=self._clock())
         if place.is_uncertain or place.pieces:
+            message = message._replace(received_at=self._clock())
             return await self._written(partition, message, queues, Written(place, text))
         return self._add_accepted(place, text, message, queues, is_taken=is_taken)
 
@@ -394,13 +398,20 @@ class ReplicatedQueue(Spool):
         self, place: Place, text: bytes, message: Message, queues: Sequence[str], *, is_taken: bool
     ) -> list[Entry]:
         """Write a message that was acknowledged just now into the index; return its entries if it is taken."""
-        number = self._store.new_number()
-        put = Put(number, self._indexed(message, place), None if place.pieces else b"", queues, is_taken)
-        self._committer.put_later(put, partial(self._after_put, place.partition))
+        # With the time of its number in the index: the clock may have been set since the message was received.
+        number, now = self._store.new_number(), self._clock()
+        indexed = Message(message.id, message.envelope, pack(place), CountedBody(message.body.size), now)
+        self._accepted.add(Put(number, indexed, None if place.pieces else b"", queues, is_taken))
+        self._note_known(place.partition, place.sequence)
         if is_taken:
+            message = message._replace(received_at=now)
             return self._entries(Put(number, message, text[len(message.prefix) :], queues, is_taken))
         self.became_due(queues)
         return []
+
+    def _note_known(self, partition: int, sequence: int) -> None:
+        """Note that `_follow` need not read this: it is in the index, or was, or is no message."""
+        self._known.setdefault(partition % self._layout.streams, set()).add(sequence)
 
     async def _write(self, partition: int, message: Message, patience: float) -> Written:
         """Write a message into the stream. What was found there meanwhile has no place: it is in the index."""
@@ -444,10 +455,9 @@ class ReplicatedQueue(Spool):
         queues = [self.domain_of(recipient) for recipient in envelope.recipients]
         await self._written(partition, message, queues, written)
 
-    def _after_put(self, partition: int, result: object) -> None:
-        """Read a partition again if a message could not be written into the index."""
-        error = getattr(result, "error", None)
-        if error is not None:
+    def _not_indexed(self, puts: Sequence[Put], error: Exception) -> None:
+        """Read partitions again of which messages could not be written into the index."""
+        for partition in {unpack(put.message.prefix).partition for put in puts}:
             self._load_again(partition, error)
 
     def _load_again(self, partition: int, error: Exception) -> None:
@@ -494,7 +504,9 @@ class ReplicatedQueue(Spool):
 
     async def _mark(self, stream: int) -> int:
         """Write our marker into a stream, and return its sequence."""
-        return await self._jetstream.publish(self._layout.marker(stream, self._node), b"", b"NATS/1.0\r\n\r\n")
+        sequence = await self._jetstream.publish(self._layout.marker(stream, self._node), b"", b"NATS/1.0\r\n\r\n")
+        self._note_known(stream, sequence)
+        return sequence
 
     async def _read(
         self, stream: int, subjects: Iterable[str], start: int, until: int
@@ -773,20 +785,27 @@ class ReplicatedQueue(Spool):
             mine = [partition for partition in self.owned if partition % self._layout.streams == stream]
             if not mine:
                 self._seen.pop(stream, None)
+                self._known.pop(stream, None)
                 continue
             subjects = [self._layout.message(partition, "*") for partition in mine]
             until = await self._mark(stream)
+            await trio.lowlevel.checkpoint()  # tasks whose messages were acknowledged before the marker note that now
             start = self._seen.get(stream, 0) + 1
+            known = self._known.setdefault(stream, set())
             if until < start:
                 start = 1  # the stream was made again, or restored from a backup
-            async with aclosing(self._read(stream, subjects, start, until)) as batches:
-                async for batch in batches:
-                    contents = _Contents(self._layout)
-                    contents.add(batch)
-                    messages, errors = contents.read(contents.messages)
-                    self._note_damage(errors)
-                    added += await self._add_found(stream, messages)
+                known.clear()
+            here = sum(start <= sequence < until for sequence in known)
+            if here < until - start:  # otherwise nothing has come but what this node has written
+                async with aclosing(self._read(stream, subjects, start, until)) as batches:
+                    async for batch in batches:
+                        contents = _Contents(self._layout)
+                        contents.add([stored for stored in batch if stored.sequence not in known])
+                        messages, errors = contents.read(contents.messages)
+                        self._note_damage(errors)
+                        added += await self._add_found(stream, messages)
             self._seen[stream] = until
+            known.difference_update([sequence for sequence in known if sequence <= until])
         return added
 
     async def _add_found(self, stream: int, messages: Sequence[StoredMessage]) -> int:
@@ -1032,17 +1051,20 @@ class ReplicatedQueue(Spool):
             waiting = []
             failed: NatsError | None = None
             for (each, request), answer in zip(requests, answers, strict=True):
-                error = refusal(answer, request.subject)
-                is_state = bool(each.states)
-                if error is None:
-                    if is_state and isinstance(answer, NatsMessage):
-                        places.append((each.number, each.place._replace(state_sequence=_sequence(answer))))
-                elif isinstance(error, ApiError) and (error.number == WRONG_LAST_SEQUENCE or is_gone(error)):
-                    if is_state:
-                        merged = await self._merge(each)
-                        waiting += [] if merged is None else [merged]
-                else:
-                    failed = error
+                try:
+                    sequence = acknowledged(answer, request.subject)
+                except NatsError as error:
+                    if isinstance(error, ApiError) and (error.number == WRONG_LAST_SEQUENCE or is_gone(error)):
+                        if each.states:
+                            merged = await self._merge(each)
+                            waiting += [] if merged is None else [merged]
+                    else:
+                        failed = error
+                    continue
+                if sequence:  # 0 is that of a deletion
+                    self._note_known(each.place.partition, sequence)
+                if each.states:
+                    places.append((each.number, each.place._replace(state_sequence=sequence)))
             if failed is not None:
                 raise failed
             if not waiting:
@@ -1185,10 +1207,6 @@ def _discard(file: BinaryIO, path: Path) -> None:
 
 def _deletion(stream: str, sequence: int) -> Request:
     return Request(f"$JS.API.STREAM.MSG.DELETE.{stream}", b'{"seq":%d,"no_erase":true}' % sequence)
-
-
-def _sequence(answer: NatsMessage) -> int:
-    return acknowledged(answer, "state")
 
 
 def _no_domain(_: Recipient) -> str:
