@@ -11,20 +11,21 @@ import pytest
 import trio
 from bench.nats_servers import NatsServers
 
-from penstock.cluster.index import IndexCommitter, IndexStore, pack
+from penstock.cluster.index import IndexCommitter, IndexStore, Loaded, pack, unpack
 from penstock.cluster.jetstream import Stored
-from penstock.cluster.layout import Place
+from penstock.cluster.layout import Place, RecipientState
 from penstock.cluster.queue import ReplicatedQueue
 from penstock.message import CountedBody
-from penstock.spool.entry import Put
+from penstock.spool.entry import DUE, HELD, Put
 from tests.cluster.nodes import PATIENCE, NextHop, gateway, made, next_hop, node_of, owns, send, until
 from tests.contracts.delivery import make_message
 
 
-def _put(number: int, size: int | None = 10) -> Put:
+def _put(number: int, size: int | None = 10, recipients: tuple[str, ...] = ("b@example.org",)) -> Put:
     place = Place(0, number, 0, 0, 0, 0, 0, False)
-    message = make_message(b"")._replace(prefix=pack(place), body=CountedBody(size))  # type: ignore[arg-type]
-    return Put(number, message, b"", ["example.org"])
+    message = make_message(b"", recipients=recipients)
+    message = message._replace(prefix=pack(place), body=CountedBody(size))  # type: ignore[arg-type]
+    return Put(number, message, b"", ["example.org"] * len(recipients))
 
 
 @asynccontextmanager
@@ -66,6 +67,30 @@ async def test_messages_that_cannot_be_written_are_reported(tmp_path: Path) -> N
         committer.add(_put(2, size=None))
         assert await committer.do(lambda _: store.count(0)) == 0
     assert failed == [1, 2]
+
+
+def test_what_another_node_has_put_off_for_too_long_follows_the_schedule(tmp_path: Path) -> None:
+    """Its clock may have been ahead."""
+    now, day = 1e9, 86_400.0
+    states = [
+        RecipientState(0, DUE, now + 30 * day, 1, False, ""),
+        RecipientState(1, DUE, now + 30 * day, 7, False, ""),
+        RecipientState(2, DUE, now + 1250, 7, False, ""),
+        RecipientState(3, HELD, now + 30 * day, 1, False, ""),
+    ]
+    recipients = tuple(f"{state.place}@example.org" for state in states)
+    store = IndexStore(tmp_path / "index")
+    store.open()
+    try:
+        with store.transaction():
+            assert store.reschedule(now, (600.0, 1200.0), 1300.0) == 0
+            put = _put(1, recipients=recipients)
+            store.load([Loaded(put, unpack(put.message.prefix), states)], now)
+            found = store._database.execute("SELECT due_at - ? FROM recipient ORDER BY number", (now,)).fetchall()
+            assert [seconds for (seconds,) in found] == [600, 1200, 1250, 30 * day]
+            assert store.next_due() == now + 600
+    finally:
+        store.close()
 
 
 async def test_what_this_node_has_accepted_is_not_read_from_the_stream(

@@ -8,7 +8,7 @@ fields and the body are read from the stream for each attempt.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import outcome
@@ -69,6 +69,10 @@ def unpack(data: bytes) -> Place:
 class IndexStore(Store):
     """The tables of the index."""
 
+    _waits: Sequence[float] = (0.0,)
+    _longest = float("inf")
+    """The schedule, as `reschedule` got it."""
+
     def open(self) -> Recovered:
         """Create the tables. Raise OSError, sqlite3.Error or SpoolError."""
         recovered = super().open()
@@ -115,13 +119,29 @@ class IndexStore(Store):
         With `is_new` none of them is here, and that is not looked up.
         """
         new = []
-        for each in loaded:
+        for each in self._on_schedule(loaded, now):
             number = None if is_new else self._number(each.place)
             if number is None:
                 new.append(each)
             elif restores:
                 self._restore(number, each, now)
         self._put_loaded(new, now)
+
+    def _on_schedule(self, loaded: Sequence[Loaded], now: float) -> Iterator[Loaded]:
+        """Yield messages as they are due by the schedule: the clock of the node that has written this may be ahead."""
+        latest = now + self._longest
+        for each in loaded:
+            states = each.states
+            if states is not None and any(state.due_at > latest for state in states):
+                states = [self._sooner(state, now) if state.due_at > latest else state for state in states]
+                yield each._replace(states=states)
+            else:
+                yield each
+
+    def _sooner(self, state: RecipientState, now: float) -> RecipientState:
+        """Return a recipient with the due time that `Store.reschedule` would give it."""
+        wait = self._waits[min(max(state.attempts, 1), len(self._waits)) - 1]
+        return state._replace(due_at=now + wait) if state.state == DUE else state
 
     def _put_loaded(self, loaded: Sequence[Loaded], now: float) -> None:
         """Insert messages that are not here with the recipients that are left: some statements for all of them."""
@@ -167,6 +187,11 @@ class IndexStore(Store):
         )
 
     # ---- what changes
+
+    def reschedule(self, now: float, waits: Sequence[float], longest: float) -> int:
+        """See `Store.reschedule`. What is loaded later is due by the same schedule."""
+        self._waits, self._longest = tuple(waits), longest
+        return super().reschedule(now, waits, longest)
 
     def plan(self, changes: dict[int, Change]) -> list[Planned]:
         """Return what becomes of the messages of these recipients. Changes nothing."""
