@@ -124,6 +124,23 @@ async def test_a_held_message_is_held_by_the_next_owner(servers: NatsServers, tm
         assert hop.begun == 0
 
 
+async def test_what_was_accepted_just_now_is_listed(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.cluster.index._DELAY", PATIENCE)
+    hop = NextHop(waits=trio.Event())
+    async with (
+        made(servers, tmp_path, lease=60, patience=PATIENCE) as (_, settings),
+        next_hop(tmp_path, hop) as url,
+        gateway(tmp_path, settings, url, "g1") as server,
+    ):
+        await owns(server, 4)
+        name = (await send(server, "text")).split()[-1]
+        assert name in await Operator(tmp_path, settings).run("spool", "list", "--cluster")
+        assert hop.waits is not None
+        hop.waits.set()
+
+
 async def test_what_is_suspended_is_suspended_on_all_nodes_for_good(servers: NatsServers, tmp_path: Path) -> None:
     hop = NextHop()
     async with made(servers, tmp_path, partitions=2) as (_, settings), next_hop(tmp_path, hop) as url:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -72,12 +72,15 @@ class IndexAdmin(QueueAdmin):
 class AdminService:
     """Answers the requests to a node."""
 
-    def __init__(self, client: NatsClient, subject: str, folder: Path, journal: Journal) -> None:
-        """`folder` has the index."""
+    def __init__(
+        self, client: NatsClient, subject: str, folder: Path, journal: Journal, settle: Callable[[], Awaitable[None]]
+    ) -> None:
+        """`folder` has the index; `settle` returns once all that was accepted before is in it."""
         self._client = client
         self._subject = subject
         self._folder = folder
         self._journal = journal
+        self._settle = settle
 
     async def run(self) -> None:
         """Answer until cancelled."""
@@ -89,6 +92,7 @@ class AdminService:
     async def _answer(self, message: Message, limit: trio.CapacityLimiter) -> None:
         try:
             request = msgspec.json.decode(message.data, type=_Request)
+            await self._settle()
             answers = await trio.to_thread.run_sync(self._act, request, limiter=limit, abandon_on_cancel=True)
         except Exception as exc:  # noqa: BLE001 - whatever a request does, the node goes on
             self._journal.error(0, "operators", exc)

@@ -92,7 +92,7 @@ class Node:
         self.keeper.spooled = lambda: self._spooled
         self.keeper.report = partial(journal.error, 0, "leases")
         self.forwarder = Forwarder(spool, self, journal)
-        self._admin = AdminService(self._client, layout.operations(name), data_dir / index, journal)
+        self._admin = AdminService(self._client, layout.operations(name), data_dir / index, journal, self.queue.settle)
         self._is_first = index == "index"
         """This is the only worker of the server, or its first one, which counts what others have found."""
         self.exchange = Exchange(jetstream, layout, node=name, machine=settings.node_name, report=self._report_exchange)

@@ -413,6 +413,10 @@ class ReplicatedQueue(Spool):
         """Note that `_follow` need not read this: it is in the index, or was, or is no message."""
         self._known.setdefault(partition % self._layout.streams, set()).add(sequence)
 
+    async def settle(self) -> None:
+        """Return once all that was accepted before is in the index. Raise OSError or sqlite3.Error."""
+        await self._committer.do(lambda _: None)
+
     async def _write(self, partition: int, message: Message, patience: float) -> Written:
         """Write a message into the stream. What was found there meanwhile has no place: it is in the index."""
         self._pending[message.id] = False
