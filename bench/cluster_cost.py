@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 import trio
+from crc32c import crc32c
 from tests.cluster.nodes import gateway, made, node_of
 from tests.contracts.delivery import make_message
 from tests.e2e.running import Server, serving
@@ -131,14 +132,14 @@ async def rebuild(servers: NatsServers, folder: Path, messages: int) -> None:
     """Print how fast an index is rebuilt."""
     async with made(servers, folder, partitions=64, lease=10.0, max_octets=6 << 30) as (jetstream, settings):
         layout = Layout(settings.name, streams=1, partitions=64)
-        pattern = make_message(b"x" * 100)
-        headers = message_headers(pattern, *encode_envelope(pattern.envelope), crc=1, pieces=0)
+        pattern, text = make_message(b"x" * 100), b"x" * 100
+        headers = message_headers(pattern, *encode_envelope(pattern.envelope), crc=crc32c(text), pieces=0)
         for start in range(0, messages, 2000):
             requests = []
             for number in range(start, min(messages, start + 2000)):
                 name = f"{number:020d}"
                 mine = headers.replace(pattern.id.encode(), name.encode())
-                requests.append(Request(layout.message(number % 64, name), b"y" * 100, mine))
+                requests.append(Request(layout.message(number % 64, name), text, mine))
             await jetstream.client.request_many(requests, timeout=60)
         async with gateway(folder, settings, "smtp://127.0.0.1:1", "rebuilt") as server:
             begun, before = time.perf_counter(), time.process_time()

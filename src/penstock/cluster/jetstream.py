@@ -223,8 +223,9 @@ class JetStream:
 
 def _scanned(message: Message) -> Stored:
     """Return a message of a consumer. Its reply subject is $JS.ACK.stream.consumer.delivered.seq.cseq.time.pending."""
-    words = message.reply.split(".")
-    return Stored(message.subject, int(words[-4]), message.headers, b"", int(words[-2]) / 1e9)
+    subject, reply, headers, _ = message
+    words = reply.split(".")
+    return Stored(subject, int(words[-4]), headers, b"", int(words[-2]) / 1e9)
 
 
 def is_gone(exc: ApiError) -> bool:

@@ -399,13 +399,13 @@ class ReplicatedQueue(Spool):
     ) -> list[Entry]:
         """Write a message that was acknowledged just now into the index; return its entries if it is taken."""
         # With the time of its number in the index: the clock may have been set since the message was received.
-        number, now = self._store.new_number(), self._clock()
-        indexed = Message(message.id, message.envelope, pack(place), CountedBody(message.body.size), now)
-        self._accepted.add(Put(number, indexed, None if place.pieces else b"", queues, is_taken))
+        now = self._clock()
+        put = self._indexed(message, place, queues, now, is_taken=is_taken)
+        self._accepted.add(put)
         self._note_known(place.partition, place.sequence)
         if is_taken:
             message = message._replace(received_at=now)
-            return self._entries(Put(number, message, text[len(message.prefix) :], queues, is_taken))
+            return self._entries(Put(put.number, message, text[len(message.prefix) :], queues, is_taken))
         self.became_due(queues)
         return []
 
@@ -436,7 +436,8 @@ class ReplicatedQueue(Spool):
             return []
         if place.is_uncertain:
             try:
-                await self._add([self._loaded(self._indexed(message, place), queues, place)])
+                put = self._indexed(message, place, queues, message.received_at)
+                await self._add([Loaded(put, place, None)])
             except Exception as exc:  # noqa: BLE001 - the cluster has it: it is accepted
                 self._load_again(partition, exc)
             self.became_due(queues)
@@ -475,19 +476,12 @@ class ReplicatedQueue(Spool):
             self.lose(partition)
             self.gain(partition)
 
-    def _indexed(self, message: Message, place: Place) -> Message:
-        """Return a message as it is in the index."""
-        return Message(message.id, message.envelope, pack(place), CountedBody(message.body.size), message.received_at)
-
-    def _loaded(
-        self,
-        message: Message,
-        queues: Sequence[str],
-        place: Place,
-        states: Sequence[RecipientState] | None = None,
-    ) -> Loaded:
-        put = Put(self._store.new_number(), message, None if place.pieces else b"", queues)
-        return Loaded(put, place, states)
+    def _indexed(
+        self, message: Message, place: Place, queues: Sequence[str], received_at: float, *, is_taken: bool = False
+    ) -> Put:
+        """Return a message as it is written into the index."""
+        message = Message(message.id, message.envelope, pack(place), CountedBody(message.body.size), received_at)
+        return Put(self._store.new_number(), message, None if place.pieces else b"", queues, is_taken)
 
     async def _add(self, loaded: Sequence[Loaded], *, restores: bool = False, is_new: bool = False) -> None:
         """Write messages into the index. See `IndexStore.load`."""
@@ -764,8 +758,10 @@ class ReplicatedQueue(Spool):
         if stored.id in self._pending:
             self._pending[stored.id] = True
         message = Message(stored.id, envelope, pack(place), CountedBody(stored.size), stored.received_at)
-        queues = [self.domain_of(recipient) for recipient in envelope.recipients]
-        return self._loaded(message, queues, place, None if state is None else state[1])
+        domain_of = self.domain_of
+        queues = [domain_of(recipient) for recipient in envelope.recipients]
+        put = Put(self._store.new_number(), message, None if place.pieces else b"", queues)
+        return Loaded(put, place, None if state is None else state[1])
 
     async def _sweep(self, stream: int, contents: _Contents) -> None:
         """Delete states without a message, and pieces that have waited for one for a day."""
@@ -1184,8 +1180,9 @@ class _Contents:
                 errors.append(exc)
                 continue
             if message is not None:
-                received_at = self.received_at.get(message.id, message.received_at)
-                messages.append(message._replace(received_at=received_at))
+                if message.id in self.received_at:
+                    message = message._replace(received_at=self.received_at[message.id])
+                messages.append(message)
         return messages, errors
 
 
