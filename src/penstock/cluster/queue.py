@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import zlib
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
@@ -169,7 +170,7 @@ class ReplicatedQueue(Spool):
         """Those that are loaded; None if that has changed."""
         self._seen: dict[int, int] = {}
         """The sequence of the last marker by stream: what comes before it is in the index, or was left out."""
-        self._known: dict[int, set[int]] = {}  # the sequences since then that this node has written, by stream
+        self._known: defaultdict[int, set[int]] = defaultdict(set)  # what this node has written since then
         self._left_out: dict[int, set[str]] = {}
         """The ids of messages whose state could not be read when their partition was loaded."""
         self._pending: dict[str, bool] = {}
@@ -411,7 +412,7 @@ class ReplicatedQueue(Spool):
 
     def _note_known(self, partition: int, sequence: int) -> None:
         """Note that `_follow` need not read this: it is in the index, or was, or is no message."""
-        self._known.setdefault(partition % self._layout.streams, set()).add(sequence)
+        self._known[partition % self._layout.streams].add(sequence)
 
     async def settle(self) -> None:
         """Return once all that was accepted before is in the index. Raise OSError or sqlite3.Error."""
@@ -791,7 +792,7 @@ class ReplicatedQueue(Spool):
             until = await self._mark(stream)
             await trio.lowlevel.checkpoint()  # tasks whose messages were acknowledged before the marker note that now
             start = self._seen.get(stream, 0) + 1
-            known = self._known.setdefault(stream, set())
+            known = self._known[stream]
             if until < start:
                 start = 1  # the stream was made again, or restored from a backup
                 known.clear()

@@ -125,8 +125,7 @@ class Writer:
     @property
     def most_octets(self) -> int:
         """Octets of a payload, as far as is known."""
-        client = self._jetstream.client
-        return (client.info.max_payload if client.is_connected else 1 << 20) - MARGIN
+        return self._jetstream.client.max_payload - MARGIN
 
     async def _find(self, subject: str, partition: int, deadline: float) -> StoredMessage | None:
         """Return a message that was in the stream already; None if it was relayed meanwhile."""

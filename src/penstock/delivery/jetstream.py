@@ -140,10 +140,12 @@ class JetStreamDelivery(Delivery):
         """Give the message to the cluster, or else to the spool: 250, 452 4.3.1 when that is full, 451 4.3.0."""
         partition = self._queue.choose()
         cause = self._cluster.problem
-        if not cause and self._breaker.is_open and self._breaker.blocks(self._clock()):
-            cause = "the cluster does not answer"
+        if not cause and self._breaker.is_open:
+            if self._breaker.blocks(self._clock()):
+                cause = "the cluster does not answer"
+            else:
+                self._breaker.probe()
         if not cause:
-            self._breaker.probe()
             try:
                 return await self._replicate(partition, message)
             except (UnavailableError, NatsError) as exc:

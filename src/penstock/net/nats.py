@@ -358,6 +358,11 @@ class NatsClient:
         """The INFO of the connected server. Raise DisconnectedError."""
         return self._connection().info
 
+    @property
+    def max_payload(self) -> int:
+        """Octets of a payload that the connected server takes; 1 MiB, as most do, without a connection."""
+        return 1 << 20 if self._current is None else self._current.info.max_payload
+
     async def wait_connected(self) -> None:
         """Return once there is a connection."""
         while self._current is None:
