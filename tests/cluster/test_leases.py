@@ -194,3 +194,23 @@ async def test_a_claim_that_fails_is_reported() -> None:
     bucket = Bucket(failures=["lost"])
     with pytest.raises(DisconnectedError):
         await holding(bucket, 0)
+
+
+async def test_a_node_soon_balances_again_when_that_has_failed(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = await holding(Bucket(), lease=600.0)
+    times: list[float] = []
+
+    async def fail_once() -> None:
+        times.append(trio.current_time())
+        if len(times) == 1:
+            raise NatsError("there is no leader now")
+
+    monkeypatch.setattr(keeper, "_balance", fail_once)
+    begun = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keeper.run)
+        await trio.sleep(300)
+        nursery.cancel_scope.cancel()
+    assert [round(when - begun) for when in times] == [0, 1, 201]

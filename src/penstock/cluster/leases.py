@@ -27,6 +27,8 @@ from penstock.cluster.layout import WRONG_LAST_SEQUENCE, Layout
 from penstock.net.nats import Message, NatsError, Request
 from penstock.net.natswire import parse_headers
 
+_BALANCE_AGAIN: Final = 1.0
+"""Seconds until a node tries again to take partitions when it could not, with leases of three seconds or more."""
 _RETRIES_PER_LEASE: Final = 15
 """A failed write is repeated after 1/15 of the lease time."""
 _TIMEOUT: Final = 2.0
@@ -165,7 +167,8 @@ class LeaseKeeper:
                     is_failing = True
                 else:
                     is_failing = False
-                with trio.move_on_after(self._lease / 3):
+                pause = self._lease / 3
+                with trio.move_on_after(min(pause, _BALANCE_AGAIN) if is_failing else pause):
                     await self._wake.wait()
                 self._wake = trio.Event()
 
