@@ -333,7 +333,7 @@ cdef void finish(Batch *batch, File *file) noexcept nogil:
 
 
 cdef void withdraw(Batch *batch, File *file) noexcept nogil:
-    """Remove a file that was renamed before its group failed: whoever wanted it written tries again."""
+    """Remove a file that was renamed before its group failed: the caller tries the whole group again."""
     cdef char[PATH_OCTETS] path
     if file.is_renamed and batch.errors[file.group]:
         join(path, batch.folders[file.folder].finished_path, file.name)
