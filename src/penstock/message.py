@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, NewType, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, NewType, Protocol, runtime_checkable
 
 MessageId = NewType("MessageId", str)
 """Unique name of an accepted message: 20 letters and digits, increasing within a process."""
@@ -88,6 +88,10 @@ class Recipient(NamedTuple):
 
     def __str__(self) -> str:
         return self.path.text
+
+    def wants(self, report: Literal["SUCCESS", "FAILURE", "DELAY"]) -> bool:
+        """Return whether the sender wants this report: without NOTIFY, of failures and delays (RFC 3461 4.1)."""
+        return report != "SUCCESS" if self.notify is None else report in self.notify
 
 
 class Envelope(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from penstock.message import NULL_PATH, Envelope, Message, MessageId, MessageIds, Path, Recipient
-from penstock.relay.bounce import Action, Reporter, ReportSettings, wants
+from penstock.relay.bounce import Action, Reporter, ReportSettings
 from penstock.relay.hop import Outcome, Result
 from penstock.reports import TextBody
 
@@ -275,4 +275,4 @@ def test_an_smtputf8_message_all_in_ascii_has_an_ordinary_report() -> None:
 )
 def test_notify_selects_the_reports(notify: set[str] | None, wished: set[str]) -> None:
     to = Recipient(ALICE, None if notify is None else frozenset(notify))
-    assert {wish for wish in ("SUCCESS", "FAILURE", "DELAY") if wants(to, wish)} == wished
+    assert {wish for wish in ("SUCCESS", "FAILURE", "DELAY") if to.wants(wish)} == wished

@@ -151,10 +151,8 @@ def _is_quick(message: Message, transaction: Transaction, mailboxes: Mailboxes) 
         and len(recipients) <= _MOST_RECIPIENTS
         and message.size * len(recipients) <= _MOST_OCTETS
         and mailboxes.busy_for < _PATIENCE
-        and not any(
-            (to.notify and "SUCCESS" in to.notify) or not to.path.domain  # <Postmaster>: the relay completes it
-            for to in recipients
-        )
+        # <Postmaster> without a domain is completed by the relay.
+        and not any(to.wants("SUCCESS") or not to.path.domain for to in recipients)
     )
 
 

@@ -106,7 +106,7 @@ class Callahead:
         `done` is called with a reply for each recipient, or with None if nothing was delivered. Return a function after
         which it is not called any more, or None if the message cannot be passed on: then it is never called.
         """
-        if any(recipient.notify and "SUCCESS" in recipient.notify for recipient in envelope.recipients):
+        if any(recipient.wants("SUCCESS") for recipient in envelope.recipients):
             return None
         domains = {self._routes.domain_of(recipient) for recipient in envelope.recipients}
         suspended = self._suspended()

@@ -24,8 +24,6 @@ from penstock.smtp.grammar import decode_xtext
 
 Action = Literal["failed", "delayed", "delivered", "relayed"]
 """RFC 3464 2.3.3. `relayed`: accepted by a next hop without DSN. `expanded` is not used: there are no lists."""
-Notify = Literal["SUCCESS", "FAILURE", "DELAY"]
-"""What NOTIFY can ask for (RFC 3461 4.1)."""
 
 _MAX_HEADER: Final = 64 * 1024
 """Octets of a header that are read and returned at most."""
@@ -61,11 +59,6 @@ class ReportSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         int,
         msgspec.Meta(ge=0, le=10_485_760, description="Larger messages (octets) are returned with their header only"),
     ] = 65_536
-
-
-def wants(recipient: Recipient, kind: Notify) -> bool:
-    """Return whether the sender wants this report: without NOTIFY, of failures and delays (RFC 3461 4.1)."""
-    return kind != "SUCCESS" if recipient.notify is None else kind in recipient.notify
 
 
 class Reporter:

@@ -18,7 +18,7 @@ import trio
 from penstock.journal import Journal
 from penstock.message import CountedBody, Message, Recipient
 from penstock.relay.backoff import Backoff
-from penstock.relay.bounce import Action, Reporter, wants
+from penstock.relay.bounce import Action, Reporter
 from penstock.relay.hop import Outcome, Result
 from penstock.spool.entry import AttemptRecord, Entry, Row
 from penstock.spool.entry import Outcome as End
@@ -395,10 +395,10 @@ def _action(
 ) -> Action | None:
     """Return what is reported of a recipient, None for nothing (RFC 3461 5.2)."""
     if record.outcome is End.DELIVERED:
-        if result.reports or not wants(recipient, "SUCCESS"):
+        if result.reports or not recipient.wants("SUCCESS"):
             return None
         return "delivered" if is_final else "relayed"
     if record.outcome is End.FAILED:
-        return "failed" if wants(recipient, "FAILURE") else None
+        return "failed" if recipient.wants("FAILURE") else None
     is_first_notice = record.delay_told and not had_delay
-    return "delayed" if is_first_notice and wants(recipient, "DELAY") else None
+    return "delayed" if is_first_notice and recipient.wants("DELAY") else None
