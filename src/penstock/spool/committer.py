@@ -121,16 +121,13 @@ class Committer:
 
         The wait cannot be cancelled: the caller learns what became of the message.
         """
-        self.check_capacity(0 if put.data is None else len(put.data))
-        self.put_later(put, partial(trio.lowlevel.reschedule, trio.lowlevel.current_task()))
-        await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
-
-    def put_later(self, put: Put, done: Done) -> None:
-        """Write a message, then call `done` in the trio thread, with the exception if that failed."""
         octets = 0 if put.data is None else len(put.data)
+        self.check_capacity(octets)
+        done = partial(trio.lowlevel.reschedule, trio.lowlevel.current_task())
         self._thread.put(_Request(None, put, done, octets))
         self.waiting += 1
         self.octets += octets
+        await trio.lowlevel.wait_task_rescheduled(_refuse_to_abort)
 
     def do_later(self, act: Callable[[Store], T], done: Done) -> None:
         """Execute a function on the store, in the next transaction and in the order of the requests.
