@@ -223,8 +223,7 @@ class Scheduler:
             if self.recorder.on_result is not None:
                 for name in queues:
                     self.recorder.on_result(name, PLACES[Outcome.DELIVERED], 1, age)
-            text = f"{reply.code} {reply.status} {reply.text}"
-            self.journal.delivered(message.id, message.envelope.recipients, "", text, 1, age)
+            self.journal.delivered(message.id, message.envelope.recipients, "", _text_of(reply), 1, age)
         except Exception as exc:  # noqa: BLE001 - rule 6
             self.journal.error(0, "relay", exc)
 
@@ -604,7 +603,7 @@ class Scheduler:
             reply = result.unwrap()
             kind = Outcome.DELIVERED if reply.accepts else Outcome.FAILED if reply.is_permanent else Outcome.DEFERRED
             status = reply.status or f"{reply.code // 100}.0.0"
-            ended = Result(kind, f"{reply.code} {reply.status or ''} {reply.text}", status, "", is_said=False)
+            ended = Result(kind, _text_of(reply), status, "", is_said=False)
         try:
             self.sent(route_queue, entry, [ended] * len(entry.rows), is_final=True)
         except Exception as exc:  # noqa: BLE001 - rule 6
@@ -849,6 +848,11 @@ class Scheduler:
         }
         used = {queue.route_queue for queue in self._queues.values()}
         self._route_queues = {key: each for key, each in self._route_queues.items() if each.in_flight or each in used}
+
+
+def _text_of(reply: Reply) -> str:
+    """Return what mailboxes say of a message, as the journal has it."""
+    return f"{reply.code} {reply.status or ''} {reply.text}"
 
 
 def _copy(body: Body) -> Body:
