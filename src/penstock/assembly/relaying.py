@@ -121,10 +121,12 @@ def make_gateway(
     )
     passthrough = Callahead(pool, routes, suspended=lambda: scheduler.suspended)
     passthrough.on_result = None if counters is None else counters.attempted
-    # A thread of its own: large messages that the relay writes keep no client waiting.
-    mailboxes = MaildirDelivery(settings.delivery.maildir, data_dir)
-    delivery: Delivery = SpoolDelivery(queue, scheduler, disk_space, mailboxes)
-    if node is not None:
+    delivery: Delivery
+    if node is None:
+        # A thread of its own: large messages that the relay writes keep no client waiting.
+        mailboxes = MaildirDelivery(settings.delivery.maildir, data_dir)
+        delivery = SpoolDelivery(queue, scheduler, disk_space, mailboxes)
+    else:
         delivery = make_replicated(settings, node, scheduler, disk_space, counters)
     if settings.delivery.kind == "passthrough":
         delivery = PassthroughDelivery(passthrough, delivery, settings.delivery.passthrough)

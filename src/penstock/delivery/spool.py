@@ -100,7 +100,11 @@ class SpoolDelivery(Delivery):
         message = message._replace(received_at=self._spool.now())
         queues = self._queues(message)
         mailboxes, failure = self._mailboxes, ""
-        if mailboxes is not None and self._relay.are_mailboxes(queues) and _is_quick(message, transaction, mailboxes):
+        if (
+            mailboxes is not None
+            and self._relay.are_mailboxes(queues)
+            and _may_be_written(message, transaction, mailboxes)
+        ):
             reply = await self._deliver(mailboxes, message, queues, transaction)
             if reply.accepts:
                 return reply
@@ -142,8 +146,11 @@ class SpoolDelivery(Delivery):
         return [domain_of(recipient) for recipient in message.envelope.recipients]
 
 
-def _is_quick(message: Message, transaction: Transaction, mailboxes: Mailboxes) -> bool:
-    """Return whether a message may be written to mailboxes now: no client has to wait long, and no report is owed."""
+def _may_be_written(message: Message, transaction: Transaction, mailboxes: Mailboxes) -> bool:
+    """Return whether a message may be written to mailboxes now.
+
+    It is to be delivered, no report is owed, and no client has to wait long for it.
+    """
     recipients = message.envelope.recipients
     return (
         transaction.quarantine in ("", "tag")
