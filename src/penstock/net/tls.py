@@ -202,14 +202,20 @@ class TlsTurns:
 
     def decrypt_into(self, feed: Callable[[bytes], object]) -> bool:
         """Decrypt what was received. Return False when the peer has ended TLS. Raise ssl.SSLError."""
+        # A read returns a whole record, and the next one comes from the BIO: asking once more when that is empty would
+        # only raise SSLWantReadError, which costs as much as decrypting a command.
+        incoming, decrypting = self._incoming, self.object
         try:
-            while data := self.object.read(_READ):
+            while incoming.pending or decrypting.pending():
+                data = decrypting.read(_READ)
+                if not data:
+                    return False
                 feed(data)
         except ssl.SSLWantReadError:
             return True
         except ssl.SSLZeroReturnError:
             return False
-        return False
+        return True
 
     def encrypt(self, data: bytes) -> bytes:
         """Return the records to send for some data, perhaps none, and for TLS itself. Raise ssl.SSLError."""
