@@ -9,6 +9,8 @@ bare        `penstock serve` without options, and Postfix's `virtual` transport:
 kind        `delivery.kind = "maildir"`: the file is synced before the 250.
 spool       Durable accepts alone; Postfix with the discard transport.
 workers     Two workers and one, accepting into the spool, and relaying to the same smtp-sink.
+servers     Two servers that share nothing, each with half of the sessions, and one: what a second busy process costs on
+            this machine, whatever the program.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from bench.gateway import COUNTING_SINK, POSTFIX_VIRTUAL, arrived_at, filed_by, 
 from bench.measure import (
     PENSTOCK_SERVE,
     POSTFIX,
+    Cpu,
     Peer,
     Round,
     Running,
@@ -91,6 +95,8 @@ class Row:
     """Messages per second."""
     relays: bool = False
     """Both sides relay to the same smtp-sink."""
+    servers: int = 1
+    """On our side, which share sessions and messages."""
 
 
 ROWS: Final = (
@@ -100,6 +106,7 @@ ROWS: Final = (
     Row("kind maildir, one session", KIND_MAILDIR, POSTFIX_VIRTUAL, 1, 1_000, filed_by),
     Row("spool alone, one session", GATEWAY, POSTFIX, 1, 1_000, _sent, 350),
     Row("two workers, accepting", with_workers(GATEWAY, 2), with_workers(GATEWAY, 1), 100, 10_000, _sent, ratio=1.05),
+    Row("two servers, accepting", with_workers(GATEWAY, 1), with_workers(GATEWAY, 1), 100, 10_000, _sent, servers=2),
     Row("two workers, relaying", PENSTOCK_SERVE, PENSTOCK_SERVE, 100, 10_000, arrived_at, ratio=1.05, relays=True),
 )
 
@@ -113,30 +120,41 @@ def measure(row: Row, rounds: int, scale: float) -> tuple[list[Round], list[Roun
         if row.relays:
             sink = stack.enter_context(running(COUNTING_SINK))
             sides = [with_workers(penstock_to(sink), count) for count in (2, 1)]
-        servers = [stack.enter_context(running(peer)) for peer in sides]
+        started = [
+            [stack.enter_context(running(peer)) for _ in range(count)]
+            for peer, count in zip(sides, (row.servers, 1), strict=True)
+        ]
         for number in range(rounds + 1):
-            for server, peer, found in zip(servers, sides, results, strict=True):
+            for servers, peer, found in zip(started, sides, results, strict=True):
                 messages = max(100, int(row.messages * scale * peer.share * (1 if number else 0.2)))
-                result = _round(row, server, sink, messages)
+                result = _round(row, servers, sink, messages)
                 if number:  # the first round warms up
                     found.append(result)
     return results
 
 
-def _round(row: Row, server: Running, sink: Running | None, messages: int) -> Round:
-    before = cpu_of(server.pid)
-    done = 0
+def _round(row: Row, servers: Sequence[Running], sink: Running | None, messages: int) -> Round:
+    """Load the servers, all at the same time."""
+    share, sessions = messages // len(servers), row.sessions // len(servers)
+    before = [cpu_of(server.pid) for server in servers]
 
-    def count() -> int:
-        nonlocal done
-        if row.count is _sent:
-            done, now = messages, done  # asked before and after
-            return now
-        return row.count(sink or server)
+    def load(server: Running) -> float:
+        done = 0
 
-    played = play(server, count, messages=messages, sessions=row.sessions, size=4096, extra=("-d",))
+        def count() -> int:
+            nonlocal done
+            if row.count is _sent:
+                done, now = share, done  # asked before and after
+                return now
+            return row.count(sink or server)
+
+        return play(server, count, messages=share, sessions=sessions, size=4096, extra=("-d",)).seconds
+
+    with ThreadPoolExecutor(len(servers)) as threads:
+        seconds = max(threads.map(load, servers))
     time.sleep(_PAUSE)
-    return Round(messages, played.seconds, cpu_of(server.pid) - before)
+    used = [cpu_of(server.pid) - then for server, then in zip(servers, before, strict=True)]
+    return Round(share * len(servers), seconds, Cpu(sum(each.user for each in used), sum(each.system for each in used)))
 
 
 def report(row: Row, ours: Sequence[Round], theirs: Sequence[Round]) -> bool:
