@@ -286,21 +286,19 @@ cdef class Poller:
         cdef epoll_event events[POLL_BATCH]
         cdef int ready = epoll_wait(self.fd, events, POLL_BATCH, 0)
         cdef int found = ready
-        cdef int i
+        cdef int i, _
         cdef uint32_t what
         cdef Watch watch
         cdef object known
         cdef list outputs
         cdef object again = self.again
-        cdef Py_ssize_t left = len(again)
         cdef bint had_input
         if ready < 0:
             if errno != EINTR:
                 PyErr_SetFromErrno(OSError)
             ready = found = 0
         outputs = self.outputs = []
-        while left:
-            left -= 1
+        for _ in range(<int> len(again)):
             found += 1
             watch = again.popleft()
             watch.is_queued = False

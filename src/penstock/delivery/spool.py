@@ -56,7 +56,7 @@ class Relay(Protocol):
         """Journal and count a message that was written to the mailboxes of its recipients. Does not raise."""
 
 
-class Mailboxes(Protocol):
+class MailboxWriter(Protocol):
     """The mailboxes of this machine (penstock.delivery.maildir)."""
 
     @property
@@ -73,7 +73,9 @@ class Mailboxes(Protocol):
 class SpoolDelivery(Delivery):
     """Puts messages into the spool or into mailboxes. Its 250 promises that the message survives a power failure."""
 
-    def __init__(self, spool: DurableQueue, relay: Relay, space: DiskSpace, mailboxes: Mailboxes | None = None) -> None:
+    def __init__(
+        self, spool: DurableQueue, relay: Relay, space: DiskSpace, mailboxes: MailboxWriter | None = None
+    ) -> None:
         """`mailboxes`: write mail for them before the 250; without it, the relay delivers it."""
         self._spool = spool
         self._relay = relay
@@ -127,7 +129,7 @@ class SpoolDelivery(Delivery):
         return Reply(250, "2.0.0", f"Ok: spooled as {message.id}", cause=failure)
 
     async def _deliver(
-        self, mailboxes: Mailboxes, message: Message, queues: Sequence[str], transaction: Transaction
+        self, mailboxes: MailboxWriter, message: Message, queues: Sequence[str], transaction: Transaction
     ) -> Reply:
         """Write a message to the mailboxes of its recipients: 250, or why that is not possible now."""
         if len(queues) > 1:
@@ -146,7 +148,7 @@ class SpoolDelivery(Delivery):
         return [domain_of(recipient) for recipient in message.envelope.recipients]
 
 
-def _may_be_written(message: Message, transaction: Transaction, mailboxes: Mailboxes) -> bool:
+def _may_be_written(message: Message, transaction: Transaction, mailboxes: MailboxWriter) -> bool:
     """Return whether a message may be written to mailboxes now.
 
     It is to be delivered, no report is owed, and no client has to wait long for it.

@@ -22,7 +22,7 @@ from penstock.spool.diskspace import DiskSpace
 from penstock.spool.queue import DurableQueue
 
 
-class Mailboxes(Protocol):
+class LocalDelivery(Protocol):
     """Delivery on this machine."""
 
     async def start(self) -> None:
@@ -46,7 +46,7 @@ class Gateway:
         pool: Pool,
         recorder: AttemptRecorder,
         scheduler: Scheduler,
-        local: Mailboxes,
+        local: LocalDelivery,
         journal: Journal,
         grace: float,
         services: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
