@@ -9,6 +9,12 @@ from cpython.unicode cimport PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.string cimport memchr, memcpy
 
 
+cdef extern from "Python.h":
+    bint PyUnicode_IS_ASCII(str text)
+    void *PyUnicode_DATA(str text)
+    Py_ssize_t PyUnicode_GET_LENGTH(str text)
+    str PyUnicode_New(Py_ssize_t size, Py_UCS4 highest)
+
 cdef extern from "canon.h":
     size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written) noexcept
 
@@ -17,6 +23,9 @@ cdef enum:
     LINE = 78               # of a field that we write (RFC 5322 2.1.1)
     MAX_VALUE = 320         # characters of a value in Authentication-Results
     LEAST_ROOM = 1024       # for what `canon_relax` writes at a time
+    B_PADDING = 64          # no digits of base64
+    B_BLANK = 65
+    B_NONE = 66
 
 
 cdef inline bint is_blank(unsigned char c) noexcept:
@@ -36,20 +45,12 @@ cdef inline Py_ssize_t end_of_field(const unsigned char *p, Py_ssize_t i, Py_ssi
 cdef class Field:
     """Position of a field in the header."""
 
-    cdef readonly bytes name
-    cdef readonly Py_ssize_t start, colon, stop
-
     def __repr__(self):
         return f"<Field {self.name!r} {self.start}:{self.stop}>"
 
 
 cdef class Header:
     """A header, split once and read by all checks."""
-
-    cdef readonly bytes octets
-    cdef readonly list fields
-    cdef readonly dict by_name
-    cdef dict _relaxed
 
     def __init__(self, bytes octets):
         """`octets` are the lines of the header, without the empty line after them."""
@@ -88,7 +89,7 @@ cdef class Header:
             stop -= 2 if stop - start > 1 and p[stop - 2] == 13 else 1
         return self.octets[start:stop]
 
-    def value(self, Field field not None):
+    cpdef bytes value(self, Field field):
         """Return what follows the colon, without the last line end."""
         return self.text(min(field.colon + 1, field.stop), field.stop)
 
@@ -127,7 +128,7 @@ cdef class Header:
         """Return the fields that a list of names means: those of a name from the bottom up (RFC 6376 5.4.2)."""
         return self.selected(names)
 
-    def signed(self, list names not None, Field own not None, bint relaxed):
+    cpdef bytes signed(self, list names, Field own, bint relaxed):
         """Return what a signature field signs: the fields that it names, then itself without b= (RFC 6376 3.7)."""
         cdef list parts = []
         cdef Field field
@@ -326,7 +327,7 @@ cdef inline bint is_letter(unsigned char c) noexcept:
     return 97 <= (c | 32) <= 122
 
 
-def split_tags(bytes value not None):
+cpdef dict split_tags(bytes value):
     """Return a tag list (RFC 6376 3.2) as a dict; None for a malformed one. Values are stripped, and not unfolded."""
     cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
     cdef Py_ssize_t n = PyBytes_GET_SIZE(value), start = 0, end, a, b, k
@@ -363,13 +364,85 @@ def split_tags(bytes value not None):
     return tags
 
 
-def squeeze(str text not None):
+cpdef str squeeze(str text):
     """Return a text without blanks and folds; the same object if it has none."""
-    cdef Py_UCS4 char
-    for char in text:
-        if char == 32 or char == 9 or char == 13 or char == 10:
-            return text.replace(" ", "").replace("\t", "").replace("\r", "").replace("\n", "")
-    return text
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text), at = 0, o
+    cdef const unsigned char *p
+    cdef unsigned char *out
+    cdef str made
+    if not PyUnicode_IS_ASCII(text):
+        return text.replace(" ", "").replace("\t", "").replace("\r", "").replace("\n", "")
+    p = <const unsigned char *>PyUnicode_DATA(text)
+    while at < n and not is_blank(p[at]):
+        at += 1
+    if at == n:
+        return text
+    o = at
+    for at in range(at, n):     # counted first: a string is made with its final length
+        o += not is_blank(p[at])
+    made = PyUnicode_New(o, 127)
+    out = <unsigned char *>PyUnicode_DATA(made)
+    o = 0
+    for at in range(n):
+        if not is_blank(p[at]):
+            out[o] = p[at]
+            o += 1
+    return made
+
+
+cdef unsigned char[256] BASE64      # the number of each digit, and what else a character is
+
+
+cdef void init_base64() noexcept:
+    cdef int k
+    for k in range(256):
+        BASE64[k] = B_NONE
+    for k in range(26):
+        BASE64[65 + k], BASE64[97 + k] = k, 26 + k
+    for k in range(10):
+        BASE64[48 + k] = 52 + k
+    BASE64[43], BASE64[47], BASE64[61] = 62, 63, B_PADDING
+    BASE64[9] = BASE64[10] = BASE64[13] = BASE64[32] = B_BLANK
+
+
+init_base64()
+
+
+cpdef bytes decode_base64(str text):
+    """Return the octets of base64 with blanks in it; None if it is malformed."""
+    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text), at, o = 0
+    cdef const unsigned char *p
+    cdef unsigned char *out
+    cdef unsigned char digit
+    cdef unsigned int bits = 0, digits = 0, padding = 0
+    cdef bytes made
+    if not PyUnicode_IS_ASCII(text):
+        return None
+    p = <const unsigned char *>PyUnicode_DATA(text)
+    made = PyBytes_FromStringAndSize(NULL, n // 4 * 3 + 3)
+    out = <unsigned char *>PyBytes_AS_STRING(made)
+    for at in range(n):
+        digit = BASE64[p[at]]
+        if digit < 64:
+            if padding:
+                return None
+            bits = bits << 6 | digit
+            digits += 1
+            if digits & 3 == 0:
+                out[o], out[o + 1], out[o + 2] = bits >> 16 & 255, bits >> 8 & 255, bits & 255
+                o += 3
+        elif digit == B_PADDING:
+            padding += 1
+        elif digit == B_NONE:
+            return None
+    digits &= 3
+    if digits == 0:
+        return made[:o] if o or not padding else None
+    if digits < 2 or digits + padding != 4:
+        return None
+    out[o] = (bits >> 10 if digits == 3 else bits >> 4) & 255
+    out[o + 1] = bits >> 2 & 255
+    return made[:o + digits - 1]
 
 
 cdef inline bint is_token_char(Py_UCS4 c) noexcept:
@@ -524,13 +597,6 @@ cdef inline Py_ssize_t end_of_words(const unsigned char *p, Py_ssize_t i, Py_ssi
 cdef class BodyCanonicalizer:
     """The body in its canonical form, handed to a function in pieces of at most 8 KiB."""
 
-    cdef object sink
-    cdef bytearray block
-    cdef unsigned char *out
-    cdef Py_ssize_t size
-    cdef long long line_ends
-    cdef bint blank, cr, is_relaxed, is_empty
-
     def __init__(self, sink, bint relaxed):
         self.sink = sink
         self.is_relaxed = relaxed
@@ -570,7 +636,7 @@ cdef class BodyCanonicalizer:
         self.is_empty = False
         return 0
 
-    def feed(self, const unsigned char[:] data):
+    cpdef feed(self, const unsigned char[:] data):
         """Take the next piece of the body."""
         cdef Py_ssize_t n = data.shape[0], i = 0, start
         cdef const unsigned char *p
@@ -614,7 +680,7 @@ cdef class BodyCanonicalizer:
             self.put(p + start, i - start)
         self.flush()
 
-    def finish(self):
+    cpdef finish(self):
         """Take the end of the body: it ends in one CRLF, and an empty relaxed body is empty (RFC 6376 3.4.3, 3.4.4)."""
         if self.cr:
             self.put_pending()

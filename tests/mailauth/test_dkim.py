@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import re
 
@@ -10,11 +11,17 @@ import dkim as dkimpy  # type: ignore[import-untyped]
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from penstock.dns import Answer
-from penstock.mailauth._header import BodyCanonicalizer, relaxed_field, without_signature
+from penstock.mailauth._header import (
+    BodyCanonicalizer,
+    decode_base64,
+    relaxed_field,
+    squeeze,
+    without_signature,
+)
 from penstock.mailauth.dkim import MAX_KEYS, MAX_SIGNATURES, DkimResult, DkimSigner, DkimVerifier, load_private_key
 from penstock.mailauth.header import Header
 
@@ -320,3 +327,16 @@ def test_memory_does_not_grow_with_blank_lines() -> None:
 def test_the_value_of_b_is_cut_as_the_rfc_says(value: bytes) -> None:
     expected = re.sub(rb"((?:\A|;)[ \t\r\n]*b[ \t\r\n]*=)[^;]*", rb"\1", value, count=1)
     assert without_signature(value) == expected
+
+
+@given(st.text(st.sampled_from("ABcd09+/== \t\r\n*\xe9"), max_size=14))
+@settings(max_examples=500)
+def test_base64_is_read_as_the_strict_decoder_of_python_reads_it(text: str) -> None:
+    digits = re.sub("[ \t\r\n]", "", text)
+    assert squeeze(text) == digits
+    assume(len(digits.rstrip("=")) % 4 or not digits.endswith("="))  # versions of Python differ
+    try:
+        expected = binascii.a2b_base64(digits, strict_mode=True)
+    except ValueError:
+        expected = None
+    assert decode_base64(text) == expected

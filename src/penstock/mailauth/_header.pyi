@@ -56,6 +56,9 @@ def split_tags(value: bytes) -> dict[str, str] | None:
 def squeeze(text: str) -> str:
     """Return a text without blanks and folds; the same object if it has none."""
 
+def decode_base64(text: str) -> bytes | None:
+    """Return the octets of base64 with blanks in it; None if it is malformed."""
+
 def quote(text: str) -> str:
     """Return a value as a token or a quoted string (RFC 8601 2.2); octets that are not printable ASCII become "?".
 

@@ -1,3 +1,4 @@
+# cython: wraparound=True
 """DKIM: signatures checked and made (RFC 6376, 8301, 8463).
 
 A verifier is made when the header is complete. It names the keys to ask for, so that they are fetched while the body
@@ -6,27 +7,31 @@ still comes in; it hashes the body as it arrives, once for each canonical form i
 Results: "fail" for a changed body or header or an expired signature; "temperror" for a key that cannot be had now;
 "permerror" for a missing, revoked or malformed key or signature; "policy" for what is valid and not good enough: SHA-1,
 keys outside 1024 to 4096 bits, a body signed in part, From not signed.
+
+This file is compiled as it stands (dkim.pxd has the C types): all of it runs for each message.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple
 
+import cython  # type: ignore[import-untyped]  # it has no types, and is not needed at run time
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
-from penstock.mailauth import _header
-from penstock.mailauth._header import squeeze
+from penstock.mailauth._header import BodyCanonicalizer, relaxed_field
 from penstock.mailauth.header import Field, Header, canonical_domain
 from penstock.mailauth.lookup import Answer
+
+if not cython.compiled:  # compiled, these are the C functions of _header.pxd
+    from penstock.mailauth._header import decode_base64 as read_base64
+    from penstock.mailauth._header import split_tags, squeeze
 
 Result = Literal["pass", "fail", "policy", "temperror", "permerror"]
 MAX_SIGNATURES: Final = 8
@@ -39,8 +44,8 @@ _MAX_SIGNATURE: Final = 16_384
 
 _PADDING: Final = padding.PKCS1v15()
 _SHA256: Final = Prehashed(hashes.SHA256())
-_REQUIRED: Final = {"a", "b", "bh", "d", "s"}
-_DIGITS: Final = re.compile(r"[0-9]{1,12}")
+_REQUIRED: Final = ("a", "b", "bh", "d", "s")
+_MAX_DIGITS: Final = 12
 _ALGORITHMS: Final = {"rsa-sha256": "rsa", "ed25519-sha256": "ed25519", "rsa-sha1": "rsa"}
 
 PublicKey = rsa.RSAPublicKey | ed25519.Ed25519PublicKey
@@ -80,7 +85,7 @@ class Key(NamedTuple):
 
 def parse_tags(value: bytes) -> dict[str, str]:
     """Read a tag list (RFC 6376 3.2). Raise Invalid."""
-    tags = _header.split_tags(value)
+    tags = split_tags(value)
     if tags is None:
         raise Invalid("permerror", "malformed tags")
     return tags
@@ -88,10 +93,10 @@ def parse_tags(value: bytes) -> dict[str, str]:
 
 def decode_base64(text: str) -> bytes:
     """Decode base64 with blanks in it. Raise Invalid."""
-    try:
-        return binascii.a2b_base64(squeeze(text), strict_mode=True)
-    except ValueError:
-        raise Invalid("permerror", "malformed base64") from None
+    octets = read_base64(text)
+    if octets is None:
+        raise Invalid("permerror", "malformed base64")
+    return octets
 
 
 # ---- signatures
@@ -116,9 +121,9 @@ class Signature:
     def read(self) -> None:
         """Read the values of the tags. Raise Invalid."""
         tags, is_arc = self.tags, self._is_arc
-        if not tags.keys() >= _REQUIRED or not (tags["a"] and tags["b"] and tags["bh"] and tags["d"] and tags["s"]):
-            missing = next(name for name in ("a", "b", "bh", "d", "s") if not tags.get(name))
-            raise Invalid("permerror", f"no tag {missing}=")
+        for name in _REQUIRED:
+            if not tags.get(name):
+                raise Invalid("permerror", f"no tag {name}=")
         if not self.domain:
             raise Invalid("permerror", "d= is not a domain")
         if "h" not in tags or not (tags["h"] or is_arc):
@@ -133,9 +138,9 @@ class Signature:
             tags.get("c", "relaxed/relaxed" if is_arc else "simple/simple")
         )
         self.names = squeeze(tags["h"]).lower().encode("utf-8", "surrogateescape").split(b":")
-        self.length = _number(tags, "l") if "l" in tags else None
-        self.expires = _number(tags, "x") if "x" in tags else None
-        created = _number(tags, "t") if "t" in tags else None
+        self.length = _number(tags, "l")
+        self.expires = _number(tags, "x")
+        created = _number(tags, "t")
         if self.expires is not None and created is not None and self.expires < created:
             raise Invalid("permerror", "it expires before it was made")
         if "q" in tags and "dns/txt" not in _words(tags["q"]):
@@ -189,10 +194,13 @@ def _canonicalization(text: str) -> tuple[bool, bool]:
     return header == "relaxed", body == "relaxed"
 
 
-def _number(tags: dict[str, str], name: str) -> int:
-    if _DIGITS.fullmatch(tags[name]) is None:
+def _number(tags: dict[str, str], name: str) -> int | None:
+    text = tags.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
         raise Invalid("permerror", f"{name}= is not a number")
-    return int(tags[name])
+    return int(text)
 
 
 # ---- keys
@@ -266,12 +274,14 @@ class BodyHashes:
 
     def want(self, *, relaxed: bool, length: int | None = None) -> None:
         """Have a hash made; before the first octet of the body."""
-        self._hashes.setdefault((relaxed, length), _BodyHash(length, relaxed=relaxed))
+        key = (relaxed, length)
+        if key not in self._hashes:
+            self._hashes[key] = _BodyHash(length, relaxed=relaxed)
 
     def feed(self, chunk: bytes | memoryview) -> None:
         """Take the next piece of the body, with CRLF, without dot-stuffing."""
         for each in self._hashes.values():
-            each.feed(chunk)
+            each.canonicalizer.feed(chunk)
 
     def finish(self) -> None:
         """Take the end of the body, once."""
@@ -282,8 +292,12 @@ class BodyHashes:
 
     def digest(self, *, relaxed: bool, length: int | None = None) -> tuple[bytes, int]:
         """Return a hash, and the octets of the whole canonical body."""
-        found = self._hashes[relaxed, length]
+        found = self.hash_of(relaxed, length)
         return found.digest, found.total
+
+    def hash_of(self, relaxed: bool, length: int | None) -> _BodyHash:
+        """Return a hash that is wanted."""
+        return self._hashes[relaxed, length]
 
 
 class _BodyHash:
@@ -295,9 +309,7 @@ class _BodyHash:
         self.total = 0
         self.digest = b""
         sink: Callable[[memoryview], object] = self._sha.update if length is None else self._limited
-        canonicalizer = _header.BodyCanonicalizer(sink, relaxed)
-        self.feed = canonicalizer.feed
-        self._end = canonicalizer.finish
+        self.canonicalizer = BodyCanonicalizer(sink, relaxed)
 
     def _limited(self, piece: memoryview) -> None:
         self.total += len(piece)
@@ -307,14 +319,14 @@ class _BodyHash:
             self._left -= len(part)
 
     def finish(self) -> None:
-        self._end()
+        self.canonicalizer.finish()
         self.digest = self._sha.digest()
 
 
 def check_body(signature: Signature, hashes: BodyHashes) -> None:
     """Compare the hash of the body. Raise Invalid."""
-    digest, total = hashes.digest(relaxed=signature.is_relaxed_body, length=signature.length)
-    if digest != signature.body_hash or (signature.length is not None and signature.length > total):
+    found = hashes.hash_of(signature.is_relaxed_body, signature.length)
+    if found.digest != signature.body_hash or (signature.length is not None and signature.length > found.total):
         raise Invalid("fail", "the body was changed")
 
 
@@ -334,7 +346,9 @@ class DkimVerifier:
         self._signatures: list[Signature | DkimResult] = []
         self.questions: list[str] = []
         """Names whose TXT records are the keys, MAX_KEYS at most."""
-        fields = header.by_name.get(b"dkim-signature", [])
+        fields = header.by_name.get(b"dkim-signature")
+        if fields is None:
+            return
         parsed = [_parse_signature(header, field, now) for field in fields[: 4 * MAX_SIGNATURES]]
         if len(parsed) > 1:
             parsed.sort(key=lambda each: not _is_related(each.domain, author))
@@ -365,10 +379,11 @@ class DkimVerifier:
         except Invalid as exc:
             return DkimResult(exc.result, domain, selector, exc.cause)
         if signature.length is not None:
-            _, total = self.hashes.digest(relaxed=signature.is_relaxed_body, length=signature.length)
+            total = self.hashes.hash_of(signature.is_relaxed_body, signature.length).total
             if signature.length < total:
                 return DkimResult("policy", domain, selector, f"{total - signature.length} octets are not signed")
-        return DkimResult("pass", domain, selector, is_testing="y" in key.flags)
+        # As `DkimResult(...)`, without a call of Python.
+        return tuple.__new__(DkimResult, ("pass", domain, selector, "", "y" in key.flags))
 
 
 def _parse_signature(header: Header, field: Field, now: int) -> Signature | DkimResult:
@@ -433,7 +448,7 @@ class DkimSigner:
         signed = hashlib.sha256()
         for each in header.select(names):
             signed.update(header.relaxed(each))
-        signed.update(_header.relaxed_field(b"dkim-signature", field.partition(b":")[2])[:-2])
+        signed.update(relaxed_field(b"dkim-signature", field.partition(b":")[2])[:-2])
         if isinstance(self._key, rsa.RSAPrivateKey):
             signature = self._key.sign(signed.digest(), _PADDING, _SHA256)
         else:
