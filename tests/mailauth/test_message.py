@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from penstock.mailauth import DecisionSettings, Judgement, MessageCheck, MethodResult, spf
+from penstock.mailauth import DecisionSettings, Judgement, MessageCheck, MethodResult, Told, spf
 from penstock.mailauth.lookup import Answer, Kind
 from tests.mailauth.test_dkim import BODY, HEAD, NOW, RSA, record, sign
 from tests.mailauth.zone import Table, run
@@ -36,14 +36,16 @@ def judge(
         found = await spf.check(table.query, address=address, sender=sender, helo="client.example")
         check = MessageCheck(head, settings, now=NOW)
         check.feed(body)
-        return await check.finish(
-            table.query,
-            authserv_id="mx.example.org",
-            spf=found if settings.spf != "off" else None,
-            mail_from=sender,
-            helo="client.example",
-            first=[MethodResult("iprev", "pass", (("smtp.remote-ip", address),))],
+        told = Told(
+            "mx.example.org",
+            found if settings.spf != "off" else None,
+            sender,
+            "client.example",
+            [MethodResult("iprev", "pass", (("smtp.remote-ip", address),))],
         )
+        judgement = await check.finish(table.query, **told._asdict())
+        assert check.finish_known(lambda *question: run(table.query(*question)), told) == judgement
+        return judgement
 
     judgement = run(main())
     assert isinstance(judgement, Judgement)
@@ -220,3 +222,42 @@ def test_the_hints_of_any_header_are_bounded() -> None:
     )
     hints = MessageCheck(seals + b"From: joe@" + labels + b".example\r\n", ENFORCE, now=NOW).hints
     assert len(hints) == 5 + 8
+
+
+def test_a_judgement_is_known_when_all_that_it_needs_is_cached() -> None:
+    table = zone()
+    check = MessageCheck(sign(), ENFORCE, now=NOW)
+    check.feed(BODY)
+    told = Told("mx.example.org", None, "joe@example.com", "client.example")
+    for unknown in check.hints:
+
+        def cached(*question: Any, unknown: Any = unknown) -> Answer | None:
+            return None if question == unknown else run(table.query(*question))
+
+        assert check.finish_known(cached, told) is None
+    judgement = check.finish_known(lambda *question: run(table.query(*question)), told)
+    assert judgement is not None
+    assert judgement.decisions.enforced.action == "accept"
+
+
+def test_spf_is_known_when_all_that_it_needs_is_cached() -> None:
+    table = Table()
+    table.add("example.com", "TXT", b"v=spf1 include:a.example include:b.example -all")
+    table.add("a.example", "TXT", b"v=spf1 ip4:198.51.100.0/24 -all").add(
+        "b.example", "TXT", b"v=spf1 ip4:192.0.2.0/24 ?all"
+    )
+    known: set[str] = set()
+
+    def check() -> str | None:
+        found = spf.check_known(
+            lambda name, kind: run(table.query(name, kind)) if name in known else None,
+            address="192.0.2.1",
+            sender="joe@example.com",
+            helo="client.example",
+        )
+        return None if found is None else found.result
+
+    for name in ("example.com", "a.example", "b.example"):
+        assert check() is None
+        known.add(name)
+    assert check() == "pass"

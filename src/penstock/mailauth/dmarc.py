@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 from penstock.mailauth.dkim import DkimResult
@@ -61,7 +61,7 @@ class _TemporaryError(Exception):
     pass
 
 
-async def check(query: Query, domain: str, spf: SpfResult | None, dkim: Iterable[DkimResult]) -> DmarcResult:
+async def check(query: Query, domain: str, spf: SpfResult | None, dkim: Sequence[DkimResult]) -> DmarcResult:
     """Return whether something that is authenticated belongs to the domain of From; "" is a domain that is none.
 
     A temporary result of SPF or DKIM that could have made it pass makes it "temperror": the policy says how much that
@@ -69,15 +69,12 @@ async def check(query: Query, domain: str, spf: SpfResult | None, dkim: Iterable
     """
     if not domain:
         return DmarcResult("permerror", domain, cause="From has no domain")
-    verdicts: list[tuple[str, str, str]] = [(each.domain, each.result, "dkim") for each in dkim]
-    if spf is not None:
-        verdicts.append((spf.domain, spf.result, "spf"))
     walks = _Walks(query)
     try:
         own = await walks.record(domain)
-        if own is not None and any(each == domain and result == "pass" for each, result, _ in verdicts):
-            # RFC 9989 4.10.2: no walk is needed when all is one domain with a record.
-            return DmarcResult("pass", domain, _tested(own, own.policy), domain, record=own)
+        passed = pass_of_own_record(own, domain, spf, dkim)
+        if passed is not None:
+            return passed
         walk = await walks.walk(domain)
     except _TemporaryError as exc:
         return DmarcResult("temperror", domain, "reject", cause=str(exc))  # what the policy is, is not known
@@ -89,8 +86,26 @@ async def check(query: Query, domain: str, spf: SpfResult | None, dkim: Iterable
         policy = await _policy(query, domain, policy_domain, record)
     except _TemporaryError as exc:
         return DmarcResult("temperror", domain, record.subdomain_policy, policy_domain, str(exc), record)
+    verdicts: list[tuple[str, str, str]] = [(each.domain, each.result, "dkim") for each in dkim]
+    if spf is not None:
+        verdicts.append((spf.domain, spf.result, "spf"))
     result, cause = await _align(walks, walk, record, verdicts)
     return DmarcResult(result, domain, policy, policy_domain, cause, record)
+
+
+def pass_of_own_record(
+    own: Record | None, domain: str, spf: SpfResult | None, dkim: Sequence[DkimResult]
+) -> DmarcResult | None:
+    """Return a pass if the domain of From has a record, and itself has passed: no walk is needed (RFC 9989 4.10.2)."""
+    if own is None:
+        return None
+    for each in dkim:
+        if each.domain == domain and each.result == "pass":
+            break
+    else:
+        if spf is None or spf.domain != domain or spf.result != "pass":
+            return None
+    return DmarcResult("pass", domain, _tested(own, own.policy), domain, record=own)
 
 
 async def _align(
@@ -189,7 +204,7 @@ class _Walks:
         answer = await self._query(f"_dmarc.{domain}", "TXT")
         if answer.status == "failed" and "." in domain:
             raise _TemporaryError(f"the DNS does not answer about _dmarc.{domain}")
-        return _only_record(answer.records)
+        return only_record(answer.records)
 
     async def walk(self, domain: str) -> _Walk:
         """Return the records of a domain and those above it (RFC 9989 4.10). Raise _TemporaryError."""
@@ -217,7 +232,7 @@ def names_to_ask(domain: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=20_000)
-def _only_record(records: tuple[bytes, ...]) -> Record | None:
+def only_record(records: tuple[bytes, ...]) -> Record | None:
     """Return the record in an answer; several are none (RFC 9989 4.10)."""
     candidates = [text for text in records if _is_dmarc(text)]
     return parse(candidates[0]) if len(candidates) == 1 else None

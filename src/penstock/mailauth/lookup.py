@@ -24,8 +24,24 @@ class Answer(Protocol):
 Query = Callable[[str, Kind], Awaitable[Answer]]
 
 
+Cached = Callable[[str, Kind], Answer | None]
+"""Returns an answer that is known without asking."""
+
+
 class UnknownAnswerError(Exception):
     """An answer would have to be asked for."""
+
+
+def known_query(cached: Cached) -> Query:
+    """Return a function for `run_now`, which raises UnknownAnswerError."""
+
+    async def query(name: str, kind: Kind) -> Answer:
+        answer = cached(name, kind)
+        if answer is None:
+            raise UnknownAnswerError
+        return answer
+
+    return query
 
 
 def run_now(check: Coroutine[Any, Any, T]) -> T | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from penstock.mailauth.header import canonical_domain
-from penstock.mailauth.lookup import Answer, Kind, Query
+from penstock.mailauth.lookup import Answer, Cached, Kind, Query, known_query, run_now
 
 Result = Literal["pass", "fail", "softfail", "neutral", "none", "temperror", "permerror"]
 MAX_TERMS: Final = 10
@@ -94,8 +94,7 @@ async def check(
     """
     identity: Literal["mailfrom", "helo"] = "mailfrom" if sender else "helo"
     evaluation = _Evaluation(query, address, sender or f"postmaster@{helo}", helo, receiver, now)
-    domain = evaluation.domain
-    domain = domain.lower() if domain.isascii() else canonical_domain(domain)  # RFC 8616 4
+    domain = _comparable(evaluation.domain)
     try:
         result = await evaluation.check_host(domain, is_outermost=True)
     except _TemporaryError as exc:
@@ -103,6 +102,51 @@ async def check(
     except _PermanentError as exc:
         return SpfResult("permerror", domain, identity, cause=str(exc))
     return SpfResult(result, domain, identity, evaluation.explanation if result == "fail" else "")
+
+
+def check_known(
+    cached: Cached, *, address: str, sender: str, helo: str, receiver: str = "unknown", now: int = 0
+) -> SpfResult | None:
+    """Return what `check` does; None if it needs an answer that is not cached."""
+    _, number, is_v6 = _parse_address(address)
+    domain = _comparable(sender.rpartition("@")[2] if sender else helo)
+    result, _ = _result_of_networks(cached, domain, number, is_v6, MAX_TERMS)
+    if result is not None:
+        # As `SpfResult(...)`, without a call of Python.
+        return tuple.__new__(SpfResult, (result, domain, "mailfrom" if sender else "helo", "", ""))
+    query = known_query(cached)
+    return run_now(check(query, address=address, sender=sender, helo=helo, receiver=receiver, now=now))
+
+
+def _comparable(domain: str) -> str:
+    return domain.lower() if domain.isascii() else canonical_domain(domain)  # RFC 8616 4
+
+
+def _result_of_networks(cached: Cached, domain: str, number: int, is_v6: bool, terms: int) -> tuple[Result | None, int]:
+    """Evaluate a record of which only networks and includes are needed, as of nearly all.
+
+    Return the result, and how many terms are left that may ask. None where something else is needed: answers that are
+    not cached, other mechanisms, macros, errors and explanations.
+    """
+    answer = cached(domain, "TXT") if _is_domain(domain) else None
+    record = None if answer is None or answer.status == "failed" else _only_record(answer.records)
+    if record is None or record.error:
+        return None, terms
+    for term in record.terms:
+        if term.version:
+            matches = (term.version == 6) == is_v6 and number >> term.shift == term.network
+        elif term.name == "all":
+            matches = True
+        elif term.name == "include" and terms and "%" not in term.domain:
+            result, terms = _result_of_networks(cached, term.domain, number, is_v6, terms - 1)
+            if result is None:
+                return None, terms
+            matches = result == "pass"
+        else:
+            return None, terms
+        if matches:
+            return None if record.explanation and term.result == "fail" else term.result, terms
+    return None if record.redirect else "neutral", terms
 
 
 @functools.lru_cache(maxsize=10_000)

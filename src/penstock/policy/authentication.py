@@ -7,18 +7,17 @@ still arrives, and the body is hashed piece by piece. The rest is done at the en
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import trio
 
 from penstock.addresses import comparable_domain
-from penstock.dns import Answer, Budget, Kind, Resolver
+from penstock.dns import Budget, Kind, Resolver
 from penstock.journal import Journal
-from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, spf
+from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, Told, spf
 from penstock.mailauth.decision import Decisions, decide
 from penstock.mailauth.header import Field, Header
-from penstock.mailauth.lookup import Query, UnknownAnswerError, run_now
 from penstock.mailauth.results import NAME, forged_fields
 from penstock.mailauth.spf import SpfResult
 from penstock.message import MailParameters, Message, Path
@@ -212,29 +211,19 @@ class Authentication(Check):
         """Check SPF. Without DMARC it may refuse. It waits only if answers have to be asked for."""
         if self._settings.spf == "off":
             return None
-        found = run_now(self._check_spf(self._known, transaction, sender))
-        return self._ask_spf(transaction, sender) if found is None else self._note_spf(transaction, found)
+        asked: dict[str, Any] = {
+            "address": transaction.peer.address,
+            "sender": f"{sender.local}@{sender.domain}" if sender.domain else "",
+            "helo": transaction.hello,
+            "receiver": self._hostname,
+            "now": int(self._clock()),
+        }
+        found = spf.check_known(self._resolver.cached, **asked)
+        return self._ask_spf(transaction, asked) if found is None else self._note_spf(transaction, found)
 
-    def _check_spf(self, query: Query, transaction: Transaction, sender: Path) -> Coroutine[Any, Any, SpfResult]:
-        return spf.check(
-            query,
-            address=transaction.peer.address,
-            sender=f"{sender.local}@{sender.domain}" if sender.domain else "",
-            helo=transaction.hello,
-            receiver=self._hostname,
-            now=int(self._clock()),
-        )
-
-    async def _ask_spf(self, transaction: Transaction, sender: Path) -> Finding:
+    async def _ask_spf(self, transaction: Transaction, asked: dict[str, Any]) -> Finding:
         query = Budget(self._resolver, seconds=self._seconds).query
-        return self._note_spf(transaction, await self._check_spf(query, transaction, sender))
-
-    async def _known(self, name: str, kind: Kind) -> Answer:
-        """Return an answer from the cache. Raise UnknownAnswerError."""
-        answer = self._resolver.cached(name, kind)
-        if answer is None:
-            raise UnknownAnswerError
-        return answer
+        return self._note_spf(transaction, await spf.check(query, **asked))
 
     def _note_spf(self, transaction: Transaction, found: SpfResult) -> Finding:
         transaction.results.spf = found
@@ -286,24 +275,17 @@ class Authentication(Check):
         pending = evidence.pending("iprev")
         if pending is not None and not pending.is_done:
             return None
-        cached = self._resolver.cached
-        for name, kind in check.hints:
-            if cached(name, kind) is None:
-                return None
         iprev = None if pending is None else pending.value or IprevResult("temperror")
-        judgement = run_now(self._finish(check, self._known, transaction, message, iprev))
+        judgement = check.finish_known(self._resolver.cached, self._told(transaction, message, iprev))
         return None if judgement is None else self._conclude(transaction, message, judgement, watcher, iprev)
 
-    def _finish(
-        self, check: MessageCheck, query: Query, transaction: Transaction, message: Message, iprev: IprevResult | None
-    ) -> Coroutine[Any, Any, Judgement]:
-        return check.finish(
-            query,
-            authserv_id=self._hostname,
-            spf=transaction.results.spf,
-            mail_from=message.envelope.sender.ascii_text,
-            helo=transaction.hello,
-            first=iprev_method(iprev, transaction.peer.address),
+    def _told(self, transaction: Transaction, message: Message, iprev: IprevResult | None) -> Told:
+        return Told(
+            self._hostname,
+            transaction.results.spf,
+            message.envelope.sender.ascii_text,
+            transaction.hello,
+            iprev_method(iprev, transaction.peer.address),
         )
 
     async def remove_forged(self, message: Message) -> Message | Reply:
@@ -325,7 +307,10 @@ class Authentication(Check):
             budget = watcher.budget or Budget(self._resolver, seconds=self._seconds)
             budget.restart(self._seconds)
             await budget.ask_ahead(check.hints)
-            judgement = await self._finish(check, budget.query, transaction, message, iprev)
+            told = self._told(transaction, message, iprev)
+            judgement = check.finish_known(self._resolver.cached, told) or await check.finish(
+                budget.query, **told._asdict()
+            )
         finally:
             evidence.watch(None)
         return self._conclude(transaction, message, judgement, watcher, iprev)
