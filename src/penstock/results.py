@@ -89,4 +89,4 @@ class Results(dict[str, Any]):
     @property
     def score(self) -> float:
         """The sum of `scores`."""
-        return sum(self.scores.values())
+        return sum(self.scores.values()) if self.scores else 0

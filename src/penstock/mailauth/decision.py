@@ -6,7 +6,6 @@ the answer could have refused. A permanent error in a record counts as if there 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -61,7 +60,7 @@ class Decisions(NamedTuple):
     monitored: Decision = ACCEPT
 
 
-_NOTHING: Final = Decisions()
+NOTHING: Final = Decisions()
 
 
 class Findings(NamedTuple):
@@ -71,14 +70,14 @@ class Findings(NamedTuple):
     """The domains of all authors in all From fields."""
     from_fields: int
     spf: SpfResult | None = None
-    dkim: Sequence[DkimResult] = ()
+    dkim: tuple[DkimResult, ...] = ()
     dmarc: DmarcResult | None = None
 
 
 def decide(findings: Findings, settings: DecisionSettings) -> Decisions:
     """Return the most severe decision of the checks that enforce, and that of those that monitor."""
     if findings.dmarc is not None and findings.dmarc.result == "pass" and not settings.require_aligned:
-        return _NOTHING  # it takes one From field with one author
+        return NOTHING  # it takes one From field with one author
     found: list[tuple[Mode, Decision]] = [
         (settings.dmarc, _of_from(findings)),
         (settings.dmarc, _of_dmarc(findings.dmarc, settings)),

@@ -16,7 +16,7 @@ from penstock.addresses import comparable_domain
 from penstock.dns import Budget, Kind, Resolver
 from penstock.journal import Journal
 from penstock.mailauth import Decision, DecisionSettings, Findings, Judgement, MessageCheck, MethodResult, Told, spf
-from penstock.mailauth.decision import Decisions, decide
+from penstock.mailauth.decision import NOTHING, Decisions, decide
 from penstock.mailauth.header import Field, Header
 from penstock.mailauth.results import NAME, forged_fields
 from penstock.mailauth.spf import SpfResult
@@ -326,16 +326,18 @@ class Authentication(Check):
         """Note the results, and return what they mean for the message."""
         results = transaction.results
         results.iprev = iprev
-        results.dkim, results.dmarc = tuple(judgement.findings.dkim), judgement.findings.dmarc
+        _, _, _, results.dkim, results.dmarc = judgement.findings
         results.arc = judgement.arc
-        enforced, monitored = judgement.decisions
+        decisions = judgement.decisions
         if watcher.is_too_long:  # in every mode: fields that claim our name could not be left out
-            enforced = Decision("reject", "from", 550, "5.6.0", TOO_LONG.text, TOO_LONG.cause)
-        if self.reporter is not None and enforced.action != "defer":  # a deferred message comes again
+            refusal = Decision("reject", "from", 550, "5.6.0", TOO_LONG.text, TOO_LONG.cause)
+            decisions = Decisions(refusal, decisions.monitored)
+        if self.reporter is not None and decisions.enforced.action != "defer":  # a deferred message comes again
             sender = message.envelope.sender.domain
-            self.reporter.count(transaction.peer.address, sender, transaction.results, enforced)
-        message = message._replace(prefix=judgement.header_field + message.prefix)
-        return Edited(_without(message, judgement.forged), _proposals(Decisions(enforced, monitored)))
+            self.reporter.count(transaction.peer.address, sender, results, decisions.enforced)
+        prefix = judgement.header_field + message.prefix
+        message = Message(message.id, message.envelope, prefix, message.body, message.received_at)
+        return Edited(_without(message, judgement.forged), None if decisions is NOTHING else _proposals(decisions))
 
 
 async def _ask_ahead(budget: Budget, questions: Sequence[tuple[str, Kind]], scope: trio.CancelScope) -> None:

@@ -16,7 +16,7 @@ Rules
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from socket import inet_aton
 from typing import Any, Final, Literal
 
@@ -179,9 +179,7 @@ class Judge:
         Then nothing has been decided or counted, and `on_mail` asks again.
         """
         found: list[tuple[Check, Any]] = []
-        for check, method in self._mail:
-            if not self.applies(check, transaction):
-                continue
+        for check, method in self._applying(self._mail, transaction):
             try:
                 answer = method(transaction, sender, parameters)
             except Exception:  # noqa: BLE001 - `guarded` meets it again, and journals it
@@ -193,6 +191,8 @@ class Judge:
                     answer.close()
                 return WAIT
             found.append((check, answer))
+        if not found:
+            return None
         verdict = Verdict()
         for check, answer in found:
             if verdict.take(self.weigh(check, "on_mail", transaction, answer)):
@@ -207,22 +207,26 @@ class Judge:
         """Return what looks at the message that begins, if anything does."""
         evidence = evidence_of(transaction)
         evidence.watch(None)
-        for check, method in self._data:
-            if self.applies(check, transaction):
-                evidence.watch(method(transaction))
+        for _, method in self._applying(self._data, transaction):
+            evidence.watch(method(transaction))
         return evidence.watcher
 
     async def on_message(self, transaction: Transaction, message: Message) -> tuple[Reply | None, Message]:
         """Judge a whole message. Return the verdict, and the message as the checks have changed it."""
         verdict = Verdict()
-        if self._authentication is not None and not self.applies(self._authentication, transaction):
+        asked = self._applying(self.message, transaction)
+        reads = self._authentication
+        if asked is not self.message and reads is not None and not self.applies(reads, transaction):
             refusal, message = await self.remove_forged(message)
             if refusal is not None:
                 return refusal, message
-        for check, method in self.message:
-            if not self.applies(check, transaction):
-                continue
-            answer = await self.guarded(check, method, "on_message", transaction, message)
+        for check, method in asked:
+            try:
+                answer = method(transaction, message)
+                if answer is not None and not isinstance(answer, _FINDINGS) and inspect.isawaitable(answer):
+                    answer = await self._awaited(check, "on_message", answer)
+            except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
+                answer = self._failed(check, "on_message", exc)
             if isinstance(answer, Edited):
                 if check.mode == "enforce":
                     message = answer.message
@@ -301,6 +305,12 @@ class Judge:
             return check.judges_authenticated
         return check.judges_trusted or not self.is_trusted(transaction)
 
+    def _applying(self, told: tuple[_Told, ...], transaction: Transaction) -> tuple[_Told, ...]:
+        """Return those of some checks that are asked about a client: all of them, about most clients."""
+        if transaction.identity is None and not self.is_trusted(transaction):
+            return told
+        return tuple(each for each in told if self.applies(each[0], transaction))
+
     def is_trusted(self, transaction: Transaction) -> bool:
         """Return whether a client is in a trusted network, or on a unix socket."""
         evidence = evidence_of(transaction)
@@ -319,22 +329,30 @@ class Judge:
 
     async def guarded(self, check: Check, method: Callable[..., Any], hook_point: str, *arguments: object) -> Any:
         """Return what a check finds, or what follows from its failure."""
-        cause = f"no answer within {check.deadline:g} s"
-        began = 0.0
         try:
             answer = method(*arguments)
             if answer is None or isinstance(answer, _FINDINGS) or not inspect.isawaitable(answer):
                 return answer
-            began = trio.current_time()
-            # As in pipeline.py: the `try` is outside of the scope.
+            return await self._awaited(check, hook_point, answer)
+        except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
+            return self._failed(check, hook_point, exc)
+
+    async def _awaited(self, check: Check, hook_point: str, answer: Awaitable[Any]) -> Any:
+        """Return what a check finds within its deadline, or what follows from missing it. Raise its exceptions."""
+        began = trio.current_time()
+        try:
+            # As in pipeline.py: a `try` for exceptions of the check is outside of the scope.
             with trio.move_on_after(check.deadline):
                 return await answer
-        except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
-            cause = f"{type(exc).__name__}: {exc}"
         finally:
-            if began and self._journal.counters is not None:
+            if self._journal.counters is not None:
                 seconds = trio.current_time() - began
                 self._journal.counters.observe("policy_seconds", seconds, check=check.name, milestone=hook_point)
+        return self._failed(check, hook_point, None)
+
+    def _failed(self, check: Check, hook_point: str, exc: Exception | None) -> Reply | None:
+        """Note that a check has raised, or missed its deadline; return what follows."""
+        cause = f"no answer within {check.deadline:g} s" if exc is None else f"{type(exc).__name__}: {exc}"
         self._journal.hook_failed(check.name, hook_point, cause)
         return None if check.failure is None else check.failure.because(f"{check.name}: {cause}")
 
@@ -404,37 +422,41 @@ def modes_of(policy: PolicySettings) -> dict[str, Mode]:
     }
 
 
-def found_by_check(results: Results) -> Iterator[tuple[str, str]]:
-    """Yield the names of checks with what they have found, for the statistics: both have few values."""
+def found_by_check(results: Results) -> list[tuple[str, str]]:
+    """Return the names of checks with what they have found, for the statistics: both have few values."""
+    found: list[tuple[str, str]] = []
     if results.iprev is not None:
-        yield "fcrdns", results.iprev.result
+        found.append(("fcrdns", results.iprev.result))
     if results.dnsbl is not None:
-        yield "dnsbl", "listed" if results.dnsbl.listings else "unlisted"
+        found.append(("dnsbl", "listed" if results.dnsbl.listings else "unlisted"))
     if results.spf is not None:
-        yield "spf", results.spf.result
-    if results.dmarc is not None or results.arc is not None:  # the message was read
-        for each in results.dkim:
-            yield "dkim", each.result
-        if not results.dkim:
-            yield "dkim", "none"
-    if results.dmarc is not None:
-        yield "dmarc", results.dmarc.result
-    if results.arc is not None:
-        yield "arc", results.arc.result
+        found.append(("spf", results.spf.result))
+    dmarc, arc, dkim = results.dmarc, results.arc, results.dkim
+    if dmarc is not None or arc is not None:  # the message was read
+        found += [("dkim", each.result) for each in dkim]
+        if not dkim:
+            found.append(("dkim", "none"))
+    if dmarc is not None:
+        found.append(("dmarc", dmarc.result))
+    if arc is not None:
+        found.append(("arc", arc.result))
+    return found
 
 
 def summary(results: Results) -> str:
     """Return what was found in a line: "iprev=pass,spf=pass,dkim=pass:example.org,dmarc=pass"."""
     found: list[str] = []
     if results.iprev is not None:
-        found.append(f"iprev={results.iprev.result}")
+        found.append("iprev=" + results.iprev.result)
     if results.spf is not None:
-        found.append(f"spf={results.spf.result}")
-    found += [f"dkim={each.result}:{each.domain}" for each in results.dkim]
+        found.append("spf=" + results.spf.result)
+    found += ["dkim=" + each.result + ":" + each.domain for each in results.dkim]
     if results.dmarc is not None:
-        found.append(f"dmarc={results.dmarc.result}")
+        found.append("dmarc=" + results.dmarc.result)
     if results.arc is not None and results.arc.result != "none":
-        found.append(f"arc={results.arc.result}")
-    found += [f"{name}={score:g}" for name, score in results.scores.items()]
-    found += [f"({name}={score:g})" for name, score in results.monitored_scores.items()]
+        found.append("arc=" + results.arc.result)
+    if results.scores:
+        found += [f"{name}={score:g}" for name, score in results.scores.items()]
+    if results.monitored_scores:
+        found += [f"({name}={score:g})" for name, score in results.monitored_scores.items()]
     return ",".join(found)

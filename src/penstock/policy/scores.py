@@ -79,7 +79,7 @@ def settle(transaction: Transaction, thresholds: Thresholds) -> Reply | None:
     A quarantine is left in `transaction.results.quarantine`.
     """
     evidence = transaction.evidence
-    if isinstance(evidence, Evidence):
+    if isinstance(evidence, Evidence) and evidence.marks:
         for name, mark, is_monitored in evidence.marks:
             with suppress(TypeError, ValueError):  # not a header field: the mark is left out
                 apply_mark(transaction, name, mark, is_monitored=is_monitored)
@@ -87,6 +87,8 @@ def settle(transaction: Transaction, thresholds: Thresholds) -> Reply | None:
         return None
     results = transaction.results
     found = thresholds.add_up(results.score)
+    if found.action == "accept" and not results.quarantine:
+        return None
     if found.action == "reject":
         text = f"The message is refused as spam (score {found.score:g})"
         causes = ", ".join(f"{name}={score:g}" for name, score in results.scores.items())
