@@ -34,15 +34,15 @@ class Breaker:
 
     def blocks(self, now: float) -> bool:
         """Return whether no attempt may be made now."""
-        return self.is_open and (self._is_probing or now < self._until)
+        return self._openings > 0 and (self._is_probing or now < self._until)
 
     def probe(self) -> None:
         """Note that an attempt is made."""
-        self._is_probing = self.is_open
+        self._is_probing = self._openings > 0
 
     def succeeded(self) -> bool:
         """Note a success. Return True if the breaker was open."""
-        was_open = self.is_open
+        was_open = self._openings > 0
         self._failures = self._openings = 0
         self._is_probing = False
         return was_open

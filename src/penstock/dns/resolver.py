@@ -118,9 +118,10 @@ class Batch:
         for.
         """
         resolver, found = self._resolver, []
+        begun_all, end = self._begun, resolver.end
         try:
             for at, key in enumerate(self._keys):
-                begun = self._begun[at]
+                begun = begun_all[at]
                 if begun is None:
                     left = self._deadline - trio.current_time()
                     found.append(await resolver.query(*key, left, most=MAX_QUESTIONS_OF_CHECKS))
@@ -129,8 +130,8 @@ class Batch:
                 if answer is None:
                     answer = await resolver.resolve(key, self._deadline, begun)
                     are_due = True
-                self._begun[at] = None
-                resolver.end(key, answer)
+                begun_all[at] = None
+                end(key, answer)
                 found.append(answer)
         except BaseException:
             self.abandon()
@@ -265,10 +266,17 @@ class Resolver:
         pending, find = self._pending, self._cache.find
         for key in keys:
             sent: Begun | None = None
-            if key not in pending and len(pending) < MAX_QUESTIONS_OF_CHECKS and find(key) is None:
-                sent = self._begin_first(key, server, until)
-                if sent is not None:  # otherwise `query` finds out what is wrong
+            if (
+                server is not None
+                and key not in pending
+                and len(pending) < MAX_QUESTIONS_OF_CHECKS
+                and find(key) is None
+            ):
+                try:
+                    sent = server, server.begin(key[0], KINDS[key[1]], until)
                     pending[key] = None
+                except (OSError, ValueError):
+                    pass  # `query` finds out what is wrong
             begun.append(sent)
         return Batch(self, keys, begun, now + left)
 

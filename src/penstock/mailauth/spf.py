@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from penstock.mailauth.header import canonical_domain
-from penstock.mailauth.lookup import Answer, Cached, Kind, Query, known_query, run_now
+from penstock.mailauth.lookup import Answer, Cached, Kind, Query, UnknownAnswerError, known_query, run_now
 
 Result = Literal["pass", "fail", "softfail", "neutral", "none", "temperror", "permerror"]
 MAX_TERMS: Final = 10
@@ -110,7 +110,10 @@ def check_known(
     """Return what `check` does; None if it needs an answer that is not cached."""
     _, number, is_v6 = _parse_address(address)
     domain = _comparable(sender.rpartition("@")[2] if sender else helo)
-    result, _ = _result_of_networks(cached, domain, number, is_v6, MAX_TERMS)
+    try:
+        result, _ = _result_of_networks(cached, domain, number, is_v6, MAX_TERMS)
+    except UnknownAnswerError:
+        return None
     if result is not None:
         # As `SpfResult(...)`, without a call of Python.
         return tuple.__new__(SpfResult, (result, domain, "mailfrom" if sender else "helo", "", ""))
@@ -125,11 +128,15 @@ def _comparable(domain: str) -> str:
 def _result_of_networks(cached: Cached, domain: str, number: int, is_v6: bool, terms: int) -> tuple[Result | None, int]:
     """Evaluate a record of which only networks and includes are needed, as of nearly all.
 
-    Return the result, and how many terms are left that may ask. None where something else is needed: answers that are
-    not cached, other mechanisms, macros, errors and explanations.
+    Return the result, and how many terms are left that may ask. None where something else is needed: other mechanisms,
+    macros, errors and explanations. Raise UnknownAnswerError for an answer that is not cached.
     """
-    answer = cached(domain, "TXT") if _is_domain(domain) else None
-    record = None if answer is None or answer.status == "failed" else _only_record(answer.records)
+    if not _is_domain(domain):
+        return None, terms
+    answer = cached(domain, "TXT")
+    if answer is None:
+        raise UnknownAnswerError
+    record = None if answer.status == "failed" else _only_record(answer.records)
     if record is None or record.error:
         return None, terms
     for term in record.terms:

@@ -284,7 +284,7 @@ class Dnsbl(Check):
     def take(self, asked: Sequence[_List], answers: Sequence[Answer]) -> DnsblResult:
         """Return the result. Lists that have not answered in time are left out."""
         for each, answer in zip(asked, answers, strict=True):
-            if answer.is_failure:
+            if answer.status == "failed":
                 if each.breaker.failed(trio.current_time()):
                     self._journal.list_failed(each.zone, "no answers")
             elif each.breaker.succeeded():

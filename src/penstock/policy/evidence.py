@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import trio
@@ -33,7 +32,11 @@ async def run_guarded(journal: Journal, check: str, run: Callable[..., Awaitable
     try:
         await run(*arguments)
     except Exception as exc:  # noqa: BLE001 - a bug of a check, or the operating system
-        journal.hook_failed(check, "background", f"{type(exc).__name__}: {exc}")
+        _note_failure(journal, check, exc)
+
+
+def _note_failure(journal: Journal, check: str, exc: Exception) -> None:
+    journal.hook_failed(check, "background", f"{type(exc).__name__}: {exc}")
 
 
 class Pending(Generic[T]):
@@ -94,7 +97,7 @@ class Lookup(Generic[T]):
 class Evidence:
     """Results of the connection, which are kept for all its transactions. `close` it at the end."""
 
-    __slots__ = ("_done", "_lookups", "_pending", "_scope", "is_trusted", "kept", "marks", "watcher")
+    __slots__ = ("_done", "_lookups", "_pending", "_scope", "is_looking_up", "is_trusted", "kept", "marks", "watcher")
 
     def __init__(self) -> None:
         self.is_trusted: bool | None = None
@@ -110,12 +113,14 @@ class Evidence:
         """Those that the task of the connection has not begun."""
         self._scope: trio.CancelScope | None = None
         """That of the task, while it runs."""
+        self.is_looking_up = False
+        """The task runs, and `wait` waits for it."""
         self._done: trio.Event | None = None
         """The task has ended; made by the first that waits for it."""
 
     async def wait(self) -> None:
         """Wait for the lookups that are under way, for a few seconds at most."""
-        if self._scope is not None:
+        if self.is_looking_up:
             if self._done is None:
                 self._done = trio.Event()
             await self._done.wait()
@@ -127,6 +132,7 @@ class Evidence:
             scope = trio.CancelScope(deadline=trio.current_time() + _LOOKUP_SECONDS)
             nursery.start_soon(self._look_up, scope, journal)
             self._scope = scope
+            self.is_looking_up = True
 
     async def _look_up(self, scope: trio.CancelScope, journal: Journal) -> None:
         """Be the task: make the lookups."""
@@ -137,12 +143,21 @@ class Evidence:
                     begun, self._lookups = self._lookups, []
                     made += begun
                     for each in begun:
-                        await run_guarded(journal, each.name, _begin, each)
+                        try:
+                            each.begin()
+                        except Exception as exc:  # noqa: BLE001 - as in `run_guarded`
+                            _note_failure(journal, each.name, exc)
                     begun.sort(key=_asks_more)
-                    for at, each in enumerate(begun):
-                        await run_guarded(journal, each.name, partial(each.finish, are_due=at > 0))
+                    are_due = False
+                    for each in begun:
+                        try:
+                            await each.finish(are_due=are_due)
+                        except Exception as exc:  # noqa: BLE001 - as above
+                            _note_failure(journal, each.name, exc)
+                        are_due = True
         finally:
             self._scope = None
+            self.is_looking_up = False
             for each in (*made, *self._lookups):
                 each.close()
                 if not each.pending.is_done:
@@ -178,10 +193,6 @@ class Evidence:
         self.watch(None)
         if self._scope is not None:
             self._scope.cancel()
-
-
-async def _begin(lookup: Lookup[Any]) -> None:
-    lookup.begin()
 
 
 def _asks_more(lookup: Lookup[Any]) -> bool:

@@ -92,21 +92,19 @@ class _Lookup(Lookup[IprevResult]):
         super().__init__(pending)
         self._resolver = resolver
         self._steps = _steps(address)
-        self._budget: Budget | None = None
         self._batch: Batch | None = None
 
     def begin(self) -> None:
-        self._budget = Budget(self._resolver, seconds=_SECONDS)
         self._batch = self._resolver.begin_all([next(self._steps)], _SECONDS)
 
     async def finish(self, *, are_due: bool) -> None:
-        if self._batch is None or self._budget is None:
+        if self._batch is None:
             return
         (answer,) = await self._batch.answers(are_due=are_due)
-        self._budget.restart(_SECONDS)  # other lookups may have taken long
+        budget = Budget(self._resolver, seconds=_SECONDS)  # its time begins now: other lookups may have taken long
         try:
             while True:
-                answer = await self._budget.query(*self._steps.send(answer))
+                answer = await budget.query(*self._steps.send(answer))
         except StopIteration as exc:
             self.pending.set(exc.value)
 

@@ -87,11 +87,22 @@ class _Asker:
     ) -> Reply | None:
         """Return what counts of the verdict of the check."""
         judge, check = self._judge, self.check
-        if not judge.applies(check, transaction):
+        evidence = evidence_of(transaction)
+        # As nearly all: a client that has not authenticated, and is known not to be trusted.
+        if (evidence.is_trusted is not False or transaction.identity is not None) and not judge.applies(
+            check, transaction
+        ):
             return None
-        if check.awaits_lookups and hook_point == "on_rcpt":
-            await evidence_of(transaction).wait()
-        answer = await judge.guarded(check, method, hook_point, transaction, *arguments)
+        if check.awaits_lookups and evidence.is_looking_up and hook_point == "on_rcpt":
+            await evidence.wait()
+        try:
+            answer = method(transaction, *arguments)
+            if answer is None:
+                return None
+            if not isinstance(answer, _FINDINGS) and inspect.isawaitable(answer):
+                answer = await judge.awaited(check, hook_point, answer)
+        except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
+            answer = judge.failed(check, hook_point, exc)
         return None if answer is None else judge.weigh(check, hook_point, transaction, answer)
 
 
@@ -224,9 +235,9 @@ class Judge:
             try:
                 answer = method(transaction, message)
                 if answer is not None and not isinstance(answer, _FINDINGS) and inspect.isawaitable(answer):
-                    answer = await self._awaited(check, "on_message", answer)
+                    answer = await self.awaited(check, "on_message", answer)
             except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
-                answer = self._failed(check, "on_message", exc)
+                answer = self.failed(check, "on_message", exc)
             if isinstance(answer, Edited):
                 if check.mode == "enforce":
                     message = answer.message
@@ -333,11 +344,11 @@ class Judge:
             answer = method(*arguments)
             if answer is None or isinstance(answer, _FINDINGS) or not inspect.isawaitable(answer):
                 return answer
-            return await self._awaited(check, hook_point, answer)
+            return await self.awaited(check, hook_point, answer)
         except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
-            return self._failed(check, hook_point, exc)
+            return self.failed(check, hook_point, exc)
 
-    async def _awaited(self, check: Check, hook_point: str, answer: Awaitable[Any]) -> Any:
+    async def awaited(self, check: Check, hook_point: str, answer: Awaitable[Any]) -> Any:
         """Return what a check finds within its deadline, or what follows from missing it. Raise its exceptions."""
         began = trio.current_time()
         try:
@@ -348,9 +359,9 @@ class Judge:
             if self._journal.counters is not None:
                 seconds = trio.current_time() - began
                 self._journal.counters.observe("policy_seconds", seconds, check=check.name, milestone=hook_point)
-        return self._failed(check, hook_point, None)
+        return self.failed(check, hook_point, None)
 
-    def _failed(self, check: Check, hook_point: str, exc: Exception | None) -> Reply | None:
+    def failed(self, check: Check, hook_point: str, exc: Exception | None) -> Reply | None:
         """Note that a check has raised, or missed its deadline; return what follows."""
         cause = f"no answer within {check.deadline:g} s" if exc is None else f"{type(exc).__name__}: {exc}"
         self._journal.hook_failed(check.name, hook_point, cause)
