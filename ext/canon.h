@@ -4,11 +4,15 @@
  * control, a space before another blank or a line end. Only that one is looked at. A line end is copied here when
  * neither a blank nor another line end follows, so that nothing has to be remembered; everything else, and everything
  * at the end of the input, is left to the caller.
+ *
+ * Where the processor can compress octets under a mask (AVX-512 VBMI2), 64 are done together without a look at single
+ * ones: masks say which blanks go. There, empty lines are written as they come; those at the end are taken back.
  */
 #ifndef PENSTOCK_CANON_H
 #define PENSTOCK_CANON_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #if defined(__SSE2__) && !defined(PENSTOCK_NO_SIMD)
 #include <emmintrin.h>
@@ -65,11 +69,62 @@ static size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, 
     return i;
 }
 #else
+#define CANON_NO_VECTORS
 static size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written)
 {
     (void)p, (void)n, (void)out, (void)room;
     *written = 0;
     return 0;
+}
+#endif
+
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 8) && !defined(CANON_NO_VECTORS)
+#include <immintrin.h>
+
+static int canon_is_wide(void) { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2"); }
+
+/* As `canon_relax`. *line_ends is how many line ends come after what was written. */
+__attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt")))
+static size_t canon_relax_wide(
+    const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written, size_t *line_ends)
+{
+    const __m512i spaces = _mm512_set1_epi8(' '), tabs = _mm512_set1_epi8('\t');
+    const __m512i crs = _mm512_set1_epi8('\r'), lfs = _mm512_set1_epi8('\n');
+    const uint64_t last = (uint64_t)1 << 63;
+    size_t i = 0, o = 0, ends = 0;
+    while (i + 66 <= n && o + 64 <= room) {
+        __m512i octets = _mm512_loadu_si512(p + i);
+        const unsigned char *next = p + i + 64;
+        uint64_t tab = _mm512_cmpeq_epi8_mask(octets, tabs);
+        uint64_t blank = _mm512_cmpeq_epi8_mask(octets, spaces) | tab;
+        uint64_t lf = _mm512_cmpeq_epi8_mask(octets, lfs);
+        uint64_t end = _mm512_cmpeq_epi8_mask(octets, crs) & (lf >> 1 | (next[0] == '\n' ? last : 0));
+        uint64_t next_blank = blank >> 1 | (canon_is_blank(next[0]) ? last : 0);
+        uint64_t next_end = end >> 1 | (next[0] == '\r' && next[1] == '\n' ? last : 0);
+        uint64_t kept = ~(blank & (next_blank | next_end)); /* a blank stays before what is neither */
+        size_t step = 64;
+        if (end & last) { /* the CR and the LF stay together */
+            kept &= ~last;
+            step = 63;
+        }
+        octets = _mm512_mask_mov_epi8(octets, tab, spaces);
+        _mm512_storeu_si512(out + o, _mm512_maskz_compress_epi8(kept, octets));
+        o += (size_t)__builtin_popcountll(kept);
+        i += step;
+    }
+    for (; o >= 2 && out[o - 2] == '\r' && out[o - 1] == '\n'; o -= 2)
+        ends++;
+    *written = o;
+    *line_ends = ends;
+    return i;
+}
+#else
+static int canon_is_wide(void) { return 0; }
+static size_t canon_relax_wide(
+    const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written, size_t *line_ends)
+{
+    *line_ends = 0;
+    return canon_relax(p, n, out, room, written);
 }
 #endif
 #endif

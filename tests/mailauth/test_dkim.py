@@ -235,10 +235,10 @@ BODIES = st.lists(  # the long pieces are for the vectors of ext/canon.h
 ).map(lambda parts: b"".join(parts) + b"\r\n")  # fmt: skip
 
 
-@given(BODIES, st.booleans(), st.integers(1, 50_000))
-def test_the_body_is_canonical_as_with_dkimpy_in_any_pieces(body: bytes, relaxed: bool, size: int) -> None:
+@given(BODIES, st.booleans(), st.booleans(), st.integers(1, 50_000))
+def test_the_body_is_canonical_as_with_dkimpy_in_any_pieces(body: bytes, relaxed: bool, wide: bool, size: int) -> None:
     pieces: list[bytes] = []
-    canonicalizer = BodyCanonicalizer(lambda piece: pieces.append(bytes(piece)), relaxed)
+    canonicalizer = BodyCanonicalizer(lambda piece: pieces.append(bytes(piece)), relaxed, wide)
     for at in range(0, len(body), size):
         canonicalizer.feed(body[at : at + size])
     canonicalizer.finish()

@@ -31,7 +31,7 @@ cdef class BodyCanonicalizer:
     cdef unsigned char *out
     cdef Py_ssize_t size
     cdef long long line_ends
-    cdef bint blank, cr, is_relaxed, is_empty
+    cdef bint blank, cr, is_relaxed, is_empty, is_wide
 
     cdef int put(self, const unsigned char *p, Py_ssize_t n) except -1
     cdef int flush(self) except -1

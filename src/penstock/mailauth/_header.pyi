@@ -80,7 +80,9 @@ def without_signature(value: bytes) -> bytes:
 class BodyCanonicalizer:
     """The body in its canonical form, handed to a function in pieces of at most 8 KiB."""
 
-    def __init__(self, sink: Callable[[memoryview], object], relaxed: bool) -> None: ...
+    def __init__(self, sink: Callable[[memoryview], object], relaxed: bool, wide: bool = True) -> None:
+        """`wide`: use the widest vectors that the processor has; the result is the same without."""
+
     def feed(self, data: Buffer) -> None:
         """Take the next piece of the body."""
 
