@@ -86,6 +86,7 @@ setup(
         extension("penstock.dns._codec", "ext/dns.pyx"),
         extension("penstock.mailauth._header", "ext/mailauth.pyx", "ext/canon.h"),
         extension("penstock.mailauth.dkim", "src/penstock/mailauth/dkim.py"),
+        extension("penstock.mailauth.header", "src/penstock/mailauth/header.py"),
         extension("penstock.mailauth.known", "src/penstock/mailauth/known.py"),
         extension("penstock._journal", "ext/journal.pyx"),
         extension("penstock._files", "ext/files.pyx"),

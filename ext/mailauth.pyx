@@ -4,6 +4,7 @@ Header: one pass splits it into fields. Body: one pass with a state of a few oct
 meaning is not known yet), so that any split into chunks gives the same, and memory does not grow with the message.
 """
 
+from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeASCII, PyUnicode_DecodeUTF8
 from libc.string cimport memchr, memcpy
@@ -23,6 +24,7 @@ cdef extern from "canon.h":
 
 cdef enum:
     BLOCK = 8192
+    MORE = 3                # a colon and a line end
     LINE = 78               # of a field that we write (RFC 5322 2.1.1)
     MAX_VALUE = 320         # characters of a value in Authentication-Results
     LEAST_ROOM = 1024       # for what `canon_relax` writes at a time
@@ -46,6 +48,13 @@ cdef inline Py_ssize_t end_of_field(const unsigned char *p, Py_ssize_t i, Py_ssi
             return i
 
 
+cdef inline Py_ssize_t end_of_text(const unsigned char *p, Py_ssize_t start, Py_ssize_t stop) noexcept:
+    """Return where octets end without their last line end."""
+    if stop > start and p[stop - 1] == 10:
+        stop -= 2 if stop - start > 1 and p[stop - 2] == 13 else 1
+    return stop
+
+
 cdef class Field:
     """Position of a field in the header."""
 
@@ -66,7 +75,6 @@ cdef class Header:
         self.octets = octets
         self.fields = []
         self.by_name = {}
-        self._relaxed = {}
         while i < n:
             start = i
             i = end_of_field(p, i, n)
@@ -89,9 +97,7 @@ cdef class Header:
     cdef bytes text(self, Py_ssize_t start, Py_ssize_t stop):
         """Return octets without their last line end."""
         cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(self.octets)
-        if stop > start and p[stop - 1] == 10:
-            stop -= 2 if stop - start > 1 and p[stop - 2] == 13 else 1
-        return self.octets[start:stop]
+        return self.octets[start:end_of_text(p, start, stop)]
 
     cpdef bytes value(self, Field field):
         """Return what follows the colon, without the last line end."""
@@ -103,12 +109,8 @@ cdef class Header:
 
     cpdef bytes relaxed(self, Field field):
         """Return the field in the relaxed form, with CRLF (RFC 6376 3.4.2)."""
-        cdef object found = self._relaxed.get(field.start)
-        if found is None:
-            # The relaxed form drops the last line end as well.
-            found = relaxed_field(field.name, self.octets[min(field.colon + 1, field.stop):field.stop])
-            self._relaxed[field.start] = found
-        return <bytes>found
+        # The relaxed form drops the last line end as well.
+        return relaxed_field(field.name, self.octets[min(field.colon + 1, field.stop):field.stop])
 
     cdef list selected(self, list names):
         """Return the fields that a list of names means: those of a name from the bottom up (RFC 6376 5.4.2)."""
@@ -134,13 +136,29 @@ cdef class Header:
 
     cpdef bytes signed(self, list names, Field own, bint relaxed):
         """Return what a signature field signs: the fields that it names, then itself without b= (RFC 6376 3.7)."""
-        cdef list parts = []
+        cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(self.octets)
+        cdef list fields = self.selected(names)
+        cdef bytes end = self.own(own, relaxed), made
+        cdef unsigned char *out
         cdef Field field
-        for each in self.selected(names):
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(end), o = 0, stop
+        for each in fields:
             field = <Field>each
-            parts.append(self.relaxed(field) if relaxed else self.text(field.start, field.stop) + b"\r\n")
-        parts.append(self.own(own, relaxed))
-        return b"".join(parts)
+            size += field.stop - field.start + MORE
+        made = PyBytes_FromStringAndSize(NULL, size)
+        out = <unsigned char *>PyBytes_AS_STRING(made)
+        for each in fields:
+            field = <Field>each
+            if relaxed:
+                o += relax(out + o, field.name, p + min(field.colon + 1, field.stop), p + field.stop)
+                continue
+            stop = end_of_text(p, field.start, field.stop)
+            memcpy(out + o, p + field.start, stop - field.start)
+            o += stop - field.start
+            out[o], out[o + 1] = 13, 10
+            o += 2
+        memcpy(out + o, PyBytes_AS_STRING(end), PyBytes_GET_SIZE(end))
+        return made[:o + PyBytes_GET_SIZE(end)]
 
     cpdef bytes own(self, Field field, bint relaxed):
         """Return a signature field without the value of its b=, and without its last line end (RFC 6376 3.7)."""
@@ -479,6 +497,49 @@ cdef bint is_value(str text) noexcept:
     return after != 0
 
 
+cpdef str simple_mailbox(bytes value):
+    """Return the address in a From field of one ASCII mailbox without comments; None if it is anything else."""
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
+    cdef const unsigned char *found
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(value), i = 0, start, stop
+    while n > 0 and is_blank(p[n - 1]):
+        n -= 1
+    while i < n and is_blank(p[i]):
+        i += 1
+    start, stop = i, n
+    if n > 0 and p[n - 1] == 62:
+        found = <const unsigned char *>memchr(p, 60, n)
+        if found == NULL:
+            return None
+        start, stop = found - p + 1, n - 1
+        i = 0
+        while i < start - 1:        # the name before the address
+            if p[i] == 34:
+                i += 1
+                while i < start - 1 and p[i] != 34:
+                    if p[i] == 92 or p[i] >= 128:
+                        return None
+                    i += 1
+                if i == start - 1:
+                    return None     # the first < is in quotes, or they do not end
+            elif p[i] >= 128 or is_special(p[i]):
+                return None
+            i += 1
+    if start == stop:
+        return None
+    for i in range(start, stop):
+        if not 32 < p[i] < 128 or is_special(p[i]) or p[i] == 34:
+            return None
+    return PyUnicode_DecodeASCII(<const char *>p + start, stop - start, NULL)
+
+
+cdef inline bint is_special(unsigned char c) noexcept:
+    """Say whether a character has a meaning in a list of mailboxes, besides the quotes."""
+    return (
+        c == c'(' or c == c')' or c == c',' or c == c':' or c == c';' or c == c'<' or c == c'>' or c == 92
+    )
+
+
 def quote(str text not None):
     """Return a value as a token or a quoted string (RFC 8601 2.2)."""
     if is_value(text):
@@ -522,30 +583,36 @@ def authentication_results(str authserv_id not None, results):
 cpdef bytes relaxed_field(bytes name, bytes value):
     """Return a field in the relaxed form, with its CRLF (RFC 6376 3.4.2); `name` is in lower case already."""
     cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
-    cdef Py_ssize_t n = PyBytes_GET_SIZE(value), size = PyBytes_GET_SIZE(name), i = 0, o
-    cdef bytes made = PyBytes_FromStringAndSize(NULL, size + n + 3)
-    cdef unsigned char *out = <unsigned char *>PyBytes_AS_STRING(made)
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(value)
+    cdef bytes made = PyBytes_FromStringAndSize(NULL, PyBytes_GET_SIZE(name) + n + MORE)
+    return made[:relax(<unsigned char *>PyBytes_AS_STRING(made), name, p, p + n)]
+
+
+cdef Py_ssize_t relax(unsigned char *out, bytes name, const unsigned char *p, const unsigned char *end) noexcept:
+    """Write a field in the relaxed form, `MORE` octets longer at most than name and value; return its length."""
+    cdef Py_ssize_t n = end - p, i = 0, start, o = PyBytes_GET_SIZE(name)
     cdef bint blank = False, started = False
-    memcpy(out, PyBytes_AS_STRING(name), size)
-    out[size] = 58
-    o = size + 1
+    memcpy(out, PyBytes_AS_STRING(name), o)
+    out[o] = 58
+    o += 1
     while i < n:
         if p[i] == 32 or p[i] == 9:
             blank = started
-        elif p[i] == 13 and i + 1 < n and p[i + 1] == 10:
             i += 1
+        elif p[i] == 13 and i + 1 < n and p[i + 1] == 10:
+            i += 2
         else:
             if blank:
                 out[o] = 32
                 o += 1
                 blank = False
-            out[o] = p[i]
-            o += 1
+            start = i
+            i = end_of_words(p, i + 1, n)
+            memcpy(out + o, p + start, i - start)
+            o += i - start
             started = True
-        i += 1
-    out[o] = 13
-    out[o + 1] = 10
-    return made[:o + 2]
+    out[o], out[o + 1] = 13, 10
+    return o + 2
 
 
 cpdef bytes without_signature(bytes value):
@@ -606,7 +673,7 @@ cdef class BodyCanonicalizer:
         self.is_wide = wide and canon_is_wide()
         self.is_relaxed = relaxed
         self.is_empty = True
-        self.block = bytearray(BLOCK)
+        self.block = PyByteArray_FromStringAndSize(NULL, BLOCK)     # `bytearray` would fill it
         self.out = self.block
 
     cdef int put(self, const unsigned char *p, Py_ssize_t n) except -1:

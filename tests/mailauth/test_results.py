@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.mailauth._header import simple_mailbox
 from penstock.mailauth.header import Header, author_domains, mailboxes
 from penstock.mailauth.results import MethodResult, authentication_results, forged_fields
 
@@ -173,3 +174,21 @@ def test_an_endless_list_of_authors_is_not_read_to_its_end(value: str, monkeypat
     found = author_domains(Header(f"From: joe@b\u00fccher.example, {value}\r\nFrom: {value}\r\n".encode()))
     assert len(found) > 1
     assert len(encoded) <= 52
+
+
+@given(
+    st.lists(st.sampled_from([*'<>"\\(),:;@ \t', "\r\n ", "a", "b@c.example", "\xe9", "\x1c"]), max_size=12).map(
+        "".join
+    )
+)
+def test_a_simple_mailbox_is_what_any_mailbox_is_read_as(value: str) -> None:
+    found = simple_mailbox(value.encode())
+    assert found is None or [found] == mailboxes(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["joe@example.com", " joe@example.com \t", "Joe <joe@example.com>", '"Joe, (x)"" B" <joe@example.com>\r\n '],
+)
+def test_an_ordinary_mailbox_is_simple(value: str) -> None:
+    assert simple_mailbox(value.encode()) == "joe@example.com"

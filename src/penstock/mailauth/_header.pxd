@@ -10,7 +10,6 @@ cdef class Header:
     cdef readonly bytes octets
     cdef readonly list fields
     cdef readonly dict by_name
-    cdef dict _relaxed
 
     cdef bytes text(self, Py_ssize_t start, Py_ssize_t stop)
     cpdef bytes value(self, Field field)
@@ -23,6 +22,7 @@ cdef class Header:
 cpdef dict split_tags(bytes value)
 cpdef str squeeze(str text)
 cpdef bytes decode_base64(str text)
+cpdef str simple_mailbox(bytes value)
 
 
 cdef class BodyCanonicalizer:

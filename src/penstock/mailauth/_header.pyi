@@ -59,6 +59,9 @@ def squeeze(text: str) -> str:
 def decode_base64(text: str) -> bytes | None:
     """Return the octets of base64 with blanks in it; None if it is malformed."""
 
+def simple_mailbox(value: bytes) -> str | None:
+    """Return the address in a From field of one ASCII mailbox without comments; None if it is anything else."""
+
 def quote(text: str) -> str:
     """Return a value as a token or a quoted string (RFC 8601 2.2); octets that are not printable ASCII become "?".
 

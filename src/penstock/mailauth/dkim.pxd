@@ -7,6 +7,7 @@ from penstock.mailauth._header cimport Header as CHeader
 from penstock.mailauth._header cimport decode_base64 as read_base64
 from penstock.mailauth._header cimport BodyCanonicalizer as Canonicalizer
 from penstock.mailauth._header cimport split_tags, squeeze
+from penstock.mailauth.header cimport canonical_domain
 
 
 cpdef dict parse_tags(bytes value)

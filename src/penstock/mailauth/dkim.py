@@ -26,12 +26,13 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
 from penstock.mailauth._header import BodyCanonicalizer, relaxed_field
-from penstock.mailauth.header import Field, Header, canonical_domain
+from penstock.mailauth.header import Field, Header
 from penstock.mailauth.lookup import Answer
 
-if not cython.compiled:  # compiled, these are the C functions of _header.pxd
+if not cython.compiled:  # compiled, these are the C functions of _header.pxd and header.pxd
     from penstock.mailauth._header import decode_base64 as read_base64
     from penstock.mailauth._header import split_tags, squeeze
+    from penstock.mailauth.header import canonical_domain
 
 Result = Literal["pass", "fail", "policy", "temperror", "permerror"]
 MAX_SIGNATURES: Final = 8

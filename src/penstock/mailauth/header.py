@@ -1,4 +1,7 @@
-"""The header of a message: its fields, their positions and their values."""
+"""The header of a message: its fields, their positions and their values.
+
+This file is compiled as it stands (header.pxd has the C types).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Final
 
 import idna
 
-from penstock.mailauth._header import Field, Header
+from penstock.mailauth._header import Field, Header, simple_mailbox
 
 __all__ = ["Field", "Header", "author_domains", "canonical_domain", "mailboxes"]
 
@@ -30,9 +33,8 @@ def author_domains(header: Header) -> tuple[str, ...]:
     """
     fields = header.by_name.get(b"from", ())
     if len(fields) == 1 and fields[0].stop - fields[0].start <= _MAX_FROM:
-        simple = _SIMPLE.fullmatch(header.value(fields[0]).decode("utf-8", "surrogateescape"))
-        if simple is not None:  # one author, as nearly all messages have
-            mailbox = simple[1] or simple[2]
+        mailbox = simple_mailbox(header.value(fields[0]))
+        if mailbox is not None:  # one author, as nearly all messages have
             return (canonical_domain(mailbox.rpartition("@")[2]) if "@" in mailbox else "",)
     found: dict[str, None] = {}
     authors, octets = 0, 0
