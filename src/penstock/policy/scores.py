@@ -86,9 +86,10 @@ def settle(transaction: Transaction, thresholds: Thresholds) -> Reply | None:
     if not transaction.has_results:
         return None
     results = transaction.results
-    found = thresholds.add_up(results.score)
-    if found.action == "accept" and not results.quarantine:
+    score = results.score
+    if score < thresholds.reject and score < thresholds.quarantine and not results.quarantine:
         return None
+    found = thresholds.add_up(score)
     if found.action == "reject":
         text = f"The message is refused as spam (score {found.score:g})"
         causes = ", ".join(f"{name}={score:g}" for name, score in results.scores.items())
