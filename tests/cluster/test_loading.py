@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import trio
 from bench.nats_servers import NatsServers
 
 from penstock.cluster.jetstream import JetStream, Stored
-from penstock.cluster.layout import LayoutError, RecipientState, read_message, read_state, state_record
+from penstock.cluster.layout import (
+    LayoutError,
+    RecipientState,
+    StoredMessage,
+    read_message,
+    read_state,
+    state_record,
+)
 from penstock.cluster.leases import LeaseKeeper, NodeState
 from penstock.cluster.queue import ReplicatedQueue, _Contents
 from penstock.cluster.setup import make_layout
@@ -373,3 +381,48 @@ async def test_a_scan_is_followed_however_slowly_messages_come(servers: NatsServ
                     found += await anext(scan)
             await scan.aclose()
         assert [each.subject for each in found] == [layout.message(0, f"{number}") for number in range(20)]
+
+
+async def test_partitions_are_read_while_others_are_written(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("penstock.cluster.queue._GROUP", 1)
+    read, write = ReplicatedQueue._read, ReplicatedQueue._load_messages
+    reads = 0
+
+    def count(*args: Any) -> AsyncGenerator[list[Stored], None]:
+        nonlocal reads
+        reads += 1
+        return read(*args)
+
+    async def write_late(queue: ReplicatedQueue, *args: Any) -> set[str]:
+        await until(lambda: reads >= 2)
+        return await write(queue, *args)
+
+    monkeypatch.setattr(ReplicatedQueue, "_read", count)
+    monkeypatch.setattr(ReplicatedQueue, "_load_messages", write_late)
+    async with (
+        made(servers, tmp_path, partitions=4, lease=60) as (_, settings),
+        gateway(tmp_path, settings, "smtp://127.0.0.1:1", "g1") as server,
+    ):
+        await owns(server, 4)
+
+
+async def test_headers_are_read_in_the_thread_of_the_index(
+    servers: NatsServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def note(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
+        threads.append(threading.current_thread())
+        return read_message(subject, sequence, headers)
+
+    monkeypatch.setattr("penstock.cluster.queue.read_message", note)
+    async with made(servers, tmp_path, partitions=1, lease=60) as (jetstream, settings):
+        message = make_message(b"text\r\n")._replace(received_at=time.time())
+        await Writer(jetstream, make_layout(settings)).write(message, 0, patience=10)
+        async with gateway(tmp_path, settings, "smtp://127.0.0.1:1", "g1") as server:
+            await owns(server, 1)
+            assert len(await rows(server)) == 1
+    assert threads
+    assert threading.current_thread() not in threads

@@ -8,7 +8,7 @@ fields and the body are read from the stream for each attempt.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 import outcome
@@ -112,22 +112,25 @@ class IndexStore(Store):
         )
         self._database.execute("DELETE FROM message WHERE number = ?", (temporary,))
 
-    def load(self, loaded: Sequence[Loaded], now: float, *, restores: bool = False, is_new: bool = False) -> None:
+    def load(self, loaded: Iterable[Loaded], now: float, *, restores: bool = False, is_new: bool = False) -> None:
         """Add messages that were found, each with what has become of its recipients. Those that are here stay.
 
         With `restores` they get the recipients back that they lost with the partition, while others were in flight.
         With `is_new` none of them is here, and that is not looked up.
         """
-        new = []
-        for each in self._on_schedule(loaded, now):
-            number = None if is_new else self._number(each.place)
+        found = self._on_schedule(loaded, now)
+        self._put_loaded(found if is_new else self._missing(found, now, restores=restores), now)
+
+    def _missing(self, loaded: Iterable[Loaded], now: float, *, restores: bool) -> Iterator[Loaded]:
+        """Yield the messages that are not here; give the others their recipients back if `restores`."""
+        for each in loaded:
+            number = self._number(each.place)
             if number is None:
-                new.append(each)
+                yield each
             elif restores:
                 self._restore(number, each, now)
-        self._put_loaded(new, now)
 
-    def _on_schedule(self, loaded: Sequence[Loaded], now: float) -> Iterator[Loaded]:
+    def _on_schedule(self, loaded: Iterable[Loaded], now: float) -> Iterator[Loaded]:
         """Yield messages as they are due by the schedule: the clock of the node that has written this may be ahead."""
         latest = now + self._longest
         for each in loaded:
@@ -143,7 +146,7 @@ class IndexStore(Store):
         wait = self._waits[min(max(state.attempts, 1), len(self._waits)) - 1]
         return state._replace(due_at=now + wait) if state.state == DUE else state
 
-    def _put_loaded(self, loaded: Sequence[Loaded], now: float) -> None:
+    def _put_loaded(self, loaded: Iterable[Loaded], now: float) -> None:
         """Insert messages that are not here with the recipients that are left: some statements for all of them."""
         messages: list[object] = []
         recipients: list[object] = []
@@ -162,9 +165,9 @@ class IndexStore(Store):
                     due[queue] = min(due.get(queue, due_at), due_at)
                 values = (queue, state, due_at, attempts, recipient.path.text, encode_dsn(recipient), reply, is_told)
                 recipients += (first + place, *values)
+            self.checkpoints.logged += _ROW_OCTETS
             if len(recipients) > before:
                 add_message(messages, put)
-        self.checkpoints.logged += len(loaded) * _ROW_OCTETS
         self._insert(INSERT_MESSAGE, 8, messages)
         self._insert(INSERT_RECIPIENT, 9, recipients)
         for queue, when in due.items():

@@ -23,8 +23,8 @@ import itertools
 import shutil
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -75,7 +75,7 @@ _RECORDING: Final = 10.0
 _RECORD_PAUSE: Final = 0.2
 """...and the seconds in between."""
 _GROUP: Final = 100_000
-"""Messages of partitions that are read together: they are in memory until the end."""
+"""Messages of partitions that are read together. Twice as many are in memory, some hundred octets each."""
 _SLICE: Final = 500
 """Messages added to the index in one transaction."""
 _WRITES: Final = 2
@@ -121,6 +121,39 @@ class _Ending:
                 self._scopes.remove(scope)
 
 
+class _Beside:
+    """Does something beside what the caller does, some at a time."""
+
+    def __init__(self, nursery: trio.Nursery, most: int) -> None:
+        self.failures: list[Exception] = []
+        """Why something has failed. Then start nothing more."""
+        self._nursery = nursery
+        self._slots = trio.Semaphore(most)
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, most: int) -> AsyncIterator[_Beside]:
+        """Do at most this many things at a time. Return when all are done, or raise the first failure as it is."""
+        async with trio.open_nursery() as nursery:
+            beside = cls(nursery, most)
+            yield beside
+        if beside.failures:
+            raise beside.failures[0]
+
+    async def start(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Begin something as soon as it may be."""
+        await self._slots.acquire()
+        self._nursery.start_soon(self._do, act)
+
+    async def _do(self, act: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await act()
+        except Exception as exc:  # noqa: BLE001 - it is raised at the end
+            self.failures.append(exc)
+        finally:
+            self._slots.release()
+
+
 class ReplicatedQueue(Spool):
     """Messages of the partitions that this node owns (penstock.spool.queue.DurableQueue)."""
 
@@ -143,7 +176,7 @@ class ReplicatedQueue(Spool):
             self._store, self._clock, self._report_bug, on_failure=self._not_indexed
         )
         self.domain_of: Callable[[Recipient], str] = _no_domain
-        """Returns the domain whose queue a recipient waits in."""
+        """Returns the domain whose queue a recipient waits in. Called in the thread of the index as well."""
         self.withdraw: Callable[[Collection[int]], Sequence[Entry]] = _withdraw_nothing
         """Takes recipients that only wait in memory from the relay."""
         self.released: Callable[[int], None] = _ignore
@@ -537,6 +570,7 @@ class ReplicatedQueue(Spool):
             for partition, state in self._owned.items()
             if state == _LOADING and partition not in self._dropping
         ]
+        groups: list[tuple[int, Sequence[int]]] = []
         for stream in range(self._layout.streams):
             mine = [partition for partition in loading if partition % self._layout.streams == stream]
             if not mine:
@@ -544,10 +578,20 @@ class ReplicatedQueue(Spool):
             info = await self._jetstream.api(f"STREAM.INFO.{self._layout.stream(stream)}")
             share = info["state"].get("num_subjects", 0) * self._layout.streams / self._layout.partitions
             size = max(1, int(_GROUP // max(1.0, share)))
-            for start in range(0, len(mine), size):
-                await self._load_group(stream, mine[start : start + size])
+            groups += [(stream, mine[start : start + size]) for start in range(0, len(mine), size)]
+        # The servers send a group while the one before is written: that takes about as long.
+        async with _Beside.opened(1) as beside:
+            for stream, partitions in groups:
+                try:
+                    contents, until = await self._read_group(stream, partitions)
+                except Exception as exc:  # noqa: BLE001 - it is raised at the end
+                    beside.failures.append(exc)
+                if beside.failures:
+                    break
+                await beside.start(partial(self._write_group, stream, partitions, contents, until))
 
-    async def _load_group(self, stream: int, partitions: Sequence[int]) -> None:
+    async def _read_group(self, stream: int, partitions: Sequence[int]) -> tuple[_Contents, int]:
+        """Read some partitions. Return what is in them, and the sequence of the marker."""
         layout = self._layout
         # Those that are being dropped since `_load` has chosen them stay interrupted.
         self._interrupted.difference_update([each for each in partitions if each not in self._dropping])
@@ -570,6 +614,10 @@ class ReplicatedQueue(Spool):
         contents.keep(present)
         await self._find_missing(stream, contents, present, until)
         await self._read_states(stream, contents, partitions)
+        return contents, until
+
+    async def _write_group(self, stream: int, partitions: Sequence[int], contents: _Contents, until: int) -> None:
+        """Write partitions that were read into the index, and relay them from now on."""
         queues = await self._load_messages(contents, partitions)
         for partition in partitions:
             # One that was lost and has come back meanwhile is loaded again.
@@ -676,54 +724,59 @@ class ReplicatedQueue(Spool):
             self._journal.error(0, "cluster", error)
 
     async def _load_messages(self, contents: _Contents, partitions: Sequence[int]) -> set[str]:
-        """Write what was found into the index: some messages at a time, while the next ones are parsed.
+        """Write what was found into the index: some messages at a time, which the thread of the index reads as well.
 
         Return the domain queues.
         """
         is_new = await self._committer.do(lambda _: self._index.is_empty(partitions))
         queues: set[str] = set()
         subjects = list(contents.messages)
-        failures: list[Exception] = []
-        slots = trio.Semaphore(_WRITES)
 
-        async def write(loaded: Sequence[Loaded]) -> None:
-            try:
-                await self._add(loaded, restores=True, is_new=is_new)
-            except Exception as exc:  # noqa: BLE001 - it is raised below, as it is
-                failures.append(exc)
-            finally:
-                slots.release()
+        async def load(some: Sequence[str]) -> None:
+            queues.update(await self._load_slice(contents, some, is_new=is_new))
 
-        async with trio.open_nursery() as nursery:
+        async with _Beside.opened(_WRITES) as beside:
             for start in range(0, len(subjects), _SLICE):
-                await slots.acquire()
-                if failures:
+                await beside.start(partial(load, subjects[start : start + _SLICE]))
+                if beside.failures:
                     break
-                try:
-                    loaded = await self._parse(contents, subjects[start : start + _SLICE], queues)
-                except Exception as exc:  # noqa: BLE001 - as above
-                    failures.append(exc)
-                    break
-                nursery.start_soon(write, loaded)
-        if failures:
-            raise failures[0]
         return queues
 
-    async def _parse(self, contents: _Contents, subjects: Sequence[str], queues: set[str]) -> list[Loaded]:
-        """Return messages for the index, and add their domain queues to `queues`."""
-        messages, errors = contents.read(subjects)
+    async def _load_slice(self, contents: _Contents, subjects: Sequence[str], *, is_new: bool) -> set[str]:
+        """Write some messages into the index. Return their domain queues."""
+        if self._pending:
+            for subject in subjects:
+                self._note_found(subject.rpartition(".")[2])
+        numbers = [self._store.new_number() for _ in subjects]
+        now = self._clock()
+
+        def act() -> tuple[set[str], list[StoredMessage], list[LayoutError]]:
+            queues: set[str] = set()
+            unread: list[StoredMessage] = []
+            errors: list[LayoutError] = []
+
+            def loaded() -> Iterator[Loaded]:
+                # One after the other: garbage collection would cost as much as the rest if all were there at once.
+                for number, message in zip(numbers, contents.read(subjects, errors), strict=False):
+                    if message.envelope is None:
+                        unread.append(message)
+                        continue
+                    each = self._load_message(message, message.envelope, contents.states.get(message.id), number)
+                    queues.update(each.put.queues)
+                    yield each
+
+            self._index.load(loaded(), now, restores=True, is_new=is_new)
+            return queues, unread, errors
+
+        queues, unread, errors = await self._committer.do(lambda _: act(), whole=True)
         self._note_damage(errors)
-        loaded: list[Loaded] = []
-        for message in messages:
-            # Nearly all envelopes are in the headers: then there is nothing to wait for.
-            envelope = message.envelope
-            if envelope is None:
-                envelope = await self._read_envelope(message)
+        for message in unread:
+            envelope = await self._read_envelope(message)
             if envelope is not None:
-                each = self._load_message(message, envelope, contents.states.get(message.id))
-                loaded.append(each)
+                each = self._load_message(message, envelope, contents.states.get(message.id), self._store.new_number())
+                await self._add([each], restores=True, is_new=is_new)
                 queues.update(each.put.queues)
-        return loaded
+        return queues
 
     async def _read_envelope(self, stored: StoredMessage) -> Envelope | None:
         """Return an envelope that is in the payload; None if the message is gone or cannot be read."""
@@ -749,19 +802,22 @@ class ReplicatedQueue(Spool):
             self._note_damage([LayoutError(f"{subject} at sequence {place.sequence}: {exc}")])
         return None
 
+    def _note_found(self, message_id: str) -> None:
+        """Note that a message is in the stream, if it waits for its acknowledgment."""
+        if message_id in self._pending:
+            self._pending[message_id] = True
+
     def _load_message(
-        self, stored: StoredMessage, envelope: Envelope, state: tuple[int, list[RecipientState]] | None
+        self, stored: StoredMessage, envelope: Envelope, state: tuple[int, list[RecipientState]] | None, number: int
     ) -> Loaded:
-        """Return a message for the index."""
+        """Return a message for the index. Called in the thread of the index as well."""
         place = stored.place
         if state is not None:
             place = place._replace(state_sequence=state[0])
-        if stored.id in self._pending:
-            self._pending[stored.id] = True
         message = Message(stored.id, envelope, pack(place), CountedBody(stored.size), stored.received_at)
         domain_of = self.domain_of
         queues = [domain_of(recipient) for recipient in envelope.recipients]
-        put = Put(self._store.new_number(), message, None if place.pieces else b"", queues)
+        put = Put(number, message, None if place.pieces else b"", queues)
         return Loaded(put, place, None if state is None else state[1])
 
     async def _sweep(self, stream: int, contents: _Contents) -> None:
@@ -802,7 +858,8 @@ class ReplicatedQueue(Spool):
                     async for batch in batches:
                         contents = _Contents(self._layout)
                         contents.add([stored for stored in batch if stored.sequence not in known])
-                        messages, errors = contents.read(contents.messages)
+                        errors: list[LayoutError] = []
+                        messages = list(contents.read(contents.messages, errors))
                         self._note_damage(errors)
                         added += await self._add_found(stream, messages)
             self._seen[stream] = until
@@ -825,7 +882,8 @@ class ReplicatedQueue(Spool):
                     continue
             envelope = message.envelope or await self._read_envelope(message)
             if envelope is not None and self._owned.get(message.place.partition) == _ACTIVE:
-                each = self._load_message(message, envelope, None)
+                self._note_found(message.id)
+                each = self._load_message(message, envelope, None, self._store.new_number())
                 # Not later: it may be finished by then, and a server that lags would show it once more.
                 await self._add([each])
                 self.became_due(each.put.queues)
@@ -1171,9 +1229,8 @@ class _Contents:
             subject.rpartition(".")[2] for subject, (_, headers) in self.messages.items() if not is_marker(headers)
         }
 
-    def read(self, subjects: Iterable[str]) -> tuple[list[StoredMessage], list[LayoutError]]:
-        """Return some of the messages, and what is wrong with those that cannot be read."""
-        messages, errors = [], []
+    def read(self, subjects: Iterable[str], errors: list[LayoutError]) -> Iterator[StoredMessage]:
+        """Yield some of the messages; add what is wrong with those that cannot be read to `errors`."""
         for subject in subjects:
             try:
                 message = read_message(subject, *self.messages[subject])
@@ -1183,8 +1240,7 @@ class _Contents:
             if message is not None:
                 if message.id in self.received_at:
                     message = message._replace(received_at=self.received_at[message.id])
-                messages.append(message)
-        return messages, errors
+                yield message
 
 
 def _change_of(record: AttemptRecord) -> Change:
