@@ -224,8 +224,8 @@ class JetStream:
 def _scanned(message: Message) -> Stored:
     """Return a message of a consumer. Its reply subject is $JS.ACK.stream.consumer.delivered.seq.cseq.time.pending."""
     subject, reply, headers, _ = message
-    words = reply.split(".")
-    return Stored(subject, int(words[-4]), headers, b"", int(words[-2]) / 1e9)
+    _, sequence, _, stored_at, _ = reply.rsplit(".", 4)
+    return tuple.__new__(Stored, (subject, int(sequence), headers, b"", int(stored_at) / 1e9))  # see NatsClient
 
 
 def is_gone(exc: ApiError) -> bool:

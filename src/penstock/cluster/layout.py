@@ -308,10 +308,10 @@ def is_marker(headers: bytes) -> bool:
 
 def read_message(subject: str, sequence: int, headers: bytes) -> StoredMessage | None:
     """Return a message that was found in the stream; None for a marker in its place. Raise LayoutError."""
-    if is_marker(headers):
-        return None
     found = _FIELDS.search(headers)
     if found is None:
+        if is_marker(headers):
+            return None
         raise LayoutError(f"{subject} at sequence {sequence} cannot be read: {headers[:200]!r}")
     version, encoded, at, before, prefix, size, pieces, crc = found.groups()
     if version != _VERSION:
