@@ -70,6 +70,22 @@ async def test_the_number_of_partitions_cannot_be_changed(servers: NatsServers, 
         assert "created with 4" in await operator.run("cluster", "init", code=1)
 
 
+async def test_the_number_of_streams_cannot_be_changed(servers: NatsServers, tmp_path: Path) -> None:
+    async with made(servers, tmp_path, streams=2) as (_, settings):
+        for streams in (1, 3):
+            operator = Operator(tmp_path, msgspec.structs.replace(settings, streams=streams))
+            assert "created with 2" in await operator.run("cluster", "init", code=1)
+
+
+async def test_an_init_that_was_interrupted_can_be_repeated(servers: NatsServers, tmp_path: Path) -> None:
+    async with made(servers, tmp_path, streams=3) as (jetstream, settings):
+        for number in (1, 2):
+            await jetstream.api(f"STREAM.DELETE.{settings.name}-MAIL-{number}")
+        output = await Operator(tmp_path, settings).run("cluster", "init")
+        assert f"{settings.name}-MAIL-0: as it should be" in output
+        assert f"{settings.name}-MAIL-2: made" in output
+
+
 async def test_operators_change_mail_of_all_nodes(servers: NatsServers, tmp_path: Path) -> None:
     hop = NextHop(replies={f"{n}@example.org": Reply(450, "4.2.1", "Mailbox busy") for n in range(4)})
     async with made(servers, tmp_path, partitions=2) as (_, settings), next_hop(tmp_path, hop) as url:

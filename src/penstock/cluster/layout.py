@@ -236,7 +236,7 @@ class Layout:
             "allow_direct": True,
             "allow_msg_ttl": True,
             "duplicate_window": 120 * _NANO,
-            "metadata": {"penstock_partitions": str(self.partitions)},
+            "metadata": {"penstock_partitions": str(self.partitions), "penstock_streams": str(self.streams)},
             # With s2, 2.15.1 fails to recover a stream after SIGKILL: "smb.truncate: error reading compression reader:
             # s2: corrupt input" (python -m bench.cluster finds it within some rounds).
             "compression": "none",

@@ -143,23 +143,24 @@ def _has(found: object, wanted: object) -> bool:
 
 
 async def check_partitions(jetstream: JetStream, layout: Layout) -> None:
-    """Raise SetupError if the queue was created with another number of streams: messages would not be found."""
+    """Raise SetupError if the queue was created with other numbers: messages would not be found.
+
+    Streams that are missing are not an error: making them may have been interrupted.
+    """
     try:
         names = (await jetstream.api("STREAM.NAMES", {"subject": f"{layout.name}.m.>"})).get("streams") or []
     except NatsError:
         return
+    made = [name for name in names if name.startswith(f"{layout.name}-MAIL-")]
     for name in names:
         with suppress(NatsError):
             metadata = (await jetstream.api(f"STREAM.INFO.{name}"))["config"].get("metadata") or {}
-            count = metadata.get("penstock_partitions", str(layout.partitions))
-            if count != str(layout.partitions):
-                raise SetupError(f"jetstream.partitions: the queue was created with {count}; it cannot be changed")
-    made = {name for name in names if name.startswith(f"{layout.name}-MAIL-")}
-    wanted = {layout.stream(number) for number in range(layout.streams)}
-    if made and made != wanted:
-        raise SetupError(
-            f"jetstream.streams: {len(made)} streams exist, expected {layout.streams}; it cannot be changed"
-        )
+            partitions = metadata.get("penstock_partitions", str(layout.partitions))
+            if partitions != str(layout.partitions):
+                raise SetupError(f"jetstream.partitions: the queue was created with {partitions}; it cannot be changed")
+            streams = metadata.get("penstock_streams", str(len(made)))  # those of an earlier version have no number
+            if streams != str(layout.streams):
+                raise SetupError(f"jetstream.streams: the queue was created with {streams}; it cannot be changed")
 
 
 # ---- checking
