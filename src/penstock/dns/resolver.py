@@ -266,17 +266,10 @@ class Resolver:
         pending, find = self._pending, self._cache.find
         for key in keys:
             sent: Begun | None = None
-            if (
-                server is not None
-                and key not in pending
-                and len(pending) < MAX_QUESTIONS_OF_CHECKS
-                and find(key) is None
-            ):
-                try:
-                    sent = server, server.begin(key[0], KINDS[key[1]], until)
+            if key not in pending and len(pending) < MAX_QUESTIONS_OF_CHECKS and find(key) is None:
+                sent = self._begin_first(key, server, until)
+                if sent is not None:  # otherwise `query` finds out what is wrong
                     pending[key] = None
-                except (OSError, ValueError):
-                    pass  # `query` finds out what is wrong
             begun.append(sent)
         return Batch(self, keys, begun, now + left)
 

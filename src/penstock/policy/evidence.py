@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import trio
@@ -97,7 +98,7 @@ class Lookup(Generic[T]):
 class Evidence:
     """Results of the connection, which are kept for all its transactions. `close` it at the end."""
 
-    __slots__ = ("_done", "_lookups", "_pending", "_scope", "is_looking_up", "is_trusted", "kept", "marks", "watcher")
+    __slots__ = ("_done", "_lookups", "_pending", "_scope", "is_trusted", "kept", "marks", "watcher")
 
     def __init__(self) -> None:
         self.is_trusted: bool | None = None
@@ -113,14 +114,12 @@ class Evidence:
         """Those that the task of the connection has not begun."""
         self._scope: trio.CancelScope | None = None
         """That of the task, while it runs."""
-        self.is_looking_up = False
-        """The task runs, and `wait` waits for it."""
         self._done: trio.Event | None = None
         """The task has ended; made by the first that waits for it."""
 
     async def wait(self) -> None:
         """Wait for the lookups that are under way, for a few seconds at most."""
-        if self.is_looking_up:
+        if self._scope is not None:
             if self._done is None:
                 self._done = trio.Event()
             await self._done.wait()
@@ -132,7 +131,6 @@ class Evidence:
             scope = trio.CancelScope(deadline=trio.current_time() + _LOOKUP_SECONDS)
             nursery.start_soon(self._look_up, scope, journal)
             self._scope = scope
-            self.is_looking_up = True
 
     async def _look_up(self, scope: trio.CancelScope, journal: Journal) -> None:
         """Be the task: make the lookups."""
@@ -148,16 +146,10 @@ class Evidence:
                         except Exception as exc:  # noqa: BLE001 - as in `run_guarded`
                             _note_failure(journal, each.name, exc)
                     begun.sort(key=_asks_more)
-                    are_due = False
-                    for each in begun:
-                        try:
-                            await each.finish(are_due=are_due)
-                        except Exception as exc:  # noqa: BLE001 - as above
-                            _note_failure(journal, each.name, exc)
-                        are_due = True
+                    for at, each in enumerate(begun):
+                        await run_guarded(journal, each.name, partial(each.finish, are_due=at > 0))
         finally:
             self._scope = None
-            self.is_looking_up = False
             for each in (*made, *self._lookups):
                 each.close()
                 if not each.pending.is_done:

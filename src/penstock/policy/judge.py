@@ -87,22 +87,11 @@ class _Asker:
     ) -> Reply | None:
         """Return what counts of the verdict of the check."""
         judge, check = self._judge, self.check
-        evidence = evidence_of(transaction)
-        # As nearly all: a client that has not authenticated, and is known not to be trusted.
-        if (evidence.is_trusted is not False or transaction.identity is not None) and not judge.applies(
-            check, transaction
-        ):
+        if not judge.applies(check, transaction):
             return None
-        if check.awaits_lookups and evidence.is_looking_up and hook_point == "on_rcpt":
-            await evidence.wait()
-        try:
-            answer = method(transaction, *arguments)
-            if answer is None:
-                return None
-            if not isinstance(answer, _FINDINGS) and inspect.isawaitable(answer):
-                answer = await judge.awaited(check, hook_point, answer)
-        except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
-            answer = judge.failed(check, hook_point, exc)
+        if check.awaits_lookups and hook_point == "on_rcpt":
+            await evidence_of(transaction).wait()
+        answer = await judge.guarded(check, method, hook_point, transaction, *arguments)
         return None if answer is None else judge.weigh(check, hook_point, transaction, answer)
 
 
@@ -232,12 +221,7 @@ class Judge:
             if refusal is not None:
                 return refusal, message
         for check, method in asked:
-            try:
-                answer = method(transaction, message)
-                if answer is not None and not isinstance(answer, _FINDINGS) and inspect.isawaitable(answer):
-                    answer = await self.awaited(check, "on_message", answer)
-            except Exception as exc:  # noqa: BLE001 - a bug of a check costs this answer and nothing else
-                answer = self.failed(check, "on_message", exc)
+            answer = await self.guarded(check, method, "on_message", transaction, message)
             if isinstance(answer, Edited):
                 if check.mode == "enforce":
                     message = answer.message
