@@ -14,7 +14,6 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(str text)
     void *PyUnicode_DATA(str text)
     Py_ssize_t PyUnicode_GET_LENGTH(str text)
-    str PyUnicode_New(Py_ssize_t size, Py_UCS4 highest)
 
 cdef extern from "canon.h":
     size_t canon_relax(const unsigned char *p, size_t n, unsigned char *out, size_t room, size_t *written) noexcept
@@ -388,28 +387,7 @@ cpdef dict split_tags(bytes value):
 
 cpdef str squeeze(str text):
     """Return a text without blanks and folds; the same object if it has none."""
-    cdef Py_ssize_t n = PyUnicode_GET_LENGTH(text), at = 0, o
-    cdef const unsigned char *p
-    cdef unsigned char *out
-    cdef str made
-    if not PyUnicode_IS_ASCII(text):
-        return text.replace(" ", "").replace("\t", "").replace("\r", "").replace("\n", "")
-    p = <const unsigned char *>PyUnicode_DATA(text)
-    while at < n and not is_blank(p[at]):
-        at += 1
-    if at == n:
-        return text
-    o = at
-    for at in range(at, n):     # counted first: a string is made with its final length
-        o += not is_blank(p[at])
-    made = PyUnicode_New(o, 127)
-    out = <unsigned char *>PyUnicode_DATA(made)
-    o = 0
-    for at in range(n):
-        if not is_blank(p[at]):
-            out[o] = p[at]
-            o += 1
-    return made
+    return text.replace(" ", "").replace("\t", "").replace("\r", "").replace("\n", "")
 
 
 cdef unsigned char[256] BASE64      # the number of each digit, and what else a character is

@@ -126,11 +126,10 @@ class KnownCheck:
         if found is None and settings.dmarc != "off":
             cause = "no author" if not self.authors else "several authors"
             found = dmarc.DmarcResult("permerror", self.author, cause=cause)
-        # As calls of the named tuples, without calls of Python.
-        findings = tuple.__new__(Findings, (self.authors, self.from_fields, told.spf, tuple(dkim), found))
+        findings = Findings(self.authors, self.from_fields, told.spf, tuple(dkim), found)
         field = authentication_results(told.authserv_id, self._methods(dkim, found, arc, told))
         forged = forged_fields(self.header, told.authserv_id)
-        return tuple.__new__(Judgement, (findings, arc, decide(findings, settings), field, forged))
+        return Judgement(findings, arc, decide(findings, settings), field, forged)
 
     def _methods(
         self, dkim: list[DkimResult], found: dmarc.DmarcResult | None, arc: ArcResult, told: Told

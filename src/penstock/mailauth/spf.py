@@ -115,8 +115,7 @@ def check_known(
     except UnknownAnswerError:
         return None
     if result is not None:
-        # As `SpfResult(...)`, without a call of Python.
-        return tuple.__new__(SpfResult, (result, domain, "mailfrom" if sender else "helo", "", ""))
+        return SpfResult(result, domain, "mailfrom" if sender else "helo")
     query = known_query(cached)
     return run_now(check(query, address=address, sender=sender, helo=helo, receiver=receiver, now=now))
 
